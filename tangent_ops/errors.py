@@ -1,0 +1,33 @@
+"""Every error and warning that tangent-ops raises on purpose.
+
+Each also derives from the built-in class a caller would expect, so that ``except ValueError``
+keeps working without importing this module.
+"""
+
+
+class TangentOpsError(Exception):
+    """Base class of all errors raised by tangent-ops."""
+
+
+class ArgumentError(TangentOpsError, ValueError):
+    """An argument has a value, shape, dtype or device that no backend supports."""
+
+
+class UnsupportedError(TangentOpsError, NotImplementedError):
+    """The request is meaningful, but the chosen backend or nesting does not compute it."""
+
+
+class DeltaError(TangentOpsError, ValueError):
+    """A delta does not fit: another anchor, other names, or other shapes."""
+
+
+class DeltaFileError(DeltaError):
+    """A delta file is truncated, was edited, or is no delta file at all."""
+
+
+class NonFiniteLossError(TangentOpsError, ArithmeticError):
+    """Training met a NaN or infinite loss."""
+
+
+class ZeroHeadWarning(UserWarning):
+    """The anchor's classifier is all zeros, so no block below it has a derivative."""

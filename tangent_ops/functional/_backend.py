@@ -1,0 +1,69 @@
+"""Choice of a backend, and the forward-mode state that decides what it may do."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tangent_ops.errors import ArgumentError, UnsupportedError
+
+Backend = Literal["triton", "reference"]
+
+
+def choose_backend(backend: Backend | None, tensor: Tensor, reason: str | None) -> Backend:
+    """The backend to run: by device, or the named one, which is never replaced in silence.
+
+    Args:
+        backend: what the caller asked for; None to choose by device.
+        tensor: one of the operands, for its device.
+        reason: why the Triton kernels cannot compute this call, or None if they can.
+    """
+    if backend not in (None, "triton", "reference"):
+        raise ArgumentError(f"backend={backend!r}: expected None, 'triton' or 'reference'")
+    if backend is None:
+        return "triton" if tensor.is_cuda and reason is None else "reference"
+    if backend == "triton":
+        if reason is None and not tensor.is_cuda and not interpreting():
+            reason = f"tensors are on {tensor.device}, the kernels run on CUDA devices"
+        if reason is not None:
+            raise UnsupportedError(
+                f"backend='triton': {reason}. Use backend=None or backend='reference'."
+            )
+    return backend
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1, for tests)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+def in_forward_ad() -> bool:
+    """Whether a forward-mode level is active: ``dual_level()`` or ``torch.func.jvp``."""
+    return forward_ad._current_level >= 0
+
+
+def is_dual(tensor: object) -> bool:
+    """Whether a value is a tensor that carries a tangent of the active forward-mode level."""
+    if not isinstance(tensor, Tensor) or not in_forward_ad():
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def reverse_mode_reaches(*tensors: Tensor | None) -> bool:
+    """Whether reverse mode, at any nesting level of ``torch.func``, tracks one of the tensors.
+
+    Then derivatives of a dual tensor's primal may be asked for *inside* the forward-mode level
+    (forward over reverse), which a formula on unpacked tensors would get wrong in silence.
+    """
+    for tensor in tensors:
+        while tensor is not None:
+            if tensor.requires_grad:
+                return True
+            if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                break
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False

@@ -1,0 +1,158 @@
+"""Scaled dot-product attention for plain and dual tensors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tangent_ops.errors import ArgumentError
+from tangent_ops.functional._attention_triton import fused_attention, why_not_fused
+from tangent_ops.functional._backend import Backend, choose_backend, reverse_mode_reaches
+from tangent_ops.reference.attention import attention, attention_jvp
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention`` that also carries tangents.
+
+    Without a tangent (and without ``backend``) it *is* PyTorch's. With one, inside
+    ``torch.func.jvp`` or ``forward_ad.dual_level()``, output and tangent are computed together:
+
+        S = s Q Kᵀ + b    P = softmax(S)    O = P V
+        O_t = (P∘(S_t - μ)) V + P V_t       S_t = s (Q_t Kᵀ + Q K_tᵀ) + b_t    μ = Σ_j P∘S_t
+
+    On CUDA a fused Triton kernel does so in one pass without an N x M matrix in memory. Masks,
+    causal attention, dropout, grouped heads, head dimensions other than multiples of 8 from 16
+    to 128, and float64 are computed by eager formulas instead.
+
+    Args:
+        query: (..., Hq, N, D), floating point, plain or dual; N >= 1.
+        key: (..., H, M, D), same dtype and device; M >= 1.
+        value: (..., H, M, Dv), same dtype and device.
+        attn_mask: boolean (True: attend) or additive, broadcastable to (..., Hq, N, M); an
+            additive one may be dual. A row whose keys are all masked gives 0.
+        dropout_p: probability of dropping an attention weight, in [0, 1).
+        is_causal: mask out later keys, aligned top left; excludes ``attn_mask``.
+        scale: factor of the scores; 1/√D by default.
+        enable_gqa: let Hq be a multiple of H.
+        backend: None chooses by device; "triton" or "reference" insists.
+
+    Returns:
+        (..., Hq, N, Dv) in the inputs' dtype, dual if an input is. From the Triton backend,
+        ``out.transpose(1, 2).reshape(B, N, H * D)`` is free.
+
+    Raises:
+        ArgumentError: shapes, dtypes, devices or options that no backend takes.
+        UnsupportedError: ``backend="triton"`` and the kernels do not compute this call, or a
+            derivative they do not compute (a NotImplementedError): gradients of query, key and
+            value through the tangent, and forward mode over forward mode.
+    """
+    _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    options = (dropout_p, is_causal, scale, enable_gqa)
+    operands = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    unpacked = [forward_ad.unpack_dual(operand) for operand in operands]
+    has_tangent = any(pair.tangent is not None for pair in unpacked)
+    if not has_tangent and backend is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, *options)
+
+    reason = why_not_fused(query, key, value, attn_mask, dropout_p, is_causal)
+    if choose_backend(backend, query, reason) == "triton":
+        output, output_t = fused_attention(*unpacked, scale)
+    elif not has_tangent or torch.compiler.is_compiling() or reverse_mode_reaches(*operands):
+        # PyTorch's own rules carry the tangent: slower, and right however transforms nest.
+        return attention(query, key, value, attn_mask, *options)
+    else:
+        (query, query_t), (key, key_t), (value, value_t), *mask = unpacked
+        attn_mask, attn_mask_t = mask[0] if mask else (None, None)
+        output, output_t = attention_jvp(
+            query, key, value, query_t, key_t, value_t, attn_mask, attn_mask_t, *options
+        )
+    return forward_ad.make_dual(output, output_t) if has_tangent else output
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> None:
+    named = {"query": query, "key": key, "value": value}
+    for name, tensor in named.items():
+        if tensor.ndim < 2:
+            raise ArgumentError(f"{name} is {_shape(tensor)}: expected (..., tokens, head_dim)")
+        if not tensor.is_floating_point():
+            raise ArgumentError(f"{name} is {tensor.dtype}: expected a floating-point dtype")
+        if tensor.dtype != query.dtype:
+            raise ArgumentError(
+                f"{name} is {tensor.dtype} but query is {query.dtype}: cast them to one dtype"
+            )
+        if tensor.device != query.device:
+            raise ArgumentError(f"{name} is on {tensor.device} but query is on {query.device}")
+    if query.shape[-1] != key.shape[-1]:
+        raise ArgumentError(
+            f"query {_shape(query)} and key {_shape(key)} differ in head_dim (the last dimension)"
+        )
+    if key.shape[-2] != value.shape[-2]:
+        raise ArgumentError(
+            f"key {_shape(key)} and value {_shape(value)} differ in tokens (dimension -2)"
+        )
+    if query.shape[-2] == 0 or key.shape[-2] == 0:
+        raise ArgumentError(f"query {_shape(query)} and key {_shape(key)} need a token each")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ArgumentError(f"dropout_p={dropout_p}: expected a probability in [0, 1)")
+    _check_heads(query, key, value, enable_gqa)
+    if attn_mask is not None:
+        _check_mask(query, key, attn_mask, is_causal)
+
+
+def _check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    if enable_gqa:
+        if min(query.ndim, key.ndim, value.ndim) < 3:
+            raise ArgumentError("enable_gqa=True needs a head dimension: (..., heads, tokens, D)")
+        heads = [tensor.shape[-3] for tensor in (query, key, value)]
+        if heads[1] != heads[2] or heads[1] == 0 or heads[0] % heads[1]:
+            raise ArgumentError(
+                f"enable_gqa=True with {heads[0]} query, {heads[1]} key and {heads[2]} value "
+                "heads: expected equal key and value heads that divide the query heads"
+            )
+        return
+    try:
+        torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    except RuntimeError as error:
+        raise ArgumentError(
+            f"batch and heads of query {_shape(query)}, key {_shape(key)} and value "
+            f"{_shape(value)} do not broadcast; for grouped heads pass enable_gqa=True"
+        ) from error
+
+
+def _check_mask(query: Tensor, key: Tensor, attn_mask: Tensor, is_causal: bool) -> None:
+    if is_causal:
+        raise ArgumentError("attn_mask and is_causal=True exclude each other: put both in the mask")
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise ArgumentError(f"attn_mask is {attn_mask.dtype}: expected bool or floating point")
+    scores = (*query.shape[:-2], query.shape[-2], key.shape[-2])
+    try:
+        fits = torch.broadcast_shapes(attn_mask.shape, scores)[-2:] == scores[-2:]
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ArgumentError(f"attn_mask {_shape(attn_mask)} does not broadcast to {scores}")
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

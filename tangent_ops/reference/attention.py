@@ -1,0 +1,180 @@
+"""Scaled dot-product attention and its tangent, as eager torch formulas.
+
+With S = s Q Kᵀ + b, P = softmax(S), O = P V and a dot above meaning "tangent of" (suffix ``_t``):
+
+    S_t = s (Q_t Kᵀ + Q K_tᵀ) + b_t        μ_i = Σ_j P_ij S_t,ij
+    O_t = (P∘(S_t − μ)) V + P V_t  =  (P∘S_t) V + P V_t − μ∘O
+
+Half-precision inputs are computed in float32 and rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention as in ``F.scaled_dot_product_attention``, with a derivative of every kind.
+
+    Args:
+        query: (..., Hq, N, D), any floating dtype.
+        key: (..., H, M, D), same dtype.
+        value: (..., H, M, Dv), same dtype.
+        attn_mask: boolean (True: attend) or additive, broadcastable to (..., Hq, N, M).
+        dropout_p: probability of dropping an attention weight.
+        is_causal: mask out keys after the query's own position, aligned top left.
+        scale: factor of the scores; 1/√D by default.
+        enable_gqa: Hq may be a multiple of H.
+
+    Returns:
+        (..., Hq, N, Dv) in the inputs' dtype. A row whose keys are all masked is 0.
+    """
+    dtype = query.dtype
+    query, key, value = _widen(query), _widen(key), _widen(value)
+    key, value = _repeat_heads(query, key, value, enable_gqa)
+    bias, allowed = _split_mask(query, key, attn_mask, is_causal)
+    scores = (query * _scale(query, scale)) @ key.mT
+    weights = _masked_softmax(scores if bias is None else scores + bias, allowed)
+    return (_drop(weights, dropout_p) @ value).to(dtype)
+
+
+def attention_jvp(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_t: Tensor | None,
+    key_t: Tensor | None,
+    value_t: Tensor | None,
+    attn_mask: Tensor | None = None,
+    attn_mask_t: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Attention and its tangent; products with an absent (None) tangent are not computed.
+
+    Args:
+        query: (..., Hq, N, D); see :func:`attention` for the other primal arguments.
+        key: (..., H, M, D).
+        value: (..., H, M, Dv).
+        query_t: tangent of ``query``, same shape, or None for zero.
+        key_t: tangent of ``key``, same shape, or None for zero.
+        value_t: tangent of ``value``, same shape, or None for zero.
+        attn_mask: boolean or additive mask.
+        attn_mask_t: tangent of an additive mask, same shape, or None for zero.
+        dropout_p: the same weights are dropped in the output and in its tangent.
+        is_causal: see :func:`attention`.
+        scale: see :func:`attention`.
+        enable_gqa: see :func:`attention`.
+
+    Returns:
+        The output and its tangent, both (..., Hq, N, Dv) in the inputs' dtype.
+    """
+    dtype = query.dtype
+    query, key, value = _widen(query), _widen(key), _widen(value)
+    query_t, key_t, value_t = (
+        None if t is None else _widen(t) for t in (query_t, key_t, value_t)
+    )
+    bias, allowed = _split_mask(query, key, attn_mask, is_causal)
+    bias_t = None if attn_mask_t is None else _widen(attn_mask_t)
+    if key_t is not None:
+        key_t, _ = _repeat_heads(query, key_t, key_t, enable_gqa)
+    if value_t is not None:
+        _, value_t = _repeat_heads(query, value_t, value_t, enable_gqa)
+    key, value = _repeat_heads(query, key, value, enable_gqa)
+
+    factor = _scale(query, scale)
+    scaled = query * factor
+    scores = scaled @ key.mT
+    weights = _masked_softmax(scores if bias is None else scores + bias, allowed)
+    kept = _drop(weights, dropout_p)
+    output = kept @ value
+    output_t = torch.zeros_like(output) if value_t is None else kept @ value_t
+
+    scores_t = _scores_tangent(scaled, key, query_t, key_t, bias_t, factor)
+    if scores_t is not None:
+        mean_t = (weights * scores_t).sum(-1, keepdim=True)
+        output_t = output_t + (kept * scores_t) @ value - mean_t * output
+    return output.to(dtype), output_t.to(dtype)
+
+
+def _scores_tangent(
+    scaled: Tensor,
+    key: Tensor,
+    query_t: Tensor | None,
+    key_t: Tensor | None,
+    bias_t: Tensor | None,
+    factor: float,
+) -> Tensor | None:
+    """S_t (..., N, M), or None where it is zero."""
+    if query_t is not None and key_t is not None:
+        # One product over twice the depth writes and reads the N x M matrix once, not thrice.
+        left = torch.cat([query_t * factor, scaled], -1)
+        scores_t = left @ torch.cat([key, key_t], -1).mT
+    elif query_t is not None:
+        scores_t = (query_t * factor) @ key.mT
+    elif key_t is not None:
+        scores_t = scaled @ key_t.mT
+    else:
+        return bias_t
+    return scores_t if bias_t is None else scores_t + bias_t
+
+
+def _masked_softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
+    """Softmax over the allowed keys; a row without any is 0, and so is its derivative."""
+    if allowed is None:
+        return scores.softmax(-1)
+    dead = ~allowed.any(-1, keepdim=True)
+    scores = scores.masked_fill(~allowed, float("-inf")).masked_fill(dead, 0.0)
+    return scores.softmax(-1).masked_fill(dead, 0.0)
+
+
+def _split_mask(
+    query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The additive bias and the boolean "may attend" that a mask argument stands for."""
+    if is_causal:
+        shape = (query.shape[-2], key.shape[-2])
+        return None, torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+    if attn_mask is None:
+        return None, None
+    if attn_mask.dtype == torch.bool:
+        return None, attn_mask
+    return _widen(attn_mask), attn_mask != float("-inf")
+
+
+def _repeat_heads(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[Tensor, Tensor]:
+    if not enable_gqa or query.shape[-3] == key.shape[-3]:
+        return key, value
+    groups = query.shape[-3] // key.shape[-3]
+    return key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+
+
+def _drop(weights: Tensor, dropout_p: float) -> Tensor:
+    """``weights`` with some entries dropped and the rest scaled by 1/(1 - p)."""
+    if dropout_p == 0.0:
+        return weights
+    return weights * F.dropout(torch.ones_like(weights), dropout_p)
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    half = tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.float() if half else tensor
+
+
+def _scale(query: Tensor, scale: float | None) -> float:
+    return query.shape[-1] ** -0.5 if scale is None else scale
