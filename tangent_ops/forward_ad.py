@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from tangent_ops.functional import scaled_dot_product_attention
-from tangent_ops.functional._backend import Backend, is_dual
+from tangent_ops.functional._backend import Backend, may_be_dual
 
 
 class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_grad
@@ -31,7 +31,7 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and any(
-            is_dual(operand) for operand in (*args, *kwargs.values())
+            may_be_dual(operand) for operand in (*args, *kwargs.values())
         ):
             return scaled_dot_product_attention(*args, **kwargs, backend=self.backend)
         return func(*args, **kwargs)

@@ -20,7 +20,7 @@ from torch._functorch import eager_transforms
 from torch.autograd.forward_ad import UnpackedDualTensor
 
 from tangent_ops.errors import UnsupportedError
-from tangent_ops.functional._backend import in_forward_ad, reverse_mode_reaches
+from tangent_ops.functional._backend import in_forward_ad, vmap_hides_tangents
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = range(16, 129, 8)
@@ -49,11 +49,10 @@ def why_not_fused(
         return "is_causal=True is not in the kernels yet"
     if dropout_p > 0.0:
         return "dropout is not in the kernels yet"
-    if torch.compiler.is_compiling():
-        if reverse_mode_reaches(query, key, value):
-            return "gradients of query, key or value cannot be compiled yet"
-        if eager_transforms.JVP_NESTING > 1:
-            return "forward mode over forward mode is not in the kernels yet"
+    if vmap_hides_tangents():
+        return "jvp of vmap is not in the kernels yet (vmap of jvp is)"
+    if torch.compiler.is_compiling() and eager_transforms.JVP_NESTING > 1:
+        return "compiled forward mode over forward mode is not in the kernels yet"
     return None
 
 
@@ -62,8 +61,8 @@ def fused_attention(
     key: UnpackedDualTensor,
     value: UnpackedDualTensor,
     scale: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Output and tangent, (..., H, N, D); the tangent is empty if no operand has one."""
+) -> tuple[Tensor, Tensor | None]:
+    """Output and tangent, (..., H, N, D); None if no operand has a tangent."""
     if scale is None:
         scale = query.primal.shape[-1] ** -0.5
     primals = (query.primal, key.primal, value.primal)
@@ -74,10 +73,9 @@ def fused_attention(
         output, output_t, _ = attention_jvp(*operands, scale)
     else:
         output, output_t, _ = _AttentionJvp.apply(*operands, scale)
-    if len(lead) == 2:
-        return output, output_t
-    shape = (*lead, *output.shape[-2:])
-    return output.reshape(shape), output_t.reshape(shape) if output_t.numel() else output_t
+    if len(lead) != 2:
+        output, output_t = (x.reshape(*lead, *x.shape[-2:]) for x in (output, output_t))
+    return output, None if all(tangent is None for tangent in tangents) else output_t
 
 
 def _with_heads(tensor: Tensor, lead: torch.Size) -> Tensor:
@@ -176,20 +174,45 @@ attention_jvp.register_vmap(_batching_rule(attention_jvp))
 attention_vjp.register_vmap(_batching_rule(attention_vjp))
 
 
-def _setup_compiled(ctx, inputs, output):
-    query, key, value, *tangents, ctx.scale = inputs
+def _save(ctx, inputs, output):
+    query, key, value, _, _, _, ctx.scale = inputs
     ctx.save_for_backward(query, key, value, output[0], output[2])
-    ctx.needs = [t is not None and t.requires_grad for t in tangents]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_output, grad_output_t, vjp):
+    """Gradients of q, k, v through the value, and of their tangents through the tangent."""
+    primal_needs, tangent_needs = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:6]
+    if any(primal_needs) and grad_output_t is not None:
+        _refuse("gradients of query, key and value through the output's tangent")
+    if any(primal_needs) and in_forward_ad():
+        # The saved primals carry no tangent, so the gradient's own tangent would be incomplete.
+        _refuse(
+            "gradients of query, key and value inside a forward-mode level (forward over "
+            "reverse; for reverse over forward, call backward after leaving the level)"
+        )
+
+    def pull_back(needs, cotangent):
+        if cotangent is None or not any(needs):
+            return (None, None, None)
+        grads = vjp(*ctx.saved_tensors, cotangent, ctx.scale, *needs)
+        return (grad if need else None for need, grad in zip(needs, grads, strict=True))
+
+    return (*pull_back(primal_needs, grad_output), *pull_back(tangent_needs, grad_output_t), None)
+
+
+def _refuse(what: str) -> NoReturn:
+    raise UnsupportedError(
+        f"the Triton backend of scaled_dot_product_attention does not compute {what}; "
+        "pass backend='reference', which does"
+    )
 
 
 def _backward_compiled(ctx, grad_output, grad_output_t, grad_lse):
-    # Primal operands never need gradients here: see why_not_fused.
-    needs = ctx.needs_input_grad[3:6]
-    grads = attention_vjp(*ctx.saved_tensors, grad_output_t, ctx.scale, *needs)
-    return (None, None, None, *_where(needs, grads), None)
+    return _backward(ctx, grad_output, grad_output_t, attention_vjp)
 
 
-attention_jvp.register_autograd(_backward_compiled, setup_context=_setup_compiled)
+attention_jvp.register_autograd(_backward_compiled, setup_context=_save)
 
 
 # --- eager autograd --------------------------------------------------------------------------
@@ -206,26 +229,15 @@ class _AttentionJvp(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        query, key, value, _, _, _, ctx.scale = inputs
-        ctx.save_for_backward(query, key, value, output[0], output[2])
-        ctx.set_materialize_grads(False)
+        _save(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx, grad_output, grad_output_t, grad_lse):
-        def vjp(needs, cotangent):
-            if cotangent is None or not any(needs):
-                return (None, None, None)
-            grads = _AttentionVjp.apply(*ctx.saved_tensors, cotangent, ctx.scale, *needs)
-            return _where(needs, grads)
-
-        primal_needs, tangent_needs = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:6]
-        if any(primal_needs):
-            _refuse_second_order(grad_output_t)
-        return (*vjp(primal_needs, grad_output), *vjp(tangent_needs, grad_output_t), None)
+        return _backward(ctx, grad_output, grad_output_t, _AttentionVjp.apply)
 
     @staticmethod
     def jvp(ctx, *tangents):
-        _refuse("forward mode over forward mode (jvp of jvp)")
+        _refuse("forward mode through this nesting (jvp of jvp, or jvp of grad)")
 
 
 class _AttentionVjp(torch.autograd.Function):
@@ -249,26 +261,4 @@ class _AttentionVjp(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        _refuse("forward mode over reverse mode")
-
-
-def _refuse_second_order(grad_output_t: Tensor | None) -> None:
-    if grad_output_t is not None:
-        _refuse("gradients of query, key and value through the output's tangent")
-    if in_forward_ad():
-        # The saved primals carry no tangent, so the gradient's own tangent would be incomplete.
-        _refuse(
-            "gradients of query, key and value inside a forward-mode level (forward over "
-            "reverse; for reverse over forward, call backward after leaving the level)"
-        )
-
-
-def _refuse(what: str) -> NoReturn:
-    raise UnsupportedError(
-        f"the Triton backend of scaled_dot_product_attention does not compute {what}; "
-        "pass backend='reference', which does"
-    )
-
-
-def _where(needs, grads):
-    return tuple(grad if need else None for need, grad in zip(needs, grads, strict=True))
+        _refuse("forward mode through its backward (jvp of grad)")

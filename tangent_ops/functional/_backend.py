@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
@@ -46,11 +47,22 @@ def in_forward_ad() -> bool:
     return forward_ad._current_level >= 0
 
 
-def is_dual(tensor: object) -> bool:
-    """Whether a value is a tensor that carries a tangent of the active forward-mode level."""
+def vmap_hides_tangents() -> bool:
+    """Whether this code runs under vmap inside a forward-mode level (jvp of vmap).
+
+    There PyTorch cannot unpack a dual tensor, so nobody can tell whether it has a tangent.
+    """
+    if not in_forward_ad() or torch.compiler.is_compiling():
+        return False
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return interpreter is not None and interpreter.key() == TransformType.Vmap
+
+
+def may_be_dual(tensor: object) -> bool:
+    """Whether a value is a tensor that carries, or may carry, a tangent of the active level."""
     if not isinstance(tensor, Tensor) or not in_forward_ad():
         return False
-    return forward_ad.unpack_dual(tensor).tangent is not None
+    return vmap_hides_tangents() or forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def reverse_mode_reaches(*tensors: Tensor | None) -> bool:

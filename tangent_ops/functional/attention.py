@@ -9,7 +9,13 @@ from torch.autograd import forward_ad
 
 from tangent_ops.errors import ArgumentError
 from tangent_ops.functional._attention_triton import fused_attention, why_not_fused
-from tangent_ops.functional._backend import Backend, choose_backend, reverse_mode_reaches
+from tangent_ops.functional._backend import (
+    Backend,
+    choose_backend,
+    may_be_dual,
+    reverse_mode_reaches,
+    vmap_hides_tangents,
+)
 from tangent_ops.reference.attention import attention, attention_jvp
 
 
@@ -62,24 +68,27 @@ def scaled_dot_product_attention(
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     options = (dropout_p, is_causal, scale, enable_gqa)
     operands = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    unpacked = [forward_ad.unpack_dual(operand) for operand in operands]
-    has_tangent = any(pair.tangent is not None for pair in unpacked)
-    if not has_tangent and backend is None:
+    if backend is None and not any(may_be_dual(operand) for operand in operands):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, *options)
 
     reason = why_not_fused(query, key, value, attn_mask, dropout_p, is_causal)
     if choose_backend(backend, query, reason) == "triton":
-        output, output_t = fused_attention(*unpacked, scale)
-    elif not has_tangent or torch.compiler.is_compiling() or reverse_mode_reaches(*operands):
+        output, output_t = fused_attention(*map(forward_ad.unpack_dual, operands), scale)
+        return output if output_t is None else forward_ad.make_dual(output, output_t)
+    if (
+        vmap_hides_tangents()
+        or torch.compiler.is_compiling()
+        or reverse_mode_reaches(*operands)
+        or not any(may_be_dual(operand) for operand in operands)
+    ):
         # PyTorch's own rules carry the tangent: slower, and right however transforms nest.
         return attention(query, key, value, attn_mask, *options)
-    else:
-        (query, query_t), (key, key_t), (value, value_t), *mask = unpacked
-        attn_mask, attn_mask_t = mask[0] if mask else (None, None)
-        output, output_t = attention_jvp(
-            query, key, value, query_t, key_t, value_t, attn_mask, attn_mask_t, *options
-        )
-    return forward_ad.make_dual(output, output_t) if has_tangent else output
+    (query, query_t), (key, key_t), (value, value_t), *mask = map(forward_ad.unpack_dual, operands)
+    attn_mask, attn_mask_t = mask[0] if mask else (None, None)
+    output, output_t = attention_jvp(
+        query, key, value, query_t, key_t, value_t, attn_mask, attn_mask_t, *options
+    )
+    return forward_ad.make_dual(output, output_t)
 
 
 def _check(

@@ -1,0 +1,357 @@
+"""Deltas: what fine-tuning a tangent model learned, in memory and on disk.
+
+A file is a safetensors file whose tensors are named as the anchor's parameters. Its metadata holds
+the format's name and version, every field of `DeltaMeta`, and ``content_sha256``: the SHA-256 of
+
+1. one line of JSON (sorted keys, no spaces, ASCII, ended by a newline):
+   ``{"metadata": {...}, "tensors": [[name, dtype, shape], ...]}`` with the tensors sorted by name
+   and the metadata without ``content_sha256`` itself;
+2. each tensor's bytes, C order, little-endian, in the same order.
+
+The hash finds accidents and careless edits. It is no signature: whoever edits a file on purpose can
+compute it anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tangent_ops.errors import ArgumentError, DeltaError, DeltaFileError
+
+if TYPE_CHECKING:
+    from tangent_ops.linearize import LinearizedModel
+
+FORMAT = "tangent-ops delta"
+FORMAT_VERSION = "1"
+
+_DTYPE_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+_EXTRA = "extra."  # prefix of DeltaMeta.extra's keys in a file's metadata
+
+
+@dataclass(frozen=True)
+class DeltaMeta:
+    """Where a delta comes from. Change a field with `dataclasses.replace`.
+
+    Attributes:
+        anchor: `fingerprint` of the anchor's state dict, the model the delta belongs to.
+        model: the anchor's name, for people.
+        trainable: the pattern that chose the trained parameters.
+        loss: the training loss, if any.
+        shard: identifier of the part of the data the delta was trained on, if any.
+        extra: anything else, as strings.
+
+    Raises:
+        ArgumentError: a field is not a string.
+    """
+
+    anchor: str
+    model: str
+    trainable: str
+    loss: str | None = None
+    shard: str | None = None
+    extra: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        fields = {"anchor": self.anchor, "model": self.model, "trainable": self.trainable}
+        optional = {"loss": self.loss, "shard": self.shard}
+        fields |= {name: value for name, value in optional.items() if value is not None}
+        fields |= {f"extra[{key!r}]": value for key, value in self.extra.items()}
+        fields |= {f"extra's key {key!r}": key for key in self.extra}
+        for name, value in fields.items():
+            if not isinstance(value, str):
+                raise ArgumentError(f"{name} must be a string, got {value!r}: use str(...)")
+
+
+class Delta(dict[str, Tensor]):
+    """A dict of tensors named as the anchor's parameters, with `meta` saying whose they are.
+
+    Args:
+        tensors: name -> tensor of that parameter's shape.
+        meta: where they come from; None if unknown.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], meta: DeltaMeta | None = None) -> None:
+        super().__init__(tensors)
+        self.meta = meta
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """Hash names, shapes, dtypes and values of a state dict.
+
+    Order of the entries, device and strides do not matter; any change of a value does.
+
+    Args:
+        state: name -> dense tensor of any dtype.
+
+    Returns:
+        SHA-256 in hexadecimal, 64 characters.
+    """
+    return _content_sha256(state, metadata={})
+
+
+def save_delta(
+    delta: Mapping[str, Tensor], path: str | os.PathLike[str], *, meta: DeltaMeta | None = None
+) -> None:
+    """Write a delta to a safetensors file, completely or not at all.
+
+    The file is written under a temporary name in the same folder, synced to disk and renamed, so
+    an existing file is replaced by a complete one only. The same content gives the same bytes.
+
+    Args:
+        delta: name -> float64, float32, float16 or bfloat16 tensor, on any device.
+        path: the file; its folder must exist.
+        meta: replaces ``delta.meta``; required for a plain dict.
+
+    Raises:
+        ArgumentError: no meta; path is a folder or its folder does not exist.
+        DeltaError: no tensors, an unsupported name or dtype, or a value that is not finite.
+        OSError: the folder cannot be written; what was at `path` is still there.
+    """
+    meta = meta if meta is not None else getattr(delta, "meta", None)
+    if meta is None:
+        raise ArgumentError("a delta without meta needs save_delta(..., meta=DeltaMeta(...))")
+    path = Path(path).resolve()
+    if path.is_dir() or not path.parent.is_dir():
+        reason = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+        raise ArgumentError(f"cannot save a delta as {path}: it {reason}")
+    if "__metadata__" in delta:
+        raise DeltaError("the name '__metadata__' is reserved by the file format")
+    check_values(delta, "the delta")
+
+    tensors = {name: value.detach().cpu().contiguous() for name, value in delta.items()}
+    metadata = _metadata(meta)
+    metadata["content_sha256"] = _content_sha256(tensors, metadata)
+    _write_atomically(path, lambda file: _write_safetensors(file, tensors, metadata))
+
+
+def load_delta(
+    path: str | os.PathLike[str],
+    *,
+    anchor: str | LinearizedModel | None = None,
+    device: str | torch.device = "cpu",
+) -> Delta:
+    """Read a file written by `save_delta`, checking its content hash.
+
+    Args:
+        path: the file.
+        anchor: refuse a delta of another anchor: its fingerprint, or the tangent model the delta
+            is for, whose parameter names and shapes are then checked too.
+        device: where the tensors go.
+
+    Returns:
+        The delta with its `meta`; the tensors own their memory.
+
+    Raises:
+        ArgumentError: anchor is neither.
+        FileNotFoundError: there is no such file.
+        DeltaFileError: the file is truncated, was edited, or is no delta file.
+        DeltaError: the delta is of another anchor, or its names or shapes differ from `anchor`'s.
+    """
+    if not (anchor is None or isinstance(anchor, str) or hasattr(anchor, "fingerprint")):
+        kind = type(anchor).__name__
+        raise ArgumentError(f"anchor must be a fingerprint or a LinearizedModel, got a {kind}")
+    with open(path, "rb"):
+        pass  # a missing or unreadable file is an OSError of the usual kind, not a broken delta
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            _check_format(path, metadata)
+            # Cloned: the file stays mapped otherwise, and changes to it would show in the tensors.
+            delta = Delta({name: file.get_tensor(name).clone() for name in file.keys()})  # noqa: SIM118
+    except SafetensorError as error:
+        raise DeltaFileError(
+            f"{path} is truncated or no safetensors file: {error}. Restore it from a copy"
+        ) from error
+
+    expected = metadata.pop("content_sha256")
+    found = _content_sha256(delta, metadata)
+    if found != expected:
+        raise DeltaFileError(
+            f"{path} was changed after it was written: content_sha256 is {_short(found)}, "
+            f"the header says {_short(expected)}. Restore it from a copy"
+        )
+    delta.meta = _meta(metadata)
+    check_values(delta, str(path))
+    if isinstance(anchor, str):
+        check_anchor(delta.meta, anchor, "?", str(path))
+    elif anchor is not None:
+        check_anchor(delta.meta, anchor.fingerprint, anchor.model_name, str(path))
+        check_layout(delta, anchor.deltas(), str(path))
+    return Delta({name: value.to(device) for name, value in delta.items()}, delta.meta)
+
+
+def check_anchor(meta: DeltaMeta | None, expected: str, model: str, what: str) -> None:
+    """Raise DeltaError if `meta` names another anchor than the fingerprint `expected`.
+
+    Without meta the anchor is unknown and passes. `model` and `what` name the right anchor and the
+    delta in the message.
+    """
+    if meta is not None and meta.anchor != expected:
+        raise DeltaError(
+            f"{what} belongs to another anchor: {_short(meta.anchor)} ({meta.model}), "
+            f"expected {_short(expected)} ({model})"
+        )
+
+
+def check_layout(delta: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+    """Raise DeltaError, naming what differs, unless names and shapes are those of `expected`."""
+    names = {
+        "missing": expected.keys() - delta.keys(),
+        "unexpected": delta.keys() - expected.keys(),
+    }
+    differences = [f"{label} {_few(names[label])}" for label in names if names[label]]
+    differences += [
+        f"{name} has shape {tuple(delta[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in sorted(expected.keys() & delta.keys())
+        if delta[name].shape != expected[name].shape
+    ][:3]
+    if differences:
+        raise DeltaError(f"{what} does not fit: {'; '.join(differences)}")
+
+
+def check_values(delta: Mapping[str, Tensor], what: str) -> None:
+    """Raise DeltaError unless `delta` maps names to finite floating-point tensors, at least one."""
+    if not delta:
+        raise DeltaError(f"{what} has no tensors")
+    for name, value in delta.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise DeltaError(f"{what} maps {name!r} to a {type(value).__name__}, not to a tensor")
+        if value.dtype not in _DTYPE_CODES:
+            supported = ", ".join(map(_dtype_name, _DTYPE_CODES))
+            raise DeltaError(f"{what}: {name} is {value.dtype}; supported are {supported}")
+    broken = [name for name, value in delta.items() if not value.isfinite().all()]
+    if broken:
+        raise DeltaError(f"{what} has values that are not finite in {_few(broken)}")
+
+
+def _metadata(meta: DeltaMeta) -> dict[str, str]:
+    fields = asdict(meta)
+    extra = fields.pop("extra")
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        **{name: value for name, value in fields.items() if value is not None},
+        **{_EXTRA + key: value for key, value in extra.items()},
+    }
+
+
+def _meta(metadata: Mapping[str, str]) -> DeltaMeta:
+    names = ("anchor", "model", "trainable", "loss", "shard")
+    extra = {
+        key.removeprefix(_EXTRA): value for key, value in metadata.items() if key.startswith(_EXTRA)
+    }
+    return DeltaMeta(**{name: metadata[name] for name in names if name in metadata}, extra=extra)
+
+
+def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise DeltaFileError(f"{path} is a safetensors file, but no delta file of tangent-ops")
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise DeltaFileError(
+            f"{path} has format version {version}, this release reads {FORMAT_VERSION}: "
+            "update tangent-ops"
+        )
+    missing = {"anchor", "model", "trainable", "content_sha256"} - metadata.keys()
+    if missing:
+        raise DeltaFileError(f"{path} lacks {_few(missing)} in its header")
+
+
+def _content_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Hash names, dtypes, shapes, bytes and metadata as the module's docstring says."""
+    names = sorted(tensors)
+    head = {
+        "metadata": dict(metadata),
+        "tensors": [
+            [name, _dtype_name(tensors[name].dtype), list(tensors[name].shape)] for name in names
+        ],
+    }
+    digest = hashlib.sha256(_json(head).encode("ascii") + b"\n")
+    for name in names:
+        digest.update(_bytes_of(tensors[name]))
+    return digest.hexdigest()
+
+
+def _write_safetensors(
+    file: BinaryIO, tensors: Mapping[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Write the format of https://huggingface.co/docs/safetensors, byte for byte repeatable.
+
+    The library's own writer orders the metadata anew in each call.
+    """
+    # Wide elements first: every tensor is aligned, as the format asks.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPE_CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    encoded = _json(header).encode("ascii")
+    encoded += b" " * (-len(encoded) % 8)
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
+    for name in names:
+        file.write(_bytes_of(tensors[name]))
+
+
+def _write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)  # the new name must survive a power cut as well
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)  # 0-d tensors have no uint8 view
+    return flat.view(torch.uint8).numpy().data
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _short(digest: str) -> str:
+    return digest[:12]
+
+
+def _few(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,382 @@
+"""Fit a model by gradient descent: the deltas of a tangent model, any module, a linear probe."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
+from tangent_ops.evaluate import Data, as_loader, place, unpack
+from tangent_ops.features import cache_features
+from tangent_ops.linearize import LinearizedModel
+from tangent_ops.losses import RescaledSquareLoss
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
+    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
+    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
+}
+
+# Factor of the learning rate after this fraction of all steps.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "step": lambda done: 0.1 ** ((done >= 1 / 2) + (done >= 3 / 4)),
+}
+
+
+@dataclass
+class History:
+    """What happened in a `fit`.
+
+    Attributes:
+        loss: of each epoch, the mean over its samples of the objective, penalty included.
+        lr: of each epoch, the learning rate of its first step.
+        steps: optimizer steps taken.
+        seconds: wall time, caching of features included.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0
+
+
+def fit(
+    model: nn.Module,
+    data: Data,
+    *,
+    loss: Loss | None = None,
+    epochs: int = 15,
+    lr: float = 1e-4,
+    batch_size: int = 32,
+    optimizer: str = "adamw",
+    l2: float = 0.0,
+    schedule: str = "cosine",
+    seed: int = 0,
+    amp: bool | None = None,
+    device: str | torch.device | None = None,
+    cache: bool | str | os.PathLike[str] = False,
+    progress: bool = True,
+) -> History:
+    """Train a model's parameters in place; for a `LinearizedModel` these are its deltas.
+
+    Minimises mean loss + l2/2 * (sum of the squared trainable parameters). For a tangent model and
+    a convex loss this is the convex problem of Liu, Golatkar, Soatto: "Tangent Transformers for
+    Composition, Privacy and Removal" (TAFT), ICLR 2024. The paper's code adds the norm itself, not
+    its square: that penalty is not quadratic, so what is exact for quadratic problems (removal
+    with a certificate, lossless composition) would not hold.
+
+    Runs with the same seed on a CPU give the same parameters bit for bit. Train and eval modes stay
+    as the caller set them; gradients of the trained parameters are cleared.
+
+    Args:
+        model: a module of one input; parameters with requires_grad are trained.
+        data: a Dataset of (input, target), batched and shuffled here, or a DataLoader.
+        loss: (logits, targets) -> scalar mean over the batch; logits of 16-bit models are passed
+            in float32. None for `RescaledSquareLoss()`.
+        epochs: passes over the data.
+        lr: learning rate at the start.
+        batch_size: of a Dataset; a DataLoader has its own.
+        optimizer: "adamw" (weight decay 0) or "sgd" (momentum 0.9).
+        l2: weight of the squared norm; its gradient l2 * p is added to the loss's.
+        schedule: per step: "cosine" to 0, "step" (times 0.1 after 1/2 and again after 3/4 of the
+            steps) or "constant".
+        seed: of everything drawn here: order of the samples, dropout, random augmentation. The
+            states of torch's, numpy's, Python's and the loader's generators are put back.
+        amp: bfloat16 autocast; None: on CUDA devices that have it.
+        device: moves the model there first; None for where it is. Batches follow the model.
+        cache: compute what the frozen blocks below the first trained one give only once, in memory
+            (True) or in a memory-mapped file in this folder; for a `LinearizedModel` and inputs
+            without random augmentation.
+        progress: show a progress bar.
+
+    Returns:
+        The losses and learning rates per epoch.
+
+    Raises:
+        ArgumentError: an argument out of range; data that is empty or yields something else; no
+            trainable parameters, or a loss that does not depend on them.
+        UnsupportedError: cache, for a model that cannot be split.
+        NonFiniteLossError: the loss or its gradient is NaN or infinite; the parameters are as
+            before that step.
+    """
+    start = time.perf_counter()
+    recipe = _Recipe(loss, epochs, lr, optimizer, l2, schedule, seed, amp, progress)
+    loader = as_loader(data, batch_size, shuffle=True)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ArgumentError("model has no trainable parameters: all have requires_grad=False")
+    if cache is not False and not isinstance(model, LinearizedModel):
+        raise ArgumentError(
+            f"cache needs a LinearizedModel, got a {type(model).__name__}: split an ordinary one "
+            "with tangent_ops.features.split_model and fit its tail on cache_features"
+        )
+    where = place(model, device)
+    if isinstance(model, LinearizedModel) and cache is not False:
+        trunk, model = model.split()
+        loader = _cached(trunk, loader, None if cache is True else cache, where, recipe)
+    history = _train(model, loader, where, recipe)
+    history.seconds = time.perf_counter() - start
+    return history
+
+
+def fit_head(
+    model: nn.Module,
+    data: Data,
+    *,
+    num_classes: int | None = None,
+    loss: Loss | None = None,
+    epochs: int = 15,
+    lr: float = 1e-2,
+    batch_size: int = 32,
+    optimizer: str = "adamw",
+    l2: float = 0.0,
+    schedule: str = "cosine",
+    seed: int = 0,
+    amp: bool | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> tuple[nn.Module, History]:
+    """Train a linear probe: a new classifier, from zeros, on features computed once.
+
+    Linearize a model after this, not before: while its classifier is zero, no block below has a
+    derivative, and a tangent model there is no more than a probe.
+
+    Args:
+        model: a timm model (forward_features, forward_head, get_classifier, reset_classifier) whose
+            classifier is one linear layer. It is not changed.
+        data: as in `fit`, without random augmentation: it would be drawn once.
+        num_classes: of the new classifier; None for as many as the model has.
+        loss: as in `fit`.
+        epochs: as in `fit`.
+        lr: as in `fit`, but larger: a probe takes a higher rate than the blocks.
+        batch_size: as in `fit`.
+        optimizer: as in `fit`.
+        l2: as in `fit`; of the classifier only.
+        schedule: as in `fit`.
+        seed: as in `fit`.
+        amp: as in `fit`.
+        device: where the copy goes; None for where the model is.
+        progress: as in `fit`.
+
+    Returns:
+        A copy of the model with the trained classifier, in eval mode, and the history.
+
+    Raises:
+        ArgumentError: as in `fit`; num_classes is missing for a model without classifier.
+        UnsupportedError: not a timm model, or its classifier is not one linear layer.
+        NonFiniteLossError: as in `fit`.
+    """
+    start = time.perf_counter()
+    recipe = _Recipe(loss, epochs, lr, optimizer, l2, schedule, seed, amp, progress)
+    loader = as_loader(data, batch_size, shuffle=True)
+    model = copy.deepcopy(model).eval()
+    with _seeded(seed, torch.device("cpu")):  # reset_classifier draws weights
+        head = _zero_head(model, num_classes)
+    where = place(model, device)
+    loader = _cached(_PreLogits(model), loader, None, where, recipe)
+    history = _train(head, loader, where, recipe)
+    history.seconds = time.perf_counter() - start
+    return model, history
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """The checked options of `fit`."""
+
+    loss: Loss | None
+    epochs: int
+    lr: float
+    optimizer: str
+    l2: float
+    schedule: str
+    seed: int
+    amp: bool | None
+    progress: bool
+
+    def __post_init__(self) -> None:
+        for name, value in (("epochs", self.epochs), ("seed", self.seed)):
+            low = 1 if name == "epochs" else 0
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ArgumentError(f"{name} must be an integer of at least {low}, got {value!r}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ArgumentError(f"lr must be positive and finite, got {self.lr}")
+        if not (math.isfinite(self.l2) and self.l2 >= 0):
+            raise ArgumentError(f"l2 must be finite and not negative, got {self.l2}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ArgumentError(f"optimizer must be one of {[*OPTIMIZERS]}, got {self.optimizer!r}")
+        if self.schedule not in SCHEDULES:
+            raise ArgumentError(f"schedule must be one of {[*SCHEDULES]}, got {self.schedule!r}")
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        on = self.amp
+        if on is None:
+            on = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.autocast(device.type, torch.bfloat16, enabled=on)
+
+
+def _train(
+    model: nn.Module, loader: DataLoader[Any], device: torch.device, recipe: _Recipe
+) -> History:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = OPTIMIZERS[recipe.optimizer](parameters, recipe.lr)
+    loss = recipe.loss or RescaledSquareLoss()
+    steps = recipe.epochs * len(loader)
+    history = History()
+    bar = tqdm(total=steps, desc="fit", unit="step", disable=not recipe.progress)
+    with _seeded(recipe.seed, device, loader), bar:
+        for epoch in range(recipe.epochs):
+            total = samples = 0
+            for batch in loader:
+                lr = recipe.lr * SCHEDULES[recipe.schedule](history.steps / steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                if samples == 0:
+                    history.lr.append(lr)
+
+                inputs, targets = unpack(batch, device)
+                optimizer.zero_grad()
+                objective = _backward(model, inputs, targets, loss, parameters, recipe)
+                if objective is None:
+                    optimizer.zero_grad()
+                    raise NonFiniteLossError(
+                        f"the loss or its gradient is not finite in epoch {epoch + 1} of "
+                        f"{recipe.epochs}, step {history.steps + 1} of {steps}, at lr={lr:.3g}; "
+                        "the parameters are as before this step. Check the inputs for NaN, or try "
+                        "a lower lr or amp=False"
+                    )
+                optimizer.step()
+
+                history.steps += 1
+                total += objective * len(inputs)
+                samples += len(inputs)
+                bar.set_postfix(epoch=epoch + 1, loss=f"{objective:.4g}", refresh=False)
+                bar.update()
+            if samples == 0:
+                raise ArgumentError("data has a length, but yielded no batch")
+            history.loss.append(total / samples)
+    optimizer.zero_grad()
+    return history
+
+
+def _backward(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    loss: Loss,
+    parameters: list[nn.Parameter],
+    recipe: _Recipe,
+) -> float | None:
+    """Set the gradients; return the objective, or None if it or a gradient is not finite."""
+    with recipe.autocast(inputs.device):
+        logits = model(inputs)
+    if isinstance(logits, Tensor) and logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    value = loss(logits, targets)
+    if value.ndim != 0:
+        raise ArgumentError(f"loss must return a scalar, got shape {tuple(value.shape)}")
+    if not value.requires_grad:
+        raise ArgumentError("loss does not depend on any trainable parameter of the model")
+    value.backward()
+    objective = value.item()
+    if recipe.l2:
+        for parameter in parameters:
+            penalty = recipe.l2 * parameter.detach()
+            parameter.grad = penalty if parameter.grad is None else parameter.grad + penalty
+        objective += recipe.l2 / 2 * nn.utils.get_total_norm(parameters).item() ** 2
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients).item()
+    return objective if math.isfinite(objective) and math.isfinite(norm) else None
+
+
+def _cached(
+    trunk: nn.Module,
+    loader: DataLoader[Any],
+    path: str | os.PathLike[str] | None,
+    device: torch.device,
+    recipe: _Recipe,
+) -> DataLoader[Any]:
+    """Compute the trunk's outputs once; give a loader of them with the batches of `loader`."""
+    if loader.batch_sampler is None:
+        raise ArgumentError("features can only be cached for a DataLoader that makes batches")
+    in_order = DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size or 32,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+    )
+    with _seeded(recipe.seed, device, loader), recipe.autocast(device):
+        features = cache_features(trunk, in_order, path, progress=recipe.progress)
+    return DataLoader(features, batch_sampler=loader.batch_sampler, generator=loader.generator)
+
+
+class _PreLogits(nn.Module):
+    """What a timm model feeds its classifier."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.model.forward_head(self.model.forward_features(inputs), pre_logits=True)
+
+
+def _zero_head(model: Any, num_classes: int | None) -> nn.Linear:
+    needed = ("forward_features", "forward_head", "get_classifier", "reset_classifier")
+    missing = [name for name in needed if not hasattr(model, name)]
+    if missing:
+        kind = type(model).__name__
+        raise UnsupportedError(f"fit_head needs a timm model; this {kind} lacks {missing}")
+    if num_classes is not None:
+        model.reset_classifier(num_classes)
+    head = model.get_classifier()
+    if isinstance(head, nn.Identity):
+        raise ArgumentError("model has no classifier: pass num_classes")
+    if not isinstance(head, nn.Linear):
+        kind = type(head).__name__
+        raise UnsupportedError(f"fit_head needs one nn.Linear as classifier, this is a {kind}")
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter.requires_grad_())
+    return head
+
+
+@contextmanager
+def _seeded(
+    seed: int, device: torch.device, loader: DataLoader[Any] | None = None
+) -> Iterator[None]:
+    """Seed every generator that training draws from; put their states back at the end."""
+    owners = (loader, getattr(loader, "sampler", None))
+    own = [getattr(owner, "generator", None) for owner in owners]
+    states = [(generator, generator.get_state()) for generator in own if generator is not None]
+    python, numpy = random.getstate(), np.random.get_state()
+    cuda = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU
+            if cuda:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            for generator, _ in states:
+                generator.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for generator, state in states:
+            generator.set_state(state)

@@ -1,0 +1,326 @@
+"""The tangent transformer: a model's first-order Taylor expansion around its weights."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+
+from tangent_ops.delta import (
+    Delta,
+    DeltaMeta,
+    check_anchor,
+    check_layout,
+    check_values,
+    fingerprint,
+)
+from tangent_ops.errors import ArgumentError, UnsupportedError, ZeroHeadWarning
+from tangent_ops.features import Trunk, blocks_of, split_model
+from tangent_ops.forward_ad import fused_forward_ad
+
+Trainable = str | Callable[[str], bool] | None
+
+
+def linearize(model: nn.Module, trainable: Trainable = None) -> LinearizedModel:
+    """Expand a model to first order around its present weights w0.
+
+        f_lin(x; Δw) = f(x; w0) + J(x) Δw          J(x) = ∂f(x; w)/∂w at w0
+
+    (Liu, Golatkar, Soatto, "Tangent Transformers for Composition, Privacy and Removal", ICLR
+    2024, eq. 2.) Δw starts at zero, so the result first computes what ``model`` does in eval
+    mode. The model is copied and left alone; the copy, the *anchor*, is frozen.
+
+    An anchor whose head is all zeros has J = 0 for every parameter below it, so only the head
+    would learn. Train a linear probe first (:func:`tangent_ops.fit_head`), linearize there.
+
+    Args:
+        model: any module built of operations with a forward derivative.
+        trainable: which parameters get a delta. None: all; a regular expression, searched for in
+            parameter names (see :func:`last_blocks`); or a function from name to bool.
+
+    Raises:
+        ArgumentError: no parameter matches, or ``model`` cannot be linearized.
+
+    Warns:
+        ZeroHeadWarning: the classifier is all zeros and something below it is to be trained.
+    """
+    if isinstance(model, LinearizedModel):
+        raise ArgumentError("model is linearized already: pass the original, or model.anchor")
+    anchor = copy.deepcopy(model).eval().requires_grad_(False)
+    names = _choose(anchor, trainable)
+    _warn_about_zero_head(anchor, names)
+    deltas = {
+        name: nn.Parameter(torch.zeros_like(parameter, memory_format=torch.contiguous_format))
+        for name, parameter in anchor.named_parameters()
+        if name in names
+    }
+    return LinearizedModel(anchor, deltas, _Record(anchor, _pattern_text(trainable)))
+
+
+def last_blocks(model: nn.Module, k: int) -> str:
+    """A pattern for ``linearize(model, trainable=...)`` that trains the end of a transformer.
+
+    It matches the last ``k`` of ``model.blocks`` and everything registered after them (final
+    norm, head): the paper's TAFT-k.
+
+    Raises:
+        ArgumentError: ``k`` is not between 0 and the number of blocks.
+        UnsupportedError: the model has no ``blocks``.
+    """
+    count = len(blocks_of(model))
+    if not 0 <= k <= count:
+        raise ArgumentError(f"k={k}: expected 0 to {count}, the number of blocks")
+    children = [name for name, _ in model.named_children()]
+    after = children[children.index("blocks") + 1 :]
+    groups = [rf"blocks\.{i}" for i in range(count - k, count)] + [re.escape(n) for n in after]
+    return rf"^({'|'.join(groups)})\."
+
+
+class LinearizedModel(nn.Module):
+    """f(x; w0) + J(x) Δw, with Δw as ordinary parameters. Made by :func:`linearize`.
+
+    Both terms come from one forward pass in forward-mode AD: trained parameters are dual tensors
+    (w0, Δw), and everything that depends on none of them runs once, without a tangent. The
+    anchor stays in eval mode whatever ``train()`` says: dropout and stochastic depth are off,
+    batch norm uses its running statistics.
+
+    Attributes:
+        anchor: the frozen model at w0.
+        trainable: the pattern that chose the trained parameters, as text.
+        model_name: the anchor's name.
+    """
+
+    def __init__(self, anchor: nn.Module, deltas: Mapping[str, nn.Parameter], record: _Record):
+        super().__init__()
+        self.anchor = anchor
+        self.delta = _ParameterTree(deltas)
+        self._names = tuple(deltas)
+        self._record = record
+
+    def forward(self, *args, **kwargs) -> Any:
+        """f(x; w0) + J(x) Δw, shaped as the model's own output."""
+        primal, tangent = self.primal_and_tangent(*args, **kwargs)
+        return tree_map(lambda p, t: p + t if isinstance(p, Tensor) else p, primal, tangent)
+
+    def primal_and_tangent(self, *args, **kwargs) -> tuple[Any, Any]:
+        """The pair f(x; w0), J(x) Δw, each shaped as the model's own output."""
+        deltas = self.deltas()
+        weights = {name: _lookup(self.anchor, name) for name in deltas}
+
+        def run(parameters):
+            return functional_call(self.anchor, parameters, args, kwargs)
+
+        with fused_forward_ad():
+            if _inside_another_transform():
+                return torch.func.jvp(run, (weights,), (deltas,))
+            # The same as torch.func.jvp, without the cost of wrapping every tensor.
+            with forward_ad.dual_level():
+                dual = {n: forward_ad.make_dual(w, deltas[n]) for n, w in weights.items()}
+                return _unpack(run(dual))
+
+    def deltas(self) -> dict[str, nn.Parameter]:
+        """The live delta parameters, named as the anchor's."""
+        return {name: _lookup(self.delta, name) for name in self._names}
+
+    def delta_dict(self) -> Delta:
+        """A copy of the deltas on their device, with the record of where they belong."""
+        tensors = {name: delta.detach().clone() for name, delta in self.deltas().items()}
+        return Delta(tensors, DeltaMeta(self.fingerprint, self.model_name, self.trainable))
+
+    def load_delta_dict(self, delta: Mapping[str, Tensor]) -> None:
+        """Overwrite the deltas in place; nothing changes if ``delta`` does not fit.
+
+        Raises:
+            DeltaError: another anchor (where ``delta`` records one), other names or shapes, or
+                values that are not finite.
+        """
+        own = self.deltas()
+        check_anchor(getattr(delta, "meta", None), self.fingerprint, self.model_name, "the delta")
+        check_layout(delta, own, "the delta")
+        check_values(delta, "the delta")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(delta[name])
+
+    def split(self) -> tuple[Trunk, LinearizedModel]:
+        """Split in front of the first trained block.
+
+        Returns:
+            ``trunk`` maps inputs to tokens, without gradients or tangents; ``tail`` maps tokens
+            to what this model returns. The tail shares this model's delta parameters: training
+            it trains this model.
+
+        Raises:
+            UnsupportedError: a parameter below the blocks is trained, or the model's parts do
+                not run one after the other (see :func:`tangent_ops.features.split_model`).
+        """
+        blocks = blocks_of(self.anchor)
+        trained = {int(n.split(".")[1]) for n in self._names if n.startswith("blocks.")}
+        start = min(trained, default=len(blocks))
+        trunk, tail = split_model(self.anchor, start)
+        inside = {name for name, _ in tail.named_parameters()}
+        below = [name for name in self._names if name not in inside]
+        if below:
+            raise UnsupportedError(
+                f"no part of the model is frozen below its first trained parameter: {below[0]} "
+                "is trained. Train without a feature cache."
+            )
+        return trunk, LinearizedModel(tail, self.deltas(), self._record)
+
+    def summary(self) -> None:
+        """Print trained and frozen parameter counts by group (a block, or a part beside them)."""
+        rows: dict[str, list[int]] = {}
+        for name, parameter in self.anchor.named_parameters():
+            parts = name.split(".")
+            group = ".".join(parts[:2]) if parts[0] == "blocks" else parts[0]
+            rows.setdefault(group, [0, 0])[0 if name in self._names else 1] += parameter.numel()
+        rows["total"] = [sum(column) for column in zip(*rows.values(), strict=True)]
+        width = max(map(len, rows))
+        print(f"{self.model_name}, linearized (trainable: {self.trainable})")
+        print(f"{'group':<{width}} {'trained':>14} {'frozen':>14}")
+        for group, (trained, frozen) in rows.items():
+            print(f"{group:<{width}} {trained:>14,} {frozen:>14,}")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the anchor's state, in hexadecimal; computed once, at first use."""
+        return self._record.fingerprint
+
+    @property
+    def trainable(self) -> str:
+        return self._record.trainable
+
+    @property
+    def model_name(self) -> str:
+        return self._record.model_name
+
+    def train(self, mode: bool = True) -> LinearizedModel:
+        super().train(mode)
+        self.anchor.eval()
+        return self
+
+
+class _Record:
+    """Whose deltas these are. A tail keeps the record of the whole model."""
+
+    def __init__(self, anchor: nn.Module, trainable: str):
+        self.anchor = anchor
+        self.trainable = trainable
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.anchor.state_dict())
+
+    @property
+    def model_name(self) -> str:
+        config = getattr(self.anchor, "pretrained_cfg", None) or {}
+        return str(config.get("architecture") or type(self.anchor).__name__)
+
+
+class _ParameterTree(nn.Module):
+    """Parameters under dotted names, as nested modules: a state_dict key is the name itself."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]):
+        super().__init__()
+        for name, parameter in parameters.items():
+            *path, leaf = name.split(".")
+            module: nn.Module = self
+            for part in path:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module._modules[part]  # pyright: ignore[reportAssignmentType]
+            module.register_parameter(leaf, parameter)
+
+
+def _lookup(module: nn.Module, name: str) -> Any:
+    """The parameter of that dotted name, or what functional_call has put in its place."""
+    return functools.reduce(getattr, name.split("."), module)
+
+
+def _choose(anchor: nn.Module, trainable: Trainable) -> set[str]:
+    """Names of the parameters to train."""
+    candidates = {n for n, p in anchor.named_parameters() if p.is_floating_point()}
+    if not candidates:
+        raise ArgumentError(f"{type(anchor).__name__} has no floating-point parameter")
+    if trainable is None:
+        return candidates
+    if isinstance(trainable, str):
+        try:
+            matches = re.compile(trainable).search
+        except re.error as error:
+            raise ArgumentError(
+                f"trainable={trainable!r} is no regular expression: {error}"
+            ) from error
+    elif callable(trainable):
+        matches = trainable
+    else:
+        raise ArgumentError(f"trainable={trainable!r}: expected None, a pattern or a function")
+    chosen = {name for name in candidates if matches(name)}
+    if not chosen:
+        raise ArgumentError(
+            f"trainable={_pattern_text(trainable)!r} matches no parameter; names look like "
+            f"{_some(sorted(candidates))}"
+        )
+    return chosen
+
+
+def _pattern_text(trainable: Trainable) -> str:
+    if trainable is None:
+        return "all"
+    if isinstance(trainable, str):
+        return trainable
+    return getattr(trainable, "__qualname__", repr(trainable))
+
+
+def _warn_about_zero_head(anchor: nn.Module, names: set[str]) -> None:
+    get_classifier = getattr(anchor, "get_classifier", None)
+    head = get_classifier() if callable(get_classifier) else None
+    if not isinstance(head, nn.Linear) or torch.count_nonzero(head.weight):
+        return
+    own = {id(parameter) for parameter in head.parameters()}
+    if all(id(anchor.get_parameter(name)) in own for name in names):
+        return
+    warnings.warn(
+        "the classifier's weight is all zeros, so the derivative by every parameter below it is "
+        "zero and only the head can learn: train it first with tangent_ops.fit_head, then "
+        "linearize",
+        ZeroHeadWarning,
+        stacklevel=3,
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _inside_another_transform() -> bool:
+    """Whether torch.func or a forward-mode level is active, or Dynamo is tracing."""
+    return (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _unpack(output: Any) -> tuple[Any, Any]:
+    """Primal and tangent of every tensor in a model's output; an absent tangent is zero."""
+
+    def tangent(x):
+        if not isinstance(x, Tensor):
+            return x
+        found = forward_ad.unpack_dual(x).tangent
+        return torch.zeros_like(x) if found is None else found
+
+    primal = tree_map(
+        lambda x: forward_ad.unpack_dual(x).primal if isinstance(x, Tensor) else x, output
+    )
+    return primal, tree_map(tangent, output)
