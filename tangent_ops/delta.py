@@ -190,7 +190,7 @@ def load_delta(
     delta.meta = _meta(metadata)
     check_values(delta, str(path))
     if isinstance(anchor, str):
-        check_anchor(delta.meta, anchor, "?", str(path))
+        check_anchor(delta.meta, anchor, "as given", str(path))
     elif anchor is not None:
         check_anchor(delta.meta, anchor.fingerprint, anchor.model_name, str(path))
         check_layout(delta, anchor.deltas(), str(path))

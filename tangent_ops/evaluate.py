@@ -94,8 +94,7 @@ def accuracy(
 
 def as_loader(data: Data, batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
     """Give `data` back if it is a DataLoader, else batch it; raise ArgumentError if it is empty."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError(f"batch_size must be a positive integer, got {batch_size!r}")
+    check_integer("batch_size", batch_size, 1)
     if not isinstance(data, (DataLoader, Dataset)):
         raise ArgumentError(
             f"data must be a DataLoader or a Dataset of (input, target), got a "
@@ -115,6 +114,12 @@ def as_loader(data: Data, batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
     # generator keeps the loader from drawing a worker seed from the caller's.
     generator = None if shuffle else torch.Generator()
     return DataLoader(data, batch_size=batch_size, shuffle=shuffle, generator=generator)
+
+
+def check_integer(name: str, value: object, low: int) -> None:
+    """Raise ArgumentError unless `value` is an integer of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ArgumentError(f"{name} must be an integer of at least {low}, got {value!r}")
 
 
 def unpack(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
@@ -25,6 +26,8 @@ class Tail(nn.Module):
         start: index of the first block that belongs to the tail; ``len(model.blocks)`` leaves
             the final norm and the head.
     """
+
+    norm: nn.Module
 
     def __init__(self, model: nn.Module, start: int):
         super().__init__()
@@ -53,12 +56,12 @@ class Trunk(nn.Module):
         blocks = blocks_of(model)
         self.model = model
         # Not registered as a child: the model already owns these modules.
-        self._entry = [blocks[start] if start < len(blocks) else model.norm]
+        self._entry: list[nn.Module] = [blocks[start] if start < len(blocks) else model.norm]
         self._unchecked_tail = [tail]
 
     @torch.no_grad()
     def forward(self, *args) -> Tensor:
-        was_training = self.model.training
+        modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
             if self._unchecked_tail:
@@ -66,7 +69,8 @@ class Trunk(nn.Module):
                 self._unchecked_tail.clear()
             return self._tokens(args)
         finally:
-            self.model.train(was_training)
+            for module, mode in modes.items():  # the tail's may differ from the rest
+                module.training = mode
 
     def _tokens(self, args) -> Tensor:
         def stop(_module, inputs, kwargs):
@@ -150,6 +154,11 @@ def split_model(model: nn.Module, start: int) -> tuple[Trunk, Tail]:
                 "Train without a feature cache."
             )
     tail = Tail(model, start)
+    if not hasattr(tail, "norm"):
+        raise UnsupportedError(
+            f"{type(model).__name__} cannot be split: its `norm` is registered before its blocks. "
+            "Train without a feature cache."
+        )
     return Trunk(model, tail, start), tail
 
 
@@ -195,51 +204,91 @@ def cache_features(
         trunk: module from a batch of inputs to a batch of features.
         loader: yields (inputs, targets) batches.
         path: None keeps the features in memory; a folder keeps them in a memory-mapped file
-            ``features.npy`` there (float32), for sets larger than memory.
+            ``features.bin`` there, for sets larger than memory. The file replaces an older one
+            when it is complete; caches that are still mapped keep the older content.
         progress: show a progress bar.
 
     Raises:
-        ArgumentError: the loader yields nothing, or something else than pairs of tensors.
+        ArgumentError: the loader yields nothing, or something else than pairs of tensors of
+            equal length, or features that change their shape or dtype.
     """
     device = next((tensor.device for tensor in trunk.parameters()), torch.device("cpu"))
-    features: list[Tensor] = []
+    store = _Memory() if path is None else _File(Path(path))
     targets: list[Tensor] = []
-    file = None if path is None else _FeatureFile(Path(path))
-    for batch in tqdm(loader, desc="features", unit="batch", disable=not progress):
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-            raise ArgumentError("loader must yield (inputs, targets) pairs")
-        inputs, labels = batch
-        tokens = trunk(inputs.to(device, non_blocking=True)).cpu()
-        if file is None:
-            features.append(tokens)
-        else:
-            file.append(tokens)
-        targets.append(torch.as_tensor(labels))
-    if not targets:
-        raise ArgumentError("loader yields no batch, so there is nothing to cache")
-    kept = torch.cat(features) if file is None else file.finish()
-    return CachedFeatures(kept, torch.cat(targets))
+    expected: tuple[torch.Size, torch.dtype] | None = None
+    try:
+        for batch in tqdm(loader, desc="features", unit="batch", disable=not progress):
+            inputs, labels = _pair(batch)
+            features = trunk(inputs.to(device, non_blocking=True)).cpu()
+            kind = (features.shape[1:], features.dtype)
+            expected = expected or kind
+            if len(features) != len(labels) or kind != expected:
+                raise ArgumentError(
+                    f"trunk gives {tuple(features.shape)} {features.dtype} for {len(labels)} "
+                    f"targets, after rows of {tuple(expected[0])} {expected[1]}"
+                )
+            store.append(features)
+            targets.append(labels)
+        if not targets:
+            raise ArgumentError("loader yields no batch, so there is nothing to cache")
+        return CachedFeatures(store.finish(), torch.cat(targets))
+    finally:
+        store.close()
 
 
-class _FeatureFile:
-    """Rows appended to one raw file, then mapped; an unfinished file has another name."""
+def _pair(batch: object) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        inputs, labels = batch[0], torch.as_tensor(batch[1])
+        if isinstance(inputs, Tensor) and labels.ndim and len(inputs) == len(labels):
+            return inputs, labels
+    raise ArgumentError(
+        "loader must yield (inputs, targets) batches, two tensors of equal length; a dataset of "
+        "single samples needs a DataLoader around it"
+    )
+
+
+class _Memory:
+    """Batches of rows, joined at the end."""
+
+    def __init__(self):
+        self.batches: list[Tensor] = []
+
+    def append(self, features: Tensor) -> None:
+        self.batches.append(features)
+
+    def finish(self) -> Tensor:
+        return torch.cat(self.batches)
+
+    def close(self) -> None:
+        self.batches.clear()
+
+
+class _File:
+    """Rows appended to a raw file under a temporary name, which is mapped, then renamed."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self.target = folder / "features.npy"
-        self.partial = folder / "features.npy.partial"
+        self.target = folder / "features.bin"
+        handle, self.name = tempfile.mkstemp(".partial", dir=folder)
+        self.stream = os.fdopen(handle, "wb")
         self.rows = 0
-        self.shape: tuple[int, ...] = ()
-        self.partial.write_bytes(b"")
 
-    def append(self, tokens: Tensor) -> None:
-        self.shape = tuple(tokens.shape[1:])
-        self.rows += len(tokens)
-        with self.partial.open("ab") as stream:
-            stream.write(tokens.float().contiguous().numpy().tobytes())
+    def append(self, features: Tensor) -> None:
+        self.rows += len(features)
+        self.shape, self.dtype = features.shape[1:], features.dtype
+        # Bytes, because numpy knows no bfloat16.
+        self.stream.write(features.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def finish(self) -> Tensor:
-        os.replace(self.partial, self.target)
-        shape = (self.rows, *self.shape)
-        # Mode "c" (copy on write) gives torch a writable array without ever changing the file.
-        return torch.from_numpy(np.memmap(self.target, np.float32, "c", shape=shape))
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+        size = self.rows * self.shape.numel()
+        # Not shared: torch gets a writable tensor, and writing to it never changes the file.
+        mapped = torch.from_file(self.name, shared=False, size=size, dtype=self.dtype)
+        os.replace(self.name, self.target)
+        return mapped.view(self.rows, *self.shape)
+
+    def close(self) -> None:
+        self.stream.close()
+        with contextlib.suppress(FileNotFoundError):  # it has its final name
+            os.unlink(self.name)

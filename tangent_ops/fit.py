@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
-from tangent_ops.evaluate import Data, as_loader, place, unpack
+from tangent_ops.evaluate import Data, as_loader, check_integer, place, unpack
 from tangent_ops.features import cache_features
 from tangent_ops.linearize import LinearizedModel
 from tangent_ops.losses import RescaledSquareLoss
@@ -183,6 +183,8 @@ def fit_head(
     """
     start = time.perf_counter()
     recipe = _Recipe(loss, epochs, lr, optimizer, l2, schedule, seed, amp, progress)
+    if num_classes is not None:
+        check_integer("num_classes", num_classes, 1)
     loader = as_loader(data, batch_size, shuffle=True)
     model = copy.deepcopy(model).eval()
     with _seeded(seed, torch.device("cpu")):  # reset_classifier draws weights
@@ -209,10 +211,8 @@ class _Recipe:
     progress: bool
 
     def __post_init__(self) -> None:
-        for name, value in (("epochs", self.epochs), ("seed", self.seed)):
-            low = 1 if name == "epochs" else 0
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ArgumentError(f"{name} must be an integer of at least {low}, got {value!r}")
+        check_integer("epochs", self.epochs, 1)
+        check_integer("seed", self.seed, 0)
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ArgumentError(f"lr must be positive and finite, got {self.lr}")
         if not (math.isfinite(self.l2) and self.l2 >= 0):
@@ -287,8 +287,9 @@ def _backward(
     if isinstance(logits, Tensor) and logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     value = loss(logits, targets)
-    if value.ndim != 0:
-        raise ArgumentError(f"loss must return a scalar, got shape {tuple(value.shape)}")
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ArgumentError(f"loss must return a scalar tensor, got {got}")
     if not value.requires_grad:
         raise ArgumentError("loss does not depend on any trainable parameter of the model")
     value.backward()

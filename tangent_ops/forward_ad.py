@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+from types import FunctionType
+
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from tangent_ops.errors import ArgumentError
 from tangent_ops.functional import scaled_dot_product_attention
 from tangent_ops.functional._backend import Backend, may_be_dual
+
+
+def _multi_head_attention(backend: Backend | None) -> FunctionType:
+    """``F.multi_head_attention_forward`` (nn.MultiheadAttention) around this library's attention.
+
+    A mode is off while it handles a function, so it would not see the call inside that one.
+    """
+    original = F.multi_head_attention_forward
+    attention = functools.partial(scaled_dot_product_attention, backend=backend)
+    names = {**vars(F), "scaled_dot_product_attention": attention}
+    copy = FunctionType(original.__code__, names, original.__name__, original.__defaults__)
+    copy.__kwdefaults__ = original.__kwdefaults__
+    return copy
+
+
+_BACKENDS: tuple[Backend | None, ...] = (None, "triton", "reference")
+# Made once: torch.compile cannot trace the making.
+_MULTI_HEAD_ATTENTION = {backend: _multi_head_attention(backend) for backend in _BACKENDS}
 
 
 class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_grad
@@ -22,16 +44,23 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
 
     Args:
         backend: None chooses by device; "triton" or "reference" insists.
+
+    Raises:
+        ArgumentError: there is no such backend.
     """
 
     def __init__(self, backend: Backend | None = None):
         super().__init__()
-        self.backend = backend
+        if backend not in _BACKENDS:
+            raise ArgumentError(f"backend={backend!r}: expected None, 'triton' or 'reference'")
+        self.backend: Backend | None = backend
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and any(
+        if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward) and any(
             may_be_dual(operand) for operand in (*args, *kwargs.values())
         ):
-            return scaled_dot_product_attention(*args, **kwargs, backend=self.backend)
+            if func is F.scaled_dot_product_attention:
+                return scaled_dot_product_attention(*args, **kwargs, backend=self.backend)
+            return _MULTI_HEAD_ATTENTION[self.backend](*args, **kwargs)
         return func(*args, **kwargs)

@@ -48,14 +48,18 @@ def linearize(model: nn.Module, trainable: Trainable = None) -> LinearizedModel:
             parameter names (see :func:`last_blocks`); or a function from name to bool.
 
     Raises:
-        ArgumentError: no parameter matches, or ``model`` cannot be linearized.
+        ArgumentError: no parameter matches, or ``model`` is no module or linearized already.
 
     Warns:
         ZeroHeadWarning: the classifier is all zeros and something below it is to be trained.
     """
     if isinstance(model, LinearizedModel):
         raise ArgumentError("model is linearized already: pass the original, or model.anchor")
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}: expected an nn.Module")
     anchor = copy.deepcopy(model).eval().requires_grad_(False)
+    if callable(set_checkpointing := getattr(anchor, "set_grad_checkpointing", None)):
+        set_checkpointing(False)  # the backward would recompute outside the forward-mode level
     names = _choose(anchor, trainable)
     _warn_about_zero_head(anchor, names)
     deltas = {
@@ -107,7 +111,12 @@ class LinearizedModel(nn.Module):
         self._record = record
 
     def forward(self, *args, **kwargs) -> Any:
-        """f(x; w0) + J(x) Δw, shaped as the model's own output."""
+        """f(x; w0) + J(x) Δw, shaped as the model's own output.
+
+        Raises:
+            UnsupportedError: the output holds something else than tensors, plain values, and
+                tuples, lists and dicts of them.
+        """
         primal, tangent = self.primal_and_tangent(*args, **kwargs)
         return tree_map(lambda p, t: p + t if isinstance(p, Tensor) else p, primal, tangent)
 
@@ -145,8 +154,8 @@ class LinearizedModel(nn.Module):
         """
         own = self.deltas()
         check_anchor(getattr(delta, "meta", None), self.fingerprint, self.model_name, "the delta")
-        check_layout(delta, own, "the delta")
         check_values(delta, "the delta")
+        check_layout(delta, own, "the delta")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(delta[name])
@@ -208,6 +217,14 @@ class LinearizedModel(nn.Module):
         self.anchor.eval()
         return self
 
+    def _apply(self, *args, **kwargs):  # .to(), .half(), ...
+        self._record.anchor_changes()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._record.anchor_changes()
+        super()._load_from_state_dict(*args, **kwargs)
+
 
 class _Record:
     """Whose deltas these are. A tail keeps the record of the whole model."""
@@ -219,6 +236,9 @@ class _Record:
     @functools.cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.anchor.state_dict())
+
+    def anchor_changes(self) -> None:
+        self.__dict__.pop("fingerprint", None)
 
     @property
     def model_name(self) -> str:
@@ -248,11 +268,17 @@ def _lookup(module: nn.Module, name: str) -> Any:
 
 def _choose(anchor: nn.Module, trainable: Trainable) -> set[str]:
     """Names of the parameters to train."""
-    candidates = {n for n, p in anchor.named_parameters() if p.is_floating_point()}
+    # Tied parameters may be chosen by any of their names; their delta has the first.
+    first: dict[int, str] = {}
+    candidates = {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in anchor.named_parameters(remove_duplicate=False)
+        if parameter.is_floating_point()
+    }
     if not candidates:
         raise ArgumentError(f"{type(anchor).__name__} has no floating-point parameter")
     if trainable is None:
-        return candidates
+        return set(candidates.values())
     if isinstance(trainable, str):
         try:
             matches = re.compile(trainable).search
@@ -263,8 +289,10 @@ def _choose(anchor: nn.Module, trainable: Trainable) -> set[str]:
     elif callable(trainable):
         matches = trainable
     else:
-        raise ArgumentError(f"trainable={trainable!r}: expected None, a pattern or a function")
-    chosen = {name for name in candidates if matches(name)}
+        raise ArgumentError(
+            f"trainable={trainable!r}: expected None, a regular expression as a str, or a function"
+        )
+    chosen = {own for name, own in candidates.items() if matches(name)}
     if not chosen:
         raise ArgumentError(
             f"trainable={_pattern_text(trainable)!r} matches no parameter; names look like "
@@ -283,10 +311,11 @@ def _pattern_text(trainable: Trainable) -> str:
 
 def _warn_about_zero_head(anchor: nn.Module, names: set[str]) -> None:
     get_classifier = getattr(anchor, "get_classifier", None)
-    head = get_classifier() if callable(get_classifier) else None
-    if not isinstance(head, nn.Linear) or torch.count_nonzero(head.weight):
+    found: Any = get_classifier() if callable(get_classifier) else None
+    heads = found if isinstance(found, tuple) else (found,)  # a distilled model has two
+    if any(not isinstance(h, nn.Linear) or torch.count_nonzero(h.weight) for h in heads):
         return
-    own = {id(parameter) for parameter in head.parameters()}
+    own = {id(parameter) for head in heads for parameter in head.parameters()}
     if all(id(anchor.get_parameter(name)) in own for name in names):
         return
     warnings.warn(
@@ -307,7 +336,7 @@ def _inside_another_transform() -> bool:
     return (
         torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
     )
 
 
@@ -315,8 +344,13 @@ def _unpack(output: Any) -> tuple[Any, Any]:
     """Primal and tangent of every tensor in a model's output; an absent tangent is zero."""
 
     def tangent(x):
-        if not isinstance(x, Tensor):
+        if x is None or isinstance(x, (bool, int, float, str)):
             return x
+        if not isinstance(x, Tensor):
+            raise UnsupportedError(
+                f"the model returns a {type(x).__name__}, whose tensors cannot be found: let it "
+                "return a tensor, or a tuple, list or dict of tensors"
+            )
         found = forward_ad.unpack_dual(x).tangent
         return torch.zeros_like(x) if found is None else found
 

@@ -61,17 +61,21 @@ class TangentAttention(nn.Module):
             ...     block.attn = TangentAttention.from_timm(block.attn)
 
         Raises:
-            UnsupportedError: ``attn`` lacks a part of timm's Attention, or has one that this
-                module would ignore (such as a relative position bias).
+            UnsupportedError: ``attn`` computes something else than timm's Attention does, or has
+                a part that this module would ignore.
         """
-        own = {name for name, _ in attn.named_parameters(recurse=False)}
-        own |= {name for name, _ in attn.named_buffers(recurse=False)}
-        own |= {name for name, _ in attn.named_children() if name not in _PARTS}
-        missing = [name for name in ("qkv", "proj", "num_heads") if not hasattr(attn, name)]
-        if own or missing:
-            problem = f"lacks {missing}" if missing else f"has {sorted(own)}, which would be lost"
+        from timm.layers.attention import Attention  # here, so that tangent_ops imports without timm
+
+        if type(attn).forward is not Attention.forward:
+            problem = "its forward is another one"
+        else:
+            parts = (attn.named_parameters(recurse=False), attn.named_buffers(recurse=False))
+            own = {name for kind in parts for name, _ in kind}
+            own |= {name for name, _ in attn.named_children() if name not in _PARTS}
+            problem = f"its {', '.join(sorted(own))} would be lost" if own else None
+        if problem:
             raise UnsupportedError(
-                f"{type(attn).__name__} is no plain timm Attention: it {problem}. "
+                f"{type(attn).__name__} is no plain timm.layers.Attention: {problem}. "
                 "Leave the module as it is and use tangent_ops.fused_forward_ad()."
             )
         num_heads = int(attn.num_heads)  # pyright: ignore[reportArgumentType]
@@ -79,7 +83,7 @@ class TangentAttention(nn.Module):
         for name in _PARTS:
             if hasattr(attn, name):
                 setattr(module, name, getattr(attn, name))
-        module.scale = getattr(attn, "scale", (module.qkv.out_features // 3 // num_heads) ** -0.5)
+        module.scale = float(attn.scale)  # pyright: ignore[reportArgumentType]
         module.train(attn.training)
         return module
 

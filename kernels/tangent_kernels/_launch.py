@@ -14,10 +14,32 @@ from torch import Tensor
 class Config:
     """Tile sizes and launch options of one kernel."""
 
-    rows: int
-    cols: int
+    rows: int  # queries in a tile
+    cols: int  # keys in a tile
     num_warps: int
     num_stages: int
+
+    def options(self, dim: int) -> dict:
+        """The keyword arguments that every kernel's launch takes."""
+        return {
+            "DIM": dim,
+            "DIM_PAD": padded_dim(dim),
+            "ROWS": self.rows,
+            "COLS": self.cols,
+            "PRECISION": FLOAT32_DOT,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+# How float32 tiles are multiplied: three tf32 products, nearly float32's accuracy on tensor cores.
+# Plain float32 (FMA) tiles spill kilobytes of registers. No effect on 16-bit tiles.
+FLOAT32_DOT = "tf32x3"
+
+
+def has_async_mma(tensor: Tensor) -> bool:
+    """Whether matrix units read operands from shared memory (sm_90, sm_100), not registers."""
+    return not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device)[0] in (9, 10)
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:

@@ -20,7 +20,7 @@ from torch._functorch import eager_transforms
 from torch.autograd.forward_ad import UnpackedDualTensor
 
 from tangent_ops.errors import UnsupportedError
-from tangent_ops.functional._backend import in_forward_ad, vmap_hides_tangents
+from tangent_ops.functional._backend import in_forward_ad, tangents_are_hidden
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = range(16, 129, 8)
@@ -49,8 +49,8 @@ def why_not_fused(
         return "is_causal=True is not in the kernels yet"
     if dropout_p > 0.0:
         return "dropout is not in the kernels yet"
-    if vmap_hides_tangents():
-        return "jvp of vmap is not in the kernels yet (vmap of jvp is)"
+    if tangents_are_hidden():
+        return "jvp of grad and jvp of vmap are not in the kernels yet (grad and vmap of jvp are)"
     if torch.compiler.is_compiling() and eager_transforms.JVP_NESTING > 1:
         return "compiled forward mode over forward mode is not in the kernels yet"
     return None

@@ -47,22 +47,22 @@ def in_forward_ad() -> bool:
     return forward_ad._current_level >= 0
 
 
-def vmap_hides_tangents() -> bool:
-    """Whether this code runs under vmap inside a forward-mode level (jvp of vmap).
+def tangents_are_hidden() -> bool:
+    """Whether vmap or grad runs inside a forward-mode level (jvp of vmap, jvp of grad).
 
-    There PyTorch cannot unpack a dual tensor, so nobody can tell whether it has a tangent.
+    There PyTorch shows no tangent of a tensor, whether it has one or not.
     """
     if not in_forward_ad() or torch.compiler.is_compiling():
         return False
     interpreter = torch._C._functorch.peek_interpreter_stack()
-    return interpreter is not None and interpreter.key() == TransformType.Vmap
+    return interpreter is not None and interpreter.key() != TransformType.Jvp
 
 
 def may_be_dual(tensor: object) -> bool:
     """Whether a value is a tensor that carries, or may carry, a tangent of the active level."""
     if not isinstance(tensor, Tensor) or not in_forward_ad():
         return False
-    return vmap_hides_tangents() or forward_ad.unpack_dual(tensor).tangent is not None
+    return tangents_are_hidden() or forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def reverse_mode_reaches(*tensors: Tensor | None) -> bool:

@@ -14,7 +14,7 @@ from tangent_ops.functional._backend import (
     choose_backend,
     may_be_dual,
     reverse_mode_reaches,
-    vmap_hides_tangents,
+    tangents_are_hidden,
 )
 from tangent_ops.reference.attention import attention, attention_jvp
 
@@ -69,14 +69,16 @@ def scaled_dot_product_attention(
     options = (dropout_p, is_causal, scale, enable_gqa)
     operands = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     if backend is None and not any(may_be_dual(operand) for operand in operands):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, *options)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
 
     reason = why_not_fused(query, key, value, attn_mask, dropout_p, is_causal)
     if choose_backend(backend, query, reason) == "triton":
         output, output_t = fused_attention(*map(forward_ad.unpack_dual, operands), scale)
         return output if output_t is None else forward_ad.make_dual(output, output_t)
     if (
-        vmap_hides_tangents()
+        tangents_are_hidden()
         or torch.compiler.is_compiling()
         or reverse_mode_reaches(*operands)
         or not any(may_be_dual(operand) for operand in operands)

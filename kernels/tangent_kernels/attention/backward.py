@@ -19,6 +19,7 @@ from tangent_kernels._launch import (
     Config,
     device_of,
     empty_heads,
+    has_async_mma,
     outer_strides,
     padded_dim,
     unit_last_stride,
@@ -258,11 +259,22 @@ def grad_key_value_kernel(
         store_rows(grad_v, first_col, grad_v_row, keys, acc_v, COLS, DIM, DIM_PAD)
 
 
-def backward_config(dim: int, dtype: torch.dtype) -> Config:
-    """Tiles that fit the registers of sm_80, sm_90 and sm_100 without spills."""
+def grad_query_config(dim: int, dtype: torch.dtype, async_mma: bool) -> Config:
+    """Tiles of grad_query_kernel; 16-bit ones spill no register on sm_80, sm_90 and sm_100."""
+    wide = padded_dim(dim) > 64
     if dtype == torch.float32:
-        return Config(32, 32, 4, 1) if padded_dim(dim) <= 64 else Config(16, 16, 4, 1)
-    return Config(64, 64, 4, 2) if padded_dim(dim) <= 64 else Config(64, 64, 8, 2)
+        return Config(32, 16, 4, 1) if wide and not async_mma else Config(64, 16, 4, 1)
+    return Config(128, 16, 8, 2) if wide and not async_mma else Config(64, 32, 4, 2)
+
+
+def grad_key_value_config(dim: int, dtype: torch.dtype, async_mma: bool) -> Config:
+    """Tiles of grad_key_value_kernel; 16-bit ones spill no register, either."""
+    wide = padded_dim(dim) > 64
+    if dtype == torch.float32:
+        return Config(16, 32, 4, 1) if wide and not async_mma else Config(16, 64, 4, 1)
+    if not wide:
+        return Config(32, 64, 4, 2)
+    return Config(32, 64, 8, 2) if async_mma else Config(16, 128, 8, 2)
 
 
 def attention_vjp(
@@ -307,18 +319,10 @@ def attention_vjp(
     if output.numel() == 0:
         return grad_query, grad_key.zero_(), grad_value.zero_()
     delta = torch.empty_like(lse)
-    config = backward_config(dim, query.dtype)
-    options = {
-        "DIM": dim,
-        "DIM_PAD": padded_dim(dim),
-        "ROWS": config.rows,
-        "COLS": config.cols,
-        "PRECISION": "ieee",
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+    kind = (dim, query.dtype, has_async_mma(query))
     with device_of(query):
         if need_query or need_key:
+            config = grad_query_config(*kind)
             grad_query_kernel[(triton.cdiv(queries, config.rows) * batch * heads,)](
                 query,
                 key,
@@ -339,9 +343,10 @@ def attention_vjp(
                 keys,
                 scale,
                 NEED_Q=need_query,
-                **options,
+                **config.options(dim),
             )
         if need_key or need_value:
+            config = grad_key_value_config(*kind)
             grad_key_value_kernel[(triton.cdiv(keys, config.cols) * batch * heads,)](
                 query,
                 key,
@@ -363,6 +368,6 @@ def attention_vjp(
                 scale,
                 NEED_K=need_key,
                 NEED_V=need_value,
-                **options,
+                **config.options(dim),
             )
     return grad_query, grad_key, grad_value

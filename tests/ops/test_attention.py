@@ -1,0 +1,229 @@
+"""The attention op on its default backend for the CPU, against float64 MATH."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import forward_ad
+
+import tangent_ops
+from tangent_ops.errors import ArgumentError, UnsupportedError
+from tests.ops import oracle
+
+attention = tangent_ops.scaled_dot_product_attention
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64, count: int = 1) -> list[torch.Tensor]:
+    return [torch.randn(shape, dtype=dtype) for _ in range(count)]
+
+
+def close(found, exact) -> None:
+    for one, right in zip(found, exact, strict=True):
+        torch.testing.assert_close(one, right, rtol=1e-11, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    lead=st.lists(st.integers(1, 3), max_size=3),
+    queries=st.integers(1, 9),
+    keys=st.integers(1, 9),
+    dims=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    present=st.tuples(st.booleans(), st.booleans(), st.booleans()).filter(any),
+    scale=st.sampled_from([None, 0.3]),
+)
+def test_any_shape_and_any_subset_of_tangents(
+    seed, lead, queries, keys, dims, present, scale
+) -> None:
+    torch.manual_seed(seed)
+    shapes = [(*lead, queries, dims[0]), (*lead, keys, dims[0]), (*lead, keys, dims[1])]
+    primals = [draw(*shape)[0] for shape in shapes]
+    tangents = [draw(*s)[0] if p else None for s, p in zip(shapes, present, strict=True)]
+    with forward_ad.dual_level():
+        dual = [
+            p if t is None else forward_ad.make_dual(p, t)
+            for p, t in zip(primals, tangents, strict=True)
+        ]
+        found = forward_ad.unpack_dual(attention(*dual, scale=scale))
+    close(found, oracle.attention_jvp(primals, tangents, scale=scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision(dtype) -> None:
+    torch.manual_seed(0)
+    primals, tangents = draw(2, 3, 50, 16, dtype=dtype, count=3), draw(2, 3, 50, 16, count=3)
+    tangents = [t.to(dtype) for t in tangents]
+    found = torch.func.jvp(attention, tuple(primals), tuple(tangents))
+    assert found[0].dtype == found[1].dtype == dtype
+    exact = oracle.attention_jvp(oracle.double(primals), oracle.double(tangents))
+    oracle.assert_as_good_as(found, exact, oracle.attention_jvp(primals, tangents))
+
+
+MASKS = {
+    "boolean": torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 1]]).bool(),
+    "per head": torch.rand(3, 1, 4, generator=torch.Generator().manual_seed(1)) > 0.3,
+    "additive": torch.randn(1, 3, 3, 4, generator=torch.Generator().manual_seed(2)).double(),
+    "additive with -inf": torch.tensor([[0.0, -torch.inf, 1.0, 2.0]]).double(),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(name) -> None:
+    torch.manual_seed(0)
+    primals = [*draw(2, 3, 3, 5), *draw(2, 3, 4, 5, count=2)]
+    tangents = [*draw(2, 3, 3, 5), *draw(2, 3, 4, 5, count=2)]
+    mask = MASKS[name]
+    found = torch.func.jvp(lambda *a: attention(*a, attn_mask=mask), tuple(primals), tuple(tangents))
+    close(found, oracle.attention_jvp(primals, tangents, attn_mask=mask))
+
+
+def test_tangent_of_an_additive_mask() -> None:
+    torch.manual_seed(0)
+    primals = [*draw(2, 3, 4, 5), *draw(2, 3, 4, 5, count=2), *draw(3, 4, 4)]
+    tangents = [*draw(2, 3, 4, 5), *draw(2, 3, 4, 5, count=2), *draw(3, 4, 4)]
+    leaves = [t.requires_grad_() for t in tangents]
+    grads, pairs = [], []
+    for op in (attention, oracle.math_attention):
+        pairs.append(torch.func.jvp(op, tuple(primals), tuple(leaves)))
+        grads.append(torch.autograd.grad(pairs[-1][1].sin().sum(), leaves))
+    close(pairs[0], pairs[1])
+    close(grads[0], grads[1])
+
+
+def test_a_tangent_of_the_mask_alone() -> None:
+    torch.manual_seed(0)
+    query, key, value = draw(2, 3, 4, 5, count=3)
+    mask, mask_t = draw(3, 4, 4, count=2)
+    found = torch.func.jvp(lambda m: attention(query, key, value, m), (mask,), (mask_t,))
+    exact = torch.func.jvp(
+        lambda m: oracle.math_attention(query, key, value, m), (mask,), (mask_t,)
+    )
+    close(found, exact)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("inside_reverse_mode", [False, True])
+def test_a_fully_masked_row_is_zero_everywhere(additive, inside_reverse_mode) -> None:
+    torch.manual_seed(0)
+    primals, tangents = draw(1, 2, 3, 4, count=3), draw(1, 2, 3, 4, count=3)
+    mask = torch.tensor([[True] * 3, [False] * 3, [True, False, True]])
+    if additive:
+        mask = torch.zeros(3, 3, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+    if inside_reverse_mode:
+        primals = [p.requires_grad_() for p in primals]
+    leaves = [t.requires_grad_() for t in tangents]
+    output, output_t = torch.func.jvp(
+        lambda *a: attention(*a, attn_mask=mask), tuple(primals), tuple(leaves)
+    )
+    assert torch.equal(output[:, :, 1], torch.zeros(1, 2, 4, dtype=torch.float64))
+    assert torch.equal(output_t[:, :, 1], torch.zeros(1, 2, 4, dtype=torch.float64))
+    live = [0, 2]
+    exact = oracle.attention_jvp([primals[0][:, :, live], *primals[1:]],
+        [tangents[0][:, :, live], *tangents[1:]], attn_mask=mask[live])  # fmt: skip
+    close((output[:, :, live], output_t[:, :, live]), exact)
+    grad_query_t, grad_key_t, grad_value_t = torch.autograd.grad(output_t.sum(), leaves)
+    assert torch.equal(grad_query_t[:, :, 1], torch.zeros(1, 2, 4, dtype=torch.float64))
+    assert grad_key_t.isfinite().all() and grad_value_t.isfinite().all()
+
+
+@pytest.mark.parametrize("queries, keys", [(5, 5), (3, 6), (6, 3)])
+def test_causal_is_aligned_top_left(queries, keys) -> None:
+    torch.manual_seed(0)
+    primals = [*draw(1, 2, queries, 4), *draw(1, 2, keys, 4, count=2)]
+    tangents = [torch.randn_like(p) for p in primals]
+    found = torch.func.jvp(
+        lambda *a: attention(*a, is_causal=True), tuple(primals), tuple(tangents)
+    )
+    close(found, oracle.attention_jvp(primals, tangents, is_causal=True))
+
+
+def test_grouped_heads() -> None:
+    torch.manual_seed(0)
+    primals = [*draw(2, 6, 5, 4), *draw(2, 2, 5, 4, count=2)]
+    tangents = [torch.randn_like(p) for p in primals]
+    found = torch.func.jvp(
+        lambda *a: attention(*a, enable_gqa=True), tuple(primals), tuple(tangents)
+    )
+    close(found, oracle.attention_jvp(primals, tangents, enable_gqa=True))
+
+
+def test_dropout_drops_the_same_weights_from_output_and_tangent() -> None:
+    """With value = identity the output shows the dropped weights; so must the tangent."""
+    torch.manual_seed(0)
+    query, key = draw(1, 2, 6, 4, count=2)
+    query_t, key_t = draw(1, 2, 6, 4, count=2)
+    value = torch.eye(6, dtype=torch.float64).repeat(1, 2, 1, 1)
+    found, found_t = torch.func.jvp(
+        lambda q, k: attention(q, k, value, dropout_p=0.4), (query, key), (query_t, key_t)
+    )
+    whole, whole_t = oracle.attention_jvp(
+        [query, key, value], [query_t, key_t, torch.zeros_like(value)]
+    )
+    kept = found != 0
+    assert 0 < kept.sum() < kept.numel()
+    close((found, found_t), (whole * kept / 0.6, whole_t * kept / 0.6))
+
+
+def test_without_tangents_it_is_pytorchs(monkeypatch) -> None:
+    calls = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *a, **k: calls.append(k) or plain(*a, **k),
+    )
+    query, key, value = draw(1, 2, 3, 4, dtype=torch.float32, count=3)
+    found = attention(query, key, value, scale=0.5)
+    assert torch.equal(found, plain(query, key, value, scale=0.5))
+    with forward_ad.dual_level():
+        attention(query, key, value)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"key": torch.randn(1, 2, 3, 5)}, "head_dim"),
+        ({"value": torch.randn(1, 2, 4, 4)}, "differ in tokens"),
+        ({"key": torch.randn(1, 2, 3, 4).half()}, "key is torch.float16 but query is torch.float32"),
+        ({"query": torch.ones(1, 2, 3, 4, dtype=torch.int64)}, "query is torch.int64"),
+        ({"query": torch.randn(4)}, r"query is \(4,\)"),
+        ({"key": torch.randn(1, 2, 0, 4), "value": torch.randn(1, 2, 0, 4)}, "a token each"),
+        ({"query": torch.randn(1, 3, 3, 4)}, "enable_gqa=True"),
+        ({"query": torch.randn(1, 3, 3, 4), "enable_gqa": True}, "divide the query heads"),
+        ({"attn_mask": torch.ones(7, 7).bool()}, "does not broadcast"),
+        ({"attn_mask": torch.ones(3, 3).long()}, "expected bool or floating point"),
+        ({"attn_mask": torch.ones(3, 3).bool(), "is_causal": True}, "exclude each other"),
+        ({"dropout_p": 1.0}, "dropout_p=1.0"),
+        ({"backend": "cuda"}, "backend='cuda'"),
+    ],
+)
+def test_bad_arguments_are_named(change, message) -> None:
+    good = dict(zip(("query", "key", "value"), torch.randn(3, 1, 2, 3, 4), strict=True))
+    with pytest.raises(ArgumentError, match=message):
+        attention(**(good | change))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "CUDA"),
+        ({"is_causal": True}, "is_causal"),
+        ({"attn_mask": torch.ones(3, 3).bool()}, "attn_mask"),
+        ({"dropout_p": 0.5}, "dropout"),
+    ],
+)
+def test_triton_is_never_replaced_in_silence(options, message, monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    primals = torch.randn(3, 1, 2, 3, 16).unbind()
+    with pytest.raises(UnsupportedError, match=message):
+        attention(*primals, backend="triton", **options)
+
+
+@pytest.mark.parametrize("dim, dtype", [(12, torch.float32), (136, torch.float32), (16, torch.float64)])
+def test_triton_names_the_shape_or_dtype_it_lacks(dim, dtype) -> None:
+    primals = torch.randn(3, 1, 2, 3, dim, dtype=dtype).unbind()
+    with pytest.raises(NotImplementedError, match="head_dim|dtype"):
+        attention(*primals, backend="triton")

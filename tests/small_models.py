@@ -1,0 +1,107 @@
+"""Small models for the tests of whole-model code, and the independent answer for them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
+
+from tangent_ops import LinearizedModel
+
+VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 3}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def images(count: int = 2, size: int = 16, seed: int = 1) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=generator(seed))
+
+
+def shaken(model: nn.Module, scale: float = 0.05) -> nn.Module:
+    """The model with noise on all its parameters: fresh ones are zeros and ones too often."""
+    noise = generator(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=noise))
+    return model
+
+
+def vit(**options) -> VisionTransformer:
+    torch.manual_seed(0)
+    model = VisionTransformer(**{**VIT, "num_classes": 5, "init_values": 1.0, **options})
+    shaken(model)
+    return model
+
+
+def family(name: str, **options) -> nn.Module:
+    """A timm architecture, small, with random weights."""
+    torch.manual_seed(0)
+    return shaken(timm.create_model(name, num_classes=5, **options))
+
+
+def moved(tangent: LinearizedModel, seed: int = 3, scale: float = 0.05) -> LinearizedModel:
+    """The tangent model with random deltas."""
+    noise = generator(seed)
+    with torch.no_grad():
+        for delta in tangent.deltas().values():
+            delta.copy_(scale * torch.randn(delta.shape, generator=noise))
+    return tangent
+
+
+def double(value: Any) -> Any:
+    return tree_map(
+        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, value
+    )
+
+
+def oracle(model: nn.Module) -> Callable[..., Callable[..., Any]]:
+    """The model in eval mode and float64, as ``run(*inputs)(weights)``."""
+    exact = copy.deepcopy(model).double().eval()
+
+    def run(*args, **kwargs):
+        def of_weights(weights):
+            with sdpa_kernel(SDPBackend.MATH):
+                return functional_call(exact, weights, double(args), double(kwargs))
+
+        return of_weights
+
+    return run
+
+
+def exact_jvp(model: nn.Module, deltas: dict[str, Tensor], *args, **kwargs) -> tuple[Any, Any]:
+    """f(x; w0) and J(x) Δw by torch.func.jvp in float64."""
+    tangents = double({name: delta.detach() for name, delta in deltas.items()})
+    weights = double({n: p.detach() for n, p in model.named_parameters() if n in tangents})
+    return torch.func.jvp(oracle(model)(*args, **kwargs), (weights,), (tangents,))
+
+
+def exact_vjp(
+    model: nn.Module, names: list[str], cotangent: Tensor, *args, **kwargs
+) -> dict[str, Tensor]:
+    """Jᵀ(x) times ``cotangent``, by name, by torch.func.vjp in float64."""
+    weights = double({n: p.detach() for n, p in model.named_parameters() if n in names})
+    _, pull_back = torch.func.vjp(oracle(model)(*args, **kwargs), weights)
+    return pull_back(cotangent.double())[0]
+
+
+def assert_near(found: Any, exact: Any, tolerance: float = 2e-5) -> None:
+    """Every tensor is within ``tolerance`` of the float64 one, relative to its largest entry.
+
+    float32 rounds at 6e-8; a few hundred operations in a row lose two digits of that.
+    """
+    pairs = list(zip(tree_leaves(found), tree_leaves(exact), strict=True))
+    assert pairs
+    for one, right in pairs:
+        assert one.shape == right.shape
+        assert float(right.abs().max()) > 0  # two zeros would agree about nothing
+        assert float((one - right).abs().max()) <= tolerance * float(right.abs().max())
