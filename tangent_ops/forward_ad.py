@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from types import FunctionType
 
+import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from tangent_ops.errors import ArgumentError
+from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.functional import scaled_dot_product_attention
 from tangent_ops.functional._backend import Backend, may_be_dual
 
@@ -47,12 +48,18 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
 
     Raises:
         ArgumentError: there is no such backend.
+        UnsupportedError: in torch.inference_mode(), where PyTorch makes all tangents zero.
     """
 
     def __init__(self, backend: Backend | None = None):
         super().__init__()
         if backend not in _BACKENDS:
             raise ArgumentError(f"backend={backend!r}: expected None, 'triton' or 'reference'")
+        if torch.is_inference_mode_enabled():
+            raise UnsupportedError(
+                "torch.inference_mode() switches forward mode off, and tangents would be zero: "
+                "use torch.no_grad()"
+            )
         self.backend: Backend | None = backend
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -128,6 +128,9 @@ class LinearizedModel(nn.Module):
         def run(parameters):
             return functional_call(self.anchor, parameters, args, kwargs)
 
+        if torch.is_inference_mode_enabled():  # it switches forward mode off: J(x) Δw would be 0
+            with torch.inference_mode(False), torch.no_grad():
+                return self.primal_and_tangent(*args, **kwargs)
         with fused_forward_ad():
             if _inside_another_transform():
                 return torch.func.jvp(run, (weights,), (deltas,))

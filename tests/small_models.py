@@ -99,7 +99,8 @@ def assert_near(found: Any, exact: Any, tolerance: float = 2e-5) -> None:
 
     float32 rounds at 6e-8; a few hundred operations in a row lose two digits of that.
     """
-    pairs = list(zip(tree_leaves(found), tree_leaves(exact), strict=True))
+    leaves = [[x.detach() for x in tree_leaves(value)] for value in (found, exact)]
+    pairs = list(zip(*leaves, strict=True))
     assert pairs
     for one, right in pairs:
         assert one.shape == right.shape

@@ -29,6 +29,7 @@ class Config:
             "PRECISION": FLOAT32_DOT,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            "enable_fp_fusion": True,  # pinned: Triton 3.10 changes the default
         }
 
 

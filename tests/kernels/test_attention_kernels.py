@@ -9,9 +9,17 @@ from hypothesis import strategies as st
 from tangent_kernels.attention import attention_jvp, attention_vjp
 from torch import Tensor
 
+from tangent_ops.functional._backend import interpreting
 from tests.ops import oracle
 
+# Keys past the end of a tile have P = exp(-lse), of any size, in rows that are never stored; the
+# interpreter's numpy warns where a GPU rounds to infinity.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# The interpreter truncates to bfloat16 where a GPU rounds: at odds with eager PyTorch by more than
+# twice its error where few keys compete, so there only the home shapes are tried in bfloat16.
+DRAWN_DTYPES = [torch.float32, torch.float16] if interpreting() else DTYPES
 
 
 def packed(batch: int, heads: int, rows: int, dim: int, **kind) -> Tensor:
@@ -60,11 +68,11 @@ def check(q, k, v, q_t, k_t, v_t, grad, scale, poisoned) -> None:
 )
 @given(
     seed=st.integers(0, 2**31),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(DRAWN_DTYPES),
     batch=st.integers(1, 2),
     heads=st.integers(1, 3),
     queries=st.integers(1, 140),
-    keys=st.integers(1, 140),
+    keys=st.integers(2, 140),
     dim=st.sampled_from(range(16, 129, 8)),
     layouts=st.lists(st.sampled_from(LAYOUTS), min_size=7, max_size=7),
     present=st.tuples(st.booleans(), st.booleans(), st.booleans()).filter(any),
@@ -110,16 +118,46 @@ def test_a_gradient_that_is_not_needed_is_not_computed(needs, device, poisoned) 
 def test_scores_far_from_zero_do_not_overflow(device, poisoned) -> None:
     torch.manual_seed(0)
     q, k, v, q_t, k_t, v_t, grad = (contiguous(1, 1, 70, 16, device=device) for _ in range(7))
-    check(q * 30, k * 30, v, q_t, k_t, v_t, grad, 1.0, poisoned)
+    primals, tangents = [8 * q, 8 * k, v], [q_t, k_t, v_t]
+    with poisoned():
+        output, output_t, lse = attention_jvp(*primals, *tangents, 1.0)
+        grads = attention_vjp(*primals, output, lse, grad, 1.0, True, True, True)
+    assert lse.max() > 500  # exp(500) is infinite even in float32
+    exact = (
+        *oracle.attention_jvp(oracle.double(primals), oracle.double(tangents), scale=1.0),
+        *oracle.attention_vjp(oracle.double(primals), grad.double(), scale=1.0),
+    )
+    # P is recomputed from a float32 lse, so it carries a relative error of eps · |lse|.
+    allowed = 2 * torch.finfo(torch.float32).eps * float(lse.abs().max())
+    for one, right in zip((output, output_t, *grads), exact, strict=True):
+        assert oracle.error(one, right) < allowed * float(right.norm())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_common_offset_of_all_keys_costs_no_accuracy(dtype, device, poisoned) -> None:
+def test_one_key_has_no_gradient(device, poisoned) -> None:
+    """The softmax of one score is constant: exact zeros, here differences of two products."""
+    torch.manual_seed(0)
+    q, k, v, q_t, k_t, v_t, grad = (contiguous(1, 2, 1, 24, device=device) for _ in range(7))
+    with poisoned():
+        output, output_t, lse = attention_jvp(q, k, v, q_t, k_t, v_t, 0.2)
+        grads = attention_vjp(q, k, v, output, lse, grad, 0.2, True, True, True)
+    found = (output, output_t, *grads)
+    exact = (v, v_t, torch.zeros_like(q), torch.zeros_like(k), grad)
+    for one, right in zip(found, exact, strict=True):
+        torch.testing.assert_close(one, right, rtol=1e-6, atol=1e-5)
+
+
+def test_a_common_offset_of_all_keys_costs_no_accuracy(device) -> None:
     """It moves every S_t of a row alike, which O_t must not notice; nor must its rounding."""
     torch.manual_seed(0)
-    kind = {"dtype": dtype, "device": device}
-    q, k, v, q_t, k_t, v_t, grad = (contiguous(1, 2, 70, 64, **kind) for _ in range(7))
-    check(q, k + 8, v, q_t, k_t + 8, v_t, grad, 0.125, poisoned)
+    kind = {"dtype": torch.float16, "device": device}
+    q, k, v, q_t, k_t, v_t = (contiguous(1, 2, 70, 64, **kind) for _ in range(6))
+    near = attention_jvp(q, k, v, q_t, k_t, v_t, 0.125)[1]
+    far = attention_jvp(q, k + 8, v, q_t, k_t + 8, v_t, 0.125)[1]
+    primals, tangents = oracle.double([q, k, v]), oracle.double([q_t, k_t, v_t])
+    shifted = [primals[0], (k + 8).double(), primals[2]], [tangents[0], (k_t + 8).double(), tangents[2]]
+    near_error = oracle.error(near, oracle.attention_jvp(primals, tangents, scale=0.125)[1])
+    far_error = oracle.error(far, oracle.attention_jvp(*shifted, scale=0.125)[1])
+    assert far_error < 1.5 * near_error
 
 
 def test_an_empty_batch(device) -> None:

@@ -104,12 +104,14 @@ def jvp_of_jvp_by_tangents(op: Op, q, k, v, q_t, k_t, v_t, w, u):
 
 
 def jacfwd_of_attention(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    return jacfwd(lambda x: (op(x, k, v) * w).sum((0, 1, 2)))(q)
+    return jacfwd(lambda row: (op(q * row[:, None], k, v) * w).sum((0, 1, 2)))(u[0, 0, :, 0])
 
 
 def jacfwd_of_jvp(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    inner = lambda t: (jvp(lambda x: op(x, k, v), (q,), (t,))[1] * w).sum((0, 1, 2))  # noqa: E731
-    return jacfwd(inner)(q_t)
+    def inner(row):
+        return (jvp(lambda x: op(x, k, v), (q,), (q_t * row[:, None],))[1] * w).sum((0, 1, 2))
+
+    return jacfwd(inner)(u[0, 0, :, 0])
 
 
 def vmap_of_jvp_over_tangents(op: Op, q, k, v, q_t, k_t, v_t, w, u):
