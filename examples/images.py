@@ -100,11 +100,15 @@ def _folder(root: Path, config: dict[str, Any]) -> Images:
     try:
         data = create_dataset("", root=str(root))
     except Exception as error:
-        raise DemoError(f"--data {root}: timm could not read it as an image folder: {error}") from error
+        raise DemoError(
+            f"--data {root}: timm could not read it as an image folder: {error}"
+        ) from error
     data.transform = create_transform(**config)
     class_to_index = data.reader.class_to_idx
     if len(class_to_index) < 2:
-        raise DemoError(f"--data {root}: needs a sub-folder of images for each of two classes or more")
+        raise DemoError(
+            f"--data {root}: needs a sub-folder of images for each of two classes or more"
+        )
     targets = torch.tensor([target for _, target in data.reader.samples])
     return Images(root.name, data, targets, sorted(class_to_index, key=class_to_index.get))
 
@@ -127,7 +131,9 @@ def stratified(targets: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]
         DemoError: The parts ask for more images than there are.
     """
     if sum(sizes) > len(targets):
-        raise DemoError(f"asked for {sum(sizes)} images, but there are {len(targets)}: lower --train-size")
+        raise DemoError(
+            f"asked for {sum(sizes)} images, but there are {len(targets)}: lower --train-size"
+        )
     generator = torch.Generator().manual_seed(seed)
     position = torch.empty(len(targets), dtype=torch.float64)
     for index in targets.unique():

@@ -3,24 +3,33 @@
 from tangent_ops import errors, losses
 from tangent_ops.compose import compose
 from tangent_ops.delta import Delta, DeltaMeta, load_delta, save_delta
+from tangent_ops.evaluate import accuracy, predict
 from tangent_ops.features import CachedFeatures, cache_features
+from tangent_ops.fit import History, fit, fit_head
 from tangent_ops.forward_ad import fused_forward_ad
 from tangent_ops.functional import scaled_dot_product_attention
 from tangent_ops.linearize import LinearizedModel, last_blocks, linearize
+from tangent_ops.nn import TangentAttention
 
 __all__ = [
     "CachedFeatures",
     "Delta",
     "DeltaMeta",
+    "History",
     "LinearizedModel",
+    "TangentAttention",
+    "accuracy",
     "cache_features",
     "compose",
     "errors",
+    "fit",
+    "fit_head",
     "fused_forward_ad",
     "last_blocks",
     "linearize",
     "load_delta",
     "losses",
+    "predict",
     "save_delta",
     "scaled_dot_product_attention",
 ]

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class Tail(nn.Module):
         after = [name for name, _ in children].index("blocks") + 1
         for name, child in children[after:]:
             self.add_module(name, child)
-        self._forward_head = model.forward_head
+        self._forward_head: Any = model.forward_head
 
     def forward(self, tokens: Tensor) -> Tensor:
         for block in self.blocks.values():
@@ -56,7 +57,7 @@ class Trunk(nn.Module):
         blocks = blocks_of(model)
         self.model = model
         # Not registered as a child: the model already owns these modules.
-        self._entry: list[nn.Module] = [blocks[start] if start < len(blocks) else model.norm]
+        self._entry: list[nn.Module] = [blocks[start] if start < len(blocks) else tail.norm]
         self._unchecked_tail = [tail]
 
     @torch.no_grad()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from types import FunctionType
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
@@ -32,6 +34,23 @@ _BACKENDS: tuple[Backend | None, ...] = (None, "triton", "reference")
 _MULTI_HEAD_ATTENTION = {backend: _multi_head_attention(backend) for backend in _BACKENDS}
 
 
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``F.layer_norm``, which Dynamo cannot trace for a dual input with plain weights."""
+    output = F.layer_norm(input, normalized_shape, eps=eps)
+    if weight is not None:
+        output = output * weight
+    return output if bias is None else output + bias
+
+
+_TAKEN = (F.scaled_dot_product_attention, F.multi_head_attention_forward, F.layer_norm)
+
+
 class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_grad
     """Context in which dual calls of ``F.scaled_dot_product_attention`` run fused.
 
@@ -55,7 +74,7 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
         super().__init__()
         if backend not in _BACKENDS:
             raise ArgumentError(f"backend={backend!r}: expected None, 'triton' or 'reference'")
-        if torch.is_inference_mode_enabled():
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             raise UnsupportedError(
                 "torch.inference_mode() switches forward mode off, and tangents would be zero: "
                 "use torch.no_grad()"
@@ -64,10 +83,11 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward) and any(
-            may_be_dual(operand) for operand in (*args, *kwargs.values())
-        ):
+        if func in _TAKEN and any(may_be_dual(operand) for operand in (*args, *kwargs.values())):
             if func is F.scaled_dot_product_attention:
                 return scaled_dot_product_attention(*args, **kwargs, backend=self.backend)
-            return _MULTI_HEAD_ATTENTION[self.backend](*args, **kwargs)
+            if func is F.multi_head_attention_forward:
+                return _MULTI_HEAD_ATTENTION[self.backend](*args, **kwargs)
+            if torch.compiler.is_compiling():
+                return _layer_norm(*args, **kwargs)
         return func(*args, **kwargs)

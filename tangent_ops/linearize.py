@@ -128,12 +128,14 @@ class LinearizedModel(nn.Module):
         def run(parameters):
             return functional_call(self.anchor, parameters, args, kwargs)
 
-        if torch.is_inference_mode_enabled():  # it switches forward mode off: J(x) Δw would be 0
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            # It switches forward mode off: J(x) Δw would be 0 without a word.
             with torch.inference_mode(False), torch.no_grad():
                 return self.primal_and_tangent(*args, **kwargs)
         with fused_forward_ad():
             if _inside_another_transform():
-                return torch.func.jvp(run, (weights,), (deltas,))
+                primal, tangent, *_ = torch.func.jvp(run, (weights,), (deltas,))
+                return primal, tangent
             # The same as torch.func.jvp, without the cost of wrapping every tensor.
             with forward_ad.dual_level():
                 dual = {n: forward_ad.make_dual(w, deltas[n]) for n, w in weights.items()}

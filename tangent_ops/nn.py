@@ -5,7 +5,7 @@ from __future__ import annotations
 from einops import rearrange
 from torch import Tensor, nn
 
-from tangent_ops.errors import UnsupportedError
+from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.functional import scaled_dot_product_attention
 
 # What timm's Attention is made of; the norms are Identity and the gate None where unused.
@@ -40,7 +40,7 @@ class TangentAttention(nn.Module):
     ):
         super().__init__()
         if dim % num_heads:
-            raise UnsupportedError(f"dim={dim} is not a multiple of num_heads={num_heads}")
+            raise ArgumentError(f"dim={dim} is not a multiple of num_heads={num_heads}")
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
@@ -64,7 +64,9 @@ class TangentAttention(nn.Module):
             UnsupportedError: ``attn`` computes something else than timm's Attention does, or has
                 a part that this module would ignore.
         """
-        from timm.layers.attention import Attention  # here, so that tangent_ops imports without timm
+        from timm.layers.attention import (
+            Attention,
+        )  # here, so that tangent_ops imports without timm
 
         if type(attn).forward is not Attention.forward:
             problem = "its forward is another one"

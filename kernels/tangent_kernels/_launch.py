@@ -55,11 +55,12 @@ def unit_last_stride(tensor: Tensor) -> Tensor:
 
 def outer_strides(tensor: Tensor | None) -> tuple[int, int, int]:
     """Strides of batch, head and row of a (B, H, N, D) tensor; zeros for an absent one."""
-    return (0, 0, 0) if tensor is None else tensor.stride()[:3]
+    batch, head, row = (0, 0, 0) if tensor is None else tensor.stride()[:3]
+    return batch, head, row
 
 
 def empty_heads(batch: int, heads: int, rows: int, dim: int, like: Tensor) -> Tensor:
-    """Uninitialised (B, H, N, D), laid out so ``transpose(1, 2).reshape(B, N, H * D)`` is a view."""
+    """Uninitialised (B, H, N, D) whose ``transpose(1, 2).reshape(B, N, H * D)`` is a view."""
     return like.new_empty(batch, rows, heads, dim).transpose(1, 2)
 
 

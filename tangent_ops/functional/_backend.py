@@ -7,7 +7,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
+from torch._C._functorch import (
+    TransformType,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    peek_interpreter_stack,
+)
 from torch.autograd import forward_ad
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
@@ -54,7 +59,7 @@ def tangents_are_hidden() -> bool:
     """
     if not in_forward_ad() or torch.compiler.is_compiling():
         return False
-    interpreter = torch._C._functorch.peek_interpreter_stack()
+    interpreter = peek_interpreter_stack()
     return interpreter is not None and interpreter.key() != TransformType.Jvp
 
 
@@ -75,7 +80,7 @@ def reverse_mode_reaches(*tensors: Tensor | None) -> bool:
         while tensor is not None:
             if tensor.requires_grad:
                 return True
-            if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            if not is_functorch_wrapped_tensor(tensor):
                 break
-            tensor = torch._C._functorch.get_unwrapped(tensor)
+            tensor = get_unwrapped(tensor)
     return False

@@ -75,7 +75,8 @@ def scaled_dot_product_attention(
 
     reason = why_not_fused(query, key, value, attn_mask, dropout_p, is_causal)
     if choose_backend(backend, query, reason) == "triton":
-        output, output_t = fused_attention(*map(forward_ad.unpack_dual, operands), scale)
+        pairs = (forward_ad.unpack_dual(operand) for operand in (query, key, value))
+        output, output_t = fused_attention(*pairs, scale=scale)
         return output if output_t is None else forward_ad.make_dual(output, output_t)
     if (
         tangents_are_hidden()
@@ -128,7 +129,7 @@ def _check(
         raise ArgumentError(f"dropout_p={dropout_p}: expected a probability in [0, 1)")
     _check_heads(query, key, value, enable_gqa)
     if attn_mask is not None:
-        _check_mask(query, key, attn_mask, is_causal)
+        _check_mask(query, key, value, attn_mask, is_causal, enable_gqa)
 
 
 def _check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
@@ -151,14 +152,24 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
         ) from error
 
 
-def _check_mask(query: Tensor, key: Tensor, attn_mask: Tensor, is_causal: bool) -> None:
+def _check_mask(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> None:
     if is_causal:
         raise ArgumentError("attn_mask and is_causal=True exclude each other: put both in the mask")
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise ArgumentError(f"attn_mask is {attn_mask.dtype}: expected bool or floating point")
-    scores = (*query.shape[:-2], query.shape[-2], key.shape[-2])
+    lead = query.shape[:-2]
+    if not enable_gqa:
+        lead = torch.broadcast_shapes(lead, key.shape[:-2], value.shape[:-2])
+    scores = (*lead, query.shape[-2], key.shape[-2])
     try:
-        fits = torch.broadcast_shapes(attn_mask.shape, scores)[-2:] == scores[-2:]
+        fits = torch.broadcast_shapes(attn_mask.shape, scores) == scores
     except RuntimeError:
         fits = False
     if not fits:

@@ -84,52 +84,60 @@ def attention_jvp(
     """
     dtype = query.dtype
     query, key, value = _widen(query), _widen(key), _widen(value)
-    query_t, key_t, value_t = (
-        None if t is None else _widen(t) for t in (query_t, key_t, value_t)
-    )
+    query_t, key_t, value_t = (None if t is None else _widen(t) for t in (query_t, key_t, value_t))
     bias, allowed = _split_mask(query, key, attn_mask, is_causal)
-    bias_t = None if attn_mask_t is None else _widen(attn_mask_t)
+    bias_t = None if attn_mask_t is None else _widen(torch.atleast_2d(attn_mask_t))
     if key_t is not None:
         key_t, _ = _repeat_heads(query, key_t, key_t, enable_gqa)
     if value_t is not None:
         _, value_t = _repeat_heads(query, value_t, value_t, enable_gqa)
     key, value = _repeat_heads(query, key, value, enable_gqa)
 
+    # One batch dimension, so that sums of products need no pass of their own (baddbmm).
+    lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     factor = _scale(query, scale)
-    scaled = query * factor
-    scores = scaled @ key.mT
-    weights = _masked_softmax(scores if bias is None else scores + bias, allowed)
-    kept = _drop(weights, dropout_p)
-    output = kept @ value
-    output_t = torch.zeros_like(output) if value_t is None else kept @ value_t
+    q, k, v = (_flatten(x, lead) for x in (query * factor, key, value))
+    q_t = None if query_t is None else _flatten(query_t * factor, lead)
+    k_t, v_t = (None if t is None else _flatten(t, lead) for t in (key_t, value_t))
 
-    scores_t = _scores_tangent(scaled, key, query_t, key_t, bias_t, factor)
+    scores = torch.bmm(q, k.mT)
+    if bias is not None:
+        scores = _add(scores, bias, lead)
+    if allowed is not None:
+        allowed = _flatten(allowed, lead)
+    weights = _masked_softmax(scores, allowed)
+    kept = _drop(weights, dropout_p)
+    output = torch.bmm(kept, v)
+    output_t = torch.zeros_like(output) if v_t is None else torch.bmm(kept, v_t)
+
+    scores_t = _scores_tangent(q, k, q_t, k_t)
+    if bias_t is not None:
+        scores_t = torch.zeros_like(scores) if scores_t is None else scores_t
+        scores_t = _add(scores_t, bias_t, lead)
     if scores_t is not None:
         mean_t = (weights * scores_t).sum(-1, keepdim=True)
-        output_t = output_t + (kept * scores_t) @ value - mean_t * output
-    return output.to(dtype), output_t.to(dtype)
+        output_t = torch.baddbmm(output_t, kept * scores_t, v) - mean_t * output
+    shape = (*lead, *output.shape[-2:])
+    return output.to(dtype).reshape(shape), output_t.to(dtype).reshape(shape)
 
 
-def _scores_tangent(
-    scaled: Tensor,
-    key: Tensor,
-    query_t: Tensor | None,
-    key_t: Tensor | None,
-    bias_t: Tensor | None,
-    factor: float,
-) -> Tensor | None:
-    """S_t (..., N, M), or None where it is zero."""
-    if query_t is not None and key_t is not None:
-        # One product over twice the depth writes and reads the N x M matrix once, not thrice.
-        left = torch.cat([query_t * factor, scaled], -1)
-        scores_t = left @ torch.cat([key, key_t], -1).mT
-    elif query_t is not None:
-        scores_t = (query_t * factor) @ key.mT
-    elif key_t is not None:
-        scores_t = scaled @ key_t.mT
-    else:
-        return bias_t
-    return scores_t if bias_t is None else scores_t + bias_t
+def _scores_tangent(q: Tensor, k: Tensor, q_t: Tensor | None, k_t: Tensor | None) -> Tensor | None:
+    """Q_t Kᵀ + Q K_tᵀ, (B, N, M), or None where it is zero."""
+    if q_t is None:
+        return None if k_t is None else torch.bmm(q, k_t.mT)
+    if k_t is None:
+        return torch.bmm(q_t, k.mT)
+    return torch.baddbmm(torch.bmm(q, k_t.mT), q_t, k.mT)
+
+
+def _flatten(tensor: Tensor, lead: torch.Size) -> Tensor:
+    """(..., rows, cols) as (B, rows, cols), where "..." broadcasts to ``lead``."""
+    return tensor.expand(*lead, *tensor.shape[-2:]).reshape(-1, *tensor.shape[-2:])
+
+
+def _add(scores: Tensor, bias: Tensor, lead: torch.Size) -> Tensor:
+    """(B, N, M) plus a bias that broadcasts to (..., N, M), without expanding the bias."""
+    return (scores.unflatten(0, lead) + bias).flatten(0, len(lead) - 1) if lead else scores + bias
 
 
 def _masked_softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
@@ -150,6 +158,7 @@ def _split_mask(
         return None, torch.ones(shape, dtype=torch.bool, device=query.device).tril()
     if attn_mask is None:
         return None, None
+    attn_mask = torch.atleast_2d(attn_mask)
     if attn_mask.dtype == torch.bool:
         return None, attn_mask
     return _widen(attn_mask), attn_mask != float("-inf")

@@ -100,7 +100,9 @@ def test_home_shapes(dtype, rows, device, poisoned) -> None:
     check(q, k, v, q_t, k_t, v_t, grad, 0.125, poisoned)
 
 
-@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize(
+    "needs", [(True, False, False), (False, True, False), (False, False, True)]
+)
 def test_a_gradient_that_is_not_needed_is_not_computed(needs, device, poisoned) -> None:
     torch.manual_seed(0)
     q, k, v, grad = (contiguous(1, 2, 40, 32, device=device) for _ in range(4))
@@ -154,7 +156,10 @@ def test_a_common_offset_of_all_keys_costs_no_accuracy(device) -> None:
     near = attention_jvp(q, k, v, q_t, k_t, v_t, 0.125)[1]
     far = attention_jvp(q, k + 8, v, q_t, k_t + 8, v_t, 0.125)[1]
     primals, tangents = oracle.double([q, k, v]), oracle.double([q_t, k_t, v_t])
-    shifted = [primals[0], (k + 8).double(), primals[2]], [tangents[0], (k_t + 8).double(), tangents[2]]
+    shifted = (
+        [primals[0], (k + 8).double(), primals[2]],
+        [tangents[0], (k_t + 8).double(), tangents[2]],
+    )
     near_error = oracle.error(near, oracle.attention_jvp(primals, tangents, scale=0.125)[1])
     far_error = oracle.error(far, oracle.attention_jvp(*shifted, scale=0.125)[1])
     assert far_error < 1.5 * near_error

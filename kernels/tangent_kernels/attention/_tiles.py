@@ -2,9 +2,10 @@
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
