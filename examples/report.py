@@ -1,0 +1,222 @@
+"""What the demo shows: a table in the terminal, a chart, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from setting import Settings
+from torch import Tensor
+
+# Okabe and Ito's colours, told apart by colour-blind readers; the shapes serve black and white.
+MARKS = {
+    "probe": ("o", "#000000"),
+    "ordinary": ("s", "#D55E00"),
+    "tangent": ("D", "#0072B2"),
+    "composed": ("D", "#0072B2"),
+    "shard": ("|", "#56B4E9"),
+    "forgotten": ("X", "#CC79A7"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model.
+
+    Attributes:
+        name: What to call it.
+        kind: A key of `MARKS`.
+        images: Training images it has seen, those of its anchor's head included.
+        accuracy: On the scored images, 0 to 1.
+        seconds: To get it from what the rows above made.
+        meaning: One sentence for the report.
+    """
+
+    name: str
+    kind: str
+    images: int
+    accuracy: float
+    seconds: float
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A training image of the forgotten shard, and what two compositions take it for."""
+
+    image: Tensor  # (3, height, width), normalised
+    target: str
+    before: str
+    after: str
+
+
+@dataclass
+class Results:
+    """Everything that is shown.
+
+    Attributes:
+        data: Name of the image set.
+        model: Name of the backbone.
+        settings: The options.
+        public: Number of public training images.
+        private: Number of images in each shard.
+        scored: Number of images that accuracy and loss are measured on.
+        rows: The models.
+        facts: What linearity promises, as measured.
+        with_shard: Loss on each shard's own training images, of the composition of all shards.
+        without_shard: The same, of the composition of the other shards.
+        unseen: Loss of the composition of all shards on the scored images.
+        samples: Images of the forgotten shard that were recognised and no longer are.
+        delta_bytes: Size of one delta file.
+        seconds: Time of everything, downloads not included.
+    """
+
+    data: str
+    model: str
+    settings: Settings
+    public: int
+    private: int
+    scored: int
+    rows: list[Row] = field(default_factory=list)
+    facts: list[str] = field(default_factory=list)
+    with_shard: list[float] = field(default_factory=list)
+    without_shard: list[float] = field(default_factory=list)
+    unseen: float = 0.0
+    samples: list[Sample] = field(default_factory=list)
+    delta_bytes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def standard_error(self) -> float:
+        """Of an accuracy near the composition's, in points: sqrt(p (1 - p) / n)."""
+        p = next(row.accuracy for row in self.rows if row.kind == "composed")
+        return 100 * (p * (1 - p) / self.scored) ** 0.5
+
+    @property
+    def setting(self) -> str:
+        """One line: data, parts, scoring."""
+        return (
+            f"{self.data}: {self.public} public images, {self.settings.shards} shards of "
+            f"{self.private}, {self.scored} {self.settings.score_on} images "
+            f"(standard error about {self.standard_error:.1f} points)"
+        )
+
+
+def print_table(results: Results, console: Console) -> None:
+    """Print the models, then the facts."""
+    table = Table(title=f"\n{results.model}, last block trained", caption=results.setting)
+    table.add_column("model")
+    table.add_column("training images", justify="right")
+    table.add_column("accuracy", justify="right")
+    table.add_column("seconds", justify="right")
+    previous = ""
+    for row in results.rows:
+        if row.kind in ("shard", "composed", "ordinary") and row.kind != previous:
+            table.add_section()
+        style = "bold" if row.kind in ("composed", "forgotten") else ""
+        cells = (f"{row.images:,}", f"{100 * row.accuracy:.1f} %", f"{row.seconds:.1f}")
+        table.add_row(row.name, *cells, style=style)
+        previous = row.kind
+    console.print(table)
+    for fact in results.facts:
+        console.print(f"  [green]✓[/green] {fact}")
+
+
+def write_report(results: Results) -> list[Path]:
+    """Write ``chart.png`` and ``report.html`` to the output folder; return their paths."""
+    out = results.settings.out
+    chart = png(draw_chart(results))
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    page = templates.get_template("report.html.j2").render(
+        results=results,
+        chart=base64.b64encode(chart).decode(),
+        samples=[(sample, base64.b64encode(png(thumbnail(sample))).decode())
+                 for sample in results.samples],
+    )
+    paths = [out / "chart.png", out / "report.html"]
+    paths[0].write_bytes(chart)
+    paths[1].write_text(page, encoding="utf-8")
+    return paths
+
+
+def draw_chart(results: Results) -> Figure:
+    """Accuracy of every model, and what the composition remembers of each shard."""
+    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(11, 4.8), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
+        _accuracies(left, results)
+        _memories(right, results)
+    return figure
+
+
+def _accuracies(axes: Axes, results: Results) -> None:
+    rows = results.rows
+    for place, row in enumerate(rows):
+        marker, colour = MARKS[row.kind]
+        axes.plot(100 * row.accuracy, place, marker, color=colour, markersize=9, markeredgewidth=2)
+        axes.annotate(
+            f"{100 * row.accuracy:.1f}",
+            (100 * row.accuracy, place),
+            xytext=(9, 0),
+            textcoords="offset points",
+            va="center",
+        )
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.invert_yaxis()
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    low, high = min(r.accuracy for r in rows), max(r.accuracy for r in rows)
+    axes.set_xlim(100 * low - 2, 100 * high + 2)
+    axes.set_xlabel(f"accuracy on {results.scored} {results.settings.score_on} images, %")
+    axes.set_title("One block of a ViT, trained in shards", loc="left")
+
+
+def _memories(axes: Axes, results: Results) -> None:
+    marker, colour = MARKS["composed"]
+    gone, gone_colour = MARKS["forgotten"]
+    axes.axhline(results.unseen, color="0.4", linestyle="--", linewidth=1)
+    axes.annotate("images in no shard", (0.02, results.unseen), xycoords=("axes fraction", "data"),
+                  xytext=(0, 4), textcoords="offset points", color="0.3")  # fmt: skip
+    for place, (before, after) in enumerate(
+        zip(results.with_shard, results.without_shard, strict=True), start=1
+    ):
+        axes.annotate(
+            "", (place, after), (place, before), arrowprops={"arrowstyle": "->", "color": "0.5"}
+        )
+        axes.plot(place, before, marker, color=colour, markersize=9)
+        axes.plot(place, after, gone, color=gone_colour, markersize=10)
+    axes.plot([], [], marker, color=colour, label="composition of all shards")
+    axes.plot([], [], gone, color=gone_colour, label="that shard forgotten")
+    axes.set_xticks(range(1, len(results.with_shard) + 1))
+    axes.set_xlim(0.4, len(results.with_shard) + 0.6)
+    axes.set_xlabel("shard")
+    axes.set_ylabel("loss on the shard's own training images")
+    axes.set_title("Forgetting a shard: its images become strangers", loc="left")
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+
+
+def thumbnail(sample: Sample) -> Figure:
+    """The sample's image, its contrast stretched."""
+    image = sample.image - sample.image.min()
+    figure = Figure(figsize=(1, 1))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow((image / image.max().clamp_min(1e-6)).permute(1, 2, 0).numpy())
+    axes.set_axis_off()
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG file, 150 dots per inch."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
