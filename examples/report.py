@@ -16,14 +16,25 @@ from rich.table import Table
 from setting import Settings
 from torch import Tensor
 
+
+@dataclass(frozen=True)
+class Kind:
+    """What rows of one kind have in common: their mark in the chart and what they are."""
+
+    marker: str
+    colour: str
+    meaning: str
+
+
 # Okabe and Ito's colours, told apart by colour-blind readers; the shapes serve black and white.
-MARKS = {
-    "probe": ("o", "#000000"),
-    "ordinary": ("s", "#D55E00"),
-    "tangent": ("D", "#0072B2"),
-    "composed": ("D", "#0072B2"),
-    "shard": ("|", "#56B4E9"),
-    "forgotten": ("X", "#CC79A7"),
+KINDS = {
+    "anchor": Kind("o", "#000000", "Linear head on the frozen model. Where all below start."),
+    "probe": Kind("o", "#000000", "Linear head on the frozen model."),
+    "ordinary": Kind("s", "#D55E00", "Last block, norm and head fine-tuned as usual."),
+    "tangent": Kind("D", "#0072B2", "The same parameters, of the model's linear expansion."),
+    "shard": Kind("|", "#0072B2", "The same, trained on one shard only."),
+    "composed": Kind("P", "#0072B2", "The mean of the shards' deltas, read from their files."),
+    "forgotten": Kind("X", "#CC79A7", "The mean of the other shards' deltas."),
 }
 
 
@@ -33,19 +44,17 @@ class Row:
 
     Attributes:
         name: What to call it.
-        kind: A key of `MARKS`.
+        kind: What it is.
         images: Training images it has seen, those of its anchor's head included.
         accuracy: On the scored images, 0 to 1.
         seconds: To get it from what the rows above made.
-        meaning: One sentence for the report.
     """
 
     name: str
-    kind: str
+    kind: Kind
     images: int
     accuracy: float
     seconds: float
-    meaning: str
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,8 @@ class Sample:
     """A training image of the forgotten shard, and what two compositions take it for."""
 
     image: Tensor  # (3, height, width), normalised
-    target: str
-    before: str
-    after: str
+    before: str  # right
+    after: str  # wrong
 
 
 @dataclass
@@ -94,10 +102,14 @@ class Results:
     delta_bytes: int = 0
     seconds: float = 0.0
 
+    def add(self, kind: str, name: str, images: int, accuracy: float, seconds: float) -> None:
+        """Append a row; `kind` is a key of `KINDS`."""
+        self.rows.append(Row(name, KINDS[kind], images, accuracy, seconds))
+
     @property
     def standard_error(self) -> float:
-        """Of an accuracy near the composition's, in points: sqrt(p (1 - p) / n)."""
-        p = next(row.accuracy for row in self.rows if row.kind == "composed")
+        """Of the composition's accuracy, in points: sqrt(p (1 - p) / n)."""
+        p = next(row.accuracy for row in self.rows if row.kind is KINDS["composed"])
         return 100 * (p * (1 - p) / self.scored) ** 0.5
 
     @property
@@ -112,19 +124,18 @@ class Results:
 
 def print_table(results: Results, console: Console) -> None:
     """Print the models, then the facts."""
+    apart = [KINDS[name] for name in ("shard", "composed", "forgotten")]
     table = Table(title=f"\n{results.model}, last block trained", caption=results.setting)
     table.add_column("model")
     table.add_column("training images", justify="right")
     table.add_column("accuracy", justify="right")
     table.add_column("seconds", justify="right")
-    previous = ""
-    for row in results.rows:
-        if row.kind in ("shard", "composed", "ordinary") and row.kind != previous:
+    for previous, row in zip([None, *results.rows], results.rows, strict=False):
+        if previous and row.kind is not previous.kind and row.kind in apart:
             table.add_section()
-        style = "bold" if row.kind in ("composed", "forgotten") else ""
+        style = "bold" if row.kind in apart[1:] else ""
         cells = (f"{row.images:,}", f"{100 * row.accuracy:.1f} %", f"{row.seconds:.1f}")
         table.add_row(row.name, *cells, style=style)
-        previous = row.kind
     console.print(table)
     for fact in results.facts:
         console.print(f"  [green]✓[/green] {fact}")
@@ -140,8 +151,10 @@ def write_report(results: Results) -> list[Path]:
     page = templates.get_template("report.html.j2").render(
         results=results,
         chart=base64.b64encode(chart).decode(),
-        samples=[(sample, base64.b64encode(png(thumbnail(sample))).decode())
-                 for sample in results.samples],
+        samples=[
+            (sample, base64.b64encode(png(thumbnail(sample))).decode())
+            for sample in results.samples
+        ],
     )
     paths = [out / "chart.png", out / "report.html"]
     paths[0].write_bytes(chart)
@@ -151,19 +164,28 @@ def write_report(results: Results) -> list[Path]:
 
 def draw_chart(results: Results) -> Figure:
     """Accuracy of every model, and what the composition remembers of each shard."""
-    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(11, 4.8), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
+    with matplotlib.rc_context(
+        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    ):
+        figure = Figure(figsize=(12, 5), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
         _accuracies(left, results)
         _memories(right, results)
+        figure.legend(loc="outside lower right", ncols=2, frameon=False)
     return figure
 
 
 def _accuracies(axes: Axes, results: Results) -> None:
     rows = results.rows
     for place, row in enumerate(rows):
-        marker, colour = MARKS[row.kind]
-        axes.plot(100 * row.accuracy, place, marker, color=colour, markersize=9, markeredgewidth=2)
+        axes.plot(
+            100 * row.accuracy,
+            place,
+            row.kind.marker,
+            color=row.kind.colour,
+            markersize=9,
+            markeredgewidth=2,
+        )
         axes.annotate(
             f"{100 * row.accuracy:.1f}",
             (100 * row.accuracy, place),
@@ -175,15 +197,14 @@ def _accuracies(axes: Axes, results: Results) -> None:
     axes.invert_yaxis()
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
-    low, high = min(r.accuracy for r in rows), max(r.accuracy for r in rows)
-    axes.set_xlim(100 * low - 2, 100 * high + 2)
+    low, high = (100 * pick(row.accuracy for row in rows) for pick in (min, max))
+    axes.set_xlim(low - 0.08 * (high - low) - 0.5, high + 0.16 * (high - low) + 0.5)
     axes.set_xlabel(f"accuracy on {results.scored} {results.settings.score_on} images, %")
-    axes.set_title("One block of a ViT, trained in shards", loc="left")
+    axes.set_title("Trained on everything, or in shards", loc="left")
 
 
 def _memories(axes: Axes, results: Results) -> None:
-    marker, colour = MARKS["composed"]
-    gone, gone_colour = MARKS["forgotten"]
+    together, without = KINDS["composed"], KINDS["forgotten"]
     axes.axhline(results.unseen, color="0.4", linestyle="--", linewidth=1)
     axes.annotate("images in no shard", (0.02, results.unseen), xycoords=("axes fraction", "data"),
                   xytext=(0, 4), textcoords="offset points", color="0.3")  # fmt: skip
@@ -193,16 +214,15 @@ def _memories(axes: Axes, results: Results) -> None:
         axes.annotate(
             "", (place, after), (place, before), arrowprops={"arrowstyle": "->", "color": "0.5"}
         )
-        axes.plot(place, before, marker, color=colour, markersize=9)
-        axes.plot(place, after, gone, color=gone_colour, markersize=10)
-    axes.plot([], [], marker, color=colour, label="composition of all shards")
-    axes.plot([], [], gone, color=gone_colour, label="that shard forgotten")
+        axes.plot(place, before, together.marker, color=together.colour, markersize=10)
+        axes.plot(place, after, without.marker, color=without.colour, markersize=10)
+    axes.plot([], [], together.marker, color=together.colour, label="mean of all shards")
+    axes.plot([], [], without.marker, color=without.colour, label="mean without this shard")
     axes.set_xticks(range(1, len(results.with_shard) + 1))
     axes.set_xlim(0.4, len(results.with_shard) + 0.6)
     axes.set_xlabel("shard")
     axes.set_ylabel("loss on the shard's own training images")
-    axes.set_title("Forgetting a shard: its images become strangers", loc="left")
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    axes.set_title("Each shard, before and after it is forgotten", loc="left")
 
 
 def thumbnail(sample: Sample) -> Figure:

@@ -195,9 +195,6 @@ def test_under_no_grad_inference_mode_and_torch_func():
     )
 
 
-@pytest.mark.xfail(
-    raises=RuntimeError, reason="forward mode of torch's softmax cannot be differentiated again"
-)
 def test_gradient_of_the_input_through_value_and_tangent():
     model, x = vit(), images().requires_grad_()
     tangent = moved(linearize(model))

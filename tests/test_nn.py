@@ -123,6 +123,15 @@ def test_dropout_in_training_drops_what_timms_drops():
     assert torch.equal(module.eval()(tokens()), original.eval()(tokens()))
 
 
+def test_takes_over_mode_and_scale():
+    original = attention(attn_drop=0.5).eval()
+    original.scale = 0.7
+    setattr(original, "fused_attn", False)  # noqa: B010 - timm heeds its scale only then
+    module = TangentAttention.from_timm(original)
+    assert not module.training
+    assert_near(module(tokens()), oracle(original)(tokens())({}))
+
+
 def test_parameters_are_shared():
     original = attention(qk_norm=True, norm_layer=nn.LayerNorm)
     module = TangentAttention.from_timm(original)

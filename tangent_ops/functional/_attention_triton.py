@@ -178,6 +178,10 @@ def _save(ctx, inputs, output):
     query, key, value, _, _, _, ctx.scale = inputs
     ctx.save_for_backward(query, key, value, output[0], output[2])
     ctx.set_materialize_grads(False)
+    # The output depends on no tangent. Unsaid, it would seem to, and the next layer would be asked
+    # for gradients of its primal operands.
+    frozen = not any(ctx.needs_input_grad[:3])
+    ctx.mark_non_differentiable(*((output[0], output[2]) if frozen else (output[2],)))
 
 
 def _backward(ctx, grad_output, grad_output_t, vjp):

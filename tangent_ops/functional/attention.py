@@ -43,6 +43,8 @@ def scaled_dot_product_attention(
     causal attention, dropout, grouped heads, head dimensions other than multiples of 8 from 16
     to 128, and float64 are computed by eager formulas instead.
 
+    Under autocast the operands are cast to its dtype first, as for PyTorch's.
+
     Args:
         query: (..., Hq, N, D), floating point, plain or dual; N >= 1.
         key: (..., H, M, D), same dtype and device; M >= 1.
@@ -65,6 +67,7 @@ def scaled_dot_product_attention(
             derivative they do not compute (a NotImplementedError): gradients of query, key and
             value through the tangent, and forward mode over forward mode.
     """
+    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     options = (dropout_p, is_causal, scale, enable_gqa)
     operands = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
@@ -92,6 +95,24 @@ def scaled_dot_product_attention(
         query, key, value, query_t, key_t, value_t, attn_mask, attn_mask_t, *options
     )
     return forward_ad.make_dual(output, output_t)
+
+
+def _autocast(query: Tensor, *others: Tensor | None) -> tuple:
+    """The operands in autocast's dtype where autocast is on: PyTorch's op does the same."""
+    device = query.device.type
+    if not torch.is_autocast_enabled(device):
+        return query, *others
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        lower = tensor is not None and tensor.dtype in (
+            torch.float32,
+            torch.float16,
+            torch.bfloat16,
+        )
+        return tensor.to(dtype) if lower else tensor
+
+    return tuple(cast(tensor) for tensor in (query, *others))
 
 
 def _check(

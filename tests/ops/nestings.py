@@ -55,6 +55,18 @@ def backward_to_tangents(op: Op, q, k, v, q_t, k_t, v_t, w, u):
     return torch.autograd.grad((output_t * w).sum(), leaves)
 
 
+def backward_to_tangents_of_two_layers(op: Op, q, k, v, q_t, k_t, v_t, w, u):
+    """The first output is the second layer's query: a primal that needs no gradient."""
+    leaves = [x.detach().clone().requires_grad_() for x in (q_t, k_t, v_t)]
+    _, output_t = jvp(lambda *p: op(op(*p), *p[1:]), (q, k, v), tuple(leaves))
+    return torch.autograd.grad((output_t * w).sum(), leaves)
+
+
+def grad_of_tangents_of_two_layers(op: Op, q, k, v, q_t, k_t, v_t, w, u):
+    two = lambda *p: op(op(*p), *p[1:])  # noqa: E731
+    return grad(lambda t: (jvp(two, (q, k, v), t)[1] * w).sum())((q_t, k_t, v_t))
+
+
 def backward_to_primals_through_value(op: Op, q, k, v, q_t, k_t, v_t, w, u):
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     output, _ = jvp(op, tuple(leaves), (q_t, k_t, v_t))
@@ -153,6 +165,8 @@ FIRST_ORDER = [
     partial_tangents,
     grad_of_tangents,
     backward_to_tangents,
+    backward_to_tangents_of_two_layers,
+    grad_of_tangents_of_two_layers,
     backward_to_primals_through_value,
     grad_of_primals_through_value,
     jacfwd_of_attention,

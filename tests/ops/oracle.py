@@ -44,7 +44,7 @@ def attention_vjp(primals: Sequence[Tensor], cotangent: Tensor, **options) -> tu
 def error(found: Tensor, exact: Tensor) -> float:
     """‖found - exact‖, over all elements."""
     assert found.shape == exact.shape
-    return float((found.double() - exact.double()).norm())
+    return float((found.detach().double() - exact.detach().double()).norm())
 
 
 def assert_as_good_as(found, exact, eager) -> None:

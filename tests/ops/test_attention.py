@@ -61,6 +61,33 @@ def test_low_precision(dtype) -> None:
     oracle.assert_as_good_as(found, exact, oracle.attention_jvp(primals, tangents))
 
 
+def test_autocast_casts_mixed_operands_as_pytorchs_does() -> None:
+    torch.manual_seed(0)
+    query, key, value = draw(1, 2, 5, 16, dtype=torch.float32, count=3)
+    query_t, key_t, value_t = draw(1, 2, 5, 16, dtype=torch.float32, count=3)
+    value, value_t = value.bfloat16(), value_t.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.func.jvp(attention, (query, key, value), (query_t, key_t, value_t))
+        plain = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    assert found[0].dtype == found[1].dtype == plain.dtype == torch.bfloat16
+    primals = [x.bfloat16() for x in (query, key, value)]
+    tangents = [x.bfloat16() for x in (query_t, key_t, value_t)]
+    exact = oracle.attention_jvp(oracle.double(primals), oracle.double(tangents))
+    oracle.assert_as_good_as(found, exact, oracle.attention_jvp(primals, tangents))
+
+
+def test_reverse_mode_through_value_and_tangent_of_a_dual_level() -> None:
+    torch.manual_seed(0)
+    primals = [x.requires_grad_() for x in draw(1, 2, 5, 4, count=3)]
+    tangents = draw(1, 2, 5, 4, count=3)
+    with forward_ad.dual_level():
+        dual = map(forward_ad.make_dual, primals, tangents)
+        output, output_t = forward_ad.unpack_dual(attention(*dual))
+        grads = torch.autograd.grad((output * output_t).sum(), primals)
+    output, output_t = oracle.attention_jvp(primals, tangents)
+    close(grads, torch.autograd.grad((output * output_t).sum(), primals))
+
+
 MASKS = {
     "boolean": torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 1]]).bool(),
     "per head": torch.rand(3, 1, 4, generator=torch.Generator().manual_seed(1)) > 0.3,

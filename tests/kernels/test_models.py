@@ -1,0 +1,66 @@
+"""An unmodified timm ViT through the Triton kernels, end to end."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import tangent_ops
+from tests.ops import oracle
+
+
+def jvp_of_parameters(model, parameters, tangents, x):
+    return torch.func.jvp(lambda p: functional_call(model, p, (x,)), (parameters,), (tangents,))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_vit_and_the_gradient_of_its_tangents(compiled, device) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=48, depth=2, num_heads=3, num_classes=5
+    )
+    model = model.eval().requires_grad_(False).to(device)
+    parameters = dict(model.named_parameters())
+    tangents = {n: (0.1 * torch.randn_like(p)).requires_grad_() for n, p in parameters.items()}
+    x = torch.randn(2, 3, 16, 16, device=device)
+
+    def run(*args):
+        with tangent_ops.fused_forward_ad(backend="triton"):
+            return jvp_of_parameters(*args)
+
+    if compiled:
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    found = run(model, parameters, tangents, x)
+    grads = torch.autograd.grad(found[1].sin().sum(), list(tangents.values()))
+
+    right = {n: t.detach().double().requires_grad_() for n, t in tangents.items()}
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = jvp_of_parameters(
+            copy.deepcopy(model).double(), oracle.double(parameters), right, x.double()
+        )
+    exact_grads = torch.autograd.grad(exact[1].sin().sum(), list(right.values()))
+    for one, other in zip((*found, *grads), (*exact, *exact_grads), strict=True):
+        assert oracle.error(one, other) <= 1e-5 * float(other.detach().norm()) + 1e-6
+
+
+def test_a_linearized_model_chooses_the_kernels_on_a_gpu(monkeypatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model = VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=48, depth=2, num_heads=3, num_classes=5
+    )
+    tangent = tangent_ops.linearize(model).cuda()
+    calls = []
+    launch = torch.ops.tangent_ops.attention_jvp
+    monkeypatch.setattr(
+        "tangent_ops.functional._attention_triton.attention_jvp",
+        lambda *a: calls.append(a) or launch(*a),
+    )
+    tangent(torch.randn(2, 3, 16, 16, device="cuda"))
+    assert len(calls) == 2
