@@ -105,12 +105,9 @@ def _autocast(query: Tensor, *others: Tensor | None) -> tuple:
     dtype = torch.get_autocast_dtype(device)
 
     def cast(tensor: Tensor | None) -> Tensor | None:
-        lower = tensor is not None and tensor.dtype in (
-            torch.float32,
-            torch.float16,
-            torch.bfloat16,
-        )
-        return tensor.to(dtype) if lower else tensor
+        if tensor is None or tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return tensor
+        return tensor.to(dtype)
 
     return tuple(cast(tensor) for tensor in (query, *others))
 

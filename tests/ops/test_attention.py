@@ -83,6 +83,7 @@ def test_reverse_mode_through_value_and_tangent_of_a_dual_level() -> None:
     with forward_ad.dual_level():
         dual = map(forward_ad.make_dual, primals, tangents)
         output, output_t = forward_ad.unpack_dual(attention(*dual))
+        assert output_t is not None
         grads = torch.autograd.grad((output * output_t).sum(), primals)
     output, output_t = oracle.attention_jvp(primals, tangents)
     close(grads, torch.autograd.grad((output * output_t).sum(), primals))
