@@ -79,9 +79,8 @@ class Results:
         scored: Number of images that accuracy and loss are measured on.
         rows: The models.
         facts: What linearity promises, as measured.
-        with_shard: Loss on each shard's own training images, of the composition of all shards.
-        without_shard: The same, of the composition of the other shards.
-        unseen: Loss of the composition of all shards on the scored images.
+        own_loss: Change of the loss on each shard's own training images when it is forgotten.
+        other_loss: The same on the scored images, which are in no shard.
         samples: Images of the forgotten shard that were recognised and no longer are.
         delta_bytes: Size of one delta file.
         seconds: Time of everything, downloads not included.
@@ -95,9 +94,8 @@ class Results:
     scored: int
     rows: list[Row] = field(default_factory=list)
     facts: list[str] = field(default_factory=list)
-    with_shard: list[float] = field(default_factory=list)
-    without_shard: list[float] = field(default_factory=list)
-    unseen: float = 0.0
+    own_loss: list[float] = field(default_factory=list)
+    other_loss: list[float] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     delta_bytes: int = 0
     seconds: float = 0.0
@@ -171,7 +169,6 @@ def draw_chart(results: Results) -> Figure:
         left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
         _accuracies(left, results)
         _memories(right, results)
-        figure.legend(loc="outside lower right", ncols=2, frameon=False)
     return figure
 
 
@@ -204,25 +201,30 @@ def _accuracies(axes: Axes, results: Results) -> None:
 
 
 def _memories(axes: Axes, results: Results) -> None:
-    together, without = KINDS["composed"], KINDS["forgotten"]
-    axes.axhline(results.unseen, color="0.4", linestyle="--", linewidth=1)
-    axes.annotate("images in no shard", (0.02, results.unseen), xycoords=("axes fraction", "data"),
-                  xytext=(0, 4), textcoords="offset points", color="0.3")  # fmt: skip
-    for place, (before, after) in enumerate(
-        zip(results.with_shard, results.without_shard, strict=True), start=1
-    ):
-        axes.annotate(
-            "", (place, after), (place, before), arrowprops={"arrowstyle": "->", "color": "0.5"}
-        )
-        axes.plot(place, before, together.marker, color=together.colour, markersize=10)
-        axes.plot(place, after, without.marker, color=without.colour, markersize=10)
-    axes.plot([], [], together.marker, color=together.colour, label="mean of all shards")
-    axes.plot([], [], without.marker, color=without.colour, label="mean without this shard")
-    axes.set_xticks(range(1, len(results.with_shard) + 1))
-    axes.set_xlim(0.4, len(results.with_shard) + 0.6)
-    axes.set_xlabel("shard")
-    axes.set_ylabel("loss on the shard's own training images")
-    axes.set_title("Each shard, before and after it is forgotten", loc="left")
+    places = range(1, len(results.own_loss) + 1)
+    width = 0.38
+    style = {"width": width, "edgecolor": "black", "linewidth": 0.8}
+    axes.bar(
+        [place - width / 2 for place in places],
+        results.own_loss,
+        color=KINDS["forgotten"].colour,
+        hatch="///",
+        label="images of that shard",
+        **style,
+    )
+    axes.bar(
+        [place + width / 2 for place in places],
+        results.other_loss,
+        color="white",
+        label=f"{results.settings.score_on} images",
+        **style,
+    )
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(places)
+    axes.set_xlabel("shard forgotten")
+    axes.set_ylabel("change of the mean model's loss")
+    axes.set_title("A shard forgotten: only its own images are lost", loc="left")
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
 
 
 def thumbnail(sample: Sample) -> Figure:
