@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
-from tangent_ops.functional import scaled_dot_product_attention
+from tangent_ops.functional import linear, scaled_dot_product_attention
 from tangent_ops.functional._backend import Backend, may_be_dual
 
 
@@ -48,11 +48,18 @@ def _layer_norm(
     return output if bias is None else output + bias
 
 
-_TAKEN = (F.scaled_dot_product_attention, F.multi_head_attention_forward, F.layer_norm)
+_TAKEN = (
+    F.scaled_dot_product_attention,
+    F.multi_head_attention_forward,
+    F.linear,
+    F.layer_norm,
+)
 
 
 class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_grad
     """Context in which dual calls of ``F.scaled_dot_product_attention`` run fused.
+
+    ``F.linear`` is routed too, in a plain dual level without gradients, where it saves passes.
 
     PyTorch's fast attention has no forward-mode derivative and raises on dual tensors. Within
     this context such calls go to :func:`tangent_ops.scaled_dot_product_attention`, whatever model
@@ -86,6 +93,8 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
         if func in _TAKEN and any(may_be_dual(operand) for operand in (*args, *kwargs.values())):
             if func is F.scaled_dot_product_attention:
                 return scaled_dot_product_attention(*args, **kwargs, backend=self.backend)
+            if func is F.linear:
+                return linear(*args, **kwargs)
             if func is F.multi_head_attention_forward:
                 return _MULTI_HEAD_ATTENTION[self.backend](*args, **kwargs)
             if torch.compiler.is_compiling():

@@ -52,6 +52,13 @@ def in_forward_ad() -> bool:
     return forward_ad._current_level >= 0
 
 
+def in_plain_dual_level() -> bool:
+    """Whether a ``dual_level()`` is active, no torch.func transform is, and nothing is compiled."""
+    return (
+        in_forward_ad() and not torch.compiler.is_compiling() and peek_interpreter_stack() is None
+    )
+
+
 def tangents_are_hidden() -> bool:
     """Whether vmap or grad runs inside a forward-mode level (jvp of vmap, jvp of grad).
 

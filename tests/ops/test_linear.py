@@ -1,0 +1,94 @@
+"""The dual affine map against PyTorch's own rule in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+
+from tangent_ops.functional.linear import linear
+
+PRESENT = [flags for flags in itertools.product([True, False], repeat=3) if any(flags)]
+
+
+def operands(lead=(2, 3), bias=True):
+    torch.manual_seed(0)
+    shapes = [(*lead, 5), (4, 5)] + [(4,)] * bias
+    return [[torch.randn(shape, dtype=torch.float64) for shape in shapes] for _ in range(2)]
+
+
+def pushforward(op, primals, tangents):
+    with forward_ad.dual_level():
+        dual = [
+            p if t is None else forward_ad.make_dual(p, t)
+            for p, t in zip(primals, tangents, strict=True)
+        ]
+        return tuple(forward_ad.unpack_dual(op(*dual)))
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("present", PRESENT)
+def test_any_subset_of_tangents(lead, present) -> None:
+    primals, tangents = operands(lead)
+    given = [t if p else None for t, p in zip(tangents, present, strict=True)]
+    with torch.no_grad():
+        found, right = (pushforward(op, primals, given) for op in (linear, F.linear))
+    torch.testing.assert_close(found, right, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("present", PRESENT)
+def test_gradients_of_the_tangents(lead, present) -> None:
+    primals, tangents = operands(lead)
+    leaves = [t.requires_grad_() for t, p in zip(tangents, present, strict=True) if p]
+    given = [t if p else None for t, p in zip(tangents, present, strict=True)]
+    results = []
+    for op in (linear, F.linear):
+        output, output_t = pushforward(op, primals, given)
+        results.append((output, output_t, *torch.autograd.grad(output_t.sin().sum(), leaves)))
+    for one, right in zip(*results, strict=True):
+        torch.testing.assert_close(one, right, rtol=1e-13, atol=1e-13)
+
+
+def test_no_bias() -> None:
+    primals, tangents = operands(bias=False)
+    with torch.no_grad():
+        found, right = (pushforward(op, primals, tangents) for op in (linear, F.linear))
+    torch.testing.assert_close(found, right, rtol=1e-13, atol=1e-13)
+
+
+def test_forward_over_reverse_is_pytorchs() -> None:
+    """The gradient's tangent needs the dual primals, which an unpacked formula would lose."""
+    primals, tangents = operands()
+    results = []
+    for op in (linear, F.linear):
+        with forward_ad.dual_level():
+            dual = [
+                forward_ad.make_dual(p.clone().requires_grad_(), t)
+                for p, t in zip(primals, tangents, strict=True)
+            ]
+            grads = torch.autograd.grad(op(*dual).square().sum(), dual)
+            results.append([forward_ad.unpack_dual(g).tangent for g in grads])
+    torch.testing.assert_close(*results, rtol=1e-13, atol=1e-13)
+
+
+def test_inside_transforms() -> None:
+    primals, tangents = operands()
+    stacks = [torch.stack([t, 2 * t]) for t in tangents]
+    results = []
+    for op in (linear, F.linear):
+        one = lambda *t, op=op: torch.func.jvp(op, tuple(primals), t)[1]  # noqa: E731
+        results.append(torch.func.vmap(one)(*stacks))
+    torch.testing.assert_close(*results, rtol=1e-13, atol=1e-13)
+
+
+def test_autocast() -> None:
+    primals, tangents = ([x.float() for x in xs] for xs in operands())
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        output, output_t = pushforward(linear, primals, tangents)
+    assert output.dtype == output_t.dtype == torch.bfloat16
+    _, exact = pushforward(F.linear, primals, tangents)
+    torch.testing.assert_close(output_t.float(), exact, rtol=0.03, atol=0.03)
