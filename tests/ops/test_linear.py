@@ -48,6 +48,7 @@ def test_gradients_of_the_tangents(lead, present) -> None:
     results = []
     for op in (linear, F.linear):
         output, output_t = pushforward(op, primals, given)
+        assert output_t is not None
         results.append((output, output_t, *torch.autograd.grad(output_t.sin().sum(), leaves)))
     for one, right in zip(*results, strict=True):
         torch.testing.assert_close(one, right, rtol=1e-13, atol=1e-13)
@@ -89,6 +90,7 @@ def test_autocast() -> None:
     primals, tangents = ([x.float() for x in xs] for xs in operands())
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         output, output_t = pushforward(linear, primals, tangents)
+    assert output is not None and output_t is not None
     assert output.dtype == output_t.dtype == torch.bfloat16
     _, exact = pushforward(F.linear, primals, tangents)
     torch.testing.assert_close(output_t.float(), exact, rtol=0.03, atol=0.03)
