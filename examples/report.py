@@ -223,7 +223,7 @@ def _memories(axes: Axes, results: Results) -> None:
     axes.set_xticks(places)
     axes.set_xlabel("shard forgotten")
     axes.set_ylabel("change of the mean model's loss")
-    axes.set_title("A shard forgotten: only its own images are lost", loc="left")
+    axes.set_title("A shard forgotten: what its own images lose", loc="left")
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
 
 

@@ -25,6 +25,7 @@ from checks import check_last_one, check_mean
 from images import Images, load_images
 from report import Results, Sample, print_table, write_report
 from rich.console import Console
+from rich.markup import escape
 from setting import Settings, split_images
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
@@ -208,7 +209,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--score-on", choices=("test", "validation"), default="test", help="images to score on")
     add("--out", type=Path, default=Path("out"), help="folder for the report and the deltas")
     add("--cache", type=Path, default=default_cache(), help="folder for what pip fetches")
-    add("--quick", action="store_true", help="few images, one pass: to see that it runs")
+    add("--quick", action="store_true", help="few images, 3 passes: to see that it runs")
     return parser.parse_args(arguments)
 
 
@@ -220,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out=options.out,
             shards=options.shards,
             forget=options.forget,
-            epochs=1 if options.quick else options.epochs,
+            epochs=3 if options.quick else options.epochs,
             train_size=360 if options.quick else options.train_size,
             test_size=200 if options.quick else 1000,
             seed=options.seed,
@@ -238,7 +239,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"{model_name(model)}; {images.name}, {len(images.classes)} classes")
         results = run(model, images, settings)
     except (DemoError, TangentOpsError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {error}", highlight=False)
+        Console(stderr=True).print(
+            f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False
+        )
         return 2
     print_table(results, console)
     for path in write_report(results):
