@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from types import FunctionType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
-from tangent_ops.functional import linear, scaled_dot_product_attention
+from tangent_ops.functional import layer_norm, linear, scaled_dot_product_attention
 from tangent_ops.functional._backend import Backend, may_be_dual
 
 
@@ -32,38 +30,16 @@ def _multi_head_attention(backend: Backend | None) -> FunctionType:
 _BACKENDS: tuple[Backend | None, ...] = (None, "triton", "reference")
 # Made once: torch.compile cannot trace the making.
 _MULTI_HEAD_ATTENTION = {backend: _multi_head_attention(backend) for backend in _BACKENDS}
-
-
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """``F.layer_norm``, which Dynamo cannot trace for a dual input with plain weights."""
-    output = F.layer_norm(input, normalized_shape, eps=eps)
-    if weight is not None:
-        output = output * weight
-    return output if bias is None else output + bias
-
-
-_TAKEN = (
-    F.scaled_dot_product_attention,
-    F.multi_head_attention_forward,
-    F.linear,
-    F.layer_norm,
-)
+_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 
 
 class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_grad
     """Context in which dual calls of ``F.scaled_dot_product_attention`` run fused.
 
-    ``F.linear`` is routed too, in a plain dual level without gradients, where it saves passes.
-
     PyTorch's fast attention has no forward-mode derivative and raises on dual tensors. Within
     this context such calls go to :func:`tangent_ops.scaled_dot_product_attention`, whatever model
-    makes them; calls without a tangent stay PyTorch's.
+    makes them; calls without a tangent stay PyTorch's. ``F.linear`` and ``F.layer_norm`` are
+    routed too, to forms that take fewer passes over memory in a plain ``dual_level()``.
 
     Example:
         >>> with fused_forward_ad():
@@ -90,13 +66,12 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _TAKEN and any(may_be_dual(operand) for operand in (*args, *kwargs.values())):
-            if func is F.scaled_dot_product_attention:
-                return scaled_dot_product_attention(*args, **kwargs, backend=self.backend)
-            if func is F.linear:
-                return linear(*args, **kwargs)
+        if func is F.linear:
+            return linear(*args, **kwargs)
+        if func is F.layer_norm:
+            return layer_norm(*args, **kwargs)
+        if func in _ATTENTION and any(may_be_dual(x) for x in (*args, *kwargs.values())):
             if func is F.multi_head_attention_forward:
                 return _MULTI_HEAD_ATTENTION[self.backend](*args, **kwargs)
-            if torch.compiler.is_compiling():
-                return _layer_norm(*args, **kwargs)
+            return scaled_dot_product_attention(*args, **kwargs, backend=self.backend)
         return func(*args, **kwargs)

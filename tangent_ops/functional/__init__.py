@@ -1,6 +1,7 @@
 """One file per op: check the arguments, choose a backend, and tell autograd the derivative."""
 
 from tangent_ops.functional.attention import scaled_dot_product_attention
+from tangent_ops.functional.layer_norm import layer_norm
 from tangent_ops.functional.linear import linear
 
-__all__ = ["linear", "scaled_dot_product_attention"]
+__all__ = ["layer_norm", "linear", "scaled_dot_product_attention"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +57,36 @@ def in_plain_dual_level() -> bool:
     return (
         in_forward_ad() and not torch.compiler.is_compiling() and peek_interpreter_stack() is None
     )
+
+
+Tensors = tuple[Tensor | None, ...]
+
+
+def take_apart(*operands: Tensor | None) -> tuple[Tensors, Tensors] | None:
+    """Primals and tangents, where a formula on plain tensors may compute the output's tangent.
+
+    So in a plain dual level, if an operand is dual and reverse mode tracks none of the primals
+    (their tangents it may): then no other derivative of the primals can be asked for. Otherwise
+    None, and PyTorch's own rules must carry the tangent.
+    """
+    if not in_plain_dual_level():
+        return None
+    pairs = [(None, None) if x is None else forward_ad.unpack_dual(x) for x in operands]
+    primals, tangents = zip(*pairs, strict=True)
+    if all(tangent is None for tangent in tangents):
+        return None
+    if any(x is not None and (x.requires_grad or not x.is_floating_point()) for x in operands):
+        return None
+    return primals, tangents
+
+
+def autocast(device: str, *operands: Tensor | None) -> tuple[Any, ...]:
+    """The operands in autocast's dtype where autocast is on: PyTorch's products do the same."""
+    if not torch.is_autocast_enabled(device):
+        return operands
+    dtype = torch.get_autocast_dtype(device)
+    taken = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(x.to(dtype) if x is not None and x.dtype in taken else x for x in operands)
 
 
 def tangents_are_hidden() -> bool:

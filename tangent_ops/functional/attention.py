@@ -8,10 +8,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tangent_ops.errors import ArgumentError
+from tangent_ops.functional._attention_eager import AttentionInParts, batch_and_heads_agree
 from tangent_ops.functional._attention_triton import fused_attention, why_not_fused
 from tangent_ops.functional._backend import (
     Backend,
+    autocast,
     choose_backend,
+    in_plain_dual_level,
     may_be_dual,
     reverse_mode_reaches,
     tangents_are_hidden,
@@ -67,7 +70,7 @@ def scaled_dot_product_attention(
             derivative they do not compute (a NotImplementedError): gradients of query, key and
             value through the tangent, and forward mode over forward mode.
     """
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    query, key, value, attn_mask = autocast(query.device.type, query, key, value, attn_mask)
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     options = (dropout_p, is_causal, scale, enable_gqa)
     operands = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
@@ -91,25 +94,13 @@ def scaled_dot_product_attention(
         return attention(query, key, value, attn_mask, *options)
     (query, query_t), (key, key_t), (value, value_t), *mask = map(forward_ad.unpack_dual, operands)
     attn_mask, attn_mask_t = mask[0] if mask else (None, None)
-    output, output_t = attention_jvp(
-        query, key, value, query_t, key_t, value_t, attn_mask, attn_mask_t, *options
-    )
+    primals, tangents = (query, key, value), (query_t, key_t, value_t)
+    masked = attn_mask is not None or is_causal
+    if in_plain_dual_level() and not masked and not dropout_p and batch_and_heads_agree(*primals):
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        return forward_ad.make_dual(*AttentionInParts.apply(*primals, *tangents, factor))
+    output, output_t = attention_jvp(*primals, *tangents, attn_mask, attn_mask_t, *options)
     return forward_ad.make_dual(output, output_t)
-
-
-def _autocast(query: Tensor, *others: Tensor | None) -> tuple:
-    """The operands in autocast's dtype where autocast is on: PyTorch's op does the same."""
-    device = query.device.type
-    if not torch.is_autocast_enabled(device):
-        return query, *others
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return tensor
-        return tensor.to(dtype)
-
-    return tuple(cast(tensor) for tensor in (query, *others))
 
 
 def _check(

@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.forward_ad import UnpackedDualTensor
 
-from tangent_ops.functional._backend import in_plain_dual_level, may_be_dual
-from tangent_ops.reference.linear import linear_jvp
+from tangent_ops.functional._backend import autocast, take_apart
+from tangent_ops.reference.linear import linear_jvp, linear_vjp
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -17,8 +16,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
         y = x Wᵀ + b        y_t = x_t Wᵀ + x W_tᵀ + b_t
 
-    Inside ``torch.func`` transforms and compiled code, and while gradients are recorded, it is
-    PyTorch's: there its own rules nest, the compiler fuses, or nothing was gained (measured).
+    The gradients of the tangents are the map's ordinary ones. Inside ``torch.func`` transforms
+    and compiled code, or where gradients of x, W or b themselves are recorded, it is PyTorch's
+    own function: its rules nest there, or the compiler fuses.
 
     Args:
         input: (..., K), plain or dual.
@@ -28,14 +28,29 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., C), dual if an input is.
     """
-    operands = (input, weight, bias)
-    if (
-        torch.is_grad_enabled()
-        or not in_plain_dual_level()
-        or not any(may_be_dual(operand) for operand in operands)
-    ):
+    apart = take_apart(input, weight, bias)
+    if apart is None or weight.ndim != 2:
         return F.linear(input, weight, bias)
-    absent = UnpackedDualTensor(None, None)  # pyright: ignore[reportArgumentType]
-    pairs = (absent if x is None else forward_ad.unpack_dual(x) for x in operands)
-    primals, tangents = zip(*pairs, strict=True)
-    return forward_ad.make_dual(*linear_jvp(*primals, *tangents))
+    device = input.device.type
+    primals, tangents = (autocast(device, *operands) for operands in apart)
+    return forward_ad.make_dual(*_Linear.apply(*primals, *tangents))
+
+
+class _Linear(torch.autograd.Function):
+    """linear_jvp, differentiable by the tangents."""
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, input_t, weight_t, bias_t):
+        output, output_t = linear_jvp(input, weight, bias, input_t, weight_t, bias_t)
+        ctx.save_for_backward(input, weight)
+        ctx.mark_non_differentiable(output)
+        ctx.set_materialize_grads(False)
+        return output, output_t
+
+    @staticmethod
+    def backward(ctx, _, grad):
+        if grad is None:
+            return (None,) * 6
+        input, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad[3:6]
+        return None, None, None, *linear_vjp(input, weight, grad, needs)

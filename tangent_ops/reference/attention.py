@@ -117,8 +117,10 @@ def attention_jvp(
         scores_t = torch.zeros_like(scores) if scores_t is None else scores_t
         scores_t = _add(scores_t, bias_t, lead)
     if scores_t is not None:
-        mean_t = (weights * scores_t).sum(-1, keepdim=True)
-        output_t = torch.baddbmm(output_t, kept * scores_t, v) - mean_t * output
+        weights_t = weights * scores_t  # their tangent, before its row's mean is taken off
+        mean_t = weights_t.sum(-1, keepdim=True)
+        kept_t = weights_t if kept is weights else kept * scores_t
+        output_t = torch.baddbmm(output_t, kept_t, v) - mean_t * output
     shape = (*lead, *output.shape[-2:])
     return output.to(dtype).reshape(shape), output_t.to(dtype).reshape(shape)
 

@@ -62,6 +62,14 @@ def backward_to_tangents_of_two_layers(op: Op, q, k, v, q_t, k_t, v_t, w, u):
     return torch.autograd.grad((output_t * w).sum(), leaves)
 
 
+def backward_after_a_dual_level_of_two_layers(op: Op, q, k, v, q_t, k_t, v_t, w, u):
+    leaves = [x.detach().clone().requires_grad_() for x in (q_t, k_t, v_t)]
+    with forward_ad.dual_level():
+        dual = [forward_ad.make_dual(p, t) for p, t in zip((q, k, v), leaves, strict=True)]
+        _, output_t = forward_ad.unpack_dual(op(op(*dual), *dual[1:]))
+    return torch.autograd.grad((output_t * w).sum(), leaves)
+
+
 def grad_of_tangents_of_two_layers(op: Op, q, k, v, q_t, k_t, v_t, w, u):
     two = lambda *p: op(op(*p), *p[1:])  # noqa: E731
     return grad(lambda t: (jvp(two, (q, k, v), t)[1] * w).sum())((q_t, k_t, v_t))
@@ -159,6 +167,15 @@ def double_backward(op: Op, q, k, v, q_t, k_t, v_t, w, u):
     return torch.autograd.grad(sum((g * u).sum() for g in grads), weight)
 
 
+def double_backward_after_a_dual_level(op: Op, q, k, v, q_t, k_t, v_t, w, u):
+    leaves = [x.detach().clone().requires_grad_() for x in (q_t, k_t, v_t)]
+    with forward_ad.dual_level():
+        dual = [forward_ad.make_dual(p, t) for p, t in zip((q, k, v), leaves, strict=True)]
+        _, output_t = forward_ad.unpack_dual(op(*dual))
+    grads = torch.autograd.grad((output_t * w).square().sum(), leaves, create_graph=True)
+    return torch.autograd.grad(sum((g * u).sum() for g in grads), leaves)
+
+
 FIRST_ORDER = [
     jvp_of_attention,
     dual_level,
@@ -166,6 +183,7 @@ FIRST_ORDER = [
     grad_of_tangents,
     backward_to_tangents,
     backward_to_tangents_of_two_layers,
+    backward_after_a_dual_level_of_two_layers,
     grad_of_tangents_of_two_layers,
     backward_to_primals_through_value,
     grad_of_primals_through_value,
@@ -187,4 +205,5 @@ BEYOND_THE_KERNELS = [
     jacfwd_of_jvp,
     jvp_of_vmap,
     double_backward,
+    double_backward_after_a_dual_level,
 ]

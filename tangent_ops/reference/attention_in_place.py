@@ -1,0 +1,87 @@
+"""Unmasked attention, its tangent and its adjoint, in as few passes over memory as eager torch has.
+
+The formulas are those of :mod:`tangent_ops.reference.attention`, which take every option and
+nest under every transform. These overwrite their intermediates, so they do neither. With a
+cotangent G of O, or of O_t (prefix ``grad_``):
+
+    grad_V = Pᵀ G        grad_S = P∘(G Vᵀ - δ)        δ_i = Σ_j G_ij O_ij
+    grad_Q = s grad_S K        grad_K = s grad_Sᵀ Q
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def attention_jvp(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_t: Tensor | None,
+    key_t: Tensor | None,
+    value_t: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention and its tangent; products with an absent (None) tangent are not computed.
+
+    Args:
+        query: (B, N, D); B counts batch and heads.
+        key: (B, M, D).
+        value: (B, M, Dv).
+        query_t: tangent of ``query`` or None for zero; the same for the next two.
+        key_t: tangent of ``key``.
+        value_t: tangent of ``value``.
+        scale: factor of the scores.
+
+    Returns:
+        The output and its tangent, both (B, N, Dv).
+    """
+    weights = torch.bmm(query * scale, key.mT).softmax(-1)
+    output = torch.bmm(weights, value)
+    output_t = torch.zeros_like(output) if value_t is None else torch.bmm(weights, value_t)
+    if query_t is not None:
+        scores_t = torch.bmm(query_t, key.mT)
+        if key_t is not None:
+            scores_t.baddbmm_(query, key_t.mT)
+    elif key_t is not None:
+        scores_t = torch.bmm(query, key_t.mT)
+    else:
+        return output, output_t
+    weights_t = scores_t.mul_(weights)  # over the scale, and before its row's mean is taken off
+    output_t.baddbmm_(weights_t, value, alpha=scale)
+    return output, output_t.addcmul_(weights_t.sum(-1, keepdim=True), output, value=-scale)
+
+
+def attention_vjp(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    grad: Tensor,
+    scale: float,
+    needs: tuple[bool, bool, bool],
+) -> Gradients:
+    """Gradients by query, key and value, with the attention weights computed again.
+
+    Args:
+        query: (B, N, D); B counts batch and heads.
+        key: (B, M, D).
+        value: (B, M, Dv).
+        output: (B, N, Dv), what attention returned.
+        grad: (B, N, Dv), cotangent of the output (or of its tangent).
+        scale: factor of the scores.
+        needs: which of the three to compute; the others are None.
+    """
+    query = query * scale
+    weights = torch.bmm(query, key.mT).softmax(-1)
+    grad_value = torch.bmm(weights.mT, grad) if needs[2] else None
+    if not needs[0] and not needs[1]:
+        return None, None, grad_value
+    delta = (grad * output).sum(-1, keepdim=True)
+    grad_scores = torch.bmm(grad, value.mT).sub_(delta).mul_(weights)
+    grad_query = torch.bmm(grad_scores, key).mul_(scale) if needs[0] else None
+    grad_key = torch.bmm(grad_scores.mT, query) if needs[1] else None
+    return grad_query, grad_key, grad_value
