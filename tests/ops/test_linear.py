@@ -48,7 +48,8 @@ def test_gradients_of_the_tangents(lead, present) -> None:
     results = []
     for op in (linear, F.linear):
         output, output_t = pushforward(op, primals, given)
-        assert output_t is not None
+        assert output is not None and output_t is not None
+        assert not output.requires_grad  # or the next layer would see a primal that is trained
         results.append((output, output_t, *torch.autograd.grad(output_t.sin().sum(), leaves)))
     for one, right in zip(*results, strict=True):
         torch.testing.assert_close(one, right, rtol=1e-13, atol=1e-13)
