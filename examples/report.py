@@ -104,10 +104,14 @@ class Results:
         """Append a row; `kind` is a key of `KINDS`."""
         self.rows.append(Row(name, KINDS[kind], images, accuracy, seconds))
 
+    def accuracy_of(self, kind: str) -> float:
+        """Of the first row of that kind, 0 to 1."""
+        return next(row.accuracy for row in self.rows if row.kind is KINDS[kind])
+
     @property
     def standard_error(self) -> float:
         """Of the composition's accuracy, in points: sqrt(p (1 - p) / n)."""
-        p = next(row.accuracy for row in self.rows if row.kind is KINDS["composed"])
+        p = self.accuracy_of("composed")
         return 100 * (p * (1 - p) / self.scored) ** 0.5
 
     @property
