@@ -32,7 +32,7 @@ KERNELS = {
     ),
 }
 # Bytes of spilled registers that the configurations' docstrings admit.
-SPILLS = {("forward", 128, 80): 144}
+SPILLS = {("forward", 128, 80): 160}  # 144 from Triton 3.9, 160 from 3.6
 
 
 def argument_type(name: str, dtype: torch.dtype) -> str:
