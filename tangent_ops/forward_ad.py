@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
-from tangent_ops.functional import layer_norm, linear, scaled_dot_product_attention
+from tangent_ops.functional import gelu, layer_norm, linear, scaled_dot_product_attention
 from tangent_ops.functional._backend import Backend, may_be_dual
 
 
@@ -38,8 +38,8 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
 
     PyTorch's fast attention has no forward-mode derivative and raises on dual tensors. Within
     this context such calls go to :func:`tangent_ops.scaled_dot_product_attention`, whatever model
-    makes them; calls without a tangent stay PyTorch's. ``F.linear`` and ``F.layer_norm`` are
-    routed too, to forms that take fewer passes over memory in a plain ``dual_level()``.
+    makes them; calls without a tangent stay PyTorch's. ``F.linear``, ``F.layer_norm`` and
+    ``F.gelu`` are routed too, to forms that need less memory in a plain ``dual_level()``.
 
     Example:
         >>> with fused_forward_ad():
@@ -70,6 +70,8 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
             return linear(*args, **kwargs)
         if func is F.layer_norm:
             return layer_norm(*args, **kwargs)
+        if func is F.gelu:
+            return gelu(*args, **kwargs)
         if func in _ATTENTION and any(may_be_dual(x) for x in (*args, *kwargs.values())):
             if func is F.multi_head_attention_forward:
                 return _MULTI_HEAD_ATTENTION[self.backend](*args, **kwargs)

@@ -368,6 +368,27 @@ def test_frozen_parts_cost_nothing():
     assert all(delta.grad is not None for delta in tangent.deltas().values())
 
 
+def test_a_training_step_keeps_no_more_than_an_ordinary_one():
+    """Activations saved for the backward pass, in bytes; the models' own parameters not counted."""
+
+    def kept(model: nn.Module) -> int:
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        storages = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage  # held, so that no address comes twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = model(images(count=4))
+        assert output.requires_grad
+        return sum(s.nbytes() for address, s in storages.items() if address not in own)
+
+    model = vit(init_values=None).eval()
+    assert kept(moved(linearize(model))) <= 1.02 * kept(model)
+
+
 def test_frozen_attention_makes_no_tangent(monkeypatch):
     """A trained projection behind attention does not make attention dual."""
     calls = []
