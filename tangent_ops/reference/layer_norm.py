@@ -47,18 +47,19 @@ def layer_norm_jvp(
     if weight_t is not None:
         output_t = torch.native_layer_norm(input, normalized_shape, weight_t, bias_t, eps)[0]
     elif bias_t is not None:
-        output_t = bias_t.expand_as(output)
+        output_t = bias_t.expand_as(output).clone()
     else:
         output_t = None
-    if input_t is None:
-        assert output_t is not None
-        return output, output_t.clone(), mean, rstd
-    part = _backward(input_t, input, normalized_shape, mean, rstd, None, None, (True, False, False))
-    x_t = part[0]
-    assert x_t is not None
-    if weight is not None:
-        x_t.mul_(weight)
-    return output, x_t if output_t is None else x_t.add_(output_t), mean, rstd
+    if input_t is not None:
+        mask = (True, False, False)
+        x_t, *_ = _backward(input_t, input, normalized_shape, mean, rstd, None, None, mask)
+        assert x_t is not None
+        if output_t is None:
+            output_t = x_t if weight is None else x_t.mul_(weight)
+        else:
+            output_t = output_t.add_(x_t) if weight is None else output_t.addcmul_(x_t, weight)
+    assert output_t is not None
+    return output, output_t, mean, rstd
 
 
 def layer_norm_vjp(
