@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tangent_ops.functional._backend import save_for_tangents
 from tangent_ops.reference.attention_in_place import attention_jvp, attention_vjp
 
 _CACHED = 2**18  # scores of one part on a CPU: 1 MiB of float32
@@ -33,10 +34,8 @@ class AttentionInParts(torch.autograd.Function):
             with torch.autocast(query.device.type, enabled=False):  # the operands are cast already
                 pair = attention_jvp(*operands, scale=scale)
             _store((output, output_t), part, pair)
-        ctx.save_for_backward(query, key, value, output)
+        save_for_tangents(ctx, output, query, key, value, output)
         ctx.scale = scale
-        ctx.mark_non_differentiable(output)
-        ctx.set_materialize_grads(False)
         return output, output_t
 
     @staticmethod

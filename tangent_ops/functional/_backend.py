@@ -80,6 +80,15 @@ def take_apart(*operands: Tensor | None) -> tuple[Tensors, Tensors] | None:
     return primals, tangents
 
 
+def save_for_tangents(ctx: Any, output: Tensor, *saved: Tensor | None) -> None:
+    """In the forward of a Function that is differentiable by tangents: (output, output_t)."""
+    ctx.save_for_backward(*saved)
+    # The output depends on no tangent. Unsaid, it would seem to, and the next layer would take its
+    # primal operand for one that is trained.
+    ctx.mark_non_differentiable(output)
+    ctx.set_materialize_grads(False)
+
+
 def autocast(device: str, *operands: Tensor | None) -> tuple[Any, ...]:
     """The operands in autocast's dtype where autocast is on: PyTorch's products do the same."""
     if not torch.is_autocast_enabled(device):

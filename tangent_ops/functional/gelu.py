@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tangent_ops.functional._backend import take_apart
+from tangent_ops.functional._backend import save_for_tangents, take_apart
 from tangent_ops.reference.gelu import gelu_jvp, gelu_vjp
 
 
@@ -40,10 +40,8 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, input_t, approximate):
         output, output_t = gelu_jvp(input, input_t, approximate)
-        ctx.save_for_backward(input)
+        save_for_tangents(ctx, output, input)
         ctx.approximate = approximate
-        ctx.mark_non_differentiable(output)
-        ctx.set_materialize_grads(False)
         return output, output_t
 
     @staticmethod

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tangent_ops.functional._backend import may_be_dual, take_apart
+from tangent_ops.functional._backend import may_be_dual, save_for_tangents, take_apart
 from tangent_ops.reference.layer_norm import layer_norm_jvp, layer_norm_vjp
 
 
@@ -73,10 +73,8 @@ class _LayerNorm(torch.autograd.Function):
         output, output_t, mean, rstd = layer_norm_jvp(
             input, shape, weight, bias, eps, input_t, weight_t, bias_t
         )
-        ctx.save_for_backward(input, weight, bias, mean, rstd)
+        save_for_tangents(ctx, output, input, weight, bias, mean, rstd)
         ctx.shape = shape
-        ctx.mark_non_differentiable(output)
-        ctx.set_materialize_grads(False)
         return output, output_t
 
     @staticmethod

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tangent_ops.functional._backend import autocast, take_apart
+from tangent_ops.functional._backend import autocast, save_for_tangents, take_apart
 from tangent_ops.reference.linear import linear_jvp, linear_vjp
 
 
@@ -42,9 +42,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, input_t, weight_t, bias_t):
         output, output_t = linear_jvp(input, weight, bias, input_t, weight_t, bias_t)
-        ctx.save_for_backward(input, weight)
-        ctx.mark_non_differentiable(output)
-        ctx.set_materialize_grads(False)
+        save_for_tangents(ctx, output, input, weight)
         return output, output_t
 
     @staticmethod

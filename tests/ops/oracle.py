@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -22,6 +24,17 @@ def double(value):
     return tree_map(
         lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, value
     )
+
+
+def pushforward(op: Callable[..., Tensor], primals, tangents) -> tuple[Any, Any]:
+    """Output and tangent of op(*primals) in a plain dual level; a tangent of None is absent."""
+    with forward_ad.dual_level():
+        dual = [
+            p if t is None else forward_ad.make_dual(p, t)
+            for p, t in zip(primals, tangents, strict=True)
+        ]
+        output, output_t = forward_ad.unpack_dual(op(*dual))
+        return output, output_t
 
 
 def attention_jvp(
