@@ -30,6 +30,8 @@ from small_models import (
 )
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from tangent_ops import Delta, last_blocks, linearize
 from tangent_ops.errors import ArgumentError, DeltaError, UnsupportedError, ZeroHeadWarning
@@ -366,6 +368,19 @@ def test_frozen_parts_cost_nothing():
     tangent(x).sum().backward()
     assert all(p.grad is None for p in tangent.anchor.parameters())
     assert all(delta.grad is not None for delta in tangent.deltas().values())
+
+
+def test_a_dual_forward_costs_three_times_the_products():
+    def flops(run) -> int:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
+
+    model = vit().eval()
+    tangent = moved(linearize(model))
+    with sdpa_kernel(SDPBackend.MATH):  # torch 2.11 does not count the fast one of the CPU
+        plain = flops(lambda: model(images()))
+    assert flops(lambda: tangent(images())) == 3 * plain
 
 
 def test_a_training_step_keeps_no_more_than_an_ordinary_one():

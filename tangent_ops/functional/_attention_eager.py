@@ -19,8 +19,9 @@ _CACHED = 2**18  # scores of one part on a CPU: 1 MiB of float32
 
 
 def batch_and_heads_agree(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether all three are (B, H, ...) with the same B and H."""
-    return query.ndim == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
+    """Whether all three are (B, H, rows, cols) with the same B and H."""
+    alike = query.shape[:2] == key.shape[:2] == value.shape[:2]
+    return alike and query.ndim == key.ndim == value.ndim == 4
 
 
 class AttentionInParts(torch.autograd.Function):
@@ -29,11 +30,10 @@ class AttentionInParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, query_t, key_t, value_t, scale):
         output, output_t = (_empty_heads(query, value.shape[-1]) for _ in range(2))
-        for part in _parts(query, key):
-            operands = _flat(part, query, key, value, query_t, key_t, value_t)
-            with torch.autocast(query.device.type, enabled=False):  # the operands are cast already
-                pair = attention_jvp(*operands, scale=scale)
-            _store((output, output_t), part, pair)
+        with torch.autocast(query.device.type, enabled=False):  # the operands are cast already
+            for part in _parts(query, key):
+                operands = _flat(part, query, key, value, query_t, key_t, value_t)
+                _store((output, output_t), part, attention_jvp(*operands, scale=scale))
         save_for_tangents(ctx, output, query, key, value, output)
         ctx.scale = scale
         return output, output_t
@@ -48,11 +48,10 @@ class AttentionInParts(torch.autograd.Function):
             _empty_heads(x, x.shape[-1]) if need else None
             for x, need in zip((query, key, value), needs, strict=True)
         ]
-        for part in _parts(query, key):
-            operands = _flat(part, query, key, value, output, grad)
-            with torch.autocast(query.device.type, enabled=False):
-                found = attention_vjp(*operands, scale=ctx.scale, needs=needs)
-            _store(grads, part, found)
+        with torch.autocast(query.device.type, enabled=False):
+            for part in _parts(query, key):
+                operands = _flat(part, query, key, value, output, grad)
+                _store(grads, part, attention_vjp(*operands, scale=ctx.scale, needs=needs))
         return None, None, None, *grads, None
 
 

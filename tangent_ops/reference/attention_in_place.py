@@ -1,8 +1,9 @@
 """Unmasked attention, its tangent and its adjoint, in as few passes over memory as eager torch has.
 
 The formulas are those of :mod:`tangent_ops.reference.attention`, which take every option and
-nest under every transform. These overwrite their intermediates, so they do neither. With a
-cotangent G of O, or of O_t (prefix ``grad_``):
+nest under every transform. These overwrite their intermediates, so they do neither (with ``out=``
+where PyTorch's FlopCounterMode does not count the in-place form). With a cotangent G of O, or of
+O_t (prefix ``grad_``):
 
     grad_V = Pᵀ G        grad_S = P∘(G Vᵀ - δ)        δ_i = Σ_j G_ij O_ij
     grad_Q = s grad_S K        grad_K = s grad_Sᵀ Q
@@ -45,13 +46,13 @@ def attention_jvp(
     if query_t is not None:
         scores_t = torch.bmm(query_t, key.mT)
         if key_t is not None:
-            scores_t.baddbmm_(query, key_t.mT)
+            torch.baddbmm(scores_t, query, key_t.mT, out=scores_t)
     elif key_t is not None:
         scores_t = torch.bmm(query, key_t.mT)
     else:
         return output, output_t
     weights_t = scores_t.mul_(weights)  # over the scale, and before its row's mean is taken off
-    output_t.baddbmm_(weights_t, value, alpha=scale)
+    torch.baddbmm(output_t, weights_t, value, alpha=scale, out=output_t)
     return output, output_t.addcmul_(weights_t.sum(-1, keepdim=True), output, value=-scale)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,7 +39,8 @@ def linear_jvp(
         return output, bias_t.expand_as(output).clone()
     output_t = F.linear(_rows(input), weight_t, bias_t)
     if input_t is not None:
-        output_t.addmm_(_rows(input_t), weight.T)
+        # out= for addmm_, which PyTorch's FlopCounterMode does not count.
+        torch.addmm(output_t, _rows(input_t), weight.T, out=output_t)
     return output, output_t.view_as(output)
 
 
@@ -66,4 +68,4 @@ def linear_vjp(
 
 def _rows(tensor: Tensor) -> Tensor:
     """(..., K) as (rows, K)."""
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])

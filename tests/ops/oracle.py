@@ -74,5 +74,7 @@ def assert_as_good_as(found, exact, eager) -> None:
     leaves = [tree_leaves(value) for value in (found, exact, eager)]
     assert leaves[0]
     for one, right, other in zip(*leaves, strict=True):
-        rounding = torch.finfo(one.dtype).eps * float(right.norm()) + 1e-6 * right.numel() ** 0.5
+        rounding = (
+            torch.finfo(one.dtype).eps * float(right.detach().norm()) + 1e-6 * right.numel() ** 0.5
+        )
         assert error(one, right) <= 2 * error(other, right) + rounding  # a NaN fails, too

@@ -131,6 +131,17 @@ def test_an_empty_batch() -> None:
     assert output.shape == output_t.shape == (0, 2, 3, 4)
 
 
+def test_fewer_dimensions_than_the_query_broadcast() -> None:
+    """Their leading two are not the batch and the heads, even if the numbers agree."""
+    shapes = [(2, 2, 5, 4), (2, 2, 4), (2, 2, 4)]
+    primals, tangents = ([torch.randn(s, dtype=torch.float64) for s in shapes] for _ in range(2))
+    lifted = [[xs[0], *(x.expand(2, *x.shape) for x in xs[1:])] for xs in (primals, tangents)]
+    with torch.no_grad():
+        exact = oracle.attention_jvp(lifted[0], [t.contiguous() for t in lifted[1]])
+    for one, right in zip(run(primals, tangents), exact, strict=True):
+        torch.testing.assert_close(one, right, rtol=1e-11, atol=1e-12)
+
+
 def test_heads_merge_without_a_copy() -> None:
     pair = run(draw([(2, 3, 5, 4)] * 3), draw([(2, 3, 5, 4)] * 3, seed=1))
     assert all(one.transpose(1, 2).is_contiguous() for one in pair)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from tangent_ops.functional.linear import linear
+from tests.ops import oracle
 from tests.ops.oracle import pushforward
 
 PRESENT = [flags for flags in itertools.product([True, False], repeat=3) if any(flags)]
@@ -44,6 +45,36 @@ def test_gradients_of_the_tangents(lead, present) -> None:
         results.append((output, output_t, *torch.autograd.grad(output_t.sin().sum(), leaves)))
     for one, right in zip(*results, strict=True):
         torch.testing.assert_close(one, right, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision(dtype) -> None:
+    source = torch.Generator().manual_seed(0)
+    shapes = [(2, 9, 32), (16, 32), (16,)]
+    primals, tangents = (
+        [torch.randn(shape, generator=source).to(dtype) for shape in shapes] for _ in range(2)
+    )
+    cotangent = torch.randn(2, 9, 16, generator=source).to(dtype)
+
+    def answer(op, convert=lambda x: x):
+        leaves = [t.clone().requires_grad_() for t in convert(tangents)]
+        pair = pushforward(op, convert(primals), leaves)
+        return [*pair, *torch.autograd.grad(pair[1], leaves, convert(cotangent))]
+
+    found = answer(linear)
+    assert all(one.dtype == dtype for one in found)
+    oracle.assert_as_good_as(found, answer(F.linear, oracle.double), answer(F.linear))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 2, 3), (2, 3, 0)])
+def test_without_rows_or_columns(shape) -> None:
+    primals = [torch.ones(shape), torch.ones(4, shape[-1]), torch.ones(4)]
+    results = []
+    for op in (linear, F.linear):
+        leaves = [p.clone().requires_grad_() for p in primals]
+        pair = pushforward(op, primals, leaves)
+        results.append([*pair, *torch.autograd.grad(pair[1].sum(), leaves)])
+    torch.testing.assert_close(*results)
 
 
 def test_no_bias() -> None:
