@@ -1,13 +1,20 @@
-"""What every launcher needs: devices, strides, and tile sizes."""
+"""What every launcher needs: operands as kernel arguments, and a launch that may be only compiled."""
 
 from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+
+# How float32 tiles are multiplied: three tf32 products, nearly float32's accuracy on tensor cores.
+# Plain float32 (FMA) tiles spill kilobytes of registers. No effect on 16-bit tiles.
+FLOAT32_DOT = "tf32x3"
+
+DEFAULT_ARCH = 90  # whose tiles are interpreted on a CPU
 
 
 @dataclass(frozen=True)
@@ -19,28 +26,37 @@ class Config:
     num_warps: int
     num_stages: int
 
-    def options(self, dim: int) -> dict:
-        """The keyword arguments that every kernel's launch takes."""
-        return {
-            "DIM": dim,
-            "DIM_PAD": padded_dim(dim),
-            "ROWS": self.rows,
-            "COLS": self.cols,
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch, ready to run; the compile-only check compiles it instead."""
+
+    kernel: Any  # a triton.jit function
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # by the kernel's parameter names
+    config: Config
+
+    def keywords(self) -> dict[str, Any]:
+        """Everything the kernel is called with."""
+        return self.arguments | {
+            "ROWS": self.config.rows,
+            "COLS": self.config.cols,
             "PRECISION": FLOAT32_DOT,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
+            "num_warps": self.config.num_warps,
+            "num_stages": self.config.num_stages,
             "enable_fp_fusion": True,  # pinned: Triton 3.10 changes the default
         }
 
-
-# How float32 tiles are multiplied: three tf32 products, nearly float32's accuracy on tensor cores.
-# Plain float32 (FMA) tiles spill kilobytes of registers. No effect on 16-bit tiles.
-FLOAT32_DOT = "tf32x3"
+    def run(self) -> None:
+        self.kernel[self.grid](**self.keywords())
 
 
-def has_async_mma(tensor: Tensor) -> bool:
-    """Whether matrix units read operands from shared memory (sm_90, sm_100), not registers."""
-    return not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device)[0] in (9, 10)
+def arch_of(tensor: Tensor) -> int:
+    """Compute capability of the tensor's GPU, as 10 * major + minor."""
+    if not tensor.is_cuda:
+        return DEFAULT_ARCH
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -48,20 +64,30 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def unit_last_stride(tensor: Tensor) -> Tensor:
+def unit_last_stride(tensor: Tensor | None) -> Tensor | None:
     """``tensor`` itself if its last dimension is dense, else a copy that is."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.contiguous()
 
 
-def outer_strides(tensor: Tensor | None) -> tuple[int, int, int]:
-    """Strides of batch, head and row of a (B, H, N, D) tensor; zeros for an absent one."""
-    batch, head, row = (0, 0, 0) if tensor is None else tensor.stride()[:3]
-    return batch, head, row
+def operand(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """A (B, H, N, D) or (R, B, H, N, D) tensor as kernels take it.
+
+    Returns:
+        The tensor and its strides over tangents (0 without that axis), batch, heads and rows;
+        None for an absent one.
+    """
+    if tensor is None:
+        return None
+    strides = tensor.stride()[:-1]
+    return (tensor, *((0, *strides) if len(strides) == 3 else strides))
 
 
-def empty_heads(batch: int, heads: int, rows: int, dim: int, like: Tensor) -> Tensor:
-    """Uninitialised (B, H, N, D) whose ``transpose(1, 2).reshape(B, N, H * D)`` is a view."""
-    return like.new_empty(batch, rows, heads, dim).transpose(1, 2)
+def empty_heads(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised (..., H, N, D) whose ``transpose(-3, -2).flatten(-2)`` is a view."""
+    *lead, heads, rows, dim = shape
+    return like.new_empty(*lead, rows, heads, dim, dtype=dtype).transpose(-3, -2)
 
 
 def padded_dim(dim: int) -> int:

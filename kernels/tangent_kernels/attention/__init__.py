@@ -1,6 +1,18 @@
-"""Attention: the fused primal-and-tangent forward pass and its tangent-only backward pass."""
+"""Attention: the fused primal-and-tangent forward pass and its backward passes."""
 
-from tangent_kernels.attention.backward import attention_vjp
+from tangent_kernels.attention._call import Call, Tangents
 from tangent_kernels.attention.forward import attention_jvp
+from tangent_kernels.attention.gradients import (
+    Gradients,
+    attention_second_vjp,
+    attention_vjp,
+)
 
-__all__ = ["attention_jvp", "attention_vjp"]
+__all__ = [
+    "Call",
+    "Gradients",
+    "Tangents",
+    "attention_jvp",
+    "attention_second_vjp",
+    "attention_vjp",
+]

@@ -1,4 +1,8 @@
-"""Device functions shared by the attention kernels."""
+"""Device functions shared by the attention kernels.
+
+An operand is a tuple (pointer, tangent stride, batch stride, head stride, row stride), or None
+where a tensor is absent; None is known when a kernel is compiled, and so costs nothing.
+"""
 
 import triton
 import triton.language as tl
@@ -20,25 +24,55 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def at(operand, r, b, h):
+    """(pointer, row stride) of the rows of one tangent, batch element and head; 64-bit indices."""
+    if operand is None:
+        rows = None
+    else:
+        rows = (operand[0] + r * operand[1] + b * operand[2] + h * operand[3], operand[4])
+    return rows
+
+
+@triton.jit
+def mask_at(mask, strides, r, b, h):
+    """(pointer, row stride, column stride) of the (N, M) part of a mask."""
+    if mask is None:
+        part = None
+    else:
+        part = (mask[0] + r * strides[0] + b * strides[1] + h * strides[2], strides[3], mask[1])
+    return part
+
+
+@triton.jit
+def dropout_at(seed, b, batch_head, dropout_p):
+    """What :func:`kept` needs: the seed, the count of batch and head, and the probability."""
+    if seed is None:
+        dropout = None
+    else:
+        dropout = (tl.load(seed[0] + b * seed[1]), batch_head, dropout_p)
+    return dropout
+
+
+@triton.jit
 def load_rows(
-    base,  # first element of row 0
+    source,  # (pointer to row 0, elements between rows)
     first,  # index of the tile's first row
-    stride,  # elements between rows
     limit,  # number of rows
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
-    CHECK: tl.constexpr,
+    EDGE: tl.constexpr,
 ):
     """Rows ``first .. first + ROWS`` as a (ROWS, DIM_PAD) tile; outside the tensor it is 0.
 
-    CHECK says that the tile may reach past the last row.
+    EDGE says that the tile may reach past the last row.
     """
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, DIM_PAD)
     # The tile's origin is a 64-bit scalar, so offsets inside the tile stay 32-bit vectors.
-    pointers = base + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + dims[None, :]
-    if CHECK:
+    base = source[0] + tl.cast(first, tl.int64) * source[1]
+    pointers = base + rows[:, None] * source[1] + dims[None, :]
+    if EDGE:
         keep = (first + rows)[:, None] < limit
         if DIM_PAD != DIM:
             keep = keep & (dims < DIM)[None, :]
@@ -50,9 +84,8 @@ def load_rows(
 
 @triton.jit
 def store_rows(
-    base,
+    target,  # (pointer to row 0, elements between rows)
     first,
-    stride,
     limit,
     tile,
     ROWS: tl.constexpr,
@@ -62,6 +95,61 @@ def store_rows(
     """Write the part of a (ROWS, DIM_PAD) tile that lies inside the tensor."""
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, DIM_PAD)
-    pointers = base + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + dims[None, :]
+    base = target[0] + tl.cast(first, tl.int64) * target[1]
     keep = ((first + rows) < limit)[:, None] & (dims < DIM)[None, :]
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=keep)
+    pointers = base + rows[:, None] * target[1] + dims[None, :]
+    tl.store(pointers, tile.to(target[0].dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def load_mask(
+    mask,  # (pointer, row stride, column stride)
+    rows,  # index tensors that broadcast to a tile
+    cols,
+    queries,
+    keys,
+    other,
+):
+    """Mask values at ``rows`` and ``cols``; ``other`` outside the tensor."""
+    inside = (rows < queries) & (cols < keys)
+    offsets = rows.to(tl.int64) * mask[1] + cols.to(tl.int64) * mask[2]
+    return tl.load(mask[0] + offsets, mask=inside, other=other)
+
+
+@triton.jit
+def masked(
+    scores,  # in units of log2; rows and cols broadcast to its shape
+    rows,  # indices of its queries
+    cols,  # indices of its keys
+    queries,
+    keys,
+    mask,  # as load_mask takes it, or None
+    BOOLEAN: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Scores with the additive mask on them, and -inf where a query may not attend."""
+    if mask is not None:
+        if BOOLEAN:
+            allowed = load_mask(mask, rows, cols, queries, keys, 0)
+            scores = tl.where(allowed != 0, scores, float("-inf"))
+        else:
+            bias = load_mask(mask, rows, cols, queries, keys, float("-inf"))
+            scores += bias.to(tl.float32) * LOG2_E
+    if CAUSAL:
+        scores = tl.where(cols <= rows, scores, float("-inf"))
+    if EDGE:
+        scores = tl.where(cols < keys, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def kept(dropout, rows, cols):
+    """1 / (1 - p) where dropout keeps an attention weight, 0 where it drops it.
+
+    Philox counts by batch, head, query and key, so every kernel draws the same, however tiled.
+    """
+    seed, batch_head, p = dropout
+    rows, cols = tl.broadcast(rows, cols)
+    bits, _, _, _ = tl.philox(seed, cols, rows, batch_head + rows * 0, rows * 0)
+    return tl.where(tl.uint_to_uniform_float(bits) >= p, 1.0 / (1.0 - p), 0.0)

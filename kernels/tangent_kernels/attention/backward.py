@@ -1,373 +1,450 @@
-"""The vector-Jacobian product of attention at the primal point.
+"""Gradients by query, key and value: first order, and through value and tangent together.
 
-It is the standard flash backward. Because the tangent O_t is linear in Q_t, K_t, V_t, the same
-product with the cotangent H of O_t gives the gradients of the tangents (DESIGN: the backward of a
-tangent transformer is the anchor's ordinary VJP):
+With cotangents G of O and H of O_t (see kernels/README.md):
 
-    δ = Σ_d H∘O       grad_S = P∘(H Vᵀ - δ)
-    grad_Q = s grad_S K       grad_K = s grad_Sᵀ Q       grad_V = Pᵀ H
+    δ = H·O        ε = G·O + H·O_t        A = H Vᵀ        B = G Vᵀ + H V_tᵀ
+    grad_S_t = P∘(A - δ)                  grad_S = P∘(B - ε + (A - δ)∘(S_t - μ))
+    grad_Q_t = s grad_S_t K               grad_Q = s (grad_S K + grad_S_t K_t)
+    grad_K_t = s grad_S_tᵀ Q              grad_K = s (grad_Sᵀ Q + grad_S_tᵀ Q_t)
+    grad_V_t = Pᵀ H                       grad_V = Pᵀ G + P_tᵀ H
+
+The left column is the ordinary flash backward of O with H for its cotangent, because O_t is linear
+in the tangents. So "first order" means: only the left column, of any cotangent, for any output.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from tangent_kernels._launch import (
-    Config,
-    device_of,
-    empty_heads,
-    has_async_mma,
-    outer_strides,
-    padded_dim,
-    unit_last_stride,
+from tangent_kernels.attention._adjoint import adjoints
+from tangent_kernels.attention._tiles import (
+    LOG2_E,
+    at,
+    dot,
+    dropout_at,
+    load_rows,
+    mask_at,
+    store_rows,
 )
-from tangent_kernels.attention._tiles import LOG2_E, dot, load_rows, store_rows
+
+UNSPECIALIZED = [
+    "mask_strides", "mask_t_strides", "first_tangent", "batch", "heads", "shared",
+    "queries", "keys",
+]  # fmt: skip
+
+
+@triton.jit
+def _sums(wanted, ROWS: tl.constexpr, DIM_PAD: tl.constexpr):
+    """Zeros to add to; where the gradient is not wanted, as few as a loop can carry."""
+    if wanted is None:
+        zeros = tl.zeros([1, 1], tl.float32)
+    else:
+        zeros = tl.zeros([ROWS, DIM_PAD], tl.float32)
+    return zeros
 
 
 @triton.jit
 def _grad_query_tile(
     first,  # index of the first key of this tile
     q,  # (ROWS, DIM_PAD)
-    grad_o,  # (ROWS, DIM_PAD)
-    lse2,  # (ROWS,), in units of log2
-    delta,  # (ROWS,)
-    acc,  # (ROWS, DIM_PAD)
-    k,  # (M, D) of this batch and head
-    v,
-    k_row,
-    v_row,
-    keys,
-    scale,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    COLS: tl.constexpr,
-    TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Add grad_S K of one tile of COLS keys."""
-    # Keys past the end are zeros in k_tile, so whatever P is there adds nothing.
-    k_tile = load_rows(k, first, k_row, keys, COLS, DIM, DIM_PAD, TAIL)
-    v_tile = load_rows(v, first, v_row, keys, COLS, DIM, DIM_PAD, TAIL)
-    scores = dot(q, k_tile.T, None, PRECISION) * (scale * LOG2_E)
-    if TAIL:
-        inside = (first + tl.arange(0, COLS)) < keys
-        scores = tl.where(inside[None, :], scores, float("-inf"))
-    p = tl.exp2(scores - lse2[:, None])
-    grad_p = dot(grad_o, v_tile.T, None, PRECISION)
-    grad_s = (p * (grad_p - delta[:, None])).to(k_tile.dtype)
-    return dot(grad_s, k_tile, acc, PRECISION)
-
-
-@triton.jit
-def grad_query_kernel(
-    q,  # (B, H, N, D), last stride 1; likewise every operand
-    k,  # (B, H, M, D)
-    v,  # (B, H, M, D)
-    o,  # (B, H, N, D)
-    lse,  # (B, H, N) float32, contiguous
-    grad_o,  # (B, H, N, D)
-    delta,  # (B, H, N) float32, contiguous; written here, read by the other kernel
-    grad_q,  # (B, H, N, D), written if NEED_Q
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    o_batch,
-    o_head,
-    o_row,
-    grad_o_batch,
-    grad_o_head,
-    grad_o_row,
-    grad_q_batch,
-    grad_q_head,
-    grad_q_row,
-    heads,
+    q_t,
+    h,  # (ROWS, DV_PAD)
+    g,
+    lse2,  # (ROWS, 1), likewise the next three
+    mu,
+    delta,
+    epsilon,
+    acc,  # (ROWS, DIM_PAD), for grad_Q
+    acc_t,  # (ROWS, DIM_PAD), for grad_Q_t
+    k,  # rows (M, D)
+    v,  # rows (M, DV)
+    k_t,
+    v_t,
+    mask,
+    mask_t,
+    dropout,
+    rows,  # (ROWS,)
     queries,
     keys,
     scale,
-    NEED_Q: tl.constexpr,
+    SECOND: tl.constexpr,
+    NEED: tl.constexpr,
+    NEED_T: tl.constexpr,
+    BOOLEAN: tl.constexpr,
+    CAUSAL: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    COLS: tl.constexpr,
+    EDGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add one tile of COLS keys to the sums of grad_Q and grad_Q_t."""
+    cols = first + tl.arange(0, COLS)
+    k_tile = load_rows(k, first, keys, COLS, DIM, DIM_PAD, EDGE)
+    v_tile = load_rows(v, first, keys, COLS, DV, DV_PAD, EDGE)
+    k_t_tile = None
+    v_t_tile = None
+    if SECOND:
+        if k_t is not None:
+            k_t_tile = load_rows(k_t, first, keys, COLS, DIM, DIM_PAD, EDGE)
+        if v_t is not None:
+            v_t_tile = load_rows(v_t, first, keys, COLS, DV, DV_PAD, EDGE)
+    _, _, grad_s_t, grad_s = adjoints(
+        q, k_tile, q_t, k_t_tile, h, v_tile,
+        g, v_tile, None if v_t_tile is None else h, v_t_tile,
+        lse2, mu, delta, epsilon, mask, mask_t, dropout, rows[:, None], cols[None, :],
+        queries, keys, scale, SECOND, BOOLEAN, CAUSAL, EDGE, PRECISION,
+    )  # fmt: skip
+    grad_s_t = grad_s_t.to(k_tile.dtype)
+    if NEED_T:
+        acc_t = dot(grad_s_t, k_tile, acc_t, PRECISION)
+    if NEED:
+        acc = dot(grad_s.to(k_tile.dtype), k_tile, acc, PRECISION)
+        if k_t_tile is not None:
+            acc = dot(grad_s_t, k_t_tile, acc, PRECISION)
+    return acc, acc_t
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def grad_query_kernel(
+    q,  # operand (B, H, N, D); last strides are 1
+    k,  # operand (B, H / shared, M, D)
+    v,  # operand (B, H / shared, M, DV)
+    mask,  # (pointer, column stride) of (B, H, N, M), or None
+    mask_strides,  # of tangent (0), batch, head and row
+    q_t,  # tangents, (R, ...), or None; read with SECOND only
+    k_t,
+    v_t,
+    mask_t,
+    mask_t_strides,
+    seed,  # (pointer to int64 (B or 1,), stride), or None without dropout
+    o,  # operand (B, H, N, DV)
+    o_t,  # operand (R, B, H, N, DV), with SECOND
+    lse,  # (B, H, N) float32
+    mu,  # (R, B, H, N) float32 with SECOND, None where the scores have no tangent
+    g,  # operand (B, H, N, DV), or None
+    h,  # operand (R, B, H, N, DV)
+    delta,  # (R, B, H, N) float32, written here
+    epsilon,  # likewise with SECOND
+    grad_q,  # operand (R, B, H, N, D) or None: written if needed
+    grad_q_t,  # operand (R, B, H, N, D) or None
+    first_tangent,  # of this launch
+    batch,
+    heads,
+    shared,  # query heads for each key head
+    queries,
+    keys,
+    scale,
+    dropout_p,
+    SECOND: tl.constexpr,
+    BOOLEAN: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program computes δ, and grad_Q if asked for, of ROWS query rows."""
+    """One program computes δ and ε, and grad_Q and grad_Q_t if needed, of ROWS query rows."""
     row_tiles = tl.cdiv(queries, ROWS)
     first_row = (tl.program_id(0) % row_tiles) * ROWS
     batch_head = tl.program_id(0) // row_tiles
+    r = (first_tangent + tl.program_id(1)).to(tl.int64)
     b = (batch_head // heads).to(tl.int64)
-    h = (batch_head % heads).to(tl.int64)
+    head = (batch_head % heads).to(tl.int64)
     rows = first_row + tl.arange(0, ROWS)
+    inside = rows < queries
     row_base = tl.cast(batch_head, tl.int64) * queries
-    o += b * o_batch + h * o_head
-    grad_o += b * grad_o_batch + h * grad_o_head
-    o_tile = load_rows(o, first_row, o_row, queries, ROWS, DIM, DIM_PAD, True)
-    g_tile = load_rows(grad_o, first_row, grad_o_row, queries, ROWS, DIM, DIM_PAD, True)
-    delta_tile = tl.sum(o_tile.to(tl.float32) * g_tile.to(tl.float32), 1)
-    tl.store(delta + row_base + rows, delta_tile, mask=rows < queries)
-    if NEED_Q:
-        q += b * q_batch + h * q_head
-        k += b * k_batch + h * k_head
-        v += b * v_batch + h * v_head
-        grad_q += b * grad_q_batch + h * grad_q_head
-        q_tile = load_rows(q, first_row, q_row, queries, ROWS, DIM, DIM_PAD, True)
-        lse2 = tl.load(lse + row_base + rows, mask=rows < queries, other=0.0) * LOG2_E
-        acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
-        whole = (keys // COLS) * COLS
+    tangent_base = r * batch * heads * queries + row_base
+
+    o_tile = load_rows(at(o, 0, b, head), first_row, queries, ROWS, DV, DV_PAD, True)
+    h_tile = load_rows(at(h, r, b, head), first_row, queries, ROWS, DV, DV_PAD, True)
+    delta_tile = tl.sum(o_tile.to(tl.float32) * h_tile.to(tl.float32), 1)
+    tl.store(delta + tangent_base + rows, delta_tile, mask=inside)
+    g_tile = None
+    epsilon_tile = None
+    if SECOND:
+        o_t_tile = load_rows(at(o_t, r, b, head), first_row, queries, ROWS, DV, DV_PAD, True)
+        sums = tl.sum(o_t_tile.to(tl.float32) * h_tile.to(tl.float32), 1)
+        if g is not None:
+            g_tile = load_rows(at(g, 0, b, head), first_row, queries, ROWS, DV, DV_PAD, True)
+            sums += tl.sum(o_tile.to(tl.float32) * g_tile.to(tl.float32), 1)
+        tl.store(epsilon + tangent_base + rows, sums, mask=inside)
+        epsilon_tile = sums[:, None]
+
+    if grad_q is not None or grad_q_t is not None:
+        key_head = head // shared
+        q_tile = load_rows(at(q, 0, b, head), first_row, queries, ROWS, DIM, DIM_PAD, True)
+        q_t_tile = None
+        mu_tile = None
+        k_t_rows = None
+        v_t_rows = None
+        mask_t_part = None
+        if SECOND:
+            if q_t is not None:
+                q_t_rows = at(q_t, r, b, head)
+                q_t_tile = load_rows(q_t_rows, first_row, queries, ROWS, DIM, DIM_PAD, True)
+            if mu is not None:
+                mu_tile = tl.load(mu + tangent_base + rows, mask=inside, other=0.0)[:, None]
+            k_t_rows = at(k_t, r, b, key_head)
+            v_t_rows = at(v_t, r, b, key_head)
+            mask_t_part = mask_at(mask_t, mask_t_strides, r, b, head)
+        # P of rows past the end is 0.
+        lse2 = tl.load(lse + row_base + rows, mask=inside, other=float("inf")) * LOG2_E
+        k_rows = at(k, 0, b, key_head)
+        v_rows = at(v, 0, b, key_head)
+        mask_part = mask_at(mask, mask_strides, 0, b, head)
+        dropout = dropout_at(seed, b, batch_head, dropout_p)
+        acc = _sums(grad_q, ROWS, DIM_PAD)
+        acc_t = _sums(grad_q_t, ROWS, DIM_PAD)
+        whole = (keys // COLS) * COLS  # keys in tiles that need no index checks
+        stop = keys
+        if CAUSAL:
+            whole = (tl.minimum(keys, first_row + 1) // COLS) * COLS
+            stop = tl.minimum(keys, first_row + ROWS)
         for first in range(0, whole, COLS):
-            acc = _grad_query_tile(
-                first, q_tile, g_tile, lse2, delta_tile, acc, k, v, k_row, v_row,
-                keys, scale, DIM, DIM_PAD, COLS, False, PRECISION,
+            acc, acc_t = _grad_query_tile(
+                first, q_tile, q_t_tile, h_tile, g_tile, lse2[:, None], mu_tile,
+                delta_tile[:, None], epsilon_tile, acc, acc_t, k_rows, v_rows, k_t_rows, v_t_rows,
+                mask_part, mask_t_part, dropout, rows, queries, keys, scale,
+                SECOND, grad_q is not None, grad_q_t is not None, BOOLEAN, False,
+                DIM, DIM_PAD, DV, DV_PAD, COLS, False, PRECISION,
             )  # fmt: skip
-        if whole < keys:
-            acc = _grad_query_tile(
-                whole, q_tile, g_tile, lse2, delta_tile, acc, k, v, k_row, v_row,
-                keys, scale, DIM, DIM_PAD, COLS, True, PRECISION,
+        for first in range(whole, stop, COLS):
+            acc, acc_t = _grad_query_tile(
+                first, q_tile, q_t_tile, h_tile, g_tile, lse2[:, None], mu_tile,
+                delta_tile[:, None], epsilon_tile, acc, acc_t, k_rows, v_rows, k_t_rows, v_t_rows,
+                mask_part, mask_t_part, dropout, rows, queries, keys, scale,
+                SECOND, grad_q is not None, grad_q_t is not None, BOOLEAN, CAUSAL,
+                DIM, DIM_PAD, DV, DV_PAD, COLS, True, PRECISION,
             )  # fmt: skip
-        store_rows(grad_q, first_row, grad_q_row, queries, acc * scale, ROWS, DIM, DIM_PAD)
+        if grad_q is not None:
+            target = at(grad_q, r, b, head)
+            store_rows(target, first_row, queries, acc * scale, ROWS, DIM, DIM_PAD)
+        if grad_q_t is not None:
+            target = at(grad_q_t, r, b, head)
+            store_rows(target, first_row, queries, acc_t * scale, ROWS, DIM, DIM_PAD)
 
 
 @triton.jit
 def _grad_key_value_tile(
     first,  # index of the first query of this tile
     k,  # (COLS, DIM_PAD)
-    v,  # (COLS, DIM_PAD)
-    acc_k,  # (COLS, DIM_PAD)
-    acc_v,  # (COLS, DIM_PAD)
-    q,  # (N, D) of this batch and head
-    grad_o,
-    lse,  # (N,) of this batch and head
+    k_t,
+    v,  # (COLS, DV_PAD)
+    v_t,
+    acc_k,  # (COLS, DIM_PAD), for grad_K if NEED_K, likewise below
+    acc_k_t,
+    acc_v,  # (COLS, DV_PAD)
+    acc_v_t,
+    q,  # rows (N, D)
+    q_t,
+    g,  # rows (N, DV)
+    h,
+    lse,  # pointer to (N,), likewise the next three
+    mu,
     delta,
-    q_row,
-    grad_o_row,
-    queries,
-    scale,
-    NEED_K: tl.constexpr,
-    NEED_V: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Add grad_Sᵀ Q and Pᵀ H of one tile of ROWS queries; matrices here are transposed."""
-    # Queries past the end are zeros in q_tile and g_tile: they add nothing.
-    q_tile = load_rows(q, first, q_row, queries, ROWS, DIM, DIM_PAD, TAIL)
-    g_tile = load_rows(grad_o, first, grad_o_row, queries, ROWS, DIM, DIM_PAD, TAIL)
-    rows = first + tl.arange(0, ROWS)
-    if TAIL:
-        lse2 = tl.load(lse + rows, mask=rows < queries, other=0.0) * LOG2_E
-    else:
-        lse2 = tl.load(lse + rows) * LOG2_E
-    scores = dot(k, q_tile.T, None, PRECISION) * (scale * LOG2_E)
-    p = tl.exp2(scores - lse2[None, :])
-    if NEED_V:
-        acc_v = dot(p.to(g_tile.dtype), g_tile, acc_v, PRECISION)
-    if NEED_K:
-        if TAIL:
-            delta_tile = tl.load(delta + rows, mask=rows < queries, other=0.0)
-        else:
-            delta_tile = tl.load(delta + rows)
-        grad_p = dot(v, g_tile.T, None, PRECISION)
-        grad_s = (p * (grad_p - delta_tile[None, :])).to(q_tile.dtype)
-        acc_k = dot(grad_s, q_tile, acc_k, PRECISION)
-    return acc_k, acc_v
-
-
-@triton.jit
-def grad_key_value_kernel(
-    q,  # (B, H, N, D), last stride 1; likewise every operand
-    k,  # (B, H, M, D)
-    v,  # (B, H, M, D)
-    lse,  # (B, H, N) float32, contiguous
-    grad_o,  # (B, H, N, D)
-    delta,  # (B, H, N) float32, contiguous
-    grad_k,  # (B, H, M, D), written if NEED_K
-    grad_v,  # (B, H, M, D), written if NEED_V
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    grad_o_batch,
-    grad_o_head,
-    grad_o_row,
-    grad_k_batch,
-    grad_k_head,
-    grad_k_row,
-    grad_v_batch,
-    grad_v_head,
-    grad_v_row,
-    heads,
+    epsilon,
+    mask,
+    mask_t,
+    dropout,
+    cols,  # (COLS,)
     queries,
     keys,
     scale,
+    SECOND: tl.constexpr,
     NEED_K: tl.constexpr,
+    NEED_K_T: tl.constexpr,
     NEED_V: tl.constexpr,
+    NEED_V_T: tl.constexpr,
+    BOOLEAN: tl.constexpr,
+    CAUSAL: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    EDGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add one tile of ROWS queries to the sums; tiles of scores here are (COLS, ROWS)."""
+    rows = first + tl.arange(0, ROWS)
+    inside = rows < queries
+    q_tile = load_rows(q, first, queries, ROWS, DIM, DIM_PAD, EDGE)
+    h_tile = load_rows(h, first, queries, ROWS, DV, DV_PAD, EDGE)
+    # P of rows past the end is 0.
+    lse2 = tl.load(lse + rows, mask=inside, other=float("inf")) * LOG2_E
+    delta_tile = tl.load(delta + rows, mask=inside, other=0.0)
+    q_t_tile = None
+    g_tile = None
+    mu_tile = None
+    epsilon_tile = None
+    if SECOND:
+        epsilon_tile = tl.load(epsilon + rows, mask=inside, other=0.0)[None, :]
+        if q_t is not None:
+            q_t_tile = load_rows(q_t, first, queries, ROWS, DIM, DIM_PAD, EDGE)
+        if g is not None:
+            g_tile = load_rows(g, first, queries, ROWS, DV, DV_PAD, EDGE)
+        if mu is not None:
+            mu_tile = tl.load(mu + rows, mask=inside, other=0.0)[None, :]
+    p, p_t, grad_s_t, grad_s = adjoints(
+        k, q_tile, k_t, q_t_tile, v, h_tile,
+        None if g_tile is None else v, g_tile, v_t, h_tile,
+        lse2[None, :], mu_tile, delta_tile[None, :], epsilon_tile, mask, mask_t, dropout,
+        rows[None, :], cols[:, None], queries, keys, scale,
+        SECOND, BOOLEAN, CAUSAL, False, PRECISION,
+    )  # fmt: skip
+    if NEED_V_T:
+        acc_v_t = dot(p.to(h_tile.dtype), h_tile, acc_v_t, PRECISION)
+    if NEED_V:
+        if g_tile is not None:
+            acc_v = dot(p.to(h_tile.dtype), g_tile, acc_v, PRECISION)
+        if mu is not None:
+            acc_v = dot(p_t.to(h_tile.dtype), h_tile, acc_v, PRECISION)
+    grad_s_t = grad_s_t.to(q_tile.dtype)
+    if NEED_K_T:
+        acc_k_t = dot(grad_s_t, q_tile, acc_k_t, PRECISION)
+    if NEED_K:
+        acc_k = dot(grad_s.to(q_tile.dtype), q_tile, acc_k, PRECISION)
+        if q_t_tile is not None:
+            acc_k = dot(grad_s_t, q_t_tile, acc_k, PRECISION)
+    return acc_k, acc_k_t, acc_v, acc_v_t
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def grad_key_value_kernel(
+    q,  # see grad_query_kernel for the operands
+    k,
+    v,
+    mask,
+    mask_strides,
+    q_t,
+    k_t,
+    v_t,
+    mask_t,
+    mask_t_strides,
+    seed,
+    lse,
+    mu,
+    g,
+    h,
+    delta,  # (R, B, H, N) float32, written by grad_query_kernel
+    epsilon,
+    grad_k,  # operand (R, B, H / shared, M, D) or None: written if needed
+    grad_k_t,
+    grad_v,  # operand (R, B, H / shared, M, DV) or None
+    grad_v_t,
+    first_tangent,
+    batch,
+    heads,
+    shared,
+    queries,
+    keys,
+    scale,
+    dropout_p,
+    SECOND: tl.constexpr,
+    BOOLEAN: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program computes grad_K and grad_V of COLS keys."""
+    """One program computes the gradients of COLS keys and values of one key head.
+
+    It sums over the query heads that share that head, one after the other: no atomics, so that
+    the result is the same bits in every run.
+    """
     col_tiles = tl.cdiv(keys, COLS)
     first_col = (tl.program_id(0) % col_tiles) * COLS
-    batch_head = tl.program_id(0) // col_tiles
-    b = (batch_head // heads).to(tl.int64)
-    h = (batch_head % heads).to(tl.int64)
-    row_base = tl.cast(batch_head, tl.int64) * queries
-    q += b * q_batch + h * q_head
-    k += b * k_batch + h * k_head
-    v += b * v_batch + h * v_head
-    grad_o += b * grad_o_batch + h * grad_o_head
-    lse += row_base
-    delta += row_base
-    k_tile = load_rows(k, first_col, k_row, keys, COLS, DIM, DIM_PAD, True)
-    v_tile = load_rows(v, first_col, v_row, keys, COLS, DIM, DIM_PAD, True)
-    acc_k = tl.zeros([COLS, DIM_PAD], tl.float32)
-    acc_v = tl.zeros([COLS, DIM_PAD], tl.float32)
-    whole = (queries // ROWS) * ROWS
-    for first in range(0, whole, ROWS):
-        acc_k, acc_v = _grad_key_value_tile(
-            first, k_tile, v_tile, acc_k, acc_v, q, grad_o, lse, delta, q_row, grad_o_row,
-            queries, scale, NEED_K, NEED_V, DIM, DIM_PAD, ROWS, False, PRECISION,
-        )  # fmt: skip
-    if whole < queries:
-        acc_k, acc_v = _grad_key_value_tile(
-            whole, k_tile, v_tile, acc_k, acc_v, q, grad_o, lse, delta, q_row, grad_o_row,
-            queries, scale, NEED_K, NEED_V, DIM, DIM_PAD, ROWS, True, PRECISION,
-        )  # fmt: skip
-    if NEED_K:
-        grad_k += b * grad_k_batch + h * grad_k_head
-        store_rows(grad_k, first_col, grad_k_row, keys, acc_k * scale, COLS, DIM, DIM_PAD)
-    if NEED_V:
-        grad_v += b * grad_v_batch + h * grad_v_head
-        store_rows(grad_v, first_col, grad_v_row, keys, acc_v, COLS, DIM, DIM_PAD)
+    batch_key_head = tl.program_id(0) // col_tiles
+    key_heads = heads // shared
+    r = (first_tangent + tl.program_id(1)).to(tl.int64)
+    b = (batch_key_head // key_heads).to(tl.int64)
+    key_head = (batch_key_head % key_heads).to(tl.int64)
+    cols = first_col + tl.arange(0, COLS)
 
+    k_tile = load_rows(at(k, 0, b, key_head), first_col, keys, COLS, DIM, DIM_PAD, True)
+    v_tile = load_rows(at(v, 0, b, key_head), first_col, keys, COLS, DV, DV_PAD, True)
+    k_t_tile = None
+    v_t_tile = None
+    if SECOND:
+        if k_t is not None:
+            k_t_rows = at(k_t, r, b, key_head)
+            k_t_tile = load_rows(k_t_rows, first_col, keys, COLS, DIM, DIM_PAD, True)
+        if v_t is not None:
+            v_t_rows = at(v_t, r, b, key_head)
+            v_t_tile = load_rows(v_t_rows, first_col, keys, COLS, DV, DV_PAD, True)
+    acc_k = _sums(grad_k, COLS, DIM_PAD)
+    acc_k_t = _sums(grad_k_t, COLS, DIM_PAD)
+    acc_v = _sums(grad_v, COLS, DV_PAD)
+    acc_v_t = _sums(grad_v_t, COLS, DV_PAD)
 
-def grad_query_config(dim: int, dtype: torch.dtype, async_mma: bool) -> Config:
-    """Tiles of grad_query_kernel; 16-bit ones spill no register on sm_80, sm_90 and sm_100."""
-    wide = padded_dim(dim) > 64
-    if dtype == torch.float32:
-        return Config(32, 16, 4, 1) if wide and not async_mma else Config(64, 16, 4, 1)
-    return Config(128, 16, 8, 2) if wide and not async_mma else Config(64, 32, 4, 2)
-
-
-def grad_key_value_config(dim: int, dtype: torch.dtype, async_mma: bool) -> Config:
-    """Tiles of grad_key_value_kernel; 16-bit ones spill no register, either."""
-    wide = padded_dim(dim) > 64
-    if dtype == torch.float32:
-        return Config(16, 32, 4, 1) if wide and not async_mma else Config(16, 64, 4, 1)
-    if not wide:
-        return Config(32, 64, 4, 2)
-    return Config(32, 64, 8, 2) if async_mma else Config(16, 128, 8, 2)
-
-
-def attention_vjp(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    grad_output: Tensor,
-    scale: float,
-    need_query: bool,
-    need_key: bool,
-    need_value: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward pass for those of query, key and value that need it.
-
-    Args:
-        query: (B, H, N, D), as in the forward pass.
-        key: (B, H, M, D).
-        value: (B, H, M, D).
-        output: (B, H, N, D), of the forward pass.
-        lse: (B, H, N) float32, of the forward pass.
-        grad_output: (B, H, N, D), cotangent of the output, or of its tangent.
-        scale: factor of the scores.
-        need_query: whether to compute the first result; the next two likewise.
-        need_key: the second.
-        need_value: the third.
-
-    Returns:
-        Gradients of query, key and value (or of their tangents) in the inputs' dtype;
-        one that is not needed has no rows, (B, H, 0, D).
-    """
-    batch, heads, queries, dim = query.shape
-    keys = key.shape[2]
-    query, key, value, output, grad_output = map(
-        unit_last_stride, (query, key, value, output, grad_output)
-    )
-    lse = lse.contiguous()
-    grad_query = empty_heads(batch, heads, queries if need_query else 0, dim, query)
-    grad_key = empty_heads(batch, heads, keys if need_key else 0, dim, query)
-    grad_value = empty_heads(batch, heads, keys if need_value else 0, dim, query)
-    if output.numel() == 0:
-        return grad_query, grad_key.zero_(), grad_value.zero_()
-    delta = torch.empty_like(lse)
-    kind = (dim, query.dtype, has_async_mma(query))
-    with device_of(query):
-        if need_query or need_key:
-            config = grad_query_config(*kind)
-            grad_query_kernel[(triton.cdiv(queries, config.rows) * batch * heads,)](
-                query,
-                key,
-                value,
-                output,
-                lse,
-                grad_output,
-                delta,
-                grad_query,
-                *outer_strides(query),
-                *outer_strides(key),
-                *outer_strides(value),
-                *outer_strides(output),
-                *outer_strides(grad_output),
-                *outer_strides(grad_query),
-                heads,
-                queries,
-                keys,
-                scale,
-                NEED_Q=need_query,
-                **config.options(dim),
-            )
-        if need_key or need_value:
-            config = grad_key_value_config(*kind)
-            grad_key_value_kernel[(triton.cdiv(keys, config.cols) * batch * heads,)](
-                query,
-                key,
-                value,
-                lse,
-                grad_output,
-                delta,
-                grad_key,
-                grad_value,
-                *outer_strides(query),
-                *outer_strides(key),
-                *outer_strides(value),
-                *outer_strides(grad_output),
-                *outer_strides(grad_key),
-                *outer_strides(grad_value),
-                heads,
-                queries,
-                keys,
-                scale,
-                NEED_K=need_key,
-                NEED_V=need_value,
-                **config.options(dim),
-            )
-    return grad_query, grad_key, grad_value
+    # Queries [whole, whole_stop) are in tiles that need no index checks. Under a causal mask
+    # those before `low` see none of the keys, and `crossed` tiles see a part of them.
+    low = 0
+    whole = 0
+    whole_stop = (queries // ROWS) * ROWS
+    if CAUSAL:
+        low = (first_col // ROWS) * ROWS
+        whole = tl.cdiv(first_col + COLS - 1, ROWS) * ROWS
+        whole_stop = tl.maximum(whole_stop, low)
+        whole = tl.minimum(whole, whole_stop)
+    crossed = (whole - low) // ROWS
+    checked = crossed + tl.cdiv(tl.maximum(queries - whole_stop, 0), ROWS)
+    for sharing in range(0, shared):
+        head = key_head * shared + sharing
+        batch_head = (b * heads + head).to(tl.int32)
+        row_base = (b * heads + head) * queries
+        tangent_base = r * batch * heads * queries + row_base
+        q_rows = at(q, 0, b, head)
+        h_rows = at(h, r, b, head)
+        q_t_rows = None
+        g_rows = None
+        mu_rows = None
+        epsilon_rows = None
+        mask_t_part = None
+        if SECOND:
+            q_t_rows = at(q_t, r, b, head)
+            g_rows = at(g, 0, b, head)
+            mask_t_part = mask_at(mask_t, mask_t_strides, r, b, head)
+            epsilon_rows = epsilon + tangent_base
+            if mu is not None:
+                mu_rows = mu + tangent_base
+        mask_part = mask_at(mask, mask_strides, 0, b, head)
+        dropout = dropout_at(seed, b, batch_head, dropout_p)
+        for first in range(whole, whole_stop, ROWS):
+            acc_k, acc_k_t, acc_v, acc_v_t = _grad_key_value_tile(
+                first, k_tile, k_t_tile, v_tile, v_t_tile, acc_k, acc_k_t, acc_v, acc_v_t,
+                q_rows, q_t_rows, g_rows, h_rows, lse + row_base, mu_rows, delta + tangent_base,
+                epsilon_rows, mask_part, mask_t_part, dropout, cols, queries, keys, scale,
+                SECOND, grad_k is not None, grad_k_t is not None, grad_v is not None,
+                grad_v_t is not None, BOOLEAN, False, DIM, DIM_PAD, DV, DV_PAD, ROWS, False, PRECISION,
+            )  # fmt: skip
+        for i in range(0, checked):
+            first = tl.where(i < crossed, low + i * ROWS, whole_stop + (i - crossed) * ROWS)
+            acc_k, acc_k_t, acc_v, acc_v_t = _grad_key_value_tile(
+                first, k_tile, k_t_tile, v_tile, v_t_tile, acc_k, acc_k_t, acc_v, acc_v_t,
+                q_rows, q_t_rows, g_rows, h_rows, lse + row_base, mu_rows, delta + tangent_base,
+                epsilon_rows, mask_part, mask_t_part, dropout, cols, queries, keys, scale,
+                SECOND, grad_k is not None, grad_k_t is not None, grad_v is not None,
+                grad_v_t is not None, BOOLEAN, CAUSAL, DIM, DIM_PAD, DV, DV_PAD, ROWS, True, PRECISION,
+            )  # fmt: skip
+    if grad_k is not None:
+        target = at(grad_k, r, b, key_head)
+        store_rows(target, first_col, keys, acc_k * scale, COLS, DIM, DIM_PAD)
+    if grad_k_t is not None:
+        target = at(grad_k_t, r, b, key_head)
+        store_rows(target, first_col, keys, acc_k_t * scale, COLS, DIM, DIM_PAD)
+    if grad_v is not None:
+        store_rows(at(grad_v, r, b, key_head), first_col, keys, acc_v, COLS, DV, DV_PAD)
+    if grad_v_t is not None:
+        store_rows(at(grad_v_t, r, b, key_head), first_col, keys, acc_v_t, COLS, DV, DV_PAD)

@@ -1,276 +1,323 @@
-"""Attention and its tangent in one online-softmax pass.
+"""Attention and its tangents in one online-softmax pass.
 
-For each row i, over key tiles j, four sums share one rescaling by the running maximum:
+For each row i, over key tiles j, these share one rescaling by the running maximum:
 
-    l   = Σ p          acc   = Σ p v
-    mu  = Σ p S_t      acc_t = Σ p S_t v + p v_t          p = exp(S - max S)
+    l = Σ p        acc = Σ p v        acc_t = Σ p (S_t - μ) v + p v_t        p = exp(S - max S)
 
-    O = acc / l        O_t = acc_t / l - (mu / l) O       lse = max S + log l
+    O = acc / l        O_t = acc_t / l        lse = max S + log l        μ = Σ p S_t / l
 
-O_t does not change when a row of S_t is shifted by a constant. S_t is shifted by its value at
-the first key, which takes out the part common to all keys before p S_t is rounded to 16 bit.
+μ is the running mean of S_t: when a tile moves it by Δ, acc_t loses Δ acc. So what is rounded to
+16 bit before a product is p (S_t - μ), whose large parts have cancelled already.
+
+R tangents of one primal share its loads, scores and softmax: 2 + 4R products per tile, not 6R.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tangent_kernels._launch import (
-    Config,
-    device_of,
-    empty_heads,
-    has_async_mma,
-    outer_strides,
-    padded_dim,
-    unit_last_stride,
+from tangent_kernels._launch import Launch, device_of, empty_heads, operand, padded_dim
+from tangent_kernels.attention._call import Call
+from tangent_kernels.attention._tiles import (
+    LOG2_E,
+    at,
+    dot,
+    dropout_at,
+    kept,
+    load_mask,
+    load_rows,
+    mask_at,
+    masked,
+    store_rows,
 )
-from tangent_kernels.attention._tiles import LOG2_E, dot, load_rows, store_rows
+from tangent_kernels.attention.configs import configure
 
 
 @triton.jit
 def _accumulate(
     first,  # index of the first key of this tile
     q,  # (ROWS, DIM_PAD)
-    q_t,  # (ROWS, DIM_PAD), anything without Q_T
-    shift,  # (ROWS,) subtracted from each row of S_t
-    acc,  # (ROWS, DIM_PAD)
-    acc_t,  # (ROWS, DIM_PAD)
+    q_t,  # tuple of (ROWS, DIM_PAD), one for each tangent, or None
+    acc,  # (ROWS, DV_PAD)
+    acc_t,  # tuple of (ROWS, DV_PAD)
     row_max,  # (ROWS,), in units of log2
     row_sum,  # (ROWS,)
-    mu,  # (ROWS,)
-    k,  # (M, D) of this batch and head, likewise below
-    v,
-    k_t,
-    v_t,
-    k_stride,
-    v_stride,
-    k_t_stride,
-    v_t_stride,
-    keys,  # M
+    mu,  # tuple of (ROWS,), the mean of S_t so far
+    k,  # rows (M, D), likewise below: (pointer, row stride)
+    v,  # (M, DV)
+    k_t,  # tuple of (M, D), or None
+    v_t,  # tuple of (M, DV), or None
+    mask,  # (N, M): (pointer, row stride, column stride), or None
+    mask_t,  # tuple of (N, M), or None
+    dropout,  # as kept takes it, or None
+    rows,  # (ROWS,), indices of the queries
+    queries,
+    keys,
     scale,
-    Q_T: tl.constexpr,
-    K_T: tl.constexpr,
-    V_T: tl.constexpr,
+    TANGENTS: tl.constexpr,
+    BOOLEAN: tl.constexpr,
+    CAUSAL: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
     COLS: tl.constexpr,
-    TAIL: tl.constexpr,
+    EDGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Fold one tile of COLS keys into the running sums."""
-    k_tile = load_rows(k, first, k_stride, keys, COLS, DIM, DIM_PAD, TAIL)
-    v_tile = load_rows(v, first, v_stride, keys, COLS, DIM, DIM_PAD, TAIL)
+    cols = first + tl.arange(0, COLS)
+    k_tile = load_rows(k, first, keys, COLS, DIM, DIM_PAD, EDGE)
+    v_tile = load_rows(v, first, keys, COLS, DV, DV_PAD, EDGE)
     scores = dot(q, k_tile.T, None, PRECISION) * (scale * LOG2_E)
-    if TAIL:
-        inside = (first + tl.arange(0, COLS)) < keys
-        scores = tl.where(inside[None, :], scores, float("-inf"))
+    scores = masked(
+        scores, rows[:, None], cols[None, :], queries, keys, mask, BOOLEAN, CAUSAL, EDGE
+    )
 
     new_max = tl.maximum(row_max, tl.max(scores, 1))
-    p = tl.exp2(scores - new_max[:, None])
-    decay = tl.exp2(row_max - new_max)
+    if mask is None:
+        origin = new_max
+    else:  # a row that is masked so far: -inf - -inf would be NaN
+        origin = tl.where(new_max == float("-inf"), 0.0, new_max)
+    p = tl.exp2(scores - origin[:, None])
+    decay = tl.exp2(row_max - origin)
     row_sum = row_sum * decay + tl.sum(p, 1)
+    total = row_sum
+    if mask is not None:
+        total = tl.where(row_sum > 0.0, row_sum, 1.0)
+    inverse = 1.0 / total
     acc = acc * decay[:, None]
-    acc = dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
+    p_kept = p
+    if dropout is not None:
+        p_kept = p * kept(dropout, rows[:, None], cols[None, :])
+    weights = p_kept.to(v_tile.dtype)
 
-    if Q_T or K_T or V_T:
-        acc_t = acc_t * decay[:, None]
-    if Q_T or K_T:
-        scores_t = tl.zeros([q.shape[0], COLS], tl.float32)
-        if Q_T:
-            scores_t = dot(q_t, k_tile.T, scores_t, PRECISION)
-        if K_T:
-            k_t_tile = load_rows(k_t, first, k_t_stride, keys, COLS, DIM, DIM_PAD, TAIL)
-            scores_t = dot(q, k_t_tile.T, scores_t, PRECISION)
-        weighted = p * (scores_t * scale - shift[:, None])
-        mu = mu * decay + tl.sum(weighted, 1)
-        acc_t = dot(weighted.to(v_tile.dtype), v_tile, acc_t, PRECISION)
-    if V_T:
-        v_t_tile = load_rows(v_t, first, v_t_stride, keys, COLS, DIM, DIM_PAD, TAIL)
-        acc_t = dot(p.to(v_tile.dtype), v_t_tile, acc_t, PRECISION)
-    return acc, acc_t, new_max, row_sum, mu
+    new_acc_t = ()
+    new_mu = ()
+    for r in tl.static_range(TANGENTS):
+        sum_t = acc_t[r] * decay[:, None]
+        mean = mu[r]
+        if q_t is not None or k_t is not None or mask_t is not None:
+            scores_t = tl.zeros([q.shape[0], COLS], tl.float32)
+            if q_t is not None:
+                scores_t = dot(q_t[r], k_tile.T, scores_t, PRECISION)
+            if k_t is not None:
+                k_t_tile = load_rows(k_t[r], first, keys, COLS, DIM, DIM_PAD, EDGE)
+                scores_t = dot(q, k_t_tile.T, scores_t, PRECISION)
+            scores_t *= scale
+            if mask_t is not None:
+                scores_t += load_mask(
+                    mask_t[r], rows[:, None], cols[None, :], queries, keys, 0.0
+                ).to(tl.float32)
+            centred = scores_t - mean[:, None]
+            step = tl.sum(p * centred, 1) * inverse
+            mean = mean + step
+            centred -= step[:, None]
+            sum_t -= step[:, None] * acc
+            weights_t = (p_kept * centred).to(v_tile.dtype)
+            sum_t = dot(weights_t, v_tile, sum_t, PRECISION)
+        if v_t is not None:
+            v_t_tile = load_rows(v_t[r], first, keys, COLS, DV, DV_PAD, EDGE)
+            sum_t = dot(weights, v_t_tile, sum_t, PRECISION)
+        new_acc_t = new_acc_t + (sum_t,)
+        new_mu = new_mu + (mean,)
+    acc = dot(weights, v_tile, acc, PRECISION)
+    return acc, new_acc_t, new_max, row_sum, new_mu
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "mask_strides", "mask_t_strides", "first_tangent", "batch", "heads", "shared",
+        "queries", "keys",
+    ]
+)  # fmt: skip
 def attention_jvp_kernel(
-    q,  # (B, H, N, D), last stride 1; likewise every operand
-    k,  # (B, H, M, D)
-    v,  # (B, H, M, D)
-    q_t,  # (B, H, N, D), not read without Q_T
-    k_t,  # (B, H, M, D), not read without K_T
-    v_t,  # (B, H, M, D), not read without V_T
-    o,  # (B, H, N, D)
-    o_t,  # (B, H, N, D), strides of o; not written when there is no tangent
-    lse,  # (B, H, N) float32, contiguous, natural logarithm
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    q_t_batch,
-    q_t_head,
-    q_t_row,
-    k_t_batch,
-    k_t_head,
-    k_t_row,
-    v_t_batch,
-    v_t_head,
-    v_t_row,
-    o_batch,
-    o_head,
-    o_row,
-    heads,  # H
-    queries,  # N
-    keys,  # M
+    q,  # operand (B, H, N, D); last strides are 1
+    k,  # operand (B, H / shared, M, D)
+    v,  # operand (B, H / shared, M, DV)
+    mask,  # (pointer, column stride) of (B, H, N, M), or None
+    mask_strides,  # of tangent (0), batch, head and row
+    q_t,  # operand (R, B, H, N, D), or None
+    k_t,  # operand (R, B, H / shared, M, D), or None
+    v_t,  # operand (R, B, H / shared, M, DV), or None
+    mask_t,  # (pointer, column stride) of (R, B, H, N, M), or None
+    mask_t_strides,
+    seed,  # (pointer to int64 (B or 1,), stride), or None without dropout
+    o,  # operand (B, H, N, DV), or None where another launch writes it
+    o_t,  # operand (R, B, H, N, DV), or None without tangents
+    lse,  # (B, H, N) float32, natural logarithm; +inf for a row that is masked whole; or None
+    mu,  # (R, B, H, N) float32, or None
+    first_tangent,  # of this launch
+    batch,
+    heads,
+    shared,  # query heads for each key head
+    queries,
+    keys,
     scale,
-    Q_T: tl.constexpr,
-    K_T: tl.constexpr,
-    V_T: tl.constexpr,
+    dropout_p,
+    TANGENTS: tl.constexpr,  # in one program
+    BOOLEAN: tl.constexpr,
+    CAUSAL: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program computes ROWS query rows of one batch element and head."""
+    """One program computes ROWS query rows of one batch element and head, and TANGENTS tangents."""
     row_tiles = tl.cdiv(queries, ROWS)
     first_row = (tl.program_id(0) % row_tiles) * ROWS
     batch_head = tl.program_id(0) // row_tiles
+    r0 = (first_tangent + tl.program_id(1) * TANGENTS).to(tl.int64)
     b = (batch_head // heads).to(tl.int64)
     h = (batch_head % heads).to(tl.int64)
-    q += b * q_batch + h * q_head
-    k += b * k_batch + h * k_head
-    v += b * v_batch + h * v_head
-    o += b * o_batch + h * o_head
-    q_tile = load_rows(q, first_row, q_row, queries, ROWS, DIM, DIM_PAD, True)
+    rows = first_row + tl.arange(0, ROWS)
+    key_head = h // shared
 
-    q_t_tile = q_tile
-    shift = tl.zeros([ROWS], tl.float32)
-    if Q_T:
-        q_t += b * q_t_batch + h * q_t_head
-        q_t_tile = load_rows(q_t, first_row, q_t_row, queries, ROWS, DIM, DIM_PAD, True)
-        first_key = load_rows(k, 0, k_row, keys, 1, DIM, DIM_PAD, False)
-        shift += tl.sum(q_t_tile.to(tl.float32) * first_key.to(tl.float32), 1)
-    if K_T:
-        k_t += b * k_t_batch + h * k_t_head
-        first_key_t = load_rows(k_t, 0, k_t_row, keys, 1, DIM, DIM_PAD, False)
-        shift += tl.sum(q_tile.to(tl.float32) * first_key_t.to(tl.float32), 1)
-    if V_T:
-        v_t += b * v_t_batch + h * v_t_head
-    shift *= scale
+    q_tile = load_rows(at(q, 0, b, h), first_row, queries, ROWS, DIM, DIM_PAD, True)
+    k_rows = at(k, 0, b, key_head)
+    v_rows = at(v, 0, b, key_head)
+    mask_part = mask_at(mask, mask_strides, 0, b, h)
+    dropout = dropout_at(seed, b, batch_head, dropout_p)
 
-    acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
-    acc_t = tl.zeros([ROWS, DIM_PAD], tl.float32)
+    q_ts = None
+    k_ts = None
+    v_ts = None
+    mask_ts = None
+    if q_t is not None:
+        q_ts = ()
+    if k_t is not None:
+        k_ts = ()
+    if v_t is not None:
+        v_ts = ()
+    if mask_t is not None:
+        mask_ts = ()
+    acc_t = ()
+    means = ()
+    for r in tl.static_range(TANGENTS):
+        if q_t is not None:
+            q_t_rows = at(q_t, r0 + r, b, h)
+            q_ts = q_ts + (load_rows(q_t_rows, first_row, queries, ROWS, DIM, DIM_PAD, True),)
+        if k_t is not None:
+            k_ts = k_ts + (at(k_t, r0 + r, b, key_head),)
+        if v_t is not None:
+            v_ts = v_ts + (at(v_t, r0 + r, b, key_head),)
+        if mask_t is not None:
+            mask_ts = mask_ts + (mask_at(mask_t, mask_t_strides, r0 + r, b, h),)
+        acc_t = acc_t + (tl.zeros([ROWS, DV_PAD], tl.float32),)
+        means = means + (tl.zeros([ROWS], tl.float32),)
+
+    acc = tl.zeros([ROWS, DV_PAD], tl.float32)
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
-    mu = tl.zeros([ROWS], tl.float32)
-    whole = (keys // COLS) * COLS
+    whole = (keys // COLS) * COLS  # keys in tiles that need no index checks
+    stop = keys
+    if CAUSAL:
+        whole = (tl.minimum(keys, first_row + 1) // COLS) * COLS
+        stop = tl.minimum(keys, first_row + ROWS)
     for first in range(0, whole, COLS):
-        acc, acc_t, row_max, row_sum, mu = _accumulate(
-            first, q_tile, q_t_tile, shift, acc, acc_t, row_max, row_sum, mu,
-            k, v, k_t, v_t, k_row, v_row, k_t_row, v_t_row, keys, scale,
-            Q_T, K_T, V_T, DIM, DIM_PAD, COLS, False, PRECISION,
+        acc, acc_t, row_max, row_sum, means = _accumulate(
+            first, q_tile, q_ts, acc, acc_t, row_max, row_sum, means,
+            k_rows, v_rows, k_ts, v_ts, mask_part, mask_ts, dropout, rows, queries, keys, scale,
+            TANGENTS, BOOLEAN, False, DIM, DIM_PAD, DV, DV_PAD, COLS, False, PRECISION,
         )  # fmt: skip
-    if whole < keys:
-        acc, acc_t, row_max, row_sum, mu = _accumulate(
-            whole, q_tile, q_t_tile, shift, acc, acc_t, row_max, row_sum, mu,
-            k, v, k_t, v_t, k_row, v_row, k_t_row, v_t_row, keys, scale,
-            Q_T, K_T, V_T, DIM, DIM_PAD, COLS, True, PRECISION,
+    for first in range(whole, stop, COLS):
+        acc, acc_t, row_max, row_sum, means = _accumulate(
+            first, q_tile, q_ts, acc, acc_t, row_max, row_sum, means,
+            k_rows, v_rows, k_ts, v_ts, mask_part, mask_ts, dropout, rows, queries, keys, scale,
+            TANGENTS, BOOLEAN, CAUSAL, DIM, DIM_PAD, DV, DV_PAD, COLS, True, PRECISION,
         )  # fmt: skip
 
-    acc = acc / row_sum[:, None]
-    store_rows(o, first_row, o_row, queries, acc, ROWS, DIM, DIM_PAD)
-    if Q_T or K_T or V_T:
-        o_t += b * o_batch + h * o_head
-        acc_t = acc_t / row_sum[:, None] - (mu / row_sum)[:, None] * acc
-        store_rows(o_t, first_row, o_row, queries, acc_t, ROWS, DIM, DIM_PAD)
-    rows = first_row + tl.arange(0, ROWS)
-    lse += tl.cast(batch_head, tl.int64) * queries
-    tl.store(lse + rows, row_max / LOG2_E + tl.log(row_sum), mask=rows < queries)
-
-
-def forward_config(dim: int, dtype: torch.dtype, async_mma: bool) -> Config:
-    """Tiles for a head dimension, chosen by the compiler's resource report.
-
-    16-bit tiles spill no register, except 144 bytes where ``dim > 64`` and the matrix units read
-    operands from registers (sm_80). float32 spills everywhere: right, and slow.
-    """
-    wide = padded_dim(dim) > 64
-    if dtype == torch.float32:
-        return Config(32, 16, 4, 1) if wide and not async_mma else Config(64, 16, 4, 1)
-    if not wide:
-        return Config(64, 32, 4, 2)
-    return Config(64, 16, 4, 2) if async_mma else Config(128, 16, 8, 2)
+    total = row_sum
+    if mask is not None:  # a row that is masked whole is 0
+        total = tl.where(row_sum > 0.0, row_sum, 1.0)
+    inverse = 1.0 / total
+    if o is not None:
+        o_rows = at(o, 0, b, h)
+        store_rows(o_rows, first_row, queries, acc * inverse[:, None], ROWS, DV, DV_PAD)
+        row_lse = row_max / LOG2_E + tl.log(total)
+        if mask is not None:
+            row_lse = tl.where(row_sum > 0.0, row_lse, float("inf"))
+        lse_base = lse + tl.cast(batch_head, tl.int64) * queries
+        tl.store(lse_base + rows, row_lse, mask=rows < queries)
+    for r in tl.static_range(TANGENTS):
+        o_t_rows = at(o_t, r0 + r, b, h)
+        store_rows(o_t_rows, first_row, queries, acc_t[r] * inverse[:, None], ROWS, DV, DV_PAD)
+        if mu is not None:
+            mu_base = mu + ((r0 + r) * batch * heads + batch_head) * queries
+            tl.store(mu_base + rows, means[r], mask=rows < queries)
 
 
 def attention_jvp(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_t: Tensor | None,
-    key_t: Tensor | None,
-    value_t: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    call: Call,
+    query_t: Tensor | None = None,
+    key_t: Tensor | None = None,
+    value_t: Tensor | None = None,
+    mask_t: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the fused forward pass.
 
     Args:
-        query: (B, H, N, D), float16, bfloat16 or float32; D a multiple of 8 from 16 to 128.
-        key: (B, H, M, D), same dtype.
-        value: (B, H, M, D), same dtype.
-        query_t: tangent of ``query`` or None for zero; the same for the next two.
-        key_t: tangent of ``key``.
-        value_t: tangent of ``value``.
-        scale: factor of the scores.
+        call: the primal operands and options.
+        query_t: (R, B, H, N, D), R tangents of ``query``, or None for zero.
+        key_t: (R, B, G, M, D) or None.
+        value_t: (R, B, G, M, Dv) or None.
+        mask_t: (R, *mask.shape) or None.
 
     Returns:
-        Output (B, H, N, D), its tangent (likewise, or (B, H, 0, D) if there is no tangent at all)
-        and the log-sum-exp of the scores (B, H, N) in float32.
+        Output (B, H, N, Dv); its tangents (R, B, H, N, Dv), R = 0 without any; the log-sum-exp of
+        the scores (B, H, N), and μ (R, B, H, N), both in float32.
     """
-    batch, heads, queries, dim = query.shape
-    keys = key.shape[2]
-    query, key, value = map(unit_last_stride, (query, key, value))
-    query_t, key_t, value_t = (
-        None if t is None else unit_last_stride(t) for t in (query_t, key_t, value_t)
-    )
-    has_tangent = any(t is not None for t in (query_t, key_t, value_t))
-    output = empty_heads(batch, heads, queries, dim, query)
-    output_t = empty_heads(batch, heads, queries if has_tangent else 0, dim, query)
-    lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    outputs, launches = plan_jvp(call, query_t, key_t, value_t, mask_t)
+    with device_of(call.query):
+        for launch in launches:
+            launch.run()
+    return outputs
+
+
+def plan_jvp(
+    call: Call,
+    query_t: Tensor | None,
+    key_t: Tensor | None,
+    value_t: Tensor | None,
+    mask_t: Tensor | None,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], list[Launch]]:
+    """The outputs of :func:`attention_jvp`, to be filled by the launches."""
+    tangents = call.dense_tangents(query_t, key_t, value_t, mask_t)
+    count = tangents.count
+    batch, heads, queries, dim = call.query.shape
+    dim_v = call.value.shape[-1]
+    output = empty_heads(batch, heads, queries, dim_v, like=call.query)
+    output_t = empty_heads(count, batch, heads, queries, dim_v, like=call.query)
+    lse = call.query.new_empty(batch, heads, queries, dtype=call.statistics)
+    mu = call.query.new_empty(count, batch, heads, queries, dtype=call.statistics)
+    outputs = (output, output_t, lse, mu)
     if output.numel() == 0:
-        return output, output_t, lse
-    config = forward_config(dim, query.dtype, has_async_mma(query))
-    with device_of(query):
-        attention_jvp_kernel[(triton.cdiv(queries, config.rows) * batch * heads,)](
-            query,
-            key,
-            value,
-            query if query_t is None else query_t,
-            key if key_t is None else key_t,
-            value if value_t is None else value_t,
-            output,
-            output_t,
-            lse,
-            *outer_strides(query),
-            *outer_strides(key),
-            *outer_strides(value),
-            *outer_strides(query_t),
-            *outer_strides(key_t),
-            *outer_strides(value_t),
-            *outer_strides(output),
-            heads,
-            queries,
-            keys,
-            scale,
-            Q_T=query_t is not None,
-            K_T=key_t is not None,
-            V_T=value_t is not None,
-            **config.options(dim),
-        )
-    return output, output_t, lse
+        return outputs, []
+
+    launches = []
+    done = 0
+    while done < max(count, 1):
+        config, group = configure("forward", call, tangents=count - done)
+        groups = (count - done) // group if group else 1
+        arguments = call.arguments() | tangents.arguments()
+        arguments |= {
+            "o": operand(output) if done == 0 else None,
+            "o_t": operand(output_t) if count else None,
+            "lse": lse if done == 0 else None,
+            "mu": mu if count and tangents.move_scores else None,
+            "first_tangent": done,
+            "TANGENTS": group,
+            "DIM": dim,
+            "DIM_PAD": padded_dim(dim),
+            "DV": dim_v,
+            "DV_PAD": padded_dim(dim_v),
+        }
+        grid = (triton.cdiv(queries, config.rows) * batch * heads, groups)
+        launches.append(Launch(attention_jvp_kernel, grid, arguments, config))
+        done += max(group * groups, 1)
+    return outputs, launches

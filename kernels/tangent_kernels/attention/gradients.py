@@ -1,0 +1,239 @@
+"""Launches of the backward kernels."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+from torch import Tensor
+
+from tangent_kernels._launch import (
+    Launch,
+    device_of,
+    empty_heads,
+    operand,
+    padded_dim,
+    unit_last_stride,
+)
+from tangent_kernels.attention._call import Call, Tangents
+from tangent_kernels.attention.backward import grad_key_value_kernel, grad_query_kernel
+from tangent_kernels.attention.configs import configure
+from tangent_kernels.attention.mask import grad_mask_kernel
+
+Needs = tuple[bool, bool, bool, bool]  # query, key, value, mask
+
+
+class Gradients(NamedTuple):
+    """By query, key, value and mask, or by their tangents; None where not needed."""
+
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    mask: Tensor | None
+
+
+NONE = Gradients(None, None, None, None)
+
+
+def attention_vjp(
+    call: Call, output: Tensor, lse: Tensor, grad_output: Tensor, needs: Needs
+) -> Gradients:
+    """First order: gradients of R outputs by the operands, or of R tangents by their tangents.
+
+    Args:
+        call: the primal operands and options.
+        output: (B, H, N, Dv), of the forward pass.
+        lse: (B, H, N) float32, of the forward pass.
+        grad_output: (R, B, H, N, Dv), cotangents of the output or of its tangents.
+        needs: which gradients to compute.
+
+    Returns:
+        Each (R, *shape of the operand), in its dtype.
+    """
+    gradients, launches = plan_vjp(call, output, lse, grad_output, needs)
+    _run(call, launches)
+    return _rounded(call, gradients, len(grad_output))
+
+
+def attention_second_vjp(
+    call: Call,
+    tangents: Tangents,
+    output: Tensor,
+    output_t: Tensor,
+    lse: Tensor,
+    mu: Tensor,
+    grad_output: Tensor | None,
+    grad_output_t: Tensor,
+    needs: Needs,
+    needs_t: Needs,
+) -> tuple[Gradients, Gradients]:
+    """Second order: gradients through the output and its R tangents together.
+
+    Args:
+        call: the primal operands and options.
+        tangents: of the forward pass.
+        output: (B, H, N, Dv), of the forward pass; likewise the next three.
+        output_t: (R, B, H, N, Dv).
+        lse: (B, H, N) float32.
+        mu: (R, B, H, N) float32.
+        grad_output: (B, H, N, Dv), cotangent of the output, or None for zero.
+        grad_output_t: (R, B, H, N, Dv), cotangents of its tangents.
+        needs: which gradients of the primal operands to compute.
+        needs_t: which of the tangents.
+
+    Returns:
+        Gradients of the primal operands, each of its operand's shape; and of the tangents,
+        (R, *shape).
+    """
+    primal, tangent, launches = plan_second_vjp(
+        call, tangents, output, output_t, lse, mu, grad_output, grad_output_t, needs, needs_t
+    )
+    _run(call, launches)
+    count = len(grad_output_t)
+    summed = Gradients(*(None if x is None else x.sum(0) if count > 1 else x[0] for x in primal))
+    return _rounded(call, summed, None), _rounded(call, tangent, count)
+
+
+def plan_vjp(
+    call: Call, output: Tensor, lse: Tensor, grad_output: Tensor, needs: Needs
+) -> tuple[Gradients, list[Launch]]:
+    """The results of :func:`attention_vjp`, to be filled by the launches."""
+    count = len(grad_output)
+    gradients = _empty(call, count, needs, exact=False)
+    grad_output = _dense(grad_output)
+    rows = {"o": operand(_dense(output)), "o_t": None}
+    common = Tangents(call, None, None, None, None).arguments() | {
+        "lse": lse.contiguous(),
+        "mu": None,
+        "g": None,
+        "h": operand(grad_output),
+        "delta": lse.new_empty(count, *lse.shape),
+        "epsilon": None,
+        "first_tangent": 0,
+        "SECOND": False,
+    }
+    return gradients, _launches(call, "first", count, rows, common, NONE, gradients)
+
+
+def plan_second_vjp(
+    call: Call,
+    tangents: Tangents,
+    output: Tensor,
+    output_t: Tensor,
+    lse: Tensor,
+    mu: Tensor,
+    grad_output: Tensor | None,
+    grad_output_t: Tensor,
+    needs: Needs,
+    needs_t: Needs,
+) -> tuple[Gradients, Gradients, list[Launch]]:
+    """The results of :func:`attention_second_vjp`, the primal ones yet to be summed over R."""
+    count = len(grad_output_t)
+    # Summed over R afterwards: not of rounded terms.
+    primal = _empty(call, count, needs, exact=count > 1)
+    tangent = _empty(call, count, needs_t, exact=False)
+    rows = {"o": operand(_dense(output)), "o_t": operand(_dense(output_t))}
+    common = tangents.arguments() | {
+        "lse": lse.contiguous(),
+        "mu": mu.contiguous() if tangents.move_scores else None,
+        "h": operand(_dense(grad_output_t)),
+        "delta": lse.new_empty(count, *lse.shape),
+        "epsilon": lse.new_empty(count, *lse.shape),
+        "SECOND": True,
+    }
+    g = None if grad_output is None else operand(_dense(grad_output))
+    first = common | {"g": g, "first_tangent": 0}
+    rest = common | {"g": None, "first_tangent": 1}
+    if g is None:  # all tangents alike
+        return primal, tangent, _launches(call, "second", count, rows, first, primal, tangent)
+    launches = _launches(call, "second", 1, rows, first, primal, tangent)
+    if count > 1:
+        launches += _launches(call, "second", count - 1, rows, rest, primal, tangent)
+    return primal, tangent, launches
+
+
+def _launches(
+    call: Call,
+    order: str,
+    count: int,
+    rows: dict[str, Any],
+    common: dict[str, Any],
+    primal: Gradients,
+    tangent: Gradients,
+) -> list[Launch]:
+    """The kernels that the needed gradients call for, over ``count`` tangents."""
+    batch, heads, queries, dim = call.query.shape
+    keys, dim_v = call.value.shape[2:]
+    if batch * heads * queries * dim_v * count == 0:
+        return []
+    common = call.arguments() | common
+    common |= {"DIM": dim, "DIM_PAD": padded_dim(dim), "DV": dim_v, "DV_PAD": padded_dim(dim_v)}
+    config, _ = configure(f"{order} query", call)
+    grads = {"grad_q": operand(primal.query), "grad_q_t": operand(tangent.query)}
+    grid = (triton.cdiv(queries, config.rows) * batch * heads, count)
+    launches = [Launch(grad_query_kernel, grid, common | rows | grads, config)]
+    grads = {
+        "grad_k": operand(primal.key),
+        "grad_k_t": operand(tangent.key),
+        "grad_v": operand(primal.value),
+        "grad_v_t": operand(tangent.value),
+    }
+    if any(grad is not None for grad in grads.values()):
+        config, _ = configure(f"{order} key value", call)
+        grid = (triton.cdiv(keys, config.cols) * batch * call.key.shape[1], count)
+        launches.append(Launch(grad_key_value_kernel, grid, common | grads, config))
+    if primal.mask is not None or tangent.mask is not None:
+        assert call.mask is not None
+        config, _ = configure(f"{order} mask", call)
+        mask_batch, mask_heads, mask_rows, mask_cols = call.mask.shape
+        grads = {
+            "grad_mask": primal.mask,
+            "grad_mask_t": tangent.mask,
+            "mask_batch": mask_batch,
+            "mask_heads": mask_heads,
+            "SUM_ROWS": mask_rows == 1,
+            "SUM_COLS": mask_cols == 1,
+        }
+        tiles = triton.cdiv(mask_rows, config.rows) * triton.cdiv(mask_cols, config.cols)
+        grid = (tiles * mask_batch * mask_heads, count)
+        launches.append(Launch(grad_mask_kernel, grid, common | grads, config))
+    return launches
+
+
+def _empty(call: Call, count: int, needs: Needs, exact: bool) -> Gradients:
+    """Buffers to be written; float32 ones if ``exact``, and for the mask."""
+    buffers: list[Tensor | None] = []
+    for tensor, need in zip((call.query, call.key, call.value), needs, strict=False):
+        dtype = call.statistics if exact else tensor.dtype
+        shape = (count, *tensor.shape)
+        buffers.append(empty_heads(*shape, like=tensor, dtype=dtype) if need else None)
+    mask = None
+    if needs[3]:
+        assert call.mask is not None
+        mask = call.mask.new_empty(count, *call.mask.shape, dtype=call.statistics)
+    return Gradients(*buffers, mask)
+
+
+def _rounded(call: Call, gradients: Gradients, count: int | None) -> Gradients:
+    """The gradients in their operands' dtype; zeros where there was nothing to launch over."""
+    operands = (call.query, call.key, call.value, call.mask)
+    if call.query.shape[0] * call.query.shape[1] * call.query.shape[2] == 0 or count == 0:
+        return Gradients(*(None if x is None else x.zero_() for x in gradients))
+    return Gradients(
+        *(
+            None if grad is None or tensor is None else grad.to(tensor.dtype)
+            for grad, tensor in zip(gradients, operands, strict=True)
+        )
+    )
+
+
+def _run(call: Call, launches: list[Launch]) -> None:
+    with device_of(call.query):
+        for launch in launches:
+            launch.run()
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    dense = unit_last_stride(tensor)
+    assert dense is not None
+    return dense

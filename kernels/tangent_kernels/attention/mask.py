@@ -1,0 +1,208 @@
+"""Gradients by an additive mask and its tangent, summed over the axes it is broadcast along.
+
+    grad_b_t = grad_S_t        grad_b = grad_S        (see backward.py)
+
+One program owns a tile of the mask and walks over everything that tile was broadcast to, so a
+bias shared by a batch needs no (B, H, N, M) buffer and no atomics.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tangent_kernels.attention._adjoint import adjoints
+from tangent_kernels.attention._tiles import LOG2_E, at, dropout_at, load_rows, mask_at
+from tangent_kernels.attention.backward import UNSPECIALIZED
+
+
+@triton.jit
+def _store_mask_tile(
+    target,  # pointer to (N or 1, M or 1), contiguous
+    tile,  # (ROWS, COLS)
+    first_row,
+    first_col,
+    queries,
+    keys,
+    SUM_ROWS: tl.constexpr,
+    SUM_COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    rows = first_row + tl.arange(0, ROWS)
+    cols = first_col + tl.arange(0, COLS)
+    if SUM_ROWS and SUM_COLS:
+        tl.store(target, tl.sum(tl.sum(tile, 1), 0))
+    elif SUM_ROWS:
+        tl.store(target + cols, tl.sum(tile, 0), mask=cols < keys)
+    elif SUM_COLS:
+        tl.store(target + rows, tl.sum(tile, 1), mask=rows < queries)
+    else:
+        pointers = target + rows.to(tl.int64)[:, None] * keys + cols[None, :]
+        tl.store(pointers, tile, mask=(rows < queries)[:, None] & (cols < keys)[None, :])
+
+
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "mask_batch", "mask_heads"])
+def grad_mask_kernel(
+    q,  # see grad_query_kernel for the operands
+    k,
+    v,
+    mask,
+    mask_strides,
+    q_t,
+    k_t,
+    v_t,
+    mask_t,
+    mask_t_strides,
+    seed,
+    lse,
+    mu,
+    g,
+    h,
+    delta,  # (R, B, H, N) float32, written by grad_query_kernel
+    epsilon,
+    grad_mask,  # (R, mask_batch, mask_heads, N or 1, M or 1) float32 contiguous, or None
+    grad_mask_t,  # likewise
+    first_tangent,
+    mask_batch,  # B or 1
+    mask_heads,  # H or 1
+    batch,
+    heads,
+    shared,
+    queries,
+    keys,
+    scale,
+    dropout_p,
+    SUM_ROWS: tl.constexpr,  # whether the mask is broadcast along the queries
+    SUM_COLS: tl.constexpr,  # or the keys
+    SECOND: tl.constexpr,
+    BOOLEAN: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program sums the gradient of one tile of the mask."""
+    all_row_tiles = tl.cdiv(queries, ROWS)
+    all_col_tiles = tl.cdiv(keys, COLS)
+    row_tiles = all_row_tiles
+    col_tiles = all_col_tiles
+    if SUM_ROWS:
+        row_tiles = 1
+    if SUM_COLS:
+        col_tiles = 1
+    program = tl.program_id(0)
+    col_tile = program % col_tiles
+    row_tile = (program // col_tiles) % row_tiles
+    mask_head = program // (col_tiles * row_tiles) % mask_heads
+    mask_element = program // (col_tiles * row_tiles * mask_heads)
+    r = (first_tangent + tl.program_id(1)).to(tl.int64)
+
+    # What the tile is broadcast to: [start, stop) along each axis.
+    b_start = mask_element
+    b_stop = mask_element + 1
+    if mask_batch == 1:
+        b_stop = batch
+    head_start = mask_head
+    head_stop = mask_head + 1
+    if mask_heads == 1:
+        head_stop = heads
+    row_start = row_tile
+    row_stop = row_tile + 1
+    if SUM_ROWS:
+        row_stop = all_row_tiles
+    col_start = col_tile
+    col_stop = col_tile + 1
+    if SUM_COLS:
+        col_stop = all_col_tiles
+
+    total = tl.zeros([ROWS, COLS], tl.float32)
+    total_t = tl.zeros([ROWS, COLS], tl.float32)
+    for b32 in range(b_start, b_stop):
+        b = tl.cast(b32, tl.int64)
+        for head32 in range(head_start, head_stop):
+            head = tl.cast(head32, tl.int64)
+            key_head = head // shared
+            row_base = (b * heads + head) * queries
+            tangent_base = r * batch * heads * queries + row_base
+            mask_part = mask_at(mask, mask_strides, 0, b, head)
+            dropout = dropout_at(seed, b, b32 * heads + head32, dropout_p)
+            mask_t_part = None
+            if SECOND:
+                mask_t_part = mask_at(mask_t, mask_t_strides, r, b, head)
+            for i in range(row_start, row_stop):
+                first_row = i * ROWS
+                rows = first_row + tl.arange(0, ROWS)
+                inside = rows < queries
+                q_tile = load_rows(at(q, 0, b, head), first_row, queries, ROWS, DIM, DIM_PAD, True)
+                h_tile = load_rows(at(h, r, b, head), first_row, queries, ROWS, DV, DV_PAD, True)
+                row_lse = tl.load(lse + row_base + rows, mask=inside, other=float("inf"))
+                row_delta = tl.load(delta + tangent_base + rows, mask=inside, other=0.0)
+                q_t_tile = None
+                g_tile = None
+                mu_tile = None
+                epsilon_tile = None
+                if SECOND:
+                    row_epsilon = tl.load(epsilon + tangent_base + rows, mask=inside, other=0.0)
+                    epsilon_tile = row_epsilon[:, None]
+                    if q_t is not None:
+                        q_t_rows = at(q_t, r, b, head)
+                        q_t_tile = load_rows(q_t_rows, first_row, queries, ROWS, DIM, DIM_PAD, True)
+                    if g is not None:
+                        g_rows = at(g, 0, b, head)
+                        g_tile = load_rows(g_rows, first_row, queries, ROWS, DV, DV_PAD, True)
+                    if mu is not None:
+                        row_mu = tl.load(mu + tangent_base + rows, mask=inside, other=0.0)
+                        mu_tile = row_mu[:, None]
+                for j in range(col_start, col_stop):
+                    first_col = j * COLS
+                    cols = first_col + tl.arange(0, COLS)
+                    k_rows = at(k, 0, b, key_head)
+                    v_rows = at(v, 0, b, key_head)
+                    k_tile = load_rows(k_rows, first_col, keys, COLS, DIM, DIM_PAD, True)
+                    v_tile = load_rows(v_rows, first_col, keys, COLS, DV, DV_PAD, True)
+                    k_t_tile = None
+                    v_t_tile = None
+                    if SECOND:
+                        if k_t is not None:
+                            k_t_rows = at(k_t, r, b, key_head)
+                            k_t_tile = load_rows(
+                                k_t_rows, first_col, keys, COLS, DIM, DIM_PAD, True
+                            )
+                        if v_t is not None:
+                            v_t_rows = at(v_t, r, b, key_head)
+                            v_t_tile = load_rows(v_t_rows, first_col, keys, COLS, DV, DV_PAD, True)
+                    _, _, grad_s_t, grad_s = adjoints(
+                        q_tile, k_tile, q_t_tile, k_t_tile, h_tile, v_tile,
+                        g_tile, v_tile, None if v_t_tile is None else h_tile, v_t_tile,
+                        row_lse[:, None] * LOG2_E, mu_tile, row_delta[:, None], epsilon_tile,
+                        mask_part, mask_t_part, dropout, rows[:, None], cols[None, :],
+                        queries, keys, scale, SECOND, BOOLEAN, CAUSAL, True, PRECISION,
+                    )  # fmt: skip
+                    if grad_mask is not None:
+                        total += grad_s
+                    if grad_mask_t is not None:
+                        total_t += grad_s_t
+
+    height = queries
+    width = keys
+    if SUM_ROWS:
+        height = 1
+    if SUM_COLS:
+        width = 1
+    element = (r * mask_batch + mask_element) * mask_heads + mask_head
+    offset = element * height * width
+    if grad_mask is not None:
+        _store_mask_tile(
+            grad_mask + offset, total, row_tile * ROWS, col_tile * COLS, queries, keys,
+            SUM_ROWS, SUM_COLS, ROWS, COLS,
+        )  # fmt: skip
+    if grad_mask_t is not None:
+        _store_mask_tile(
+            grad_mask_t + offset, total_t, row_tile * ROWS, col_tile * COLS, queries, keys,
+            SUM_ROWS, SUM_COLS, ROWS, COLS,
+        )  # fmt: skip
