@@ -85,9 +85,13 @@ def operand(tensor: Tensor | None) -> tuple[Any, ...] | None:
 
 
 def empty_heads(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised (..., H, N, D) whose ``transpose(-3, -2).flatten(-2)`` is a view."""
-    *lead, heads, rows, dim = shape
-    return like.new_empty(*lead, rows, heads, dim, dtype=dtype).transpose(-3, -2)
+    """Uninitialised (..., H, N, D) whose ``transpose(-3, -2).flatten(-2)`` is a view.
+
+    It is no view itself: PyTorch's forward mode is particular about tangents of views.
+    """
+    *lead, heads, rows, dim = range(len(shape))
+    order = (*lead, rows, heads, dim)
+    return torch.empty_permuted(shape, order, dtype=dtype or like.dtype, device=like.device)
 
 
 def padded_dim(dim: int) -> int:

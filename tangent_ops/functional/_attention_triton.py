@@ -1,208 +1,436 @@
-"""The Triton attention kernels as torch operators with derivatives.
+"""Attention by the Triton kernels, with derivatives of every kind.
 
-Two operators, each a fake and a batching rule beside its launch:
+Three maps, each the derivative of another (p: query, key, value, mask; t: R tangents of them):
 
-    tangent_ops::attention_jvp   q, k, v, q_t, k_t, v_t -> o, o_t, lse
-    tangent_ops::attention_vjp   q, k, v, o, lse, grad  -> grad_q, grad_k, grad_v
+    jvp(p, t)              O and O_t = DO(p) t              t may be absent: plain attention
+    vjp(p, H)              DO(p)ᵀ H                         linear in H, with transpose jvp
+    second_vjp(p, t, G, H) gradients of G·O + H·O_t by p and t
 
-Eager autograd goes through two ``autograd.Function`` around them, because an operator's
-registered formula is dropped in silence by forward mode over forward mode. Under ``torch.compile``
-the operator's registered formula is used, because Dynamo does not take a Function with a ``jvp``.
+    backward of jvp: second_vjp, or vjp where p or H is out of it
+    backward of vjp by H: jvp; by p, along c: second_vjp(p, c, 0, H), because DO(p)ᵀ H is the
+        gradient of H·O, and c times its derivative that of H·(DO(p) c)
+    jvp of vjp along p': second_vjp(p, p', H', H), the Hessian of H·O being symmetric
+
+What is left, forward mode over forward mode by p and derivatives of second_vjp, goes through the
+eager formulas, with N x M matrices in memory.
+
+Eager autograd is three ``autograd.Function``, because an operator's registered formula is dropped
+in silence by forward mode over forward mode. Under ``torch.compile`` the operators' registered
+formulas are used, because Dynamo does not take a Function with a ``jvp``.
 """
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch._functorch import eager_transforms
-from torch.autograd.forward_ad import UnpackedDualTensor
+from torch.autograd import forward_ad
 
 from tangent_ops.errors import UnsupportedError
-from tangent_ops.functional._backend import in_forward_ad, tangents_are_hidden
+from tangent_ops.functional import _attention_ops as ops
+from tangent_ops.functional._backend import (
+    in_plain_dual_level,
+    tangents_are_hidden,
+)
+from tangent_ops.reference import attention as reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-HEAD_DIMS = range(16, 129, 8)
+HEAD_DIMS = range(8, 257, 8)
+
+Optional = Tensor | None
 
 
-def why_not_fused(
+def why_not_fused(query: Tensor, value: Tensor) -> str | None:
+    """Why the kernels cannot compute this call, in words for an error; None if they can."""
+    if query.dtype not in DTYPES:
+        return f"dtype {query.dtype} is not one of float16, bfloat16, float32"
+    for name, tensor in (("query", query), ("value", value)):
+        if tensor.shape[-1] not in HEAD_DIMS:
+            return f"{name}'s head_dim {tensor.shape[-1]} is not a multiple of 8 from 8 to 256"
+    if torch.compiler.is_compiling() and eager_transforms.JVP_NESTING > 1:
+        return "compiled forward mode over forward mode is not in the kernels"
+    return None
+
+
+def fused_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
     dropout_p: float,
     is_causal: bool,
-) -> str | None:
-    """Why the kernels cannot compute this call, in words for an error; None if they can."""
-    if query.dtype not in DTYPES:
-        return f"dtype {query.dtype} is not one of float16, bfloat16, float32"
-    if query.shape[-1] not in HEAD_DIMS:
-        return f"head_dim {query.shape[-1]} is not a multiple of 8 from 16 to 128"
-    if value.shape[-1] != query.shape[-1]:
-        return f"value's head_dim {value.shape[-1]} differs from query's {query.shape[-1]}"
-    if query.shape[-3:-2] != key.shape[-3:-2]:
-        return "grouped heads (enable_gqa) are not in the kernels yet"
-    if attn_mask is not None:
-        return "attn_mask is not in the kernels yet"
-    if is_causal:
-        return "is_causal=True is not in the kernels yet"
-    if dropout_p > 0.0:
-        return "dropout is not in the kernels yet"
-    if tangents_are_hidden():
-        return "jvp of grad and jvp of vmap are not in the kernels yet (grad and vmap of jvp are)"
-    if torch.compiler.is_compiling() and eager_transforms.JVP_NESTING > 1:
-        return "compiled forward mode over forward mode is not in the kernels yet"
-    return None
-
-
-def fused_attention(
-    query: UnpackedDualTensor,
-    key: UnpackedDualTensor,
-    value: UnpackedDualTensor,
     scale: float | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Output and tangent, (..., H, N, D); None if no operand has a tangent."""
-    if scale is None:
-        scale = query.primal.shape[-1] ** -0.5
-    primals = (query.primal, key.primal, value.primal)
-    tangents = (query.tangent, key.tangent, value.tangent)
-    lead = torch.broadcast_shapes(*(primal.shape[:-2] for primal in primals))
-    operands = [None if x is None else _with_heads(x, lead) for x in (*primals, *tangents)]
+    enable_gqa: bool,
+) -> Tensor:
+    """(..., H, N, Dv), dual where an operand is; arguments checked by the caller."""
+    options = (query.shape[-1] ** -0.5 if scale is None else scale, dropout_p, is_causal)
+    lead, operands = _with_heads(query, key, value, attn_mask, enable_gqa)
+    seed = None
+    if dropout_p > 0.0:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+    apply = ops.attention_jvp if torch.compiler.is_compiling() else _Jvp.apply
+    if _may_unpack(operands):
+        pairs = [(None, None) if x is None else forward_ad.unpack_dual(x) for x in operands]
+        tangents = [None if t is None else t.unsqueeze(0) for _, t in pairs]
+        primals = [p for p, _ in pairs]
+        output, output_t, *_ = apply(*primals, seed, *tangents, *options)
+        if any(t is not None for t in tangents):
+            output = forward_ad.make_dual(output, output_t.squeeze(0))
+    else:  # _Jvp's own rule carries the tangents
+        output = apply(*operands, seed, None, None, None, None, *options)[0]
+    return output if len(lead) == 2 else output.reshape(*lead, *output.shape[-2:])
+
+
+def _may_unpack(operands: Sequence[Optional]) -> bool:
+    """Whether output and tangent may be computed from unpacked operands, in one pass.
+
+    Not where tangents are hidden, and not in a plain dual level where reverse mode tracks a
+    primal: its gradient has a tangent of its own there.
+    """
     if torch.compiler.is_compiling():
-        output, output_t, _ = attention_jvp(*operands, scale)
+        return True
+    if tangents_are_hidden():
+        return False
+    tracked = any(x is not None and x.requires_grad for x in operands)
+    return not (tracked and in_plain_dual_level() and any(map(_is_dual, operands)))
+
+
+def _is_dual(tensor: Optional) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _with_heads(
+    query: Tensor, key: Tensor, value: Tensor, mask: Optional, enable_gqa: bool
+) -> tuple[torch.Size, tuple[Optional, ...]]:
+    """Operands as (B, H, rows, cols), views where strides allow, and the output's own "...".
+
+    The mask keeps size 1 where it is broadcast.
+    """
+    if enable_gqa:
+        lead = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
+        leads = [torch.Size([*lead, x.shape[-3]]) for x in (query, key, value)]
     else:
-        output, output_t, _ = _AttentionJvp.apply(*operands, scale)
-    if len(lead) != 2:
-        output, output_t = (x.reshape(*lead, *x.shape[-2:]) for x in (output, output_t))
-    return output, None if all(tangent is None for tangent in tangents) else output_t
+        lead = torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))
+        leads = [lead] * 3
+
+    def four(tensor: Tensor, lead: torch.Size) -> Tensor:
+        if tensor.shape[:-2] != lead:
+            tensor = tensor.expand(*lead, *tensor.shape[-2:])
+        if len(lead) == 2:
+            return tensor
+        heads = lead[-1] if lead else 1
+        return tensor.reshape(lead[:-1].numel(), heads, *tensor.shape[-2:])
+
+    operands = [four(x, one) for x, one in zip((query, key, value), leads, strict=True)]
+    if mask is not None:
+        lead = leads[0]
+        rank = max(len(lead), 2) + 2
+        if mask.ndim < rank:
+            mask = mask.reshape((1,) * (rank - mask.ndim) + tuple(mask.shape))
+        if rank > 4:  # one axis for all the batch's: expanded unless the mask has none of them
+            outer = lead[:-1] if mask.shape[: rank - 3].numel() > 1 else mask.shape[: rank - 3]
+            mask = mask.expand(*outer, *mask.shape[-3:]).flatten(0, rank - 4)
+    return leads[0], (*operands, mask)
 
 
-def _with_heads(tensor: Tensor, lead: torch.Size) -> Tensor:
-    """(..., N, D) as (B, H, N, D), a view where strides allow; ``lead`` is the broadcast "..."."""
-    tensor = tensor.expand(*lead, *tensor.shape[-2:])
-    if len(lead) == 2:
-        return tensor
-    heads = lead[-1] if lead else 1
-    return tensor.reshape(lead[:-1].numel(), heads, *tensor.shape[-2:])
+# --- derivatives ---------------------------------------------------------------------------
 
 
-# --- operators -----------------------------------------------------------------------------
-
-
-@torch.library.custom_op("tangent_ops::attention_jvp", mutates_args=())
-def attention_jvp(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_t: Tensor | None,
-    key_t: Tensor | None,
-    value_t: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`tangent_kernels.attention.attention_jvp`."""
-    from tangent_kernels import attention
-
-    return attention.attention_jvp(query, key, value, query_t, key_t, value_t, scale)
-
-
-@attention_jvp.register_fake
-def _(query, key, value, query_t, key_t, value_t, scale):
-    batch, heads, queries, dim = query.shape
-    has_tangent = any(t is not None for t in (query_t, key_t, value_t))
-    return (
-        _empty_heads(query, batch, heads, queries, dim),
-        _empty_heads(query, batch, heads, queries if has_tangent else 0, dim),
-        query.new_empty(batch, heads, queries, dtype=torch.float32),
-    )
-
-
-@torch.library.custom_op("tangent_ops::attention_vjp", mutates_args=())
-def attention_vjp(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    grad_output: Tensor,
-    scale: float,
-    need_query: bool,
-    need_key: bool,
-    need_value: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`tangent_kernels.attention.attention_vjp`."""
-    from tangent_kernels import attention
-
-    return attention.attention_vjp(
-        query, key, value, output, lse, grad_output, scale, need_query, need_key, need_value
-    )
-
-
-@attention_vjp.register_fake
-def _(query, key, value, output, lse, grad, scale, need_query, need_key, need_value):
-    batch, heads, queries, dim = query.shape
-    keys = key.shape[2]
-    return (
-        _empty_heads(query, batch, heads, queries if need_query else 0, dim),
-        _empty_heads(query, batch, heads, keys if need_key else 0, dim),
-        _empty_heads(query, batch, heads, keys if need_value else 0, dim),
-    )
-
-
-def _empty_heads(like: Tensor, batch: int, heads: int, rows: int, dim: int) -> Tensor:
-    return like.new_empty(batch, rows, heads, dim).transpose(1, 2)
-
-
-def _batching_rule(op):
-    """Fold the mapped dimension into the batch: every row of the batch is independent."""
-
-    def rule(info, in_dims, *args):
-        def fold(arg, dim):
-            if not isinstance(arg, Tensor):
-                return arg
-            mapped = arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
-            return mapped.flatten(0, 1)
-
-        results = op(*(fold(arg, dim) for arg, dim in zip(args, in_dims, strict=True)))
-        unfolded = tuple(result.unflatten(0, (info.batch_size, -1)) for result in results)
-        return unfolded, (0,) * len(unfolded)
-
-    return rule
-
-
-attention_jvp.register_vmap(_batching_rule(attention_jvp))
-attention_vjp.register_vmap(_batching_rule(attention_vjp))
-
-
-def _save(ctx, inputs, output):
-    query, key, value, _, _, _, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, output[0], output[2])
+def _save_jvp(ctx, inputs, output):
+    *operands, scale, dropout_p, is_causal = inputs
+    ctx.options = (scale, dropout_p, is_causal)
     ctx.set_materialize_grads(False)
-    # The output depends on no tangent. Unsaid, it would seem to, and the next layer would be asked
-    # for gradients of its primal operands.
-    frozen = not any(ctx.needs_input_grad[:3])
-    ctx.mark_non_differentiable(*((output[0], output[2]) if frozen else (output[2],)))
+    primals, tangents = operands[:5], operands[5:]
+    value, tangent, lse, mu = output
+    ctx.tangents = sum(t is not None for t in tangents)
+    moves = any(ctx.needs_input_grad[:4])
+    if not torch.compiler.is_compiling():  # where forward mode over forward mode is refused
+        moves = moves or any(map(_is_dual, primals))
+    ctx.frozen = any(ctx.needs_input_grad[5:9]) and not moves
+    if ctx.frozen:  # its backward is the anchor's own, which keeps no tangent
+        ctx.save_for_backward(*primals, None, None, None, None, value, None, lse, None)
+    else:
+        ctx.save_for_backward(*operands, value, tangent, lse, mu)
+    constant = [lse, mu]
+    if ctx.frozen:
+        # The output depends on no tangent. Unsaid, it would seem to, and the next layer would be
+        # asked for gradients of its primal operands.
+        constant.append(value)
+    if not ctx.tangents:
+        constant.append(tangent)
+    ctx.mark_non_differentiable(*constant)
 
 
-def _backward(ctx, grad_output, grad_output_t, vjp):
-    """Gradients of q, k, v through the value, and of their tangents through the tangent."""
-    primal_needs, tangent_needs = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:6]
-    if any(primal_needs) and grad_output_t is not None:
-        _refuse("gradients of query, key and value through the output's tangent")
-    if any(primal_needs) and in_forward_ad():
-        # The saved primals carry no tangent, so the gradient's own tangent would be incomplete.
-        _refuse(
-            "gradients of query, key and value inside a forward-mode level (forward over "
-            "reverse; for reverse over forward, call backward after leaving the level)"
+def _backward_jvp(ctx, grad, grad_t, vjp, second_vjp):
+    """Gradients by operands and tangents, from those of output and tangent."""
+    saved = ctx.saved_tensors
+    primals, output, lse = saved[:5], saved[9], saved[11]
+    needs, needs_t = ctx.needs_input_grad[:4], ctx.needs_input_grad[5:9]
+    if ctx.tangents == 0:
+        grad_t = None
+    if any(needs) and grad_t is not None:
+        found = second_vjp(
+            *primals, *saved[5:13], grad, grad_t, *ctx.options, [*needs, *needs_t]
         )
+        primal, tangent = found[:4], found[4:]
+    else:
+        primal = tangent = (None,) * 4
+        if any(needs) and grad is not None:
+            found = vjp(*primals, output, lse, grad.unsqueeze(0), *ctx.options, list(needs))
+            primal = [x.squeeze(0) if need else None for x, need in zip(found, needs, strict=True)]
+        if any(needs_t) and grad_t is not None:
+            tangent = vjp(*primals, output, lse, grad_t, *ctx.options, list(needs_t))
+    return (*_wanted(primal, needs), None, *_wanted(tangent, needs_t), None, None, None)
 
-    def pull_back(needs, cotangent):
-        if cotangent is None or not any(needs):
-            return (None, None, None)
-        grads = vjp(*ctx.saved_tensors, cotangent, ctx.scale, *needs)
-        return (grad if need else None for need, grad in zip(needs, grads, strict=True))
 
-    return (*pull_back(primal_needs, grad_output), *pull_back(tangent_needs, grad_output_t), None)
+def _wanted(found: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
+    return [x if need else None for x, need in zip(found, needs, strict=True)]
+
+
+def _mark_unneeded(ctx, output) -> None:
+    unneeded = (x for x, need in zip(output, ctx.needs, strict=True) if not need)
+    ctx.mark_non_differentiable(*unneeded)
+
+
+def _backward_jvp_compiled(ctx, grad, grad_t, grad_lse, grad_mu):
+    return _backward_jvp(ctx, grad, grad_t, ops.attention_vjp, ops.attention_second_vjp)
+
+
+ops.attention_jvp.register_autograd(_backward_jvp_compiled, setup_context=_save_jvp)
+
+
+def _in_outer_levels(jvp: Callable[..., Any]) -> Callable[..., Any]:
+    """A Function's ``jvp``, also called with the saved tensors, whose results have tangents.
+
+    PyTorch switches forward mode off within it, at every level: of three nested ones the outer
+    would be lost in silence. The saved tensors are stripped of the tangents of the level at hand.
+    """
+
+    def wrapped(ctx, *directions):
+        with forward_ad._set_fwd_grad_enabled(True):
+            saved = [
+                None if x is None else forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors
+            ]
+            return jvp(ctx, saved, *directions)
+
+    return wrapped
+
+
+class _Jvp(torch.autograd.Function):
+    """attention_jvp."""
+
+    @staticmethod
+    def forward(*args):
+        return ops.attention_jvp(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save_jvp(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:9], output[0], output[1])
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return ops.batched_jvp(_Jvp.apply, info, in_dims, *args)
+
+    @staticmethod
+    def backward(ctx, grad, grad_t, grad_lse, grad_mu):
+        return _backward_jvp(ctx, grad, grad_t, _Vjp.apply, _SecondVjp.apply)
+
+    @staticmethod
+    @_in_outer_levels
+    def jvp(ctx, saved, *directions):
+        *primals, seed = saved[:5]
+        tangents = saved[5:9]
+        moves, moves_t = directions[:4], directions[5:9]
+        # PyTorch wants a tensor for every differentiable output, and None for the others.
+        output_d = None if ctx.frozen else torch.zeros_like(saved[9])
+        tangent_d = None
+        if any(d is not None for d in moves):
+            rows = [None if d is None else d.unsqueeze(0) for d in moves]
+            output_d = _Jvp.apply(*primals, seed, *rows, *ctx.options)[1].squeeze(0)
+            if ctx.tangents:
+                tangent_d = _second_derivative(primals, tangents, moves, ctx.options)
+        if any(d is not None for d in moves_t):
+            linear = _Jvp.apply(*primals, seed, *moves_t, *ctx.options)[1]
+            tangent_d = linear if tangent_d is None else tangent_d + linear
+        if ctx.tangents and tangent_d is None:
+            tangent_d = torch.zeros_like(saved[10])
+        return output_d, tangent_d, None, None
+
+
+class _Vjp(torch.autograd.Function):
+    """attention_vjp."""
+
+    @staticmethod
+    def forward(*args):
+        return ops.attention_vjp(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.options, ctx.needs = inputs[8:11], inputs[11]
+        _mark_unneeded(ctx, output)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:8])
+        ctx.save_for_forward(*inputs[:8])
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return ops.batched_vjp(_Vjp.apply, info, in_dims, *args)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        *primals, output, lse, cotangent = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        along = [x if need else None for x, need in zip(grads, ctx.needs, strict=True)]
+        if all(x is None for x in along):
+            return (None,) * 12
+        _, tangent, _, mu = _Jvp.apply(*primals, *along, *ctx.options)
+        found = (None,) * 4
+        if any(needs[:4]):
+            found = _SecondVjp.apply(
+                *primals, *along, output, tangent, lse, mu, None, cotangent, *ctx.options,
+                [*needs[:4], False, False, False, False],
+            )[:4]  # fmt: skip
+        by_cotangent = tangent if needs[7] else None
+        return (*_wanted(found, needs[:4]), None, None, None, by_cotangent, *(None,) * 4)
+
+    @staticmethod
+    @_in_outer_levels
+    def jvp(ctx, saved, *directions):
+        *primals, output, lse, cotangent = saved
+        moves, cotangent_d = directions[:4], directions[7]
+        if all(d is None for d in moves):
+            found = _Vjp.apply(*primals, output, lse, cotangent_d, *ctx.options, ctx.needs)
+            return tuple(_wanted(found, ctx.needs))
+        rows = [None if d is None else d.unsqueeze(0) for d in moves]
+        _, tangent, _, mu = _Jvp.apply(*primals, *rows, *ctx.options)
+        needs = [*ctx.needs, False, False, False, False]
+        each = [
+            _SecondVjp.apply(
+                *primals, *rows, output, tangent, lse, mu,
+                None if cotangent_d is None else cotangent_d[r], cotangent[r : r + 1],
+                *ctx.options, needs,
+            )[:4]
+            for r in range(cotangent.shape[0])
+        ]  # fmt: skip
+        stacks = (torch.stack(grads) for grads in zip(*each, strict=True))
+        return tuple(_wanted(list(stacks), ctx.needs))
+
+
+class _SecondVjp(torch.autograd.Function):
+    """attention_second_vjp; its own derivatives are those of the eager formulas."""
+
+    @staticmethod
+    def forward(*args):
+        return ops.attention_second_vjp(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.options, ctx.needs = inputs[15:18], inputs[18]
+        _mark_unneeded(ctx, output)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:4], *inputs[5:9], *inputs[13:15])
+        ctx.save_for_forward(*inputs[:4], *inputs[5:9], *inputs[13:15])
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return ops.batched_second_vjp(_SecondVjp.apply, info, in_dims, *args)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        function, present, inputs = _eager_second_vjp(ctx, ctx.saved_tensors)
+        outputs, pull_back = torch.func.vjp(function, *inputs)
+        given = [x for x, need in zip(grads, ctx.needs, strict=True) if need]
+        cotangents = [
+            torch.zeros_like(one) if grad is None else grad
+            for grad, one in zip(given, outputs, strict=True)
+        ]
+        found = iter(pull_back(tuple(cotangents)))
+        by = [next(found) if here else None for here in present]
+        return (*by[:4], None, *by[4:8], None, None, None, None, *by[8:], *(None,) * 4)
+
+    @staticmethod
+    @_in_outer_levels
+    def jvp(ctx, saved, *directions):
+        function, present, inputs = _eager_second_vjp(ctx, saved)
+        moved = (*directions[:4], *directions[5:9], *directions[13:15])
+        kept = [d for d, here in zip(moved, present, strict=True) if here]
+        filled = [
+            torch.zeros_like(x) if d is None else d for d, x in zip(kept, inputs, strict=True)
+        ]
+        found = iter(_jvp(function, inputs, filled)[1])
+        return tuple(next(found) if need else None for need in ctx.needs)
+
+
+# --- what only the eager formulas have -----------------------------------------------------
+
+
+def _eager_second_vjp(ctx, saved) -> tuple[Callable[..., Any], list[bool], list[Tensor]]:
+    """second_vjp of the needed gradients, as a differentiable function of its floating inputs."""
+    present = [x is not None and x.is_floating_point() for x in saved]
+    _refuse_dropout(ctx.options)
+
+    def function(*inputs):
+        given = iter(inputs)
+        full = [next(given) if here else x for here, x in zip(present, saved, strict=True)]
+        operands, grad, grad_t = full[:8], full[8], full[9]
+        wanted = [i for i, need in enumerate(ctx.needs) if need]
+
+        def pair(*some):
+            replaced = list(operands)
+            for i, x in zip(wanted, some, strict=True):
+                replaced[i] = x
+            return _eager_jvp(replaced[:4], replaced[4:], ctx.options)
+
+        (output, _), pull_back = torch.func.vjp(pair, *(operands[i] for i in wanted))
+        return pull_back((torch.zeros_like(output) if grad is None else grad, grad_t))
+
+    return function, present, [x for x, here in zip(saved, present, strict=True) if here]
+
+
+def _eager_jvp(primals, tangents, options) -> tuple[Tensor, Tensor]:
+    """O and R tangents by the eager formulas."""
+    query, key, value, mask = primals
+    scale, _, is_causal = options
+    count = next(t.shape[0] for t in tangents if t is not None)
+    each = []
+    for r in range(count):
+        query_t, key_t, value_t, mask_t = (None if t is None else t[r] for t in tangents)
+        each.append(
+            reference.attention_jvp(
+                query, key, value, query_t, key_t, value_t, mask, mask_t,
+                is_causal=is_causal, scale=scale, enable_gqa=True,
+            )
+        )  # fmt: skip
+    return each[0][0], torch.stack([tangent for _, tangent in each])
+
+
+def _second_derivative(primals, tangents, directions, options) -> Tensor:
+    """D²O(p)[p', t], (R, B, H, N, Dv)."""
+    _refuse_dropout(options)
+    moved = [i for i, d in enumerate(directions) if d is not None]
+
+    def tangent(*some):
+        replaced = list(primals)
+        for i, x in zip(moved, some, strict=True):
+            replaced[i] = x
+        return _eager_jvp(replaced, tangents, options)[1]
+
+    return _jvp(tangent, [primals[i] for i in moved], [directions[i] for i in moved])[1]
+
+
+def _jvp(function: Callable[..., Any], primals, directions) -> Any:
+    """``torch.func.jvp``, which takes no expanded tensors."""
+    primals, directions = (tuple(x.contiguous() for x in xs) for xs in (primals, directions))
+    return torch.func.jvp(function, primals, directions)
+
+
+def _refuse_dropout(options) -> None:
+    if options[1] > 0.0:
+        _refuse("derivatives of third order, or forward mode over forward mode, with dropout")
 
 
 def _refuse(what: str) -> NoReturn:
@@ -210,59 +438,3 @@ def _refuse(what: str) -> NoReturn:
         f"the Triton backend of scaled_dot_product_attention does not compute {what}; "
         "pass backend='reference', which does"
     )
-
-
-def _backward_compiled(ctx, grad_output, grad_output_t, grad_lse):
-    return _backward(ctx, grad_output, grad_output_t, attention_vjp)
-
-
-attention_jvp.register_autograd(_backward_compiled, setup_context=_save)
-
-
-# --- eager autograd --------------------------------------------------------------------------
-
-
-class _AttentionJvp(torch.autograd.Function):
-    """attention_jvp; its backward is the primal's VJP for values and for tangents alike."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(query, key, value, query_t, key_t, value_t, scale):
-        return attention_jvp(query, key, value, query_t, key_t, value_t, scale)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _save(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx, grad_output, grad_output_t, grad_lse):
-        return _backward(ctx, grad_output, grad_output_t, _AttentionVjp.apply)
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        _refuse("forward mode through this nesting (jvp of jvp, or jvp of grad)")
-
-
-class _AttentionVjp(torch.autograd.Function):
-    """attention_vjp, once differentiable."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(query, key, value, output, lse, grad, scale, need_query, need_key, need_value):
-        return attention_vjp(
-            query, key, value, output, lse, grad, scale, need_query, need_key, need_value
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        _refuse("the backward of its backward")
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        _refuse("forward mode through its backward (jvp of grad)")

@@ -79,11 +79,8 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
 
-    reason = why_not_fused(query, key, value, attn_mask, dropout_p, is_causal)
-    if choose_backend(backend, query, reason) == "triton":
-        pairs = (forward_ad.unpack_dual(operand) for operand in (query, key, value))
-        output, output_t = fused_attention(*pairs, scale=scale)
-        return output if output_t is None else forward_ad.make_dual(output, output_t)
+    if choose_backend(backend, query, why_not_fused(query, value)) == "triton":
+        return fused_attention(query, key, value, attn_mask, *options)
     if (
         tangents_are_hidden()
         or torch.compiler.is_compiling()

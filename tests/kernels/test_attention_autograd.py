@@ -1,4 +1,4 @@
-"""The Triton backend under PyTorch's transforms: right, or refused by name."""
+"""The Triton backend as an op: under PyTorch's transforms, with masks, compiled."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves
 
 import tangent_ops
@@ -16,13 +17,11 @@ from tests.ops import nestings, oracle
 attention = functools.partial(tangent_ops.scaled_dot_product_attention, backend="triton")
 name = lambda case: case.__name__  # noqa: E731
 
-# Dynamo traces no torch.autograd.grad, and no torch.func.grad around a custom operator.
+CASES = nestings.FIRST_ORDER + nestings.HIGHER_ORDER
+# Dynamo traces no torch.autograd.grad, no torch.func.grad around a custom operator, and compiled
+# code sees no tangents under vmap or grad inside a forward-mode level.
 COMPILED = [c for c in nestings.FIRST_ORDER if "grad" not in name(c) and "backward" not in name(c)]
-NOT_COMPILED = [
-    case
-    for case in nestings.FIRST_ORDER + nestings.BEYOND_THE_KERNELS
-    if case not in COMPILED and "backward" not in name(case)
-]
+NOT_COMPILED = [case for case in CASES if case not in COMPILED and "backward" not in name(case)]
 
 
 def agree(found, exact) -> None:
@@ -30,16 +29,10 @@ def agree(found, exact) -> None:
         torch.testing.assert_close(one.double(), right, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", nestings.FIRST_ORDER, ids=name)
-def test_first_order_is_right(case, device) -> None:
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_nestings(case, device) -> None:
     found = case(attention, *nestings.inputs(device=device))
     agree(found, case(oracle.math_attention, *nestings.inputs(torch.float64, device)))
-
-
-@pytest.mark.parametrize("case", nestings.BEYOND_THE_KERNELS, ids=name)
-def test_the_rest_is_refused_by_name(case, device) -> None:
-    with pytest.raises(UnsupportedError, match=r"(?s)riton.*reference"):
-        case(attention, *nestings.inputs(device=device))
 
 
 @pytest.mark.parametrize("case", COMPILED, ids=name)
@@ -58,40 +51,194 @@ def test_the_rest_does_not_compile(case, device) -> None:
         compiled(*nestings.inputs(device=device))
 
 
+OPTIONS = {
+    "bias": {},
+    "causal": {"is_causal": True},
+    "boolean": {"attn_mask": torch.rand(2, 1, 5, 5, generator=torch.Generator().manual_seed(3)) > 0.4},
+    "scale": {"scale": -0.3},
+}  # fmt: skip
+
+
+def with_bias(case, option: str, device: str, dtype=torch.float32):
+    """The case's op and inputs; under "bias" the key's first head is the bias, tangent and all."""
+    options = {k: v.to(device) if torch.is_tensor(v) else v for k, v in OPTIONS[option].items()}
+    if option == "boolean":
+        options["attn_mask"][..., 0] = True
+
+    def bound(op):
+        if option != "bias":
+            return lambda q, k, v: op(q, k, v, **options)
+        return lambda q, k, v: op(q, k, v, attn_mask=(k[:1, :, :, :5]).sin())
+
+    return bound, nestings.inputs(dtype, device)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_nestings_with_masks(case, option, device) -> None:
+    bound, inputs = with_bias(case, option, device)
+    if "vmap" in name(case) and option == "boolean":
+        pytest.skip("the case maps over the batch that the mask belongs to")
+    _, wide = with_bias(case, option, device, torch.float64)
+    agree(case(bound(attention), *inputs), case(bound(oracle.math_attention), *wide))
+
+
+@pytest.mark.parametrize("transform", ["hessian", "jacrev", "vmap_of_hvp", "third"])
+def test_derivatives_of_a_bias(transform, device) -> None:
+    """A bias shared by batch and heads, and its derivatives alone: sums over what it reaches."""
+    q, k, v, *_, w, _ = nestings.inputs(device=device)
+    bias, along = (torch.randn(5, 5, generator=torch.Generator().manual_seed(s)) for s in (4, 5))
+
+    def answer(op, q, k, v, w, bias, along):
+        q, k, v, w = (x[:1, :1] for x in (q, k, v, w))
+        loss = lambda b: (op(q, k, v, attn_mask=b) * w).square().sum()  # noqa: E731
+        if transform == "hessian":
+            return hessian(lambda c: loss(bias * c.sum() + along * c[0]))(along[0, :2])
+        if transform == "jacrev":
+            return jacrev(lambda b: (op(q, k, v, attn_mask=b) * w).sum((0, 1, 3)))(bias)
+        if transform == "third":
+            return grad(lambda b: (jvp(grad(loss), (b,), (along,))[1] * bias).sum())(bias)
+        hvp = lambda t: jvp(grad(loss), (bias,), (t,))[1]  # noqa: E731
+        return vmap(hvp)(torch.stack([along, bias]))
+
+    given = [q, k, v, w, bias.to(device), along.to(device)]
+    agree(answer(attention, *given), answer(oracle.math_attention, *oracle.double(given)))
+
+
+def test_second_derivatives_of_grouped_heads_and_another_value_dimension(device) -> None:
+    torch.manual_seed(0)
+    shapes = [(2, 4, 7, 16), (2, 2, 9, 16), (2, 2, 9, 24)]
+    primals, tangents = ([torch.randn(s, device=device) for s in shapes] for _ in range(2))
+
+    def answer(op, primals, tangents):
+        attend = functools.partial(op, enable_gqa=True)
+        hvp = jvp(grad(lambda p: attend(*p).sin().sum()), (tuple(primals),), (tuple(tangents),))
+        through = grad(lambda p: jvp(attend, p, tuple(tangents))[1].sin().sum())(tuple(primals))
+        return hvp, through
+
+    found = answer(attention, primals, tangents)
+    agree(found, answer(oracle.math_attention, oracle.double(primals), oracle.double(tangents)))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Shapes of (query, query_t) of every forward launch."""
+    from tangent_kernels import attention as kernels
+
+    calls = []
+    original = kernels.attention_jvp
+
+    def record(call, *tangents):
+        calls.append([None if t is None else t.shape[0] for t in tangents[:1]] + [call.query.shape])
+        return original(call, *tangents)
+
+    monkeypatch.setattr(kernels, "attention_jvp", record)
+    return calls
+
+
+def test_vmap_over_tangents_is_one_launch_of_many(launched, device) -> None:
+    q, k, v, q_t, *_ = nestings.inputs(device=device)
+    stack = torch.stack([q_t, 2 * q_t, -q_t])
+    vmap(lambda t: jvp(lambda x: attention(x, k, v), (q,), (t,))[1])(stack)
+    assert launched == [[3, q.shape]]
+    launched.clear()
+    vmap(vmap(lambda t: jvp(lambda x: attention(x, k, v), (q,), (t,))[1]))(stack[None])
+    assert launched == [[3, q.shape]]
+    launched.clear()
+    torch.func.jacfwd(lambda c: attention(q + c[0] * q_t + c[1] * k, k, v))(torch.zeros(2, device=device))
+    assert launched == [[2, q.shape]]
+
+
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiled_training_step(compiler, device) -> None:
-    """Forward and backward of a compiled function, to the tangents and through the value."""
+    """Forward and backward of a compiled function, by tangents, primals, and both at once."""
     torch._dynamo.reset()
     q, k, v, q_t, k_t, v_t, w, u = nestings.inputs(device=device)
 
-    def run(op, q, k, v, q_t, k_t, v_t):
-        return torch.func.jvp(op, (q, k, v), (q_t, k_t, v_t))
+    def run(op, q, k, v, q_t, k_t, v_t, w, u):
+        output, output_t = jvp(op, (q, k, v), (q_t, k_t, v_t))
+        return (output_t * w).sum(), (output * u).sum() + (output_t * w).sum()
 
-    for leaves, index, weight in (((3, 4, 5), 1, w), ((0, 1, 2), 0, u)):
-        args = [q, k, v, q_t, k_t, v_t]
+    for leaves, index in (((3, 4, 5), 0), ((0, 1, 2), 0), ((0, 1, 2, 3, 4, 5), 1)):
+        args = [q, k, v, q_t, k_t, v_t, w, u]
         for leaf in leaves:
             args[leaf] = args[leaf].clone().requires_grad_()
         pick = functools.partial(lambda i, *a: run(attention, *a)[i], index)
         found = torch.compile(pick, fullgraph=True, backend=compiler)(*args)
-        grads = torch.autograd.grad((found * weight).sum(), [args[leaf] for leaf in leaves])
+        grads = torch.autograd.grad(found, [args[leaf] for leaf in leaves])
         right = [a.detach().double().requires_grad_(a.requires_grad) for a in args]
         exact = run(oracle.math_attention, *right)[index]
         agree(found, exact)
-        exact_grads = torch.autograd.grad(
-            (exact * weight.double()).sum(), [right[leaf] for leaf in leaves]
-        )
-        agree(grads, exact_grads)
+        agree(grads, torch.autograd.grad(exact, [right[leaf] for leaf in leaves]))
 
 
-def test_compiled_gradients_through_the_tangent_are_refused(device) -> None:
+def test_compiled_with_a_bias(device) -> None:
     torch._dynamo.reset()
-    q, k, v, q_t, k_t, v_t, *_ = nestings.inputs(device=device)
-    q.requires_grad_()
-    compiled = torch.compile(
-        lambda *a: torch.func.jvp(attention, a[:3], a[3:])[1], fullgraph=True, backend="aot_eager"
-    )
-    with pytest.raises(Exception, match="does not compute gradients of query"):
-        compiled(q, k, v, q_t, k_t, v_t).sum().backward()
+    q, k, v, q_t, k_t, v_t, w, _ = nestings.inputs(device=device)
+    bias, bias_t = (x.requires_grad_() for x in torch.randn(2, 1, 2, 5, 5, device=device).unbind())
+
+    def run(op, bias, bias_t):
+        pair = jvp(lambda *a: op(*a), (q, k, v, bias), (q_t, k_t, v_t, bias_t))
+        return (pair[1] * w).sum()
+
+    found = torch.compile(functools.partial(run, attention), fullgraph=True, backend="aot_eager")
+    grads = torch.autograd.grad(found(bias, bias_t), (bias, bias_t))
+    for one, eager in zip(
+        grads, torch.autograd.grad(run(attention, bias, bias_t), (bias, bias_t)), strict=True
+    ):
+        torch.testing.assert_close(one, eager)
+    q, k, v, q_t, k_t, v_t, w = oracle.double([q, k, v, q_t, k_t, v_t, w])
+    right = [x.detach().double().requires_grad_() for x in (bias, bias_t)]
+    agree(grads, torch.autograd.grad(run(oracle.math_attention, *right), right))
+
+
+def test_dropout_is_reproducible_and_one_mask_for_all(device) -> None:
+    """Its derivative is that of the function with the mask held: central differences agree."""
+    q, k, v, q_t, k_t, v_t, w, _ = nestings.inputs(device=device)
+
+    def loss(step):
+        torch.manual_seed(1)
+        return (attention(q + step * q_t, k + step * k_t, v + step * v_t, dropout_p=0.4) * w).sum()
+
+    torch.manual_seed(1)
+    dropped = functools.partial(attention, dropout_p=0.4)
+    output, output_t = jvp(dropped, (q, k, v), (q_t, k_t, v_t))
+    torch.testing.assert_close((output * w).sum(), loss(0.0), rtol=1e-5, atol=1e-6)
+    difference = (loss(1e-2) - loss(-1e-2)) / 2e-2
+    torch.testing.assert_close((output_t * w).sum(), difference, rtol=2e-2, atol=2e-2)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    torch.manual_seed(1)
+    grads = torch.autograd.grad((dropped(*leaves) * w).sum(), leaves)
+    along = sum((g * t).sum() for g, t in zip(grads, (q_t, k_t, v_t), strict=True))
+    torch.testing.assert_close(along, (output_t * w).sum(), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(dropped(q, k, v), dropped(q, k, v))
+
+
+def test_dropout_in_second_derivatives_and_under_checkpointing(device) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    q, k, v, q_t, k_t, v_t, w, _ = nestings.inputs(device=device)
+    dropped = functools.partial(attention, dropout_p=0.4)
+
+    def hvp():
+        torch.manual_seed(1)
+        return jvp(grad(lambda x: (dropped(x, k, v) * w).square().sum()), (q,), (q_t,))[1]
+
+    def gradient(x):
+        torch.manual_seed(1)
+        return grad(lambda x: (dropped(x, k, v) * w).square().sum())(x)
+
+    difference = (gradient(q + 1e-2 * q_t) - gradient(q - 1e-2 * q_t)) / 2e-2
+    torch.testing.assert_close(hvp(), difference, rtol=3e-2, atol=3e-2)
+
+    leaf = q.clone().requires_grad_()
+    grads = []
+    for call in (dropped, lambda *a: checkpoint(dropped, *a, use_reentrant=False)):
+        torch.manual_seed(1)
+        grads.append(torch.autograd.grad((call(leaf, k, v) * w).sum(), leaf)[0])
+    assert torch.equal(*grads)
+    with pytest.raises(UnsupportedError, match=r"with dropout; pass backend='reference'"):
+        jvp(lambda x: jvp(lambda y: dropped(y, k, v), (x,), (q_t,))[1], (q,), (k_t,))
 
 
 def test_plain_tensors_by_the_named_backend(device) -> None:
@@ -104,20 +251,30 @@ def test_plain_tensors_by_the_named_backend(device) -> None:
 
 
 @pytest.mark.parametrize("lead", [(), (3,), (2, 1, 3)])
-def test_any_number_of_leading_dimensions(lead, device) -> None:
+@pytest.mark.parametrize("mask", [None, (7, 7), (1, 7), (1,), "whole", "outer"])
+def test_any_number_of_leading_dimensions(lead, mask, device) -> None:
     torch.manual_seed(0)
-    primals = torch.randn(3, *lead, 7, 16, device=device).unbind()
-    tangents = torch.randn(3, *lead, 7, 16, device=device).unbind()
-    found = torch.func.jvp(attention, primals, tangents)
+    primals = list(torch.randn(3, *lead, 7, 16, device=device).unbind())
+    shapes = {"whole": (*lead, 7, 7), "outer": (*lead[:1], *(1 for _ in lead[1:]), 7, 7)}
+    if mask is not None:
+        primals.append(torch.randn(shapes.get(mask, mask), device=device))
+    tangents = [torch.randn_like(p).requires_grad_() for p in primals]
+    found = jvp(attention, tuple(primals), tuple(tangents))
     assert found[0].shape == found[1].shape == (*lead, 7, 16)
-    agree(found, oracle.attention_jvp(oracle.double(primals), oracle.double(tangents)))
+    right = [t.detach().double().requires_grad_() for t in tangents]
+    exact = oracle.attention_jvp(oracle.double(primals), right)
+    agree(found, exact)
+    agree(
+        torch.autograd.grad(found[1].sin().sum(), tangents),
+        torch.autograd.grad(exact[1].sin().sum(), right),
+    )
 
 
 def test_heads_that_broadcast(device) -> None:
     torch.manual_seed(0)
     primals = [torch.randn(2, 3, 7, 16, device=device), *torch.randn(2, 1, 3, 5, 16, device=device)]
     tangents = [torch.randn_like(p).requires_grad_() for p in primals]
-    found = torch.func.jvp(attention, tuple(primals), tuple(tangents))
+    found = jvp(attention, tuple(primals), tuple(tangents))
     right = [t.detach().double().requires_grad_() for t in tangents]
     exact = oracle.attention_jvp(oracle.double(primals), right)
     agree(found, exact)
@@ -129,28 +286,70 @@ def test_heads_that_broadcast(device) -> None:
 
 def test_operators_obey_their_schema(device) -> None:
     """torch's own checks of schema, fake kernels (shapes, strides) and autograd registration."""
-    q, k, v, q_t, k_t, v_t, w, _ = nestings.inputs(device=device)
-    ops = torch.ops.tangent_ops
+    q, k, v, *tangents, w, u = nestings.inputs(device=device)
+    ops, options = torch.ops.tangent_ops, (0.25, 0.0, False)
+    check = functools.partial(
+        torch.library.opcheck, test_utils=("test_schema", "test_faketensor")
+    )
     packed = torch.randn(2, 5, 3, 2, 16, device=device)[:, :, 0].transpose(1, 2)
-    checks = ("test_schema", "test_faketensor")
-    for tangents in ((q_t, k_t, v_t), (q_t, None, None), (None, None, None)):
-        torch.library.opcheck(ops.attention_jvp, (packed, k, v, *tangents, 0.25), test_utils=checks)
-    output, _, lse = ops.attention_jvp(q, k, v, None, None, None, 0.25)
-    for needs in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(
-            ops.attention_vjp, (q, k, v, output, lse, w, 0.25, *needs), test_utils=checks
+    bias = torch.randn(1, 2, 5, 5, device=device)
+    tangents = [torch.stack([t, -t]) for t in tangents]
+    bias_t = torch.randn(2, *bias.shape, device=device)
+    grad, grad_t = w, torch.stack([w, u])
+    for some in ((*tangents, bias_t), (tangents[0], None, None, None), (None, None, tangents[2], None)):
+        check(ops.attention_jvp, (packed, k, v, bias, None, *some, *options))
+        output, output_t, lse, mu = ops.attention_jvp(q, k, v, bias, None, *some, *options)
+        for needs in ([True] * 8, [False, True, False, True, False, False, True, False]):
+            check(
+                ops.attention_second_vjp,
+                (q, k, v, bias, None, *some, output, output_t, lse, mu, grad, grad_t, *options, needs),
+            )
+        check(ops.attention_vjp, (q, k, v, bias, None, output, lse, grad_t, *options, [True] * 4))
+        check(
+            ops.attention_vjp,
+            (q, k, v, bias, None, output, lse, grad_t, *options, [False, True, False, False]),
         )
 
 
-def test_peak_memory_holds_no_square_matrix() -> None:
-    """What the forward pass saves for backward: q, k, v, output and lse, nothing N x N."""
+@pytest.mark.parametrize("second_order", [False, True])
+def test_nothing_saved_for_backward_is_square(second_order, device) -> None:
+    """A frozen primal keeps q, k, v, output and lse; a trained one its tangents and μ besides."""
     saved = []
-    q, k, v, q_t, k_t, v_t = (torch.randn(1, 1, 64, 16) for _ in range(6))
-    q_t.requires_grad_()
-    if torch.cuda.is_available():
-        q, k, v, q_t, k_t, v_t = (x.cuda() for x in (q, k, v, q_t, k_t, v_t))
+    q, k, v, q_t, k_t, v_t = (torch.randn(1, 1, 64, 16, device=device) for _ in range(6))
+    (q if second_order else q_t).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: saved.append(x.shape) or x, lambda x: x
+        lambda x: saved.append(tuple(x.shape)) or x, lambda x: x
     ):
-        torch.func.jvp(attention, (q, k, v), (q_t, k_t, v_t))
-    assert sorted(map(tuple, saved)) == sorted([(1, 1, 64, 16)] * 4 + [(1, 1, 64)])
+        jvp(attention, (q, k, v), (q_t, k_t, v_t))
+    first = [(1, 1, 64, 16)] * 4 + [(1, 1, 64)]
+    second = [(1, 1, 1, 64, 16)] * 4 + [(1, 1, 1, 64)]
+    assert sorted(saved) == sorted(first + second if second_order else first)
+
+
+def test_a_model_s_hessian_vector_product(device) -> None:
+    """Parameters, not operands: what a user of NTKs, Laplace or influence functions calls."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(
+        32, 2, 64, dropout=0.0, batch_first=True, activation="gelu"
+    ).to(device)
+    weights = dict(layer.named_parameters())
+    along = {n: torch.randn_like(p) for n, p in weights.items()}
+    x = torch.randn(2, 6, 32, device=device)
+
+    def hvp(layer, weights, along, x, mode):
+        def loss(weights):
+            with mode():
+                return functional_call(layer, weights, (x,)).square().sum()
+
+        return jvp(grad(loss), (weights,), (along,))[1]
+
+    fused = functools.partial(tangent_ops.fused_forward_ad, backend="triton")
+    detach = lambda d: {n: p.detach() for n, p in d.items()}  # noqa: E731
+    found = hvp(layer, detach(weights), along, x, fused)
+    wide = oracle.double([detach(weights), along, x])
+    math = functools.partial(
+        torch.nn.attention.sdpa_kernel, torch.nn.attention.SDPBackend.MATH
+    )
+    exact = hvp(layer.double(), *wide, math)
+    for n in exact:
+        assert oracle.error(found[n], exact[n]) <= 2e-4 * float(exact[n].norm()) + 1e-6

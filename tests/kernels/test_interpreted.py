@@ -17,7 +17,14 @@ import pytest
 from tangent_ops.functional._backend import interpreting
 
 HERE = Path(__file__).parent
-FILES = ["test_attention_kernels.py", "test_attention_autograd.py", "test_models.py"]
+FILES = [
+    "test_attention_kernels.py",
+    "test_attention_numerics.py",
+    "test_attention_autograd.py",
+    "test_attention_matrix.py",
+    "test_models.py",
+    "test_rivals.py",
+]
 
 
 @pytest.mark.skipif(interpreting(), reason="runs inside it already")

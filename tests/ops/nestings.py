@@ -193,8 +193,8 @@ FIRST_ORDER = [
     vmap_of_grad_of_jvp,
     grad_of_vmap_of_jvp,
 ]
-# What the Triton backend refuses by name, and the reference computes.
-BEYOND_THE_KERNELS = [
+
+HIGHER_ORDER = [
     grad_of_primals_through_tangent,
     forward_over_reverse,
     forward_over_reverse_of_square,

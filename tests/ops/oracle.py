@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,26 @@ def math_attention(*args, **kwargs) -> Tensor:
     """PyTorch's attention by the one backend that has a forward-mode derivative."""
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(*args, **kwargs)
+
+
+@contextmanager
+def rounding_as_it_goes() -> Iterator[None]:
+    """MATH keeps 16-bit operands and intermediates in their dtype, not in float32.
+
+    The eager formula in the same dtype: what a gradient in 16 bits is compared with. Every fused
+    backward starts from an output that was rounded to 16 bits; MATH in float32 does not.
+    """
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
+
+
+def where_finite(found, otherwise):
+    """``found``, with tensors that overflowed replaced by those of ``otherwise``."""
+    return tree_map(lambda a, b: a if a.isfinite().all() else b, found, otherwise)
 
 
 def double(value):
@@ -52,6 +73,52 @@ def attention_vjp(primals: Sequence[Tensor], cotangent: Tensor, **options) -> tu
     """Gradients of query, key and value by torch.func.vjp."""
     _, pull_back = torch.func.vjp(lambda *a: math_attention(*a, **options), *primals)
     return pull_back(cotangent)
+
+
+def attention_derivatives(
+    primals: Sequence[Tensor | None],
+    tangents: Sequence[Tensor | None],
+    grad: Tensor,
+    grad_t: Tensor,
+    **options,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Attention, R tangents of it, and the gradients of both together, by autograd of jvp.
+
+    Args:
+        primals: query, key, value and mask (or None).
+        tangents: (R, ...) of each, or None for zero.
+        grad: cotangent of the output.
+        grad_t: (R, ...), cotangents of its tangents.
+        **options: of attention.
+
+    Returns:
+        Output, its tangents, gradients of the floating-point primals and of the tangents given.
+    """
+    leaves = [
+        x.detach().contiguous().requires_grad_() if x is not None and x.is_floating_point() else x
+        for x in primals
+    ]
+    moving = [i for i, x in enumerate(leaves) if x is not None and x.requires_grad]
+    given = [None if t is None else t.detach().clone().requires_grad_() for t in tangents]
+
+    def op(*some):
+        operands = list(leaves)
+        for i, x in zip(moving, some, strict=True):
+            operands[i] = x
+        return math_attention(*operands, **options)
+
+    pairs = []
+    for r in range(len(grad_t)):
+        along = [
+            torch.zeros_like(leaves[i]) if given[i] is None else given[i][r] for i in moving
+        ]
+        pairs.append(torch.func.jvp(op, tuple(leaves[i] for i in moving), tuple(along)))
+    output, output_t = pairs[0][0], torch.stack([pair[1] for pair in pairs])
+    loss = (output * grad).sum() + (output_t * grad_t).sum()
+    wanted = [leaves[i] for i in moving], [t for t in given if t is not None]
+    grads = torch.autograd.grad(loss, [*wanted[0], *wanted[1]])
+    split = len(wanted[0])
+    return output.detach(), output_t.detach(), list(grads[:split]), list(grads[split:])
 
 
 def error(found: Tensor, exact: Tensor) -> float:

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 import tangent_ops
 from tests.ops import nestings, oracle
 
-CASES = nestings.FIRST_ORDER + nestings.BEYOND_THE_KERNELS
+CASES = nestings.FIRST_ORDER + nestings.HIGHER_ORDER
 # Dynamo traces no torch.autograd.grad (of ours, the cases named after "backward"). Under vmap or
 # grad inside a forward-mode level, compiled code cannot find out what is dual, and raises.
 NOT_TRACED = [case for case in CASES if "backward" in case.__name__]

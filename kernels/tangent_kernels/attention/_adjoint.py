@@ -3,21 +3,15 @@
 import triton
 import triton.language as tl
 
-from tangent_kernels.attention._tiles import LOG2_E, dot, kept, load_mask, masked
+from tangent_kernels.attention._tiles import LOG2_E, kept, load_mask, masked
 
 
 @triton.jit
 def adjoints(
-    x,  # scores are x yᵀ: q and k where rows are queries, k and q where they are keys
-    y,
-    x_t,  # tangents of x and y, or None
-    y_t,
-    left,  # left rightᵀ is H Vᵀ, or V Hᵀ
-    right,
-    left_g,  # left_g right_gᵀ is G Vᵀ or its transpose; None without G
-    right_g,
-    left_t,  # left_t right_tᵀ is H V_tᵀ or its transpose; None without V_t
-    right_t,
+    scores,  # Q Kᵀ; the tiles may be transposed, keys by queries
+    grad_p,  # A = H Vᵀ
+    scores_t,  # Q_t Kᵀ + Q K_tᵀ, or None where S_t is zero or not asked for
+    grad_p_t,  # B = G Vᵀ + H V_tᵀ; None without SECOND
     lse2,  # lse in units of log2; this and the next three broadcast along the keys
     mu,  # Σ P S_t, or None where S_t is zero
     delta,  # H·O
@@ -34,7 +28,6 @@ def adjoints(
     BOOLEAN: tl.constexpr,
     CAUSAL: tl.constexpr,
     EDGE: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """P and P_t after dropout, grad_S_t and grad_S, all float32.
 
@@ -43,10 +36,9 @@ def adjoints(
 
     Without SECOND, P_t and grad_S are P and grad_S_t, of no meaning.
     """
-    scores = dot(x, y.T, None, PRECISION) * (scale * LOG2_E)
+    scores = scores * (scale * LOG2_E)
     scores = masked(scores, rows, cols, queries, keys, mask, BOOLEAN, CAUSAL, EDGE)
     p = tl.exp2(scores - lse2)
-    grad_p = dot(left, right.T, None, PRECISION)
     p_kept = p
     if dropout is not None:
         keep = kept(dropout, rows, cols)
@@ -57,20 +49,10 @@ def adjoints(
     p_t = p_kept
     grad_s = grad_s_t
     if SECOND:
-        grad_p_t = tl.zeros(scores.shape, tl.float32)
-        if left_g is not None:
-            grad_p_t = dot(left_g, right_g.T, grad_p_t, PRECISION)
-        if left_t is not None:
-            grad_p_t = dot(left_t, right_t.T, grad_p_t, PRECISION)
         if dropout is not None:
             grad_p_t *= keep
         grad_s = grad_p_t - epsilon
         if mu is not None:
-            scores_t = tl.zeros(scores.shape, tl.float32)
-            if x_t is not None:
-                scores_t = dot(x_t, y.T, scores_t, PRECISION)
-            if y_t is not None:
-                scores_t = dot(x, y_t.T, scores_t, PRECISION)
             scores_t *= scale
             if mask_t is not None:
                 scores_t += load_mask(mask_t, rows, cols, queries, keys, 0.0).to(tl.float32)

@@ -92,17 +92,6 @@ class Call:
             return None
         return self.seed, 0 if self.seed.shape[0] == 1 else self.seed.stride(0)
 
-    def dense_tangents(
-        self,
-        query_t: Tensor | None,
-        key_t: Tensor | None,
-        value_t: Tensor | None,
-        mask_t: Tensor | None,
-    ) -> Tangents:
-        """Tangents of this call, each (R, ...) or None."""
-        dense = (unit_last_stride(x) for x in (query_t, key_t, value_t))
-        return Tangents(self, *dense, mask_t)
-
 
 @dataclass(frozen=True)
 class Tangents:
@@ -113,6 +102,10 @@ class Tangents:
     key_t: Tensor | None
     value_t: Tensor | None
     mask_t: Tensor | None
+
+    def __post_init__(self):
+        for name in ("query_t", "key_t", "value_t"):
+            object.__setattr__(self, name, unit_last_stride(getattr(self, name)))
 
     @property
     def count(self) -> int:

@@ -83,6 +83,24 @@ def load_rows(
 
 
 @triton.jit
+def load_numbers(
+    source,  # pointer to the number of row 0, contiguous
+    first,
+    limit,
+    other,  # the number of rows outside the tensor
+    ROWS: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """One number for each of the rows ``first .. first + ROWS``."""
+    rows = first + tl.arange(0, ROWS)
+    if EDGE:
+        numbers = tl.load(source + rows, mask=rows < limit, other=other)
+    else:
+        numbers = tl.load(source + rows)
+    return numbers
+
+
+@triton.jit
 def store_rows(
     target,  # (pointer to row 0, elements between rows)
     first,

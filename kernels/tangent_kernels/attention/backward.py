@@ -23,6 +23,7 @@ from tangent_kernels.attention._tiles import (
     at,
     dot,
     dropout_at,
+    load_numbers,
     load_rows,
     mask_at,
     store_rows,
@@ -85,25 +86,36 @@ def _grad_query_tile(
     cols = first + tl.arange(0, COLS)
     k_tile = load_rows(k, first, keys, COLS, DIM, DIM_PAD, EDGE)
     v_tile = load_rows(v, first, keys, COLS, DV, DV_PAD, EDGE)
-    k_t_tile = None
-    v_t_tile = None
     if SECOND:
         if k_t is not None:
             k_t_tile = load_rows(k_t, first, keys, COLS, DIM, DIM_PAD, EDGE)
         if v_t is not None:
             v_t_tile = load_rows(v_t, first, keys, COLS, DV, DV_PAD, EDGE)
+    scores = dot(q, k_tile.T, None, PRECISION)
+    grad_p = dot(h, v_tile.T, None, PRECISION)
+    scores_t = None
+    grad_p_t = None
+    if SECOND:
+        grad_p_t = tl.zeros(scores.shape, tl.float32)
+        if g is not None:
+            grad_p_t = dot(g, v_tile.T, grad_p_t, PRECISION)
+        if v_t is not None:
+            grad_p_t = dot(h, v_t_tile.T, grad_p_t, PRECISION)
+        scores_t = tl.zeros(scores.shape, tl.float32)
+        if q_t is not None:
+            scores_t = dot(q_t, k_tile.T, scores_t, PRECISION)
+        if k_t is not None:
+            scores_t = dot(q, k_t_tile.T, scores_t, PRECISION)
     _, _, grad_s_t, grad_s = adjoints(
-        q, k_tile, q_t, k_t_tile, h, v_tile,
-        g, v_tile, None if v_t_tile is None else h, v_t_tile,
-        lse2, mu, delta, epsilon, mask, mask_t, dropout, rows[:, None], cols[None, :],
-        queries, keys, scale, SECOND, BOOLEAN, CAUSAL, EDGE, PRECISION,
+        scores, grad_p, scores_t, grad_p_t, lse2, mu, delta, epsilon, mask, mask_t, dropout,
+        rows[:, None], cols[None, :], queries, keys, scale, SECOND, BOOLEAN, CAUSAL, EDGE,
     )  # fmt: skip
     grad_s_t = grad_s_t.to(k_tile.dtype)
     if NEED_T:
         acc_t = dot(grad_s_t, k_tile, acc_t, PRECISION)
     if NEED:
         acc = dot(grad_s.to(k_tile.dtype), k_tile, acc, PRECISION)
-        if k_t_tile is not None:
+        if SECOND and k_t is not None:
             acc = dot(grad_s_t, k_t_tile, acc, PRECISION)
     return acc, acc_t
 
@@ -234,6 +246,9 @@ def grad_query_kernel(
 @triton.jit
 def _grad_key_value_tile(
     first,  # index of the first query of this tile
+    head,  # of the queries
+    r,  # tangent
+    b,  # batch element
     k,  # (COLS, DIM_PAD)
     k_t,
     v,  # (COLS, DV_PAD)
@@ -242,21 +257,26 @@ def _grad_key_value_tile(
     acc_k_t,
     acc_v,  # (COLS, DV_PAD)
     acc_v_t,
-    q,  # rows (N, D)
+    q,  # operands
     q_t,
-    g,  # rows (N, DV)
+    g,
     h,
-    lse,  # pointer to (N,), likewise the next three
+    lse,
     mu,
     delta,
     epsilon,
     mask,
+    mask_strides,
     mask_t,
-    dropout,
+    mask_t_strides,
+    seed,
     cols,  # (COLS,)
+    batch,
+    heads,
     queries,
     keys,
     scale,
+    dropout_p,
     SECOND: tl.constexpr,
     NEED_K: tl.constexpr,
     NEED_K_T: tl.constexpr,
@@ -274,35 +294,53 @@ def _grad_key_value_tile(
 ):
     """Add one tile of ROWS queries to the sums; tiles of scores here are (COLS, ROWS)."""
     rows = first + tl.arange(0, ROWS)
-    inside = rows < queries
-    q_tile = load_rows(q, first, queries, ROWS, DIM, DIM_PAD, EDGE)
-    h_tile = load_rows(h, first, queries, ROWS, DV, DV_PAD, EDGE)
+    row_base = (b * heads + head) * queries
+    tangent_base = r * batch * heads * queries + row_base
+    q_tile = load_rows(at(q, 0, b, head), first, queries, ROWS, DIM, DIM_PAD, EDGE)
+    h_tile = load_rows(at(h, r, b, head), first, queries, ROWS, DV, DV_PAD, EDGE)
+    if SECOND:
+        if q_t is not None:
+            q_t_tile = load_rows(at(q_t, r, b, head), first, queries, ROWS, DIM, DIM_PAD, EDGE)
+        if g is not None:
+            g_tile = load_rows(at(g, 0, b, head), first, queries, ROWS, DV, DV_PAD, EDGE)
+    scores = dot(k, q_tile.T, None, PRECISION)
+    grad_p = dot(v, h_tile.T, None, PRECISION)
     # P of rows past the end is 0.
-    lse2 = tl.load(lse + rows, mask=inside, other=float("inf")) * LOG2_E
-    delta_tile = tl.load(delta + rows, mask=inside, other=0.0)
-    q_t_tile = None
-    g_tile = None
+    lse2 = load_numbers(lse + row_base, first, queries, float("inf"), ROWS, EDGE)[None, :] * LOG2_E
+    delta_tile = load_numbers(delta + tangent_base, first, queries, 0.0, ROWS, EDGE)[None, :]
+    scores_t = None
+    grad_p_t = None
     mu_tile = None
     epsilon_tile = None
+    mask_t_part = None
     if SECOND:
-        epsilon_tile = tl.load(epsilon + rows, mask=inside, other=0.0)[None, :]
-        if q_t is not None:
-            q_t_tile = load_rows(q_t, first, queries, ROWS, DIM, DIM_PAD, EDGE)
+        grad_p_t = tl.zeros(scores.shape, tl.float32)
         if g is not None:
-            g_tile = load_rows(g, first, queries, ROWS, DV, DV_PAD, EDGE)
+            grad_p_t = dot(v, g_tile.T, grad_p_t, PRECISION)
+        if v_t is not None:
+            grad_p_t = dot(v_t, h_tile.T, grad_p_t, PRECISION)
+        scores_t = tl.zeros(scores.shape, tl.float32)
+        if k_t is not None:
+            scores_t = dot(k_t, q_tile.T, scores_t, PRECISION)
+        if q_t is not None:
+            scores_t = dot(k, q_t_tile.T, scores_t, PRECISION)
+        epsilon_base = epsilon + tangent_base
+        epsilon_tile = load_numbers(epsilon_base, first, queries, 0.0, ROWS, EDGE)[None, :]
         if mu is not None:
-            mu_tile = tl.load(mu + rows, mask=inside, other=0.0)[None, :]
+            mu_base = mu + tangent_base
+            mu_tile = load_numbers(mu_base, first, queries, 0.0, ROWS, EDGE)[None, :]
+        mask_t_part = mask_at(mask_t, mask_t_strides, r, b, head)
+    mask_part = mask_at(mask, mask_strides, 0, b, head)
+    dropout = dropout_at(seed, b, (b * heads + head).to(tl.int32), dropout_p)
     p, p_t, grad_s_t, grad_s = adjoints(
-        k, q_tile, k_t, q_t_tile, v, h_tile,
-        None if g_tile is None else v, g_tile, v_t, h_tile,
-        lse2[None, :], mu_tile, delta_tile[None, :], epsilon_tile, mask, mask_t, dropout,
-        rows[None, :], cols[:, None], queries, keys, scale,
-        SECOND, BOOLEAN, CAUSAL, False, PRECISION,
+        scores, grad_p, scores_t, grad_p_t, lse2, mu_tile, delta_tile, epsilon_tile,
+        mask_part, mask_t_part, dropout, rows[None, :], cols[:, None], queries, keys, scale,
+        SECOND, BOOLEAN, CAUSAL, True,
     )  # fmt: skip
     if NEED_V_T:
         acc_v_t = dot(p.to(h_tile.dtype), h_tile, acc_v_t, PRECISION)
     if NEED_V:
-        if g_tile is not None:
+        if SECOND and g is not None:
             acc_v = dot(p.to(h_tile.dtype), g_tile, acc_v, PRECISION)
         if mu is not None:
             acc_v = dot(p_t.to(h_tile.dtype), h_tile, acc_v, PRECISION)
@@ -311,7 +349,7 @@ def _grad_key_value_tile(
         acc_k_t = dot(grad_s_t, q_tile, acc_k_t, PRECISION)
     if NEED_K:
         acc_k = dot(grad_s.to(q_tile.dtype), q_tile, acc_k, PRECISION)
-        if q_t_tile is not None:
+        if SECOND and q_t is not None:
             acc_k = dot(grad_s_t, q_t_tile, acc_k, PRECISION)
     return acc_k, acc_k_t, acc_v, acc_v_t
 
@@ -398,46 +436,34 @@ def grad_key_value_kernel(
         whole = tl.cdiv(first_col + COLS - 1, ROWS) * ROWS
         whole_stop = tl.maximum(whole_stop, low)
         whole = tl.minimum(whole, whole_stop)
+    unchecked = (whole_stop - whole) // ROWS
     crossed = (whole - low) // ROWS
     checked = crossed + tl.cdiv(tl.maximum(queries - whole_stop, 0), ROWS)
-    for sharing in range(0, shared):
-        head = key_head * shared + sharing
-        batch_head = (b * heads + head).to(tl.int32)
-        row_base = (b * heads + head) * queries
-        tangent_base = r * batch * heads * queries + row_base
-        q_rows = at(q, 0, b, head)
-        h_rows = at(h, r, b, head)
-        q_t_rows = None
-        g_rows = None
-        mu_rows = None
-        epsilon_rows = None
-        mask_t_part = None
-        if SECOND:
-            q_t_rows = at(q_t, r, b, head)
-            g_rows = at(g, 0, b, head)
-            mask_t_part = mask_at(mask_t, mask_t_strides, r, b, head)
-            epsilon_rows = epsilon + tangent_base
-            if mu is not None:
-                mu_rows = mu + tangent_base
-        mask_part = mask_at(mask, mask_strides, 0, b, head)
-        dropout = dropout_at(seed, b, batch_head, dropout_p)
-        for first in range(whole, whole_stop, ROWS):
-            acc_k, acc_k_t, acc_v, acc_v_t = _grad_key_value_tile(
-                first, k_tile, k_t_tile, v_tile, v_t_tile, acc_k, acc_k_t, acc_v, acc_v_t,
-                q_rows, q_t_rows, g_rows, h_rows, lse + row_base, mu_rows, delta + tangent_base,
-                epsilon_rows, mask_part, mask_t_part, dropout, cols, queries, keys, scale,
-                SECOND, grad_k is not None, grad_k_t is not None, grad_v is not None,
-                grad_v_t is not None, BOOLEAN, False, DIM, DIM_PAD, DV, DV_PAD, ROWS, False, PRECISION,
-            )  # fmt: skip
-        for i in range(0, checked):
-            first = tl.where(i < crossed, low + i * ROWS, whole_stop + (i - crossed) * ROWS)
-            acc_k, acc_k_t, acc_v, acc_v_t = _grad_key_value_tile(
-                first, k_tile, k_t_tile, v_tile, v_t_tile, acc_k, acc_k_t, acc_v, acc_v_t,
-                q_rows, q_t_rows, g_rows, h_rows, lse + row_base, mu_rows, delta + tangent_base,
-                epsilon_rows, mask_part, mask_t_part, dropout, cols, queries, keys, scale,
-                SECOND, grad_k is not None, grad_k_t is not None, grad_v is not None,
-                grad_v_t is not None, BOOLEAN, CAUSAL, DIM, DIM_PAD, DV, DV_PAD, ROWS, True, PRECISION,
-            )  # fmt: skip
+    # One loop over the tiles of all query heads: in nested loops Triton would keep the addresses
+    # of every tile in registers. The divisors are never 0, not even for a loop that is not run.
+    for i in range(0, shared * unchecked):
+        head = key_head * shared + i // tl.maximum(unchecked, 1)
+        first = whole + i % tl.maximum(unchecked, 1) * ROWS
+        acc_k, acc_k_t, acc_v, acc_v_t = _grad_key_value_tile(
+            first, head, r, b, k_tile, k_t_tile, v_tile, v_t_tile,
+            acc_k, acc_k_t, acc_v, acc_v_t, q, q_t, g, h, lse, mu, delta, epsilon,
+            mask, mask_strides, mask_t, mask_t_strides, seed, cols, batch, heads, queries, keys,
+            scale, dropout_p, SECOND, grad_k is not None, grad_k_t is not None,
+            grad_v is not None, grad_v_t is not None, BOOLEAN, False,
+            DIM, DIM_PAD, DV, DV_PAD, ROWS, False, PRECISION,
+        )  # fmt: skip
+    for i in range(0, shared * checked):
+        head = key_head * shared + i // tl.maximum(checked, 1)
+        tile = i % tl.maximum(checked, 1)
+        first = tl.where(tile < crossed, low + tile * ROWS, whole_stop + (tile - crossed) * ROWS)
+        acc_k, acc_k_t, acc_v, acc_v_t = _grad_key_value_tile(
+            first, head, r, b, k_tile, k_t_tile, v_tile, v_t_tile,
+            acc_k, acc_k_t, acc_v, acc_v_t, q, q_t, g, h, lse, mu, delta, epsilon,
+            mask, mask_strides, mask_t, mask_t_strides, seed, cols, batch, heads, queries, keys,
+            scale, dropout_p, SECOND, grad_k is not None, grad_k_t is not None,
+            grad_v is not None, grad_v_t is not None, BOOLEAN, CAUSAL,
+            DIM, DIM_PAD, DV, DV_PAD, ROWS, True, PRECISION,
+        )  # fmt: skip
     if grad_k is not None:
         target = at(grad_k, r, b, key_head)
         store_rows(target, first_col, keys, acc_k * scale, COLS, DIM, DIM_PAD)

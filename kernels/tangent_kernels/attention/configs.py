@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
+from triton.errors import TritonError
 
 from tangent_kernels._launch import Config, padded_dim
 from tangent_kernels.attention._call import Call
@@ -69,6 +71,7 @@ def configure(direction: str, call: Call, tangents: int = 0) -> tuple[Config, in
 
 
 def key_of(direction: str, call: Call) -> Key:
+    """What the tiles of this call's kernel are chosen by."""
     return Key(
         direction,
         family(call.arch),
@@ -106,16 +109,54 @@ def using(key: Key, config: Config) -> Iterator[None]:
 
 
 def candidates(key: Key) -> list[Config]:
-    """Configurations worth compiling: tiles of at most 16 K scores, one to three stages."""
-    sides = (16, 32, 64, 128)
-    return [
-        Config(rows, cols, warps, stages)
-        for rows in sides
-        for cols in sides
-        for warps in (4, 8)
-        for stages in (1, 2, 3)
-        if rows * cols <= 64 * 128 and 16 * warps <= 2 * max(rows, cols)
-    ]
+    """Configurations worth compiling, the most promising first; see :func:`cost`."""
+    found = {}
+    for rows, cols, warps in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8)):
+        owned, walked = (cols, rows) if key.direction.endswith("key value") else (rows, cols)
+        registers = _least_registers(key, owned, walked, warps)
+        if registers <= (208 if key.bits == 16 else 96) and owned >= 8 * warps / 2:
+            stages = 2 if key.bits == 16 and key.dim <= 128 else 1
+            blocks = 65536 / (32 * warps * min(registers + 48, 255))
+            for stage in range(1, stages + 1):
+                config = Config(rows, cols, warps, stage)
+                found[config] = cost(key, config, blocks, owned >= 16 * warps)
+    return sorted(found, key=found.__getitem__)
+
+
+def cost(key: Key, config: Config, blocks: float, wide: bool) -> float:
+    """A guess at the time per score, to rank configurations that no GPU has timed.
+
+    A tile that is owned is read once and the other operand again for each of them, so wide is
+    good. Blocks that share a multiprocessor hide each other's waiting, and so does, a little,
+    loading ahead. The matrix units of sm_90 and sm_100 are worth their larger tiles.
+
+    Args:
+        key: what the configuration is for.
+        config: the configuration.
+        blocks: how many fit onto a multiprocessor.
+        wide: whether the kernel has the instructions of sm_90's or sm_100's matrix units.
+    """
+    owned, walked = config.rows, config.cols
+    if key.direction.endswith("key value"):
+        owned, walked = walked, owned
+    if key.direction.endswith("mask"):  # loads both
+        owned = walked = min(owned, walked)
+    reading = 1 + 32 / owned + 8 / walked
+    waiting = (1 + 1 / min(max(int(blocks), 1), 3)) * (1.1 if config.num_stages == 1 else 1)
+    return reading * waiting * (1 if wide or key.arch == 80 else 1.5)
+
+
+def _least_registers(key: Key, owned: int, walked: int, warps: int) -> float:
+    """What the sums and the tiles of scores take per thread."""
+    order, _, rest = key.direction.partition(" ")
+    sums, scores = {
+        "forward": (1 + int(rest[1:] or 0), 3) if order == "forward" else (0, 0),
+        "first": (2 if rest == "key value" else 1, 2),
+        "second": (4 if rest == "key value" else 2, 4),
+    }[order]
+    if rest == "mask":  # no sums as wide as a head, but operands
+        sums = 1
+    return (sums * owned * key.dim + scores * owned * walked) / (32 * warps)
 
 
 def autotuning() -> bool:
@@ -123,16 +164,39 @@ def autotuning() -> bool:
     return os.environ.get("TANGENT_OPS_AUTOTUNE", "0").lower() in ("1", "true", "on", "yes")
 
 
-def autotune(call: Call, directions: tuple[str, ...], run: Callable[[], object]) -> None:
-    """Time the candidates of each direction on ``run``, once for each key, and keep the fastest."""
-    if not (autotuning() and call.query.is_cuda) or torch.cuda.is_current_stream_capturing():
+def autotune(call: Call, directions: Iterable[str], run: Callable[[], object]) -> None:
+    """Time the candidates of each direction on ``run``, once for each key, and keep the fastest.
+
+    Nothing happens unless the user opted in and the call is on a GPU.
+    """
+    if not autotuning() or not _can_time(call):
         return
     for direction in directions:
         key = key_of(direction, call)
         if key in _tuned:
             continue
+        default = table()[key]
         times = {}
-        for config in [table()[key], *candidates(key)]:
-            with using(key, config), contextlib.suppress(triton.CompilationError, RuntimeError):
-                times[config] = triton.testing.do_bench(run, warmup=5, rep=20)
-        _tuned[key] = min(times, key=times.__getitem__) if times else table()[key]
+        for config in dict.fromkeys([default, *candidates(key)]):
+            # A candidate may need more than the GPU has.
+            with using(key, config), contextlib.suppress(TritonError, RuntimeError):
+                times[config] = _milliseconds(run)
+        _tuned[key] = min(times, key=times.__getitem__, default=default)
+
+
+def forward_directions(call: Call, tangents: int) -> list[str]:
+    """The directions that a forward pass with that many tangents takes its tiles from."""
+    found = []
+    while tangents > 0 or not found:
+        _, group = configure("forward", call, tangents)
+        found.append(f"forward x{max(group, 1)}")
+        tangents %= max(group, 1)
+    return found
+
+
+def _can_time(call: Call) -> bool:
+    return call.query.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    return triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")

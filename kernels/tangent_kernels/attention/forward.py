@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tangent_kernels._launch import Launch, device_of, empty_heads, operand, padded_dim
-from tangent_kernels.attention._call import Call
+from tangent_kernels.attention._call import Call, Tangents
 from tangent_kernels.attention._tiles import (
     LOG2_E,
     at,
@@ -270,7 +270,8 @@ def attention_jvp(
 
     Returns:
         Output (B, H, N, Dv); its tangents (R, B, H, N, Dv), R = 0 without any; the log-sum-exp of
-        the scores (B, H, N), and μ (R, B, H, N), both in float32.
+        the scores (B, H, N), and μ (R, B, H, N), both in float32; without a tangent of the scores
+        μ has no rows.
     """
     outputs, launches = plan_jvp(call, query_t, key_t, value_t, mask_t)
     with device_of(call.query):
@@ -287,14 +288,15 @@ def plan_jvp(
     mask_t: Tensor | None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], list[Launch]]:
     """The outputs of :func:`attention_jvp`, to be filled by the launches."""
-    tangents = call.dense_tangents(query_t, key_t, value_t, mask_t)
+    tangents = Tangents(call, query_t, key_t, value_t, mask_t)
     count = tangents.count
     batch, heads, queries, dim = call.query.shape
     dim_v = call.value.shape[-1]
     output = empty_heads(batch, heads, queries, dim_v, like=call.query)
     output_t = empty_heads(count, batch, heads, queries, dim_v, like=call.query)
     lse = call.query.new_empty(batch, heads, queries, dtype=call.statistics)
-    mu = call.query.new_empty(count, batch, heads, queries, dtype=call.statistics)
+    moved = count if tangents.move_scores else 0
+    mu = call.query.new_empty(moved, batch, heads, queries, dtype=call.statistics)
     outputs = (output, output_t, lse, mu)
     if output.numel() == 0:
         return outputs, []
@@ -309,7 +311,7 @@ def plan_jvp(
             "o": operand(output) if done == 0 else None,
             "o_t": operand(output_t) if count else None,
             "lse": lse if done == 0 else None,
-            "mu": mu if count and tangents.move_scores else None,
+            "mu": mu if moved else None,
             "first_tangent": done,
             "TANGENTS": group,
             "DIM": dim,

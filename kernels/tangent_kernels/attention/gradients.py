@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from tangent_kernels.attention.backward import grad_key_value_kernel, grad_query
 from tangent_kernels.attention.configs import configure
 from tangent_kernels.attention.mask import grad_mask_kernel
 
-Needs = tuple[bool, bool, bool, bool]  # query, key, value, mask
+Needs = Sequence[bool]  # of query, key, value, mask
 
 
 class Gradients(NamedTuple):
@@ -52,7 +54,7 @@ def attention_vjp(
     """
     gradients, launches = plan_vjp(call, output, lse, grad_output, needs)
     _run(call, launches)
-    return _rounded(call, gradients, len(grad_output))
+    return _rounded(call, gradients)
 
 
 def attention_second_vjp(
@@ -90,8 +92,9 @@ def attention_second_vjp(
     )
     _run(call, launches)
     count = len(grad_output_t)
-    summed = Gradients(*(None if x is None else x.sum(0) if count > 1 else x[0] for x in primal))
-    return _rounded(call, summed, None), _rounded(call, tangent, count)
+    if count > 1:
+        primal = Gradients(*(None if x is None else _summed(x) for x in primal))
+    return _rounded(call, primal), _rounded(call, tangent)
 
 
 def plan_vjp(
@@ -99,7 +102,7 @@ def plan_vjp(
 ) -> tuple[Gradients, list[Launch]]:
     """The results of :func:`attention_vjp`, to be filled by the launches."""
     count = len(grad_output)
-    gradients = _empty(call, count, needs, exact=False)
+    gradients = _empty(call, (count,), needs)
     grad_output = _dense(grad_output)
     rows = {"o": operand(_dense(output)), "o_t": None}
     common = Tangents(call, None, None, None, None).arguments() | {
@@ -129,9 +132,11 @@ def plan_second_vjp(
 ) -> tuple[Gradients, Gradients, list[Launch]]:
     """The results of :func:`attention_second_vjp`, the primal ones yet to be summed over R."""
     count = len(grad_output_t)
-    # Summed over R afterwards: not of rounded terms.
-    primal = _empty(call, count, needs, exact=count > 1)
-    tangent = _empty(call, count, needs_t, exact=False)
+    # Summed over R afterwards, and not of rounded terms.
+    primal = (
+        _empty(call, (count,), needs, call.statistics) if count > 1 else _empty(call, (), needs)
+    )
+    tangent = _empty(call, (count,), needs_t)
     rows = {"o": operand(_dense(output)), "o_t": operand(_dense(output_t))}
     common = tangents.arguments() | {
         "lse": lse.contiguous(),
@@ -164,7 +169,7 @@ def _launches(
     """The kernels that the needed gradients call for, over ``count`` tangents."""
     batch, heads, queries, dim = call.query.shape
     keys, dim_v = call.value.shape[2:]
-    if batch * heads * queries * dim_v * count == 0:
+    if call.query.numel() * count == 0:
         return []
     common = call.arguments() | common
     common |= {"DIM": dim, "DIM_PAD": padded_dim(dim), "DV": dim_v, "DV_PAD": padded_dim(dim_v)}
@@ -200,31 +205,36 @@ def _launches(
     return launches
 
 
-def _empty(call: Call, count: int, needs: Needs, exact: bool) -> Gradients:
-    """Buffers to be written; float32 ones if ``exact``, and for the mask."""
-    buffers: list[Tensor | None] = []
-    for tensor, need in zip((call.query, call.key, call.value), needs, strict=False):
-        dtype = call.statistics if exact else tensor.dtype
-        shape = (count, *tensor.shape)
-        buffers.append(empty_heads(*shape, like=tensor, dtype=dtype) if need else None)
+def _summed(grads: Tensor) -> Tensor:
+    """Sum over R, in the memory order of each."""
+    return torch.sum(grads, 0, out=torch.empty_like(grads[0]))
+
+
+def _empty(
+    call: Call, lead: tuple[int, ...], needs: Needs, dtype: torch.dtype | None = None
+) -> Gradients:
+    """Buffers (*lead, *shape of the operand) to be written; float32 ones for the mask."""
+    buffers: list[Tensor | None] = [
+        empty_heads(*lead, *x.shape, like=x, dtype=dtype) if need else None
+        for x, need in zip((call.query, call.key, call.value), needs, strict=False)
+    ]
     mask = None
     if needs[3]:
         assert call.mask is not None
-        mask = call.mask.new_empty(count, *call.mask.shape, dtype=call.statistics)
+        mask = call.mask.new_empty(*lead, *call.mask.shape, dtype=call.statistics)
     return Gradients(*buffers, mask)
 
 
-def _rounded(call: Call, gradients: Gradients, count: int | None) -> Gradients:
-    """The gradients in their operands' dtype; zeros where there was nothing to launch over."""
+def _rounded(call: Call, gradients: Gradients) -> Gradients:
+    """The gradients in their operands' dtype; zeros where there is no query to launch for."""
     operands = (call.query, call.key, call.value, call.mask)
-    if call.query.shape[0] * call.query.shape[1] * call.query.shape[2] == 0 or count == 0:
-        return Gradients(*(None if x is None else x.zero_() for x in gradients))
-    return Gradients(
-        *(
-            None if grad is None or tensor is None else grad.to(tensor.dtype)
-            for grad, tensor in zip(gradients, operands, strict=True)
-        )
+    rounded = (
+        None if grad is None or tensor is None else grad.to(tensor.dtype)
+        for grad, tensor in zip(gradients, operands, strict=True)
     )
+    if call.query.numel() == 0:
+        return Gradients(*(None if x is None else x.zero_() for x in rounded))
+    return Gradients(*rounded)
 
 
 def _run(call: Call, launches: list[Launch]) -> None:

@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 
 from tangent_kernels.attention._adjoint import adjoints
-from tangent_kernels.attention._tiles import LOG2_E, at, dropout_at, load_rows, mask_at
+from tangent_kernels.attention._tiles import (
+    LOG2_E,
+    at,
+    dot,
+    dropout_at,
+    load_numbers,
+    load_rows,
+    mask_at,
+)
 from tangent_kernels.attention.backward import UNSPECIALIZED
 
 
@@ -102,91 +110,88 @@ def grad_mask_kernel(
     mask_element = program // (col_tiles * row_tiles * mask_heads)
     r = (first_tangent + tl.program_id(1)).to(tl.int64)
 
-    # What the tile is broadcast to: [start, stop) along each axis.
-    b_start = mask_element
-    b_stop = mask_element + 1
+    # What the tile is broadcast to: how many batch elements, heads, and tiles each way.
+    over_batch = 1
     if mask_batch == 1:
-        b_stop = batch
-    head_start = mask_head
-    head_stop = mask_head + 1
+        over_batch = batch
+    over_heads = 1
     if mask_heads == 1:
-        head_stop = heads
-    row_start = row_tile
-    row_stop = row_tile + 1
+        over_heads = heads
+    over_rows = 1
     if SUM_ROWS:
-        row_stop = all_row_tiles
-    col_start = col_tile
-    col_stop = col_tile + 1
+        over_rows = all_row_tiles
+    over_cols = 1
     if SUM_COLS:
-        col_stop = all_col_tiles
+        over_cols = all_col_tiles
 
     total = tl.zeros([ROWS, COLS], tl.float32)
     total_t = tl.zeros([ROWS, COLS], tl.float32)
-    for b32 in range(b_start, b_stop):
+    # One loop over them all: see grad_key_value_kernel.
+    for i in range(0, over_batch * over_heads * over_rows * over_cols):
+        first_col = (col_tile + i % over_cols) * COLS
+        first_row = (row_tile + i // over_cols % over_rows) * ROWS
+        head32 = mask_head + i // (over_cols * over_rows) % over_heads
+        b32 = mask_element + i // (over_cols * over_rows * over_heads)
         b = tl.cast(b32, tl.int64)
-        for head32 in range(head_start, head_stop):
-            head = tl.cast(head32, tl.int64)
-            key_head = head // shared
-            row_base = (b * heads + head) * queries
-            tangent_base = r * batch * heads * queries + row_base
-            mask_part = mask_at(mask, mask_strides, 0, b, head)
-            dropout = dropout_at(seed, b, b32 * heads + head32, dropout_p)
-            mask_t_part = None
-            if SECOND:
-                mask_t_part = mask_at(mask_t, mask_t_strides, r, b, head)
-            for i in range(row_start, row_stop):
-                first_row = i * ROWS
-                rows = first_row + tl.arange(0, ROWS)
-                inside = rows < queries
-                q_tile = load_rows(at(q, 0, b, head), first_row, queries, ROWS, DIM, DIM_PAD, True)
-                h_tile = load_rows(at(h, r, b, head), first_row, queries, ROWS, DV, DV_PAD, True)
-                row_lse = tl.load(lse + row_base + rows, mask=inside, other=float("inf"))
-                row_delta = tl.load(delta + tangent_base + rows, mask=inside, other=0.0)
-                q_t_tile = None
-                g_tile = None
-                mu_tile = None
-                epsilon_tile = None
-                if SECOND:
-                    row_epsilon = tl.load(epsilon + tangent_base + rows, mask=inside, other=0.0)
-                    epsilon_tile = row_epsilon[:, None]
-                    if q_t is not None:
-                        q_t_rows = at(q_t, r, b, head)
-                        q_t_tile = load_rows(q_t_rows, first_row, queries, ROWS, DIM, DIM_PAD, True)
-                    if g is not None:
-                        g_rows = at(g, 0, b, head)
-                        g_tile = load_rows(g_rows, first_row, queries, ROWS, DV, DV_PAD, True)
-                    if mu is not None:
-                        row_mu = tl.load(mu + tangent_base + rows, mask=inside, other=0.0)
-                        mu_tile = row_mu[:, None]
-                for j in range(col_start, col_stop):
-                    first_col = j * COLS
-                    cols = first_col + tl.arange(0, COLS)
-                    k_rows = at(k, 0, b, key_head)
-                    v_rows = at(v, 0, b, key_head)
-                    k_tile = load_rows(k_rows, first_col, keys, COLS, DIM, DIM_PAD, True)
-                    v_tile = load_rows(v_rows, first_col, keys, COLS, DV, DV_PAD, True)
-                    k_t_tile = None
-                    v_t_tile = None
-                    if SECOND:
-                        if k_t is not None:
-                            k_t_rows = at(k_t, r, b, key_head)
-                            k_t_tile = load_rows(
-                                k_t_rows, first_col, keys, COLS, DIM, DIM_PAD, True
-                            )
-                        if v_t is not None:
-                            v_t_rows = at(v_t, r, b, key_head)
-                            v_t_tile = load_rows(v_t_rows, first_col, keys, COLS, DV, DV_PAD, True)
-                    _, _, grad_s_t, grad_s = adjoints(
-                        q_tile, k_tile, q_t_tile, k_t_tile, h_tile, v_tile,
-                        g_tile, v_tile, None if v_t_tile is None else h_tile, v_t_tile,
-                        row_lse[:, None] * LOG2_E, mu_tile, row_delta[:, None], epsilon_tile,
-                        mask_part, mask_t_part, dropout, rows[:, None], cols[None, :],
-                        queries, keys, scale, SECOND, BOOLEAN, CAUSAL, True, PRECISION,
-                    )  # fmt: skip
-                    if grad_mask is not None:
-                        total += grad_s
-                    if grad_mask_t is not None:
-                        total_t += grad_s_t
+        head = tl.cast(head32, tl.int64)
+        key_head = head // shared
+        row_base = (b * heads + head) * queries
+        tangent_base = r * batch * heads * queries + row_base
+        mask_part = mask_at(mask, mask_strides, 0, b, head)
+        dropout = dropout_at(seed, b, b32 * heads + head32, dropout_p)
+        rows = first_row + tl.arange(0, ROWS)
+        cols = first_col + tl.arange(0, COLS)
+        # Each tile is loaded where it is first multiplied: all at once would spill registers.
+        q_tile = load_rows(at(q, 0, b, head), first_row, queries, ROWS, DIM, DIM_PAD, True)
+        k_tile = load_rows(at(k, 0, b, key_head), first_col, keys, COLS, DIM, DIM_PAD, True)
+        scores = dot(q_tile, k_tile.T, None, PRECISION)
+        scores_t = None
+        grad_p_t = None
+        mu_tile = None
+        epsilon_tile = None
+        mask_t_part = None
+        if SECOND:
+            scores_t = tl.zeros([ROWS, COLS], tl.float32)
+            if k_t is not None:
+                k_t_rows = at(k_t, r, b, key_head)
+                k_t_tile = load_rows(k_t_rows, first_col, keys, COLS, DIM, DIM_PAD, True)
+                scores_t = dot(q_tile, k_t_tile.T, scores_t, PRECISION)
+            if q_t is not None:
+                q_t_rows = at(q_t, r, b, head)
+                q_t_tile = load_rows(q_t_rows, first_row, queries, ROWS, DIM, DIM_PAD, True)
+                scores_t = dot(q_t_tile, k_tile.T, scores_t, PRECISION)
+        h_tile = load_rows(at(h, r, b, head), first_row, queries, ROWS, DV, DV_PAD, True)
+        v_tile = load_rows(at(v, 0, b, key_head), first_col, keys, COLS, DV, DV_PAD, True)
+        grad_p = dot(h_tile, v_tile.T, None, PRECISION)
+        if SECOND:
+            grad_p_t = tl.zeros([ROWS, COLS], tl.float32)
+            if g is not None:
+                g_rows = at(g, 0, b, head)
+                g_tile = load_rows(g_rows, first_row, queries, ROWS, DV, DV_PAD, True)
+                grad_p_t = dot(g_tile, v_tile.T, grad_p_t, PRECISION)
+            if v_t is not None:
+                v_t_rows = at(v_t, r, b, key_head)
+                v_t_tile = load_rows(v_t_rows, first_col, keys, COLS, DV, DV_PAD, True)
+                grad_p_t = dot(h_tile, v_t_tile.T, grad_p_t, PRECISION)
+            mask_t_part = mask_at(mask_t, mask_t_strides, r, b, head)
+            epsilon_base = epsilon + tangent_base
+            row_epsilon = load_numbers(epsilon_base, first_row, queries, 0.0, ROWS, True)
+            epsilon_tile = row_epsilon[:, None]
+            if mu is not None:
+                row_mu = load_numbers(mu + tangent_base, first_row, queries, 0.0, ROWS, True)
+                mu_tile = row_mu[:, None]
+        lse2 = load_numbers(lse + row_base, first_row, queries, float("inf"), ROWS, True) * LOG2_E
+        delta_tile = load_numbers(delta + tangent_base, first_row, queries, 0.0, ROWS, True)
+        _, _, grad_s_t, grad_s = adjoints(
+            scores, grad_p, scores_t, grad_p_t,
+            lse2[:, None], mu_tile, delta_tile[:, None], epsilon_tile,
+            mask_part, mask_t_part, dropout, rows[:, None], cols[None, :],
+            queries, keys, scale, SECOND, BOOLEAN, CAUSAL, True,
+        )  # fmt: skip
+        if grad_mask is not None:
+            total += grad_s
+        if grad_mask_t is not None:
+            total_t += grad_s_t
 
     height = queries
     width = keys

@@ -1,0 +1,90 @@
+"""What a kernel takes of a GPU, by compiling its launch for one: no GPU is needed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from tangent_kernels._launch import Launch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+KIB = 1024
+# Shared memory that one block may have, in bytes.
+SHARED_LIMITS = {80: 163 * KIB, 86: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes, and which matrix instructions it has."""
+
+    registers: int  # per thread
+    spilled: int  # bytes of stack per thread
+    shared: int  # bytes per block
+    warps: int
+    hmma: int  # mma.sync, of every architecture
+    hgmma: int  # wgmma, of sm_90
+    utcmma: int  # tcgen05.mma, of sm_100
+
+    def blocks(self, arch: int) -> int:
+        """Blocks that fit on one multiprocessor, by registers and shared memory."""
+        by_registers = 65536 // (32 * self.warps * max(8 * -(-self.registers // 8), 1))
+        by_shared = (SHARED_LIMITS[arch] + KIB) // (self.shared + KIB)
+        return min(by_registers, by_shared, 32)
+
+
+def specialize(launch: Launch, arch: int) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton would compile for this launch on ``arch``, and its options.
+
+    It specialises the arguments as the launch itself does: without that, loads are not pipelined,
+    and registers and shared memory come out wrong.
+    """
+    kernel = launch.kernel
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    keywords = launch.keywords() | {"debug": False, "instrumentation_mode": ""}
+    bound, specialization, options = bind(**keywords)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, keywords, bound, specialization, options
+    )
+    return ASTSource(kernel, signature, constants, attributes), options.__dict__
+
+
+def compile_launch(launch: Launch, arch: int) -> Any:
+    """The compiled kernel of a launch, as :func:`triton.compile` returns it."""
+    source, options = specialize(launch, arch)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(launch: Launch, arch: int) -> Resources:
+    """Compile a launch for ``arch`` and count what it takes."""
+    compiled = compile_launch(launch, arch)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _cuobjdump("-res-usage", cubin)
+        sass = _cuobjdump("-sass", cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return Resources(
+        registers=int(found[1]),
+        spilled=int(found[2]),
+        shared=compiled.metadata.shared,
+        warps=launch.config.num_warps,
+        hmma=len(re.findall(r"\bHMMA\.", sass)),
+        hgmma=len(re.findall(r"\bHGMMA\.", sass)),
+        utcmma=len(re.findall(r"\bUTC\w*MMA", sass)),
+    )
+
+
+def _cuobjdump(flag: str, cubin: Path) -> str:
+    return subprocess.run(
+        [CUOBJDUMP, flag, cubin], check=True, capture_output=True, text=True
+    ).stdout

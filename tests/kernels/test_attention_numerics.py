@@ -1,0 +1,125 @@
+"""Accuracy where it is hard to keep: peaked softmax, large tangents, common offsets, many keys.
+
+The bound is that of every kernel test: twice the error of the eager formula in the same dtype, plus
+one rounding of the result.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tangent_kernels.attention import Call, Tangents, attention_jvp, attention_second_vjp
+
+from tangent_ops.functional._backend import interpreting
+from tests.ops import oracle
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def unit(q, k, v, q_t, k_t, v_t):
+    return q, k, v, q_t, k_t, v_t
+
+
+def peaked(q, k, v, q_t, k_t, v_t):
+    """Logits between about -60 and 60: a row attends to one key, or two."""
+    return 20 * q, k, v, q_t, k_t, v_t
+
+
+def large_tangents(q, k, v, q_t, k_t, v_t):
+    return q, k, v, 1e3 * q_t, 1e3 * k_t, 1e3 * v_t
+
+
+def peaked_with_large_tangents(q, k, v, q_t, k_t, v_t):
+    return 20 * q, k, v, 1e3 * q_t, k_t, v_t
+
+
+def offset_keys(q, k, v, q_t, k_t, v_t):
+    """A common part of all keys moves every S_t of a row alike, which O_t must not notice."""
+    return q, k + 8, v, q_t, k_t + 8, v_t
+
+
+def outlying_first_key(q, k, v, q_t, k_t, v_t):
+    k, k_t = k.clone(), k_t.clone()
+    k[..., 0, :] *= -10
+    k_t[..., 0, :] *= 100
+    return q, k, v, q_t, k_t, v_t
+
+
+CASES = [unit, peaked, large_tangents, peaked_with_large_tangents, offset_keys]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [130, 4096])
+@pytest.mark.parametrize("case", [*CASES, outlying_first_key])
+def test_value_and_tangent(case, keys, dtype, device, poisoned) -> None:
+    operands = [x.to(dtype) for x in case(*draw(keys, device))]
+    primals, tangents = operands[:3], operands[3:]
+    call = Call(*primals, None, None, 0.125, 0.0, False)
+    with poisoned():
+        output, output_t, *_ = attention_jvp(call, *(t[None] for t in tangents))
+    exact = oracle.attention_jvp(oracle.double(primals), oracle.double(tangents), scale=0.125)
+    eager = oracle.attention_jvp(primals, tangents, scale=0.125)
+    oracle.assert_as_good_as((output, output_t[0]), exact, eager)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_gradients(case, dtype, device, poisoned) -> None:
+    operands = [x.to(dtype) for x in case(*draw(130, device))]
+    primals, tangents = [*operands[:3], None], [*(t[None] for t in operands[3:]), None]
+    call = Call(*operands[:3], None, None, 0.125, 0.0, False)
+    source = torch.Generator().manual_seed(1)
+    grad, grad_t = (torch.randn(operands[0].shape, generator=source) for _ in range(2))
+    grad, grad_t = grad.to(device, dtype), grad_t.to(device, dtype)[None]
+    needs = (True, True, True, False)
+    with poisoned():
+        output, output_t, lse, mu = attention_jvp(call, *tangents)
+        primal, tangent = attention_second_vjp(
+            call, Tangents(call, *tangents), output, output_t, lse, mu, grad, grad_t, needs, needs
+        )
+    wide = oracle.double([primals, tangents, grad, grad_t])
+    exact = oracle.attention_derivatives(*wide, scale=0.125)[2:]
+    in_float32 = oracle.attention_derivatives(primals, tangents, grad, grad_t, scale=0.125)[2:]
+    with oracle.rounding_as_it_goes():
+        eager = oracle.attention_derivatives(primals, tangents, grad, grad_t, scale=0.125)[2:]
+    eager = oracle.where_finite(eager, in_float32)
+    oracle.assert_as_good_as((list(primal[:3]), list(tangent[:3])), exact, eager)
+
+
+def draw(keys: int, device: str) -> list[torch.Tensor]:
+    """q, k, v and their tangents, unit normal, D = 64."""
+    source = torch.Generator().manual_seed(0)
+    rows = [64, keys, keys, 64, keys, keys]
+    return [torch.randn(1, 1, n, 64, generator=source).to(device) for n in rows]
+
+
+def test_scores_far_from_zero_do_not_overflow(device, poisoned) -> None:
+    q, k, v, q_t, k_t, v_t = draw(70, device)
+    call = Call(100 * q, k, v, None, None, 1.0, 0.0, False)
+    with poisoned():
+        output, output_t, lse, _ = attention_jvp(call, q_t[None], k_t[None], v_t[None])
+    assert lse.max() > 500  # exp(500) is infinite even in float32
+    primals = oracle.double([100 * q, k, v])
+    exact = oracle.attention_jvp(primals, oracle.double([q_t, k_t, v_t]), scale=1.0)
+    # Scores of this size carry an error of eps times themselves in any order of computation.
+    allowed = 2 * torch.finfo(torch.float32).eps * float(lse.abs().max())
+    for one, right in zip((output, output_t[0]), exact, strict=True):
+        assert oracle.error(one, right) < allowed * float(right.norm())
+
+
+@pytest.mark.skipif("not torch.cuda.is_available()", reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_long_sequence(dtype, device, poisoned) -> None:
+    assert not interpreting()
+    source = torch.Generator(device).manual_seed(0)
+    kind = {"generator": source, "device": device, "dtype": dtype}
+    operands = [torch.randn(1, 2, 4096, 64, **kind) for _ in range(6)]
+    call = Call(*operands[:3], None, None, 0.125, 0.0, False)
+    with poisoned():
+        output, output_t, *_ = attention_jvp(call, *(t[None] for t in operands[3:]))
+    exact = oracle.attention_jvp(
+        oracle.double(operands[:3]), oracle.double(operands[3:]), scale=0.125
+    )
+    eager = oracle.attention_jvp(operands[:3], operands[3:], scale=0.125)
+    oracle.assert_as_good_as((output, output_t[0]), exact, eager)

@@ -1,0 +1,36 @@
+"""The code on a page of docs/ runs, in order, as one program."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tangent_ops.functional._backend import interpreting
+
+PAGE = Path(__file__).parents[1] / "docs" / "coming-from.md"
+INSTALLED = importlib.util.find_spec("jvp_flash_attention") is not None
+
+
+@pytest.mark.filterwarnings("ignore:tl.make_block_ptr is deprecated")  # the rival's
+def test_coming_from() -> None:
+    device = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(blocks) == 5
+    names: dict[str, object] = {}
+    tangents = []
+    with torch.device(device):
+        for block in blocks:
+            if "jvp_flash_attention" in block and not (
+                INSTALLED and (interpreting() or device == "cuda")
+            ):
+                continue
+            exec(block, names)
+            if "y_t" in names:
+                tangents.append(names["y_t"])
+    assert len(tangents) >= 3
+    for tangent in tangents[1:]:
+        torch.testing.assert_close(tangent, tangents[0], rtol=1e-4, atol=1e-4)
