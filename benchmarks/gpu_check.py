@@ -1,4 +1,4 @@
-"""Everything that needs a CUDA device, in one command: the gpu tests, then the GPU benchmarks.
+"""Everything that needs a CUDA device, in one command: gpu tests, GPU benchmarks, compute-sanitizer.
 
 Works installed, and uninstalled from the repository's root with `PYTHONPATH=.:kernels`.
 """
@@ -6,6 +6,7 @@ Works installed, and uninstalled from the repository's root with `PYTHONPATH=.:k
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -33,6 +34,15 @@ def main() -> int:
         ],
         "ViT": [sys.executable, "benchmarks/bench_vit.py", "--device=cuda", f"--out={out}"],
     }
+    for tool in ("memcheck", "racecheck") if shutil.which("compute-sanitizer") else ():
+        steps[tool] = [
+            "compute-sanitizer",
+            f"--tool={tool}",
+            "--error-exitcode=1",
+            f"--log-file={out / tool}.txt",
+            sys.executable,
+            "benchmarks/sanitize_attention.py",
+        ]
     # A red test does not keep the rest from being measured; the last lines say what was red.
     codes = {name: subprocess.run(step, cwd=ROOT).returncode for name, step in steps.items()}
     print(f"\n{torch.cuda.get_device_name()}, results in {out}")

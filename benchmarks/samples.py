@@ -40,7 +40,7 @@ class Case:
     def key(self) -> Key:
         """What its tiles are chosen by."""
         bits = 8 * self.dtype.itemsize
-        return Key(self.direction, family(self.arch), bits, class_of(self.dim))
+        return Key(self.direction, family(self.arch, bits), bits, class_of(self.dim))
 
     @property
     def name(self) -> str:

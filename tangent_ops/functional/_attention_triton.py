@@ -423,9 +423,12 @@ def _second_derivative(primals, tangents, directions, options) -> Tensor:
 
 
 def _jvp(function: Callable[..., Any], primals, directions) -> Any:
-    """``torch.func.jvp``, which takes no expanded tensors."""
-    primals, directions = (tuple(x.contiguous() for x in xs) for xs in (primals, directions))
-    return torch.func.jvp(function, primals, directions)
+    """``torch.func.jvp``, which takes no expanded tensors (vmap makes them look dense)."""
+
+    def copies(tensors):
+        return tuple(x.clone(memory_format=torch.contiguous_format) for x in tensors)
+
+    return torch.func.jvp(function, copies(primals), copies(directions))
 
 
 def _refuse_dropout(options) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from tangent_ops.errors import ArgumentError, UnsupportedError
 
 Backend = Literal["triton", "reference"]
 
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
 
 def choose_backend(backend: Backend | None, tensor: Tensor, reason: str | None) -> Backend:
     """The backend to run: by device, or the named one, which is never replaced in silence.
@@ -30,16 +33,22 @@ def choose_backend(backend: Backend | None, tensor: Tensor, reason: str | None) 
     """
     if backend not in (None, "triton", "reference"):
         raise ArgumentError(f"backend={backend!r}: expected None, 'triton' or 'reference'")
+    chosen = backend
     if backend is None:
-        return "triton" if tensor.is_cuda and reason is None else "reference"
-    if backend == "triton":
+        chosen = "triton" if tensor.is_cuda and reason is None else "reference"
+    if chosen == "triton":
         if reason is None and not tensor.is_cuda and not interpreting():
             reason = f"tensors are on {tensor.device}, the kernels run on CUDA devices"
         if reason is not None:
             raise UnsupportedError(
                 f"backend='triton': {reason}. Use backend=None or backend='reference'."
             )
-    return backend
+        if not _TRITON_IS_INSTALLED:
+            raise UnsupportedError(
+                f"tensors are on {tensor.device}, and Triton, which the kernels need, is not "
+                "installed: `pip install triton`, or pass backend='reference'"
+            )
+    return chosen
 
 
 def interpreting() -> bool:

@@ -42,9 +42,11 @@ def scaled_dot_product_attention(
         S = s Q Kᵀ + b    P = softmax(S)    O = P V
         O_t = (P∘(S_t - μ)) V + P V_t       S_t = s (Q_t Kᵀ + Q K_tᵀ) + b_t    μ = Σ_j P∘S_t
 
-    On CUDA a fused Triton kernel does so in one pass without an N x M matrix in memory. Masks,
-    causal attention, dropout, grouped heads, head dimensions other than multiples of 8 from 16
-    to 128, and float64 are computed by eager formulas instead.
+    On CUDA Triton kernels do so in one pass, without an N x M matrix in memory; R tangents of one
+    primal (``vmap`` over tangents, ``jacfwd``) share its scores and softmax. Gradients through
+    value and tangent, and Hessian-vector products both ways, are kernels too. Head dimensions
+    other than multiples of 8 up to 256, float64, jvp of jvp by the primal, and derivatives of
+    third order are computed by eager formulas. docs/nestings.md lists what nests.
 
     Under autocast the operands are cast to its dtype first, as for PyTorch's.
 
@@ -53,8 +55,10 @@ def scaled_dot_product_attention(
         key: (..., H, M, D), same dtype and device; M >= 1.
         value: (..., H, M, Dv), same dtype and device.
         attn_mask: boolean (True: attend) or additive, broadcastable to (..., Hq, N, M); an
-            additive one may be dual. A row whose keys are all masked gives 0.
-        dropout_p: probability of dropping an attention weight, in [0, 1).
+            additive one may be dual. A row whose keys are all masked gives 0. It is read where it
+            is: a broadcast one is not expanded in memory, nor is its gradient.
+        dropout_p: probability of dropping an attention weight, in [0, 1): the same weights in
+            value and tangent, drawn from PyTorch's generator.
         is_causal: mask out later keys, aligned top left; excludes ``attn_mask``.
         scale: factor of the scores; 1/√D by default.
         enable_gqa: let Hq be a multiple of H.
@@ -62,13 +66,13 @@ def scaled_dot_product_attention(
 
     Returns:
         (..., Hq, N, Dv) in the inputs' dtype, dual if an input is. From the Triton backend,
-        ``out.transpose(1, 2).reshape(B, N, H * D)`` is free.
+        ``out.transpose(1, 2).reshape(B, N, H * Dv)`` is free.
 
     Raises:
         ArgumentError: shapes, dtypes, devices or options that no backend takes.
-        UnsupportedError: ``backend="triton"`` and the kernels do not compute this call, or a
-            derivative they do not compute (a NotImplementedError): gradients of query, key and
-            value through the tangent, and forward mode over forward mode.
+        UnsupportedError: ``backend="triton"`` and the kernels do not compute this call, or with
+            dropout a derivative that only the eager formulas have (a NotImplementedError); or the
+            tensors are on CUDA and Triton is not installed.
     """
     query, key, value, attn_mask = autocast(query.device.type, query, key, value, attn_mask)
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
@@ -170,6 +174,8 @@ def _check_mask(
         raise ArgumentError("attn_mask and is_causal=True exclude each other: put both in the mask")
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise ArgumentError(f"attn_mask is {attn_mask.dtype}: expected bool or floating point")
+    if attn_mask.device != query.device:
+        raise ArgumentError(f"attn_mask is on {attn_mask.device} but query is on {query.device}")
     lead = query.shape[:-2]
     if not enable_gqa:
         lead = torch.broadcast_shapes(lead, key.shape[:-2], value.shape[:-2])

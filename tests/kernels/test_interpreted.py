@@ -18,6 +18,7 @@ from tangent_ops.functional._backend import interpreting
 
 HERE = Path(__file__).parent
 FILES = [
+    "test_attention_arguments.py",
     "test_attention_kernels.py",
     "test_attention_numerics.py",
     "test_attention_autograd.py",

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 import tangent_ops
 from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.functional import _backend
 from tests.ops import oracle
 
 attention = tangent_ops.scaled_dot_product_attention
@@ -228,6 +229,11 @@ def test_without_tangents_it_is_pytorchs(monkeypatch) -> None:
         ({"attn_mask": torch.ones(3, 3).bool(), "is_causal": True}, "exclude each other"),
         ({"dropout_p": 1.0}, "dropout_p=1.0"),
         ({"backend": "cuda"}, "backend='cuda'"),
+        ({"value": torch.randn(1, 2, 3, 4, device="meta")}, "value is on meta but query is on cpu"),
+        (
+            {"attn_mask": torch.ones(3, 3, device="meta").bool()},
+            "attn_mask is on meta but query is on cpu",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change, message) -> None:
@@ -236,26 +242,42 @@ def test_bad_arguments_are_named(change, message) -> None:
         attention(**(good | change))
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({}, "CUDA"),
-        ({"is_causal": True}, "is_causal"),
-        ({"attn_mask": torch.ones(3, 3).bool()}, "attn_mask"),
-        ({"dropout_p": 0.5}, "dropout"),
-    ],
-)
-def test_triton_is_never_replaced_in_silence(options, message, monkeypatch) -> None:
+def test_triton_is_never_replaced_in_silence(monkeypatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     primals = torch.randn(3, 1, 2, 3, 16).unbind()
-    with pytest.raises(UnsupportedError, match=message):
-        attention(*primals, backend="triton", **options)
+    with pytest.raises(UnsupportedError, match="tensors are on cpu, the kernels run on CUDA"):
+        attention(*primals, backend="triton")
 
 
 @pytest.mark.parametrize(
-    "dim, dtype", [(12, torch.float32), (136, torch.float32), (16, torch.float64)]
+    "dim, dtype", [(12, torch.float32), (264, torch.float32), (16, torch.float64)]
 )
 def test_triton_names_the_shape_or_dtype_it_lacks(dim, dtype) -> None:
     primals = torch.randn(3, 1, 2, 3, dim, dtype=dtype).unbind()
-    with pytest.raises(NotImplementedError, match=r"head_dim|dtype"):
+    with pytest.raises(NotImplementedError, match=r"query's head_dim|dtype torch.float64"):
         attention(*primals, backend="triton")
+    query, key = torch.randn(2, 1, 2, 3, 16).unbind()
+    with pytest.raises(NotImplementedError, match=r"value's head_dim 12 is not a multiple of 8"):
+        attention(query, key, torch.randn(1, 2, 3, 12), backend="triton")
+
+
+def test_a_cuda_tensor_without_triton_is_told_so(monkeypatch) -> None:
+    class OnCuda:
+        is_cuda, device = True, "cuda:0"
+
+    assert _backend.choose_backend(None, OnCuda(), None) == "triton"
+    monkeypatch.setattr(_backend, "_TRITON_IS_INSTALLED", False)
+    for backend in (None, "triton"):
+        with pytest.raises(UnsupportedError, match=r"pip install triton.*backend='reference'"):
+            _backend.choose_backend(backend, OnCuda(), None)
+    assert _backend.choose_backend("reference", OnCuda(), None) == "reference"
+    assert _backend.choose_backend(None, OnCuda(), "dtype float64") == "reference"
+
+
+def test_a_boolean_mask_and_a_tangent_of_another_shape_or_dtype_are_refused_by_pytorch() -> None:
+    query, key, value = draw(1, 2, 3, 4, count=3)
+    with pytest.raises(RuntimeError, match="only Tensors of floating point"):
+        torch.ones(3, 3, dtype=torch.bool).requires_grad_()
+    for bad in (query[..., :2], query.float()):
+        with pytest.raises(RuntimeError, match="forward grad|expected scalar type"), forward_ad.dual_level():
+            attention(forward_ad.make_dual(query, bad), key, value)

@@ -1,4 +1,4 @@
-"""The operands of one attention call, in the form that every launcher of it starts from."""
+"""The operands of one attention call, checked: what every launcher of it starts from."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from tangent_kernels._launch import arch_of, operand, unit_last_stride
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = range(8, 257, 8)
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,9 @@ class Call:
         dropout_p: probability of dropping an attention weight; 0 without ``seed``.
         is_causal: query i attends to keys 0 to i only.
         target: compute capability to choose tiles for; None for that of the tensors' device.
+
+    Raises:
+        ValueError: an operand has a shape, dtype or device that the kernels do not take.
     """
 
     query: Tensor
@@ -42,6 +48,7 @@ class Call:
     def __post_init__(self):
         for name in ("query", "key", "value"):
             object.__setattr__(self, name, unit_last_stride(getattr(self, name)))
+        check_call(self)
 
     @property
     def arch(self) -> int:
@@ -95,7 +102,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Tangents:
-    """R tangents of a call's operands; see :class:`Call` for the shapes behind R."""
+    """R tangents of a call's operands; see :class:`Call` for the shapes behind R.
+
+    Raises:
+        ValueError: a tangent differs from its operand in shape, dtype or device, or in R.
+    """
 
     call: Call
     query_t: Tensor | None
@@ -106,6 +117,7 @@ class Tangents:
     def __post_init__(self):
         for name in ("query_t", "key_t", "value_t"):
             object.__setattr__(self, name, unit_last_stride(getattr(self, name)))
+        check_tangents(self)
 
     @property
     def count(self) -> int:
@@ -127,3 +139,90 @@ class Tangents:
             "mask_t": mask_t,
             "mask_t_strides": mask_t_strides,
         }
+
+
+def check_call(call: Call) -> None:
+    """Raise a ValueError that names what is wrong, before anything is launched."""
+    query = call.query
+    for name, tensor in (("query", query), ("key", call.key), ("value", call.value)):
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}: expected (batch, heads, rows, D)")
+        if tensor.dtype not in DTYPES or tensor.dtype != query.dtype:
+            raise ValueError(
+                f"{name} is {tensor.dtype}, query {query.dtype}: expected one dtype of "
+                "float16, bfloat16, float32"
+            )
+        if tensor.shape[-1] not in HEAD_DIMS:
+            raise ValueError(
+                f"{name}'s head_dim is {tensor.shape[-1]}: expected a multiple of 8 from 8 to 256"
+            )
+        _check_device(name, tensor, query)
+    batch, heads, queries, dim = query.shape
+    keys = call.key.shape[2]
+    groups = call.key.shape[1]
+    if call.key.shape != (batch, groups, keys, dim) or heads % max(groups, 1):
+        raise ValueError(
+            f"key is {tuple(call.key.shape)}, query {tuple(query.shape)}: expected the same "
+            "batch and head_dim, and key heads that divide the query heads"
+        )
+    if call.value.shape[:3] != (batch, groups, keys):
+        raise ValueError(
+            f"value is {tuple(call.value.shape)}, key {tuple(call.key.shape)}: expected the same "
+            "batch, heads and rows"
+        )
+    if queries == 0 or keys == 0:
+        raise ValueError(f"{queries} queries and {keys} keys: expected at least one of each")
+    if call.mask is not None:
+        _check_mask(call.mask, (batch, heads, queries, keys), query)
+    if not 0.0 <= call.dropout_p < 1.0 or (call.dropout_p > 0.0) != (call.seed is not None):
+        raise ValueError(
+            f"dropout_p is {call.dropout_p}, seed {'absent' if call.seed is None else 'given'}: "
+            "expected a probability in [0, 1), and a seed where it is not 0"
+        )
+    if call.seed is not None:
+        if call.seed.dtype != torch.int64 or call.seed.shape not in ((1,), (batch,)):
+            raise ValueError(
+                f"seed is {call.seed.dtype} {tuple(call.seed.shape)}: expected int64 (1,) or (B,)"
+            )
+        _check_device("seed", call.seed, query)
+
+
+def check_tangents(tangents: Tangents) -> None:
+    """Raise a ValueError if a tangent does not belong to its operand."""
+    call = tangents.call
+    for name in ("query", "key", "value", "mask"):
+        tangent, tensor = getattr(tangents, f"{name}_t"), getattr(call, name)
+        if tangent is None:
+            continue
+        if tensor is None or not tensor.is_floating_point():
+            raise ValueError(f"{name}_t is given: expected None where {name} is absent or boolean")
+        check_rows(f"{name}_t", tangent, name, tensor, tangents.count)
+
+
+def check_rows(name: str, rows: Tensor, of_name: str, of: Tensor, count: int | None = None) -> None:
+    """Raise a ValueError unless ``rows`` is (R, ...) of another tensor."""
+    count = rows.shape[0] if count is None and rows.ndim else count
+    if tuple(rows.shape) != (count, *of.shape) or rows.dtype != of.dtype:
+        raise ValueError(
+            f"{name} is {rows.dtype} {tuple(rows.shape)}: expected {of.dtype} "
+            f"{(count, *of.shape)}, as {of_name} with R={count} in front"
+        )
+    _check_device(name, rows, of)
+
+
+def _check_mask(mask: Tensor, scores: tuple[int, ...], query: Tensor) -> None:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"mask is {mask.dtype}: expected bool or floating point")
+    fits = mask.ndim == 4 and all(
+        size in (1, whole) for size, whole in zip(mask.shape, scores, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"mask is {tuple(mask.shape)}: expected {scores}, or 1 where it is broadcast"
+        )
+    _check_device("mask", mask, query)
+
+
+def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.device != query.device:
+        raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: expected one")

@@ -72,17 +72,17 @@ def configure(direction: str, call: Call, tangents: int = 0) -> tuple[Config, in
 
 def key_of(direction: str, call: Call) -> Key:
     """What the tiles of this call's kernel are chosen by."""
-    return Key(
-        direction,
-        family(call.arch),
-        8 * max(call.query.itemsize, 2),
-        dim_class(call.query.shape[-1], call.value.shape[-1]),
-    )
+    bits = 8 * call.query.element_size()
+    dim = dim_class(call.query.shape[-1], call.value.shape[-1])
+    return Key(direction, family(call.arch, bits), bits, dim)
 
 
-def family(arch: int) -> int:
-    """The architecture whose tiles serve this one: its matrix units, and no more shared memory."""
-    return {90: 90, 100: 100, 103: 100}.get(arch, 80)
+def family(arch: int, bits: int = 16) -> int:
+    """The architecture whose tiles serve this one: its matrix units, and no more shared memory.
+
+    Those of float32 fill the registers of any, and are as small everywhere.
+    """
+    return {90: 90, 100: 100, 103: 100}.get(arch, 80) if bits == 16 else 80
 
 
 def dim_class(*dims: int) -> int:
@@ -114,7 +114,8 @@ def candidates(key: Key) -> list[Config]:
     for rows, cols, warps in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8)):
         owned, walked = (cols, rows) if key.direction.endswith("key value") else (rows, cols)
         registers = _least_registers(key, owned, walked, warps)
-        if registers <= (208 if key.bits == 16 else 96) and owned >= 8 * warps / 2:
+        limit, least = (176, 4 * warps) if key.bits == 16 else (40, 2 * warps)
+        if registers <= limit and owned >= least:
             stages = 2 if key.bits == 16 and key.dim <= 128 else 1
             blocks = 65536 / (32 * warps * min(registers + 48, 255))
             for stage in range(1, stages + 1):

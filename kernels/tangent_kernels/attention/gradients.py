@@ -17,7 +17,7 @@ from tangent_kernels._launch import (
     padded_dim,
     unit_last_stride,
 )
-from tangent_kernels.attention._call import Call, Tangents
+from tangent_kernels.attention._call import Call, Tangents, check_rows
 from tangent_kernels.attention.backward import grad_key_value_kernel, grad_query_kernel
 from tangent_kernels.attention.configs import configure
 from tangent_kernels.attention.mask import grad_mask_kernel
@@ -101,6 +101,7 @@ def plan_vjp(
     call: Call, output: Tensor, lse: Tensor, grad_output: Tensor, needs: Needs
 ) -> tuple[Gradients, list[Launch]]:
     """The results of :func:`attention_vjp`, to be filled by the launches."""
+    check_rows("grad_output", grad_output, "output", output)
     count = len(grad_output)
     gradients = _empty(call, (count,), needs)
     grad_output = _dense(grad_output)
@@ -131,6 +132,7 @@ def plan_second_vjp(
     needs_t: Needs,
 ) -> tuple[Gradients, Gradients, list[Launch]]:
     """The results of :func:`attention_second_vjp`, the primal ones yet to be summed over R."""
+    check_rows("grad_output_t", grad_output_t, "output", output)
     count = len(grad_output_t)
     # Summed over R afterwards, and not of rounded terms.
     primal = (

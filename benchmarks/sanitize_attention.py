@@ -1,0 +1,72 @@
+"""Launches every attention kernel once, on small tensors: what compute-sanitizer is run on.
+
+    compute-sanitizer --tool memcheck python3 benchmarks/sanitize_attention.py
+    compute-sanitizer --tool racecheck python3 benchmarks/sanitize_attention.py
+
+Lengths end inside a tile, so an access past the end would be one past an allocation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+
+import torch
+from tangent_kernels.attention import (
+    Call,
+    Tangents,
+    attention_jvp,
+    attention_second_vjp,
+    attention_vjp,
+)
+from torch import Tensor
+
+QUERIES, KEYS = 70, 53
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda", help="cpu needs TRITON_INTERPRET=1")
+    device = parser.parse_args().device
+    torch.manual_seed(0)
+    for dtype, dim in itertools.product((torch.float16, torch.float32), (8, 64, 72, 128, 256)):
+        launch_all(dim, dtype, device, mask="none")
+    for mask in ("additive", "boolean", "causal", "dropout"):
+        launch_all(64, torch.float16, device, mask)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print("every kernel launched, every result finite")
+
+
+def launch_all(dim: int, dtype: torch.dtype, device: str, mask: str) -> None:
+    """Forward with 1 and 3 tangents, and both orders of backward, of two query heads to a key's."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    operands = [draw(1, 4, QUERIES, dim), draw(1, 2, KEYS, dim), draw(1, 2, KEYS, dim)]
+    masks = {
+        "additive": draw(1, 4, QUERIES, KEYS),
+        "boolean": draw(1, 1, QUERIES, KEYS) > -1,
+    }
+    seed = torch.ones(1, dtype=torch.int64, device=device) if mask == "dropout" else None
+    dropout_p = 0.1 if mask == "dropout" else 0.0
+    bias = masks.get(mask)
+    call = Call(*operands, bias, seed, dim**-0.5, dropout_p, mask == "causal")
+    for count in (1, 3):
+        along = [draw(count, *x.shape) for x in operands]
+        along_mask = draw(count, *bias.shape) if mask == "additive" and bias is not None else None
+        tangents = Tangents(call, *along, along_mask)
+        output, output_t, lse, mu = attention_jvp(call, *along, along_mask)
+        needs = (True, True, True, mask == "additive")
+        grad, grad_t = draw(*output.shape), draw(*output_t.shape)
+        first = attention_vjp(call, output, lse, grad_t, needs)
+        second = attention_second_vjp(
+            call, tangents, output, output_t, lse, mu, grad, grad_t, needs, needs
+        )
+        for result in (output, output_t, *first, *second[0], *second[1]):
+            assert result is None or result.isfinite().all()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Choose the attention kernels' tiles: by compiling alone, or by timing what that leaves.
+
+Without a GPU, or with --screen, each kernel's candidates are compiled for each architecture; those
+that spill registers or take more shared memory than a block has are dropped, and `configs.cost`
+ranks the others. With a GPU the first few of them are timed as well, on the shapes below, for that
+GPU's architecture. The table is `tangent_kernels/attention/configs.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import re
+import statistics
+from dataclasses import astuple, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from record import environment
+from resources import SHARED_LIMITS, Resources, resources
+from samples import Case, launch_of
+from tangent_kernels._launch import Config
+from tangent_kernels.attention import configs
+from tangent_kernels.attention.configs import Key
+from tqdm import tqdm
+from triton.errors import TritonError
+
+# Batch, heads, tokens that candidates are timed on, by head dimension.
+SHAPES = {
+    64: [(64, 12, 197), (2, 12, 4096)],
+    128: [(64, 6, 197), (2, 12, 4096)],
+    256: [(64, 3, 197), (2, 6, 2048)],
+}
+SURVIVORS = 2  # spill-free candidates that end the search
+LIMIT = {16: 12, 32: 4}  # candidates compiled for a key, by bits, in any case
+# Registers differ with what a call has; these are the hungriest of samples.VARIANTS. Only kernels
+# of 16-bit operands and the smallest heads have room to spare for them.
+VARIANTS = ("additive", "dropout", "causal")
+
+
+def main() -> None:
+    options = _parse()
+    keys = _keys(options.arch, options.directions)
+    timed = torch.cuda.is_available() and not options.screen
+    if timed:
+        major, minor = torch.cuda.get_device_capability()
+        keys = [key for key in keys if key.arch == configs.family(10 * major + minor)]
+    found: dict[Key, list[Config]] = {}
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        search = functools.partial(_search, wanted=SURVIVORS if timed else 1)
+        progress = tqdm(pool.imap_unordered(search, keys), total=len(keys), desc="compiling")
+        for key, survivors in progress:
+            found[key] = survivors
+    if timed:
+        found = {key: time_candidates(key, found[key]) for key in tqdm(keys, desc="timing")}
+    chosen = {key: survivors[0] for key, survivors in found.items() if survivors}
+    folder = options.out or configs.TABLE.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    write_table(folder / configs.TABLE.name, keys, chosen, timed)
+
+
+def screen(key: Key, wanted: int) -> list[Config]:
+    """The best candidates, first the best: those that fit, or else the one that spills least.
+
+    Several tangents in one program are an offer: without one that fits there is none.
+    """
+    measured: dict[Config, Resources] = {}
+    good = 0
+    for config in configs.candidates(key) or [Config(16, 16, 8, 1)]:
+        if good >= SURVIVORS or len(measured) >= LIMIT[key.bits]:
+            break
+        if any(_hopeless(config, other, measured[other]) for other in measured):
+            continue
+        if found := _compile(key, config):
+            measured[config] = found
+            good += not found.spilled
+    arch = key.arch
+    ranked = sorted(
+        measured,
+        key=lambda c: (
+            measured[c].spilled,
+            configs.cost(key, c, measured[c].blocks(arch), _wide(measured[c])),
+        ),
+    )
+    fitting = [c for c in ranked if not measured[c].spilled]
+    if key.direction in ("forward x2", "forward x4"):
+        return [c for c in fitting if (key.arch == 80 or _wide(measured[c])) and _holds(key, c)][
+            :wanted
+        ]
+    if key.bits == 16 and key.dim == 64:
+        holding = [c for c in fitting if _holds(key, c)] if wanted > 1 else _first(key, fitting)
+        fitting = holding or fitting
+    return fitting[:wanted] or ranked[:1]
+
+
+def _first(key: Key, fitting: list[Config]) -> list[Config]:
+    return next(([c] for c in fitting if _holds(key, c)), [])
+
+
+def _holds(key: Key, config: Config) -> bool:
+    """Whether no variant of the call spills."""
+    if key.bits != 16 or key.dim != 64:
+        return True
+    variants = [v for v in VARIANTS if not (v == "additive" and key.direction.endswith("mask"))]
+    found = (_compile(key, config, variant) for variant in variants)
+    return all(one is not None and not one.spilled for one in found)
+
+
+def _hopeless(config: Config, other: Config, found: Resources) -> bool:
+    """Whether a smaller tile of as many warps spilled so much that this one will spill, too."""
+    return (
+        found.spilled > 64
+        and config.num_warps == other.num_warps
+        and config.rows >= other.rows
+        and config.cols >= other.cols
+    )
+
+
+def _compile(key: Key, config: Config, variant: str = "plain") -> Resources | None:
+    """What a candidate takes; None if it does not compile or exceeds shared memory."""
+    dtype = torch.bfloat16 if key.bits == 16 else torch.float32
+    case = Case(key.direction, key.arch, dtype, key.dim, variant)
+    try:
+        found = resources(launch_of(case, config), key.arch)
+    except (TritonError, RuntimeError):
+        return None
+    # sm_86 takes sm_80's tiles, and has less.
+    limit = SHARED_LIMITS[86 if key.arch == 80 else key.arch]
+    return found if found.shared <= limit else None
+
+
+def _wide(found: Resources) -> bool:
+    return found.hgmma + found.utcmma > 0
+
+
+def _search(key: Key, wanted: int) -> tuple[Key, list[Config]]:
+    return key, screen(key, wanted)
+
+
+def time_candidates(key: Key, survivors: list[Config], rounds: int = 25) -> list[Config]:
+    """The candidates by geometric mean of their median times over the shapes, fastest first."""
+    dtype = torch.bfloat16 if key.bits == 16 else torch.float32
+    logs = dict.fromkeys(survivors, 0.0)
+    for batch, heads, tokens in SHAPES[key.dim]:
+        case = Case(key.direction, key.arch, dtype, key.dim)
+        case = replace(case, batch=batch, heads=heads, tokens=tokens)
+        launches = {config: launch_of(case, config, "cuda") for config in survivors}
+        times: dict[Config, list[float]] = {config: [] for config in survivors}
+        for turn in range(-3, rounds):  # in turns, so that a slow moment falls on all
+            for config, launch in launches.items():
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                launch.run()
+                end.record()
+                end.synchronize()
+                if turn >= 0:
+                    times[config].append(start.elapsed_time(end))
+        for config, each in times.items():
+            logs[config] += math.log(statistics.median(each))
+    return sorted(survivors, key=logs.__getitem__)
+
+
+def write_table(path: Path, keys: list[Key], chosen: dict[Key, Config], timed: bool) -> None:
+    """Write the table, its other entries as they were."""
+    table = json.loads(configs.TABLE.read_text(encoding="utf-8"))
+    entries: dict[Key, Config] = {k: v for k, v in configs.table().items() if k not in keys}
+    entries |= chosen
+    where = environment("cuda" if timed else "cpu")
+    made: dict[str, Any] = table.get("made", {})
+    for arch in {key.arch for key in keys}:
+        made[str(arch)] = {
+            "how": "timed" if timed else "compile-only screen",
+            "machine": where.get("gpu", where["cpu"]),
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "triton": triton.__version__,
+            "torch": torch.__version__,
+        }
+    tree: dict[str, Any] = {}
+    order = sorted(entries, key=lambda k: (*k[1:], configs.DIRECTIONS.index(k.direction)))
+    for key in order:
+        by_dim = tree.setdefault(str(key.arch), {}).setdefault(str(key.bits), {})
+        by_dim.setdefault(str(key.dim), {})[key.direction] = list(astuple(entries[key]))
+    content = {
+        "entries": "configs[arch][bits][dim][direction] = rows, cols, warps, stages",
+        "made": dict(sorted(made.items(), key=lambda item: int(item[0]))),
+        "configs": tree,
+    }
+    text = json.dumps(content, indent=1)
+    text = re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3, \4]", text)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _keys(archs: list[int], directions: list[str]) -> list[Key]:
+    keys = (
+        Key(direction, arch, bits, dim)
+        for dim in configs.DIMS
+        for bits in (16, 32)
+        for arch in archs
+        for direction in directions
+    )
+    return [key for key in keys if not _left_out(key)]
+
+
+def _left_out(key: Key) -> bool:
+    """Whether there is nothing to choose: see configs.key_of, and the sums of several tangents."""
+    if key.bits == 32 and key.arch != 80:
+        return True
+    several = {"forward x2": 128, "forward x4": 64}.get(key.direction)
+    return several is not None and (key.bits == 32 or key.dim > several)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--screen", action="store_true", help="do not time, even with a GPU")
+    parser.add_argument("--arch", type=int, nargs="+", choices=configs.ARCHS, default=configs.ARCHS)
+    parser.add_argument(
+        "--directions", nargs="+", choices=configs.DIRECTIONS, default=configs.DIRECTIONS
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    parser.add_argument("--out", type=Path, help="folder for the table, instead of the package's")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
