@@ -1,4 +1,4 @@
-"""Everything that needs a CUDA device, in one command: gpu tests, GPU benchmarks, compute-sanitizer.
+"""Everything that needs a CUDA device, in one command: tests, benchmarks, compute-sanitizer.
 
 Works installed, and uninstalled from the repository's root with `PYTHONPATH=.:kernels`.
 """

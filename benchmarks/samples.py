@@ -23,6 +23,15 @@ KERNELS = {
 VARIANTS = ("boolean", "additive", "causal", "dropout", "grouped")
 
 
+def variants_of(direction: str) -> tuple[str, ...]:
+    """Those that differ from "plain", and that this direction's kernel may have."""
+    if direction in ("forward x2", "forward x4"):
+        return ("causal", "grouped")
+    if direction.endswith("mask"):  # additive anyway
+        return ("causal", "dropout", "grouped")
+    return VARIANTS
+
+
 @dataclass(frozen=True)
 class Case:
     """A call that one kernel is compiled, or timed, for."""

@@ -44,7 +44,7 @@ def launch_all(dim: int, dtype: torch.dtype, device: str, mask: str) -> None:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device)
 
-    operands = [draw(1, 4, QUERIES, dim), draw(1, 2, KEYS, dim), draw(1, 2, KEYS, dim)]
+    query, key, value = draw(1, 4, QUERIES, dim), draw(1, 2, KEYS, dim), draw(1, 2, KEYS, dim)
     masks = {
         "additive": draw(1, 4, QUERIES, KEYS),
         "boolean": draw(1, 1, QUERIES, KEYS) > -1,
@@ -52,12 +52,12 @@ def launch_all(dim: int, dtype: torch.dtype, device: str, mask: str) -> None:
     seed = torch.ones(1, dtype=torch.int64, device=device) if mask == "dropout" else None
     dropout_p = 0.1 if mask == "dropout" else 0.0
     bias = masks.get(mask)
-    call = Call(*operands, bias, seed, dim**-0.5, dropout_p, mask == "causal")
+    call = Call(query, key, value, bias, seed, dim**-0.5, dropout_p, mask == "causal")
     for count in (1, 3):
-        along = [draw(count, *x.shape) for x in operands]
-        along_mask = draw(count, *bias.shape) if mask == "additive" and bias is not None else None
-        tangents = Tangents(call, *along, along_mask)
-        output, output_t, lse, mu = attention_jvp(call, *along, along_mask)
+        query_t, key_t, value_t = (draw(count, *x.shape) for x in (query, key, value))
+        mask_t = draw(count, *bias.shape) if bias is not None and mask == "additive" else None
+        tangents = Tangents(call, query_t, key_t, value_t, mask_t)
+        output, output_t, lse, mu = attention_jvp(call, query_t, key_t, value_t, mask_t)
         needs = (True, True, True, mask == "additive")
         grad, grad_t = draw(*output.shape), draw(*output_t.shape)
         first = attention_vjp(call, output, lse, grad_t, needs)

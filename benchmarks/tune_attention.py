@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import math
 import multiprocessing
@@ -25,7 +24,7 @@ import torch
 import triton
 from record import environment
 from resources import SHARED_LIMITS, Resources, resources
-from samples import Case, launch_of
+from samples import Case, launch_of, variants_of
 from tangent_kernels._launch import Config
 from tangent_kernels.attention import configs
 from tangent_kernels.attention.configs import Key
@@ -40,9 +39,9 @@ SHAPES = {
 }
 SURVIVORS = 2  # spill-free candidates that end the search
 LIMIT = {16: 12, 32: 4}  # candidates compiled for a key, by bits, in any case
-# Registers differ with what a call has; these are the hungriest of samples.VARIANTS. Only kernels
-# of 16-bit operands and the smallest heads have room to spare for them.
-VARIANTS = ("additive", "dropout", "causal")
+# Registers differ with what a call has. These take the most, and must fit where heads are of 64.
+# Where they are of 128, those of 96 must, whose tiles are not full. Others have no room to spare.
+HUNGRY = ("additive", "dropout", "causal")
 
 
 def main() -> None:
@@ -72,44 +71,36 @@ def screen(key: Key, wanted: int) -> list[Config]:
     Several tangents in one program are an offer: without one that fits there is none.
     """
     measured: dict[Config, Resources] = {}
-    good = 0
+    holding: list[Config] = []
+    several = key.direction in ("forward x2", "forward x4")
     for config in configs.candidates(key) or [Config(16, 16, 8, 1)]:
-        if good >= SURVIVORS or len(measured) >= LIMIT[key.bits]:
+        if len(holding) >= max(wanted, SURVIVORS) or len(measured) >= LIMIT[key.bits]:
             break
         if any(_hopeless(config, other, measured[other]) for other in measured):
             continue
         if found := _compile(key, config):
             measured[config] = found
-            good += not found.spilled
-    arch = key.arch
-    ranked = sorted(
-        measured,
-        key=lambda c: (
-            measured[c].spilled,
-            configs.cost(key, c, measured[c].blocks(arch), _wide(measured[c])),
-        ),
-    )
-    fitting = [c for c in ranked if not measured[c].spilled]
-    if key.direction in ("forward x2", "forward x4"):
-        return [c for c in fitting if (key.arch == 80 or _wide(measured[c])) and _holds(key, c)][
-            :wanted
-        ]
-    if key.bits == 16 and key.dim == 64:
-        holding = [c for c in fitting if _holds(key, c)] if wanted > 1 else _first(key, fitting)
-        fitting = holding or fitting
-    return fitting[:wanted] or ranked[:1]
+            if not found.spilled and not (several and key.arch != 80 and not _wide(found)):
+                holding += [config] if _holds(key, config) else []
 
+    def cost(config: Config) -> float:
+        found = measured[config]
+        return configs.cost(key, config, found.blocks(key.arch), _wide(found))
 
-def _first(key: Key, fitting: list[Config]) -> list[Config]:
-    return next(([c] for c in fitting if _holds(key, c)), [])
+    if holding or several:
+        return sorted(holding, key=cost)[:wanted]
+    return sorted(measured, key=lambda config: (measured[config].spilled, cost(config)))[:1]
 
 
 def _holds(key: Key, config: Config) -> bool:
-    """Whether no variant of the call spills."""
-    if key.bits != 16 or key.dim != 64:
+    """Whether calls that take more registers do not spill, either: see HUNGRY."""
+    if key.bits == 32 or key.dim == 256:
         return True
-    variants = [v for v in VARIANTS if not (v == "additive" and key.direction.endswith("mask"))]
-    found = (_compile(key, config, variant) for variant in variants)
+    if key.dim == 128:
+        calls = [("plain", 96)]
+    else:
+        calls = [(variant, 64) for variant in variants_of(key.direction) if variant in HUNGRY]
+    found = (_compile(key, config, variant, dim) for variant, dim in calls)
     return all(one is not None and not one.spilled for one in found)
 
 
@@ -123,10 +114,12 @@ def _hopeless(config: Config, other: Config, found: Resources) -> bool:
     )
 
 
-def _compile(key: Key, config: Config, variant: str = "plain") -> Resources | None:
+def _compile(
+    key: Key, config: Config, variant: str = "plain", dim: int | None = None
+) -> Resources | None:
     """What a candidate takes; None if it does not compile or exceeds shared memory."""
     dtype = torch.bfloat16 if key.bits == 16 else torch.float32
-    case = Case(key.direction, key.arch, dtype, key.dim, variant)
+    case = Case(key.direction, key.arch, dtype, dim or key.dim, variant)
     try:
         found = resources(launch_of(case, config), key.arch)
     except (TritonError, RuntimeError):
@@ -170,7 +163,8 @@ def time_candidates(key: Key, survivors: list[Config], rounds: int = 25) -> list
 def write_table(path: Path, keys: list[Key], chosen: dict[Key, Config], timed: bool) -> None:
     """Write the table, its other entries as they were."""
     table = json.loads(configs.TABLE.read_text(encoding="utf-8"))
-    entries: dict[Key, Config] = {k: v for k, v in configs.table().items() if k not in keys}
+    old = configs.table().items()
+    entries = {key: config for key, config in old if key not in keys and not _left_out(key)}
     entries |= chosen
     where = environment("cuda" if timed else "cpu")
     made: dict[str, Any] = table.get("made", {})

@@ -1,4 +1,4 @@
-"""What every launcher needs: operands as kernel arguments, and a launch that may be only compiled."""
+"""What every launcher needs: operands as kernel arguments, and launches as values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 # How float32 tiles are multiplied: three tf32 products, nearly float32's accuracy on tensor cores.
@@ -96,4 +95,4 @@ def empty_heads(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> 
 
 def padded_dim(dim: int) -> int:
     """Width of a tile in registers: ``tl.arange`` wants a power of two, ``tl.dot`` at least 16."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << (dim - 1).bit_length())

@@ -252,9 +252,7 @@ def _dims(
     grads: Sequence[Tensor | None], found: Sequence[Tensor], axis: int
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     """Results and where their mapped dimension is; one that was not needed has none."""
-    results = tuple(
-        one if grad is None else grad for grad, one in zip(grads, found, strict=True)
-    )
+    results = tuple(one if grad is None else grad for grad, one in zip(grads, found, strict=True))
     return results, tuple(None if grad is None else axis for grad in grads)
 
 

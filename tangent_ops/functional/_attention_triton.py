@@ -11,8 +11,8 @@ Three maps, each the derivative of another (p: query, key, value, mask; t: R tan
         gradient of H·O, and c times its derivative that of H·(DO(p) c)
     jvp of vjp along p': second_vjp(p, p', H', H), the Hessian of H·O being symmetric
 
-What is left, forward mode over forward mode by p and derivatives of second_vjp, goes through the
-eager formulas, with N x M matrices in memory.
+What is left, forward mode over forward mode by p and derivatives of second_vjp, is in
+:mod:`tangent_ops.functional._attention_beyond`.
 
 Eager autograd is three ``autograd.Function``, because an operator's registered formula is dropped
 in silence by forward mode over forward mode. Under ``torch.compile`` the operators' registered
@@ -22,20 +22,19 @@ formulas are used, because Dynamo does not take a Function with a ``jvp``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
-from tangent_ops.errors import UnsupportedError
 from tangent_ops.functional import _attention_ops as ops
-from tangent_ops.functional._backend import (
-    in_plain_dual_level,
-    tangents_are_hidden,
+from tangent_ops.functional._attention_beyond import (
+    eager_second_vjp,
+    second_derivative,
 )
-from tangent_ops.reference import attention as reference
+from tangent_ops.functional._backend import in_plain_dual_level, tangents_are_hidden
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = range(8, 257, 8)
@@ -70,7 +69,9 @@ def fused_attention(
     lead, operands = _with_heads(query, key, value, attn_mask, enable_gqa)
     seed = None
     if dropout_p > 0.0:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+        # One for each batch element: vmap's randomness "same" and "different" then mean that.
+        size = (operands[0].shape[0],)
+        seed = torch.randint(2**63 - 1, size, dtype=torch.int64, device=query.device)
     apply = ops.attention_jvp if torch.compiler.is_compiling() else _Jvp.apply
     if _may_unpack(operands):
         pairs = [(None, None) if x is None else forward_ad.unpack_dual(x) for x in operands]
@@ -172,9 +173,7 @@ def _backward_jvp(ctx, grad, grad_t, vjp, second_vjp):
     if ctx.tangents == 0:
         grad_t = None
     if any(needs) and grad_t is not None:
-        found = second_vjp(
-            *primals, *saved[5:13], grad, grad_t, *ctx.options, [*needs, *needs_t]
-        )
+        found = second_vjp(*primals, *saved[5:13], grad, grad_t, *ctx.options, [*needs, *needs_t])
         primal, tangent = found[:4], found[4:]
     else:
         primal = tangent = (None,) * 4
@@ -252,7 +251,7 @@ class _Jvp(torch.autograd.Function):
             rows = [None if d is None else d.unsqueeze(0) for d in moves]
             output_d = _Jvp.apply(*primals, seed, *rows, *ctx.options)[1].squeeze(0)
             if ctx.tangents:
-                tangent_d = _second_derivative(primals, tangents, moves, ctx.options)
+                tangent_d = second_derivative(primals, tangents, moves, ctx.options)
         if any(d is not None for d in moves_t):
             linear = _Jvp.apply(*primals, seed, *moves_t, *ctx.options)[1]
             tangent_d = linear if tangent_d is None else tangent_d + linear
@@ -341,103 +340,11 @@ class _SecondVjp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        function, present, inputs = _eager_second_vjp(ctx, ctx.saved_tensors)
-        outputs, pull_back = torch.func.vjp(function, *inputs)
-        given = [x for x, need in zip(grads, ctx.needs, strict=True) if need]
-        cotangents = [
-            torch.zeros_like(one) if grad is None else grad
-            for grad, one in zip(given, outputs, strict=True)
-        ]
-        found = iter(pull_back(tuple(cotangents)))
-        by = [next(found) if here else None for here in present]
+        by = eager_second_vjp(ctx.saved_tensors, ctx.needs, ctx.options).pull_back(grads)
         return (*by[:4], None, *by[4:8], None, None, None, None, *by[8:], *(None,) * 4)
 
     @staticmethod
     @_in_outer_levels
     def jvp(ctx, saved, *directions):
-        function, present, inputs = _eager_second_vjp(ctx, saved)
         moved = (*directions[:4], *directions[5:9], *directions[13:15])
-        kept = [d for d, here in zip(moved, present, strict=True) if here]
-        filled = [
-            torch.zeros_like(x) if d is None else d for d, x in zip(kept, inputs, strict=True)
-        ]
-        found = iter(_jvp(function, inputs, filled)[1])
-        return tuple(next(found) if need else None for need in ctx.needs)
-
-
-# --- what only the eager formulas have -----------------------------------------------------
-
-
-def _eager_second_vjp(ctx, saved) -> tuple[Callable[..., Any], list[bool], list[Tensor]]:
-    """second_vjp of the needed gradients, as a differentiable function of its floating inputs."""
-    present = [x is not None and x.is_floating_point() for x in saved]
-    _refuse_dropout(ctx.options)
-
-    def function(*inputs):
-        given = iter(inputs)
-        full = [next(given) if here else x for here, x in zip(present, saved, strict=True)]
-        operands, grad, grad_t = full[:8], full[8], full[9]
-        wanted = [i for i, need in enumerate(ctx.needs) if need]
-
-        def pair(*some):
-            replaced = list(operands)
-            for i, x in zip(wanted, some, strict=True):
-                replaced[i] = x
-            return _eager_jvp(replaced[:4], replaced[4:], ctx.options)
-
-        (output, _), pull_back = torch.func.vjp(pair, *(operands[i] for i in wanted))
-        return pull_back((torch.zeros_like(output) if grad is None else grad, grad_t))
-
-    return function, present, [x for x, here in zip(saved, present, strict=True) if here]
-
-
-def _eager_jvp(primals, tangents, options) -> tuple[Tensor, Tensor]:
-    """O and R tangents by the eager formulas."""
-    query, key, value, mask = primals
-    scale, _, is_causal = options
-    count = next(t.shape[0] for t in tangents if t is not None)
-    each = []
-    for r in range(count):
-        query_t, key_t, value_t, mask_t = (None if t is None else t[r] for t in tangents)
-        each.append(
-            reference.attention_jvp(
-                query, key, value, query_t, key_t, value_t, mask, mask_t,
-                is_causal=is_causal, scale=scale, enable_gqa=True,
-            )
-        )  # fmt: skip
-    return each[0][0], torch.stack([tangent for _, tangent in each])
-
-
-def _second_derivative(primals, tangents, directions, options) -> Tensor:
-    """D²O(p)[p', t], (R, B, H, N, Dv)."""
-    _refuse_dropout(options)
-    moved = [i for i, d in enumerate(directions) if d is not None]
-
-    def tangent(*some):
-        replaced = list(primals)
-        for i, x in zip(moved, some, strict=True):
-            replaced[i] = x
-        return _eager_jvp(replaced, tangents, options)[1]
-
-    return _jvp(tangent, [primals[i] for i in moved], [directions[i] for i in moved])[1]
-
-
-def _jvp(function: Callable[..., Any], primals, directions) -> Any:
-    """``torch.func.jvp``, which takes no expanded tensors (vmap makes them look dense)."""
-
-    def copies(tensors):
-        return tuple(x.clone(memory_format=torch.contiguous_format) for x in tensors)
-
-    return torch.func.jvp(function, copies(primals), copies(directions))
-
-
-def _refuse_dropout(options) -> None:
-    if options[1] > 0.0:
-        _refuse("derivatives of third order, or forward mode over forward mode, with dropout")
-
-
-def _refuse(what: str) -> NoReturn:
-    raise UnsupportedError(
-        f"the Triton backend of scaled_dot_product_attention does not compute {what}; "
-        "pass backend='reference', which does"
-    )
+        return eager_second_vjp(saved, ctx.needs, ctx.options).push_forward(moved)

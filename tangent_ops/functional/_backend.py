@@ -33,9 +33,7 @@ def choose_backend(backend: Backend | None, tensor: Tensor, reason: str | None) 
     """
     if backend not in (None, "triton", "reference"):
         raise ArgumentError(f"backend={backend!r}: expected None, 'triton' or 'reference'")
-    chosen = backend
-    if backend is None:
-        chosen = "triton" if tensor.is_cuda and reason is None else "reference"
+    chosen = backend or ("triton" if tensor.is_cuda and reason is None else "reference")
     if chosen == "triton":
         if reason is None and not tensor.is_cuda and not interpreting():
             reason = f"tensors are on {tensor.device}, the kernels run on CUDA devices"

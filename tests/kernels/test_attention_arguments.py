@@ -43,9 +43,9 @@ GOOD = {
         ({"mask": torch.randn(1, 4, 5, 6, device="meta")}, "mask is on meta, query on cpu"),
         ({"key": torch.randn(2, 2, 6, 16, device="meta")}, "key is on meta, query on cpu"),
         ({"dropout_p": 0.5}, "dropout_p is 0.5, seed absent"),
-        ({"dropout_p": 1.0, "seed": torch.ones(1).long()}, "dropout_p is 1.0, seed given"),
-        ({"dropout_p": 0.5, "seed": torch.ones(1)}, "seed is torch.float32"),
-        ({"dropout_p": 0.5, "seed": torch.ones(3).long()}, r"seed is torch.int64 \(3,\)"),
+        ({"dropout_p": 1.0, "seed": torch.ones(2).long()}, "dropout_p is 1.0, seed given"),
+        ({"dropout_p": 0.5, "seed": torch.ones(2)}, "seed is torch.float32"),
+        ({"dropout_p": 0.5, "seed": torch.ones(3).long()}, r"seed is torch.int64 \(3,\): expected"),
     ],
 )
 def test_operands(change, message) -> None:

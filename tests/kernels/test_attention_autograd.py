@@ -6,9 +6,11 @@ import functools
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from torch._dynamo.exc import TorchDynamoException
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import tangent_ops
 from tangent_ops.errors import UnsupportedError
@@ -51,10 +53,11 @@ def test_the_rest_does_not_compile(case, device) -> None:
         compiled(*nestings.inputs(device=device))
 
 
+SOME = torch.rand(2, 1, 5, 5, generator=torch.Generator().manual_seed(3)) > 0.4
 OPTIONS = {
     "bias": {},
     "causal": {"is_causal": True},
-    "boolean": {"attn_mask": torch.rand(2, 1, 5, 5, generator=torch.Generator().manual_seed(3)) > 0.4},
+    "boolean": {"attn_mask": SOME},
     "scale": {"scale": -0.3},
 }  # fmt: skip
 
@@ -145,7 +148,9 @@ def test_vmap_over_tangents_is_one_launch_of_many(launched, device) -> None:
     vmap(vmap(lambda t: jvp(lambda x: attention(x, k, v), (q,), (t,))[1]))(stack[None])
     assert launched == [[3, q.shape]]
     launched.clear()
-    torch.func.jacfwd(lambda c: attention(q + c[0] * q_t + c[1] * k, k, v))(torch.zeros(2, device=device))
+    torch.func.jacfwd(lambda c: attention(q + c[0] * q_t + c[1] * k, k, v))(
+        torch.zeros(2, device=device)
+    )
     assert launched == [[2, q.shape]]
 
 
@@ -217,7 +222,7 @@ def test_dropout_is_reproducible_and_one_mask_for_all(device) -> None:
 def test_dropout_in_second_derivatives_and_under_checkpointing(device) -> None:
     from torch.utils.checkpoint import checkpoint
 
-    q, k, v, q_t, k_t, v_t, w, _ = nestings.inputs(device=device)
+    q, k, v, q_t, k_t, _, w, _ = nestings.inputs(device=device)
     dropped = functools.partial(attention, dropout_p=0.4)
 
     def hvp():
@@ -239,6 +244,18 @@ def test_dropout_in_second_derivatives_and_under_checkpointing(device) -> None:
     assert torch.equal(*grads)
     with pytest.raises(UnsupportedError, match=r"with dropout; pass backend='reference'"):
         jvp(lambda x: jvp(lambda y: dropped(y, k, v), (x,), (q_t,))[1], (q,), (k_t,))
+
+
+def test_dropout_under_vmap_draws_as_it_is_told(device) -> None:
+    q, k, v, q_t, *_ = nestings.inputs(device=device)
+    one = lambda x, t: jvp(lambda y: attention(y, k, v, dropout_p=0.4), (x,), (t,))  # noqa: E731
+    stack, stack_t = torch.stack([q, q]), torch.stack([q_t, q_t])
+    output, output_t = vmap(one, randomness="same")(stack, stack_t)
+    assert torch.equal(output[0], output[1]) and torch.equal(output_t[0], output_t[1])
+    output, output_t = vmap(one, randomness="different")(stack, stack_t)
+    assert not torch.equal(output[0], output[1]) and not torch.equal(output_t[0], output_t[1])
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(one)(stack, stack_t)
 
 
 def test_plain_tensors_by_the_named_backend(device) -> None:
@@ -288,21 +305,38 @@ def test_operators_obey_their_schema(device) -> None:
     """torch's own checks of schema, fake kernels (shapes, strides) and autograd registration."""
     q, k, v, *tangents, w, u = nestings.inputs(device=device)
     ops, options = torch.ops.tangent_ops, (0.25, 0.0, False)
-    check = functools.partial(
-        torch.library.opcheck, test_utils=("test_schema", "test_faketensor")
-    )
+    check = functools.partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
     packed = torch.randn(2, 5, 3, 2, 16, device=device)[:, :, 0].transpose(1, 2)
     bias = torch.randn(1, 2, 5, 5, device=device)
     tangents = [torch.stack([t, -t]) for t in tangents]
     bias_t = torch.randn(2, *bias.shape, device=device)
     grad, grad_t = w, torch.stack([w, u])
-    for some in ((*tangents, bias_t), (tangents[0], None, None, None), (None, None, tangents[2], None)):
+    for some in (
+        (*tangents, bias_t),
+        (tangents[0], None, None, None),
+        (None, None, tangents[2], None),
+    ):
         check(ops.attention_jvp, (packed, k, v, bias, None, *some, *options))
         output, output_t, lse, mu = ops.attention_jvp(q, k, v, bias, None, *some, *options)
         for needs in ([True] * 8, [False, True, False, True, False, False, True, False]):
             check(
                 ops.attention_second_vjp,
-                (q, k, v, bias, None, *some, output, output_t, lse, mu, grad, grad_t, *options, needs),
+                (
+                    q,
+                    k,
+                    v,
+                    bias,
+                    None,
+                    *some,
+                    output,
+                    output_t,
+                    lse,
+                    mu,
+                    grad,
+                    grad_t,
+                    *options,
+                    needs,
+                ),
             )
         check(ops.attention_vjp, (q, k, v, bias, None, output, lse, grad_t, *options, [True] * 4))
         check(
@@ -347,9 +381,69 @@ def test_a_model_s_hessian_vector_product(device) -> None:
     detach = lambda d: {n: p.detach() for n, p in d.items()}  # noqa: E731
     found = hvp(layer, detach(weights), along, x, fused)
     wide = oracle.double([detach(weights), along, x])
-    math = functools.partial(
-        torch.nn.attention.sdpa_kernel, torch.nn.attention.SDPBackend.MATH
-    )
+    math = functools.partial(torch.nn.attention.sdpa_kernel, torch.nn.attention.SDPBackend.MATH)
     exact = hvp(layer.double(), *wide, math)
     for n in exact:
         assert oracle.error(found[n], exact[n]) <= 2e-4 * float(exact[n].norm()) + 1e-6
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)
+@given(
+    seed=st.integers(0, 2**31),
+    mapped=st.lists(st.booleans(), min_size=9, max_size=9).filter(any),
+    dims=st.lists(st.integers(0, 2), min_size=9, max_size=9),
+    mask=st.sampled_from([(2, 2, 3, 5), (1, 2, 3, 5), (1, 1, 1, 5), (3, 5), "boolean"]),
+    what=st.sampled_from(["jvp", "gradient of the tangent", "hvp"]),
+)
+def test_vmap_over_any_operands(seed, mapped, dims, mask, what, device) -> None:
+    """Any subset of operands, tangents and cotangent, mapped along any axis: as a loop does."""
+    torch.manual_seed(seed)
+    boolean = mask == "boolean"
+    shapes = [(2, 4, 3, 16), (2, 2, 5, 16), (2, 2, 5, 16), (1, 4, 3, 5) if boolean else mask]
+    if shapes[3][1] == 2 and len(shapes[3]) == 4:
+        shapes[3] = (shapes[3][0], 4, *shapes[3][2:])
+    shapes = [*shapes, *shapes, (2, 4, 3, 16)]
+
+    def value(shape, is_mapped, dim, i):
+        full = list(shape)
+        full.insert(min(dim, len(shape)), 2) if is_mapped else None
+        drawn = torch.randn(full, device=device)
+        if not boolean or i != 3:
+            return drawn
+        return (drawn > -0.5).index_fill(-1, torch.zeros(1, dtype=torch.int64, device=device), True)
+
+    given_ = [value(*each, i) for i, each in enumerate(zip(shapes, mapped, dims, strict=True))]
+    in_dims = [
+        min(dim, len(shape)) if is_mapped else None
+        for shape, is_mapped, dim in zip(shapes, mapped, dims, strict=True)
+    ]
+
+    def answer(op, *operands):
+        primals, tangents, w = operands[:4], operands[4:8], operands[8]
+        if boolean:
+            held, primals, tangents = primals[3], primals[:3], tangents[:3]
+            attend = lambda q, k, v: op(q, k, v, held, enable_gqa=True)  # noqa: E731
+        else:
+            attend = lambda *a: op(*a, enable_gqa=True)  # noqa: E731
+        if what == "jvp":
+            return jvp(attend, primals, tangents)
+        if what == "hvp":
+            return jvp(grad(lambda p: (attend(*p) * w).sum()), (primals,), (tangents,))
+        loss = lambda p, t: (jvp(attend, p, t)[1] * w).sum()  # noqa: E731
+        return grad(loss, (0, 1))(primals, tangents)
+
+    found = vmap(functools.partial(answer, attention), tuple(in_dims))(*given_)
+    wide = oracle.double(given_)
+    each = [
+        answer(
+            oracle.math_attention,
+            *(x if d is None else x.select(d, i) for x, d in zip(wide, in_dims, strict=True)),
+        )
+        for i in range(2)
+    ]
+    agree(found, tree_map(lambda *xs: torch.stack(xs), *each))

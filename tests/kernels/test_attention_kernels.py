@@ -88,9 +88,9 @@ def run(
             needs, needs_t,
         )  # fmt: skip
         first = attention_vjp(call, output, lse, grad_t, needs_t)
-    for one in (output, *output_t, *primal[:3], *(t for some in tangent[:3] if some is not None
-                for t in some)):  # fmt: skip
-        assert one.transpose(1, 2).is_contiguous()
+    tangent_rows = [rows for grads in tangent[:3] if grads is not None for rows in grads]
+    for one in (output, *output_t, *primal[:3], *tangent_rows):
+        assert one is not None and one.transpose(1, 2).is_contiguous()
     written = [[x for x in grads if x is not None] for grads in (primal, tangent, first)]
     return output, output_t, *written
 
@@ -283,7 +283,7 @@ def dropout_call(device, batch=2, heads=2, queries=20, keys=33, p=0.4) -> tuple[
     """A call with dropout, and the factors 0 or 1/(1 - p) that its weights are multiplied by."""
     q = contiguous(batch, heads, queries, 16, device=device)
     k, v = (contiguous(batch, heads, keys, 16, device=device) for _ in range(2))
-    seed = torch.tensor([2**40 + 7], device=device)
+    seed = 2**40 + 7 + torch.arange(batch, device=device)
     call = Call(q, k, v, None, seed, 0.125, p, False)
     # Values that form an identity show the weights themselves.
     eye = torch.eye(keys, 40, device=device).expand(batch, heads, keys, 40).contiguous()
@@ -322,13 +322,13 @@ def test_dropout_drops_a_share_p_and_depends_on_its_seed_alone(device) -> None:
     assert len({tuple(part.flatten().tolist()) for part in factors.flatten(0, 1)}) == 4
     again = attention_jvp(call)[0]
     assert torch.equal(again, attention_jvp(call)[0])
-    other = Call(*(getattr(call, n) for n in ("query", "key", "value")), None,
-        torch.tensor([8], device=device), 0.125, 0.3, False)  # fmt: skip
-    assert not torch.equal(again, attention_jvp(other)[0])
-    each = torch.tensor([2**40 + 7, 8], device=device)  # a seed for each batch element
-    both = attention_jvp(Call(call.query, call.key, call.value, None, each, 0.125, 0.3, False))[0]
-    assert torch.equal(both[0], again[0])
-    assert torch.equal(both[1], attention_jvp(other)[0][1])
+    primals = (call.query, call.key, call.value)
+    other = Call(*primals, None, torch.tensor([8, 2**40 + 7], device=device), 0.125, 0.3, False)
+    swapped = attention_jvp(other)[0]
+    assert not torch.equal(again[0], swapped[0]) and not torch.equal(again[1], swapped[1])
+    alike = torch.full((2,), 2**40 + 7, device=device)  # one mask for both batch elements
+    same = attention_jvp(Call(*primals, None, alike, 0.125, 0.3, False))[0]
+    assert torch.equal(same[0], again[0]) and torch.equal(same[1], swapped[1])
 
 
 @pytest.mark.parametrize(

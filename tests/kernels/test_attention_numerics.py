@@ -13,7 +13,6 @@ from tangent_kernels.attention import Call, Tangents, attention_jvp, attention_s
 from tangent_ops.functional._backend import interpreting
 from tests.ops import oracle
 
-
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

@@ -2,108 +2,167 @@
 
 from __future__ import annotations
 
+import json
 import re
-import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-import triton
-from tangent_kernels.attention import backward, forward
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from tangent_kernels._launch import Config, Launch
+from tangent_kernels.attention import Call, attention_jvp, attention_vjp, configs
 
 from tangent_ops.functional._backend import interpreting
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from compile_kernels import default_cases, measure, problems_of
+from known_spills import KNOWN_SPILLS
+from resources import compile_launch, specialize
+from samples import Case, launch_of
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(interpreting(), reason="an interpreted kernel cannot be compiled"),
 ]
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-KERNELS = {
-    "forward": (forward.attention_jvp_kernel, forward.forward_config, ("Q_T", "K_T", "V_T")),
-    "grad_query": (backward.grad_query_kernel, backward.grad_query_config, ("NEED_Q",)),
-    "grad_key_value": (
-        backward.grad_key_value_kernel,
-        backward.grad_key_value_config,
-        ("NEED_K", "NEED_V"),
-    ),
-}
-# Bytes of spilled registers that the configurations' docstrings admit.
-SPILLS = {("forward", 128, 80): 160}  # 144 from Triton 3.9, 160 from 3.6
+OPTIONAL = ("forward x2", "forward x4")  # only where several tangents fit into registers
+ALWAYS = [direction for direction in configs.DIRECTIONS if direction not in OPTIONAL]
 
 
-def argument_type(name: str, dtype: torch.dtype) -> str:
-    if name == "scale":
-        return "fp32"
-    if name in ("lse", "delta"):
-        return "*fp32"
-    integers = ("heads", "queries", "keys")
-    return "i32" if name in integers or is_stride(name) else "*" + TYPES[dtype]
+def in_part(case: Case) -> bool:
+    """Whether it is compiled here: `benchmarks/compile_kernels.py` compiles all, for minutes."""
+    kind = (case.arch, case.dim)
+    if case.dtype == torch.float32:
+        return kind == (80, 64)
+    if case.variant == "plain":
+        return case.dim == 64 or kind in ((90, 128), (90, 96))
+    return case.arch == 90 and case.variant == "additive"
 
 
-def is_stride(name: str) -> bool:
-    return name.endswith(("_batch", "_head", "_row"))
+@pytest.mark.parametrize("case", list(filter(in_part, default_cases())), ids=lambda case: case.name)
+def test_a_kernel_fits_with_its_default_tiles(case) -> None:
+    found = measure(case)
+    assert problems_of(case, found) == []
+    if case.arch == 90 and case.dim == 64 and case.dtype == torch.bfloat16:
+        assert found.hgmma > 0
 
 
-def compile_kernel(name: str, dtype: torch.dtype, dim: int, arch: int, cubin: Path):
-    """Compile as the launcher would for packed, aligned operands that all have tangents."""
-    kernel, config_of, flags = KERNELS[name]
-    config = config_of(dim, dtype, arch in (90, 100))
-    options = config.options(dim)
-    launch = {key: options.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
-    constants = options | dict.fromkeys(flags, True)
-    signature = {
-        arg: "constexpr" if arg in constants else argument_type(arg, dtype)
-        for arg in kernel.arg_names
+def test_16_bit_kernels_of_the_usual_heads_have_no_known_spills() -> None:
+    assert not [key for key in KNOWN_SPILLS if key[1] == 16 and key[2] <= 128]
+
+
+def test_the_table_has_tiles_for_every_call() -> None:
+    needed = {
+        configs.Key(direction, arch, bits, dim)
+        for direction in ALWAYS
+        for dim in configs.DIMS
+        for arch, bits in [*((arch, 16) for arch in configs.ARCHS), (80, 32)]
     }
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (arg, kind) in enumerate(signature.items())
-        if kind.startswith("*") or is_stride(arg)
+    assert needed <= configs.table().keys()
+    assert {key for key in configs.table() if key.direction in ALWAYS} == needed
+    made = json.loads(configs.TABLE.read_text(encoding="utf-8"))["made"]
+    assert set(made) == {str(arch) for arch in configs.ARCHS}
+    for header in made.values():
+        assert set(header) == {"how", "machine", "date", "triton", "torch"}
+
+
+@pytest.mark.parametrize("arch", [75, 86, 87, 89, 90, 100, 103, 120])
+def test_another_architecture_takes_tiles_of_a_known_one(arch) -> None:
+    assert configs.family(arch) in configs.ARCHS
+
+
+@pytest.mark.parametrize("variant", ["plain", "boolean", "additive"])
+@pytest.mark.parametrize("direction", ALWAYS)
+def test_the_number_of_tokens_never_specialises_a_kernel(direction, variant) -> None:
+    if direction.endswith("mask"):  # has no boolean one
+        variant = variant.replace("boolean", "plain")
+    kinds = set()
+    for tokens in (1, 16, 50, 197, 256, 257):
+        case = Case(direction, 90, torch.bfloat16, 64, variant, tokens=tokens)
+        source, options = specialize(launch_of(case), 90)
+        kinds.add(repr((source.signature, source.constants, source.attrs, options)))
+    assert len(kinds) == 1
+
+
+@pytest.mark.parametrize("direction", ALWAYS)
+def test_offsets_beyond_2_to_the_31_are_64_bit(direction) -> None:
+    """A batch stride below 2^31 times a batch index may be above: multiply in 64 bits.
+
+    Tiles may count from their own origin in 32 bits: ROWS strides are far below 2^31.
+    """
+    case = Case(direction, 90, torch.bfloat16, 64, "additive")
+    launch = launch_of(case)
+    ir = compile_launch(launch, 90).asm["ttir"]
+    arguments = set(re.findall(r"(%[\w.]+): i32", re.findall(r"tt\.func public.*", ir)[0]))
+    # A number of tensors, heads or tiles may be multiplied in 32 bits: the grid counts in those.
+    counts = {"%batch", "%heads", "%shared", "%mask_batch", "%mask_heads"}
+    wide, narrow = 0, []
+    for line in ir.splitlines():
+        if found := re.search(r"arith\.muli (%[\w.]+), (%[\w.]+) : i32", line):
+            narrow += arguments.intersection(found.groups()) - counts
+        if found := re.search(r"tt\.addptr .* : !tt\.ptr<\w+>, (i\d+)", line):
+            assert found[1] == "i64", line
+            wide += 1
+    assert narrow == []
+    assert wide >= 8
+
+
+@pytest.mark.parametrize("direction", ALWAYS)
+def test_strides_beyond_2_to_the_31_compile(direction) -> None:
+    launch = launch_of(Case(direction, 90, torch.bfloat16, 64))
+    huge = 2**33
+    arguments = launch.arguments | {
+        name: (launch.arguments[name][0], *(huge for _ in range(4))) for name in "qkv"
     }
-    indices = {(kernel.arg_names.index(arg),): value for arg, value in constants.items()}
-    source = ASTSource(kernel, signature, indices, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch)
-    cubin.write_bytes(compiled.asm["cubin"])
-    return compiled
+    ir = compile_launch(Launch(launch.kernel, launch.grid, arguments, launch.config), 90).asm
+    pattern = r"%q[\w.]*: (i\d+)"
+    assert "i64" in re.findall(pattern, re.findall(r"tt\.func public.*", ir["ttir"])[0])
 
 
-def inspect(flag: str, cubin: Path) -> str:
-    return subprocess.run(
-        [CUOBJDUMP, flag, cubin], check=True, capture_output=True, text=True
-    ).stdout
+def small_call() -> tuple[Call, torch.Tensor]:
+    query, tangent = torch.randn(1, 2, 16, 64).half(), torch.randn(1, 1, 2, 16, 64).half()
+    call = Call(query, query, query, None, None, 0.125, 0.0, False)
+    return call, tangent
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("name", KERNELS)
-def test_16_bit_kernels_fit(name, dim, arch, tmp_path) -> None:
-    cubin = tmp_path / "kernel.cubin"
-    compiled = compile_kernel(name, torch.bfloat16, dim, arch, cubin)
-    usage = inspect("-res-usage", cubin)
-    stack = re.search(r"STACK:(\d+)", usage)
-    assert stack, usage
-    assert int(stack[1]) <= SPILLS.get((name, dim, arch), 0), usage
-    # The least that sm_80's relatives offer a block; sm_90 and sm_100 have 227 KiB.
-    assert compiled.metadata.shared <= (99 if arch == 80 else 227) * 1024
-    if arch == 90:
-        assert inspect("-sass", cubin).count("HGMMA") > 0
+def test_autotuning_keeps_the_fastest(monkeypatch) -> None:
+    call, _ = small_call()
+    monkeypatch.setattr(configs, "_tuned", {})
+    key = configs.key_of("first query", call)
+    fastest = configs.candidates(key)[3]
+    timed: list[Config] = []
+
+    def milliseconds(run) -> float:
+        config = configs.configure("first query", call)[0]
+        timed.append(config)
+        if len(timed) == 2:
+            raise RuntimeError("out of shared memory")
+        return 1.0 if config == fastest else 2.0
+
+    monkeypatch.setattr(configs, "_milliseconds", milliseconds)
+    monkeypatch.setattr(configs, "_can_time", lambda call: True)
+    monkeypatch.setenv("TANGENT_OPS_AUTOTUNE", "1")
+    configs.autotune(call, ["first query"], lambda: None)
+    assert configs.configure("first query", call)[0] == fastest
+    assert timed[0] == configs.table()[key]
+    count = len(timed)
+    configs.autotune(call, ["first query"], lambda: None)  # once for each key
+    assert len(timed) == count
 
 
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("dim", [72, 96])
-def test_padded_head_dimensions_fit(name, dim, tmp_path) -> None:
-    cubin = tmp_path / "kernel.cubin"
-    compile_kernel(name, torch.float16, dim, 90, cubin)
-    stack = re.search(r"STACK:(\d+)", inspect("-res-usage", cubin))
-    assert stack and int(stack[1]) == 0
-
-
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("name", KERNELS)
-def test_float32_kernels_compile_and_fit_shared_memory(name, arch, tmp_path) -> None:
-    compiled = compile_kernel(name, torch.float32, 64, arch, tmp_path / "kernel.cubin")
-    assert compiled.metadata.shared <= (99 if arch == 80 else 227) * 1024
+@pytest.mark.parametrize("wanted", ["0", "1"])
+def test_only_who_asks_is_tuned_for(wanted, monkeypatch) -> None:
+    call, tangent = small_call()
+    timed: list[str] = []
+    monkeypatch.setattr(configs, "_tuned", {})
+    monkeypatch.setattr(configs, "_milliseconds", lambda run: timed.append("") or 1.0)
+    monkeypatch.setattr(configs, "_can_time", lambda call: True)
+    monkeypatch.setattr(Launch, "run", lambda launch: None)
+    monkeypatch.setenv("TANGENT_OPS_AUTOTUNE", wanted)
+    output, _, lse, _ = attention_jvp(call, tangent)
+    attention_vjp(call, output, lse, tangent, (True, True, False, False))
+    tuned = {key.direction for key in configs._tuned}
+    expected = {"forward x1", "first query", "first key value"}
+    assert tuned == (expected if wanted == "1" else set())
+    assert bool(timed) == (wanted == "1")

@@ -94,12 +94,13 @@ def attention_derivatives(
     Returns:
         Output, its tangents, gradients of the floating-point primals and of the tangents given.
     """
-    leaves = [
+    leaves: list[Any] = [
         x.detach().contiguous().requires_grad_() if x is not None and x.is_floating_point() else x
         for x in primals
     ]
     moving = [i for i, x in enumerate(leaves) if x is not None and x.requires_grad]
-    given = [None if t is None else t.detach().clone().requires_grad_() for t in tangents]
+    copies = (None if t is None else t.detach().clone().requires_grad_() for t in tangents)
+    given: list[Any] = list(copies)
 
     def op(*some):
         operands = list(leaves)
@@ -109,9 +110,7 @@ def attention_derivatives(
 
     pairs = []
     for r in range(len(grad_t)):
-        along = [
-            torch.zeros_like(leaves[i]) if given[i] is None else given[i][r] for i in moving
-        ]
+        along = [torch.zeros_like(leaves[i]) if given[i] is None else given[i][r] for i in moving]
         pairs.append(torch.func.jvp(op, tuple(leaves[i] for i in moving), tuple(along)))
     output, output_t = pairs[0][0], torch.stack([pair[1] for pair in pairs])
     loss = (output * grad).sum() + (output_t * grad_t).sum()

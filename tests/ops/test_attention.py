@@ -279,5 +279,6 @@ def test_a_boolean_mask_and_a_tangent_of_another_shape_or_dtype_are_refused_by_p
     with pytest.raises(RuntimeError, match="only Tensors of floating point"):
         torch.ones(3, 3, dtype=torch.bool).requires_grad_()
     for bad in (query[..., :2], query.float()):
-        with pytest.raises(RuntimeError, match="forward grad|expected scalar type"), forward_ad.dual_level():
+        message = r"forward grad|expected scalar type"
+        with pytest.raises(RuntimeError, match=message), forward_ad.dual_level():
             attention(forward_ad.make_dual(query, bad), key, value)

@@ -23,7 +23,7 @@ class Call:
         key: (B, G, M, D), same dtype; G divides H.
         value: (B, G, M, Dv), same dtype; Dv likewise a multiple of 8 from 8 to 256.
         mask: boolean (True: attend) or additive, (B or 1, H or 1, N or 1, M or 1), or None.
-        seed: int64 (B,) or (1,), for dropout; or None.
+        seed: int64 (B,), for dropout: one for each batch element; or None.
         scale: factor of the scores.
         dropout_p: probability of dropping an attention weight; 0 without ``seed``.
         is_causal: query i attends to keys 0 to i only.
@@ -68,7 +68,9 @@ class Call:
             "k": operand(self.key),
             "v": operand(self.value),
             "mask": mask,
-            "mask_strides": mask_strides,
+            "mask_b": mask_strides[1],
+            "mask_h": mask_strides[2],
+            "mask_row": mask_strides[3],
             "seed": self._seed_operand(),
             "batch": batch,
             "heads": heads,
@@ -84,7 +86,8 @@ class Call:
     def mask_operand(self, mask: Tensor | None) -> tuple[Any, tuple[int, ...]]:
         """(pointer, column stride) and strides over tangents, batch, heads and rows.
 
-        A broadcast axis has stride 0: nothing is expanded in memory.
+        A broadcast axis has stride 0: nothing is expanded in memory. Kernels take these strides as
+        arguments of their own: Triton specialises on what is inside a tuple, and they depend on N.
         """
         if mask is None:
             return None, (0, 0, 0, 0)
@@ -97,7 +100,7 @@ class Call:
     def _seed_operand(self) -> tuple[Tensor, int] | None:
         if self.seed is None:
             return None
-        return self.seed, 0 if self.seed.shape[0] == 1 else self.seed.stride(0)
+        return self.seed, self.seed.stride(0)
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,10 @@ class Tangents:
             "k_t": operand(self.key_t),
             "v_t": operand(self.value_t),
             "mask_t": mask_t,
-            "mask_t_strides": mask_t_strides,
+            "mask_t_r": mask_t_strides[0],
+            "mask_t_b": mask_t_strides[1],
+            "mask_t_h": mask_t_strides[2],
+            "mask_t_row": mask_t_strides[3],
         }
 
 
@@ -180,9 +186,9 @@ def check_call(call: Call) -> None:
             "expected a probability in [0, 1), and a seed where it is not 0"
         )
     if call.seed is not None:
-        if call.seed.dtype != torch.int64 or call.seed.shape not in ((1,), (batch,)):
+        if call.seed.dtype != torch.int64 or call.seed.shape != (batch,):
             raise ValueError(
-                f"seed is {call.seed.dtype} {tuple(call.seed.shape)}: expected int64 (1,) or (B,)"
+                f"seed is {call.seed.dtype} {tuple(call.seed.shape)}: expected int64 {(batch,)}"
             )
         _check_device("seed", call.seed, query)
 

@@ -44,13 +44,9 @@ def mask_at(mask, strides, r, b, h):
 
 
 @triton.jit
-def dropout_at(seed, b, batch_head, dropout_p):
-    """What :func:`kept` needs: the seed, the count of batch and head, and the probability."""
-    if seed is None:
-        dropout = None
-    else:
-        dropout = (tl.load(seed[0] + b * seed[1]), batch_head, dropout_p)
-    return dropout
+def dropout_at(seed, b, head, dropout_p):
+    """What :func:`kept` needs: the batch element's seed, the head, and the probability."""
+    return None if seed is None else (tl.load(seed[0] + b * seed[1]), head.to(tl.int32), dropout_p)
 
 
 @triton.jit
@@ -165,9 +161,9 @@ def masked(
 def kept(dropout, rows, cols):
     """1 / (1 - p) where dropout keeps an attention weight, 0 where it drops it.
 
-    Philox counts by batch, head, query and key, so every kernel draws the same, however tiled.
+    Philox counts by head, query and key, so every kernel draws the same, however tiled.
     """
-    seed, batch_head, p = dropout
+    seed, head, p = dropout
     rows, cols = tl.broadcast(rows, cols)
-    bits, _, _, _ = tl.philox(seed, cols, rows, batch_head + rows * 0, rows * 0)
+    bits, _, _, _ = tl.philox(seed, cols, rows, head + rows * 0, rows * 0)
     return tl.where(tl.uint_to_uniform_float(bits) >= p, 1.0 / (1.0 - p), 0.0)

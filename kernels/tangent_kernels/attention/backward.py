@@ -30,8 +30,8 @@ from tangent_kernels.attention._tiles import (
 )
 
 UNSPECIALIZED = [
-    "mask_strides", "mask_t_strides", "first_tangent", "batch", "heads", "shared",
-    "queries", "keys",
+    "mask_b", "mask_h", "mask_row", "mask_t_r", "mask_t_b", "mask_t_h", "mask_t_row",
+    "first_tangent", "batch", "heads", "shared", "queries", "keys",
 ]  # fmt: skip
 
 
@@ -126,13 +126,18 @@ def grad_query_kernel(
     k,  # operand (B, H / shared, M, D)
     v,  # operand (B, H / shared, M, DV)
     mask,  # (pointer, column stride) of (B, H, N, M), or None
-    mask_strides,  # of tangent (0), batch, head and row
+    mask_b,  # its strides over batch elements, heads and rows
+    mask_h,
+    mask_row,
     q_t,  # tangents, (R, ...), or None; read with SECOND only
     k_t,
     v_t,
     mask_t,
-    mask_t_strides,
-    seed,  # (pointer to int64 (B or 1,), stride), or None without dropout
+    mask_t_r,
+    mask_t_b,
+    mask_t_h,
+    mask_t_row,
+    seed,  # (pointer to int64 (B,), stride), or None without dropout
     o,  # operand (B, H, N, DV)
     o_t,  # operand (R, B, H, N, DV), with SECOND
     lse,  # (B, H, N) float32
@@ -163,6 +168,8 @@ def grad_query_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program computes δ and ε, and grad_Q and grad_Q_t if needed, of ROWS query rows."""
+    mask_strides = (0, mask_b, mask_h, mask_row)
+    mask_t_strides = (mask_t_r, mask_t_b, mask_t_h, mask_t_row)
     row_tiles = tl.cdiv(queries, ROWS)
     first_row = (tl.program_id(0) % row_tiles) * ROWS
     batch_head = tl.program_id(0) // row_tiles
@@ -211,7 +218,7 @@ def grad_query_kernel(
         k_rows = at(k, 0, b, key_head)
         v_rows = at(v, 0, b, key_head)
         mask_part = mask_at(mask, mask_strides, 0, b, head)
-        dropout = dropout_at(seed, b, batch_head, dropout_p)
+        dropout = dropout_at(seed, b, head, dropout_p)
         acc = _sums(grad_q, ROWS, DIM_PAD)
         acc_t = _sums(grad_q_t, ROWS, DIM_PAD)
         whole = (keys // COLS) * COLS  # keys in tiles that need no index checks
@@ -331,7 +338,7 @@ def _grad_key_value_tile(
             mu_tile = load_numbers(mu_base, first, queries, 0.0, ROWS, EDGE)[None, :]
         mask_t_part = mask_at(mask_t, mask_t_strides, r, b, head)
     mask_part = mask_at(mask, mask_strides, 0, b, head)
-    dropout = dropout_at(seed, b, (b * heads + head).to(tl.int32), dropout_p)
+    dropout = dropout_at(seed, b, head, dropout_p)
     p, p_t, grad_s_t, grad_s = adjoints(
         scores, grad_p, scores_t, grad_p_t, lse2, mu_tile, delta_tile, epsilon_tile,
         mask_part, mask_t_part, dropout, rows[None, :], cols[:, None], queries, keys, scale,
@@ -360,12 +367,17 @@ def grad_key_value_kernel(
     k,
     v,
     mask,
-    mask_strides,
+    mask_b,
+    mask_h,
+    mask_row,
     q_t,
     k_t,
     v_t,
     mask_t,
-    mask_t_strides,
+    mask_t_r,
+    mask_t_b,
+    mask_t_h,
+    mask_t_row,
     seed,
     lse,
     mu,
@@ -401,6 +413,8 @@ def grad_key_value_kernel(
     It sums over the query heads that share that head, one after the other: no atomics, so that
     the result is the same bits in every run.
     """
+    mask_strides = (0, mask_b, mask_h, mask_row)
+    mask_t_strides = (mask_t_r, mask_t_b, mask_t_h, mask_t_row)
     col_tiles = tl.cdiv(keys, COLS)
     first_col = (tl.program_id(0) % col_tiles) * COLS
     batch_key_head = tl.program_id(0) // col_tiles

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -59,11 +59,13 @@ def table() -> dict[Key, Config]:
 def configure(direction: str, call: Call, tangents: int = 0) -> tuple[Config, int]:
     """The configuration of a kernel, and how many of ``tangents`` one program takes.
 
-    "forward" becomes "forward x4", "x2" or "x1", the most tangents that fit into registers.
+    "forward" becomes "forward x4", "x2" or "x1", the most tangents that fit into registers. A
+    mask or dropout takes those of a second tangent.
     """
     if direction != "forward":
         return _lookup(key_of(direction, call)), 0
-    for group in (4, 2):
+    several = call.mask is None and call.seed is None
+    for group in (4, 2) if several else ():
         key = key_of(f"forward x{group}", call)
         if group <= tangents and (key in table() or key in _tuned):
             return _lookup(key), group
@@ -115,7 +117,8 @@ def candidates(key: Key) -> list[Config]:
         owned, walked = (cols, rows) if key.direction.endswith("key value") else (rows, cols)
         registers = _least_registers(key, owned, walked, warps)
         limit, least = (176, 4 * warps) if key.bits == 16 else (40, 2 * warps)
-        if registers <= limit and owned >= least:
+        several = key.direction in ("forward x2", "forward x4")
+        if registers <= limit and owned >= least and walked >= (32 if several else 16):
             stages = 2 if key.bits == 16 and key.dim <= 128 else 1
             blocks = 65536 / (32 * warps * min(registers + 48, 255))
             for stage in range(1, stages + 1):
@@ -200,4 +203,5 @@ def _can_time(call: Call) -> bool:
 
 
 def _milliseconds(run: Callable[[], object]) -> float:
-    return triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
+    median: Any = triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
+    return median

@@ -32,7 +32,7 @@ from tangent_kernels.attention._tiles import (
     masked,
     store_rows,
 )
-from tangent_kernels.attention.configs import configure
+from tangent_kernels.attention.configs import autotune, configure, forward_directions
 
 
 @triton.jit
@@ -77,9 +77,8 @@ def _accumulate(
     )
 
     new_max = tl.maximum(row_max, tl.max(scores, 1))
-    if mask is None:
-        origin = new_max
-    else:  # a row that is masked so far: -inf - -inf would be NaN
+    origin = new_max
+    if mask is not None:  # a row that is masked so far: -inf - -inf would be NaN
         origin = tl.where(new_max == float("-inf"), 0.0, new_max)
     p = tl.exp2(scores - origin[:, None])
     decay = tl.exp2(row_max - origin)
@@ -129,8 +128,8 @@ def _accumulate(
 
 @triton.jit(
     do_not_specialize=[
-        "mask_strides", "mask_t_strides", "first_tangent", "batch", "heads", "shared",
-        "queries", "keys",
+        "mask_b", "mask_h", "mask_row", "mask_t_r", "mask_t_b", "mask_t_h", "mask_t_row",
+        "first_tangent", "batch", "heads", "shared", "queries", "keys",
     ]
 )  # fmt: skip
 def attention_jvp_kernel(
@@ -138,13 +137,18 @@ def attention_jvp_kernel(
     k,  # operand (B, H / shared, M, D)
     v,  # operand (B, H / shared, M, DV)
     mask,  # (pointer, column stride) of (B, H, N, M), or None
-    mask_strides,  # of tangent (0), batch, head and row
+    mask_b,  # its strides over batch elements, heads and rows
+    mask_h,
+    mask_row,
     q_t,  # operand (R, B, H, N, D), or None
     k_t,  # operand (R, B, H / shared, M, D), or None
     v_t,  # operand (R, B, H / shared, M, DV), or None
     mask_t,  # (pointer, column stride) of (R, B, H, N, M), or None
-    mask_t_strides,
-    seed,  # (pointer to int64 (B or 1,), stride), or None without dropout
+    mask_t_r,
+    mask_t_b,
+    mask_t_h,
+    mask_t_row,
+    seed,  # (pointer to int64 (B,), stride), or None without dropout
     o,  # operand (B, H, N, DV), or None where another launch writes it
     o_t,  # operand (R, B, H, N, DV), or None without tangents
     lse,  # (B, H, N) float32, natural logarithm; +inf for a row that is masked whole; or None
@@ -169,6 +173,8 @@ def attention_jvp_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program computes ROWS query rows of one batch element and head, and TANGENTS tangents."""
+    mask_strides = (0, mask_b, mask_h, mask_row)
+    mask_t_strides = (mask_t_r, mask_t_b, mask_t_h, mask_t_row)
     row_tiles = tl.cdiv(queries, ROWS)
     first_row = (tl.program_id(0) % row_tiles) * ROWS
     batch_head = tl.program_id(0) // row_tiles
@@ -182,7 +188,7 @@ def attention_jvp_kernel(
     k_rows = at(k, 0, b, key_head)
     v_rows = at(v, 0, b, key_head)
     mask_part = mask_at(mask, mask_strides, 0, b, h)
-    dropout = dropout_at(seed, b, batch_head, dropout_p)
+    dropout = dropout_at(seed, b, h, dropout_p)
 
     q_ts = None
     k_ts = None
@@ -273,11 +279,17 @@ def attention_jvp(
         the scores (B, H, N), and μ (R, B, H, N), both in float32; without a tangent of the scores
         μ has no rows.
     """
-    outputs, launches = plan_jvp(call, query_t, key_t, value_t, mask_t)
-    with device_of(call.query):
-        for launch in launches:
-            launch.run()
-    return outputs
+
+    def run() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        outputs, launches = plan_jvp(call, query_t, key_t, value_t, mask_t)
+        with device_of(call.query):
+            for launch in launches:
+                launch.run()
+        return outputs
+
+    count = Tangents(call, query_t, key_t, value_t, mask_t).count
+    autotune(call, forward_directions(call, count), run)
+    return run()
 
 
 def plan_jvp(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from tangent_kernels._launch import (
 )
 from tangent_kernels.attention._call import Call, Tangents, check_rows
 from tangent_kernels.attention.backward import grad_key_value_kernel, grad_query_kernel
-from tangent_kernels.attention.configs import configure
+from tangent_kernels.attention.configs import autotune, configure
 from tangent_kernels.attention.mask import grad_mask_kernel
 
 Needs = Sequence[bool]  # of query, key, value, mask
@@ -52,7 +53,9 @@ def attention_vjp(
     Returns:
         Each (R, *shape of the operand), in its dtype.
     """
-    gradients, launches = plan_vjp(call, output, lse, grad_output, needs)
+    plan = functools.partial(plan_vjp, call, output, lse, grad_output, needs)
+    autotune(call, _directions("first", needs), lambda: _run(call, plan()[-1]))
+    gradients, launches = plan()
     _run(call, launches)
     return _rounded(call, gradients)
 
@@ -87,9 +90,13 @@ def attention_second_vjp(
         Gradients of the primal operands, each of its operand's shape; and of the tangents,
         (R, *shape).
     """
-    primal, tangent, launches = plan_second_vjp(
-        call, tangents, output, output_t, lse, mu, grad_output, grad_output_t, needs, needs_t
-    )
+    plan = functools.partial(
+        plan_second_vjp,
+        call, tangents, output, output_t, lse, mu, grad_output, grad_output_t, needs, needs_t,
+    )  # fmt: skip
+    either = [a or b for a, b in zip(needs, needs_t, strict=True)]
+    autotune(call, _directions("second", either), lambda: _run(call, plan()[-1]))
+    primal, tangent, launches = plan()
     _run(call, launches)
     count = len(grad_output_t)
     if count > 1:
@@ -198,8 +205,8 @@ def _launches(
             "grad_mask_t": tangent.mask,
             "mask_batch": mask_batch,
             "mask_heads": mask_heads,
-            "SUM_ROWS": mask_rows == 1,
-            "SUM_COLS": mask_cols == 1,
+            "SUM_ROWS": mask_rows < queries,
+            "SUM_COLS": mask_cols < keys,
         }
         tiles = triton.cdiv(mask_rows, config.rows) * triton.cdiv(mask_cols, config.cols)
         grid = (tiles * mask_batch * mask_heads, count)
@@ -237,6 +244,12 @@ def _rounded(call: Call, gradients: Gradients) -> Gradients:
     if call.query.numel() == 0:
         return Gradients(*(None if x is None else x.zero_() for x in rounded))
     return Gradients(*rounded)
+
+
+def _directions(order: str, needs: Needs) -> list[str]:
+    """What :func:`_launches` takes tiles from."""
+    launched = {"query": True, "key value": needs[1] or needs[2], "mask": needs[3]}
+    return [f"{order} {kernel}" for kernel, one in launched.items() if one]
 
 
 def _run(call: Call, launches: list[Launch]) -> None:

@@ -56,12 +56,17 @@ def grad_mask_kernel(
     k,
     v,
     mask,
-    mask_strides,
+    mask_b,
+    mask_h,
+    mask_row,
     q_t,
     k_t,
     v_t,
     mask_t,
-    mask_t_strides,
+    mask_t_r,
+    mask_t_b,
+    mask_t_h,
+    mask_t_row,
     seed,
     lse,
     mu,
@@ -95,6 +100,8 @@ def grad_mask_kernel(
     PRECISION: tl.constexpr,
 ):
     """One program sums the gradient of one tile of the mask."""
+    mask_strides = (0, mask_b, mask_h, mask_row)
+    mask_t_strides = (mask_t_r, mask_t_b, mask_t_h, mask_t_row)
     all_row_tiles = tl.cdiv(queries, ROWS)
     all_col_tiles = tl.cdiv(keys, COLS)
     row_tiles = all_row_tiles
@@ -138,7 +145,7 @@ def grad_mask_kernel(
         row_base = (b * heads + head) * queries
         tangent_base = r * batch * heads * queries + row_base
         mask_part = mask_at(mask, mask_strides, 0, b, head)
-        dropout = dropout_at(seed, b, b32 * heads + head32, dropout_p)
+        dropout = dropout_at(seed, b, head, dropout_p)
         rows = first_row + tl.arange(0, ROWS)
         cols = first_col + tl.arange(0, COLS)
         # Each tile is loaded where it is first multiplied: all at once would spill registers.

@@ -1,0 +1,139 @@
+"""The compile-only gate: every attention kernel, with its checked-in tiles, for every GPU.
+
+No GPU is needed. Fails where a kernel spills registers more than `known_spills.py` admits, where
+it admits spills that do not happen, and where a block takes more shared memory than the GPU has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import multiprocessing
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, astuple
+from pathlib import Path
+
+import torch
+import triton
+from known_spills import KNOWN_SPILLS, TRITON
+from record import environment, write_json
+from resources import SHARED_LIMITS, Resources, resources
+from rich.console import Console
+from rich.table import Table
+from samples import Case, launch_of, variants_of
+from tangent_kernels.attention.configs import DIMS, DIRECTIONS, table
+from tqdm import tqdm
+
+PADDED = (8, 72, 80, 96)  # head dimensions that no tile fits exactly, on sm_90
+
+
+def main() -> int:
+    options = _parse()
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    cases = default_cases(options.arch)
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        progress = tqdm(pool.imap(measure, cases), total=len(cases), desc="compiling")
+        found = dict(zip(cases, progress, strict=True))
+    console.print(_report(found))
+    problems = [problem for case in cases for problem in problems_of(case, found[case])]
+    problems += stale_spills(found)
+    for problem in problems:
+        console.print(f"[bold red]{problem}[/]")
+    console.print(f"{len(cases)} kernels by Triton {triton.__version__}: {len(problems)} problems")
+    if options.out:
+        kernels = [_record(case, one) for case, one in found.items()]
+        content = {"environment": environment(), "kernels": kernels, "problems": problems}
+        write_json(options.out / "kernels.json", content | {"triton": triton.__version__})
+    return int(bool(problems))
+
+
+def default_cases(archs: Iterable[int] = tuple(SHARED_LIMITS)) -> list[Case]:
+    """Every kernel with its default tiles; float16 compiles to what bfloat16 does."""
+    cases = []
+    for arch in archs:
+        for direction in DIRECTIONS:
+            case = functools.partial(Case, direction, arch)
+            cases += [case(torch.bfloat16, dim) for dim in DIMS]
+            if arch == 90:
+                cases += [case(torch.bfloat16, dim) for dim in PADDED]
+            cases += [case(torch.bfloat16, 64, variant) for variant in variants_of(direction)]
+            cases += [case(torch.float32, dim) for dim in DIMS]
+    return [case for case in cases if case.key in table()]
+
+
+def measure(case: Case) -> Resources:
+    """What the case's kernel takes."""
+    return resources(launch_of(case), case.arch)
+
+
+def problems_of(case: Case, found: Resources) -> list[str]:
+    """What the gate fails on."""
+    problems = []
+    admitted = admitted_spill(case)
+    if found.spilled > admitted:
+        problems.append(f"{case.name}: spills {found.spilled} bytes, admitted are {admitted}")
+    if found.shared > SHARED_LIMITS[case.arch]:
+        limit = SHARED_LIMITS[case.arch]
+        problems.append(f"{case.name}: {found.shared} bytes of shared memory of {limit}")
+    return problems
+
+
+def admitted_spill(case: Case) -> int:
+    """Bytes that the case may spill: what is admitted of its tiles' head dimension."""
+    return KNOWN_SPILLS.get((case.direction, case.key.bits, case.key.dim), {}).get(case.arch, 0)
+
+
+def stale_spills(found: dict[Case, Resources]) -> list[str]:
+    """Admitted spills of these cases' kernels that are none; of the Triton they are known of."""
+    if not triton.__version__.startswith(TRITON):
+        return []
+    spilled: dict[tuple[str, int, int, int], int] = {}
+    for case, one in found.items():
+        kind = (case.direction, case.key.bits, case.key.dim, case.arch)
+        spilled[kind] = max(spilled.get(kind, 0), one.spilled)
+    return [
+        f"known_spills.py: {direction}, sm_{arch}, {bits} bit, {dim} does not spill"
+        for (direction, bits, dim), by_arch in KNOWN_SPILLS.items()
+        for arch in by_arch
+        if spilled.get((direction, bits, dim, arch), 1) == 0
+    ]
+
+
+def _report(found: dict[Case, Resources]) -> Table:
+    report = Table(title=f"Attention kernels, compiled by Triton {triton.__version__}")
+    for name in ("kernel", "rows cols warps stages"):
+        report.add_column(name)
+    for name in ("registers", "spilled", "shared KiB", "HMMA", "HGMMA", "UTCMMA", "blocks"):
+        report.add_column(name, justify="right")
+    for case, one in found.items():
+        shared = f"{one.shared / 1024:.1f}"
+        counts = (one.registers, one.spilled, shared, one.hmma, one.hgmma, one.utcmma)
+        tiles = " ".join(map(str, astuple(table()[case.key])))
+        report.add_row(case.name, tiles, *map(str, counts), str(one.blocks(case.arch)))
+    return report
+
+
+def _record(case: Case, found: Resources) -> dict[str, object]:
+    return {
+        "kernel": case.direction,
+        "arch": case.arch,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "dim": case.dim,
+        "variant": case.variant,
+        "tiles": list(astuple(table()[case.key])),
+        **asdict(found),
+    }
+
+
+def _parse() -> argparse.Namespace:
+    archs = tuple(SHARED_LIMITS)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=archs, default=archs)
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    parser.add_argument("--out", type=Path, help="folder for kernels.json")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
