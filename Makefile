@@ -14,14 +14,14 @@ KEEP_MEMORY = MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592
 installed = $(VENV)/.tangent-ops-$(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench gpu-check clean
+.PHONY: help demo test lint format bench compile-check gpu-check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  VENV=path    use this environment instead of .venv    PYTHON=path  make .venv with this Python'
 	@echo '  ARGS="..."   passed on to the demo, pytest or the ViT benchmark'
-	@echo '  OUT=folder   where bench and gpu-check write their results as JSON'
+	@echo '  OUT=folder   where bench, compile-check and gpu-check write their results as JSON'
 
 demo: $(call installed,demo) ## fine-tune, compose and forget with a real ViT; results in out/
 	$(RUN) examples/shards_demo.py $(ARGS)
@@ -42,6 +42,9 @@ format: $(call installed,test) ## ruff's fixes and format, in place
 bench: $(call installed,bench) ## CPU ratios of the ViT and times of the attention op
 	$(KEEP_MEMORY) $(RUN) benchmarks/bench_vit.py $(if $(OUT),--out "$(OUT)") $(ARGS)
 	$(RUN) -m pytest benchmarks/bench_attention.py $(if $(OUT),--benchmark-json="$(OUT)/attention.json")
+
+compile-check: $(call installed,bench) ## every kernel compiled for four GPUs, without one: registers, spills
+	$(RUN) benchmarks/compile_kernels.py $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 gpu-check: $(call installed,test) ## on a CUDA machine: the gpu tests and the GPU benchmarks
 	$(RUN) benchmarks/gpu_check.py $(if $(OUT),--out "$(OUT)") $(ARGS)

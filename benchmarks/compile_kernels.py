@@ -1,7 +1,8 @@
 """The compile-only gate: every attention kernel, with its checked-in tiles, for every GPU.
 
 No GPU is needed. Fails where a kernel spills registers more than `known_spills.py` admits, where
-it admits spills that do not happen, and where a block takes more shared memory than the GPU has.
+it admits spills that do not happen, and where a block takes more shared or
+tensor memory than the GPU has.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 import triton
-from known_spills import KNOWN_SPILLS, TRITON
+from known_spills import KNOWN_EXCESS, KNOWN_SPILLS, TRITON
 from record import environment, write_json
 from resources import SHARED_LIMITS, Resources, resources
 from rich.console import Console
@@ -37,7 +38,7 @@ def main() -> int:
         found = dict(zip(cases, progress, strict=True))
     console.print(_report(found))
     problems = [problem for case in cases for problem in problems_of(case, found[case])]
-    problems += stale_spills(found)
+    problems += stale_admissions(found)
     for problem in problems:
         console.print(f"[bold red]{problem}[/]")
     console.print(f"{len(cases)} kernels by Triton {triton.__version__}: {len(problems)} problems")
@@ -73,30 +74,41 @@ def problems_of(case: Case, found: Resources) -> list[str]:
     admitted = admitted_spill(case)
     if found.spilled > admitted:
         problems.append(f"{case.name}: spills {found.spilled} bytes, admitted are {admitted}")
-    if found.shared > SHARED_LIMITS[case.arch]:
-        limit = SHARED_LIMITS[case.arch]
-        problems.append(f"{case.name}: {found.shared} bytes of shared memory of {limit}")
+    excess = found.excess(case.arch)
+    if excess and case.arch not in KNOWN_EXCESS.get(_kind(case), ()):
+        problems.append(f"{case.name}: {excess}")
+    if found.matrix == 0:
+        problems.append(f"{case.name}: compiled to no matrix instruction")
     return problems
 
 
 def admitted_spill(case: Case) -> int:
     """Bytes that the case may spill: what is admitted of its tiles' head dimension."""
-    return KNOWN_SPILLS.get((case.direction, case.key.bits, case.key.dim), {}).get(case.arch, 0)
+    return KNOWN_SPILLS.get(_kind(case), {}).get(case.arch, 0)
 
 
-def stale_spills(found: dict[Case, Resources]) -> list[str]:
-    """Admitted spills of these cases' kernels that are none; of the Triton they are known of."""
+def _kind(case: Case) -> tuple[str, int, int]:
+    return case.direction, case.key.bits, case.key.dim
+
+
+def stale_admissions(found: dict[Case, Resources]) -> list[str]:
+    """What is admitted of these cases and does not happen, with the Triton it is known of."""
     if not triton.__version__.startswith(TRITON):
         return []
     spilled: dict[tuple[str, int, int, int], int] = {}
     for case, one in found.items():
-        kind = (case.direction, case.key.bits, case.key.dim, case.arch)
+        kind = (*_kind(case), case.arch)
         spilled[kind] = max(spilled.get(kind, 0), one.spilled)
     return [
         f"known_spills.py: {direction}, sm_{arch}, {bits} bit, {dim} does not spill"
         for (direction, bits, dim), by_arch in KNOWN_SPILLS.items()
         for arch in by_arch
         if spilled.get((direction, bits, dim, arch), 1) == 0
+    ] + [
+        f"known_spills.py: {case.name} fits into shared memory"
+        for case, one in found.items()
+        if case.arch in KNOWN_EXCESS.get(_kind(case), ()) and case.variant == "plain"
+        if not one.excess(case.arch)
     ]
 
 
@@ -104,11 +116,20 @@ def _report(found: dict[Case, Resources]) -> Table:
     report = Table(title=f"Attention kernels, compiled by Triton {triton.__version__}")
     for name in ("kernel", "rows cols warps stages"):
         report.add_column(name)
-    for name in ("registers", "spilled", "shared KiB", "HMMA", "HGMMA", "UTCMMA", "blocks"):
+    for name in (
+        "registers",
+        "spilled",
+        "shared KiB",
+        "tensor",
+        "HMMA",
+        "HGMMA",
+        "UTCMMA",
+        "blocks",
+    ):
         report.add_column(name, justify="right")
     for case, one in found.items():
         shared = f"{one.shared / 1024:.1f}"
-        counts = (one.registers, one.spilled, shared, one.hmma, one.hgmma, one.utcmma)
+        counts = (one.registers, one.spilled, shared, one.tensor, one.hmma, one.hgmma, one.utcmma)
         tiles = " ".join(map(str, astuple(table()[case.key])))
         report.add_row(case.name, tiles, *map(str, counts), str(one.blocks(case.arch)))
     return report

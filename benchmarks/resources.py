@@ -19,6 +19,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 KIB = 1024
 # Shared memory that one block may have, in bytes.
 SHARED_LIMITS = {80: 163 * KIB, 86: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB}
+TENSOR_LIMIT = 512  # columns of tensor memory that a multiprocessor of sm_100 has
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Resources:
     registers: int  # per thread
     spilled: int  # bytes of stack per thread
     shared: int  # bytes per block
+    tensor: int  # columns of sm_100's tensor memory per block; beyond 512 ptxas emits only a trap
     warps: int
     hmma: int  # mma.sync, of every architecture
     hgmma: int  # wgmma, of sm_90
@@ -37,7 +39,21 @@ class Resources:
         """Blocks that fit on one multiprocessor, by registers and shared memory."""
         by_registers = 65536 // (32 * self.warps * max(8 * -(-self.registers // 8), 1))
         by_shared = (SHARED_LIMITS[arch] + KIB) // (self.shared + KIB)
-        return min(by_registers, by_shared, 32)
+        by_tensor = TENSOR_LIMIT // triton.next_power_of_2(max(self.tensor, TENSOR_LIMIT // 32))
+        return min(by_registers, by_shared, by_tensor)
+
+    def excess(self, arch: int) -> str:
+        """What the kernel takes more of than a multiprocessor has; "" if nothing."""
+        if self.shared > SHARED_LIMITS[arch]:
+            return f"{self.shared} bytes of shared memory of {SHARED_LIMITS[arch]}"
+        if self.tensor > TENSOR_LIMIT:
+            return f"{self.tensor} columns of tensor memory of {TENSOR_LIMIT}"
+        return ""
+
+    @property
+    def matrix(self) -> int:
+        """Matrix instructions; without any it is no kernel of ours."""
+        return self.hmma + self.hgmma + self.utcmma
 
 
 def specialize(launch: Launch, arch: int) -> tuple[ASTSource, dict[str, Any]]:
@@ -77,6 +93,7 @@ def resources(launch: Launch, arch: int) -> Resources:
         registers=int(found[1]),
         spilled=int(found[2]),
         shared=compiled.metadata.shared,
+        tensor=getattr(compiled.metadata, "tmem_size", 0) or 0,
         warps=launch.config.num_warps,
         hmma=len(re.findall(r"\bHMMA\.", sass)),
         hgmma=len(re.findall(r"\bHGMMA\.", sass)),

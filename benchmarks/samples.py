@@ -19,17 +19,23 @@ KERNELS = {
     "key value": "grad_key_value_kernel",
     "mask": "grad_mask_kernel",
 }
-# Beside "plain": what else a call may have. An additive mask has a tangent.
-VARIANTS = ("boolean", "additive", "causal", "dropout", "grouped")
+TANGENTS = {"x1": 1, "x2": 2, "x4": 4, "masked": 1}
 
 
 def variants_of(direction: str) -> tuple[str, ...]:
-    """Those that differ from "plain", and that this direction's kernel may have."""
+    """What else than "plain" a call of this direction's kernel may have."""
     if direction in ("forward x2", "forward x4"):
         return ("causal", "grouped")
-    if direction.endswith("mask"):  # additive anyway
+    if direction == "forward masked":
+        return ("boolean", "causal", "dropout", "grouped")
+    if direction == "forward x1" or _masked(direction):
         return ("causal", "dropout", "grouped")
-    return VARIANTS
+    return ("boolean", "additive", "causal", "dropout", "grouped")
+
+
+def _masked(direction: str) -> bool:
+    """Whether a plain call has an additive mask, with a tangent."""
+    return direction.endswith(("mask", "masked"))
 
 
 @dataclass(frozen=True)
@@ -70,16 +76,16 @@ def launch_of(case: Case, config: Config | None = None, device: str = "cpu") -> 
         (launch,) = (one for one in launches if one.kernel.__name__ == KERNELS[rest])
         return launch
     (launch,) = launches
-    assert f"x{launch.arguments['TANGENTS']}" == rest, f"no tiles for {case.name}"
+    assert launch.arguments["TANGENTS"] == TANGENTS[rest], f"no tiles for {case.name}"
     return launch
 
 
 def _plan(case: Case, device: str) -> list[Launch]:
     order, _, rest = case.direction.partition(" ")
-    count = int(rest[1:]) if order == "forward" else 1
+    count = TANGENTS.get(rest, 1)
     call, mask_t = _call(case, count, device)
-    masked = rest == "mask"
-    needs = (not masked, not masked, not masked, masked)
+    by_mask = rest == "mask"
+    needs = (not by_mask, not by_mask, not by_mask, by_mask)
     if order == "first":
         output, lse, _ = _results(call, 1)
         return plan_vjp(call, output[0], lse, torch.empty_like(output), needs)[-1]
@@ -105,11 +111,11 @@ def _call(case: Case, tangents: int, device: str) -> tuple[Call, Tensor | None]:
     mask = mask_t = seed = None
     if case.variant == "boolean":
         mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device)
-    elif case.variant == "additive" or case.direction.endswith("mask"):
+    elif case.variant == "additive" or _masked(case.direction):
         mask = torch.randn(1, heads, tokens, tokens, device=device).to(case.dtype)
         mask_t = torch.randn(tangents, *mask.shape, device=device).to(case.dtype)
     if case.variant == "dropout":
-        seed = torch.zeros(1, dtype=torch.int64, device=device)
+        seed = torch.zeros(batch, dtype=torch.int64, device=device)
     call = Call(
         query,
         key,

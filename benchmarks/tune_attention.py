@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import triton
 from record import environment
-from resources import SHARED_LIMITS, Resources, resources
+from resources import Resources, resources
 from samples import Case, launch_of, variants_of
 from tangent_kernels._launch import Config
 from tangent_kernels.attention import configs
@@ -37,16 +37,17 @@ SHAPES = {
     128: [(64, 6, 197), (2, 12, 4096)],
     256: [(64, 3, 197), (2, 6, 2048)],
 }
+SMALLEST = Config(16, 16, 8, 1)  # where nothing fits, not even into shared memory
 SURVIVORS = 2  # spill-free candidates that end the search
-LIMIT = {16: 12, 32: 4}  # candidates compiled for a key, by bits, in any case
+LIMIT = {16: configs.TRIED, 32: 4}  # candidates compiled for a key, by bits, in any case
 # Registers differ with what a call has. These take the most, and must fit where heads are of 64.
 # Where they are of 128, those of 96 must, whose tiles are not full. Others have no room to spare.
-HUNGRY = ("additive", "dropout", "causal")
+HUNGRY = ("additive", "boolean", "dropout", "causal")
 
 
 def main() -> None:
     options = _parse()
-    keys = _keys(options.arch, options.directions)
+    keys = _keys(options.arch, options.directions, options.dims)
     timed = torch.cuda.is_available() and not options.screen
     if timed:
         major, minor = torch.cuda.get_device_capability()
@@ -73,7 +74,7 @@ def screen(key: Key, wanted: int) -> list[Config]:
     measured: dict[Config, Resources] = {}
     holding: list[Config] = []
     several = key.direction in ("forward x2", "forward x4")
-    for config in configs.candidates(key) or [Config(16, 16, 8, 1)]:
+    for config in configs.candidates(key) or [SMALLEST]:
         if len(holding) >= max(wanted, SURVIVORS) or len(measured) >= LIMIT[key.bits]:
             break
         if any(_hopeless(config, other, measured[other]) for other in measured):
@@ -89,7 +90,8 @@ def screen(key: Key, wanted: int) -> list[Config]:
 
     if holding or several:
         return sorted(holding, key=cost)[:wanted]
-    return sorted(measured, key=lambda config: (measured[config].spilled, cost(config)))[:1]
+    ranked = sorted(measured, key=lambda config: (measured[config].spilled, cost(config)))
+    return ranked[:1] or [SMALLEST]
 
 
 def _holds(key: Key, config: Config) -> bool:
@@ -100,7 +102,8 @@ def _holds(key: Key, config: Config) -> bool:
         calls = [("plain", 96)]
     else:
         calls = [(variant, 64) for variant in variants_of(key.direction) if variant in HUNGRY]
-    found = (_compile(key, config, variant, dim) for variant, dim in calls)
+    archs = (80, 86) if key.arch == 80 else (key.arch,)
+    found = (_compile(key, config, *call, arch) for call in calls for arch in archs)
     return all(one is not None and not one.spilled for one in found)
 
 
@@ -115,18 +118,18 @@ def _hopeless(config: Config, other: Config, found: Resources) -> bool:
 
 
 def _compile(
-    key: Key, config: Config, variant: str = "plain", dim: int | None = None
+    key: Key, config: Config, variant: str = "plain", dim: int = 0, arch: int = 0
 ) -> Resources | None:
     """What a candidate takes; None if it does not compile or exceeds shared memory."""
     dtype = torch.bfloat16 if key.bits == 16 else torch.float32
-    case = Case(key.direction, key.arch, dtype, dim or key.dim, variant)
+    case = Case(key.direction, arch or key.arch, dtype, dim or key.dim, variant)
     try:
-        found = resources(launch_of(case, config), key.arch)
+        found = resources(launch_of(case, config), case.arch)
     except (TritonError, RuntimeError):
         return None
     # sm_86 takes sm_80's tiles, and has less.
-    limit = SHARED_LIMITS[86 if key.arch == 80 else key.arch]
-    return found if found.shared <= limit else None
+    excess = found.excess(86 if key.arch == 80 else case.arch)
+    return None if excess or not found.matrix else found
 
 
 def _wide(found: Resources) -> bool:
@@ -191,10 +194,10 @@ def write_table(path: Path, keys: list[Key], chosen: dict[Key, Config], timed: b
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def _keys(archs: list[int], directions: list[str]) -> list[Key]:
+def _keys(archs: list[int], directions: list[str], dims: list[int]) -> list[Key]:
     keys = (
         Key(direction, arch, bits, dim)
-        for dim in configs.DIMS
+        for dim in dims
         for bits in (16, 32)
         for arch in archs
         for direction in directions
@@ -217,6 +220,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--directions", nargs="+", choices=configs.DIRECTIONS, default=configs.DIRECTIONS
     )
+    parser.add_argument("--dims", type=int, nargs="+", choices=configs.DIMS, default=configs.DIMS)
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--out", type=Path, help="folder for the table, instead of the package's")
     return parser.parse_args()

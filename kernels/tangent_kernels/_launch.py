@@ -74,13 +74,14 @@ def operand(tensor: Tensor | None) -> tuple[Any, ...] | None:
     """A (B, H, N, D) or (R, B, H, N, D) tensor as kernels take it.
 
     Returns:
-        The tensor and its strides over tangents (0 without that axis), batch, heads and rows;
-        None for an absent one.
+        The tensor, its strides over tangents (0 without that axis), batch, heads and rows, and 0 if
+        they are all multiples of 8 or else None; None for an absent tensor.
     """
     if tensor is None:
         return None
     strides = tensor.stride()[:-1]
-    return (tensor, *((0, *strides) if len(strides) == 3 else strides))
+    strides = (0, *strides) if len(strides) == 3 else strides
+    return (tensor, *strides, None if any(stride % 8 for stride in strides) else 0)
 
 
 def empty_heads(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

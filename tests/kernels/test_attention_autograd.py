@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.exc import TorchDynamoException
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -106,6 +107,38 @@ def test_derivatives_of_a_bias(transform, device) -> None:
 
     given = [q, k, v, w, bias.to(device), along.to(device)]
     agree(answer(attention, *given), answer(oracle.math_attention, *oracle.double(given)))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_gradients_of_a_shared_bias_for_each_sample(order, device) -> None:
+    """Mapped over the query, a bias that the batch shares has a gradient for each sample."""
+    q, k, v, q_t, *_, w, _ = nestings.inputs(device=device)
+    bias, along = torch.randn(2, 1, 2, 5, 5, device=device).unbind()
+
+    def answer(op, q, k, v, w, bias, along, x):
+        def loss(bias):
+            pair = jvp(lambda b: op(x, k, v, attn_mask=b), (bias,), (along,))
+            return (pair[order - 1] * w).sum()
+
+        return grad(loss)(bias)
+
+    given_ = [q, k, v, w, bias, along]
+    stack = torch.stack([q, q_t])
+    found = vmap(lambda x: answer(attention, *given_, x))(stack)
+    exact = [answer(oracle.math_attention, *oracle.double([*given_, x])) for x in stack]
+    agree(found, torch.stack(exact))
+
+
+def test_the_value_of_frozen_operands_needs_no_gradient(device) -> None:
+    """Or the next layer would take it for an operand that is trained."""
+    q, k, v, q_t, *_ = nestings.inputs(device=device)
+    leaf = q_t.clone().requires_grad_()
+    with forward_ad.dual_level():
+        output = attention(forward_ad.make_dual(q, leaf), k, v)
+        value, tangent = forward_ad.unpack_dual(output)
+        assert not value.requires_grad and tangent is not None and tangent.requires_grad
+    value, tangent, *_ = jvp(lambda x: attention(x, k, v), (q,), (leaf,))
+    assert not value.requires_grad and tangent.requires_grad
 
 
 def test_second_derivatives_of_grouped_heads_and_another_value_dimension(device) -> None:

@@ -29,6 +29,9 @@ pytestmark = [
 OPTIONAL = ("forward x2", "forward x4")  # only where several tangents fit into registers
 ALWAYS = [direction for direction in configs.DIRECTIONS if direction not in OPTIONAL]
 
+# Kernels whose tiles are tall enough for sm_90's own matrix instructions, and do not spill.
+WARP_GROUPS = ("forward x1", "first query", "first key value", "first mask")
+
 
 def in_part(case: Case) -> bool:
     """Whether it is compiled here: `benchmarks/compile_kernels.py` compiles all, for minutes."""
@@ -44,7 +47,7 @@ def in_part(case: Case) -> bool:
 def test_a_kernel_fits_with_its_default_tiles(case) -> None:
     found = measure(case)
     assert problems_of(case, found) == []
-    if case.arch == 90 and case.dim == 64 and case.dtype == torch.bfloat16:
+    if case.arch == 90 and case.dim >= 64 and case.direction in WARP_GROUPS:
         assert found.hgmma > 0
 
 
@@ -113,7 +116,7 @@ def test_strides_beyond_2_to_the_31_compile(direction) -> None:
     launch = launch_of(Case(direction, 90, torch.bfloat16, 64))
     huge = 2**33
     arguments = launch.arguments | {
-        name: (launch.arguments[name][0], *(huge for _ in range(4))) for name in "qkv"
+        name: (launch.arguments[name][0], huge, huge, huge, huge, 0) for name in "qkv"
     }
     ir = compile_launch(Launch(launch.kernel, launch.grid, arguments, launch.config), 90).asm
     pattern = r"%q[\w.]*: (i\d+)"

@@ -29,7 +29,15 @@ def at(operand, r, b, h):
     if operand is None:
         rows = None
     else:
-        rows = (operand[0] + r * operand[1] + b * operand[2] + h * operand[3], operand[4])
+        _, r_stride, b_stride, h_stride, row_stride, in_eights = operand
+        if in_eights is not None:
+            # Triton itself sees multiples of 16 only, and then copies 16 bytes at a time: heads of
+            # 72 would be copied by the element.
+            r_stride = r_stride // 8 * 8
+            b_stride = b_stride // 8 * 8
+            h_stride = h_stride // 8 * 8
+            row_stride = row_stride // 8 * 8
+        rows = (operand[0] + r * r_stride + b * b_stride + h * h_stride, row_stride)
     return rows
 
 
@@ -46,7 +54,10 @@ def mask_at(mask, strides, r, b, h):
 @triton.jit
 def dropout_at(seed, b, head, dropout_p):
     """What :func:`kept` needs: the batch element's seed, the head, and the probability."""
-    return None if seed is None else (tl.load(seed[0] + b * seed[1]), head.to(tl.int32), dropout_p)
+    dropout = None
+    if seed is not None:  # a statement: Triton 3.6 has no such expression
+        dropout = (tl.load(seed[0] + b * seed[1]), head.to(tl.int32), dropout_p)
+    return dropout
 
 
 @triton.jit

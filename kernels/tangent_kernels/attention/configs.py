@@ -25,10 +25,12 @@ TABLE = Path(__file__).with_name("configs.json")
 ARCHS = (80, 90, 100)
 DIMS = (64, 128, 256)
 DIRECTIONS = (
-    "forward x1", "forward x2", "forward x4",
+    "forward x1", "forward x2", "forward x4", "forward masked",
     "first query", "first key value", "first mask",
     "second query", "second key value", "second mask",
 )  # fmt: skip
+
+TRIED = 12  # candidates compiled for a key, by those who tune on a first call
 
 
 class Key(NamedTuple):
@@ -60,7 +62,7 @@ def configure(direction: str, call: Call, tangents: int = 0) -> tuple[Config, in
     """The configuration of a kernel, and how many of ``tangents`` one program takes.
 
     "forward" becomes "forward x4", "x2" or "x1", the most tangents that fit into registers. A
-    mask or dropout takes those of a second tangent.
+    mask takes those of larger tiles, and it or dropout those of a second tangent.
     """
     if direction != "forward":
         return _lookup(key_of(direction, call)), 0
@@ -69,7 +71,8 @@ def configure(direction: str, call: Call, tangents: int = 0) -> tuple[Config, in
         key = key_of(f"forward x{group}", call)
         if group <= tangents and (key in table() or key in _tuned):
             return _lookup(key), group
-    return _lookup(key_of("forward x1", call)), min(tangents, 1)
+    one = "forward x1" if call.mask is None else "forward masked"
+    return _lookup(key_of(one, call)), min(tangents, 1)
 
 
 def key_of(direction: str, call: Call) -> Key:
@@ -153,13 +156,11 @@ def cost(key: Key, config: Config, blocks: float, wide: bool) -> float:
 def _least_registers(key: Key, owned: int, walked: int, warps: int) -> float:
     """What the sums and the tiles of scores take per thread."""
     order, _, rest = key.direction.partition(" ")
-    sums, scores = {
-        "forward": (1 + int(rest[1:] or 0), 3) if order == "forward" else (0, 0),
-        "first": (2 if rest == "key value" else 1, 2),
-        "second": (4 if rest == "key value" else 2, 4),
-    }[order]
-    if rest == "mask":  # no sums as wide as a head, but operands
-        sums = 1
+    if order == "forward":
+        sums, scores = 1 + {"x2": 2, "x4": 4}.get(rest, 1), 3
+    else:
+        factor = 1 if order == "first" else 2
+        sums, scores = {"query": factor, "key value": 2 * factor, "mask": 1}[rest], 2 * factor
     return (sums * owned * key.dim + scores * owned * walked) / (32 * warps)
 
 
@@ -181,7 +182,7 @@ def autotune(call: Call, directions: Iterable[str], run: Callable[[], object]) -
             continue
         default = table()[key]
         times = {}
-        for config in dict.fromkeys([default, *candidates(key)]):
+        for config in dict.fromkeys([default, *candidates(key)[:TRIED]]):
             # A candidate may need more than the GPU has.
             with using(key, config), contextlib.suppress(TritonError, RuntimeError):
                 times[config] = _milliseconds(run)
@@ -190,6 +191,8 @@ def autotune(call: Call, directions: Iterable[str], run: Callable[[], object]) -
 
 def forward_directions(call: Call, tangents: int) -> list[str]:
     """The directions that a forward pass with that many tangents takes its tiles from."""
+    if call.mask is not None:
+        return ["forward masked"]
     found = []
     while tangents > 0 or not found:
         _, group = configure("forward", call, tangents)
