@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import triton
-from known_spills import KNOWN_EXCESS, KNOWN_SPILLS, TRITON
+from known_spills import KNOWN_EXCESS, KNOWN_SPILLS, OTHER_TRITON, TRITON
 from record import environment, write_json
 from resources import SHARED_LIMITS, Resources, resources
 from rich.console import Console
@@ -84,7 +84,8 @@ def problems_of(case: Case, found: Resources) -> list[str]:
 
 def admitted_spill(case: Case) -> int:
     """Bytes that the case may spill: what is admitted of its tiles' head dimension."""
-    return KNOWN_SPILLS.get(_kind(case), {}).get(case.arch, 0)
+    known = KNOWN_SPILLS.get(_kind(case), {}).get(case.arch, 0)
+    return known if triton.__version__.startswith(TRITON) else known + OTHER_TRITON
 
 
 def _kind(case: Case) -> tuple[str, int, int]:

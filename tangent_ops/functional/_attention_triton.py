@@ -70,7 +70,7 @@ def fused_attention(
     seed = None
     if dropout_p > 0.0:
         # One for each batch element: vmap's randomness "same" and "different" then mean that.
-        size = (operands[0].shape[0],)
+        size = (lead[:-1].numel(),)
         seed = torch.randint(2**63 - 1, size, dtype=torch.int64, device=query.device)
     apply = ops.attention_jvp if torch.compiler.is_compiling() else _Jvp.apply
     if _may_unpack(operands):

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from tangent_kernels._launch import Config, Launch
-from tangent_kernels.attention import Call, attention_jvp, attention_vjp, configs
-
-from tangent_ops.functional._backend import interpreting
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 from compile_kernels import default_cases, measure, problems_of
 from known_spills import KNOWN_SPILLS
 from resources import compile_launch, specialize
 from samples import Case, launch_of
+from tangent_kernels._launch import Config, Launch
+from tangent_kernels.attention import Call, attention_jvp, attention_vjp, configs
+
+from tangent_ops.functional._backend import interpreting
 
 pytestmark = [
     pytest.mark.slow,
