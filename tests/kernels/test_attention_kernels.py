@@ -195,20 +195,26 @@ def map_keys(call: Call):
     return [configs.key_of(direction, call) for direction in configs.DIRECTIONS]
 
 
-@pytest.mark.parametrize("present", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)])
-def test_products_of_a_missing_tangent_are_not_computed(present, device, monkeypatch) -> None:
-    """Query alone takes 4 of 6 products, key 4, value 3, the mask 3; none of zeros."""
+@pytest.fixture
+def products(monkeypatch) -> list[int]:
+    """Grows by one for each tile product that the interpreter computes."""
     if not interpreting():
         pytest.skip("counts the interpreter's products")
     from triton.runtime import interpreter
 
-    products = []
+    counted: list[int] = []
     original = interpreter.InterpreterBuilder.create_dot
     monkeypatch.setattr(
         interpreter.InterpreterBuilder,
         "create_dot",
-        lambda self, *a: products.append(1) or original(self, *a),
+        lambda self, *a: counted.append(1) or original(self, *a),
     )
+    return counted
+
+
+@pytest.mark.parametrize("present", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)])
+def test_products_of_a_missing_tangent_are_not_computed(present, device, products) -> None:
+    """Query alone takes 4 of 6 products, key 4, value 3, the mask 3; none of zeros."""
     operands = [contiguous(1, 1, 16, 16, device=device) for _ in range(3)]
     bias = torch.randn(1, 1, 16, 16, device=device)
     call = make_call(*operands, bias)
@@ -219,19 +225,8 @@ def test_products_of_a_missing_tangent_are_not_computed(present, device, monkeyp
     assert len(products) == 6
 
 
-def test_many_tangents_share_scores_and_softmax(device, monkeypatch) -> None:
+def test_many_tangents_share_scores_and_softmax(device, products, monkeypatch) -> None:
     """2 + 4R products for R tangents in one program, not 6R."""
-    if not interpreting():
-        pytest.skip("counts the interpreter's products")
-    from triton.runtime import interpreter
-
-    products = []
-    original = interpreter.InterpreterBuilder.create_dot
-    monkeypatch.setattr(
-        interpreter.InterpreterBuilder,
-        "create_dot",
-        lambda self, *a: products.append(1) or original(self, *a),
-    )
     operands = [contiguous(1, 1, 16, 16, device=device) for _ in range(3)]
     call = make_call(*operands)
     tiles = configs.Config(16, 16, 4, 1)
