@@ -22,7 +22,7 @@ FILES = [
     "test_attention_kernels.py",
     "test_attention_numerics.py",
     "test_attention_autograd.py",
-    "test_attention_matrix.py",
+    "test_attention_nesting_matrix.py",
     "test_models.py",
     "test_rivals.py",
 ]
