@@ -59,8 +59,8 @@ three.
 
 **✓** is right: it agrees with PyTorch's MATH attention in the same nesting in float64, within
 rounding. A word says why the cell raises; see [why a cell raises](#why-a-cell-raises). No cell is
-wrong in silence: `tests/ops/test_attention_matrix.py` and `tests/kernels/test_attention_nesting_matrix.py`
-evaluate each.
+wrong in silence: `tests/ops/test_attention_matrix.py` and
+`tests/kernels/test_attention_nesting_matrix.py` evaluate each.
 """
 
 
