@@ -1,7 +1,8 @@
 """Device functions shared by the attention kernels.
 
-An operand is a tuple (pointer, tangent stride, batch stride, head stride, row stride), or None
-where a tensor is absent; None is known when a kernel is compiled, and so costs nothing.
+An operand is a tuple (pointer, strides over tangents, batch, heads and rows, 0 or None): see
+_launch.operand; or None where a tensor is absent. None is known when a kernel is compiled, and so
+costs nothing.
 """
 
 import triton
