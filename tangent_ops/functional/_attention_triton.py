@@ -140,16 +140,15 @@ def _with_heads(
 # --- derivatives ---------------------------------------------------------------------------
 
 
-def _save_jvp(ctx, inputs, output):
+def _save_jvp(ctx, inputs, output, dual=False):
+    """``dual``: whether an operand has a tangent, of an outer forward-mode level."""
     *operands, scale, dropout_p, is_causal = inputs
     ctx.options = (scale, dropout_p, is_causal)
     ctx.set_materialize_grads(False)
     primals, tangents = operands[:5], operands[5:]
     value, tangent, lse, mu = output
     ctx.tangents = sum(t is not None for t in tangents)
-    moves = any(ctx.needs_input_grad[:4])
-    if not torch.compiler.is_compiling():  # where forward mode over forward mode is refused
-        moves = moves or any(map(_is_dual, primals))
+    moves = dual or any(ctx.needs_input_grad[:4])
     ctx.frozen = any(ctx.needs_input_grad[5:9]) and not moves
     if ctx.frozen:  # its backward is the anchor's own, which keeps no tangent
         ctx.save_for_backward(*primals, None, None, None, None, value, None, lse, None)
@@ -198,6 +197,7 @@ def _backward_jvp_compiled(ctx, grad, grad_t, grad_lse, grad_mu):
     return _backward_jvp(ctx, grad, grad_t, ops.attention_vjp, ops.attention_second_vjp)
 
 
+# For compiled code, where forward mode over forward mode is refused: no operand is dual.
 ops.attention_jvp.register_autograd(_backward_jvp_compiled, setup_context=_save_jvp)
 
 
@@ -227,7 +227,7 @@ class _Jvp(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _save_jvp(ctx, inputs, output)
+        _save_jvp(ctx, inputs, output, dual=any(map(_is_dual, inputs[:4])))
         ctx.save_for_forward(*inputs[:9], output[0], output[1])
 
     @staticmethod
