@@ -81,13 +81,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    modules = {name for name in names if ".dist-info/" not in name}
+    files = {name for name in names if ".dist-info/" not in name}
     expected = {
         path.relative_to(root).as_posix()
         for root, package in ((ROOT, "tangent_ops"), (ROOT / "kernels", "tangent_kernels"))
-        for path in (root / package).rglob("*.py")
+        for pattern in ("*.py", "*.json")
+        for path in (root / package).rglob(pattern)
     }
-    assert modules == expected
+    assert files == expected
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
@@ -106,14 +107,14 @@ def test_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_lists_its_targets() -> None:
     listed = re.findall(r"^  make ([a-z-]+) +\S", run("make", cwd=ROOT), flags=re.MULTILINE)
-    assert {"demo", "test", "lint", "bench", "gpu-check", "format", "clean"} <= set(listed)
+    assert {"demo", "test", "lint", "bench", "compile-check", "gpu-check", "clean"} <= set(listed)
     phony = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert phony is not None
     assert set(listed) == set(phony[1].split()), "a target without help, or help without a target"
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-@pytest.mark.parametrize("target", ["demo", "test", "lint", "bench", "gpu-check"])
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "bench", "compile-check", "gpu-check"])
 def test_make_creates_the_environment_it_uses(target: str, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     plan = run("make", "--dry-run", target, f"VENV={environment}", cwd=ROOT)
