@@ -107,7 +107,16 @@ def test_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_lists_its_targets() -> None:
     listed = re.findall(r"^  make ([a-z-]+) +\S", run("make", cwd=ROOT), flags=re.MULTILINE)
-    assert {"demo", "test", "lint", "bench", "compile-check", "gpu-check", "clean"} <= set(listed)
+    assert {
+        "demo",
+        "test",
+        "lint",
+        "bench",
+        "compile-check",
+        "gpu-check",
+        "format",
+        "clean",
+    } <= set(listed)
     phony = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert phony is not None
     assert set(listed) == set(phony[1].split()), "a target without help, or help without a target"
