@@ -29,12 +29,17 @@ from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
+from tangent_ops.errors import UnsupportedError
 from tangent_ops.functional import _attention_ops as ops
 from tangent_ops.functional._attention_beyond import (
     eager_second_vjp,
     second_derivative,
 )
-from tangent_ops.functional._backend import in_plain_dual_level, tangents_are_hidden
+from tangent_ops.functional._backend import (
+    in_forward_ad,
+    in_plain_dual_level,
+    tangents_are_hidden,
+)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = range(8, 257, 8)
@@ -77,6 +82,8 @@ def fused_attention(
         pairs = [(None, None) if x is None else forward_ad.unpack_dual(x) for x in operands]
         tangents = [None if t is None else t.unsqueeze(0) for _, t in pairs]
         primals = [p for p, _ in pairs]
+        if all(t is None for t in tangents):
+            _refuse_hidden_duals()
         output, output_t, *_ = apply(*primals, seed, *tangents, *options)
         if any(t is not None for t in tangents):
             output = forward_ad.make_dual(output, output_t.squeeze(0))
@@ -97,6 +104,19 @@ def _may_unpack(operands: Sequence[Optional]) -> bool:
         return False
     tracked = any(x is not None and x.requires_grad for x in operands)
     return not (tracked and in_plain_dual_level() and any(map(_is_dual, operands)))
+
+
+def _refuse_hidden_duals() -> None:
+    """Inputs of a compiled function may be dual without showing it; the operator would not notice.
+
+    So in torch 2.11; later versions refuse such inputs themselves.
+    """
+    inside = torch.compiler.is_compiling() and in_forward_ad()
+    if inside and eager_transforms.JVP_NESTING == 0:
+        raise UnsupportedError(
+            "backend='triton': compiled code in a dual_level cannot see tangents of its inputs. "
+            "Use torch.func.jvp inside the compiled function, or backend=None."
+        )
 
 
 def _is_dual(tensor: Optional) -> bool:
