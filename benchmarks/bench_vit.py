@@ -15,13 +15,13 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from record import environment, write_json
 from rich.console import Console
 from rich.table import Table
-from timing import Timing, interleave
 from torch import Tensor, nn
 
 import tangent_ops
+from benchmarks.record import environment, write_json
+from benchmarks.timing import Timing, interleave
 
 # The costs in units of one forward are 3 and 5/3: a dual forward makes each product three; a
 # tangent step is 3 + 2 against 1 + 2. Above them, what this release promises.

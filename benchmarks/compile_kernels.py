@@ -17,14 +17,15 @@ from pathlib import Path
 
 import torch
 import triton
-from known_spills import KNOWN_EXCESS, KNOWN_SPILLS, OTHER_TRITON, TRITON
-from record import environment, write_json
-from resources import SHARED_LIMITS, Resources, resources
 from rich.console import Console
 from rich.table import Table
-from samples import Case, launch_of, variants_of
 from tangent_kernels.attention.configs import DIMS, DIRECTIONS, table
 from tqdm import tqdm
+
+from benchmarks.known_spills import KNOWN_EXCESS, KNOWN_SPILLS, OTHER_TRITON, TRITON
+from benchmarks.record import environment, write_json
+from benchmarks.resources import SHARED_LIMITS, Resources, resources
+from benchmarks.samples import Case, launch_of, variants_of
 
 PADDED = (8, 72, 80, 96)  # head dimensions that no tile fits exactly, on sm_90
 

@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from record import ROOT, commit, environment, write_json
+
+from benchmarks.record import ROOT, commit, environment, write_json
 
 
 def main() -> int:

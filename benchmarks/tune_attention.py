@@ -22,14 +22,15 @@ from typing import Any
 
 import torch
 import triton
-from record import environment
-from resources import Resources, resources
-from samples import Case, launch_of, variants_of
 from tangent_kernels._launch import Config
 from tangent_kernels.attention import configs
 from tangent_kernels.attention.configs import Key
 from tqdm import tqdm
 from triton.errors import TritonError
+
+from benchmarks.record import environment
+from benchmarks.resources import Resources, resources
+from benchmarks.samples import Case, launch_of, variants_of
 
 # Batch, heads, tokens that candidates are timed on, by head dimension.
 SHAPES = {

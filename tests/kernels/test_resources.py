@@ -7,13 +7,13 @@ import re
 
 import pytest
 import torch
-from compile_kernels import default_cases, measure, problems_of
-from known_spills import KNOWN_SPILLS
-from resources import compile_launch, specialize
-from samples import Case, launch_of
 from tangent_kernels._launch import Config, Launch
 from tangent_kernels.attention import Call, attention_jvp, attention_vjp, configs
 
+from benchmarks.compile_kernels import default_cases, measure, problems_of
+from benchmarks.known_spills import KNOWN_SPILLS
+from benchmarks.resources import compile_launch, specialize
+from benchmarks.samples import Case, launch_of
 from tangent_ops.functional._backend import interpreting
 
 pytestmark = [

@@ -1,0 +1,1 @@
+"""What the library costs, and what its kernels take: see README.md beside this file."""
