@@ -1,0 +1,1 @@
+"""The benchmark suite: what is asked (cases), who answers (providers), how it is measured."""
