@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
-from tangent_ops.functional import gelu, layer_norm, linear, scaled_dot_product_attention
+from tangent_ops.functional import (
+    convolution,
+    gelu,
+    layer_norm,
+    linear,
+    scaled_dot_product_attention,
+)
 from tangent_ops.functional._backend import Backend, may_be_dual
 
 
@@ -30,6 +36,7 @@ def _multi_head_attention(backend: Backend | None) -> FunctionType:
 _BACKENDS: tuple[Backend | None, ...] = (None, "triton", "reference")
 # Made once: torch.compile cannot trace the making.
 _MULTI_HEAD_ATTENTION = {backend: _multi_head_attention(backend) for backend in _BACKENDS}
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 
 
@@ -38,8 +45,9 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
 
     PyTorch's fast attention has no forward-mode derivative and raises on dual tensors. Within
     this context such calls go to :func:`tangent_ops.scaled_dot_product_attention`, whatever model
-    makes them; calls without a tangent stay PyTorch's. ``F.linear``, ``F.layer_norm`` and
-    ``F.gelu`` are routed too, to forms that need less memory in a plain ``dual_level()``.
+    makes them; calls without a tangent stay PyTorch's. ``F.linear``, ``F.conv2d`` (1d, 3d),
+    ``F.layer_norm`` and ``F.gelu`` are routed too, to forms that need less memory or fewer
+    products in a plain ``dual_level()``.
 
     Example:
         >>> with fused_forward_ad():
@@ -68,6 +76,8 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
         kwargs = kwargs or {}
         if func is F.linear:
             return linear(*args, **kwargs)
+        if func in _CONVOLUTIONS:
+            return convolution(func, *args, **kwargs)
         if func is F.layer_norm:
             return layer_norm(*args, **kwargs)
         if func is F.gelu:
