@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tangent_ops import Delta, last_blocks, linearize
 from tangent_ops.errors import ArgumentError, DeltaError, UnsupportedError, ZeroHeadWarning
+from tangent_ops.profiling.memory import saved_bytes
 
 # name: timm architecture, options that make it small, image size
 FAMILIES = {
@@ -387,18 +388,10 @@ def test_a_training_step_keeps_no_more_than_an_ordinary_one():
     """Activations saved for the backward pass, in bytes; the models' own parameters not counted."""
 
     def kept(model: nn.Module) -> int:
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        storages = {}
+        def forward() -> None:
+            assert model(images(count=4)).requires_grad
 
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage  # held, so that no address comes twice
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = model(images(count=4))
-        assert output.requires_grad
-        return sum(s.nbytes() for address, s in storages.items() if address not in own)
+        return saved_bytes(forward, exclude=model.parameters())
 
     model = vit(init_values=None).eval()
     assert kept(moved(linearize(model))) <= 1.02 * kept(model)

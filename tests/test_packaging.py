@@ -85,10 +85,11 @@ def test_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
     expected = {
         path.relative_to(root).as_posix()
         for root, package in ((ROOT, "tangent_ops"), (ROOT / "kernels", "tangent_kernels"))
-        for pattern in ("*.py", "*.json")
+        for pattern in ("*.py", "*.json", "*.j2")
         for path in (root / package).rglob(pattern)
     }
     assert files == expected
+    assert "tangent_ops/profiling/report.html.j2" in files
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 

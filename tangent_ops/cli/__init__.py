@@ -1,0 +1,22 @@
+"""The command line: ``tangent-ops COMMAND``, or ``python -m tangent_ops.cli COMMAND``."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+_NEEDED = ("typer", "rich", "jinja2")
+
+
+def main() -> None:
+    """Run the command line; without the packages of its extra, say how to get them."""
+    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+        print(
+            f"tangent-ops: the command line needs {', '.join(missing)}: "
+            'pip install "tangent-ops[cli]"',
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    from tangent_ops.cli.app import app
+
+    app(prog_name="tangent-ops")

@@ -1,0 +1,39 @@
+"""The typer app, and its commands. Each command imports what it runs when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tangent_ops.cli.profile import profile
+from tangent_ops.cli.version import version
+
+app = typer.Typer(
+    name="tangent-ops",
+    help="Tangent transformers, and fast Jacobian-vector products through attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tangent-ops {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _tangent_ops(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version, and exit."
+        ),
+    ] = False,
+) -> None:
+    pass  # a callback keeps `profile` a subcommand while it is the only one
+
+
+app.command()(profile)

@@ -1,0 +1,1 @@
+"""What a call costs, and where: time by kernel family, memory."""
