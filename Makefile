@@ -14,14 +14,14 @@ KEEP_MEMORY = MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592
 installed = $(VENV)/.tangent-ops-$(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench compile-check gpu-check clean
+.PHONY: help demo test lint format bench gpu-bench publish compile-check gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  VENV=path    use this environment instead of .venv    PYTHON=path  make .venv with this Python'
-	@echo '  ARGS="..."   passed on to the demo, pytest or the ViT benchmark'
-	@echo '  OUT=folder   where bench, compile-check and gpu-check write their results as JSON'
+	@echo '  ARGS="..."   passed on to the demo, pytest or the suite'
+	@echo '  OUT=folder   where bench, gpu-bench, compile-check and gpu-check write their results'
 
 demo: $(call installed,demo) ## fine-tune, compose and forget with a real ViT; results in out/
 	$(RUN) examples/shards_demo.py $(ARGS)
@@ -39,15 +39,21 @@ format: $(call installed,test) ## ruff's fixes and format, in place
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(call installed,bench) ## CPU ratios of the ViT and times of the attention op
-	$(KEEP_MEMORY) $(RUN) benchmarks/bench_vit.py $(if $(OUT),--out "$(OUT)") $(ARGS)
-	$(RUN) -m pytest benchmarks/bench_attention.py $(if $(OUT),--benchmark-json="$(OUT)/attention.json")
+bench: $(call installed,bench) ## the suite on this machine: times, memory, limits, targets
+	$(KEEP_MEMORY) $(RUN) -m benchmarks.run --out "$(or $(OUT),out/bench)" $(ARGS)
+
+gpu-bench: $(call installed,bench) ## on a CUDA machine: the suite, group by group; run again, it goes on
+	$(RUN) -m benchmarks.run --resume $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+publish: $(call installed,bench) ## figures and pictures of the stored results, into README and docs
+	$(RUN) -m benchmarks.plots --out docs/benchmarks
+	$(RUN) -m benchmarks.publish
 
 compile-check: $(call installed,bench) ## every kernel compiled for four GPUs, without one: registers, spills
-	$(RUN) benchmarks/compile_kernels.py $(if $(OUT),--out "$(OUT)") $(ARGS)
+	$(RUN) -m benchmarks.compile_kernels $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-gpu-check: $(call installed,test) ## on a CUDA machine: the gpu tests and the GPU benchmarks
-	$(RUN) benchmarks/gpu_check.py $(if $(OUT),--out "$(OUT)") $(ARGS)
+gpu-check: $(call installed,test) ## on a CUDA machine: the gpu tests, compute-sanitizer, the suite
+	$(RUN) -m benchmarks.gpu_check $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 clean: ## remove caches and build products; keeps .venv, downloads and out/
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks

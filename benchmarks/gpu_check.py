@@ -1,4 +1,4 @@
-"""Everything that needs a CUDA device, in one command: tests, benchmarks, compute-sanitizer.
+"""Everything that needs a CUDA device, in one command: tests, compute-sanitizer, the suite.
 
 Works installed, and uninstalled from the repository's root with `PYTHONPATH=.:kernels`.
 """
@@ -9,18 +9,20 @@ import argparse
 import shutil
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from benchmarks.record import ROOT, commit, environment, write_json
+from benchmarks.record import ROOT, environment, write_json
+from benchmarks.run import default_folder
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results/DATE-COMMIT)")
-    out = parser.parse_args().out or _default_folder()
+    parser.add_argument(
+        "--out", type=Path, help="folder (default: benchmarks/results/DATE-COMMIT-DEVICE)"
+    )
+    out = parser.parse_args().out or default_folder()
     if not torch.cuda.is_available():
         return _refuse()
     out = out.resolve()
@@ -28,12 +30,6 @@ def main() -> int:
     pytest = [sys.executable, "-m", "pytest"]
     steps = {
         "tests": [*pytest, "-m", "gpu", "tests", f"--junitxml={out / 'gpu-tests.xml'}"],
-        "attention": [
-            *pytest,
-            "benchmarks/bench_attention.py",
-            f"--benchmark-json={out / 'attention.json'}",
-        ],
-        "ViT": [sys.executable, "benchmarks/bench_vit.py", "--device=cuda", f"--out={out}"],
     }
     for tool in ("memcheck", "racecheck") if shutil.which("compute-sanitizer") else ():
         steps[tool] = [
@@ -42,19 +38,16 @@ def main() -> int:
             "--error-exitcode=1",
             f"--log-file={out / tool}.txt",
             sys.executable,
-            "benchmarks/sanitize_attention.py",
+            "-m",
+            "benchmarks.sanitize_attention",
         ]
+    steps["suite"] = [sys.executable, "-m", "benchmarks.run", "--resume", f"--out={out}"]
     # A red test does not keep the rest from being measured; the last lines say what was red.
     codes = {name: subprocess.run(step, cwd=ROOT).returncode for name, step in steps.items()}
     print(f"\n{torch.cuda.get_device_name()}, results in {out}")
     for name, code in codes.items():
         print(f"  {name:<10} {'ok' if code == 0 else f'FAILED (exit status {code})'}")
     return int(any(codes.values()))
-
-
-def _default_folder() -> Path:
-    day = datetime.now(UTC).strftime("%Y-%m-%d")
-    return ROOT / "benchmarks" / "results" / f"{day}-{commit()}"
 
 
 def _refuse() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -21,6 +22,9 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
         "cpu": f"{_cpu()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
+        "timm": _version("timm"),
+        "fp32 products": torch.get_float32_matmul_precision(),
         "threads": str(torch.get_num_threads()),
         "malloc": " ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_"))
         or "defaults",
@@ -30,6 +34,9 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
     if torch.device(device).type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
         found["cuda"] = str(torch.version.cuda)
+        found["clocks"] = _gpu_clocks()
+    else:
+        found["clocks"] = _cpu_value("cpu MHz") + " MHz"
     return found
 
 
@@ -58,9 +65,35 @@ def _git(*arguments: str) -> str:
 
 
 def _cpu() -> str:
+    return _cpu_value("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_value(key: str) -> str:
+    """Of the first core, as the kernel tells; "" where it does not."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
+
+
+def _gpu_clocks() -> str:
+    """As nvidia-smi tells, at this moment; "unknown" where there is none."""
+    fields = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,persistence_mode"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{fields}: {done.stdout.splitlines()[0]}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -104,7 +104,11 @@ class Workload(Protocol):
         ...
 
     def expected(self, case: Case, inputs: Any) -> Outputs:
-        """The exact results, in float64 where it fits: of each a leading part along any axis."""
+        """The exact results, in float64, or as much of them as can be afforded."""
+        ...
+
+    def compared(self, case: Case, outputs: Outputs) -> Outputs:
+        """The part of a provider's results that `expected` computes."""
         ...
 
     def bound(self, case: Case) -> float:

@@ -1,0 +1,191 @@
+"""Measured figures, written from stored results into the pages that state them.
+
+    python -m benchmarks.publish            # rewrites what stands between the markers
+    python -m benchmarks.publish --check    # exits 1 and names what is stale
+
+A page says where: `<!-- measured:NAME -->`, and `<!-- /measured -->` on lines of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.record import ROOT
+from benchmarks.rivals import Answers, by_case, fastest_yardstick, ratio, yardstick
+from benchmarks.stored import RESULTS, BadFile, conditions, newest
+from benchmarks.suite.case import Case
+from benchmarks.suite.row import Result, Row
+from benchmarks.targets import DUAL_FORWARD, SAVED, STEP, judge
+from benchmarks.units import amount, duration
+
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+NOT_MEASURED = "Not measured yet."
+NOTHING = "–"
+BEGIN = re.compile(r"^<!-- measured:(?P<name>\S+) -->$", re.MULTILINE)
+END = "<!-- /measured -->"
+
+ATTENTION = {
+    "attention-forward": "Forward with tangent",
+    "attention-backward": "Backward of the tangent",
+    "attention-second-order": "Backward of both",
+}
+
+
+# --- what can be stated --------------------------------------------------------------------------
+
+
+def cpu_ratios(result: Result) -> str:
+    """The three ratios that the project promises on a CPU."""
+    rows = []
+    for target in (DUAL_FORWARD, STEP, SAVED):
+        found = judge(target, result)
+        measured = NOTHING if found.value is None else f"{found.value:.3f}"
+        rows.append((target.name, measured, f"{target.sense} {target.bound:.2f}", found.verdict))
+    return _table(("", "measured", "target", ""), rows)
+
+
+def attention(result: Result) -> str:
+    """A table per direction and dtype, a line per shape: every provider, the fastest yardstick."""
+    parts = []
+    cases = by_case(row for row in result.rows if row.case.group in ATTENTION)
+    for group, dtype in dict.fromkeys((case.group, case.dtype) for case in cases):
+        chosen = {c: a for c, a in cases.items() if (c.group, c.dtype) == (group, dtype)}
+        parts.append(f"{ATTENTION[group]}, {dtype}:\n\n{_attention_table(chosen)}")
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def _attention_table(cases: Mapping[Case, Answers]) -> str:
+    rows = [row for answers in cases.values() for row in answers.values() if not yardstick(row)]
+    timed = {row.provider for row in rows if row.seconds is not None}
+    names = [name for name in dict.fromkeys(row.provider for row in rows) if name in timed]
+    lines = []
+    for case, answers in cases.items():
+        base = fastest_yardstick(answers)
+        shape = "x".join(map(str, case.shape)) + (" causal" if case.causal else "")
+        cells = [_timed(answers.get(name), base) for name in names]
+        plain = NOTHING if base is None else f"{_timed(base)} ({base.provider})"
+        lines.append((shape, *cells, plain))
+    return _table(("B x H x N x D", *names, "PyTorch's fastest, no tangent"), lines)
+
+
+def end_to_end(result: Result) -> str:
+    """Whole models: a line per provider, and its ratios to fine-tuning."""
+    cases = by_case(row for row in result.rows if row.case.group in ("model-forward", "train-step"))
+    lines = []
+    for op, shape, dtype in dict.fromkeys((c.op, c.shape, c.dtype) for c in cases):
+        forward = cases.get(Case("model-forward", op, shape, dtype), {})
+        step = cases.get(Case("train-step", op, shape, dtype), {})
+        for name in dict.fromkeys((*forward, *step)):
+            known = step.get(name)
+            cells = (
+                _timed(forward.get(name), forward.get("finetune")),
+                _timed(known, step.get("finetune")),
+                _bytes(known.saved_bytes if known else None),
+                _bytes(known.peak_bytes if known else None),
+            )
+            if any(cell != NOTHING for cell in cells):
+                lines.append((f"{op}, batch {shape[0]}, {dtype}", name, *cells))
+    if not lines:
+        return NOT_MEASURED
+    return _table(("model", "", "forward", "step", "saved for backward", "peak of a step"), lines)
+
+
+# Name in a marker: the kind of device ("cpu", "gpu", or either), and what is written of a result.
+FIGURES: dict[str, tuple[Sequence[str], Callable[[Result], str]]] = {
+    "cpu-ratios": (("cpu",), cpu_ratios),
+    "cpu-attention": (("cpu",), attention),
+    "gpu-attention": (("gpu",), attention),
+    "end-to-end": (("cpu", "gpu"), end_to_end),
+}
+
+
+def text_of(name: str, results: Iterable[Result]) -> str:
+    """The markdown of a marker, from the results of all devices."""
+    kinds, write = FIGURES[name]
+    chosen = [r for r in results if ("gpu" if "gpu" in r.environment else "cpu") in kinds]
+    parts = [f"{write(result)}\n\n{_circumstances(result)}" for result in chosen]
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def _circumstances(result: Result) -> str:
+    command = "make gpu-bench" if "gpu" in result.environment else "make bench"
+    malloc = result.environment.get("malloc", "defaults")
+    kept = "" if malloc == "defaults" else f", `{malloc}`"
+    return f"Medians. {conditions(result)}{kept}; `{command}`."
+
+
+def _timed(row: Row | None, base: Row | None = None) -> str:
+    """Its median, and the ratio to the base's."""
+    if row is None or row.seconds is None:
+        return NOTHING
+    times = ratio(row, base)
+    return duration(row.seconds) + ("" if times is None else f" ({times:.2f}x)")
+
+
+def _bytes(count: int | None) -> str:
+    return NOTHING if count is None else amount(count)
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# --- the pages -----------------------------------------------------------------------------------
+
+
+def rewritten(page: Path, results: Sequence[Result]) -> tuple[str, list[str]]:
+    """The page with fresh figures, and the names of those that were stale.
+
+    Raises:
+        BadFile: it cannot be read, a marker has an unknown name, or one is not closed.
+    """
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as problem:
+        raise BadFile(f"{page}: {problem.strerror}") from None
+    parts, stale, position = [], [], 0
+    for begin in BEGIN.finditer(text):
+        name = begin["name"]
+        if name not in FIGURES:
+            raise BadFile(f"{page}: unknown measured:{name}; there are {', '.join(FIGURES)}")
+        end, following = text.find(END, begin.end()), BEGIN.search(text, begin.end())
+        if end < 0 or (following and following.start() < end):
+            raise BadFile(f"{page}: measured:{name} is not closed by {END}")
+        fresh = f"\n{text_of(name, results)}\n"
+        if text[begin.end() : end] != fresh:
+            stale.append(name)
+        parts += [text[position : begin.end()], fresh]
+        position = end
+    return "".join([*parts, text[position:]]), stale
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
+    options = parser.parse_args()
+    try:
+        results = list(newest(RESULTS).values())
+        pages = {page: rewritten(page, results) for page in PAGES}
+    except BadFile as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    for page, (text, stale) in pages.items():
+        if stale and not options.check:
+            partial = page.with_name(page.name + ".partial")
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(page)
+        for name in stale:
+            print(f"{page}: {name} {'is stale' if options.check else 'written'}")
+    if not any(stale for _, stale in pages.values()):
+        print("every measured figure is that of the stored results")
+        return 0
+    return 1 if options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

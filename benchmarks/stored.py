@@ -1,0 +1,85 @@
+"""Stored results of the suite: read and checked, the newest of each device, their conditions."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from benchmarks.record import ROOT
+from benchmarks.suite.row import Result
+
+RESULTS = ROOT / "benchmarks" / "results"
+SUITE = "suite.json"
+
+
+class BadFile(Exception):
+    """A file or folder cannot be used; the message is one line that names it and says why."""
+
+
+def read_result(path: Path) -> Result:
+    """The suite's result in a JSON file.
+
+    Raises:
+        BadFile: there is no such file, it is not one of the suite's, or it has no rows.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise BadFile(f"{path}: {problem.strerror}") from None
+    except ValueError as problem:  # no JSON, or no text
+        raise BadFile(f"{path} is not JSON: {problem}") from None
+    try:
+        result = Result.from_json(content)
+    except (AttributeError, KeyError, TypeError) as problem:
+        raise BadFile(
+            f"{path} is not a result of the suite ({type(problem).__name__}: {problem}): "
+            "`python -m benchmarks.run --out DIR` writes one"
+        ) from None
+    if not result.rows:
+        raise BadFile(f"{path} has no rows: nothing was measured")
+    return result
+
+
+def device_of(result: Result) -> str:
+    """ "cpu", or the GPU's name in lower case with dashes: fit for a file's name."""
+    name = result.environment.get("gpu", "cpu")
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def newest(folder: Path = RESULTS) -> dict[str, Result]:
+    """The latest result in the folders of `folder`, by device; the CPU first.
+
+    Raises:
+        BadFile: one cannot be read.
+    """
+    results = [read_result(path) for path in sorted(folder.glob(f"*/{SUITE}"))]
+    results.sort(key=lambda result: result.environment.get("date", ""))
+    latest = {device_of(result): result for result in results}
+    return dict(sorted(latest.items(), key=lambda item: (item[0] != "cpu", item[0])))
+
+
+def conditions(result: Result) -> str:
+    """Where and when the numbers were taken, in one line."""
+    about = result.environment
+    parts = [about.get("gpu", about.get("cpu", "unknown machine"))]
+    if "gpu" not in about:
+        parts.append(f"{about.get('threads', '?')} threads")
+    parts += [f"{name} {about[name]}" for name in ("torch", "triton", "timm") if name in about]
+    parts += [f"commit {about.get('commit', 'unknown')}", about.get("date", "unknown date")]
+    return ", ".join(parts)
+
+
+def folder_for(out: Path) -> Path:
+    """`out`, made if it is missing.
+
+    Raises:
+        BadFile: it is a file, or cannot be made.
+    """
+    if out.exists() and not out.is_dir():
+        raise BadFile(f"--out {out} is a file: name a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise BadFile(f"--out {out}: {problem.strerror}") from None
+    return out

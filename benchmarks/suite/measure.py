@@ -1,0 +1,182 @@
+"""How a case is measured: every provider checked, then all that are right timed in turns."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from benchmarks.suite.case import Call, Case, Outputs, Provider, Workload
+from benchmarks.suite.registry import workload_of
+from benchmarks.suite.row import Row, Status
+from benchmarks.timing import Timing, cuda_graph, interleave
+
+# Below this a call is at the mercy of Python and the launches: the device's own time is asked, too.
+GRAPH_BELOW = 1e-3  # seconds
+MOST_OPERANDS = 16
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row, and the seconds of the single calls that its timing sums up."""
+
+    row: Row
+    seconds: Sequence[float] = ()
+
+
+def measure(
+    case: Case, names: Sequence[str], device: torch.device, budget: float
+) -> dict[str, Measured]:
+    """Checks the named providers of a case against the exact answer, and times the right ones.
+
+    Args:
+        case: what is asked.
+        names: of its providers.
+        device: where.
+        budget: seconds for the timed rounds, all providers together.
+
+    Returns:
+        A measured row for every name, in the workload's order; memory is not in it.
+    """
+    workload = workload_of(case)
+    inputs = workload.inputs(case, device, 0)
+    exact = workload.expected(case, inputs)
+    found: dict[str, Measured] = {}
+    calls: dict[str, list[Call]] = {}
+    for provider in workload.providers(case):
+        if provider.name not in names:
+            continue
+        row, call = _check(workload, case, provider, inputs, exact, device)
+        found[provider.name] = Measured(row)
+        if call is not None:
+            calls[provider.name] = [call]
+    del exact
+    if calls:
+        for name, more in _other_operands(workload, case, calls, inputs, device):
+            calls[name].append(more)
+        for name, seconds in interleave(calls, device=device, budget=budget).items():
+            row = replace(found[name].row, timing=Timing.of(seconds))
+            found[name] = Measured(row, seconds)
+        if device.type == "cuda":
+            _time_graphs(calls, found, device, budget / 2)
+    del calls, inputs
+    _forget()
+    return found
+
+
+def relative_error(found: Outputs, exact: Outputs) -> float | None:
+    """The largest ‖found - exact‖ / ‖exact‖ of the pairs; None if nothing is compared.
+
+    Raises:
+        ValueError: a pair differs in shape.
+    """
+    errors = []
+    for one, true in zip(found, exact, strict=False):  # a yardstick computes less
+        if one.shape != true.shape:
+            raise ValueError(f"shape {tuple(one.shape)}, expected {tuple(true.shape)}")
+        true = true.double()
+        error = float((one.detach().double() - true).norm() / true.norm())
+        errors.append(float("inf") if error != error else error)
+    return max(errors, default=None)
+
+
+def _check(
+    workload: Workload,
+    case: Case,
+    provider: Provider,
+    inputs: Any,
+    exact: Outputs,
+    device: torch.device,
+) -> tuple[Row, Call | None]:
+    """The provider's row so far, and its call if that is worth timing."""
+
+    def row(status: Status, note: str = "", error: float | None = None) -> Row:
+        return Row.of(case, provider, status, note, error=error)
+
+    if reason := provider.why_not(case, device):
+        return row("absent", reason), None
+    try:
+        call = provider.prepare(case, inputs)
+        error = relative_error(workload.compared(case, call()), exact)
+    except torch.OutOfMemoryError:
+        _forget()
+        return row("failed", "out of memory"), None
+    except Exception as problem:  # a rival's own: to be reported, not to end the run
+        _forget()
+        return row("failed", _one_line(problem)), None
+    bound = workload.bound(case) * provider.slack
+    if error is not None and not error <= bound:
+        note = f"error {error:.1e}, allowed {bound:.1e}"
+        return row("wrong", note, error), None
+    return row("ok", "", error), call
+
+
+def _other_operands(
+    workload: Workload,
+    case: Case,
+    calls: dict[str, list[Call]],
+    inputs: Any,
+    device: torch.device,
+):
+    """Calls on other operands, as many as it takes to leave none in a GPU's cache."""
+    if device.type != "cuda":
+        return
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    size = sum(x.numel() * x.element_size() for x in _tensors(inputs))
+    copies = min(MOST_OPERANDS, -(-2 * cache // max(1, size)))
+    providers = {provider.name: provider for provider in workload.providers(case)}
+    for seed in range(1, copies):
+        more = workload.inputs(case, device, seed)
+        for name in list(calls):
+            call = providers[name].prepare(case, more)
+            call()
+            yield name, call
+
+
+def _time_graphs(
+    calls: dict[str, list[Call]],
+    found: dict[str, Measured],
+    device: torch.device,
+    budget: float,
+) -> None:
+    """Adds the device's own time of small calls, from replays of CUDA graphs."""
+    replays: dict[str, list[Callable[[], object]]] = {}
+    for name, some in calls.items():
+        timing = found[name].row.timing
+        if timing is None or timing.median > GRAPH_BELOW:
+            continue
+        captured = [replay for call in some if (replay := cuda_graph(call)) is not None]
+        if len(captured) == len(some):
+            replays[name] = captured
+    if replays:
+        for name, seconds in interleave(replays, device=device, budget=budget).items():
+            row = replace(found[name].row, graph=Timing.of(seconds))
+            found[name] = Measured(row, found[name].seconds)
+
+
+def _tensors(inputs: Any):
+    """Every tensor in nested dataclasses, tuples, lists and dicts."""
+    if isinstance(inputs, torch.Tensor):
+        yield inputs
+    elif isinstance(inputs, dict):
+        yield from _tensors(tuple(inputs.values()))
+    elif isinstance(inputs, tuple | list):
+        for part in inputs:
+            yield from _tensors(part)
+    elif hasattr(inputs, "__dataclass_fields__"):
+        yield from _tensors(tuple(getattr(inputs, name) for name in inputs.__dataclass_fields__))
+
+
+def _forget() -> None:
+    gc.collect()
+    torch.compiler.reset()  # or its limit of recompilations would end in eager code
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _one_line(problem: Exception) -> str:
+    text = " ".join(f"{type(problem).__name__}: {problem}".split())
+    return text if len(text) <= 160 else text[:157] + "..."

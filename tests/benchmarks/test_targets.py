@@ -1,0 +1,167 @@
+"""Targets: met, not met, not measured; and of several cases the worst."""
+
+from __future__ import annotations
+
+import io
+import sys
+from dataclasses import replace
+
+import pytest
+from made_up import model_rows, result, row, write
+from rich.console import Console
+
+from benchmarks import targets
+from benchmarks.suite.case import Case
+from benchmarks.suite.row import Row
+from benchmarks.targets import DUAL_FORWARD, SAVED, STEP, TARGETS, judge, print_targets
+
+
+def target(words: str):
+    (found,) = (one for one in TARGETS if words in one.name)
+    return found
+
+
+def attention(group: str, shape, times: dict[str, float | None], causal=False, **more) -> list[Row]:
+    case = Case(f"attention-{group}", "attention", shape, "bf16", causal)
+    return [row(case, name, seconds, **more) for name, seconds in times.items()]
+
+
+def compiled(step: float, peak: int) -> list[Row]:
+    case = Case("train-step", "vit_base_patch16_224", (64,), "bf16")
+    ours = row(case, "taft-all-compiled", step, peak_bytes=peak)
+    return [ours, row(case, "finetune-compiled", 1.0, peak_bytes=100)]
+
+
+RIVAL = "jvp-flash-attention"
+HOME, LONG, LONGER = (64, 12, 197, 64), (4, 12, 4096, 64), (1, 12, 16384, 64)
+
+
+@pytest.mark.parametrize(
+    ("one", "good", "bad"),
+    [(DUAL_FORWARD, 2.99, 3.01), (STEP, 1.69, 1.71), (SAVED, 1.09, 1.11)],
+)
+def test_on_a_cpu(one, good, bad) -> None:
+    which = {DUAL_FORWARD: "forward", STEP: "step", SAVED: "saved"}[one]
+    for value, verdict in ((good, "met"), (bad, "not met")):
+        found = judge(one, result(model_rows(**{which: value})))
+        assert (found.value, found.verdict) == (pytest.approx(value), verdict)
+        assert found.where == "vit_small_patch16_224 8 fp32"
+
+
+@pytest.mark.parametrize(
+    ("words", "rows", "value", "verdict"),
+    [
+        (
+            "N197",
+            attention("forward", HOME, {"ours": 1.9, "sdpa-math": 4, "sdpa-flash": 1}),
+            1.9,
+            1,
+        ),
+        ("N197", attention("forward", HOME, {"ours": 2.1, "sdpa-cudnn": 1}), 2.1, 0),
+        ("SDPA forward, N = 4096", attention("forward", LONG, {"ours": 2, "sdpa-flash": 1}), 2, 1),
+        ("SDPA backward", attention("backward", HOME, {"ours": 1.2, "sdpa-flash": 1}), 1.2, 0),
+        ("torch.func.jvp", attention("forward", LONG, {"ours": 1, "torch-jvp": 21}), 21, 1),
+        ("torch.func.jvp", attention("forward", LONG, {"ours": 1, "torch-jvp": 19}), 19, 0),
+        (
+            "faster than jvp-",
+            attention("forward", HOME, {"ours": 1, "jvp-flash-attention": 3}),
+            3,
+            1,
+        ),
+        ("ceiling", attention("forward", LONG, {"ours": 1}, flops=0.7e12), 0.7, 1),
+        ("ceiling", attention("forward", LONG, {"ours": 1}, flops=0.5e12), 0.5, 0),
+        ("tangent step / fine-tuning step, both", compiled(1.8, 100), 1.8, 0),
+        ("peak memory of the", compiled(1.8, 109), 1.09, 1),
+    ],
+)
+def test_on_a_gpu(words, rows, value, verdict) -> None:
+    found = judge(target(words), result(rows, gpu=True))
+    assert found.value == pytest.approx(value)
+    assert found.verdict == ("met" if verdict else "not met")
+
+
+def test_the_worst_case_counts() -> None:
+    times = {"ours": 1.0, "sdpa-flash": 1.0}
+    rows = attention("backward", HOME, times)
+    rows += attention("backward", LONG, {**times, "ours": 1.3}, causal=True)
+    found = judge(target("SDPA backward"), result(rows, gpu=True))
+    assert (found.value, found.where) == (1.3, "attention 4x12x4096x64 bf16 causal")
+    rows = attention("forward", LONG, {"ours": 1}, flops=0.7e12)
+    rows += attention("forward", LONGER, {"ours": 1}, flops=0.4e12)
+    rows += attention("forward", HOME, {"ours": 1}, flops=0.1e12)  # too short to count
+    assert judge(target("ceiling"), result(rows, gpu=True)).value == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(("bytes_per_token", "verdict"), [(1, "met"), (16, "not met")])
+def test_linear_memory(bytes_per_token, verdict) -> None:
+    rows = []
+    for shape, per_token in (((16, 12, 1024, 64), 1), (LONGER, bytes_per_token)):
+        peak = shape[0] * shape[1] * shape[2] * per_token
+        rows += attention("forward", shape, {"ours": 1}, peak_bytes=peak)
+    found = judge(target("linear: 1"), result(rows, gpu=True))
+    assert (found.value, found.verdict) == (bytes_per_token, verdict)
+    assert found.where == "N = 1024 to 16384, D = 64"
+
+
+def test_a_wrong_answer_of_ours_is_not_met() -> None:
+    rows = attention("forward", HOME, {"sdpa-flash": 1})
+    for status, verdict in (
+        ("wrong", "not met"),
+        ("failed", "not met"),
+        ("absent", "not measured"),
+    ):
+        ours = Row(rows[0].case, "ours", status, "a note")
+        found = judge(target("N197"), result([*rows, ours], gpu=True))
+        assert (found.value, found.verdict) == (None, verdict)
+        assert found.where == f"attention 64x12x197x64 bf16: ours: {status}: a note"
+    long = Row(Case("attention-forward", "attention", LONG, "bf16"), "ours", "wrong", "a note")
+    assert judge(target("ceiling"), result([long], gpu=True)).verdict == "not met"
+
+
+@pytest.mark.parametrize(
+    ("rows", "where"),
+    [
+        ([], "no such case"),
+        (attention("forward", LONG, {"ours": 1}), "4x12x4096x64 bf16: no torch-jvp"),
+        (attention("forward", LONG, {"ours": 1, "torch-jvp": None}), "failed: out of memory"),
+    ],
+)
+def test_not_measured(rows, where) -> None:
+    rows = rows or attention("forward", HOME, {"ours": 1, "torch-jvp": 30})
+    found = judge(target("torch.func.jvp"), result(rows, gpu=True))
+    assert (found.value, found.verdict) == (None, "not measured")
+    assert where in found.where
+
+
+def test_memory_that_is_not_known() -> None:
+    rows = [replace(one, saved_bytes=None) for one in model_rows()]
+    found = judge(SAVED, result(rows))
+    assert found.verdict == "not measured"
+    assert found.where.endswith("taft-all: no saved_bytes")
+
+
+def test_another_device() -> None:
+    assert judge(STEP, result(model_rows(), gpu=True)).where == "a target for a CPU"
+    found = judge(target("N197"), result(model_rows()))
+    assert (found.where, found.verdict) == ("a target for a GPU", "not measured")
+
+
+def test_the_table() -> None:
+    stream = io.StringIO()
+    print_targets(Console(file=stream, width=200), result(model_rows(step=1.75)))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 3 + len(TARGETS)
+    (step,) = (line for line in lines if "tangent step / fine-tuning step, ViT-S/16" in line)
+    assert step.split()[-6:-3] == ["1.750", "not", "met"] and "<= 1.70" in step
+    assert sum("not measured" in line for line in lines) == len(TARGETS) - 3
+
+
+def test_the_command(tmp_path, monkeypatch, capsys) -> None:
+    path = write(tmp_path / "suite.json", result(model_rows()))
+    monkeypatch.setattr(sys, "argv", ["targets", str(path)])
+    assert targets.main() == 0
+    assert str(path) in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["targets", str(path), str(tmp_path / "none.json")])
+    assert targets.main() == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"{tmp_path / 'none.json'}: No such file or directory\n")
