@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -48,8 +49,8 @@ def convolution(
     apart = take_apart(input, weight, bias)
     if apart is None or isinstance(padding, str) or input.ndim != weight.ndim:
         return function(input, weight, bias, stride, padding, dilation, groups)
-    spatial = weight.ndim - 2
-    geometry = Geometry(*(_each(x, spatial) for x in (stride, padding, dilation)), groups)
+    each = functools.partial(_each, spatial=weight.ndim - 2)
+    geometry = Geometry(each(stride), each(padding), each(dilation), groups)
     device = input.device.type
     primals, tangents = (autocast(device, *operands) for operands in apart)
     return forward_ad.make_dual(*_Convolution.apply(*primals, *tangents, geometry))
