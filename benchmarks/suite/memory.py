@@ -33,17 +33,22 @@ class MemoryProbe:
     """
 
     def __init__(self, device: torch.device):
+        self._device = device
+        self._worker = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
         path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])
-        self._worker = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.suite.memory", str(device)],
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.suite.memory", str(self._device)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": path},
         )
-        assert self._worker.stdout is not None
-        self._worker.stdout.readline()  # ready: until then its imports would disturb a timing
+        assert worker.stdout is not None
+        worker.stdout.readline()  # ready: until then its imports would disturb a timing
+        return worker
 
     def ask(self, case: Case, provider: str) -> Memory | None:
         """Of one call of the provider; None if it failed there, out of memory for example."""
@@ -54,8 +59,12 @@ class MemoryProbe:
             self._worker.stdin.flush()
             answer = self._worker.stdout.readline()
         except BrokenPipeError:
+            answer = ""
+        if not answer:  # it died of this call: the next one has another
+            self._worker.communicate()
+            self._worker = self._start()
             return None
-        found = json.loads(answer) if answer else None
+        found = json.loads(answer)
         return None if found is None else (found["peak"], found["saved"])
 
     def __enter__(self) -> MemoryProbe:
