@@ -162,7 +162,8 @@ class _Run:
     def profile(self) -> None:
         self._tell("profiling")
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
-        with attention_marked(), profiler(activities=activities) as record:
+        # acc_events: torch 2.11 warns without it, of cycles that there are none of.
+        with attention_marked(), profiler(activities=activities, acc_events=True) as record:
             self._run()
         events: Any = record.events()
         spent = cuda_time(events) if self._cuda else cpu_time(events)

@@ -147,7 +147,7 @@ def step_of(side: str) -> Any:
 def profiled(request: pytest.FixtureRequest) -> Any:
     step = step_of(request.param)
     step()
-    with profile(activities=[ProfilerActivity.CPU]) as record:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as record:
         step()
     return record
 

@@ -1,0 +1,70 @@
+"""The suite in one command: cut off, it goes on; all groups end in one file."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from benchmarks import run
+from benchmarks.record import write_json
+from benchmarks.stored import read_result
+from benchmarks.suite.case import GROUPS, Case
+from benchmarks.suite.row import Result, Row
+
+
+@pytest.fixture
+def suite(monkeypatch, tmp_path):
+    """A suite that writes one row per group; `fails` ends it with 1, `dies` before its JSON."""
+    ran: list[str] = []
+    fails: set[str] = set()
+    dies: set[str] = set()
+
+    def pytest_run(json_file, options, *more):
+        group = more[-1] if more else "all"
+        ran.append(group)
+        if group in dies:
+            return 2
+        row = Row(Case(group, "op", (1,), "fp32"), "ours", "absent", "a test")
+        result = Result({"cpu": "x", "date": "today"}, {"bytes/s": 1.0}, [row])
+        write_json(json_file, {"tangent_ops": result.to_json()})
+        return int(group in fails)
+
+    monkeypatch.setattr(run, "_pytest", pytest_run)
+    return ran, fails, dies
+
+
+def main(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["run", *map(str, arguments)])
+    return run.main()
+
+
+def test_one_process_by_default(suite, monkeypatch, tmp_path) -> None:
+    assert main(monkeypatch, "--out", tmp_path) == 0
+    assert suite[0] == ["all"] and len(read_result(tmp_path / "suite.json").rows) == 1
+
+
+def test_it_goes_on_where_it_was_cut_off(suite, monkeypatch, tmp_path) -> None:
+    ran, _, dies = suite
+    dies.update(GROUPS[3:])
+    assert main(monkeypatch, "--out", tmp_path, "--resume") != 0
+    assert len(read_result(tmp_path / "suite.json").rows) == 3  # of what there is
+    dies.clear()
+    ran.clear()
+    assert main(monkeypatch, "--out", tmp_path, "--resume") == 0
+    assert ran == list(GROUPS[3:])
+    rows = read_result(tmp_path / "suite.json").rows
+    assert [row.case.group for row in rows] == list(GROUPS)
+
+
+def test_a_red_group_is_kept_and_the_end_is_red(suite, monkeypatch, tmp_path) -> None:
+    suite[1].add(GROUPS[0])
+    assert main(monkeypatch, "--out", tmp_path, "--resume") == 1
+    assert len(read_result(tmp_path / "suite.json").rows) == len(GROUPS)
+
+
+def test_out_that_is_a_file(suite, monkeypatch, tmp_path, capsys) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    assert main(monkeypatch, "--out", file) == 2
+    assert "is a file: name a folder" in capsys.readouterr().err and suite[0] == []
