@@ -381,7 +381,7 @@ def test_a_dual_forward_costs_three_times_the_products():
     tangent = moved(linearize(model))
     with sdpa_kernel(SDPBackend.MATH):  # torch 2.11 does not count the fast one of the CPU
         plain = flops(lambda: model(images()))
-        patches = flops(lambda: model.patch_embed(images()))  # images have no tangent: two, not three
+        patches = flops(lambda: model.patch_embed(images()))  # two products, not three
     assert flops(lambda: tangent(images())) == 3 * plain - patches
 
 
