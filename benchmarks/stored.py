@@ -1,9 +1,12 @@
-"""Stored results of the suite: read and checked, the newest of each device, their conditions."""
+"""Stored results: read and checked, shown, the newest of each device, their conditions."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.record import ROOT
@@ -39,6 +42,21 @@ def read_result(path: Path) -> Result:
     if not result.rows:
         raise BadFile(f"{path} has no rows: nothing was measured")
     return result
+
+
+def show_files(show: Callable[[Result], None], description: str) -> int:
+    """A command that shows every FILE it is given; its exit status."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="suite.json")
+    try:
+        results = {path: read_result(path) for path in parser.parse_args().files}
+    except BadFile as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    for path, result in results.items():
+        print(path)
+        show(result)
+    return 0
 
 
 def device_of(result: Result) -> str:

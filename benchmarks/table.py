@@ -5,10 +5,8 @@ python -m benchmarks.table FILE...
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +14,7 @@ from rich.table import Table
 from benchmarks.console import wide_console
 from benchmarks.rivals import Answers, by_case, fastest_yardstick, our_row, ratio
 from benchmarks.roofline import figures
-from benchmarks.stored import BadFile, conditions, read_result
+from benchmarks.stored import conditions, show_files
 from benchmarks.suite.case import Case
 from benchmarks.suite.row import Result, Row
 from benchmarks.units import amount, between, digits, duration
@@ -118,17 +116,7 @@ def _print_line(console: Console, text: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="suite.json")
-    try:
-        results = {path: read_result(path) for path in parser.parse_args().files}
-    except BadFile as problem:
-        print(problem, file=sys.stderr)
-        return 2
-    for path, result in results.items():
-        print(path)
-        print_table(wide_console(), result)
-    return 0
+    return show_files(lambda result: print_table(wide_console(), result), __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,9 @@ against the bound. An answer of ours that is wrong or failed there is a target n
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
@@ -21,7 +19,7 @@ from rich.text import Text
 
 from benchmarks.console import wide_console
 from benchmarks.rivals import Answers, by_case, fastest_yardstick
-from benchmarks.stored import BadFile, conditions, read_result
+from benchmarks.stored import conditions, show_files
 from benchmarks.suite.case import Case
 from benchmarks.suite.row import Result, Row
 
@@ -286,17 +284,7 @@ def print_targets(console: Console, result: Result) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="suite.json")
-    try:
-        results = {path: read_result(path) for path in parser.parse_args().files}
-    except BadFile as problem:
-        print(problem, file=sys.stderr)
-        return 2
-    for path, result in results.items():
-        print(path)
-        print_targets(wide_console(), result)
-    return 0
+    return show_files(lambda result: print_targets(wide_console(), result), __doc__ or "")
 
 
 if __name__ == "__main__":

@@ -45,12 +45,16 @@ def measure(
     """
     workload = workload_of(case)
     inputs = workload.inputs(case, device, 0)
-    exact = workload.expected(case, inputs)
+    providers = [one for one in workload.providers(case) if one.name in names]
     found: dict[str, Measured] = {}
     calls: dict[str, list[Call]] = {}
-    for provider in workload.providers(case):
-        if provider.name not in names:
-            continue
+    try:
+        exact = workload.expected(case, inputs)
+    except torch.OutOfMemoryError:
+        _forget()
+        note = "not checked: the exact answer does not fit into memory"
+        return {one.name: Measured(Row.of(case, one, "failed", note)) for one in providers}
+    for provider in providers:
         row, call = _check(workload, case, provider, inputs, exact, device)
         found[provider.name] = Measured(row)
         if call is not None:
@@ -59,10 +63,7 @@ def measure(
     if calls:
         for name, more in _other_operands(workload, case, calls, inputs, device):
             calls[name].append(more)
-        times = interleave(calls, device=device, budget=budget, warmup=0)  # the check was one
-        for name, seconds in times.items():
-            row = replace(found[name].row, timing=Timing.of(seconds))
-            found[name] = Measured(row, seconds)
+        _time(calls, found, device, budget)
         if device.type == "cuda" and _can_be_captured(case):
             _time_graphs(calls, found, device, budget / 2)
     del calls, inputs
@@ -134,9 +135,33 @@ def _other_operands(
     for seed in range(1, copies):
         more = workload.inputs(case, device, seed)
         for name in list(calls):
-            call = providers[name].prepare(case, more)
-            call()
+            try:
+                call = providers[name].prepare(case, more)
+                call()
+            except torch.OutOfMemoryError:
+                _forget()
+                return
             yield name, call
+
+
+def _time(
+    calls: dict[str, list[Call]], found: dict[str, Measured], device: torch.device, budget: float
+) -> None:
+    """Adds the times. If all do not fit into memory side by side, the last ones are left out."""
+    while calls:
+        try:
+            # No warm-up: the check was one.
+            times = interleave(calls, device=device, budget=budget, warmup=0)
+        except torch.OutOfMemoryError:
+            name, _ = calls.popitem()
+            note = "out of memory beside the other providers"
+            found[name] = Measured(replace(found[name].row, status="failed", note=note))
+            _forget()
+            continue
+        for name, seconds in times.items():
+            row = replace(found[name].row, timing=Timing.of(seconds))
+            found[name] = Measured(row, seconds)
+        return
 
 
 def _can_be_captured(case: Case) -> bool:

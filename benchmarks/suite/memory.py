@@ -16,6 +16,7 @@ import sys
 from typing import Any
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from benchmarks.record import ROOT
 from benchmarks.suite.case import Case
@@ -80,11 +81,17 @@ def measure(case: Case, provider: str, device: torch.device) -> Memory:
     workload = workload_of(case)
     call = provider_of(case, provider).prepare(case, workload.inputs(case, device, 0))
     call()
-    # What is there anyway, parameters above all, is not saved by the call.
-    there = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    there = _tensors_there()
     saved = saved_bytes(call, exclude=there)
     del there
     return peak_bytes(call, device), saved
+
+
+def _tensors_there() -> list[torch.Tensor]:
+    """What is there anyway, parameters above all, and so is not saved by a call."""
+    found = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    # The compiler leaves some of its tracing behind, which have no storage.
+    return [x for x in found if not is_functorch_wrapped_tensor(x)]
 
 
 def main() -> None:

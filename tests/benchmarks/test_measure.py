@@ -101,6 +101,33 @@ def test_what_raises_has_failed(monkeypatch) -> None:
     assert (found["full"].status, found["full"].note) == ("failed", "out of memory")
 
 
+def test_without_room_for_the_exact_answer_nothing_is_timed(monkeypatch) -> None:
+    workload = use(monkeypatch, Doubling(ours=right, rival=right))
+
+    def full(case, inputs):
+        raise torch.OutOfMemoryError("tried 100 GB")
+
+    monkeypatch.setattr(workload, "expected", full)
+    found = rows(workload)
+    assert {row.status for row in found.values()} == {"failed"}
+    assert "not checked" in found["ours"].note and workload.called == []
+
+
+def test_who_does_not_fit_beside_the_others_is_left_out(monkeypatch) -> None:
+    calls = []
+
+    def hungry(x):
+        calls.append(x)
+        if len(calls) > 1:  # alone, while it is checked, it fits
+            raise torch.OutOfMemoryError("tried 100 GB")
+        return right(x)
+
+    found = rows(use(monkeypatch, Doubling(ours=right, hungry=hungry)))
+    assert found["ours"].status == "ok" and found["ours"].timing is not None
+    assert (found["hungry"].status, found["hungry"].timing) == ("failed", None)
+    assert "beside the other" in found["hungry"].note
+
+
 def test_another_shape_is_no_answer(monkeypatch) -> None:
     found = rows(use(monkeypatch, Doubling(rival=lambda x: (2 * x[:3], x * x))))
     assert found["rival"].status == "failed" and "shape (3,)" in found["rival"].note
