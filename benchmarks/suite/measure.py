@@ -112,7 +112,7 @@ def _check(
         _forget()
         return row("failed", _one_line(problem)), None
     bound = workload.bound(case) * provider.slack
-    if error is not None and not error <= bound:
+    if error is not None and error > bound:
         note = f"error {error:.1e}, allowed {bound:.1e}"
         return row("wrong", note, error), None
     return row("ok", "", error), call
