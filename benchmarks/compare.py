@@ -50,7 +50,6 @@ CASES = {
 }
 TESTS = ("tests/ops", "tests/test_linearize.py", "tests/test_forward_ad.py")
 OURS = ("ours", "taft-all", "taft-1")
-WARMUP = 2
 FEWEST_ROUNDS = 5  # fewer have no interval to speak of
 LISTED = 8  # names that an error lists
 
@@ -231,7 +230,7 @@ def measure(
         return Outcome(case, provider, "new", f"base is {found['status']}: {found['note']}")
 
     seconds: dict[Worker, list[float]] = {before: [], after: []}
-    for turn in range(-WARMUP, args.rounds):
+    for turn in range(args.rounds):
         # ABBA: whoever comes second finds another machine, so both do in turns.
         for worker in (before, after) if turn % 2 == 0 else (after, before):
             try:
@@ -239,8 +238,7 @@ def measure(
             except RequestFailed as problem:
                 word = "failed" if worker is after else "new"
                 return Outcome(case, provider, word, f"{worker.name}, timed: {problem}")
-            if turn >= 0:
-                seconds[worker].append(taken)
+            seconds[worker].append(taken)
     verdict = judge(seconds[before], seconds[after], args.tolerance)
     return Outcome(
         case, provider, verdict.word, "", verdict, tuple(seconds[before]), tuple(seconds[after])
