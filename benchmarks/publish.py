@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.demo_table import demo_table, read_demos
 from benchmarks.record import ROOT
 from benchmarks.rivals import Answers, by_case, fastest_yardstick, ratio, yardstick
 from benchmarks.stored import RESULTS, BadFile, conditions, newest
@@ -23,6 +24,7 @@ from benchmarks.targets import DUAL_FORWARD, SAVED, STEP, judge
 from benchmarks.units import amount, duration
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+DEMO = "demo"
 NOT_MEASURED = "Not measured yet."
 NOTHING = "–"
 BEGIN = re.compile(r"^<!-- measured:(?P<name>\S+) -->$", re.MULTILINE)
@@ -104,7 +106,13 @@ FIGURES: dict[str, tuple[Sequence[str], Callable[[Result], str]]] = {
 
 
 def text_of(name: str, results: Iterable[Result]) -> str:
-    """The markdown of a marker, from the results of all devices."""
+    """The markdown of a marker, from the results of all devices, or of the demo.
+
+    Raises:
+        BadFile: a result of the demo cannot be read.
+    """
+    if name == DEMO:
+        return demo_table(read_demos())
     kinds, write = FIGURES[name]
     chosen = [r for r in results if ("gpu" if "gpu" in r.environment else "cpu") in kinds]
     parts = [f"{write(result)}\n\n{_circumstances(result)}" for result in chosen]
@@ -151,8 +159,9 @@ def rewritten(page: Path, results: Sequence[Result]) -> tuple[str, list[str]]:
     parts, stale, position = [], [], 0
     for begin in BEGIN.finditer(text):
         name = begin["name"]
-        if name not in FIGURES:
-            raise BadFile(f"{page}: unknown measured:{name}; there are {', '.join(FIGURES)}")
+        if name not in (*FIGURES, DEMO):
+            known = ", ".join((*FIGURES, DEMO))
+            raise BadFile(f"{page}: unknown measured:{name}; there are {known}")
         end, following = text.find(END, begin.end()), BEGIN.search(text, begin.end())
         if end < 0 or (following and following.start() < end):
             raise BadFile(f"{page}: measured:{name} is not closed by {END}")

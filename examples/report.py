@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import matplotlib
+import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -144,7 +147,11 @@ def print_table(results: Results, console: Console) -> None:
 
 
 def write_report(results: Results) -> list[Path]:
-    """Write ``chart.png`` and ``report.html`` to the output folder; return their paths."""
+    """Write ``chart.png``, ``report.html`` and ``results.json`` to the output folder.
+
+    Returns:
+        Their paths.
+    """
     out = results.settings.out
     chart = png(draw_chart(results))
     templates = Environment(
@@ -158,10 +165,35 @@ def write_report(results: Results) -> list[Path]:
             for sample in results.samples
         ],
     )
-    paths = [out / "chart.png", out / "report.html"]
+    numbers = json.dumps(as_json(results), indent=2) + "\n"
+    paths = [out / "chart.png", out / "report.html", out / "results.json"]
     paths[0].write_bytes(chart)
     paths[1].write_text(page, encoding="utf-8")
+    paths[2].write_text(numbers, encoding="utf-8")
     return paths
+
+
+def as_json(results: Results) -> dict[str, object]:
+    """The numbers of a run, and what they depend on; accuracies from 0 to 1, times in seconds."""
+    kinds = {id(kind): name for name, kind in KINDS.items()}
+    return {
+        "model": results.model,
+        "setting": results.setting,
+        "seed": results.settings.seed,
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "seconds": results.seconds,
+        "rows": [
+            {
+                "kind": kinds[id(row.kind)],
+                "name": row.name,
+                "images": row.images,
+                "accuracy": row.accuracy,
+                "seconds": row.seconds,
+            }
+            for row in results.rows
+        ],
+    }
 
 
 def draw_chart(results: Results) -> Figure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import struct
 import sys
@@ -282,6 +283,22 @@ def test_the_report_is_written_and_self_contained(demo):
     assert not re.search(r'(?:src|href)\s*=\s*"(?!data:)', page)
     assert page.count("<tr>") == 1 + 4 + 5 + 2  # head; all data; shards; composed, forgotten
     assert page.count("bit for bit") >= 2
+
+
+def test_the_numbers_are_kept(demo):
+    found = json.loads((demo / "results.json").read_text(encoding="utf-8"))
+    assert found["seed"] == 0 and found["torch"] == torch.__version__
+    kinds = [row["kind"] for row in found["rows"]]
+    assert kinds == [
+        "anchor",
+        "probe",
+        "ordinary",
+        "tangent",
+        *["shard"] * 5,
+        "composed",
+        "forgotten",
+    ]
+    assert all(0 < row["accuracy"] <= 1 and row["seconds"] > 0 for row in found["rows"])
 
 
 def test_forgetting_all_shards_but_one_leaves_its_model(demo):

@@ -204,8 +204,11 @@ def write_report(comparison: Comparison) -> list[Path]:
         kind="kernels" if _on_cuda(comparison.settings) else "operations",
     )
     paths = [out / "profile.json", out / "report.html"]
-    paths[0].write_text(json.dumps(as_json(comparison), indent=2) + "\n", encoding="utf-8")
-    paths[1].write_text(page, encoding="utf-8")
+    numbers = json.dumps(as_json(comparison), indent=2) + "\n"
+    for path, text in zip(paths, (numbers, page), strict=True):
+        partial = path.with_name(path.name + ".partial")  # whole or not at all
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
     return paths + [out / side.trace for side in comparison.sides if side.trace]
 
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import timm
 import torch
@@ -118,8 +117,11 @@ def attention_marked() -> Iterator[None]:
         with record_function("tangent_ops.scaled_dot_product_attention"):
             return original(*args, **kwargs)
 
-    with patch.object(forward_ad, "scaled_dot_product_attention", marked):
+    forward_ad.scaled_dot_product_attention = marked
+    try:
         yield
+    finally:
+        forward_ad.scaled_dot_product_attention = original
 
 
 def _linearized(model: nn.Module, blocks: int | None) -> LinearizedModel:
