@@ -14,10 +14,10 @@ KEEP_MEMORY = MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592
 installed = $(VENV)/.tangent-ops-$(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench gpu-bench publish compile-check gpu-check clean
+.PHONY: help demo test lint format bench bench-compiled gpu-bench publish compile-check gpu-check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  VENV=path    use this environment instead of .venv    PYTHON=path  make .venv with this Python'
 	@echo '  ARGS="..."   passed on to the demo, pytest or the suite'
@@ -41,6 +41,9 @@ format: $(call installed,test) ## ruff's fixes and format, in place
 
 bench: $(call installed,bench) ## the suite on this machine: times, memory, limits, targets
 	$(KEEP_MEMORY) $(RUN) -m benchmarks.run --out "$(or $(OUT),out/bench)" $(ARGS)
+
+bench-compiled: $(call installed,bench) ## whole models of every size, eager and torch.compile: 20 minutes
+	$(KEEP_MEMORY) $(RUN) -m benchmarks.run --compiled --out "$(or $(OUT),out/bench)" $(ARGS)
 
 gpu-bench: $(call installed,bench) ## on a CUDA machine: the suite, group by group; run again, it goes on
 	$(RUN) -m benchmarks.run --resume $(if $(OUT),--out "$(OUT)") $(ARGS)

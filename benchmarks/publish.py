@@ -12,12 +12,13 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.demo_table import demo_table, read_demos
 from benchmarks.record import ROOT
 from benchmarks.rivals import Answers, by_case, fastest_yardstick, ratio, yardstick
-from benchmarks.stored import RESULTS, BadFile, conditions, newest
+from benchmarks.stored import COMPILED, RESULTS, SUITE, BadFile, conditions, newest
 from benchmarks.suite.case import Case
 from benchmarks.suite.row import Result, Row
 from benchmarks.targets import DUAL_FORWARD, SAVED, STEP, judge
@@ -96,31 +97,36 @@ def end_to_end(result: Result) -> str:
     return _table(("model", "", "forward", "step", "saved for backward", "peak of a step"), lines)
 
 
-# Name in a marker: the kind of device ("cpu", "gpu", or either), and what is written of a result.
-FIGURES: dict[str, tuple[Sequence[str], Callable[[Result], str]]] = {
-    "cpu-ratios": (("cpu",), cpu_ratios),
-    "cpu-attention": (("cpu",), attention),
-    "gpu-attention": (("gpu",), attention),
-    "end-to-end": (("cpu", "gpu"), end_to_end),
+@dataclass(frozen=True)
+class Figure:
+    """What a marker states: a text per result of the file, on the kinds of device."""
+
+    write: Callable[[Result], str]
+    kinds: Sequence[str]  # "cpu", "gpu"
+    file: str = SUITE
+    command: str | None = None  # that measures it, where the file is not the suite's
+
+
+FIGURES = {  # by the name in a marker
+    "cpu-ratios": Figure(cpu_ratios, ("cpu",)),
+    "cpu-attention": Figure(attention, ("cpu",)),
+    "gpu-attention": Figure(attention, ("gpu",)),
+    "end-to-end": Figure(end_to_end, ("cpu", "gpu")),
+    # On CUDA the suite compiles too.
+    "compiled": Figure(end_to_end, ("cpu",), COMPILED, "make bench-compiled"),
 }
 
 
 def text_of(name: str, results: Iterable[Result]) -> str:
-    """The markdown of a marker, from the results of all devices, or of the demo.
-
-    Raises:
-        BadFile: a result of the demo cannot be read.
-    """
-    if name == DEMO:
-        return demo_table(read_demos())
-    kinds, write = FIGURES[name]
-    chosen = [r for r in results if ("gpu" if "gpu" in r.environment else "cpu") in kinds]
-    parts = [f"{write(result)}\n\n{_circumstances(result)}" for result in chosen]
+    """The markdown of a figure, from what its file holds for all devices."""
+    figure = FIGURES[name]
+    chosen = [r for r in results if ("gpu" if "gpu" in r.environment else "cpu") in figure.kinds]
+    parts = [f"{figure.write(r)}\n\n{_circumstances(r, figure.command)}" for r in chosen]
     return "\n\n".join(parts) or NOT_MEASURED
 
 
-def _circumstances(result: Result) -> str:
-    command = "make gpu-bench" if "gpu" in result.environment else "make bench"
+def _circumstances(result: Result, command: str | None) -> str:
+    command = command or ("make gpu-bench" if "gpu" in result.environment else "make bench")
     malloc = result.environment.get("malloc", "defaults")
     kept = "" if malloc == "defaults" else f", `{malloc}`"
     return f"Medians. {conditions(result)}{kept}; `{command}`."
@@ -146,11 +152,21 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 # --- the pages -----------------------------------------------------------------------------------
 
 
-def rewritten(page: Path, results: Sequence[Result]) -> tuple[str, list[str]]:
+def all_stored() -> dict[str, list[Result]]:
+    """The newest results of every device, by file name.
+
+    Raises:
+        BadFile: one cannot be read.
+    """
+    return {name: list(newest(RESULTS, name).values()) for name in (SUITE, COMPILED)}
+
+
+def rewritten(page: Path, stored: Mapping[str, Sequence[Result]]) -> tuple[str, list[str]]:
     """The page with fresh figures, and the names of those that were stale.
 
     Raises:
-        BadFile: it cannot be read, a marker has an unknown name, or one is not closed.
+        BadFile: it or a result of the demo cannot be read, a marker has an unknown name, or one
+            is not closed.
     """
     try:
         text = page.read_text(encoding="utf-8")
@@ -165,7 +181,11 @@ def rewritten(page: Path, results: Sequence[Result]) -> tuple[str, list[str]]:
         end, following = text.find(END, begin.end()), BEGIN.search(text, begin.end())
         if end < 0 or (following and following.start() < end):
             raise BadFile(f"{page}: measured:{name} is not closed by {END}")
-        fresh = f"\n{text_of(name, results)}\n"
+        if name == DEMO:
+            figure = demo_table(read_demos())
+        else:
+            figure = text_of(name, stored[FIGURES[name].file])
+        fresh = f"\n{figure}\n"
         if text[begin.end() : end] != fresh:
             stale.append(name)
         parts += [text[position : begin.end()], fresh]
@@ -178,8 +198,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
     options = parser.parse_args()
     try:
-        results = list(newest(RESULTS).values())
-        pages = {page: rewritten(page, results) for page in PAGES}
+        stored = all_stored()
+        pages = {page: rewritten(page, stored) for page in PAGES}
     except BadFile as problem:
         print(problem, file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 python -m benchmarks.run --out DIR               # what `make bench` does
 python -m benchmarks.run --out DIR --resume      # group by group; run again, it goes on
+python -m benchmarks.run --out DIR --compiled    # whole models alone, eager and compiled
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -17,10 +19,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.record import ROOT, commit, write_json
-from benchmarks.stored import SUITE, BadFile, folder_for
+from benchmarks.stored import COMPILED, SUITE, BadFile, folder_for
 from benchmarks.suite.case import GROUPS
+from benchmarks.suite.derivatives import COMPILE_ON_CPU
 from benchmarks.suite.row import Result
 
+WITH_COMPILED_FORM = (
+    "(model-forward or train-step) and (taft or finetune) and not (cached or finetune-1)"
+)
 NO_TESTS = 5  # pytest's exit status where nothing was selected
 
 
@@ -32,6 +38,8 @@ def main() -> int:
     except BadFile as problem:
         print(problem, file=sys.stderr)
         return 2
+    if options.compiled:
+        return _compiled(out, options)
     if not options.resume:
         status = _pytest(out / SUITE, options)
     else:
@@ -72,6 +80,15 @@ def _group(group: str, out: Path, options: argparse.Namespace) -> int:
     return status
 
 
+def _compiled(out: Path, options: argparse.Namespace) -> int:
+    """Whole models of every size by the providers that have a compiled form, and by these."""
+    os.environ[COMPILE_ON_CPU] = "1"
+    options.extent = "full"
+    status = _pytest(out / COMPILED, options, "-k", WITH_COMPILED_FORM)
+    print(f"written: {out / COMPILED}")
+    return status
+
+
 def _pytest(json_file: Path, options: argparse.Namespace, *more: str) -> int:
     command = [sys.executable, "-m", "pytest", "benchmarks/bench_suite.py", "-q", "-rf"]
     command += ["--benchmark-quiet"]  # its tables say less, in 250 columns; ours come instead
@@ -104,6 +121,11 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--resume", action="store_true", help="a process per group; skip those already measured"
+    )
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="only whole models of every size, eager and compiled (20 minutes on 2 cores)",
     )
     return parser.parse_args()
 

@@ -14,6 +14,7 @@ from benchmarks.suite.row import Result
 
 RESULTS = ROOT / "benchmarks" / "results"
 SUITE = "suite.json"
+COMPILED = "compiled.json"  # whole models, eager and compiled
 
 
 class BadFile(Exception):
@@ -65,13 +66,13 @@ def device_of(result: Result) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def newest(folder: Path = RESULTS) -> dict[str, Result]:
-    """The latest result in the folders of `folder`, by device; the CPU first.
+def newest(folder: Path = RESULTS, name: str = SUITE) -> dict[str, Result]:
+    """The latest file of that name in the folders of `folder`, by device; the CPU first.
 
     Raises:
         BadFile: one cannot be read.
     """
-    results = [read_result(path) for path in sorted(folder.glob(f"*/{SUITE}"))]
+    results = [read_result(path) for path in sorted(folder.glob(f"*/{name}"))]
     results.sort(key=lambda result: result.environment.get("date", ""))
     latest = {device_of(result): result for result in results}
     return dict(sorted(latest.items(), key=lambda item: (item[0] != "cpu", item[0])))

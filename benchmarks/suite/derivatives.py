@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 from benchmarks.suite.case import Case
 from tangent_ops import fused_forward_ad
 
+COMPILE_ON_CPU = "TANGENT_OPS_BENCH_COMPILE"  # environment variable
+
 
 def finite_difference_step(dtype: torch.dtype) -> float:
     """The h of (f(p + h t) - f(p)) / h: √eps, rounded up to a power of two.
@@ -48,6 +50,6 @@ def push_forward(
 
 def compiling_is_too_slow(case: Case, device: torch.device) -> str | None:
     """Why a compiled provider is absent here, or None."""
-    if device.type != "cpu" or os.environ.get("TANGENT_OPS_BENCH_COMPILE") == "1":
+    if device.type != "cpu" or os.environ.get(COMPILE_ON_CPU) == "1":
         return None
-    return "on the CPU only with TANGENT_OPS_BENCH_COMPILE=1: compiling takes a minute a case"
+    return f"on the CPU only with {COMPILE_ON_CPU}=1: compiling takes a minute a case"

@@ -161,6 +161,7 @@ class _Run:
 
     def profile(self) -> None:
         self._tell("profiling")
+        self._run()  # the others' steps and records have taken its memory: pages fault in again
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
         # acc_events: torch 2.11 warns without it, of cycles that there are none of.
         with attention_marked(), profiler(activities=activities, acc_events=True) as record:

@@ -139,6 +139,16 @@ def test_end_to_end() -> None:
     assert "torch-jvp" not in "".join(lines)  # it failed everywhere
 
 
+def test_compiled_models_come_from_their_own_file(page, monkeypatch) -> None:
+    page.write_text("<!-- measured:compiled -->\n<!-- /measured -->\n")
+    run(monkeypatch)
+    assert NOT_MEASURED in page.read_text()
+    write(page.parent / "results" / "2-cpu" / "compiled.json", result(model_rows(step=1.5)))
+    run(monkeypatch)
+    text = page.read_text()
+    assert "(1.50x)" in text and "1.69" not in text and text.count("make bench-compiled") == 1
+
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_nothing_to_state(name) -> None:
     assert text_of(name, []) == NOT_MEASURED

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 import sys
 
 import pytest
 
 from benchmarks import run
-from benchmarks.record import write_json
+from benchmarks.record import ROOT, write_json
 from benchmarks.stored import read_result
 from benchmarks.suite.case import GROUPS, Case
+from benchmarks.suite.derivatives import COMPILE_ON_CPU
 from benchmarks.suite.row import Result, Row
 
 
@@ -61,6 +65,30 @@ def test_a_red_group_is_kept_and_the_end_is_red(suite, monkeypatch, tmp_path) ->
     suite[1].add(GROUPS[0])
     assert main(monkeypatch, "--out", tmp_path, "--resume") == 1
     assert len(read_result(tmp_path / "suite.json").rows) == len(GROUPS)
+
+
+def test_compiled_models_go_into_a_file_apart(suite, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv(COMPILE_ON_CPU, "0")  # and put back afterwards
+    assert main(monkeypatch, "--out", tmp_path, "--compiled") == 0
+    assert suite[0] == [run.WITH_COMPILED_FORM] and os.environ[COMPILE_ON_CPU] == "1"
+    assert len(read_result(tmp_path / "compiled.json").rows) == 1
+    assert not (tmp_path / "suite.json").exists()
+
+
+def test_compiled_models_that_do_not_run(suite, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv(COMPILE_ON_CPU, "0")
+    suite[2].add(run.WITH_COMPILED_FORM)
+    assert main(monkeypatch, "--out", tmp_path, "--compiled") == 2
+
+
+def test_what_has_a_compiled_form_is_selected(monkeypatch) -> None:
+    """By pytest itself: providers of the largest model that `-k` leaves."""
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_suite.py", "--collect-only", "-q"]
+    command += ["--extent=full", "-k", f"large and {run.WITH_COMPILED_FORM}"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"train-step-vit_large_patch16_224-\d+-fp32-([\w-]+)\]", listed)
+    forms = ("taft-all", "taft-1", "finetune")
+    assert sorted(found) == sorted([*forms, *(f"{form}-compiled" for form in forms)])
 
 
 def test_out_that_is_a_file(suite, monkeypatch, tmp_path, capsys) -> None:
