@@ -96,10 +96,11 @@ def scaled_dot_product_attention(
     (query, query_t), (key, key_t), (value, value_t), *mask = map(forward_ad.unpack_dual, operands)
     attn_mask, attn_mask_t = mask[0] if mask else (None, None)
     primals, tangents = (query, key, value), (query_t, key_t, value_t)
-    masked = attn_mask is not None or is_causal
-    if in_plain_dual_level() and not masked and not dropout_p and batch_and_heads_agree(*primals):
+    plain = attn_mask is None and not dropout_p
+    if plain and in_plain_dual_level() and batch_and_heads_agree(*primals):
         factor = query.shape[-1] ** -0.5 if scale is None else scale
-        return forward_ad.make_dual(*AttentionInParts.apply(*primals, *tangents, factor))
+        pair = AttentionInParts.apply(*primals, *tangents, factor, is_causal)
+        return forward_ad.make_dual(*pair)
     output, output_t = attention_jvp(*primals, *tangents, attn_mask, attn_mask_t, *options)
     return forward_ad.make_dual(output, output_t)
 

@@ -10,8 +10,6 @@ Half-precision inputs are computed in float32 and rounded once, at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,8 +45,12 @@ def attention(
     key, value = _repeat_heads(query, key, value, enable_gqa)
     bias, allowed = _split_mask(query, key, attn_mask, is_causal)
     scores = (query * _scale(query, scale)) @ key.mT
-    weights = _masked_softmax(scores if bias is None else scores + bias, allowed, _softmax)
-    return (_drop(weights, dropout_p) @ value).to(dtype)
+    scores, dead = _hide(scores if bias is None else scores + bias, allowed, is_causal)
+    # Softmax spelled out, as reverse mode over forward mode of `softmax` itself raises in PyTorch,
+    # and divided by its sum last, where every derivative of that is N x Dv.
+    weights = (scores - scores.detach().amax(-1, keepdim=True)).exp()
+    output = (_drop(weights, dropout_p) @ value) / weights.sum(-1, keepdim=True)
+    return (output if dead is None else output.masked_fill(dead, 0.0)).to(dtype)
 
 
 def attention_jvp(
@@ -107,7 +109,10 @@ def attention_jvp(
         scores = _add(scores, bias, lead)
     if allowed is not None:
         allowed = _flatten(allowed, lead)
-    weights = _masked_softmax(scores, allowed, lambda x: x.softmax(-1))
+    scores, dead = _hide(scores, allowed, is_causal)
+    weights = scores.softmax(-1)
+    if dead is not None:
+        weights = weights.masked_fill(dead, 0.0)
     kept = _drop(weights, dropout_p)
     output = torch.bmm(kept, v)
     output_t = torch.zeros_like(output) if v_t is None else torch.bmm(kept, v_t)
@@ -144,21 +149,18 @@ def _add(scores: Tensor, bias: Tensor, lead: torch.Size) -> Tensor:
     return (scores.unflatten(0, lead) + bias).flatten(0, len(lead) - 1) if lead else scores + bias
 
 
-def _softmax(scores: Tensor) -> Tensor:
-    """Spelled out: reverse mode over forward mode of ``softmax`` itself raises in PyTorch."""
-    exponentials = (scores - scores.detach().amax(-1, keepdim=True)).exp()
-    return exponentials / exponentials.sum(-1, keepdim=True)
+def _hide(scores: Tensor, allowed: Tensor | None, is_causal: bool) -> tuple[Tensor, Tensor | None]:
+    """Scores with -inf where not allowed, and the rows (..., N, 1) without a key, if any can be.
 
-
-def _masked_softmax(
-    scores: Tensor, allowed: Tensor | None, softmax: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Softmax over the allowed keys; a row without any is 0, and so is its derivative."""
+    The scores of such a row are 0, so that it has a softmax; the caller overwrites its result.
+    """
     if allowed is None:
-        return softmax(scores)
+        return scores, None
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    if is_causal:  # every row attends to the first key
+        return scores, None
     dead = ~allowed.any(-1, keepdim=True)
-    scores = scores.masked_fill(~allowed, float("-inf")).masked_fill(dead, 0.0)
-    return softmax(scores).masked_fill(dead, 0.0)
+    return scores.masked_fill(dead, 0.0), dead
 
 
 def _split_mask(

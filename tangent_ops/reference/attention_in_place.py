@@ -1,4 +1,4 @@
-"""Unmasked attention, its tangent and its adjoint, in as few passes over memory as eager torch has.
+"""Attention without a mask argument, its tangent and its adjoint, in few passes over memory.
 
 The formulas are those of :mod:`tangent_ops.reference.attention`, which take every option and
 nest under every transform. These overwrite their intermediates, so they do neither (with ``out=``
@@ -25,6 +25,7 @@ def attention_jvp(
     key_t: Tensor | None,
     value_t: Tensor | None,
     scale: float,
+    causal_from: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention and its tangent; products with an absent (None) tangent are not computed.
 
@@ -36,11 +37,13 @@ def attention_jvp(
         key_t: tangent of ``key``.
         value_t: tangent of ``value``.
         scale: factor of the scores.
+        causal_from: None to attend to every key; else the position of the first query row, each of
+            which attends to the keys up to its own position.
 
     Returns:
         The output and its tangent, both (B, N, Dv).
     """
-    weights = torch.bmm(query * scale, key.mT).softmax(-1)
+    weights = _weights(query * scale, key, causal_from)
     output = torch.bmm(weights, value)
     output_t = torch.zeros_like(output) if value_t is None else torch.bmm(weights, value_t)
     if query_t is not None:
@@ -63,6 +66,7 @@ def attention_vjp(
     output: Tensor,
     grad: Tensor,
     scale: float,
+    causal_from: int | None,
     needs: tuple[bool, bool, bool],
 ) -> Gradients:
     """Gradients by query, key and value, with the attention weights computed again.
@@ -74,10 +78,11 @@ def attention_vjp(
         output: (B, N, Dv), what attention returned.
         grad: (B, N, Dv), cotangent of the output (or of its tangent).
         scale: factor of the scores.
+        causal_from: as for :func:`attention_jvp`.
         needs: which of the three to compute; the others are None.
     """
     query = query * scale
-    weights = torch.bmm(query, key.mT).softmax(-1)
+    weights = _weights(query, key, causal_from)
     grad_value = torch.bmm(weights.mT, grad) if needs[2] else None
     if not needs[0] and not needs[1]:
         return None, None, grad_value
@@ -86,3 +91,12 @@ def attention_vjp(
     grad_query = torch.bmm(grad_scores, key).mul_(scale) if needs[0] else None
     grad_key = torch.bmm(grad_scores.mT, query) if needs[1] else None
     return grad_query, grad_key, grad_value
+
+
+def _weights(query: Tensor, key: Tensor, causal_from: int | None) -> Tensor:
+    scores = torch.bmm(query, key.mT)
+    if causal_from is not None:
+        corner = scores[..., causal_from:]  # the earlier keys are those of all rows
+        later = torch.ones(corner.shape[1:], dtype=torch.bool, device=corner.device).triu_(1)
+        corner.masked_fill_(later, float("-inf"))
+    return scores.softmax(-1)

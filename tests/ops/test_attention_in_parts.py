@@ -1,4 +1,4 @@
-"""Unmasked attention in a plain dual level: in parts, in place, with its own adjoint."""
+"""Attention in a plain dual level: a block at a time, in place, with its own adjoint."""
 
 from __future__ import annotations
 
@@ -26,10 +26,20 @@ def uninitialized_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=[1, 40, 2**18], ids=lambda size: f"{size}-scores")
-def cached(request, monkeypatch):
-    """Scores per part: an image each, some, or the whole batch."""
-    monkeypatch.setattr(_attention_eager, "_CACHED", request.param)
+@pytest.fixture(
+    params=[(1, 1), (4, 2), (40, 3), (2**18, 128)], ids=lambda size: f"{size[0]}-scores"
+)
+def blocks(request, monkeypatch):
+    """Scores of a block: a row or two, a head or two, an image or two, or the whole batch."""
+    set_blocks(monkeypatch, *request.param)
+
+
+def set_blocks(patch, cached, causal_rows) -> None:
+    patch.setattr(_attention_eager, "_CACHED", cached)
+    patch.setattr(_attention_eager, "_CAUSAL_ROWS", causal_rows)
+    patch.setattr(_attention_eager, "_FEWEST_ROWS", 1)
+    # One thread's share: two heads at least.
+    patch.setattr(torch, "get_num_threads", lambda: 1)
 
 
 def draw(shapes, dtype=torch.float64, seed=0):
@@ -42,30 +52,30 @@ def draw(shapes, dtype=torch.float64, seed=0):
     ]
 
 
-def run(primals, tangents, scale=None) -> tuple[Any, Any]:
-    attention = functools.partial(tangent_ops.scaled_dot_product_attention, scale=scale)
+def run(primals, tangents, **options) -> tuple[Any, Any]:
+    attention = functools.partial(tangent_ops.scaled_dot_product_attention, **options)
     return oracle.pushforward(attention, primals, tangents)
 
 
-def check(shapes, present, dtype=torch.float64, scale=None) -> None:
+def check(shapes, present, dtype=torch.float64, **options) -> None:
     primals, tangents = draw(shapes, dtype), draw(shapes, dtype, seed=1)
     given = [t.requires_grad_() if p else None for t, p in zip(tangents, present, strict=True)]
     leaves = [t for t in given if t is not None]
     (cotangent,) = draw([(*shapes[0][:3], shapes[2][3])], dtype, seed=2)
 
-    pair = run(primals, given, scale)
+    pair = run(primals, given, **options)
     found = [*pair, *torch.autograd.grad(pair[1], leaves, cotangent)]
     assert all(one.dtype == dtype for one in found)
     assert not pair[0].requires_grad
     with torch.no_grad():
-        for one, same in zip(run(primals, given, scale), pair, strict=True):
+        for one, same in zip(run(primals, given, **options), pair, strict=True):
             assert torch.equal(one, same)
 
     def answer(convert):
         primal, tangent, grad = convert(primals), convert(given), convert(cotangent)
         with torch.no_grad():
-            pair = oracle.attention_jvp(primal, tangent, scale=scale)
-            grads = oracle.attention_vjp(primal, grad, scale=scale)
+            pair = oracle.attention_jvp(primal, tangent, **options)
+            grads = oracle.attention_vjp(primal, grad, **options)
         return [*pair, *(g for g, p in zip(grads, present, strict=True) if p)]
 
     exact = answer(oracle.double)
@@ -77,8 +87,9 @@ def check(shapes, present, dtype=torch.float64, scale=None) -> None:
 
 
 @pytest.mark.parametrize("present", PRESENT)
-def test_any_subset_of_tangents(present, cached) -> None:
-    check([(5, 2, 3, 4), (5, 2, 6, 4), (5, 2, 6, 7)], present)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_any_subset_of_tangents(present, is_causal, blocks) -> None:
+    check([(5, 2, 3, 4), (5, 2, 6, 4), (5, 2, 6, 7)], present, is_causal=is_causal)
 
 
 @settings(max_examples=60, deadline=None)
@@ -88,23 +99,58 @@ def test_any_subset_of_tangents(present, cached) -> None:
     rows=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     dims=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     scale=st.sampled_from([None, 0.3, -1.0]),
-    scores=st.integers(1, 200),
+    is_causal=st.booleans(),
+    cached=st.integers(1, 400),
+    causal_rows=st.integers(1, 9),
 )
-def test_any_shape(batch, heads, rows, dims, scale, scores) -> None:
+def test_any_shape(batch, heads, rows, dims, scale, is_causal, cached, causal_rows) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_attention_eager, "_CACHED", scores)
+        set_blocks(patch, cached, causal_rows)
         n, m = rows
         shapes = [
             (batch, heads, n, dims[0]),
             (batch, heads, m, dims[0]),
             (batch, heads, m, dims[1]),
         ]
-        check(shapes, (True, True, True), scale=scale)
+        check(shapes, (True, True, True), scale=scale, is_causal=is_causal)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_low_precision(dtype, cached) -> None:
-    check([(3, 2, 50, 16)] * 3, (True, True, True), dtype)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_low_precision(dtype, is_causal, blocks) -> None:
+    check([(3, 2, 50, 16)] * 3, (True, True, True), dtype, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "keys"), [(300, 300), (300, 140), (140, 300)])
+def test_causal_blocks_as_they_are(dtype, rows, keys) -> None:
+    shapes = [(2, 3, rows, 8), (2, 3, keys, 8), (2, 3, keys, 8)]
+    check(shapes, (True, True, True), dtype, is_causal=True)
+
+
+def test_sums_over_blocks_are_rounded_once(blocks) -> None:
+    primals, tangents = (draw([(2, 3, 40, 8)] * 3, torch.bfloat16, seed) for seed in (0, 1))
+    (cotangent,) = draw([(2, 3, 40, 8)], torch.bfloat16, seed=2)
+    grads = []
+    for dtype in (torch.bfloat16, torch.float32):
+        operands = [[x.to(dtype) for x in xs] for xs in (primals, tangents)]
+        moving = operands[1][2].requires_grad_()
+        _, output_t = run(*operands, is_causal=True)
+        grads += torch.autograd.grad(output_t, moving, cotangent.to(dtype))
+    assert torch.equal(grads[0], grads[1].bfloat16())
+
+
+def test_blocks_cover_every_score_once(blocks) -> None:
+    query, key = torch.empty(3, 5, 7, 2), torch.empty(3, 5, 11, 2)
+    for is_causal in (False, True):
+        seen = torch.zeros(3, 5, 7, 11)
+        for (images, heads, rows), keys, start in _attention_eager._blocks(query, key, is_causal):
+            assert keys[:2] == (images, heads) and start == (rows.start if is_causal else None)
+            assert not is_causal or keys[2].stop <= rows.stop  # a triangle of them for nothing
+            seen[images, heads, rows, keys[2]] += 1
+        assert seen.max() == 1
+        assert seen.tril().equal(torch.ones_like(seen).tril())
+        assert is_causal or seen.min() == 1
 
 
 def test_autocast_computes_as_without_it_on_operands_cast_before() -> None:
@@ -126,9 +172,10 @@ def test_autocast_computes_as_without_it_on_operands_cast_before() -> None:
         assert torch.equal(one, same)
 
 
-def test_an_empty_batch() -> None:
-    output, output_t = run(*(draw([(0, 2, 3, 4)] * 3) for _ in range(2)))
-    assert output.shape == output_t.shape == (0, 2, 3, 4)
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4), (2, 0, 3, 4)])
+def test_empty_batches(shape) -> None:
+    output, output_t = run(*(draw([shape] * 3) for _ in range(2)))
+    assert output.shape == output_t.shape == shape
 
 
 def test_fewer_dimensions_than_the_query_broadcast() -> None:
