@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from benchmarks.record import ROOT, commit, write_json
-from benchmarks.stored import COMPILED, SUITE, BadFile, folder_for
+from benchmarks.stored import COMPILED, SUITE, BadFile, folder_for, read_result
 from benchmarks.suite.case import GROUPS
 from benchmarks.suite.derivatives import COMPILE_ON_CPU
+from benchmarks.suite.models import MODELS
 from benchmarks.suite.row import Result
 
 WITH_COMPILED_FORM = (
@@ -39,23 +40,26 @@ def main() -> int:
         print(problem, file=sys.stderr)
         return 2
     if options.compiled:
-        return _compiled(out, options)
-    if not options.resume:
-        status = _pytest(out / SUITE, options)
+        whole, status = out / COMPILED, _compiled(out, options)
+    elif options.resume:
+        whole, status = out / SUITE, _groups(out, options)
     else:
-        status = max(_group(group, out, options) for group in GROUPS)
-        _merge(out)
-    if not (out / SUITE).exists():
+        whole, status = out / SUITE, _pytest(out / SUITE, options)
+    if not whole.exists():
         print("nothing was measured", file=sys.stderr)
         return status or 1
-    content = json.loads((out / SUITE).read_text(encoding="utf-8"))
+    if not options.compiled:
+        _print_targets(whole)
+    print(f"written: {whole}")
+    return status
+
+
+def _print_targets(whole: Path) -> None:
     if importlib.util.find_spec("rich") is not None:  # a GPU machine may lack it
         from benchmarks.console import wide_console
         from benchmarks.targets import print_targets
 
-        print_targets(wide_console(), Result.from_json(content))
-    print(f"written: {out / SUITE}")
-    return status
+        print_targets(wide_console(), read_result(whole))
 
 
 def default_folder() -> Path:
@@ -67,16 +71,22 @@ def default_folder() -> Path:
     return ROOT / "benchmarks" / "results" / f"{day}-{commit()}-{device}"
 
 
-def _group(group: str, out: Path, options: argparse.Namespace) -> int:
-    """One group in a process of its own; nothing if an earlier run has its file."""
-    path = out / f"{group}.json"
+def _part(path: Path, options: argparse.Namespace, pattern: str) -> int:
+    """The tests of a pattern in a process of their own; nothing if an earlier run has the file."""
     if path.exists():
-        print(f"{group}: measured already, in {path}")
+        print(f"{path.stem}: measured already, in {path}")
         return 0
     partial = path.with_suffix(".partial")
-    status = _pytest(partial, options, "-k", group)
+    status = _pytest(partial, options, "-k", pattern)
     if partial.exists():
         partial.replace(path)
+    return status
+
+
+def _groups(out: Path, options: argparse.Namespace) -> int:
+    parts = {out / f"{group}.json": group for group in GROUPS}
+    status = max(_part(path, options, group) for path, group in parts.items())
+    _merge(parts, out / SUITE)
     return status
 
 
@@ -84,8 +94,10 @@ def _compiled(out: Path, options: argparse.Namespace) -> int:
     """Whole models of every size by the providers that have a compiled form, and by these."""
     os.environ[COMPILE_ON_CPU] = "1"
     options.extent = "full"
-    status = _pytest(out / COMPILED, options, "-k", WITH_COMPILED_FORM)
-    print(f"written: {out / COMPILED}")
+    # The larger models need the memory that the others' process would not give back.
+    parts = {out / f"compiled-{name}.json": f"{name} and {WITH_COMPILED_FORM}" for name in MODELS}
+    status = max(_part(path, options, pattern) for path, pattern in parts.items())
+    _merge(parts, out / COMPILED)
     return status
 
 
@@ -95,17 +107,19 @@ def _pytest(json_file: Path, options: argparse.Namespace, *more: str) -> int:
     command += [f"--benchmark-json={json_file}", f"--extent={options.extent}"]
     command += [f"--seconds={options.seconds}", *more]
     status = subprocess.run(command, cwd=ROOT).returncode
+    if status < 0:
+        print(f"killed by signal {-status}; by 9 often for want of memory", file=sys.stderr)
+        return 128 - status
     return 0 if status == NO_TESTS else status
 
 
-def _merge(out: Path) -> None:
-    """All groups' files as one: environment and ceilings are the first's, rows are everyone's."""
-    files = [path for group in GROUPS if (path := out / f"{group}.json").exists()]
-    results = [Result.from_json(json.loads(path.read_text(encoding="utf-8"))) for path in files]
+def _merge(parts: Iterable[Path], whole: Path) -> None:
+    """The files as one: environment and ceilings are the first's, rows are everyone's."""
+    results = [read_result(path) for path in parts if path.exists()]
     if results:
         rows = [row for result in results for row in result.rows]
-        whole = Result(results[0].environment, results[0].ceilings, rows)
-        write_json(out / SUITE, {"tangent_ops": whole.to_json()})
+        together = Result(results[0].environment, results[0].ceilings, rows)
+        write_json(whole, {"tangent_ops": together.to_json()})
 
 
 def _parse() -> argparse.Namespace:

@@ -51,7 +51,7 @@ def measure(
     try:
         exact = workload.expected(case, inputs)
     except torch.OutOfMemoryError:
-        _forget()
+        forget()
         note = "not checked: the exact answer does not fit into memory"
         return {one.name: Measured(Row.of(case, one, "failed", note)) for one in providers}
     for provider in providers:
@@ -67,7 +67,7 @@ def measure(
         if device.type == "cuda" and _can_be_captured(case):
             _time_graphs(calls, found, device, budget / 2)
     del calls, inputs
-    _forget()
+    forget()
     return found
 
 
@@ -106,10 +106,10 @@ def _check(
         call = provider.prepare(case, inputs)
         error = relative_error(workload.compared(case, call()), exact)
     except torch.OutOfMemoryError:
-        _forget()
+        forget()
         return row("failed", "out of memory"), None
     except Exception as problem:  # a rival's own: to be reported, not to end the run
-        _forget()
+        forget()
         return row("failed", _one_line(problem)), None
     bound = workload.bound(case) * provider.slack
     if error is not None and error > bound:
@@ -139,7 +139,7 @@ def _other_operands(
                 call = providers[name].prepare(case, more)
                 call()
             except torch.OutOfMemoryError:
-                _forget()
+                forget()
                 return
             yield name, call
 
@@ -156,7 +156,7 @@ def _time(
             name, _ = calls.popitem()
             note = "out of memory beside the other providers"
             found[name] = Measured(replace(found[name].row, status="failed", note=note))
-            _forget()
+            forget()
             continue
         for name, seconds in times.items():
             row = replace(found[name].row, timing=Timing.of(seconds))
@@ -202,7 +202,8 @@ def _tensors(inputs: Any):
         yield from _tensors(tuple(getattr(inputs, name) for name in inputs.__dataclass_fields__))
 
 
-def _forget() -> None:
+def forget() -> None:
+    """Lets go of what calls have left behind: cycles, compiled code and all it holds, caches."""
     gc.collect()
     torch.compiler.reset()  # or its limit of recompilations would end in eager code
     if torch.cuda.is_available():

@@ -20,6 +20,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from benchmarks.record import ROOT
 from benchmarks.suite.case import Case
+from benchmarks.suite.measure import forget
 from benchmarks.suite.registry import provider_of, workload_of
 from tangent_ops.profiling.memory import peak_bytes, saved_bytes
 
@@ -107,6 +108,7 @@ def main() -> None:
             answer = {"peak": peak, "saved": saved}
         except Exception as problem:
             print(f"{case}, {question['provider']}: {problem}", file=sys.stderr)
+        forget()  # before the answer, after which the other process needs the memory
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -14,6 +14,7 @@ from benchmarks.record import ROOT, write_json
 from benchmarks.stored import read_result
 from benchmarks.suite.case import GROUPS, Case
 from benchmarks.suite.derivatives import COMPILE_ON_CPU
+from benchmarks.suite.models import MODELS
 from benchmarks.suite.row import Result, Row
 
 
@@ -67,18 +68,32 @@ def test_a_red_group_is_kept_and_the_end_is_red(suite, monkeypatch, tmp_path) ->
     assert len(read_result(tmp_path / "suite.json").rows) == len(GROUPS)
 
 
+def test_a_killed_process_is_red(monkeypatch, tmp_path, capsys) -> None:
+    """Its status is negative: the largest of all parts would not be it."""
+    monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -9))
+    assert main(monkeypatch, "--out", tmp_path, "--resume") == 137
+    assert "killed by signal 9; by 9 often for want of memory" in capsys.readouterr().err
+
+
 def test_compiled_models_go_into_a_file_apart(suite, monkeypatch, tmp_path) -> None:
+    ran, _, dies = suite
     monkeypatch.setenv(COMPILE_ON_CPU, "0")  # and put back afterwards
-    assert main(monkeypatch, "--out", tmp_path, "--compiled") == 0
-    assert suite[0] == [run.WITH_COMPILED_FORM] and os.environ[COMPILE_ON_CPU] == "1"
-    assert len(read_result(tmp_path / "compiled.json").rows) == 1
-    assert not (tmp_path / "suite.json").exists()
-
-
-def test_compiled_models_that_do_not_run(suite, monkeypatch, tmp_path) -> None:
-    monkeypatch.setenv(COMPILE_ON_CPU, "0")
-    suite[2].add(run.WITH_COMPILED_FORM)
+    patterns = [f"{name} and {run.WITH_COMPILED_FORM}" for name in MODELS]
+    dies.add(patterns[2])
     assert main(monkeypatch, "--out", tmp_path, "--compiled") == 2
+    assert ran == patterns and os.environ[COMPILE_ON_CPU] == "1"
+    assert len(read_result(tmp_path / "compiled.json").rows) == 2
+    assert not (tmp_path / "suite.json").exists()
+    dies.clear()
+    assert main(monkeypatch, "--out", tmp_path, "--compiled") == 0
+    assert ran[3:] == patterns[2:] and len(read_result(tmp_path / "compiled.json").rows) == 3
+
+
+def test_compiled_models_that_do_not_run(suite, monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setenv(COMPILE_ON_CPU, "0")
+    suite[2].update(f"{name} and {run.WITH_COMPILED_FORM}" for name in MODELS)
+    assert main(monkeypatch, "--out", tmp_path, "--compiled") == 2
+    assert capsys.readouterr().err == "nothing was measured\n"
 
 
 def test_what_has_a_compiled_form_is_selected(monkeypatch) -> None:
