@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,6 +62,7 @@ def measure(
         if call is not None:
             calls[provider.name] = [call]
     del exact
+    _trim()
     if calls:
         for name, more in _other_operands(workload, case, calls, inputs, device):
             calls[name].append(more)
@@ -206,8 +209,18 @@ def forget() -> None:
     """Lets go of what calls have left behind: cycles, compiled code and all it holds, caches."""
     gc.collect()
     torch.compiler.reset()  # or its limit of recompilations would end in eager code
+    _trim()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _trim() -> None:
+    """Back to the system what malloc was told to keep (KEEP_MEMORY in the Makefile).
+
+    After the exact answer of a large model, in float64, it is gigabytes.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)  # glibc's
 
 
 def _one_line(problem: Exception) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks.bench_suite import Tape
+from benchmarks.record import ROOT
 from benchmarks.suite import measure as measuring
 from benchmarks.suite.case import Case, Cost, Provider
 from benchmarks.suite.measure import measure, relative_error
@@ -205,3 +209,29 @@ def test_a_result_survives_json() -> None:
     assert Result.from_json(result.to_json()) == result
     assert Result.from_json({"tangent_ops": result.to_json()}) == result
     assert [row.seconds for row in result.rows] == [2.0, 1.0, None]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc_trim is glibc's")
+def test_forget_gives_memory_back_that_malloc_was_told_to_keep() -> None:
+    script = """
+import torch
+from benchmarks.suite.measure import forget
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+before = resident()
+tensors = [torch.ones(2**18) for _ in range(200)]
+del tensors
+kept = resident()
+forget()
+print(kept - before, resident() - before)
+"""
+    keep = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    printed = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **keep, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    kept, left = map(int, printed.split())
+    assert kept > 150 and left < 100, printed
