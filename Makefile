@@ -42,7 +42,7 @@ format: $(call installed,test) ## ruff's fixes and format, in place
 bench: $(call installed,bench) ## the suite on this machine: times, memory, limits, targets
 	$(KEEP_MEMORY) $(RUN) -m benchmarks.run --out "$(or $(OUT),out/bench)" $(ARGS)
 
-bench-compiled: $(call installed,bench) ## whole models of every size, eager and torch.compile: 20 minutes
+bench-compiled: $(call installed,bench) ## whole models of every size, eager and torch.compile; goes on like gpu-bench
 	$(KEEP_MEMORY) $(RUN) -m benchmarks.run --compiled --out "$(or $(OUT),out/bench)" $(ARGS)
 
 gpu-bench: $(call installed,bench) ## on a CUDA machine: the suite, group by group; run again, it goes on

@@ -31,7 +31,9 @@ def suite(monkeypatch, tmp_path):
         if group in dies:
             return 2
         row = Row(Case(group, "op", (1,), "fp32"), "ours", "absent", "a test")
-        result = Result({"cpu": "x", "date": "today"}, {"bytes/s": 1.0}, [row])
+        result = Result(
+            {"cpu": "x", "date": "today", "commit": run.commit()}, {"bytes/s": 1.0}, [row]
+        )
         write_json(json_file, {"tangent_ops": result.to_json()})
         return int(group in fails)
 
@@ -60,6 +62,15 @@ def test_it_goes_on_where_it_was_cut_off(suite, monkeypatch, tmp_path) -> None:
     assert ran == list(GROUPS[3:])
     rows = read_result(tmp_path / "suite.json").rows
     assert [row.case.group for row in rows] == list(GROUPS)
+
+
+def test_parts_of_another_commit_are_measured_anew(suite, monkeypatch, tmp_path) -> None:
+    """Merged, they would pass for this commit's."""
+    main(monkeypatch, "--out", tmp_path, "--resume")
+    suite[0].clear()
+    monkeypatch.setattr(run, "commit", lambda: "another")
+    main(monkeypatch, "--out", tmp_path, "--resume")
+    assert suite[0] == list(GROUPS)
 
 
 def test_a_red_group_is_kept_and_the_end_is_red(suite, monkeypatch, tmp_path) -> None:
