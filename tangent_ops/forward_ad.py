@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import FunctionType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
@@ -15,9 +18,12 @@ from tangent_ops.functional import (
     gelu,
     layer_norm,
     linear,
+    rms_norm,
     scaled_dot_product_attention,
+    silu,
+    softmax,
 )
-from tangent_ops.functional._backend import Backend, may_be_dual
+from tangent_ops.functional._backend import Backend, in_forward_ad, may_be_dual
 
 
 def _multi_head_attention(backend: Backend | None) -> FunctionType:
@@ -38,6 +44,23 @@ _BACKENDS: tuple[Backend | None, ...] = (None, "triton", "reference")
 _MULTI_HEAD_ATTENTION = {backend: _multi_head_attention(backend) for backend in _BACKENDS}
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+# PyTorch's name of an operation, as models call it, and ours.
+_ROUTES: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    F.linear: linear,
+    F.layer_norm: layer_norm,
+    torch.layer_norm: layer_norm,
+    F.rms_norm: rms_norm,
+    torch.rms_norm: rms_norm,
+    F.gelu: gelu,
+    F.silu: silu,
+    F.softmax: lambda input, dim=None, _stacklevel=3, dtype=None, backend=None: (
+        F.softmax(input, dim, _stacklevel, dtype)
+        if dim is None
+        else softmax(input, dim, dtype, backend=backend)
+    ),
+    torch.softmax: softmax,
+    Tensor.softmax: softmax,
+}
 
 
 class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_grad
@@ -46,8 +69,8 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
     PyTorch's fast attention has no forward-mode derivative and raises on dual tensors. Within
     this context such calls go to :func:`tangent_ops.scaled_dot_product_attention`, whatever model
     makes them; calls without a tangent stay PyTorch's. ``F.linear``, ``F.conv2d`` (1d, 3d),
-    ``F.layer_norm`` and ``F.gelu`` are routed too, to forms that need less memory or fewer
-    products in a plain ``dual_level()``.
+    ``F.layer_norm``, ``F.rms_norm``, ``F.gelu``, ``F.silu`` and ``F.softmax`` are routed too:
+    :mod:`tangent_ops.functional` says what is gained where.
 
     Example:
         >>> with fused_forward_ad():
@@ -74,14 +97,10 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.linear:
-            return linear(*args, **kwargs)
+        if func in _ROUTES and in_forward_ad():
+            return _ROUTES[func](*args, **kwargs, backend=self.backend)
         if func in _CONVOLUTIONS:
             return convolution(func, *args, **kwargs)
-        if func is F.layer_norm:
-            return layer_norm(*args, **kwargs)
-        if func is F.gelu:
-            return gelu(*args, **kwargs)
         if func in _ATTENTION and any(may_be_dual(x) for x in (*args, *kwargs.values())):
             if func is F.multi_head_attention_forward:
                 return _MULTI_HEAD_ATTENTION[self.backend](*args, **kwargs)

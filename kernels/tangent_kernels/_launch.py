@@ -18,12 +18,22 @@ DEFAULT_ARCH = 90  # whose tiles are interpreted on a CPU
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes and launch options of one kernel."""
+    """Tile sizes and launch options of a kernel that multiplies matrices."""
 
     rows: int  # queries in a tile
     cols: int  # keys in a tile
     num_warps: int
     num_stages: int
+
+    def keywords(self) -> dict[str, Any]:
+        """As the kernel is called with them."""
+        return {
+            "ROWS": self.rows,
+            "COLS": self.cols,
+            "PRECISION": FLOAT32_DOT,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
 
 
 @dataclass(frozen=True)
@@ -33,18 +43,12 @@ class Launch:
     kernel: Any  # a triton.jit function
     grid: tuple[int, ...]
     arguments: dict[str, Any]  # by the kernel's parameter names
-    config: Config
+    config: Any  # Config, or another that has keywords() and num_warps
 
     def keywords(self) -> dict[str, Any]:
         """Everything the kernel is called with."""
-        return self.arguments | {
-            "ROWS": self.config.rows,
-            "COLS": self.config.cols,
-            "PRECISION": FLOAT32_DOT,
-            "num_warps": self.config.num_warps,
-            "num_stages": self.config.num_stages,
-            "enable_fp_fusion": True,  # pinned: Triton 3.10 changes the default
-        }
+        # enable_fp_fusion is pinned: Triton 3.10 changes the default
+        return self.arguments | self.config.keywords() | {"enable_fp_fusion": True}
 
     def run(self) -> None:
         self.kernel[self.grid](**self.keywords())

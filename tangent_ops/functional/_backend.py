@@ -20,6 +20,8 @@ from tangent_ops.errors import ArgumentError, UnsupportedError
 
 Backend = Literal["triton", "reference"]
 
+MAX_WIDTH = 8192  # tangent_kernels._rows.MAX_WIDTH, which cannot be imported without Triton
+
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -66,25 +68,18 @@ def in_plain_dual_level() -> bool:
     )
 
 
-Tensors = tuple[Tensor | None, ...]
+def why_not_in_float(tensor: Tensor) -> str | None:
+    """Why the elementwise kernels cannot compute with this tensor; None if they can."""
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {tensor.dtype} is not one of float16, bfloat16, float32"
+    return None if tensor.numel() else "it has no elements"
 
 
-def take_apart(*operands: Tensor | None) -> tuple[Tensors, Tensors] | None:
-    """Primals and tangents, where a formula on plain tensors may compute the output's tangent.
-
-    So in a plain dual level, if an operand is dual and reverse mode tracks none of the primals
-    (their tangents it may): then no other derivative of the primals can be asked for. Otherwise
-    None, and PyTorch's own rules must carry the tangent.
-    """
-    if not in_plain_dual_level():
-        return None
-    pairs = [(None, None) if x is None else forward_ad.unpack_dual(x) for x in operands]
-    primals, tangents = zip(*pairs, strict=True)
-    if all(tangent is None for tangent in tangents):
-        return None
-    if any(x is not None and (x.requires_grad or not x.is_floating_point()) for x in operands):
-        return None
-    return primals, tangents
+def why_not_in_rows(tensor: Tensor, width: int) -> str | None:
+    """The same of the kernels that hold whole rows of ``width`` elements."""
+    if width > MAX_WIDTH:
+        return f"rows of {width} elements are longer than {MAX_WIDTH}"
+    return why_not_in_float(tensor)
 
 
 def save_for_tangents(ctx: Any, output: Tensor, *saved: Tensor | None) -> None:

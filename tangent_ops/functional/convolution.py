@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from tangent_ops.functional._backend import autocast, save_for_tangents, take_apart
+from tangent_ops.functional._backend import autocast, in_forward_ad
+from tangent_ops.functional._dual_op import DualOp, Maps, dual_outputs
 from tangent_ops.reference.convolution import Geometry, convolution_jvp, convolution_vjp
 
 Sizes = int | tuple[int, ...]
@@ -29,9 +29,9 @@ def convolution(
 
         y = x ∗ W + b        y_t = x_t ∗ W + x ∗ W_t + b_t
 
-    The gradients of the tangents are the ordinary ones, and primals alone are kept for them.
-    Inside ``torch.func`` transforms and compiled code, or where gradients of x, W or b themselves
-    are recorded, it is PyTorch's own function.
+    The gradients of the tangents are the ordinary ones, and primals alone are kept for them. What
+    is computed here and what is left to PyTorch's own function is in
+    :mod:`tangent_ops.functional`.
 
     Args:
         function: which of the three it is.
@@ -46,14 +46,13 @@ def convolution(
     Returns:
         (B, C, *spatial), dual if an input is.
     """
-    apart = take_apart(input, weight, bias)
-    if apart is None or isinstance(padding, str) or input.ndim != weight.ndim:
+    if not in_forward_ad() or isinstance(padding, str) or input.ndim != weight.ndim:
         return function(input, weight, bias, stride, padding, dilation, groups)
+    operands = autocast(input.device.type, input, weight, bias)
     each = functools.partial(_each, spatial=weight.ndim - 2)
     geometry = Geometry(each(stride), each(padding), each(dilation), groups)
-    device = input.device.type
-    primals, tangents = (autocast(device, *operands) for operands in apart)
-    return forward_ad.make_dual(*_Convolution.apply(*primals, *tangents, geometry))
+    found = dual_outputs(_OP, operands, (geometry,))
+    return found[0] if found else function(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _each(sizes: Sizes, spatial: int) -> list[int]:
@@ -63,20 +62,25 @@ def _each(sizes: Sizes, spatial: int) -> list[int]:
     return list(sizes) * (spatial if len(sizes) == 1 else 1)
 
 
-class _Convolution(torch.autograd.Function):
-    """convolution_jvp, differentiable by the tangents."""
+def _jvp(primals, tangents, options):
+    output, output_t = convolution_jvp(*primals, *tangents, *options)
+    return (output,), (output_t,), ()
 
-    @staticmethod
-    def forward(ctx, input, weight, bias, input_t, weight_t, bias_t, geometry):
-        output, output_t = convolution_jvp(input, weight, bias, input_t, weight_t, bias_t, geometry)
-        save_for_tangents(ctx, output, input, weight)
-        ctx.geometry = geometry
-        return output, output_t
 
-    @staticmethod
-    def backward(ctx, _, grad):
-        if grad is None:
-            return (None,) * 7
-        input, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[3:6]
-        return None, None, None, *convolution_vjp(input, weight, grad, ctx.geometry, needs), None
+def _function(primals, options):
+    stride, padding, dilation, groups = options[0]
+    none = [0] * len(stride)
+    return (torch.convolution(*primals, stride, padding, dilation, False, none, groups),)
+
+
+_OP = DualOp(
+    function=_function,
+    outputs=1,
+    reference=Maps(
+        jvp=_jvp,
+        save=lambda primals, outputs, statistics: primals[:2],
+        vjp=lambda saved, grads, needs, options: convolution_vjp(
+            *saved, grads[0], *options, needs
+        ),
+    ),
+)

@@ -2,51 +2,57 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from tangent_ops.functional._backend import save_for_tangents, take_apart
+from tangent_ops.functional._activation_maps import activation_maps
+from tangent_ops.functional._backend import Backend, why_not_in_float
+from tangent_ops.functional._dual_op import DualOp, Maps, dual_outputs
 from tangent_ops.reference.gelu import gelu_jvp, gelu_vjp
 
+APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+_NAMES = {approximate: name for name, approximate in APPROXIMATE.items()}
 
-def gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    """``torch.nn.functional.gelu``, which keeps no tangent for the backward pass.
+
+def gelu(input: Tensor, approximate: str = "none", *, backend: Backend | None = None) -> Tensor:
+    """``torch.nn.functional.gelu`` with its tangent in the same pass.
 
         y = x Φ(x)        y_t = (Φ(x) + x φ(x)) x_t
 
-    PyTorch's own rule keeps x_t beside x, for derivatives by x that a frozen x does not have.
-    Inside ``torch.func`` transforms and compiled code, or where gradients of x itself are
-    recorded, it is PyTorch's own function.
+    Where x is frozen no tangent is kept for the backward pass: PyTorch's own rule keeps x_t beside
+    x, for derivatives by x that a frozen x does not have. What is computed here and what is left
+    to PyTorch's own function is in :mod:`tangent_ops.functional`.
 
     Args:
         input: any shape, plain or dual.
         approximate: "none" or "tanh".
+        backend: None chooses by device; "triton" or "reference" insists.
 
     Returns:
         As ``input``, dual if that is.
+
+    Raises:
+        UnsupportedError: ``backend="triton"`` and the kernels do not compute this call.
     """
-    apart = take_apart(input)
-    if apart is None:
-        return F.gelu(input, approximate=approximate)
-    (primal,), (tangent,) = apart
-    return forward_ad.make_dual(*_Gelu.apply(primal, tangent, approximate))
+    name = _NAMES.get(approximate)
+    found = name and dual_outputs(_OP, (input,), (name,), backend, why_not_in_float(input))
+    return found[0] if found else F.gelu(input, approximate=approximate)
 
 
-class _Gelu(torch.autograd.Function):
-    """gelu_jvp, differentiable by the tangent."""
+def _jvp(primals, tangents, options):
+    output, output_t = gelu_jvp(primals[0], tangents[0], APPROXIMATE[options[0]])
+    return (output,), (output_t,), ()
 
-    @staticmethod
-    def forward(ctx, input, input_t, approximate):
-        output, output_t = gelu_jvp(input, input_t, approximate)
-        save_for_tangents(ctx, output, input)
-        ctx.approximate = approximate
-        return output, output_t
 
-    @staticmethod
-    def backward(ctx, _, grad):
-        if grad is None:
-            return None, None, None
-        (input,) = ctx.saved_tensors
-        return None, gelu_vjp(input, grad, ctx.approximate), None
+_OP = DualOp(
+    function=lambda primals, options: (F.gelu(primals[0], approximate=APPROXIMATE[options[0]]),),
+    outputs=1,
+    reference=Maps(
+        jvp=_jvp,
+        save=lambda primals, outputs, statistics: primals,
+        vjp=lambda saved, grads, needs, options: (
+            gelu_vjp(saved[0], grads[0], APPROXIMATE[options[0]]),
+        ),
+    ),
+    triton=activation_maps(gated=False),
+)

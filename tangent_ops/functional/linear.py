@@ -2,53 +2,74 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from tangent_ops.functional._backend import autocast, save_for_tangents, take_apart
-from tangent_ops.reference.linear import linear_jvp, linear_vjp
+from tangent_ops.functional._backend import Backend, autocast, in_forward_ad, why_not_in_float
+from tangent_ops.functional._dual_op import DualOp, Maps, dual_outputs
+from tangent_ops.reference.linear import linear_jvp, linear_second_vjp, linear_vjp
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: Backend | None = None
+) -> Tensor:
     """``torch.nn.functional.linear`` whose tangent takes fewer passes over memory.
 
         y = x Wᵀ + b        y_t = x_t Wᵀ + x W_tᵀ + b_t
 
-    The gradients of the tangents are the map's ordinary ones. Inside ``torch.func`` transforms
-    and compiled code, or where gradients of x, W or b themselves are recorded, it is PyTorch's
-    own function: its rules nest there, or the compiler fuses.
+    On every device these are PyTorch's own products, three, the tangent's two added in place;
+    ``backend="triton"`` is one launch that reads x once (kernels/README.md compares them). What is
+    computed here and what is left to PyTorch's own function is in :mod:`tangent_ops.functional`.
 
     Args:
         input: (..., K), plain or dual.
         weight: (C, K), plain or dual.
         bias: (C,), plain or dual, or None.
+        backend: None for PyTorch's products; "triton" or "reference" insists.
 
     Returns:
         (..., C), dual if an input is.
+
+    Raises:
+        UnsupportedError: ``backend="triton"`` and the kernel does not compute this call.
     """
-    apart = take_apart(input, weight, bias)
-    if apart is None or weight.ndim != 2:
+    if not in_forward_ad() or weight.ndim != 2:
         return F.linear(input, weight, bias)
-    device = input.device.type
-    primals, tangents = (autocast(device, *operands) for operands in apart)
-    return forward_ad.make_dual(*_Linear.apply(*primals, *tangents))
+    operands = autocast(input.device.type, input, weight, bias)
+    if any(x is not None and x.dtype != operands[0].dtype for x in operands):
+        return F.linear(input, weight, bias)
+    why_not = why_not_in_float(operands[0])
+    found = dual_outputs(_OP, operands, (), backend or "reference", why_not)
+    return found[0] if found else F.linear(input, weight, bias)
 
 
-class _Linear(torch.autograd.Function):
-    """linear_jvp, differentiable by the tangents."""
+def _jvp(primals, tangents, options):
+    output, output_t = linear_jvp(*primals, *tangents)
+    return (output,), (output_t,), ()
 
-    @staticmethod
-    def forward(ctx, input, weight, bias, input_t, weight_t, bias_t):
-        output, output_t = linear_jvp(input, weight, bias, input_t, weight_t, bias_t)
-        save_for_tangents(ctx, output, input, weight)
-        return output, output_t
 
-    @staticmethod
-    def backward(ctx, _, grad):
-        if grad is None:
-            return (None,) * 6
-        input, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[3:6]
-        return None, None, None, *linear_vjp(input, weight, grad, needs)
+def _triton_jvp(primals, tangents, options):
+    from tangent_kernels import linear as kernels
+
+    output, output_t = kernels.linear_jvp(*primals, *tangents)
+    return (output,), (output_t,), ()
+
+
+def _save(primals, outputs, statistics):
+    return primals[:2]
+
+
+def _vjp(saved, grads, needs, options):
+    return linear_vjp(*saved, grads[0], needs)
+
+
+def _second_vjp(primals, tangents, saved, grads, grads_t, needs, needs_t, options):
+    return linear_second_vjp(*saved, *tangents[:2], grads[0], grads_t[0], needs, needs_t)
+
+
+_OP = DualOp(
+    function=lambda primals, options: (F.linear(*primals),),
+    outputs=1,
+    reference=Maps(_jvp, _save, _vjp),
+    triton=Maps(_triton_jvp, _save, _vjp, _second_vjp),
+)

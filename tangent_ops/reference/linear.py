@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
 
 def linear_jvp(
     input: Tensor,
@@ -46,7 +48,7 @@ def linear_jvp(
 
 def linear_vjp(
     input: Tensor, weight: Tensor, grad: Tensor, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """Gradients of ``F.linear`` by input, weight and bias.
 
     Args:
@@ -64,6 +66,43 @@ def linear_vjp(
         rows.T @ _rows(input) if needs[1] else None,
         rows.sum(0) if needs[2] else None,
     )
+
+
+def linear_second_vjp(
+    input: Tensor,
+    weight: Tensor,
+    input_t: Tensor | None,
+    weight_t: Tensor | None,
+    grad: Tensor | None,
+    grad_t: Tensor,
+    needs: tuple[bool, bool, bool],
+    needs_t: tuple[bool, bool, bool],
+) -> tuple[Gradients, Gradients]:
+    """Gradients of G·y + H·y_t by input, weight and bias, and by their tangents.
+
+    Args:
+        input: (..., K).
+        weight: (C, K).
+        input_t: tangent of ``input`` or None for zero.
+        weight_t: tangent of ``weight`` or None for zero.
+        grad: G, (..., C), or None for zero.
+        grad_t: H, (..., C).
+        needs: which of the primal's three to compute; the others are None.
+        needs_t: the same of the tangents'.
+    """
+    primal: list[Tensor | None] = [None] * 3
+    if grad is not None:
+        primal = list(linear_vjp(input, weight, grad, needs))
+    # y_t has W_t where y has W, and x_t where y has x; the bias is in y alone.
+    if needs[0] and weight_t is not None:
+        primal[0] = _sum(primal[0], linear_vjp(input, weight_t, grad_t, (True, False, False))[0])
+    if needs[1] and input_t is not None:
+        primal[1] = _sum(primal[1], linear_vjp(input_t, weight, grad_t, (False, True, False))[1])
+    return (primal[0], primal[1], primal[2]), linear_vjp(input, weight, grad_t, needs_t)
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None or other is None else one.add_(other)
 
 
 def _rows(tensor: Tensor) -> Tensor:

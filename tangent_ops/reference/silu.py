@@ -1,0 +1,27 @@
+"""SiLU, its tangent y_t = silu'(x) x_t and its adjoint, by PyTorch's own fused passes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def silu_jvp(input: Tensor, input_t: Tensor) -> tuple[Tensor, Tensor]:
+    """``F.silu`` and its tangent.
+
+    Args:
+        input: any shape.
+        input_t: tangent of ``input``, same shape.
+    """
+    return F.silu(input), silu_vjp(input, input_t)
+
+
+def silu_vjp(input: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of ``F.silu``: the derivative is diagonal, so it is the tangent's formula.
+
+    Args:
+        input: any shape.
+        grad: cotangent of the output, same shape.
+    """
+    return torch.ops.aten.silu_backward(grad, input)
