@@ -1,4 +1,4 @@
-"""The compile-only gate: every attention kernel, with its checked-in tiles, for every GPU.
+"""The compile-only gate: every kernel, attention with its checked-in tiles, for every GPU.
 
 No GPU is needed. Fails where a kernel spills registers more than `known_spills.py` admits, where
 it admits spills that do not happen, and where a block takes more shared or
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from benchmarks.known_spills import KNOWN_EXCESS, KNOWN_SPILLS, OTHER_TRITON, TRITON
 from benchmarks.record import environment, write_json
 from benchmarks.resources import SHARED_LIMITS, Resources, resources
+from benchmarks.row_samples import WIDTHS, launches
 from benchmarks.samples import Case, launch_of, variants_of
 
 PADDED = (8, 72, 80, 96)  # head dimensions that no tile fits exactly, on sm_90
@@ -40,9 +41,14 @@ def main() -> int:
     console.print(_report(found))
     problems = [problem for case in cases for problem in problems_of(case, found[case])]
     problems += stale_admissions(found)
+    others = row_cases(options.arch)
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        progress = tqdm(pool.imap(row_problems, others), total=len(others), desc="compiling")
+        problems += [problem for some in progress for problem in some]
     for problem in problems:
         console.print(f"[bold red]{problem}[/]")
-    console.print(f"{len(cases)} kernels by Triton {triton.__version__}: {len(problems)} problems")
+    count = len(cases) + sum(len(launches(*case[1:])) for case in others)
+    console.print(f"{count} kernels by Triton {triton.__version__}: {len(problems)} problems")
     if options.out:
         kernels = [_record(case, one) for case, one in found.items()]
         content = {"environment": environment(), "kernels": kernels, "problems": problems}
@@ -62,6 +68,26 @@ def default_cases(archs: Iterable[int] = tuple(SHARED_LIMITS)) -> list[Case]:
             cases += [case(torch.bfloat16, 64, variant) for variant in variants_of(direction)]
             cases += [case(torch.float32, dim) for dim in DIMS]
     return [case for case in cases if case.key in table()]
+
+
+def row_cases(archs: Iterable[int]) -> list[tuple[int, int, torch.dtype]]:
+    """Architecture, width of rows and dtype of every set of the other kernels."""
+    dtypes = (torch.bfloat16, torch.float32)
+    return [(arch, width, dtype) for arch in archs for width in WIDTHS for dtype in dtypes]
+
+
+def row_problems(case: tuple[int, int, torch.dtype]) -> list[str]:
+    """What fails of the norms, activations, softmax and linear: none of them may spill."""
+    arch, width, dtype = case
+    problems = []
+    for name, launch in launches(width, dtype).items():
+        found = resources(launch, arch)
+        where = f"{name}, sm_{arch}, {str(dtype).removeprefix('torch.')}, rows of {width}"
+        if found.spilled:
+            problems.append(f"{where}: spills {found.spilled} bytes")
+        if found.excess(arch):
+            problems.append(f"{where}: {found.excess(arch)}")
+    return problems
 
 
 def measure(case: Case) -> Resources:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_WIDTH = 8192  # elements of a row that one program holds
+MAX_WIDTH = 4096  # elements of a row that one program holds
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

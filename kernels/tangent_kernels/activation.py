@@ -41,6 +41,13 @@ CONFIG = BlockConfig(1024, 4)
 
 
 @triton.jit
+def _sigmoid(x):
+    # The exponential of a positive number could overflow.
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
 def _derivatives(x, NAME: tl.constexpr):
     """f, f' and f'' at x."""
     if NAME == "gelu":
@@ -51,14 +58,14 @@ def _derivatives(x, NAME: tl.constexpr):
     elif NAME == "gelu_tanh":
         # (1 + tanh u)/2 = σ(2u), u = √(2/π) (x + a x³): tanh itself would cancel for x < 0
         slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)  # of 2u
-        gate = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        gate = _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
         rise = gate * (1.0 - gate)
         bend = 1.5957691216057308 * 0.26829 * x  # of 2u, the second derivative
         first = gate + x * rise * slope
         second = rise * (2.0 * slope + x * (bend + (1.0 - 2.0 * gate) * slope * slope))
         return x * gate, first, second
     else:
-        gate = tl.sigmoid(x)
+        gate = _sigmoid(x)
         rise = gate * (1.0 - gate)
         return x * gate, gate + x * rise, rise * (2.0 + x * (1.0 - 2.0 * gate))
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tangent_kernels._launch import FLOAT32_DOT, Launch, device_of, unit_last_stride
+from tangent_kernels.attention._tiles import dot
 
 Optional = Tensor | None
 
@@ -41,7 +42,7 @@ class ProductConfig:
 
 
 # Two sums and four tiles: the largest that compiles without spills (benchmarks.compile_kernels).
-CONFIGS = {16: ProductConfig(128, 64, 64, 4, 3), 32: ProductConfig(32, 32, 32, 4, 2)}
+CONFIGS = {16: ProductConfig(64, 64, 64, 4, 3), 32: ProductConfig(32, 32, 16, 4, 2)}
 
 
 @triton.jit
@@ -84,19 +85,19 @@ def linear_kernel(
         right = tl.load(
             weight + from_col * weight_stride + line[:, None], mask=inside[:, None], other=0.0
         )
-        total = tl.dot(left, right, total, input_precision=PRECISION)
+        total = dot(left, right, total, PRECISION)
         if weight_t is not None:
             right_t = tl.load(
                 weight_t + from_col * weight_t_stride + line[:, None],
                 mask=inside[:, None],
                 other=0.0,
             )
-            total_t = tl.dot(left, right_t, total_t, input_precision=PRECISION)
+            total_t = dot(left, right_t, total_t, PRECISION)
         if x_t is not None:
             left_t = tl.load(
                 x_t + from_row * x_t_stride + line[None, :], mask=inside[None, :], other=0.0
             )
-            total_t = tl.dot(left_t, right, total_t, input_precision=PRECISION)
+            total_t = dot(left_t, right, total_t, PRECISION)
     if bias is not None:
         total += tl.load(bias + from_col).to(tl.float32)
     if bias_t is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import (
     TransformType,
+    get_interpreter_stack,
     get_unwrapped,
     is_functorch_wrapped_tensor,
     peek_interpreter_stack,
@@ -20,7 +21,7 @@ from tangent_ops.errors import ArgumentError, UnsupportedError
 
 Backend = Literal["triton", "reference"]
 
-MAX_WIDTH = 8192  # tangent_kernels._rows.MAX_WIDTH, which cannot be imported without Triton
+MAX_WIDTH = 4096  # tangent_kernels._rows.MAX_WIDTH, which cannot be imported without Triton
 
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -109,6 +110,12 @@ def tangents_are_hidden() -> bool:
         return False
     interpreter = peek_interpreter_stack()
     return interpreter is not None and interpreter.key() != TransformType.Jvp
+
+
+def in_nested_transforms() -> bool:
+    """Whether more than one ``torch.func`` transform is active."""
+    stack = get_interpreter_stack()
+    return stack is not None and len(stack) > 1
 
 
 def may_be_dual(tensor: object) -> bool:

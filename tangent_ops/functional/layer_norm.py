@@ -10,9 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tangent_ops.errors import ArgumentError
-from tangent_ops.functional._backend import Backend, may_be_dual, why_not_in_rows
+from tangent_ops.functional._backend import (
+    Backend,
+    in_nested_transforms,
+    may_be_dual,
+    reverse_mode_reaches,
+    why_not_in_rows,
+)
 from tangent_ops.functional._dual_op import DualOp, Maps, dual_outputs
 from tangent_ops.functional._norm_maps import norm_maps
+from tangent_ops.reference import layer_norm as reference
 from tangent_ops.reference.layer_norm import layer_norm_jvp, layer_norm_vjp
 
 
@@ -31,7 +38,8 @@ def layer_norm(
 
     Where x, w and b are frozen the gradients of the tangents are the ordinary ones, and no tangent
     is kept for them. Under autocast, with mixed dtypes, and where :mod:`tangent_ops.functional`
-    says so, it is PyTorch's own function.
+    says so, it is PyTorch's own function; or plain operations, where derivatives of the tangent by
+    x may be asked for, because PyTorch's own gets them wrong in silence.
 
     Args:
         input: (..., *normalized_shape), plain or dual.
@@ -47,9 +55,10 @@ def layer_norm(
     Raises:
         UnsupportedError: ``backend="triton"`` and the kernels do not compute this call.
     """
-    if torch.compiler.is_compiling() and any(map(may_be_dual, (input, weight, bias))):
-        return _traceable(input, normalized_shape, weight, bias, eps)
     shape = tuple(normalized_shape)
+    if torch.compiler.is_compiling() and any(map(may_be_dual, (input, weight, bias))):
+        # Dynamo cannot trace PyTorch's own for a dual input with plain weights.
+        return reference.layer_norm(input, shape, weight, bias, eps)
     found = None
     if not is_left_to_pytorch(input, weight, bias):
         # PyTorch's backward pass with a bias alone is not differentiable once more.
@@ -57,7 +66,11 @@ def layer_norm(
         op = _OF_BIAS_ALONE if bias_alone else _OP
         why_not = why_not_in_rows(input, math.prod(shape))
         found = dual_outputs(op, (input, weight, bias), (shape, eps), backend, why_not)
-    return found[0] if found else F.layer_norm(input, normalized_shape, weight, bias, eps)
+    if found:
+        return found[0]
+    if may_be_dual(input) and (reverse_mode_reaches(input) or in_nested_transforms()):
+        return reference.layer_norm(input, shape, weight, bias, eps)
+    return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
 def add_layer_norm(
@@ -102,20 +115,6 @@ def is_left_to_pytorch(input: Tensor, *others: Tensor | None) -> bool:
     return mixed or torch.is_autocast_enabled(input.device.type)
 
 
-def _traceable(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """``F.layer_norm``, which Dynamo cannot trace for a dual input with plain weights."""
-    output = F.layer_norm(input, normalized_shape, eps=eps)
-    if weight is not None:
-        output = output * weight
-    return output if bias is None else output + bias
-
-
 def _jvp(primals, tangents, options):
     shape, eps = options
     input, weight, bias = primals
@@ -148,7 +147,7 @@ def _added_vjp(saved, grads, needs, options):
 
 def _function(primals, options):
     shape, eps = options
-    return (F.layer_norm(primals[0], shape, primals[1], primals[2], eps),)
+    return (reference.layer_norm(primals[0], shape, primals[1], primals[2], eps),)
 
 
 def _added(primals, options):

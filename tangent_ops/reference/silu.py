@@ -24,4 +24,7 @@ def silu_vjp(input: Tensor, grad: Tensor) -> Tensor:
         input: any shape.
         grad: cotangent of the output, same shape.
     """
+    if torch.is_grad_enabled() and grad.requires_grad:  # PyTorch's pass is not differentiable
+        gate = torch.sigmoid(input)
+        return grad * (gate + input * gate * (1 - gate))
     return torch.ops.aten.silu_backward(grad, input)

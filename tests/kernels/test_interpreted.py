@@ -23,6 +23,7 @@ FILES = [
     "test_attention_numerics.py",
     "test_attention_autograd.py",
     "test_attention_nesting_matrix.py",
+    "test_dual_op_kernels.py",
     "test_models.py",
     "test_rivals.py",
 ]

@@ -10,7 +10,7 @@ import torch
 from tangent_kernels._launch import Config, Launch
 from tangent_kernels.attention import Call, attention_jvp, attention_vjp, configs
 
-from benchmarks.compile_kernels import default_cases, measure, problems_of
+from benchmarks.compile_kernels import default_cases, measure, problems_of, row_problems
 from benchmarks.known_spills import KNOWN_SPILLS
 from benchmarks.resources import compile_launch, specialize
 from benchmarks.samples import Case, launch_of
@@ -44,6 +44,12 @@ def test_a_kernel_fits_with_its_default_tiles(case) -> None:
     assert problems_of(case, found) == []
     if case.arch == 90 and case.dim >= 64 and case.direction in WARP_GROUPS:
         assert found.hgmma > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("arch, width", [(80, 768), (90, 768), (90, 4096), (100, 384)])
+def test_kernels_of_rows_do_not_spill(arch, width, dtype) -> None:
+    assert row_problems((arch, width, dtype)) == []
 
 
 def test_16_bit_kernels_of_the_usual_heads_have_no_known_spills() -> None:

@@ -1,0 +1,54 @@
+"""Sample calls of the norm, activation, softmax and linear kernels, as launches: none is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tangent_kernels import activation, layer_norm, linear, softmax
+from tangent_kernels._launch import Launch
+
+ROWS = 400  # tokens of a batch of two images
+WIDTHS = (384, 768, 1024, 3072, 4096)  # of ViT-S, B, L, the hidden layer of B, the widest
+
+
+def launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
+    """Every kernel with all its operands, for rows of ``width`` elements, by name."""
+
+    def rows() -> torch.Tensor:
+        return torch.empty(ROWS, width, dtype=dtype)
+
+    def line() -> torch.Tensor:
+        return torch.empty(width, dtype=dtype)
+
+    def statistic() -> torch.Tensor:
+        return torch.empty(ROWS)
+
+    forward = [rows(), rows(), line(), line(), rows(), rows(), line(), line()]
+    needs = (True, True, True)
+    normalized = (rows(), line(), statistic(), statistic())
+    operands = (rows(), rows(), rows(), rows())
+    none = (None, None)
+    plans: dict[str, Callable] = {
+        "layer norm": lambda: layer_norm.plan_jvp(*forward, 1e-6, True),
+        "layer norm, first order": lambda: layer_norm.plan_backward(
+            normalized, none, (None, rows(), None, rows()), (False,) * 3, needs
+        ),
+        "layer norm, second order": lambda: layer_norm.plan_backward(
+            normalized, (rows(), line()), operands, needs, needs
+        ),
+        "softmax": lambda: softmax.plan_jvp(rows(), rows()),
+        "softmax, second order": lambda: softmax.plan_backward(
+            rows(), rows(), (rows(), rows()), (True, True)
+        ),
+        "linear": lambda: linear.plan_jvp(
+            rows(), torch.empty(width, width, dtype=dtype), line(),
+            rows(), torch.empty(width, width, dtype=dtype), line(),
+        ),  # fmt: skip
+    }
+    for name in activation.ACTIVATIONS:
+        plans[name] = lambda name=name: activation.plan_jvp(*operands, name)
+        plans[f"{name}, second order"] = lambda name=name: activation.plan_backward(
+            operands, (rows(), rows()), (True,) * 4, name
+        )
+    return {name: plan()[-1] for name, plan in plans.items()}
