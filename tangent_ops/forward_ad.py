@@ -8,6 +8,7 @@ from types import FunctionType
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.functional import (
@@ -40,6 +41,34 @@ _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 
 
+def _hardsigmoid(input, inplace=False):
+    output = F.relu6(input + 3) / 6
+    return input.copy_(output) if inplace else output
+
+
+def _glu(input, dim=-1):
+    first, gate = input.split(input.shape[dim] // 2, dim)
+    return first * gate.sigmoid()
+
+
+def _recurrent(func, *args):
+    """Its products one by one: the fused layers of oneDNN and cuDNN have no forward derivative."""
+    libraries = (torch.backends.mkldnn, torch.backends.cudnn)
+    before = [library.enabled for library in libraries]
+    try:
+        for library in libraries:
+            library.enabled = False  # pyright: ignore[reportAttributeAccessIssue]
+        return func(*args)
+    finally:
+        for library, enabled in zip(libraries, before, strict=True):
+            library.enabled = enabled  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# PyTorch cannot differentiate their tangents; those of the same map in other words it can.
+_COMPOSED = {F.hardsigmoid: _hardsigmoid, F.glu: _glu}
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+
+
 class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_grad
     """Context in which dual calls of ``F.scaled_dot_product_attention`` run fused.
 
@@ -47,7 +76,8 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
     this context such calls go to :func:`tangent_ops.scaled_dot_product_attention`, whatever model
     makes them; calls without a tangent stay PyTorch's. ``F.linear``, ``F.conv2d`` (1d, 3d),
     ``F.layer_norm`` and ``F.gelu`` are routed too, to forms that need less memory or fewer
-    products in a plain ``dual_level()``.
+    products in a plain ``dual_level()``; so are dual calls of ``F.hardsigmoid``, ``F.glu`` and of
+    recurrent layers, whose tangents PyTorch does not compute or cannot differentiate.
 
     Example:
         >>> with fused_forward_ad():
@@ -86,4 +116,8 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
             if func is F.multi_head_attention_forward:
                 return _MULTI_HEAD_ATTENTION[self.backend](*args, **kwargs)
             return scaled_dot_product_attention(*args, **kwargs, backend=self.backend)
+        if func in _COMPOSED and any(may_be_dual(x) for x in (*args, *kwargs.values())):
+            return _COMPOSED[func](*args, **kwargs)
+        if func in _RECURRENT and any(may_be_dual(x) for x in tree_leaves(args)):
+            return _recurrent(func, *args, **kwargs)
         return func(*args, **kwargs)
