@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
+from tangent_ops._kept import forget, keepers, nothing_kept
 from tangent_ops.delta import (
     Delta,
     DeltaMeta,
@@ -57,6 +58,7 @@ def linearize(model: nn.Module, trainable: Trainable = None) -> LinearizedModel:
         raise ArgumentError("model is linearized already: pass the original, or model.anchor")
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}: expected an nn.Module")
+    forget(keepers(model))
     anchor = copy.deepcopy(model).eval().requires_grad_(False)
     if callable(set_checkpointing := getattr(anchor, "set_grad_checkpointing", None)):
         set_checkpointing(False)  # the backward would recompute outside the forward-mode level
@@ -109,6 +111,7 @@ class LinearizedModel(nn.Module):
         self.delta = _ParameterTree(deltas)
         self._names = tuple(deltas)
         self._record = record
+        self._keepers = tuple(keepers(anchor))
 
     def forward(self, *args, **kwargs) -> Any:
         """f(x; w0) + J(x) Δw, shaped as the model's own output.
@@ -132,7 +135,7 @@ class LinearizedModel(nn.Module):
             # It switches forward mode off: J(x) Δw would be 0 without a word.
             with torch.inference_mode(False), torch.no_grad():
                 return self.primal_and_tangent(*args, **kwargs)
-        with fused_forward_ad():
+        with fused_forward_ad(), nothing_kept(self._keepers):
             if _inside_another_transform():
                 primal, tangent, *_ = torch.func.jvp(run, (weights,), (deltas,))
                 return primal, tangent
