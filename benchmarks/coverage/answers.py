@@ -91,7 +91,8 @@ def directions(model: nn.Module, seed: int = 1) -> Named:
 def ours(question: Question, dtype: torch.dtype = torch.float32) -> Answer:
     """By `tangent_ops.linearize`, of a model that has been used; its second call."""
     model, x = copy.deepcopy(question.model).to(dtype), question.input.to(dtype)
-    model(x)
+    with torch.no_grad():
+        model(x)
     tangent = tangent_ops.linearize(model)
     deltas = tangent.deltas()
     with torch.no_grad():
@@ -118,7 +119,7 @@ def pytorchs(question: Question, dtype: torch.dtype) -> Answer:
     try:
         with sdpa_kernel(SDPBackend.MATH):
             run, weights = fresh()
-            primal, primal_t = torch.func.jvp(run, (weights,), (tangents,))
+            primal, primal_t, *_ = torch.func.jvp(run, (weights,), (tangents,))
             run, weights = fresh()
             leaves = {name: weight.requires_grad_() for name, weight in weights.items()}
             return Answer(primal, primal_t, _gradient(run(leaves), leaves))

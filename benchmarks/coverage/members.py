@@ -147,9 +147,10 @@ def _smallest(names: list[str]) -> str:
 def _timm(member: Member) -> Built:
     import timm
 
-    model = timm.create_model(member.model, **member.options)
+    model: Any = timm.create_model(member.model, **member.options)
     config = model.pretrained_cfg
-    _, height, width = config.get("min_input_size") or config["input_size"]
+    least = None if config.get("fixed_input_size") else config.get("min_input_size")
+    _, height, width = least or config["input_size"]
     if member.size:
         height = width = member.size
     return model, _images(height, width)
@@ -160,13 +161,13 @@ def _torchvision(member: Member) -> Built:
 
     if member.model != "vit_b_16":
         return torchvision.models.get_model(member.model, **member.options), _images(224, 224)
-    shape = {"num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072}
-    model = torchvision.models.VisionTransformer(224, 16, **shape, **member.options)
+    shape: dict[str, Any] = {"num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072}
+    model = torchvision.models.VisionTransformer(224, 16, **{**shape, **member.options})
     return model, _images(224, 224)
 
 
 def _transformers(member: Member) -> Built:
-    import transformers
+    import transformers  # pyright: ignore[reportMissingImports]
 
     kind: Any = getattr(transformers, member.model)
     return kind(kind.config_class(**member.options)), _images(64, 64)
