@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import re
 import time
 import warnings
@@ -48,8 +49,7 @@ def check_derivatives(anchor: nn.Module, names: Collection[str], example: Any = 
         return
     inputs = example if isinstance(example, tuple) else (example,)
     try:
-        with warnings.catch_warnings(), naming_what_lacks(anchor):
-            warnings.simplefilter("ignore")
+        with _quietly(), naming_what_lacks(anchor):
             _dry_run(anchor, names, inputs)
     except UnsupportedError:
         raise
@@ -70,6 +70,19 @@ def naming_what_lacks(anchor: nn.Module) -> Iterator[None]:
             f"{lacking}{_caller(error, anchor)}. Train parameters above it alone (`trainable`), "
             "or replace it by operations that have one."
         ) from error
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without warnings, and without what PyTorch logs of shapes that do not fit."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.disabled = before
 
 
 def _described(anchor: nn.Module) -> Tensor | None:
