@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,8 +90,12 @@ def directions(model: nn.Module, seed: int = 1) -> Named:
     }
 
 
-def ours(question: Question, dtype: torch.dtype = torch.float32) -> Answer:
-    """By `tangent_ops.linearize`, of a model that has been used; its second call."""
+def ours(
+    question: Question,
+    dtype: torch.dtype = torch.float32,
+    during: AbstractContextManager[None] | None = None,
+) -> Answer:
+    """By `tangent_ops.linearize`, of a model that has been used; its second call, in `during`."""
     model, x = copy.deepcopy(question.model).to(dtype), question.input.to(dtype)
     with torch.no_grad():
         model(x)
@@ -99,7 +105,8 @@ def ours(question: Question, dtype: torch.dtype = torch.float32) -> Answer:
         for name, delta in deltas.items():
             delta.copy_(question.deltas[name])
         tangent(x)
-    primal, primal_t = map(floats, tangent.primal_and_tangent(x))
+    with during or contextlib.nullcontext():
+        primal, primal_t = map(floats, tangent.primal_and_tangent(x))
     return Answer(primal, primal_t, _gradient(primal_t, deltas))
 
 

@@ -20,7 +20,7 @@ from benchmarks.coverage.answers import (
     shake,
 )
 from benchmarks.coverage.members import Built, Member
-from benchmarks.coverage.observe import parts, watched
+from benchmarks.coverage.observe import Seen, parts, watched
 from tangent_ops.errors import UnsupportedError
 
 TARGET = 1e-4
@@ -102,14 +102,13 @@ def _ask(row: Row, question: Question) -> None:
         exact = None
         row.verdict, row.reason = UNKNOWN, f"torch.func.jvp in float64: {_line(problem)}"
     try:
-        with watched() as seen:
-            found = ours(question)
+        seen = Seen()
+        found = ours(question, during=watched(seen))
     except Exception as problem:
         row.verdict = REFUSED if isinstance(problem, UnsupportedError) else FAILED
         row.reason = _line(problem)
         return
-    calls = 2  # `ours` makes as many
-    row.fused = {name: count // calls for name, count in sorted(seen.fused.items())}
+    row.fused = dict(sorted(seen.fused.items()))
     row.attention = seen.kind()
     if exact is None:
         return

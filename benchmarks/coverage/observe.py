@@ -74,9 +74,8 @@ def _attention(bias: Tensor | None) -> str:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Seen]:
-    """What linearized models call inside."""
-    seen = Seen()
+def watched(seen: Seen) -> Iterator[None]:
+    """Has `seen` told what linearized models call inside."""
     original = forward_ad.fused_forward_ad.__torch_function__
 
     def handle(mode, func, types, args=(), kwargs=None):
@@ -84,7 +83,7 @@ def watched() -> Iterator[Seen]:
         return original(mode, func, types, args, kwargs)
 
     with mock.patch.object(forward_ad.fused_forward_ad, "__torch_function__", handle):
-        yield seen
+        yield
 
 
 PARTS = {  # in names of parameters
@@ -105,8 +104,7 @@ def parts(model: nn.Module) -> list[str]:
     found = [word for word, marks in PARTS.items() if any(m in n for m in marks for n in names)]
     modules = list(model.modules())
     kinds = {type(module).__name__.lower() for module in modules}
-    attributes = set().union(*(vars(module) for module in modules))
-    if any("window" in kind for kind in kinds) or "window_size" in attributes:
+    if any(word in kind for word in ("window", "partition", "maskunit") for kind in kinds):
         found.append("windows")
     if any("rotary" in kind or "rope" in kind for kind in kinds):
         found.append("rotary")
