@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.functional import (
@@ -63,6 +64,34 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Tensor]] = {
 }
 
 
+def _hardsigmoid(input, inplace=False):
+    output = F.relu6(input + 3) / 6
+    return input.copy_(output) if inplace else output
+
+
+def _glu(input, dim=-1):
+    first, gate = input.split(input.shape[dim] // 2, dim)
+    return first * gate.sigmoid()
+
+
+def _recurrent(func, *args):
+    """Its products one by one: the fused layers of oneDNN and cuDNN have no forward derivative."""
+    libraries = (torch.backends.mkldnn, torch.backends.cudnn)
+    before = [library.enabled for library in libraries]
+    try:
+        for library in libraries:
+            library.enabled = False  # pyright: ignore[reportAttributeAccessIssue]
+        return func(*args)
+    finally:
+        for library, enabled in zip(libraries, before, strict=True):
+            library.enabled = enabled  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# PyTorch cannot differentiate their tangents; those of the same map in other words it can.
+_COMPOSED = {F.hardsigmoid: _hardsigmoid, F.glu: _glu}
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+
+
 class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_grad
     """Context in which dual calls of ``F.scaled_dot_product_attention`` run fused.
 
@@ -70,7 +99,9 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
     this context such calls go to :func:`tangent_ops.scaled_dot_product_attention`, whatever model
     makes them; calls without a tangent stay PyTorch's. ``F.linear``, ``F.conv2d`` (1d, 3d),
     ``F.layer_norm``, ``F.rms_norm``, ``F.gelu``, ``F.silu`` and ``F.softmax`` are routed too:
-    :mod:`tangent_ops.functional` says what is gained where.
+    :mod:`tangent_ops.functional` says what is gained where. So are dual calls of
+    ``F.hardsigmoid``, ``F.glu`` and recurrent layers, whose tangents PyTorch does not compute or
+    cannot differentiate.
 
     Example:
         >>> with fused_forward_ad():
@@ -105,4 +136,8 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
             if func is F.multi_head_attention_forward:
                 return _MULTI_HEAD_ATTENTION[self.backend](*args, **kwargs)
             return scaled_dot_product_attention(*args, **kwargs, backend=self.backend)
+        if func in _COMPOSED and any(may_be_dual(x) for x in (*args, *kwargs.values())):
+            return _COMPOSED[func](*args, **kwargs)
+        if func in _RECURRENT and any(may_be_dual(x) for x in tree_leaves(args)):
+            return _recurrent(func, *args, **kwargs)
         return func(*args, **kwargs)

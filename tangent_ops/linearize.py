@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
+from tangent_ops._derivatives import check_derivatives, naming_what_lacks
+from tangent_ops._kept import forget, keepers, nothing_kept
 from tangent_ops.delta import (
     Delta,
     DeltaMeta,
@@ -30,7 +32,9 @@ from tangent_ops.forward_ad import fused_forward_ad
 Trainable = str | Callable[[str], bool] | None
 
 
-def linearize(model: nn.Module, trainable: Trainable = None) -> LinearizedModel:
+def linearize(
+    model: nn.Module, trainable: Trainable = None, *, example: Any = None
+) -> LinearizedModel:
     """Expand a model to first order around its present weights w0.
 
         f_lin(x; Δw) = f(x; w0) + J(x) Δw          J(x) = ∂f(x; w)/∂w at w0
@@ -46,9 +50,13 @@ def linearize(model: nn.Module, trainable: Trainable = None) -> LinearizedModel:
         model: any module built of operations with a forward derivative.
         trainable: which parameters get a delta. None: all; a regular expression, searched for in
             parameter names (see :func:`last_blocks`); or a function from name to bool.
+        example: an input of the model, or a tuple of its inputs, whose shapes are used to find
+            operations without a derivative now rather than at the first call. A timm model's
+            is known.
 
     Raises:
         ArgumentError: no parameter matches, or ``model`` is no module or linearized already.
+        UnsupportedError: an operation of the model has no derivative; the error names it.
 
     Warns:
         ZeroHeadWarning: the classifier is all zeros and something below it is to be trained.
@@ -57,11 +65,13 @@ def linearize(model: nn.Module, trainable: Trainable = None) -> LinearizedModel:
         raise ArgumentError("model is linearized already: pass the original, or model.anchor")
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}: expected an nn.Module")
+    forget(keepers(model))
     anchor = copy.deepcopy(model).eval().requires_grad_(False)
     if callable(set_checkpointing := getattr(anchor, "set_grad_checkpointing", None)):
         set_checkpointing(False)  # the backward would recompute outside the forward-mode level
     names = _choose(anchor, trainable)
     _warn_about_zero_head(anchor, names)
+    check_derivatives(anchor, names, example)
     deltas = {
         name: nn.Parameter(torch.zeros_like(parameter, memory_format=torch.contiguous_format))
         for name, parameter in anchor.named_parameters()
@@ -109,13 +119,14 @@ class LinearizedModel(nn.Module):
         self.delta = _ParameterTree(deltas)
         self._names = tuple(deltas)
         self._record = record
+        self._keepers = tuple(keepers(anchor))
 
     def forward(self, *args, **kwargs) -> Any:
         """f(x; w0) + J(x) Δw, shaped as the model's own output.
 
         Raises:
             UnsupportedError: the output holds something else than tensors, plain values, and
-                tuples, lists and dicts of them.
+                tuples, lists and dicts of them; or an operation has no derivative.
         """
         primal, tangent = self.primal_and_tangent(*args, **kwargs)
         return tree_map(lambda p, t: p + t if isinstance(p, Tensor) else p, primal, tangent)
@@ -132,7 +143,7 @@ class LinearizedModel(nn.Module):
             # It switches forward mode off: J(x) Δw would be 0 without a word.
             with torch.inference_mode(False), torch.no_grad():
                 return self.primal_and_tangent(*args, **kwargs)
-        with fused_forward_ad():
+        with fused_forward_ad(), naming_what_lacks(self.anchor), nothing_kept(self._keepers):
             if _inside_another_transform():
                 primal, tangent, *_ = torch.func.jvp(run, (weights,), (deltas,))
                 return primal, tangent

@@ -7,12 +7,22 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import assert_near, family, generator, images, oracle, vit
+from small_models import (
+    assert_near,
+    exact_vjp,
+    family,
+    generator,
+    images,
+    moved,
+    oracle,
+    vit,
+)
+from small_models import exact_jvp as exact_jvp_of_weights
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import tangent_ops.forward_ad
-from tangent_ops import fused_forward_ad
+from tangent_ops import fused_forward_ad, linearize
 from tangent_ops.errors import ArgumentError, UnsupportedError
 
 
@@ -230,3 +240,42 @@ def test_compiles_whole():
             return torch.func.jvp(model, (x,), (x_t,))
 
     assert_near(compiled(x, x_t), exact_jvp(model, (x,), (x_t,)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+LACKING = {
+    "hardsigmoid": lambda: nn.Sequential(nn.Linear(6, 8), nn.Hardsigmoid(), nn.Linear(8, 3)),
+    "in place": lambda: nn.Sequential(nn.LayerNorm(6), nn.Hardsigmoid(inplace=True)),
+    "glu": lambda: nn.Sequential(nn.Linear(6, 8), nn.GLU(), nn.Linear(4, 3)),
+    "lstm": lambda: Recurrent(nn.LSTM(6, 4, batch_first=True, bidirectional=True)),
+    "gru": lambda: Recurrent(nn.GRU(6, 4, batch_first=True)),
+    "rnn": lambda: Recurrent(nn.RNN(6, 4, batch_first=True)),
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_layers_whose_tangent_pytorch_cannot_differentiate(name):
+    torch.manual_seed(0)
+    model = LACKING[name]()
+    x = 3 * torch.randn(2, 5, 6, generator=generator(1))  # beyond hardsigmoid's kinks, too
+    tangent = moved(linearize(model))
+    primal, primal_t = tangent.primal_and_tangent(x)
+    assert_near((primal, primal_t), exact_jvp_of_weights(model, tangent.deltas(), x))
+    cotangent = torch.randn(primal.shape, generator=generator(4))
+    grads = torch.autograd.grad(primal_t, list(tangent.deltas().values()), cotangent)
+    exact = exact_vjp(model, list(tangent.deltas()), cotangent, x)
+    assert_near(grads, [exact[name] for name in tangent.deltas()])
+
+
+def test_glu_refuses_what_it_refuses_without_a_tangent():
+    x = torch.ones(2, 3)
+    with fused_forward_ad(), forward_ad.dual_level(), pytest.raises((RuntimeError, ValueError)):
+        F.glu(forward_ad.make_dual(x, x))

@@ -660,3 +660,25 @@ def test_summary_adds_up(capsys):
     head = sum(p.numel() for p in model.head.parameters())
     norm = sum(p.numel() for p in model.norm.parameters())
     assert total[0] == block + head + norm
+
+
+def test_nothing_that_the_model_keeps_in_eval_mode_is_believed():
+    """LeViT keeps its gathered attention biases; kept ones have no tangent."""
+    options = {"embed_dim": (32,), "num_heads": (2,), "key_dim": 16, "depth": (2,)}
+    # float64: the biases have small gradients, of which float32's rounding leaves four digits.
+    model = family("levit_128s", img_size=32, **options).double().eval()
+    x = images(size=32).double()
+    exact_of_fresh = copy.deepcopy(model)
+    model(x)  # with gradients, as one would by mistake
+    tangent = moved(linearize(model))
+    exact = exact_jvp(exact_of_fresh, tangent.deltas(), x)
+    for run in (lambda: None, lambda: tangent.anchor(x), lambda: None):
+        run()
+        assert_near(tangent.primal_and_tangent(x), exact)
+    names = [name for name in tangent.deltas() if name.endswith("attention_biases")]
+    cotangent = images(size=32)[:, 0, 0, :5].double()
+    grads = torch.autograd.grad(tangent(x), [tangent.deltas()[n] for n in names], cotangent)
+    answers = exact_vjp(copy.deepcopy(exact_of_fresh), names, cotangent, x)
+    assert_near(grads, [answers[name] for name in names])
+    assert not model.training
+    assert all(not m.attention_bias_cache for m in tangent._keepers)

@@ -1,0 +1,184 @@
+"""A model's value, tangent and gradient: ours, and PyTorch's own in float32 and float64."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+import tangent_ops
+
+Named = dict[str, Tensor]
+Tensors = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Question:
+    """f(x), J Δw and Jᵀ c of a model in eval mode.
+
+    Attributes:
+        model: in float32, not called yet: in eval mode some keep what they computed.
+        input: of the model.
+        deltas: Δw, for every parameter.
+    """
+
+    model: nn.Module
+    input: Tensor
+    deltas: Named
+
+
+@dataclass(frozen=True)
+class Answer:
+    primal: Tensors
+    tangent: Tensors
+    gradient: Named
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Distances to the exact answer, each relative to the length of that: of all outputs taken
+    together, of the gradients by all parameters."""
+
+    primal: float
+    tangent: float
+    gradient: float
+
+    @property
+    def largest(self) -> float:
+        values = (self.primal, self.tangent, self.gradient)
+        return max(values) if all(map(math.isfinite, values)) else math.inf
+
+
+def shake(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The model in eval mode, with noise on every weight and statistic.
+
+    Fresh weights are zeros and ones too often: what stands behind a zero would not be seen. A
+    tenth of a weight's size, and at least 0.05 for vectors and what is (nearly) zero.
+    """
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            size = float(parameter.double().square().mean().sqrt())
+            least = 0.05 if parameter.ndim < 2 or size < 1e-3 else 0.0
+            parameter.add_(max(0.1 * size, least) * _normal(parameter, noise))
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                mean, variance = module.running_mean, module.running_var
+                if mean is not None and variance is not None:
+                    mean.add_(0.1 * _normal(mean, noise))
+                    variance.mul_((0.1 * _normal(variance, noise)).exp())
+    return model.eval()
+
+
+def directions(model: nn.Module, seed: int = 1) -> Named:
+    """Δw: for every parameter as large as that is."""
+    noise = torch.Generator().manual_seed(seed)
+    return {
+        name: _normal(p, noise) * p.detach().square().mean().sqrt()
+        for name, p in model.named_parameters()
+    }
+
+
+def ours(
+    question: Question,
+    dtype: torch.dtype = torch.float32,
+    during: AbstractContextManager[None] | None = None,
+) -> Answer:
+    """By `tangent_ops.linearize`, of a model that has been used; its second call, in `during`."""
+    model, x = copy.deepcopy(question.model).to(dtype), question.input.to(dtype)
+    with torch.no_grad():
+        model(x)
+    tangent = tangent_ops.linearize(model)
+    deltas = tangent.deltas()
+    with torch.no_grad():
+        for name, delta in deltas.items():
+            delta.copy_(question.deltas[name])
+        tangent(x)
+    with during or contextlib.nullcontext():
+        primal, primal_t = map(floats, tangent.primal_and_tangent(x))
+    return Answer(primal, primal_t, _gradient(primal_t, deltas))
+
+
+def pytorchs(question: Question, dtype: torch.dtype) -> Answer:
+    """By `torch.func.jvp` and ordinary reverse mode, with MATH attention."""
+    x = question.input.to(dtype)
+    tangents = {name: delta.to(dtype) for name, delta in question.deltas.items()}
+
+    def fresh():
+        model = copy.deepcopy(question.model).to(dtype)
+        weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+        return (lambda w: floats(functional_call(model, w, (x,)))), weights
+
+    # nn.TransformerEncoder's fast path has no forward derivative.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            run, weights = fresh()
+            primal, primal_t, *_ = torch.func.jvp(run, (weights,), (tangents,))
+            run, weights = fresh()
+            leaves = {name: weight.requires_grad_() for name, weight in weights.items()}
+            return Answer(primal, primal_t, _gradient(run(leaves), leaves))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def errors(found: Answer, exact: Answer) -> Errors:
+    gradients = [list(answer.gradient.values()) for answer in (found, exact)]
+    return Errors(
+        _distance(found.primal, exact.primal),
+        _distance(found.tangent, exact.tangent),
+        _distance(*gradients),
+    )
+
+
+def disagreement(question: Question, exact: Answer) -> float:
+    """Between forward and reverse mode: of (c, J Δw) and (Jᵀ c, Δw), relative to their terms."""
+    cotangents = _cotangents(exact.tangent)
+    forward = [c * t for c, t in zip(cotangents, exact.tangent, strict=True)]
+    reverse = [g * question.deltas[n].double() for n, g in exact.gradient.items()]
+    size = sum(float(x.abs().sum()) for x in (*forward, *reverse))
+    return abs(sum(float(x.sum()) for x in forward) - sum(float(x.sum()) for x in reverse)) / size
+
+
+def floats(output: Any) -> list[Tensor]:
+    leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+    return [x for x in leaves if x.is_floating_point()]
+
+
+def _gradient(outputs: Tensors, leaves: Mapping[str, Tensor]) -> Named:
+    found = torch.autograd.grad(
+        outputs, list(leaves.values()), _cotangents(outputs), allow_unused=True
+    )
+    return {
+        name: torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(leaves.items(), found, strict=True)
+    }
+
+
+def _cotangents(outputs: Tensors) -> list[Tensor]:
+    noise = torch.Generator().manual_seed(2)
+    return [_normal(x, noise) for x in outputs]
+
+
+def _normal(like: Tensor, noise: torch.Generator) -> Tensor:
+    """The same numbers in every dtype."""
+    return torch.randn(like.shape, generator=noise).to(like.dtype)
+
+
+def _distance(found: Tensors, exact: Tensors) -> float:
+    pairs = [(a.detach().double(), b.detach()) for a, b in zip(found, exact, strict=True)]
+    off = math.hypot(*(float((a - b).norm()) for a, b in pairs))
+    size = math.hypot(*(float(b.norm()) for _, b in pairs))
+    return off / size if size else math.inf

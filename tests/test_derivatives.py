@@ -1,0 +1,128 @@
+"""A missing derivative is named: at linearize where the input is known, else at a call."""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import VIT, family, generator
+from torch import Tensor, nn
+
+import tangent_ops._derivatives
+from tangent_ops import linearize
+from tangent_ops.errors import UnsupportedError
+
+
+class Double(torch.autograd.Function):
+    """No jvp."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+class Calls(nn.Module):
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x)
+
+
+def sampled(x: Tensor) -> Tensor:
+    return F.grid_sample(x.view(-1, 1, 2, 4), torch.zeros(len(x), 3, 3, 2), align_corners=False)
+
+
+def model_of(call) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.ReLU(), Calls(call)))
+
+
+X = torch.randn(3, 4, generator=generator(1))
+LACKING = {
+    "an operation": (sampled, r"grid_sampler_2d has no forward-mode .*; Calls calls it, as 1\.1\."),
+    "a Function": (Double.apply, r"Double, a torch\.autograd\.Function.*; Calls calls it, as 1\.1"),
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_a_missing_forward_derivative_at_linearize_and_at_a_call(name):
+    call, message = LACKING[name]
+    model = model_of(call)
+    for example in (X, (X,)):
+        with pytest.raises(UnsupportedError, match=message):
+            linearize(model, example=example)
+    tangent = linearize(model)
+    with pytest.raises(UnsupportedError, match=message) as raised:
+        tangent(X)
+    assert isinstance(raised.value.__cause__, NotImplementedError)
+
+
+def test_a_missing_derivative_of_the_tangent_is_found_too():
+    model = model_of(torch.ops.aten.hardsigmoid)  # not F's, which is routed
+    with pytest.raises(UnsupportedError, match="aten::hardsigmoid_backward, on the way back"):
+        linearize(model, example=X)
+
+
+def test_only_what_is_trained_needs_derivatives():
+    model = nn.Sequential(model_of(sampled), nn.Flatten(), nn.Linear(9, 2))
+    linearize(model, "^2", example=X)(X)
+    with pytest.raises(UnsupportedError, match="grid_sampler_2d"):
+        linearize(model, "^0", example=X)
+
+
+def test_timm_describes_its_own_input(capfd):
+    model = family("vit_tiny_patch16_224", depth=1)
+    model.norm = Calls(Double.apply)
+    with pytest.raises(UnsupportedError, match="Calls calls it, as norm"):
+        linearize(model)
+    # Another size than the description's fails for reasons of its own: no answer, and no word.
+    small = {"embed_dim": (32,), "num_heads": (2,), "key_dim": 16, "depth": (2,)}
+    for model in (
+        family("vit_tiny_patch16_224", **VIT),
+        family("levit_128s", img_size=32, **small),
+    ):
+        model.norm = Calls(Double.apply)
+        linearize(model)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: x * float(x.sum()),  # asks for contents
+        lambda x: x.view(-1, 7),  # a real error
+        lambda x: torch.from_numpy(x.numpy()),
+    ],
+)
+def test_other_trouble_is_no_answer(call):
+    linearize(model_of(call), example=X)
+
+
+def test_neither_model_nor_random_numbers_change():
+    torch.manual_seed(0)
+    calls = []
+    layers = (nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), Calls(torch.rand_like))
+    model = nn.Sequential(*layers, Calls(lambda x: calls.append(type(x)) or x.mul_(2)))
+    before, numbers = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    linearize(model, example=X)
+    assert len(calls) == 1
+    assert torch.equal(numbers, torch.get_rng_state())
+    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+
+
+def test_a_long_pass_ends(monkeypatch):
+    """A recurrent layer goes step by step, in Python here."""
+    monkeypatch.setattr(tangent_ops._derivatives, "SECONDS", 0.05)
+    calls = []
+    slow = Calls(lambda x: calls.append(time.sleep(0.1)) or x)
+    linearize(nn.Sequential(nn.Linear(4, 4), slow, slow, Calls(Double.apply)), example=X)
+    assert len(calls) == 1
