@@ -180,7 +180,7 @@ class LinearizedModel(nn.Module):
 
     def _full_deltas(self) -> dict[str, Tensor]:
         """Δw, shaped as the anchor's parameters, in the deltas' own dtype."""
-        deltas = dict[str, Tensor](self.deltas())
+        deltas: dict[str, Tensor] = {**self.deltas()}
         for name, basis in self.basis.tensors().items():
             deltas[name] = product(deltas[name], basis, lookup(self.anchor, name).shape)
         return deltas

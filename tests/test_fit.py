@@ -298,9 +298,10 @@ def test_amp_none_keeps_the_callers_autocast():
 @pytest.mark.parametrize("model", [linear(), linear().half()])
 def test_float16_is_refused(model):
     data = vectors(dtype=torch.float16)
-    with torch.autocast("cpu", torch.float16, enabled=model.weight.dtype != torch.float16):
-        with pytest.raises(UnsupportedError, match=r"fit in float16.*torch\.amp\.GradScaler"):
-            quiet(model, data, epochs=1)
+    autocast = torch.autocast("cpu", torch.float16, enabled=model.weight.dtype != torch.float16)
+    refused = pytest.raises(UnsupportedError, match=r"fit in float16.*torch\.amp\.GradScaler")
+    with autocast, refused:
+        quiet(model, data, epochs=1)
 
 
 def test_losses_get_16_bit_logits_in_float32():

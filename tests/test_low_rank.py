@@ -249,7 +249,7 @@ def test_gradient_basis_refuses_what_has_no_such_gradient():
         gradient_basis(linearize(model), batch(), 2)
     with pytest.raises(ArgumentError, match=r"head\.weight has rank 1 .*rank=3.*basis=0"):
         gradient_basis(model, batch(1), 3, trainable="head")
-    with pytest.raises(ArgumentError, match=r"does not depend on blocks.*leave it out"):
+    with pytest.raises(ArgumentError, match=r"does not depend on patch.*leave it out"):
         gradient_basis(model, batch(), 3, loss=lambda y, t: model.head.bias.square().sum())
     broken = TensorDataset(torch.full((2, 3, 16, 16), torch.nan), torch.zeros(2, dtype=torch.long))
     with pytest.raises(NonFiniteLossError, match="not finite"):
@@ -331,17 +331,17 @@ def test_deltas_of_another_kind_or_basis_are_refused(tmp_path):
         (low, full, r"is full, expected of rank 3: linearize\(\.\.\., rank=None\)"),
         (full, low, r"is of rank 3, expected full: full_delta_dict\(\)"),
     ]
-    for model, given, message in cases:
-        before = model.delta_dict()
-        save_delta(given.delta_dict(), path)
+    for own, alien, message in cases:
+        before = own.delta_dict()
+        save_delta(alien.delta_dict(), path)
         for attempt in (
-            lambda: model.load_delta_dict(given.delta_dict()),  # noqa: B023
-            lambda: load_delta(path, anchor=model),  # noqa: B023
-            lambda: compose([model.delta_dict(), path]),  # noqa: B023
+            lambda: own.load_delta_dict(alien.delta_dict()),  # noqa: B023
+            lambda: load_delta(path, anchor=own),  # noqa: B023
+            lambda: compose([own.delta_dict(), path]),  # noqa: B023
         ):
             with pytest.raises(DeltaError, match=message):
                 attempt()
-        assert all(torch.equal(d, before[n]) for n, d in model.deltas().items())
+        assert all(torch.equal(d, before[n]) for n, d in own.deltas().items())
     with pytest.raises(DeltaError, match=r"qkv\.weight has shape \(144, 48\), expected \(144, 3\)"):
         low.load_delta_dict(dict(full.delta_dict()))  # of unknown origin
 
