@@ -42,9 +42,13 @@ def launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
             rows(), rows(), (rows(), rows()), (True, True)
         ),
         "linear": lambda: linear.plan_jvp(
-            rows(), torch.empty(width, width, dtype=dtype), line(),
-            rows(), torch.empty(width, width, dtype=dtype), line(),
-        ),  # fmt: skip
+            rows(),
+            torch.empty(width, width, dtype=dtype),
+            line(),
+            rows(),
+            torch.empty(width, width, dtype=dtype),
+            line(),
+        ),
     }
     for name in activation.ACTIVATIONS:
         plans[name] = lambda name=name: activation.plan_jvp(*operands, name)

@@ -8,6 +8,7 @@ from tangent_ops.features import CachedFeatures, cache_features
 from tangent_ops.fit import History, fit, fit_head
 from tangent_ops.forward_ad import fused_forward_ad
 from tangent_ops.functional import scaled_dot_product_attention
+from tangent_ops.gradient_basis import gradient_basis
 from tangent_ops.linearize import LinearizedModel, last_blocks, linearize
 from tangent_ops.nn import TangentAttention
 
@@ -25,6 +26,7 @@ __all__ = [
     "fit",
     "fit_head",
     "fused_forward_ad",
+    "gradient_basis",
     "last_blocks",
     "linearize",
     "load_delta",

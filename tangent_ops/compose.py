@@ -10,7 +10,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tangent_ops.delta import Delta, DeltaMeta, check_anchor, check_layout, check_values, load_delta
+from tangent_ops.delta import (
+    Delta,
+    DeltaMeta,
+    check_anchor,
+    check_kind,
+    check_layout,
+    check_values,
+    load_delta,
+)
 from tangent_ops.errors import ArgumentError, DeltaError
 
 DeltaLike = Mapping[str, Tensor] | str | os.PathLike[str]
@@ -24,8 +32,9 @@ def compose(deltas: Iterable[DeltaLike], weights: Sequence[float] | None = None)
     others again; its delta never enters the sum.
 
     Args:
-        deltas: deltas of one anchor, or paths of files, opened one after the other. All have the
-            same names, shapes and dtypes. An iterator is consumed.
+        deltas: deltas of one anchor, and one basis if they are of low rank, or paths of files,
+            opened one after the other. All have the same names, shapes and dtypes. An iterator is
+            consumed.
         weights: one finite number per delta; None for the mean.
 
     Returns:
@@ -36,8 +45,8 @@ def compose(deltas: Iterable[DeltaLike], weights: Sequence[float] | None = None)
     Raises:
         ArgumentError: no deltas, something that is no delta, a wrong number of weights, or a
             weight that is not finite.
-        DeltaError: deltas of different anchors, names, shapes or dtypes; values that are not
-            finite, in a delta or in the sum.
+        DeltaError: deltas of different anchors, ranks, bases, names, shapes or dtypes; values that
+            are not finite, in a delta or in the sum.
         DeltaFileError: a file is truncated, was edited or is no delta file.
     """
     if isinstance(deltas, (Mapping, str, os.PathLike)):
@@ -92,6 +101,7 @@ class _WeightedSum:
             self.meta = replace(meta, shard=None, extra={})
         else:
             check_anchor(meta, self.meta.anchor, self.meta.model, what)
+            check_kind(meta, self.meta.rank, self.meta.basis, what)
             if meta.loss != self.meta.loss:
                 self.meta = replace(self.meta, loss=None)
 

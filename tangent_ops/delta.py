@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tangent_ops.linearize import LinearizedModel
 
 FORMAT = "tangent-ops delta"
-FORMAT_VERSION = "1"
+FORMAT_VERSIONS = ("1", "2")  # 2: of low rank; a release that knows full deltas alone refuses it
 
 _DTYPE_CODES = {
     torch.float64: "F64",
@@ -55,10 +55,13 @@ class DeltaMeta:
         trainable: the pattern that chose the trained parameters.
         loss: the training loss, if any.
         shard: identifier of the part of the data the delta was trained on, if any.
+        rank: of low-rank deltas, which are the factors B of Δw = B A; None if all are full.
+        basis: `fingerprint` of their fixed factors A; None if all are full.
         extra: anything else, as strings.
 
     Raises:
-        ArgumentError: a field is not a string.
+        ArgumentError: a field is not a string, rank no positive integer, or one of rank and basis
+            is missing.
     """
 
     anchor: str
@@ -67,16 +70,22 @@ class DeltaMeta:
     loss: str | None = None
     shard: str | None = None
     extra: dict[str, str] = field(default_factory=dict)
+    rank: int | None = None
+    basis: str | None = None
 
     def __post_init__(self) -> None:
         fields = {"anchor": self.anchor, "model": self.model, "trainable": self.trainable}
-        optional = {"loss": self.loss, "shard": self.shard}
+        optional = {"loss": self.loss, "shard": self.shard, "basis": self.basis}
         fields |= {name: value for name, value in optional.items() if value is not None}
         fields |= {f"extra[{key!r}]": value for key, value in self.extra.items()}
         fields |= {f"extra's key {key!r}": key for key in self.extra}
         for name, value in fields.items():
             if not isinstance(value, str):
                 raise ArgumentError(f"{name} must be a string, got {value!r}: use str(...)")
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+            raise ArgumentError(f"rank must be a positive integer or None, got {self.rank!r}")
+        if (self.rank is None) != (self.basis is None):
+            raise ArgumentError("rank and basis go together: give both, or neither")
 
 
 class Delta(dict[str, Tensor]):
@@ -152,7 +161,7 @@ def load_delta(
     Args:
         path: the file.
         anchor: refuse a delta of another anchor: its fingerprint, or the tangent model the delta
-            is for, whose parameter names and shapes are then checked too.
+            is for, whose rank, basis, parameter names and shapes are then checked too.
         device: where the tensors go.
 
     Returns:
@@ -162,7 +171,8 @@ def load_delta(
         ArgumentError: anchor is neither.
         FileNotFoundError: there is no such file.
         DeltaFileError: the file is truncated, was edited, or is no delta file.
-        DeltaError: the delta is of another anchor, or its names or shapes differ from `anchor`'s.
+        DeltaError: the delta is of another anchor, or its rank, basis, names or shapes differ
+            from `anchor`'s.
     """
     if not (anchor is None or isinstance(anchor, str) or hasattr(anchor, "fingerprint")):
         kind = type(anchor).__name__
@@ -193,6 +203,7 @@ def load_delta(
         check_anchor(delta.meta, anchor, "as given", str(path))
     elif anchor is not None:
         check_anchor(delta.meta, anchor.fingerprint, anchor.model_name, str(path))
+        check_kind(delta.meta, anchor.rank, anchor.basis_fingerprint, str(path))
         check_layout(delta, anchor.deltas(), str(path))
     return Delta({name: value.to(device) for name, value in delta.items()}, delta.meta)
 
@@ -208,6 +219,26 @@ def check_anchor(meta: DeltaMeta | None, expected: str, model: str, what: str) -
             f"{what} belongs to another anchor: {_short(meta.anchor)} ({meta.model}), "
             f"expected {_short(expected)} ({model})"
         )
+
+
+def check_kind(meta: DeltaMeta | None, rank: int | None, basis: str | None, what: str) -> None:
+    """Raise DeltaError if `meta` tells of another rank or basis than those.
+
+    Without meta they are unknown and pass. `what` names the delta in the message.
+    """
+    if meta is None or (meta.rank, meta.basis) == (rank, basis):
+        return
+    if meta.rank != rank:
+        way_out = (
+            "full_delta_dict() of the model it belongs to makes it full"
+            if rank is None
+            else f"linearize(..., rank={meta.rank}) takes it"
+        )
+        raise DeltaError(f"{what} is {_kind(meta.rank)}, expected {_kind(rank)}: {way_out}")
+    raise DeltaError(
+        f"{what} has another basis: {_short(meta.basis or '')}, expected {_short(basis or '')}. "
+        "Linearize with the basis (the seed, or the tensors) that it was trained in"
+    )
 
 
 def check_layout(delta: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
@@ -246,32 +277,37 @@ def _metadata(meta: DeltaMeta) -> dict[str, str]:
     extra = fields.pop("extra")
     return {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        **{name: value for name, value in fields.items() if value is not None},
+        "format_version": FORMAT_VERSIONS[meta.rank is not None],
+        **{name: str(value) for name, value in fields.items() if value is not None},
         **{_EXTRA + key: value for key, value in extra.items()},
     }
 
 
 def _meta(metadata: Mapping[str, str]) -> DeltaMeta:
-    names = ("anchor", "model", "trainable", "loss", "shard")
+    names = ("anchor", "model", "trainable", "loss", "shard", "basis")
     extra = {
         key.removeprefix(_EXTRA): value for key, value in metadata.items() if key.startswith(_EXTRA)
     }
-    return DeltaMeta(**{name: metadata[name] for name in names if name in metadata}, extra=extra)
+    rank = int(metadata["rank"]) if "rank" in metadata else None
+    known = {name: metadata[name] for name in names if name in metadata}
+    return DeltaMeta(**known, extra=extra, rank=rank)
 
 
 def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise DeltaFileError(f"{path} is a safetensors file, but no delta file of tangent-ops")
     version = metadata.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS:
         raise DeltaFileError(
-            f"{path} has format version {version}, this release reads {FORMAT_VERSION}: "
-            "update tangent-ops"
+            f"{path} has format version {version}, this release reads "
+            f"{' and '.join(FORMAT_VERSIONS)}: update tangent-ops"
         )
-    missing = {"anchor", "model", "trainable", "content_sha256"} - metadata.keys()
+    needed = {"anchor", "model", "trainable", "content_sha256"}
+    missing = (needed | ({"rank", "basis"} if version == "2" else set())) - metadata.keys()
     if missing:
         raise DeltaFileError(f"{path} lacks {_few(missing)} in its header")
+    if not metadata.get("rank", "1").isdecimal():
+        raise DeltaFileError(f"{path} has rank {metadata['rank']!r} in its header, not a number")
 
 
 def _content_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -345,6 +381,10 @@ def _json(value: object) -> str:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _kind(rank: int | None) -> str:
+    return "full" if rank is None else f"of rank {rank}"
 
 
 def _short(digest: str) -> str:

@@ -98,7 +98,8 @@ def fit(
             steps) or "constant".
         seed: of everything drawn here: order of the samples, dropout, random augmentation. The
             states of torch's, numpy's, Python's and the loader's generators are put back.
-        amp: bfloat16 autocast; None: on CUDA devices that have it.
+        amp: bfloat16 autocast; None: on CUDA devices that have it, or as the caller's own
+            ``with torch.autocast(...)`` around this call says.
         device: moves the model there first; None for where it is. Batches follow the model.
         cache: compute what the frozen blocks below the first trained one give only once, in memory
             (True) or in a memory-mapped file in this folder; for a `LinearizedModel` and inputs
@@ -111,7 +112,8 @@ def fit(
     Raises:
         ArgumentError: an argument out of range; data that is empty or yields something else; no
             trainable parameters, or a loss that does not depend on them.
-        UnsupportedError: cache, for a model that cannot be split.
+        UnsupportedError: cache, for a model that cannot be split; float16, which needs a loss
+            scaler.
         NonFiniteLossError: the loss or its gradient is NaN or infinite; the parameters are as
             before that step.
     """
@@ -222,16 +224,26 @@ class _Recipe:
         if self.schedule not in SCHEDULES:
             raise ArgumentError(f"schedule must be one of {[*SCHEDULES]}, got {self.schedule!r}")
 
+    def precision(self, device: torch.device) -> torch.dtype | None:
+        """Autocast's dtype; None for no autocast."""
+        if self.amp is None and torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)  # the caller's own
+        by_default = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if (by_default if self.amp is None else self.amp) else None
+
     def autocast(self, device: torch.device) -> torch.autocast:
-        on = self.amp
-        if on is None:
-            on = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.autocast(device.type, torch.bfloat16, enabled=on)
+        dtype = self.precision(device)
+        return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def _train(
     model: nn.Module, loader: DataLoader[Any], device: torch.device, recipe: _Recipe
 ) -> History:
+    if torch.float16 in (recipe.precision(device), *(p.dtype for p in model.parameters())):
+        raise UnsupportedError(
+            "fit in float16: it scales no loss, and small gradients would vanish. Use bfloat16, or "
+            "your own loop with torch.amp.GradScaler"
+        )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = OPTIMIZERS[recipe.optimizer](parameters, recipe.lr)
     loss = recipe.loss or RescaledSquareLoss()
@@ -292,7 +304,8 @@ def _backward(
         raise ArgumentError(f"loss must return a scalar tensor, got {got}")
     if not value.requires_grad:
         raise ArgumentError("loss does not depend on any trainable parameter of the model")
-    value.backward()
+    with torch.autocast(inputs.device.type, enabled=False):  # a caller's own would round once more
+        value.backward()
     objective = value.item()
     if recipe.l2:
         for parameter in parameters:

@@ -49,7 +49,6 @@ _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 _ROUTES: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.linear: linear,
     F.layer_norm: layer_norm,
-    torch.layer_norm: layer_norm,
     F.rms_norm: rms_norm,
     torch.rms_norm: rms_norm,
     F.gelu: gelu,

@@ -6,7 +6,8 @@ import copy
 import functools
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from torch.utils._pytree import tree_map
 
 from tangent_ops._derivatives import check_derivatives, naming_what_lacks
 from tangent_ops._kept import forget, keepers, nothing_kept
+from tangent_ops._trees import Tree, lookup
 from tangent_ops.delta import (
     Delta,
     DeltaMeta,
     check_anchor,
+    check_kind,
     check_layout,
     check_values,
     fingerprint,
@@ -28,12 +31,17 @@ from tangent_ops.delta import (
 from tangent_ops.errors import ArgumentError, UnsupportedError, ZeroHeadWarning
 from tangent_ops.features import Trunk, blocks_of, split_model
 from tangent_ops.forward_ad import fused_forward_ad
-
-Trainable = str | Callable[[str], bool] | None
+from tangent_ops.low_rank import Basis, delta_dtype, make_bases, product
+from tangent_ops.trainable import Trainable, choose, pattern_text
 
 
 def linearize(
-    model: nn.Module, trainable: Trainable = None, *, example: Any = None
+    model: nn.Module,
+    trainable: Trainable = None,
+    *,
+    rank: int | None = None,
+    basis: Basis = 0,
+    example: Any = None,
 ) -> LinearizedModel:
     """Expand a model to first order around its present weights w0.
 
@@ -50,12 +58,23 @@ def linearize(
         model: any module built of operations with a forward derivative.
         trainable: which parameters get a delta. None: all; a regular expression, searched for in
             parameter names (see :func:`last_blocks`); or a function from name to bool.
+        rank: None: full deltas. r: every trained parameter that is, with its first dimension
+            against all others, a matrix larger than r both ways has Δw = B A. A (r, in) is fixed;
+            B (out, r) is the delta: the model stays linear in it, and the loss as convex. Smaller
+            ones, biases and norms keep full deltas.
+        basis: of low-rank deltas. An int draws orthonormal A from that seed and the parameter's
+            name: deltas of one seed belong together, whichever parameters are trained. Or
+            name -> A, as from :func:`tangent_ops.gradient_basis`.
         example: an input of the model, or a tuple of its inputs, whose shapes are used to find
             operations without a derivative now rather than at the first call. A timm model's
             is known.
 
+    A delta is float32 where its parameter is float16 or bfloat16, which would swallow small
+    steps, and is cast in the forward pass. ``.to()``, ``.half()`` and the like leave it so.
+
     Raises:
-        ArgumentError: no parameter matches, or ``model`` is no module or linearized already.
+        ArgumentError: no parameter matches; ``model`` is no module or linearized already; or rank
+            or basis is not as above (see :func:`tangent_ops.low_rank.make_bases`).
         UnsupportedError: an operation of the model has no derivative; the error names it.
 
     Warns:
@@ -69,15 +88,18 @@ def linearize(
     anchor = copy.deepcopy(model).eval().requires_grad_(False)
     if callable(set_checkpointing := getattr(anchor, "set_grad_checkpointing", None)):
         set_checkpointing(False)  # the backward would recompute outside the forward-mode level
-    names = _choose(anchor, trainable)
+    names = choose(anchor, trainable)
     _warn_about_zero_head(anchor, names)
     check_derivatives(anchor, names, example)
-    deltas = {
-        name: nn.Parameter(torch.zeros_like(parameter, memory_format=torch.contiguous_format))
-        for name, parameter in anchor.named_parameters()
-        if name in names
-    }
-    return LinearizedModel(anchor, deltas, _Record(anchor, _pattern_text(trainable)))
+    chosen = {name: p for name, p in anchor.named_parameters() if name in names}
+    if rank is None and basis != 0:
+        raise ArgumentError("basis is of low-rank deltas only: pass rank, too")
+    everything = dict(anchor.named_parameters(remove_duplicate=False))
+    bases = {} if rank is None else make_bases(chosen, rank, basis, everything)
+    deltas = {name: nn.Parameter(_zero_delta(p, bases.get(name))) for name, p in chosen.items()}
+    fixed = Tree(bases)
+    record = _Record(anchor, fixed, pattern_text(trainable))
+    return LinearizedModel(anchor, Tree(deltas), fixed, record)
 
 
 def last_blocks(model: nn.Module, k: int) -> str:
@@ -109,15 +131,16 @@ class LinearizedModel(nn.Module):
 
     Attributes:
         anchor: the frozen model at w0.
+        rank: of its low-rank deltas; None if all are full.
         trainable: the pattern that chose the trained parameters, as text.
         model_name: the anchor's name.
     """
 
-    def __init__(self, anchor: nn.Module, deltas: Mapping[str, nn.Parameter], record: _Record):
+    def __init__(self, anchor: nn.Module, delta: Tree, basis: Tree, record: _Record):
         super().__init__()
         self.anchor = anchor
-        self.delta = _ParameterTree(deltas)
-        self._names = tuple(deltas)
+        self.delta = delta
+        self.basis = basis
         self._record = record
         self._keepers = tuple(keepers(anchor))
 
@@ -133,8 +156,7 @@ class LinearizedModel(nn.Module):
 
     def primal_and_tangent(self, *args, **kwargs) -> tuple[Any, Any]:
         """The pair f(x; w0), J(x) Δw, each shaped as the model's own output."""
-        deltas = self.deltas()
-        weights = {name: _lookup(self.anchor, name) for name in deltas}
+        weights = {name: lookup(self.anchor, name) for name in self.delta.names}
 
         def run(parameters):
             return functional_call(self.anchor, parameters, args, kwargs)
@@ -143,33 +165,51 @@ class LinearizedModel(nn.Module):
             # It switches forward mode off: J(x) Δw would be 0 without a word.
             with torch.inference_mode(False), torch.no_grad():
                 return self.primal_and_tangent(*args, **kwargs)
+        directions = {n: d.to(weights[n].dtype) for n, d in self._full_deltas().items()}
         with fused_forward_ad(), naming_what_lacks(self.anchor), nothing_kept(self._keepers):
             if _inside_another_transform():
-                primal, tangent, *_ = torch.func.jvp(run, (weights,), (deltas,))
+                primal, tangent, *_ = torch.func.jvp(run, (weights,), (directions,))
                 return primal, tangent
             # The same as torch.func.jvp, without the cost of wrapping every tensor.
             with forward_ad.dual_level():
-                dual = {n: forward_ad.make_dual(w, deltas[n]) for n, w in weights.items()}
+                dual = {n: forward_ad.make_dual(w, directions[n]) for n, w in weights.items()}
                 return _unpack(run(dual))
 
     def deltas(self) -> dict[str, nn.Parameter]:
-        """The live delta parameters, named as the anchor's."""
-        return {name: _lookup(self.delta, name) for name in self._names}
+        """The live delta parameters, named as the anchor's: Δw, or its B (out, rank)."""
+        return self.delta.tensors()
 
     def delta_dict(self) -> Delta:
         """A copy of the deltas on their device, with the record of where they belong."""
         tensors = {name: delta.detach().clone() for name, delta in self.deltas().items()}
+        meta = DeltaMeta(self.fingerprint, self.model_name, self.trainable)
+        if self.rank is not None:
+            meta = replace(meta, rank=self.rank, basis=self.basis_fingerprint)
+        return Delta(tensors, meta)
+
+    def full_delta_dict(self) -> Delta:
+        """A copy of the deltas as Δw = B A, for models of this anchor without ``rank``."""
+        tensors = {name: full.detach().clone() for name, full in self._full_deltas().items()}
         return Delta(tensors, DeltaMeta(self.fingerprint, self.model_name, self.trainable))
+
+    def _full_deltas(self) -> dict[str, Tensor]:
+        """Δw, shaped as the anchor's parameters, in the deltas' own dtype."""
+        deltas: dict[str, Tensor] = {**self.deltas()}
+        for name, basis in self.basis.tensors().items():
+            deltas[name] = product(deltas[name], basis, lookup(self.anchor, name).shape)
+        return deltas
 
     def load_delta_dict(self, delta: Mapping[str, Tensor]) -> None:
         """Overwrite the deltas in place; nothing changes if ``delta`` does not fit.
 
         Raises:
-            DeltaError: another anchor (where ``delta`` records one), other names or shapes, or
-                values that are not finite.
+            DeltaError: another anchor, rank or basis (where ``delta`` records one), other names
+                or shapes, or values that are not finite.
         """
         own = self.deltas()
-        check_anchor(getattr(delta, "meta", None), self.fingerprint, self.model_name, "the delta")
+        meta = getattr(delta, "meta", None)
+        check_anchor(meta, self.fingerprint, self.model_name, "the delta")
+        check_kind(meta, self.rank, self.basis_fingerprint, "the delta")
         check_values(delta, "the delta")
         check_layout(delta, own, "the delta")
         with torch.no_grad():
@@ -189,28 +229,37 @@ class LinearizedModel(nn.Module):
                 not run one after the other (see :func:`tangent_ops.features.split_model`).
         """
         blocks = blocks_of(self.anchor)
-        trained = {int(n.split(".")[1]) for n in self._names if n.startswith("blocks.")}
+        trained = {int(n.split(".")[1]) for n in self.delta.names if n.startswith("blocks.")}
         start = min(trained, default=len(blocks))
         trunk, tail = split_model(self.anchor, start)
         inside = {name for name, _ in tail.named_parameters()}
-        below = [name for name in self._names if name not in inside]
+        below = [name for name in self.delta.names if name not in inside]
         if below:
             raise UnsupportedError(
                 f"no part of the model is frozen below its first trained parameter: {below[0]} "
                 "is trained. Train without a feature cache."
             )
-        return trunk, LinearizedModel(tail, self.deltas(), self._record)
+        return trunk, LinearizedModel(tail, self.delta, self.basis, self._record)
 
     def summary(self) -> None:
-        """Print trained and frozen parameter counts by group (a block, or a part beside them)."""
+        """Print trained and frozen parameter counts by group (a block, or a part beside them).
+
+        Of a low-rank delta B counts as trained, and nothing as frozen.
+        """
+        deltas = self.deltas()
         rows: dict[str, list[int]] = {}
         for name, parameter in self.anchor.named_parameters():
             parts = name.split(".")
             group = ".".join(parts[:2]) if parts[0] == "blocks" else parts[0]
-            rows.setdefault(group, [0, 0])[0 if name in self._names else 1] += parameter.numel()
+            row = rows.setdefault(group, [0, 0])
+            if name in deltas:
+                row[0] += deltas[name].numel()
+            else:
+                row[1] += parameter.numel()
         rows["total"] = [sum(column) for column in zip(*rows.values(), strict=True)]
         width = max(map(len, rows))
-        print(f"{self.model_name}, linearized (trainable: {self.trainable})")
+        rank = "" if self.rank is None else f", rank {self.rank}"
+        print(f"{self.model_name}, linearized (trainable: {self.trainable}{rank})")
         print(f"{'group':<{width}} {'trained':>14} {'frozen':>14}")
         for group, (trained, frozen) in rows.items():
             print(f"{group:<{width}} {trained:>14,} {frozen:>14,}")
@@ -219,6 +268,15 @@ class LinearizedModel(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 of the anchor's state, in hexadecimal; computed once, at first use."""
         return self._record.fingerprint
+
+    @property
+    def rank(self) -> int | None:
+        return next((len(basis) for basis in self.basis.tensors().values()), None)
+
+    @property
+    def basis_fingerprint(self) -> str | None:
+        """SHA-256 of the fixed factors of low-rank deltas, as :attr:`fingerprint`, or None."""
+        return self._record.basis_fingerprint
 
     @property
     def trainable(self) -> str:
@@ -245,16 +303,22 @@ class LinearizedModel(nn.Module):
 class _Record:
     """Whose deltas these are. A tail keeps the record of the whole model."""
 
-    def __init__(self, anchor: nn.Module, trainable: str):
+    def __init__(self, anchor: nn.Module, basis: Tree, trainable: str):
         self.anchor = anchor
+        self.basis = basis
         self.trainable = trainable
 
     @functools.cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.anchor.state_dict())
 
+    @functools.cached_property
+    def basis_fingerprint(self) -> str | None:
+        return fingerprint(self.basis.tensors()) if self.basis.names else None
+
     def anchor_changes(self) -> None:
-        self.__dict__.pop("fingerprint", None)
+        for cached in ("fingerprint", "basis_fingerprint"):
+            self.__dict__.pop(cached, None)
 
     @property
     def model_name(self) -> str:
@@ -262,67 +326,9 @@ class _Record:
         return str(config.get("architecture") or type(self.anchor).__name__)
 
 
-class _ParameterTree(nn.Module):
-    """Parameters under dotted names, as nested modules: a state_dict key is the name itself."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter]):
-        super().__init__()
-        for name, parameter in parameters.items():
-            *path, leaf = name.split(".")
-            module: nn.Module = self
-            for part in path:
-                if part not in module._modules:
-                    module.add_module(part, nn.Module())
-                module = module._modules[part]  # pyright: ignore[reportAssignmentType]
-            module.register_parameter(leaf, parameter)
-
-
-def _lookup(module: nn.Module, name: str) -> Any:
-    """The parameter of that dotted name, or what functional_call has put in its place."""
-    return functools.reduce(getattr, name.split("."), module)
-
-
-def _choose(anchor: nn.Module, trainable: Trainable) -> set[str]:
-    """Names of the parameters to train."""
-    # Tied parameters may be chosen by any of their names; their delta has the first.
-    first: dict[int, str] = {}
-    candidates = {
-        name: first.setdefault(id(parameter), name)
-        for name, parameter in anchor.named_parameters(remove_duplicate=False)
-        if parameter.is_floating_point()
-    }
-    if not candidates:
-        raise ArgumentError(f"{type(anchor).__name__} has no floating-point parameter")
-    if trainable is None:
-        return set(candidates.values())
-    if isinstance(trainable, str):
-        try:
-            matches = re.compile(trainable).search
-        except re.error as error:
-            raise ArgumentError(
-                f"trainable={trainable!r} is no regular expression: {error}"
-            ) from error
-    elif callable(trainable):
-        matches = trainable
-    else:
-        raise ArgumentError(
-            f"trainable={trainable!r}: expected None, a regular expression as a str, or a function"
-        )
-    chosen = {own for name, own in candidates.items() if matches(name)}
-    if not chosen:
-        raise ArgumentError(
-            f"trainable={_pattern_text(trainable)!r} matches no parameter; names look like "
-            f"{_some(sorted(candidates))}"
-        )
-    return chosen
-
-
-def _pattern_text(trainable: Trainable) -> str:
-    if trainable is None:
-        return "all"
-    if isinstance(trainable, str):
-        return trainable
-    return getattr(trainable, "__qualname__", repr(trainable))
+def _zero_delta(parameter: Tensor, basis: Tensor | None) -> Tensor:
+    shape = parameter.shape if basis is None else (len(parameter), len(basis))
+    return torch.zeros(shape, dtype=delta_dtype(parameter.dtype), device=parameter.device)
 
 
 def _warn_about_zero_head(anchor: nn.Module, names: set[str]) -> None:
@@ -341,10 +347,6 @@ def _warn_about_zero_head(anchor: nn.Module, names: set[str]) -> None:
         ZeroHeadWarning,
         stacklevel=3,
     )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _inside_another_transform() -> bool:

@@ -8,10 +8,12 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tangent_ops import LinearizedModel
@@ -64,13 +66,29 @@ def double(value: Any) -> Any:
     )
 
 
+class RightLayerNorm(TorchFunctionMode):
+    """F.layer_norm in words: PyTorch takes mean and deviation for constants in derivatives of its
+    tangent by x, without a word."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (_layer_norm if func is F.layer_norm else func)(*args, **(kwargs or {}))
+
+
+def _layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
+    dims = tuple(range(-len(shape), 0))
+    deviation, mean = torch.std_mean(x, dims, correction=0, keepdim=True)
+    output = (x - mean) / (deviation.square() + eps).sqrt()
+    output = output if weight is None else output * weight
+    return output if bias is None else output + bias
+
+
 def oracle(model: nn.Module) -> Callable[..., Callable[..., Any]]:
     """The model in eval mode and float64, as ``run(*inputs)(weights)``."""
     exact = copy.deepcopy(model).double().eval()
 
     def run(*args, **kwargs):
         def of_weights(weights):
-            with sdpa_kernel(SDPBackend.MATH):
+            with sdpa_kernel(SDPBackend.MATH), RightLayerNorm():
                 return functional_call(exact, weights, double(args), double(kwargs))
 
         return of_weights

@@ -383,8 +383,8 @@ def test_missing_metadata_is_refused(path, field):
 
 def test_a_later_format_is_refused(path):
     save_delta(some_delta(), path)
-    edit_header(path, lambda header: header["__metadata__"].update(format_version="2"))
-    with pytest.raises(DeltaFileError, match=r"format version 2.*reads 1.*update"):
+    edit_header(path, lambda header: header["__metadata__"].update(format_version="3"))
+    with pytest.raises(DeltaFileError, match=r"format version 3.*reads 1 and 2.*update"):
         load_delta(path)
 
 

@@ -279,6 +279,31 @@ def test_autocast_of_a_tangent_model(amp, dtype, cache):
     assert history.loss == pytest.approx(expected.loss, rel=2e-2)
 
 
+def test_amp_none_keeps_the_callers_autocast():
+    model, data = tiny_vit(), images()
+
+    def trained(amp):
+        tangent = linearize(model, last_blocks(model, 1))
+        quiet(tangent, data, amp=amp, epochs=2, lr=1e-3)
+        return {name: delta.detach() for name, delta in tangent.deltas().items()}
+
+    inside = trained(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_equal(trained(None), inside)
+        single = trained(False)
+    assert_equal(single, trained(None))
+    assert not torch.equal(single["head.weight"], inside["head.weight"])
+
+
+@pytest.mark.parametrize("model", [linear(), linear().half()])
+def test_float16_is_refused(model):
+    data = vectors(dtype=torch.float16)
+    autocast = torch.autocast("cpu", torch.float16, enabled=model.weight.dtype != torch.float16)
+    refused = pytest.raises(UnsupportedError, match=r"fit in float16.*torch\.amp\.GradScaler")
+    with autocast, refused:
+        quiet(model, data, epochs=1)
+
+
 def test_losses_get_16_bit_logits_in_float32():
     seen = []
 

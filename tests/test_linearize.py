@@ -163,7 +163,6 @@ def test_float64_and_bfloat16():
 
     half = linearize(copy.deepcopy(model).bfloat16())
     half.load_delta_dict(dict(tangent.delta_dict()))
-    assert all(d.dtype == torch.bfloat16 for d in half.deltas().values())
     assert_near(half.primal_and_tangent(x.bfloat16()), exact, 0.05)  # 2^-8, a few times
 
 

@@ -1,6 +1,6 @@
 """The affine map and its tangent in one launch that reads x once.
 
-    y = x Wᵀ + b        y_t = x_t Wᵀ + x W_tᵀ + b_t
+y = x Wᵀ + b        y_t = x_t Wᵀ + x W_tᵀ + b_t
 """
 
 from __future__ import annotations

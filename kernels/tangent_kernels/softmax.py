@@ -1,6 +1,6 @@
 """Softmax over rows, with its tangent.
 
-    y = softmax(x)        y_t = y∘(x_t - μ)        μ = Σ y∘x_t
+y = softmax(x)        y_t = y∘(x_t - μ)        μ = Σ y∘x_t
 """
 
 from __future__ import annotations

@@ -145,8 +145,7 @@ class _Dual(torch.autograd.Function):
         count = op.outputs
         outputs, outputs_t = output[:count], output[count : 2 * count]
         statistics = output[2 * count :]
-        needs, needs_t = _halves(ctx.needs_input_grad[3:])
-        frozen = not any(needs)
+        frozen = not any(_halves(ctx.needs_input_grad[3:])[0])
         saved = getattr(op, chosen).save(primals, outputs, statistics)
         ctx.op, ctx.chosen, ctx.options = op, chosen, options
         ctx.sizes = None if frozen else (len(primals), len(saved))
@@ -183,7 +182,9 @@ class _Dual(torch.autograd.Function):
         saved, operands = ctx.saved_tensors[:saved_count], ctx.saved_tensors[saved_count:]
         primals, tangents = operands[:primal_count], operands[primal_count:]
         if torch.is_grad_enabled() or maps.second_vjp is None:
-            found = _by_pytorch(ctx.op, primals, tangents, outer, inner, needs, needs_t, ctx.options)
+            found = _by_pytorch(
+                ctx.op, primals, tangents, outer, inner, needs, needs_t, ctx.options
+            )
         else:
             found = _by_kernels(
                 maps, primals, tangents, saved, outer, inner, needs, needs_t, ctx.options
@@ -208,7 +209,9 @@ def _by_kernels(maps, primals, tangents, saved, outer, inner, needs, needs_t, op
 def _by_pytorch(op, primals, tangents, outer, inner, needs, needs_t, options):
     """The same by PyTorch's rules, differentiable once more."""
     with torch.enable_grad():
-        moving = [i for i, (p, t) in enumerate(zip(primals, tangents, strict=True)) if t is not None]
+        moving = [
+            i for i, (p, t) in enumerate(zip(primals, tangents, strict=True)) if t is not None
+        ]
 
         def function(*some):
             operands = list(primals)

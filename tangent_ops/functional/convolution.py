@@ -79,8 +79,6 @@ _OP = DualOp(
     reference=Maps(
         jvp=_jvp,
         save=lambda primals, outputs, statistics: primals[:2],
-        vjp=lambda saved, grads, needs, options: convolution_vjp(
-            *saved, grads[0], *options, needs
-        ),
+        vjp=lambda saved, grads, needs, options: convolution_vjp(*saved, grads[0], *options, needs),
     ),
 )

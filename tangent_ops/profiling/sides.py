@@ -137,9 +137,10 @@ def _linearized(model: nn.Module, blocks: int | None) -> LinearizedModel:
 
 def _torch_jvp(model: nn.Module, deltas: dict[str, Tensor], images: Tensor) -> Tensor:
     weights = {name: model.get_parameter(name).detach() for name in deltas}
+    directions = {name: delta.to(weights[name].dtype) for name, delta in deltas.items()}
     with sdpa_kernel(SDPBackend.MATH):  # the others have no forward derivative
         output, output_t, *_ = torch.func.jvp(
-            lambda w: functional_call(model, w, (images,)), (weights,), (deltas,)
+            lambda w: functional_call(model, w, (images,)), (weights,), (directions,)
         )
     return output + output_t
 

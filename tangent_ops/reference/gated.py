@@ -1,6 +1,6 @@
 """A value times its activated gate, the tangent and the adjoint of that.
 
-    y = f(x) v        y_t = f'(x) x_t v + f(x) v_t
+y = f(x) v        y_t = f'(x) x_t v + f(x) v_t
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from tangent_ops import functional as ops
 from tangent_ops.errors import UnsupportedError
-from tangent_ops.functional._dual_op import _Dual
 from tangent_ops.functional._backend import interpreting
+from tangent_ops.functional._dual_op import _Dual
 from tests.ops import oracle
 
 DEVICE = "cpu" if interpreting() else "cuda"
@@ -252,5 +252,7 @@ def test_other_nestings_are_pytorchs(own_calls) -> None:
         op = OPS[name]
         mapped = torch.func.vmap(lambda t, f=op.ours: torch.func.jvp(f, (x,), (t,))[1])
         exact = torch.func.jvp(op.pytorchs, (x.double(),), (t.double(),))[1]
-        torch.testing.assert_close(mapped(torch.stack([t, t]))[1].double(), exact, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            mapped(torch.stack([t, t]))[1].double(), exact, rtol=1e-4, atol=1e-5
+        )
     assert not own_calls

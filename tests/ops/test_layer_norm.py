@@ -162,3 +162,24 @@ def test_inside_transforms_and_mixed_dtypes_it_is_pytorchs(own_calls) -> None:
         pairs = [pushforward(op, primals, tangents) for op in (layer_norm, F.layer_norm)]
     assert all(torch.equal(*same) for same in zip(*pairs, strict=True))
     assert not own_calls
+
+
+def test_derivatives_of_the_tangent_by_the_input() -> None:
+    """Where PyTorch's own are wrong: reverse over forward, and forward over forward."""
+
+    def in_words(x, w, b):
+        centered = x - x.mean(-1, keepdim=True)
+        return centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w + b
+
+    primals, tangents = (tuple(some) for some in operands())
+    answers = []
+    for op in (lambda x, w, b: layer_norm(x, (5,), w, b), in_words):
+
+        def along(*p, op=op):
+            return torch.func.jvp(op, p, tangents)[1]
+
+        leaves = [p.clone().requires_grad_() for p in primals]
+        tracked = torch.autograd.grad(along(*leaves).sin().sum(), leaves)
+        nested = torch.func.grad(lambda *p, f=along: f(*p).sin().sum(), argnums=(0, 1))(*primals)
+        answers.append((tracked, nested, torch.func.jvp(along, primals, tangents)[1]))
+    torch.testing.assert_close(*answers, rtol=1e-10, atol=1e-11)

@@ -70,6 +70,12 @@ def test_a_training_step_leaves_no_gradients(name: str, monkeypatch: pytest.Monk
     assert all(p.grad is None for p in step.args[1])
 
 
+def test_torch_jvp_in_16_bits() -> None:
+    ours, theirs = (build(name, settings(dtype="bf16"))() for name in (OURS, "torch-jvp"))
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert_near(ours, theirs.double(), 0.1)  # 2^-8, a few times, on both sides
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_the_dtype_is_that_of_everything(name: str, dtype: torch.dtype) -> None:
     class Dtypes(TorchFunctionMode):
