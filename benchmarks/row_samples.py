@@ -1,5 +1,8 @@
 """Sample calls of the norm, activation, softmax and linear kernels, as launches: none is run."""
 
+# Operands come in tuples, whose lengths pyright does not know.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

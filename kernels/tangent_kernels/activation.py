@@ -213,7 +213,8 @@ def activation_vjp(
         needs: which of the two gradients to compute; the other is None.
         name: f, one of ACTIVATIONS.
     """
-    return _backward((x, value, None, None), (None, grad), (False, False, *needs), name)[2:]
+    found = _backward((x, value, None, None), (None, grad), (False, False, *needs), name)
+    return found[2], found[3]
 
 
 def activation_second_vjp(
@@ -256,6 +257,7 @@ def _empty(like: Tensor) -> Tensor:
 
 def _launch(kernel, named: dict[str, Optional], name: str) -> Launch:
     x = named["x"]
+    assert x is not None
     size = x.numel()
     dense = all(t is None or t.is_contiguous() for t in named.values())
     width = size if dense else x.shape[-1]

@@ -334,7 +334,7 @@ def layer_norm_vjp(
     found = _backward(
         (x, weight, mean, rstd), (None, None), (None, grad, None, grad_total), (False,) * 3, needs
     )
-    return found[3:]
+    return found[3], found[4], found[5]
 
 
 def layer_norm_second_vjp(

@@ -145,7 +145,7 @@ def plan_jvp(x, weight, bias, x_t, weight_t, bias_t) -> tuple[tuple[Tensor, Tens
         matrices["x_t"] = x_t.reshape(-1, width)
     matrices = {name: unit_last_stride(matrix) for name, matrix in matrices.items()}
     strides = {f"{n}_stride": 0 if m is None else m.stride(0) for n, m in matrices.items()}
-    rows = matrices["x"].shape[0]
+    rows = y.numel() // features
     config = CONFIGS[8 * x.element_size()]
     arguments = {
         **matrices,

@@ -159,8 +159,10 @@ def _empty(like: Tensor) -> Tensor:
 
 
 def _launch(kernel, named: dict[str, Optional], held: int) -> Launch:
-    width = next(iter(named.values())).shape[-1]
-    rows = next(iter(named.values())).numel() // width
+    like = named["x"] if "x" in named else named["y"]
+    assert like is not None
+    width = like.shape[-1]
+    rows = like.numel() // width
     config = row_config(width, held)
     operands = {key: row_operand(tensor, width) for key, tensor in named.items()}
     grid = (triton.cdiv(rows, config.rows),)

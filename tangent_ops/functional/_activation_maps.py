@@ -1,6 +1,11 @@
 """The activation kernels as maps of a dual op: of one operand x, or of a gate x and a value v."""
 
+# Operands come in tuples, whose lengths pyright does not know.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
+
+from typing import Any
 
 from tangent_ops.functional._dual_op import Maps
 
@@ -29,10 +34,10 @@ def activation_maps(gated: bool) -> Maps:
         x, value, x_t, value_t = activation.activation_second_vjp(operands, both, wanted, *options)
         return ((x, value), (x_t, value_t)) if gated else ((x,), (x_t,))
 
-    def _pair(operands):
+    def _pair(operands) -> Any:
         return operands if gated else (*operands, None)
 
-    def _needs(needs):
+    def _needs(needs) -> Any:
         return needs if gated else (*needs, False)
 
     return Maps(jvp, lambda primals, outputs, statistics: primals, vjp, second_vjp)

@@ -32,7 +32,7 @@ from tangent_ops.functional._backend import (
     in_plain_dual_level,
 )
 
-Tensors = tuple[Tensor | None, ...]
+Tensors = Any  # a tuple of tensors, None where absent; how many, the op knows
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _by_pytorch(op, primals, tangents, outer, inner, needs, needs_t, options):
                 operands[i] = x
             return op.function(tuple(operands), options)
 
-        outputs, outputs_t = torch.func.jvp(
+        outputs, outputs_t, *_ = torch.func.jvp(
             function,
             tuple(primals[i] for i in moving),
             tuple(tangents[i] for i in moving),

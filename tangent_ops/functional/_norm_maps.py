@@ -5,10 +5,14 @@ and bias for a layer norm of x + residual, which is a second output. Options are
 shape and eps.
 """
 
+# Operands come in tuples, whose lengths pyright does not know.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -26,13 +30,13 @@ def norm_maps(save: Callable, *, centered: bool = True, residual: bool = False) 
     """
     count = 2 if residual else 1  # of outputs, and of operands shaped as x
 
-    def unpack(operands: Sequence[Tensor | None], shape) -> list[Tensor | None]:
+    def unpack(operands: Sequence[Tensor | None], shape) -> Any:
         """x, residual, weight and bias as the kernels take them."""
         rows = [_rows(x, shape) for x in operands[:count]] + [None] * (2 - count)
         lines = [None if x is None else x.reshape(-1).contiguous() for x in operands[count:]]
         return rows + lines + [None] * (2 - len(lines))
 
-    def normalized(saved, shape):
+    def normalized(saved, shape) -> Any:
         x, weight, *mean, rstd = saved
         weight = None if weight is None else weight.reshape(-1).contiguous()
         return _rows(x, shape), weight, mean[0].reshape(-1) if mean else None, rstd.reshape(-1)

@@ -1,5 +1,8 @@
 """Convolution for plain and dual tensors."""
 
+# Operands come in tuples, whose lengths pyright does not know.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import functools

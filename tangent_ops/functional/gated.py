@@ -1,5 +1,8 @@
 """GEGLU and SwiGLU for plain and dual tensors."""
 
+# Operands come in tuples, whose lengths pyright does not know.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import torch.nn.functional as F

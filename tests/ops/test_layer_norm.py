@@ -179,7 +179,7 @@ def test_derivatives_of_the_tangent_by_the_input() -> None:
             return torch.func.jvp(op, p, tangents)[1]
 
         leaves = [p.clone().requires_grad_() for p in primals]
-        tracked = torch.autograd.grad(along(*leaves).sin().sum(), leaves)
+        tracked = torch.autograd.grad(along(*leaves).sin().sum(), leaves[:2])
         nested = torch.func.grad(lambda *p, f=along: f(*p).sin().sum(), argnums=(0, 1))(*primals)
         answers.append((tracked, nested, torch.func.jvp(along, primals, tangents)[1]))
     torch.testing.assert_close(*answers, rtol=1e-10, atol=1e-11)
