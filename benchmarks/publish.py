@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.demo_table import demo_table, read_demos
+from benchmarks.precision_table import precision_table, read_precision
 from benchmarks.record import ROOT
 from benchmarks.rivals import Answers, by_case, fastest_yardstick, ratio, yardstick
 from benchmarks.stored import COMPILED, RESULTS, SUITE, BadFile, conditions, newest
@@ -24,8 +25,11 @@ from benchmarks.suite.row import Result, Row
 from benchmarks.targets import DUAL_FORWARD, SAVED, STEP, judge
 from benchmarks.units import amount, duration
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
-DEMO = "demo"
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "precision.md")))
+OTHERS: dict[str, Callable[[], str]] = {  # of files that are not the suite's
+    "demo": lambda: demo_table(read_demos()),
+    "precision": lambda: precision_table(read_precision()),
+}
 NOT_MEASURED = "Not measured yet."
 NOTHING = "–"
 BEGIN = re.compile(r"^<!-- measured:(?P<name>\S+) -->$", re.MULTILINE)
@@ -165,8 +169,8 @@ def rewritten(page: Path, stored: Mapping[str, Sequence[Result]]) -> tuple[str, 
     """The page with fresh figures, and the names of those that were stale.
 
     Raises:
-        BadFile: it or a result of the demo cannot be read, a marker has an unknown name, or one
-            is not closed.
+        BadFile: it or a stored file cannot be read, a marker has an unknown name, or one is not
+            closed.
     """
     try:
         text = page.read_text(encoding="utf-8")
@@ -175,16 +179,13 @@ def rewritten(page: Path, stored: Mapping[str, Sequence[Result]]) -> tuple[str, 
     parts, stale, position = [], [], 0
     for begin in BEGIN.finditer(text):
         name = begin["name"]
-        if name not in (*FIGURES, DEMO):
-            known = ", ".join((*FIGURES, DEMO))
+        if name not in (*FIGURES, *OTHERS):
+            known = ", ".join((*FIGURES, *OTHERS))
             raise BadFile(f"{page}: unknown measured:{name}; there are {known}")
         end, following = text.find(END, begin.end()), BEGIN.search(text, begin.end())
         if end < 0 or (following and following.start() < end):
             raise BadFile(f"{page}: measured:{name} is not closed by {END}")
-        if name == DEMO:
-            figure = demo_table(read_demos())
-        else:
-            figure = text_of(name, stored[FIGURES[name].file])
+        figure = OTHERS[name]() if name in OTHERS else text_of(name, stored[FIGURES[name].file])
         fresh = f"\n{figure}\n"
         if text[begin.end() : end] != fresh:
             stale.append(name)
