@@ -73,6 +73,16 @@ def _glu(input, dim=-1):
     return first * gate.sigmoid()
 
 
+def _normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
+    if p != 2.0 or out is not None:
+        return F.normalize(input, p, dim, eps, out)
+    squares = input.to(torch.promote_types(input.dtype, torch.float32)).square()
+    total = squares.sum(dim, keepdim=True)
+    nothing = total == 0  # of padding, say: the root has no slope there, and PyTorch's rule a NaN
+    norm = total.masked_fill(nothing, 1.0).sqrt().masked_fill(nothing, 0.0)
+    return input / norm.to(input.dtype).clamp_min(eps)
+
+
 def _recurrent(func, *args):
     """Its products one by one: the fused layers of oneDNN and cuDNN have no forward derivative."""
     libraries = (torch.backends.mkldnn, torch.backends.cudnn)
@@ -87,7 +97,7 @@ def _recurrent(func, *args):
 
 
 # PyTorch cannot differentiate their tangents; those of the same map in other words it can.
-_COMPOSED = {F.hardsigmoid: _hardsigmoid, F.glu: _glu}
+_COMPOSED = {F.hardsigmoid: _hardsigmoid, F.glu: _glu, F.normalize: _normalize}
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
@@ -99,8 +109,8 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
     makes them; calls without a tangent stay PyTorch's. ``F.linear``, ``F.conv2d`` (1d, 3d),
     ``F.layer_norm``, ``F.rms_norm``, ``F.gelu``, ``F.silu`` and ``F.softmax`` are routed too:
     :mod:`tangent_ops.functional` says what is gained where. So are dual calls of
-    ``F.hardsigmoid``, ``F.glu`` and recurrent layers, whose tangents PyTorch does not compute or
-    cannot differentiate.
+    ``F.hardsigmoid``, ``F.glu``, ``F.normalize`` and recurrent layers, whose tangents PyTorch does
+    not compute or cannot differentiate.
 
     Example:
         >>> with fused_forward_ad():

@@ -251,7 +251,20 @@ class Recurrent(nn.Module):
         return self.layer(x)[0]
 
 
+class Normalized(nn.Module):
+    """Rows of unit length; rows of zeros (padding) stay."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8, bias=False), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = F.pad(x, (0, 0, 0, 2))
+        return self.last(F.normalize(self.first(padded), dim=-1))
+
+
 LACKING = {
+    "normalize": Normalized,
     "hardsigmoid": lambda: nn.Sequential(nn.Linear(6, 8), nn.Hardsigmoid(), nn.Linear(8, 3)),
     "in place": lambda: nn.Sequential(nn.LayerNorm(6), nn.Hardsigmoid(inplace=True)),
     "glu": lambda: nn.Sequential(nn.Linear(6, 8), nn.GLU(), nn.Linear(4, 3)),

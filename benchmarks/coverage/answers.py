@@ -120,11 +120,11 @@ def pytorchs(question: Question, dtype: torch.dtype) -> Answer:
         weights = {n: p.detach().clone() for n, p in model.named_parameters()}
         return (lambda w: floats(functional_call(model, w, (x,)))), weights
 
-    # nn.TransformerEncoder's fast path has no forward derivative.
+    # nn.TransformerEncoder's fast path and oneDNN's recurrent layers have no forward derivative.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
             run, weights = fresh()
             primal, primal_t, *_ = torch.func.jvp(run, (weights,), (tangents,))
             run, weights = fresh()

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tangent_ops.functional._dual_op import Maps
@@ -66,7 +67,7 @@ def norm_maps(save: Callable, *, centered: bool = True, residual: bool = False) 
         y, y_t, total, total_t, mean, rstd = kernels.layer_norm_jvp(
             *unpack(primals, shape), *unpack(tangents, shape), eps, centered
         )
-        viewed = [None if z is None else z.view(x.shape) for z in (y, total, y_t, total_t)]
+        viewed = [_shaped(z, x.shape) for z in (y, total, y_t, total_t)]
         lead = (*x.shape[: x.ndim - len(shape)], *(1 for _ in shape))
         statistics = tuple(z.view(lead) for z in (mean, rstd) if z is not None)
         return tuple(viewed[:count]), tuple(viewed[2 : 2 + count]), statistics
@@ -99,6 +100,11 @@ def norm_maps(save: Callable, *, centered: bool = True, residual: bool = False) 
         return primal, gradients(found[3:], needs_t, like, shape)
 
     return Maps(jvp, save, vjp, second_vjp)
+
+
+def _shaped(tensor: Tensor | None, shape) -> Tensor | None:
+    """No view: a model could not change what a Function returns as one in place."""
+    return None if tensor is None else torch.ops.aten._unsafe_view(tensor, shape)
 
 
 def _rows(tensor: Tensor | None, shape) -> Tensor | None:

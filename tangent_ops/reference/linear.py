@@ -34,16 +34,17 @@ def linear_jvp(
         The output and its tangent, both (..., C).
     """
     output = F.linear(input, weight, bias)
+    output = _no_view(output, output.shape)
     if weight_t is None:
         if input_t is not None:
-            return output, F.linear(input_t, weight, bias_t)
+            return output, _no_view(F.linear(input_t, weight, bias_t), output.shape)
         assert bias_t is not None
         return output, bias_t.expand_as(output).clone()
     output_t = F.linear(_rows(input), weight_t, bias_t)
     if input_t is not None:
         # out= for addmm_, which PyTorch's FlopCounterMode does not count.
         torch.addmm(output_t, _rows(input_t), weight.T, out=output_t)
-    return output, output_t.view_as(output)
+    return output, _no_view(output_t, output.shape)
 
 
 def linear_vjp(
@@ -103,6 +104,11 @@ def linear_second_vjp(
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return other if one is None or other is None else one.add_(other)
+
+
+def _no_view(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """In ``shape``: a model could not change in place what a Function returns as a view."""
+    return torch.ops.aten._unsafe_view(tensor, shape)
 
 
 def _rows(tensor: Tensor) -> Tensor:

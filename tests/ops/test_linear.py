@@ -117,3 +117,14 @@ def test_autocast() -> None:
     assert output.dtype == output_t.dtype == torch.bfloat16
     _, exact = pushforward(F.linear, primals, tangents)
     torch.testing.assert_close(output_t.float(), exact, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("present", [(True, True, True), (False, True, False), (True, False, False)])
+def test_a_model_may_change_the_output_in_place(present) -> None:
+    primals, tangents = operands((2, 3))
+    given = [t.requires_grad_() if p else None for t, p in zip(tangents, present, strict=True)]
+
+    def shifted(op):
+        return pushforward(lambda *operands: op(*operands).mul_(2.0).add_(1.0), primals, given)
+
+    torch.testing.assert_close(shifted(linear), shifted(F.linear), rtol=1e-13, atol=1e-13)
