@@ -107,11 +107,14 @@ def check(call: Call, tangents, grad, grad_t, poisoned) -> None:
     wide = oracle.double([primals, tangents, grad, grad_t])
     exact = oracle.attention_derivatives(*wide, **options)
     eager = oracle.attention_derivatives(primals, tangents, grad, grad_t, **options)
-    oracle.assert_as_good_as(found[:2], exact[:2], eager[:2])
+    query, key = call.query.double(), call.key.double()
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    scores = float((call.scale * query @ key.mT).abs().max())
+    oracle.assert_as_good_as(found[:2], exact[:2], eager[:2], scores)
     with oracle.rounding_as_it_goes():
         eager = oracle.attention_derivatives(primals, tangents, grad, grad_t, **options)
     # The tangents' gradients are those of first order: a map linear in them has one transpose.
-    oracle.assert_as_good_as(found[2:], (*exact[2:], exact[3]), (*eager[2:], eager[3]))
+    oracle.assert_as_good_as(found[2:], (*exact[2:], exact[3]), (*eager[2:], eager[3]), scores)
 
 
 def make_call(query, key, value, mask=None, scale=0.125, causal=False) -> Call:

@@ -119,7 +119,9 @@ def test_autocast() -> None:
     torch.testing.assert_close(output_t.float(), exact, rtol=0.03, atol=0.03)
 
 
-@pytest.mark.parametrize("present", [(True, True, True), (False, True, False), (True, False, False)])
+@pytest.mark.parametrize(
+    "present", [(True, True, True), (False, True, False), (True, False, False)]
+)
 def test_a_model_may_change_the_output_in_place(present) -> None:
     primals, tangents = operands((2, 3))
     given = [t.requires_grad_() if p else None for t, p in zip(tangents, present, strict=True)]
