@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from tangent_ops._derivatives import check_derivatives, naming_what_lacks
 from tangent_ops._kept import forget, keepers, nothing_kept
 from tangent_ops._trees import Tree, lookup
+from tangent_ops.checkpointing import find_blocks, repeating, take_flags
 from tangent_ops.delta import (
     Delta,
     DeltaMeta,
@@ -86,8 +87,7 @@ def linearize(
         raise ArgumentError(f"model is a {type(model).__name__}: expected an nn.Module")
     forget(keepers(model))
     anchor = copy.deepcopy(model).eval().requires_grad_(False)
-    if callable(set_checkpointing := getattr(anchor, "set_grad_checkpointing", None)):
-        set_checkpointing(False)  # the backward would recompute outside the forward-mode level
+    checkpointing = take_flags(anchor)
     names = choose(anchor, trainable)
     _warn_about_zero_head(anchor, names)
     check_derivatives(anchor, names, example)
@@ -99,7 +99,9 @@ def linearize(
     deltas = {name: nn.Parameter(_zero_delta(p, bases.get(name))) for name, p in chosen.items()}
     fixed = Tree(bases)
     record = _Record(anchor, fixed, pattern_text(trainable))
-    return LinearizedModel(anchor, Tree(deltas), fixed, record)
+    tangent = LinearizedModel(anchor, Tree(deltas), fixed, record)
+    tangent.grad_checkpointing = checkpointing and bool(find_blocks(anchor))
+    return tangent
 
 
 def last_blocks(model: nn.Module, k: int) -> str:
@@ -131,6 +133,8 @@ class LinearizedModel(nn.Module):
 
     Attributes:
         anchor: the frozen model at w0.
+        grad_checkpointing: whether blocks are repeated in the backward pass; see
+            :meth:`set_grad_checkpointing`.
         rank: of its low-rank deltas; None if all are full.
         trainable: the pattern that chose the trained parameters, as text.
         model_name: the anchor's name.
@@ -143,6 +147,7 @@ class LinearizedModel(nn.Module):
         self.basis = basis
         self._record = record
         self._keepers = tuple(keepers(anchor))
+        self.grad_checkpointing = False
 
     def forward(self, *args, **kwargs) -> Any:
         """f(x; w0) + J(x) Δw, shaped as the model's own output.
@@ -173,7 +178,37 @@ class LinearizedModel(nn.Module):
             # The same as torch.func.jvp, without the cost of wrapping every tensor.
             with forward_ad.dual_level():
                 dual = {n: forward_ad.make_dual(w, directions[n]) for n, w in weights.items()}
-                return _unpack(run(dual))
+                with repeating(self._blocks(), self.anchor, dual):
+                    return _unpack(run(dual))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory: blocks keep their inputs alone, and run again in backward.
+
+        A block is an element, with submodules, of the innermost nn.Sequential or nn.ModuleList that
+        has one: of ``model.blocks``, say. It is repeated as the anchor's ordinary forward pass, so
+        a step costs 6 forward passes of the anchor instead of 5, and keeps what ordinary
+        checkpointing keeps. It is on from the start if it was on in the linearized model (timm's
+        ``set_grad_checkpointing``), and may be switched on by the anchor's own. Compiled code and
+        other transforms do without.
+
+        Raises:
+            UnsupportedError: the model has no blocks.
+        """
+        take_flags(self.anchor)
+        if enable and not find_blocks(self.anchor):
+            raise UnsupportedError(
+                f"{self.model_name} has no blocks to repeat: no element of an nn.Sequential or "
+                "nn.ModuleList has submodules"
+            )
+        self.grad_checkpointing = enable
+
+    def _blocks(self) -> list[nn.Module]:
+        """What this call repeats in its backward pass."""
+        if take_flags(self.anchor):
+            self.set_grad_checkpointing(True)
+        frozen = not any(parameter.requires_grad for parameter in self.anchor.parameters())
+        wanted = self.grad_checkpointing and frozen and torch.is_grad_enabled()
+        return find_blocks(self.anchor) if wanted else []
 
     def deltas(self) -> dict[str, nn.Parameter]:
         """The live delta parameters, named as the anchor's: Δw, or its B (out, rank)."""

@@ -1,0 +1,228 @@
+"""Activation checkpointing: blocks keep their inputs alone and run once more in the backward pass.
+
+``torch.utils.checkpoint`` repeats a block after the forward-mode level is left, so without its
+tangents. Here they are not needed: the anchor is frozen, and the transpose of J is the block's
+ordinary backward pass. So a block repeats its ordinary forward pass (1F, where the dual one takes
+3F), and keeps what ordinary fine-tuning keeps: the primal of its input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from tangent_ops.errors import UnsupportedError
+
+_FLAGS = ("grad_checkpointing", "gradient_checkpointing")  # timm's, Hugging Face's
+_CONTAINERS = (nn.Sequential, nn.ModuleList)
+_WAY_OUT = "Use set_grad_checkpointing(False)."
+
+
+def take_flags(model: nn.Module) -> bool:
+    """Whether timm's or Hugging Face's checkpointing is on in the model; off it is afterwards."""
+    on = [(m, flag) for m in model.modules() for flag in _FLAGS if vars(m).get(flag) is True]
+    for module, flag in on:
+        setattr(module, flag, False)
+    return bool(on)
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """What is repeated: elements of the innermost nn.Sequential and nn.ModuleList that hold any.
+
+    An element is a block if it has submodules itself: a lone layer would keep as much as it saves.
+    """
+    return list(_blocks(model))
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        below = list(_blocks(child))
+        yield from below
+        composed = any(True for _ in child.children())
+        if not below and composed and isinstance(module, _CONTAINERS):
+            if not isinstance(child, _CONTAINERS):
+                yield child
+
+
+@contextlib.contextmanager
+def repeating(
+    blocks: list[nn.Module], model: nn.Module, duals: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Within a ``dual_level()``, ``blocks`` of the model keep their inputs alone.
+
+    Args:
+        blocks: modules of ``model``.
+        model: the frozen anchor, called within by ``functional_call``.
+        duals: its dual parameters, by name.
+    """
+    pairs = {name: forward_ad.unpack_dual(dual) for name, dual in duals.items()}
+    weights = {name: pair.primal for name, pair in pairs.items()}
+    tangents = [pair.tangent for pair in pairs.values()]
+    for block in blocks:
+        block.forward = _Checkpointed(block, model, weights, tangents)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the instance's: the class has its own
+
+
+class _Checkpointed:
+    """A block's forward that records one step for the whole block."""
+
+    def __init__(self, block, model, weights, tangents):
+        self.block, self.model = block, model
+        self.forward = block.forward  # the module's own, not yet replaced
+        self.weights, self.tangents = weights, tangents
+
+    def __call__(self, *args, **kwargs) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        inputs = [leaves[i] for i in places]
+        if not torch.is_grad_enabled() or any(x.requires_grad for x in inputs):
+            return self.forward(*args, **kwargs)
+        before = [x._version for x in inputs], _random_state(inputs)
+        with torch.no_grad():
+            output = self.forward(*args, **kwargs)
+        name = type(self.block).__name__
+        if [x._version for x in inputs] != before[0]:
+            raise UnsupportedError(
+                f"{name} changes its input in place, and cannot be repeated. {_WAY_OUT}"
+            )
+        if any(
+            not torch.equal(a, b) for a, b in zip(before[1], _random_state(inputs), strict=True)
+        ):
+            raise UnsupportedError(f"{name} draws random numbers, and is not repeated. {_WAY_OUT}")
+        results, output_spec = tree_flatten(output)
+        moved = [
+            i
+            for i, result in enumerate(results)
+            if isinstance(result, Tensor) and forward_ad.unpack_dual(result).tangent is not None
+        ]
+        if not moved:
+            return output
+        pairs = [forward_ad.unpack_dual(x) for x in inputs]
+        found = [forward_ad.unpack_dual(results[i]) for i in moved]
+        device = inputs[0].device.type
+        autocast = (
+            device,
+            torch.get_autocast_dtype(device),
+            torch.is_autocast_enabled(device),
+        )
+        for place in places:
+            leaves[place] = None
+        again = _Again(self, leaves, places, spec, moved, autocast)
+        outputs_t = _Repeated.apply(
+            again,
+            [pair.primal.detach() for pair in pairs],
+            [pair.tangent.detach() for pair in found],
+            *(pair.tangent for pair in pairs),
+            *self.tangents,
+        )
+        for i, pair, output_t in zip(moved, found, outputs_t, strict=True):
+            results[i] = forward_ad.make_dual(pair.primal.detach(), output_t)
+        return tree_unflatten(results, output_spec)
+
+
+@dataclass(frozen=True)
+class _Again:
+    """What it takes to run a block again, but its tensors.
+
+    Attributes:
+        checkpointed: the block.
+        leaves: its arguments, flat, None where tensors were.
+        places: where tensors were.
+        spec: of the arguments.
+        moved: which outputs have a tangent.
+        autocast: device, dtype, and whether it was on.
+    """
+
+    checkpointed: _Checkpointed
+    leaves: list[Any]
+    places: list[int]
+    spec: TreeSpec
+    moved: list[int]
+    autocast: tuple[str, torch.dtype, bool]
+
+    def __call__(self, inputs: list[Tensor], weights: dict[str, Tensor]) -> list[Tensor]:
+        leaves = list(self.leaves)
+        for place, x in zip(self.places, inputs, strict=True):
+            leaves[place] = x
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        within = _Within(self.checkpointed.model, self.checkpointed.forward)
+        named = {f"model.{name}": weight for name, weight in weights.items()}
+        device, dtype, enabled = self.autocast
+        with torch.autocast(device, dtype=dtype, enabled=enabled):
+            output = functional_call(within, named, args, kwargs)
+        results = tree_flatten(output)[0]
+        return [results[i] for i in self.moved]
+
+
+class _Within(nn.Module):
+    """The model, of which a block is called: the block may read any of its parameters."""
+
+    def __init__(self, model: nn.Module, call):
+        super().__init__()
+        self.model = model
+        self.call = call
+
+    def forward(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
+
+class _Repeated(torch.autograd.Function):
+    """Tangents of a block's outputs, as a map of those of its inputs and of the weights."""
+
+    @staticmethod
+    def forward(ctx, again, inputs, outputs_t, *tangents):
+        ctx.again = again
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        return tuple(outputs_t)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise UnsupportedError(
+                f"derivatives of a gradient through a checkpointed block. {_WAY_OUT}"
+            )
+        again = ctx.again
+        weights = again.checkpointed.weights
+        count = len(again.places)
+        needs = ctx.needs_input_grad[3:]
+        with torch.enable_grad():
+            inputs = [
+                x.detach().requires_grad_(need)
+                for x, need in zip(ctx.saved_tensors, needs[:count], strict=True)
+            ]
+            leaves = {
+                name: weight.detach().requires_grad_(need)
+                for (name, weight), need in zip(weights.items(), needs[count:], strict=True)
+            }
+            outputs = again(inputs, leaves)
+        operands = [*inputs, *leaves.values()]
+        reached = [(y, grad) for y, grad in zip(outputs, grads, strict=True) if grad is not None]
+        found = iter(
+            torch.autograd.grad(
+                [y for y, _ in reached],
+                [x for x, need in zip(operands, needs, strict=True) if need],
+                [grad for _, grad in reached],
+                allow_unused=True,
+            )
+            if reached
+            else ()
+        )
+        return (None, None, None, *(next(found, None) if need else None for need in needs))
+
+
+def _random_state(inputs: list[Tensor]) -> list[Tensor]:
+    devices = {x.device for x in inputs if x.is_cuda}
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
