@@ -22,7 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from tangent_ops.errors import UnsupportedError
 
 _FLAGS = ("grad_checkpointing", "gradient_checkpointing")  # timm's, Hugging Face's
-_CONTAINERS = (nn.Sequential, nn.ModuleList)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _WAY_OUT = "Use set_grad_checkpointing(False)."
 
 
@@ -35,7 +35,7 @@ def take_flags(model: nn.Module) -> bool:
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """What is repeated: elements of the innermost nn.Sequential and nn.ModuleList that hold any.
+    """What is repeated: elements of the innermost nn.Sequential, nn.ModuleList and nn.ModuleDict.
 
     An element is a block if it has submodules itself: a lone layer would keep as much as it saves.
     """
@@ -46,10 +46,10 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         below = list(_blocks(child))
         yield from below
+        element = isinstance(module, _CONTAINERS) and not isinstance(child, _CONTAINERS)
         composed = any(True for _ in child.children())
-        if not below and composed and isinstance(module, _CONTAINERS):
-            if not isinstance(child, _CONTAINERS):
-                yield child
+        if element and composed and not below:
+            yield child
 
 
 @contextlib.contextmanager
@@ -89,46 +89,41 @@ class _Checkpointed:
         inputs = [leaves[i] for i in places]
         if not torch.is_grad_enabled() or any(x.requires_grad for x in inputs):
             return self.forward(*args, **kwargs)
-        before = [x._version for x in inputs], _random_state(inputs)
+        versions, random_state = [x._version for x in inputs], _random_state(inputs)
         with torch.no_grad():
             output = self.forward(*args, **kwargs)
         name = type(self.block).__name__
-        if [x._version for x in inputs] != before[0]:
+        if [x._version for x in inputs] != versions:
             raise UnsupportedError(
                 f"{name} changes its input in place, and cannot be repeated. {_WAY_OUT}"
             )
-        if any(
-            not torch.equal(a, b) for a, b in zip(before[1], _random_state(inputs), strict=True)
-        ):
+        if not all(map(torch.equal, random_state, _random_state(inputs))):
             raise UnsupportedError(f"{name} draws random numbers, and is not repeated. {_WAY_OUT}")
         results, output_spec = tree_flatten(output)
-        moved = [
-            i
-            for i, result in enumerate(results)
-            if isinstance(result, Tensor) and forward_ad.unpack_dual(result).tangent is not None
-        ]
+        moved, primals, tangents = [], [], []
+        for i, result in enumerate(results):
+            primal, tangent = forward_ad.unpack_dual(result) if isinstance(result, Tensor) else (None,) * 2
+            if primal is not None and tangent is not None:
+                moved.append(i)
+                primals.append(primal.detach())
+                tangents.append(tangent.detach())
         if not moved:
             return output
         pairs = [forward_ad.unpack_dual(x) for x in inputs]
-        found = [forward_ad.unpack_dual(results[i]) for i in moved]
-        device = inputs[0].device.type
-        autocast = (
-            device,
-            torch.get_autocast_dtype(device),
-            torch.is_autocast_enabled(device),
-        )
+        device = primals[0].device.type
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         for place in places:
             leaves[place] = None
-        again = _Again(self, leaves, places, spec, moved, autocast)
+        again = _Again(self, leaves, places, spec, moved, (device, dtype, enabled))
         outputs_t = _Repeated.apply(
             again,
             [pair.primal.detach() for pair in pairs],
-            [pair.tangent.detach() for pair in found],
+            tangents,
             *(pair.tangent for pair in pairs),
             *self.tangents,
         )
-        for i, pair, output_t in zip(moved, found, outputs_t, strict=True):
-            results[i] = forward_ad.make_dual(pair.primal.detach(), output_t)
+        for i, primal, output_t in zip(moved, primals, outputs_t, strict=True):
+            results[i] = forward_ad.make_dual(primal, output_t)
         return tree_unflatten(results, output_spec)
 
 

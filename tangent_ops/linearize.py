@@ -184,8 +184,8 @@ class LinearizedModel(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory: blocks keep their inputs alone, and run again in backward.
 
-        A block is an element, with submodules, of the innermost nn.Sequential or nn.ModuleList that
-        has one: of ``model.blocks``, say. It is repeated as the anchor's ordinary forward pass, so
+        A block is an element, with submodules, of the innermost nn.Sequential, nn.ModuleList or
+        nn.ModuleDict that has one: of ``model.blocks``, say. It is repeated as the anchor's ordinary forward pass, so
         a step costs 6 forward passes of the anchor instead of 5, and keeps what ordinary
         checkpointing keeps. It is on from the start if it was on in the linearized model (timm's
         ``set_grad_checkpointing``), and may be switched on by the anchor's own. Compiled code and
@@ -197,8 +197,8 @@ class LinearizedModel(nn.Module):
         take_flags(self.anchor)
         if enable and not find_blocks(self.anchor):
             raise UnsupportedError(
-                f"{self.model_name} has no blocks to repeat: no element of an nn.Sequential or "
-                "nn.ModuleList has submodules"
+                f"{self.model_name} has no blocks to repeat: no element of an nn.Sequential, "
+                "nn.ModuleList or nn.ModuleDict has submodules"
             )
         self.grad_checkpointing = enable
 
@@ -274,7 +274,9 @@ class LinearizedModel(nn.Module):
                 f"no part of the model is frozen below its first trained parameter: {below[0]} "
                 "is trained. Train without a feature cache."
             )
-        return trunk, LinearizedModel(tail, self.delta, self.basis, self._record)
+        trained_part = LinearizedModel(tail, self.delta, self.basis, self._record)
+        trained_part.grad_checkpointing = self.grad_checkpointing and bool(find_blocks(tail))
+        return trunk, trained_part
 
     def summary(self) -> None:
         """Print trained and frozen parameter counts by group (a block, or a part beside them).

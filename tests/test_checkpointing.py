@@ -9,11 +9,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from small_models import assert_near, exact_vjp, family, generator, images, moved, vit
 from test_linearize import saved_bytes
 from torch import nn
 
-from tangent_ops import last_blocks, linearize
+from tangent_ops import checkpointing, last_blocks, linearize
 from tangent_ops.checkpointing import find_blocks
 from tangent_ops.errors import UnsupportedError
 
@@ -42,18 +43,20 @@ def test_gradients_are_those_without(name, monkeypatch) -> None:
     plain = gradients(tangent, x)
     tangent.set_grad_checkpointing()
     repeats = []
-    blocks = find_blocks(tangent.anchor)
-    for block in blocks:  # an ordinary forward pass has no tangents
-        block.register_forward_pre_hook(lambda m, a: repeats.append(m))
+    again = checkpointing._Again.__call__
+    monkeypatch.setattr(
+        checkpointing._Again, "__call__", lambda *args: repeats.append(1) or again(*args)
+    )
     output, grads, cotangent = gradients(tangent, x)
-    assert len(repeats) == 0  # hooks are on the module, whose forward is called without them
+    assert len(repeats) == len(find_blocks(model)) > 1
     assert torch.equal(output, plain[0])
     exact = exact_vjp(model, list(tangent.deltas()), cotangent, x)
     assert_near(grads, [exact[n] for n in tangent.deltas()])
 
 
 def test_what_is_repeated() -> None:
-    assert find_blocks(vit()) == list(vit_ := vit().blocks) or len(vit_) == 3
+    model = vit()
+    assert find_blocks(model) == list(model.blocks)
     model, _ = MODELS["swin"]()
     assert find_blocks(model) == [b for stage in model.layers for b in stage.blocks]
     resnet, _ = MODELS["resnet"]()
@@ -85,8 +88,10 @@ def test_only_what_is_trained_is_pulled_back() -> None:
     _, grads, cotangent = gradients(tangent, x)
     exact = exact_vjp(model, list(tangent.deltas()), cotangent, x)
     assert_near(grads, [exact[n] for n in tangent.deltas()])
-    _, tail = tangent.split()
-    assert len(list(tail.deltas())) == len(grads)
+    trunk, tail = tangent.split()
+    assert tail.grad_checkpointing
+    by_tail = torch.autograd.grad(tail(trunk(x)), list(tail.deltas().values()), cotangent)
+    assert_near(by_tail, grads)
 
 
 def test_low_rank_deltas() -> None:
@@ -112,39 +117,18 @@ def test_autocast_is_that_of_the_forward_pass() -> None:
     assert float((one - other).norm()) <= 8 * 2**-8 * float(one.norm())
 
 
-class Odd(nn.Module):
-    def __init__(self, act):
-        super().__init__()
-        self.inner = nn.ModuleList([nn.Sequential(nn.Linear(4, 4))])
-        self.linear = nn.Linear(4, 4)
-        self.act = act
-
-    def forward(self, x):
-        return self.act(self.linear(x))
-
-
-@pytest.mark.parametrize(
-    "act, words",
-    [
-        (lambda x: F.dropout(x, 0.5, training=True), "draws random numbers"),
-        (lambda x: x, None),
-    ],
-)
-def test_blocks_that_cannot_be_repeated_say_so(act, words) -> None:
+def test_a_block_that_draws_random_numbers_says_so() -> None:
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
             self.linear = nn.Linear(4, 4)
 
         def forward(self, x):
-            return act(self.linear(x))
+            return F.dropout(self.linear(x), 0.5, training=True)
 
     tangent = linearize(nn.Sequential(Block(), Block()))
     tangent.set_grad_checkpointing()
-    if words is None:
-        assert tangent(torch.ones(2, 4)).requires_grad
-        return
-    with pytest.raises(UnsupportedError, match=words):
+    with pytest.raises(UnsupportedError, match="draws random numbers"):
         tangent(torch.ones(2, 4))
 
 
@@ -188,7 +172,7 @@ def test_a_models_own_checkpointing_is_never_silently_wrong(reentrant) -> None:
             inner = lambda x: self.first(x).tanh()  # noqa: E731
             return self.last(torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=reentrant))
 
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises((RuntimeError, UserWarning)):
         tangent = moved(linearize(Model()))
         tangent(torch.ones(3, 4)).square().sum().backward()
 

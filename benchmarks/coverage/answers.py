@@ -121,10 +121,11 @@ def pytorchs(question: Question, dtype: torch.dtype) -> Answer:
         return (lambda w: floats(functional_call(model, w, (x,)))), weights
 
     # nn.TransformerEncoder's fast path and oneDNN's recurrent layers have no forward derivative.
-    fast_path = torch.backends.mha.get_fastpath_enabled()
+    fast_path, onednn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.mkldnn.enabled = False  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+        with sdpa_kernel(SDPBackend.MATH):
             run, weights = fresh()
             primal, primal_t, *_ = torch.func.jvp(run, (weights,), (tangents,))
             run, weights = fresh()
@@ -132,6 +133,7 @@ def pytorchs(question: Question, dtype: torch.dtype) -> Answer:
             return Answer(primal, primal_t, _gradient(run(leaves), leaves))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        torch.backends.mkldnn.enabled = onednn  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def errors(found: Answer, exact: Answer) -> Errors:

@@ -151,7 +151,7 @@ def plan_backward(y, x_t, grads, needs) -> tuple[tuple[Optional, Optional], Laun
     grad_x, grad_x_t = (_empty(y) if need else None for need in needs)
     named = {"y": y, "x_t": x_t, "grad": grad, "grad_t": grad_t}
     named |= {"grad_x": grad_x, "grad_x_t": grad_x_t}
-    return (grad_x, grad_x_t), _launch(softmax_backward_kernel, named, 8)
+    return (grad_x, grad_x_t), _launch(softmax_backward_kernel, named, 4)
 
 
 def _empty(like: Tensor) -> Tensor:
