@@ -102,7 +102,9 @@ class _Checkpointed:
         results, output_spec = tree_flatten(output)
         moved, primals, tangents = [], [], []
         for i, result in enumerate(results):
-            primal, tangent = forward_ad.unpack_dual(result) if isinstance(result, Tensor) else (None,) * 2
+            primal, tangent = (
+                forward_ad.unpack_dual(result) if isinstance(result, Tensor) else (None,) * 2
+            )
             if primal is not None and tangent is not None:
                 moved.append(i)
                 primals.append(primal.detach())

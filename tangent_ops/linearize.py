@@ -185,11 +185,11 @@ class LinearizedModel(nn.Module):
         """Trade time for memory: blocks keep their inputs alone, and run again in backward.
 
         A block is an element, with submodules, of the innermost nn.Sequential, nn.ModuleList or
-        nn.ModuleDict that has one: of ``model.blocks``, say. It is repeated as the anchor's ordinary forward pass, so
-        a step costs 6 forward passes of the anchor instead of 5, and keeps what ordinary
-        checkpointing keeps. It is on from the start if it was on in the linearized model (timm's
-        ``set_grad_checkpointing``), and may be switched on by the anchor's own. Compiled code and
-        other transforms do without.
+        nn.ModuleDict that has one: of ``model.blocks``, say. It is repeated as the anchor's
+        ordinary forward pass, so a step costs 6 forward passes of the anchor instead of 5, and
+        keeps what ordinary checkpointing keeps. It is on from the start if it was on in the
+        linearized model (timm's ``set_grad_checkpointing``), and may be switched on by the
+        anchor's own. Compiled code and other transforms do without.
 
         Raises:
             UnsupportedError: the model has no blocks.
