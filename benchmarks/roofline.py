@@ -42,9 +42,38 @@ ATTENTION_TENSORS = {
     "tangent-backward": (8, 1),
     "dual-backward": (16, 2),  # q k v o, tangents, cotangents of o and o_t; 6 gradients; lse, mu
 }
-# Operations per element: (forward, what the tangent adds, backward). An erf or exp is one.
-LAYER_NORM_FLOPS = (7, 11, 13)
-GELU_FLOPS = (5, 7, 11)
+
+
+@dataclass(frozen=True)
+class RowOp:
+    """Least work of an op on (rows, width): what it moves, and operations per element.
+
+    Attributes:
+        inputs: of (rows, width).
+        vectors: parameters of (width,).
+        kept: tensors of (rows, width) that the backward pass reads beside the cotangent.
+        gradients: of (rows, width), that it writes.
+        statistics: of a row, that it finds.
+        flops: forward, what the tangent adds, backward. An erf or exp is one.
+    """
+
+    inputs: int
+    vectors: int
+    kept: int
+    gradients: int
+    statistics: int
+    flops: tuple[int, int, int]
+
+
+ROW_OPS = {
+    "layer_norm": RowOp(1, 2, 1, 1, 2, (7, 11, 13)),
+    "add_layer_norm": RowOp(2, 2, 2, 1, 2, (8, 12, 14)),  # both inputs' gradients are one
+    "rms_norm": RowOp(1, 1, 1, 1, 1, (4, 8, 9)),
+    "gelu": RowOp(1, 0, 1, 1, 0, (5, 7, 11)),
+    "silu": RowOp(1, 0, 1, 1, 0, (4, 5, 8)),
+    "swiglu": RowOp(2, 0, 2, 2, 0, (5, 8, 11)),
+    "softmax": RowOp(1, 0, 1, 1, 0, (5, 4, 4)),
+}
 
 
 def attention_cost(
@@ -96,36 +125,30 @@ def linear_cost(question: str, rows: int, inner: int, outer: int, itemsize: int)
     )
 
 
-def layer_norm_cost(question: str, rows: int, width: int, itemsize: int) -> Cost:
-    """Layer norm of (rows, width) with weight and bias; the questions are those of `linear_cost`.
+def row_cost(op: str, question: str, rows: int, width: int, itemsize: int) -> Cost:
+    """An op on (rows, width); the questions are those of `linear_cost`.
+
+    Args:
+        op: a key of ROW_OPS.
+        question: what is asked.
+        rows: of each input.
+        width: of each input.
+        itemsize: bytes of an element.
 
     Raises:
-        KeyError: an unknown question.
+        KeyError: an unknown op or question.
     """
-    elements, forward, added, backward = rows * width, *LAYER_NORM_FLOPS
-    moved = (2 * elements + 2 * width) * itemsize
-    statistics = 2 * rows * STATISTIC  # the backward finds mean and rstd
+    of = ROW_OPS[op]
+    elements = rows * width
+    forward, added, backward = (elements * operations for operations in of.flops)
+    moved = ((of.inputs + 1) * elements + of.vectors * width) * itemsize
+    weight = 1 if of.vectors else 0  # is read again; of a bias only the gradient is written
+    moved_back = (of.kept + 1 + of.gradients) * elements + (weight + of.vectors) * width
     return _asked(
         question,
-        forward=Cost(forward * elements, moved),
-        dual=Cost((forward + added) * elements, 2 * moved),
-        backward=Cost(backward * elements, (3 * elements + 3 * width) * itemsize + statistics),
-    )
-
-
-def gelu_cost(question: str, rows: int, width: int, itemsize: int) -> Cost:
-    """Exact GELU of (rows, width); the questions are those of `linear_cost`.
-
-    Raises:
-        KeyError: an unknown question.
-    """
-    elements, forward, added, backward = rows * width, *GELU_FLOPS
-    tensor = elements * itemsize
-    return _asked(
-        question,
-        forward=Cost(forward * elements, 2 * tensor),
-        dual=Cost((forward + added) * elements, 4 * tensor),
-        backward=Cost(backward * elements, 3 * tensor),
+        forward=Cost(forward, moved),
+        dual=Cost(forward + added, 2 * moved),
+        backward=Cost(backward, moved_back * itemsize + of.statistics * rows * STATISTIC),
     )
 
 

@@ -96,14 +96,23 @@ def _described(anchor: nn.Module) -> Tensor | None:
 
 def _dry_run(anchor: nn.Module, names: Collection[str], inputs: tuple) -> None:
     """Forward and backward of a copy whose tensors have shapes alone."""
-    device = next(anchor.parameters()).device
     with (
         FakeTensorMode(allow_non_fake_inputs=True) as hollow,
         torch.inference_mode(False),
         torch.enable_grad(),
-        fused_forward_ad(),
-        forward_ad.dual_level(),
     ):
+        trained, deltas = _hollow_tangents(hollow, anchor, names, inputs)
+        # As after a real forward pass, the level is left: nothing is dual on the way back.
+        cotangents = [torch.empty_like(t) for t in trained]
+        torch.autograd.grad(trained, deltas, cotangents, allow_unused=True)
+
+
+def _hollow_tangents(
+    hollow: FakeTensorMode, anchor: nn.Module, names: Collection[str], inputs: tuple
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Tangents of the outputs, and the deltas that they depend on."""
+    device = next(anchor.parameters()).device
+    with fused_forward_ad(), forward_ad.dual_level():
         deltas, memo = [], {}
         for name, tensor in [*anchor.named_parameters(), *anchor.named_buffers()]:
             empty = hollow.from_tensor(tensor.detach())
@@ -120,9 +129,7 @@ def _dry_run(anchor: nn.Module, names: Collection[str], inputs: tuple) -> None:
         )
         outputs = [x for x in tree_leaves(model(*arguments)) if isinstance(x, Tensor)]
         tangents = [forward_ad.unpack_dual(x).tangent for x in outputs]
-        trained = [t for t in tangents if t is not None and t.requires_grad]
-        cotangents = [torch.empty_like(t) for t in trained]
-        torch.autograd.grad(trained, deltas, cotangents, allow_unused=True)
+        return [t for t in tangents if t is not None and t.requires_grad], deltas
 
 
 def _in_time(end: float) -> None:

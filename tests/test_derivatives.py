@@ -126,3 +126,8 @@ def test_a_long_pass_ends(monkeypatch):
     slow = Calls(lambda x: calls.append(time.sleep(0.1)) or x)
     linearize(nn.Sequential(nn.Linear(4, 4), slow, slow, Calls(Double.apply)), example=X)
     assert len(calls) == 1
+
+
+def test_the_way_back_starts_after_the_forward_level():
+    """Within it, products of this model's gates would hand dual cotangents on to SiLU."""
+    linearize(family("efficientvim_m1"))

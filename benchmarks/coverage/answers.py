@@ -121,9 +121,12 @@ def pytorchs(question: Question, dtype: torch.dtype) -> Answer:
         return (lambda w: floats(functional_call(model, w, (x,)))), weights
 
     # nn.TransformerEncoder's fast path and oneDNN's recurrent layers have no forward derivative.
+    # Other models keep oneDNN: with other roundings than ours a ReLU may switch here alone.
+    recurrent = any(isinstance(module, nn.RNNBase) for module in question.model.modules())
     fast_path, onednn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
-    torch.backends.mkldnn.enabled = False  # pyright: ignore[reportAttributeAccessIssue]
+    if recurrent:
+        torch.backends.mkldnn.enabled = False  # pyright: ignore[reportAttributeAccessIssue]
     try:
         with sdpa_kernel(SDPBackend.MATH):
             run, weights = fresh()

@@ -1,4 +1,4 @@
-"""Single layers: layer norm, GELU and the linear map, alone and with the tangent's gradients."""
+"""Single layers, alone and with the tangent's gradients."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.roofline import gelu_cost, layer_norm_cost, linear_cost
 from benchmarks.suite.case import Call, Case, Cost, Extent, Outputs, Provider
 from benchmarks.suite.derivatives import (
     compiling_is_too_slow,
@@ -18,14 +16,13 @@ from benchmarks.suite.derivatives import (
     finite_difference_step,
     push_forward,
 )
+from benchmarks.suite.layer_ops import LAYERS, Pair, Tensors
 
-Tensors = tuple[Tensor, ...]
-Pair = tuple[Tensor, Tensor]  # output and tangent
 Op = Callable[[str, Tensors, Tensors], Pair]
 
 ELEMENTWISE, LINEAR = "elementwise", "linear"
+NORMS, MAPS = ("add_layer_norm", "rms_norm", "softmax"), ("silu", "swiglu")  # of extent "full"
 STEP = "-step"  # ends the name of an op whose tangents' gradients are asked for
-INV_SQRT_2, INV_SQRT_TAU = 2**-0.5, (2 * torch.pi) ** -0.5
 
 # Rows (images times tokens), width and MLP width of a ViT at 224 pixels in patches of 16.
 VIT_SMALL, VIT_LARGE_ON_CPU = (8 * 197, 384, 1536), (8 * 197, 1024, 4096)
@@ -37,8 +34,8 @@ class Operands:
     """Operands of one call.
 
     Attributes:
-        primals: input and parameters: of layer_norm (rows, width), (width,), (width,); of gelu
-            (rows, width); of linear (rows, inner), (outer, inner), (outer,).
+        primals: inputs and parameters: of most (rows, width) and (width,); of linear
+            (rows, inner), (outer, inner), (outer,).
         tangents: theirs.
         grad: cotangent of the output's tangent, shaped as the output.
     """
@@ -67,6 +64,8 @@ class LayerWorkload:
         questions = [
             (ELEMENTWISE, "layer_norm", lambda rows, width, mlp: (rows, width)),
             (ELEMENTWISE, "gelu", lambda rows, width, mlp: (rows, mlp)),
+            *((ELEMENTWISE, op, lambda rows, width, mlp: (rows, width)) for op in NORMS if full),
+            *((ELEMENTWISE, op, lambda rows, width, mlp: (rows, mlp)) for op in MAPS if full),
             (LINEAR, "linear", lambda rows, width, mlp: (rows, width, mlp)),
             (LINEAR, "linear", lambda rows, width, mlp: (rows, mlp, width)),
         ]
@@ -96,15 +95,10 @@ class LayerWorkload:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device, dtype=case.torch_dtype)
 
-        rows, width, *outer = case.shape
-
         def draw() -> Tensors:
-            if _layer(case) == "layer_norm":
-                return normal(rows, width), 1 + 0.1 * normal(width), normal(width)
-            if _layer(case) == "gelu":
-                return (normal(rows, width),)
-            return normal(rows, width), width**-0.5 * normal(*outer, width), normal(*outer)
+            return LAYERS[_layer(case)].draw(normal, *case.shape)
 
+        rows, width, *outer = case.shape
         return Operands(draw(), draw(), normal(rows, *(outer or [width])))
 
     def expected(self, case: Case, inputs: Operands) -> Outputs:
@@ -130,53 +124,21 @@ class LayerWorkload:
 
 
 def plain(layer: str, *primals: Tensor) -> Tensor:
-    if layer == "layer_norm":
-        input, weight, bias = primals
-        return F.layer_norm(input, weight.shape, weight, bias)
-    return F.gelu(primals[0]) if layer == "gelu" else F.linear(*primals)
+    return LAYERS[layer].plain(*primals)
 
 
 def ours(layer: str, primals: Tensors, tangents: Tensors) -> Pair:
-    return push_forward(functools.partial(plain, layer), primals, tangents)
+    return push_forward(LAYERS[layer].fused or LAYERS[layer].plain, primals, tangents)
 
 
 def torch_jvp(layer: str, primals: Tensors, tangents: Tensors) -> Pair:
-    output, output_t, *_ = torch.func.jvp(functools.partial(plain, layer), primals, tangents)
+    output, output_t, *_ = torch.func.jvp(LAYERS[layer].plain, primals, tangents)
     return output, output_t
-
-
-def layer_norm_formula(primals: Tensors, tangents: Tensors) -> Pair:
-    """Statistics in float32, as PyTorch takes them."""
-    dtype = primals[0].dtype
-    (x, weight, bias), (x_t, weight_t, bias_t) = (
-        [operand.float() for operand in operands] for operands in (primals, tangents)
-    )
-    centred = x - x.mean(-1, keepdim=True)
-    rstd = (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
-    normed = centred * rstd
-    moved = x_t - x_t.mean(-1, keepdim=True) - normed * (normed * x_t).mean(-1, keepdim=True)
-    output = weight * normed + bias
-    output_t = weight * rstd * moved + weight_t * normed + bias_t
-    return output.to(dtype), output_t.to(dtype)
-
-
-def gelu_formula(primals: Tensors, tangents: Tensors) -> Pair:
-    (x,), (x_t,) = primals, tangents
-    dtype, x, x_t = x.dtype, x.float(), x_t.float()
-    below = (1 + torch.erf(x * INV_SQRT_2)) / 2
-    density = torch.exp(-x.square() / 2) * INV_SQRT_TAU
-    return (x * below).to(dtype), ((below + x * density) * x_t).to(dtype)
-
-
-def linear_formula(primals: Tensors, tangents: Tensors) -> Pair:
-    (x, weight, bias), (x_t, weight_t, bias_t) = primals, tangents
-    return F.linear(x, weight, bias), F.linear(x_t, weight, bias_t) + F.linear(x, weight_t)
 
 
 @functools.cache
 def _compiled_formula(layer: str) -> Callable[[Tensors, Tensors], Pair]:
-    formula = {"layer_norm": layer_norm_formula, "gelu": gelu_formula, "linear": linear_formula}
-    return torch.compile(formula[layer], dynamic=False)
+    return torch.compile(LAYERS[layer].formula, dynamic=False)
 
 
 def compiled(layer: str, primals: Tensors, tangents: Tensors) -> Pair:
@@ -229,8 +191,7 @@ def _cost(question: str, case: Case) -> Cost:
     """Of "primal", "dual" or "finite-differences"; or of the step that a case asks for."""
     if _is_step(case):
         question = {"primal": "ordinary-step", "dual": "tangent-step"}[question]
-    of_layer = {"layer_norm": layer_norm_cost, "gelu": gelu_cost, "linear": linear_cost}
-    return of_layer[_layer(case)](question, *case.shape, case.torch_dtype.itemsize)
+    return LAYERS[_layer(case)].cost(question, *case.shape, case.torch_dtype.itemsize)
 
 
 def _layer(case: Case) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -14,10 +16,9 @@ from benchmarks.roofline import (
     figures,
     floor_seconds,
     forward_flops,
-    gelu_cost,
-    layer_norm_cost,
     linear_cost,
     measure_ceilings,
+    row_cost,
     vit_cost,
 )
 from benchmarks.suite.case import Case
@@ -146,13 +147,16 @@ def test_linear() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cost", "forward", "backward"),
+    ("op", "forward", "backward"),
     [
-        (layer_norm_cost, 2 * (7 * 5 * 2 + 5 * 2), 2 * (3 * 7 * 5 + 3 * 5) + 2 * 7 * 4),
-        (gelu_cost, 2 * 7 * 5 * 2, 2 * 7 * 5 * 3),
+        ("layer_norm", 2 * (7 * 5 * 2 + 5 * 2), 2 * (3 * 7 * 5 + 3 * 5) + 2 * 7 * 4),
+        ("rms_norm", 2 * (7 * 5 * 2 + 5), 2 * (3 * 7 * 5 + 2 * 5) + 7 * 4),
+        ("gelu", 2 * 7 * 5 * 2, 2 * 7 * 5 * 3),
+        ("swiglu", 2 * 7 * 5 * 3, 2 * 7 * 5 * 5),
     ],
 )
-def test_elementwise(cost, forward, backward) -> None:
+def test_elementwise(op, forward, backward) -> None:
+    cost = partial(row_cost, op)
     assert cost("primal", 7, 5, 2).bytes == forward
     assert cost("dual", 7, 5, 2).bytes == 2 * forward
     assert cost("ordinary-step", 7, 5, 2).bytes == forward + backward
@@ -181,8 +185,8 @@ def test_vit() -> None:
     [
         lambda: attention_cost("third", (B, H, N, D), 4),
         lambda: linear_cost("third", 1, 1, 1, 4),
-        lambda: layer_norm_cost("third", 1, 1, 4),
-        lambda: gelu_cost("third", 1, 1, 4),
+        lambda: row_cost("gelu", "third", 1, 1, 4),
+        lambda: row_cost("third", "dual", 1, 1, 4),
     ],
 )
 def test_unknown_questions(ask) -> None:

@@ -10,10 +10,11 @@ from answers import CPU, errors, scaled
 
 from benchmarks.suite import layers
 from benchmarks.suite.case import Case
+from benchmarks.suite.layer_ops import LAYERS
 from benchmarks.suite.layers import ELEMENTWISE, LINEAR, STEP, LayerWorkload
 
 WORKLOAD = LayerWorkload()
-SMALL = [(ELEMENTWISE, "layer_norm", (7, 48)), (ELEMENTWISE, "gelu", (7, 48))]
+SMALL = [(ELEMENTWISE, op, (7, 48)) for op in LAYERS if op != "linear"]
 SMALL += [(LINEAR, "linear", (7, 48, 24))]
 PROVIDERS = ["ours", "torch-jvp", "compiled", "finite-differences", "plain"]
 
@@ -50,6 +51,7 @@ def test_a_fault_is_found(monkeypatch, suffix, fault) -> None:
 def test_cases_on_the_cpu(extent) -> None:
     cases = WORKLOAD.cases(CPU, extent)
     assert len(set(cases)) == len(cases)
+    assert extent == "default" or {case.op for case in cases} >= LAYERS.keys()
     for group in WORKLOAD.groups:
         assert any(case.group == group for case in cases)
     for case in cases:
