@@ -105,13 +105,16 @@ def test_low_rank_deltas() -> None:
 def test_autocast_is_that_of_the_forward_pass() -> None:
     model, x = vit(), images()
     tangent = moved(linearize(model))
-    results = []
+    results, dtypes = [], []
+    qkv = tangent.anchor.get_submodule("blocks.0.attn.qkv")
+    qkv.register_forward_hook(lambda m, x, y: dtypes.append(y.dtype))
     for enable in (False, True):
         tangent.set_grad_checkpointing(enable)
         with torch.autocast("cpu", torch.bfloat16):
             output = tangent(x)
         cotangent = torch.ones_like(output)
         results.append(torch.autograd.grad(output, list(tangent.deltas().values()), cotangent))
+    assert dtypes == [torch.bfloat16] * 3  # forward; forward and again
     one, other = (torch.cat([g.flatten() for g in grads]) for grads in results)
     # Both are rounded to bfloat16 as they go: a few of its eps of 2**-8 apart.
     assert float((one - other).norm()) <= 8 * 2**-8 * float(one.norm())
