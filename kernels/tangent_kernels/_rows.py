@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 MAX_WIDTH = 4096  # elements of a row that one program holds
@@ -55,3 +57,16 @@ def row_operand(tensor: Tensor | None, width: int) -> tuple[Any, ...] | None:
         return None
     flat = as_rows(tensor, width)
     return flat, flat.stride(0)
+
+
+@triton.jit
+def load_row(operand, row, cols, inside, other=0.0):
+    """Of an operand as kernels take it: (rows, K) and the stride between rows."""
+    return tl.load(operand[0] + row * operand[1] + cols, mask=inside, other=other).to(tl.float32)
+
+
+@triton.jit
+def store_row(operand, row, cols, value, inside):
+    """The same way back, rounded to the operand's dtype."""
+    pointer = operand[0] + row * operand[1] + cols
+    tl.store(pointer, value.to(operand[0].dtype.element_ty), mask=inside)

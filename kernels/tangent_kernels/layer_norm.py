@@ -17,23 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from tangent_kernels._launch import Launch, device_of
-from tangent_kernels._rows import row_config, row_operand
+from tangent_kernels._rows import load_row, row_config, row_operand, store_row
 
 PARTS = 512  # programs that sum the gradients of weight and bias, each over its rows
 
 Optional = Tensor | None
-
-
-@triton.jit
-def _load(operand, row, cols, inside):
-    # operand: (rows, K) and its row stride
-    return tl.load(operand[0] + row * operand[1] + cols, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store(operand, row, cols, value, inside):
-    pointer = operand[0] + row * operand[1] + cols
-    tl.store(pointer, value.to(operand[0].dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -80,12 +68,12 @@ def layer_norm_kernel(
     cols = tl.arange(0, WIDTH)[None, :]
     inside = (row < rows) & (cols < width)
 
-    value = _load(x, row, cols, inside)
+    value = load_row(x, row, cols, inside)
     if residual is not None:
-        value += _load(residual, row, cols, inside)
+        value += load_row(residual, row, cols, inside)
         # What follows starts from the sum as it is kept, as a model without the fusion would.
         value = value.to(total[0].dtype.element_ty).to(tl.float32)
-        _store(total, row, cols, value, inside)
+        store_row(total, row, cols, value, inside)
     if CENTER:
         center = tl.sum(value, 1)[:, None] / width
         tl.store(mean + row, center, mask=row < rows)
@@ -100,19 +88,19 @@ def layer_norm_kernel(
         output = output * gain
     if bias is not None:
         output += _vector(bias, tl.arange(0, WIDTH), width)
-    _store(y, row, cols, output, inside)
+    store_row(y, row, cols, output, inside)
 
     if y_t is not None:
         tangent = tl.zeros_like(normal)
         if x_t is not None or residual_t is not None:
             direction = tl.zeros_like(normal)
             if x_t is not None:
-                direction += _load(x_t, row, cols, inside)
+                direction += load_row(x_t, row, cols, inside)
             if residual_t is not None:
-                direction += _load(residual_t, row, cols, inside)
+                direction += load_row(residual_t, row, cols, inside)
             if total_t is not None:
                 direction = direction.to(total_t[0].dtype.element_ty).to(tl.float32)
-                _store(total_t, row, cols, direction, inside)
+                store_row(total_t, row, cols, direction, inside)
             tangent = _project(direction, normal, scale, inside, width, CENTER)
             if weight is not None:
                 tangent *= gain
@@ -120,7 +108,7 @@ def layer_norm_kernel(
             tangent += normal * _vector(weight_t, tl.arange(0, WIDTH), width)
         if bias_t is not None:
             tangent += _vector(bias_t, tl.arange(0, WIDTH), width)
-        _store(y_t, row, cols, tangent, inside)
+        store_row(y_t, row, cols, tangent, inside)
 
 
 @triton.jit
@@ -162,12 +150,12 @@ def layer_norm_backward_kernel(
         row = (start + tl.arange(0, ROWS))[:, None]
         inside = (row < rows) & (cols < width)
         scale = tl.load(rstd + row, mask=row < rows, other=0.0)
-        value = _load(x, row, cols, inside)
+        value = load_row(x, row, cols, inside)
         if CENTER:
             center = tl.load(mean + row, mask=row < rows, other=0.0)
             value = tl.where(inside, value - center, 0.0)
         normal = value * scale
-        cotangent_t = _load(grad_t, row, cols, inside)
+        cotangent_t = load_row(grad_t, row, cols, inside)
         if grad_bias_t is not None:
             by_bias_t += tl.sum(cotangent_t, 0)
         if grad_weight_t is not None:
@@ -180,14 +168,14 @@ def layer_norm_backward_kernel(
         if grad_x_t is not None:
             result_t = pulled
             if grad_total_t is not None:
-                result_t += _load(grad_total_t, row, cols, inside)
-            _store(grad_x_t, row, cols, result_t, inside)
+                result_t += load_row(grad_total_t, row, cols, inside)
+            store_row(grad_x_t, row, cols, result_t, inside)
 
         if x_t is not None and (grad_x is not None or grad_weight is not None):
-            direction = _load(x_t, row, cols, inside)
+            direction = load_row(x_t, row, cols, inside)
             pushed = _project(direction, normal, scale, inside, width, CENTER)  # J x_t
         if grad is not None:
-            cotangent = _load(grad, row, cols, inside)
+            cotangent = load_row(grad, row, cols, inside)
         if grad_bias is not None and grad is not None:
             by_bias += tl.sum(cotangent, 0)
         if grad_weight is not None:
@@ -211,8 +199,8 @@ def layer_norm_backward_kernel(
                 curved = both * normal + beta * pulled + alpha * pushed
                 result -= scale / width * curved
             if grad_total is not None:
-                result += _load(grad_total, row, cols, inside)
-            _store(grad_x, row, cols, result, inside)
+                result += load_row(grad_total, row, cols, inside)
+            store_row(grad_x, row, cols, result, inside)
 
     keep = line < width
     place = part * width + line

@@ -13,21 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tangent_kernels._launch import Launch, device_of
-from tangent_kernels._rows import row_config, row_operand
+from tangent_kernels._rows import load_row, row_config, row_operand, store_row
 
 Optional = Tensor | None
-
-
-@triton.jit
-def _load(operand, row, cols, inside, other=0.0):
-    # operand: (rows, K) and its row stride
-    return tl.load(operand[0] + row * operand[1] + cols, mask=inside, other=other).to(tl.float32)
-
-
-@triton.jit
-def _store(operand, row, cols, value, inside):
-    pointer = operand[0] + row * operand[1] + cols
-    tl.store(pointer, value.to(operand[0].dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -45,16 +33,16 @@ def softmax_kernel(
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     cols = tl.arange(0, WIDTH)[None, :]
     inside = (row < rows) & (cols < width)
-    value = _load(x, row, cols, inside, -float("inf"))
+    value = load_row(x, row, cols, inside, -float("inf"))
     # Rows beyond the last have no maximum: 0 instead of -inf - -inf.
     top = tl.where(row < rows, tl.max(value, 1)[:, None], 0.0)
     weight = tl.exp(value - top)
     total = tl.where(row < rows, tl.sum(weight, 1)[:, None], 1.0)
     output = weight / total
-    _store(y, row, cols, output, inside)
-    direction = _load(x_t, row, cols, inside)
+    store_row(y, row, cols, output, inside)
+    direction = load_row(x_t, row, cols, inside)
     mean = tl.sum(output * direction, 1)[:, None]
-    _store(y_t, row, cols, output * (direction - mean), inside)
+    store_row(y_t, row, cols, output * (direction - mean), inside)
 
 
 @triton.jit
@@ -74,20 +62,20 @@ def softmax_backward_kernel(
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     cols = tl.arange(0, WIDTH)[None, :]
     inside = (row < rows) & (cols < width)
-    output = _load(y, row, cols, inside)
-    cotangent_t = _load(grad_t, row, cols, inside)
+    output = load_row(y, row, cols, inside)
+    cotangent_t = load_row(grad_t, row, cols, inside)
     delta = tl.sum(output * cotangent_t, 1)[:, None]
     if grad_x_t is not None:
-        _store(grad_x_t, row, cols, output * (cotangent_t - delta), inside)
+        store_row(grad_x_t, row, cols, output * (cotangent_t - delta), inside)
     if grad_x is not None:
         # The gradient by y of G·y + H·(y∘(x_t - Σ y∘x_t)), through the softmax.
-        direction = _load(x_t, row, cols, inside)
+        direction = load_row(x_t, row, cols, inside)
         mean = tl.sum(output * direction, 1)[:, None]
         by_output = (cotangent_t - delta) * (direction - mean)
         if grad is not None:
-            by_output += _load(grad, row, cols, inside)
+            by_output += load_row(grad, row, cols, inside)
         along = tl.sum(output * by_output, 1)[:, None]
-        _store(grad_x, row, cols, output * (by_output - along), inside)
+        store_row(grad_x, row, cols, output * (by_output - along), inside)
 
 
 # --- launches ------------------------------------------------------------------------------
