@@ -9,7 +9,7 @@ ordinary backward pass. So a block repeats its ordinary forward pass (1F, where 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +26,14 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _WAY_OUT = "Use set_grad_checkpointing(False)."
 
 
-def take_flags(model: nn.Module) -> bool:
-    """Whether timm's or Hugging Face's checkpointing is on in the model; off it is afterwards."""
-    on = [(m, flag) for m in model.modules() for flag in _FLAGS if vars(m).get(flag) is True]
+def find_switches(model: nn.Module) -> list[nn.Module]:
+    """Modules that have timm's or Hugging Face's flag for checkpointing."""
+    return [m for m in model.modules() if any(flag in vars(m) for flag in _FLAGS)]
+
+
+def take_flags(switches: Iterable[nn.Module]) -> bool:
+    """Whether the flag of any is on; off they are afterwards."""
+    on = [(m, flag) for m in switches for flag in _FLAGS if vars(m).get(flag) is True]
     for module, flag in on:
         setattr(module, flag, False)
     return bool(on)

@@ -99,6 +99,7 @@ def _recurrent(func, *args):
 # PyTorch cannot differentiate their tangents; those of the same map in other words it can.
 _COMPOSED = {F.hardsigmoid: _hardsigmoid, F.glu: _glu, F.normalize: _normalize}
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+_TAKEN = frozenset((*_ROUTES, *_CONVOLUTIONS, *_ATTENTION, *_COMPOSED, *_RECURRENT))
 
 
 class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_grad
@@ -137,6 +138,8 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func not in _TAKEN:  # a thousand calls of a ViT's forward pass, attributes too
+            return func(*args, **kwargs)
         if func in _ROUTES and in_forward_ad():
             return _ROUTES[func](*args, **kwargs, backend=self.backend)
         if func in _CONVOLUTIONS:

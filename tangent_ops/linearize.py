@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from tangent_ops._derivatives import check_derivatives, naming_what_lacks
 from tangent_ops._kept import forget, keepers, nothing_kept
 from tangent_ops._trees import Tree, lookup
-from tangent_ops.checkpointing import find_blocks, repeating, take_flags
+from tangent_ops.checkpointing import find_blocks, find_switches, repeating, take_flags
 from tangent_ops.delta import (
     Delta,
     DeltaMeta,
@@ -87,7 +87,7 @@ def linearize(
         raise ArgumentError(f"model is a {type(model).__name__}: expected an nn.Module")
     forget(keepers(model))
     anchor = copy.deepcopy(model).eval().requires_grad_(False)
-    checkpointing = take_flags(anchor)
+    checkpointing = take_flags(find_switches(anchor))
     names = choose(anchor, trainable)
     _warn_about_zero_head(anchor, names)
     check_derivatives(anchor, names, example)
@@ -147,6 +147,7 @@ class LinearizedModel(nn.Module):
         self.basis = basis
         self._record = record
         self._keepers = tuple(keepers(anchor))
+        self._switches = tuple(find_switches(anchor))
         self.grad_checkpointing = False
 
     def forward(self, *args, **kwargs) -> Any:
@@ -194,7 +195,7 @@ class LinearizedModel(nn.Module):
         Raises:
             UnsupportedError: the model has no blocks.
         """
-        take_flags(self.anchor)
+        take_flags(self._switches)
         if enable and not find_blocks(self.anchor):
             raise UnsupportedError(
                 f"{self.model_name} has no blocks to repeat: no element of an nn.Sequential, "
@@ -204,11 +205,14 @@ class LinearizedModel(nn.Module):
 
     def _blocks(self) -> list[nn.Module]:
         """What this call repeats in its backward pass."""
-        if take_flags(self.anchor):
+        if torch.compiler.is_compiling():
+            return []
+        if take_flags(self._switches):
             self.set_grad_checkpointing(True)
+        if not self.grad_checkpointing or not torch.is_grad_enabled():
+            return []
         frozen = not any(parameter.requires_grad for parameter in self.anchor.parameters())
-        wanted = self.grad_checkpointing and frozen and torch.is_grad_enabled()
-        return find_blocks(self.anchor) if wanted else []
+        return find_blocks(self.anchor) if frozen else []
 
     def deltas(self) -> dict[str, nn.Parameter]:
         """The live delta parameters, named as the anchor's: Δw, or its B (out, rank)."""

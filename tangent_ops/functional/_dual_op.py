@@ -14,6 +14,7 @@ itself are left to PyTorch's rules.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -194,6 +195,10 @@ class _Dual(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, *directions):
         raise UnsupportedError("forward mode over forward mode of a fused dual op")
+
+
+# Function.apply asks for it at every call, and working it out takes longer than the call's rest.
+_Dual.forward.__signature__ = inspect.signature(_Dual.forward)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _by_kernels(maps, primals, tangents, saved, outer, inner, needs, needs_t, options):
