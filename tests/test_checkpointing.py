@@ -150,6 +150,15 @@ def test_a_block_that_changes_its_input_says_so() -> None:
         tangent(torch.ones(2, 4))
 
 
+def test_compiled_code_does_without() -> None:
+    model, x = vit(), images()
+    tangent = moved(linearize(model))
+    _, grads, cotangent = gradients(tangent, x)
+    tangent.set_grad_checkpointing()
+    output = torch.compile(tangent, fullgraph=True, backend="aot_eager")(x)
+    assert_near(torch.autograd.grad(output, list(tangent.deltas().values()), cotangent), grads)
+
+
 def test_second_derivatives_are_refused() -> None:
     tangent = moved(linearize(vit()))
     tangent.set_grad_checkpointing()

@@ -130,4 +130,4 @@ def test_a_long_pass_ends(monkeypatch):
 
 def test_the_way_back_starts_after_the_forward_level():
     """Within it, products of this model's gates would hand dual cotangents on to SiLU."""
-    linearize(family("efficientvim_m1"))
+    assert linearize(family("efficientvim_m1")).deltas()

@@ -14,7 +14,6 @@ itself are left to PyTorch's rules.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +104,7 @@ def dual_outputs(
     tangents = tuple(pair[1] for pair in pairs)
     if all(tangent is None for tangent in tangents):
         return None
-    if not all(x.is_floating_point() for x in given):
+    if not all(x.dtype.is_floating_point for x in given):
         return None
     # In a plain level the gradient of a tracked primal has a tangent itself.
     if plain and any(x.requires_grad for x in given):
@@ -117,7 +116,8 @@ def dual_outputs(
     if chosen == "reference" and (op.reference is None or not plain):
         return None
     unpacked = tuple(pair[0] for pair in pairs)
-    results = _Dual.apply(op, chosen, options, *unpacked, *tangents)
+    function = _InPlainLevel if plain else _Dual
+    results = function.apply(op, chosen, options, *unpacked, *tangents)
     count = op.outputs
     return tuple(
         y if y_t is None else forward_ad.make_dual(y, y_t)
@@ -197,8 +197,21 @@ class _Dual(torch.autograd.Function):
         raise UnsupportedError("forward mode over forward mode of a fused dual op")
 
 
-# Function.apply asks for it at every call, and working it out takes longer than the call's rest.
-_Dual.forward.__signature__ = inspect.signature(_Dual.forward)  # pyright: ignore[reportFunctionMemberAccess]
+class _InPlainLevel(torch.autograd.Function):
+    """The same outside of ``torch.func``, where the old form of a Function does.
+
+    With a ``setup_context`` PyTorch works out the signature of ``forward`` at every call, which
+    takes longer than all else that Python does for it.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _Dual.forward(*inputs)
+        _Dual.setup_context(ctx, inputs, output)
+        return output
+
+    backward = _Dual.backward
+    jvp = _Dual.jvp
 
 
 def _by_kernels(maps, primals, tangents, saved, outer, inner, needs, needs_t, options):

@@ -54,8 +54,9 @@ def results(op, primals, tangents, shape=(5,), eps=1e-5):
 def own_calls(monkeypatch):
     """Counts the calls that are not left to PyTorch."""
     calls = []
-    original = _Dual.apply
-    monkeypatch.setattr(_Dual, "apply", lambda *a: calls.append(a) or original(*a))
+    original = _Dual.forward
+    counted = staticmethod(lambda *a: calls.append(a) or original(*a))
+    monkeypatch.setattr(_Dual, "forward", counted)
     return calls
 
 
