@@ -1,4 +1,4 @@
-"""Sample calls of the norm, activation, softmax and linear kernels, as launches: none is run."""
+"""Sample calls of the norm, activation, softmax and linear kernels, as launches not yet run."""
 
 # Operands come in tuples, whose lengths pyright does not know.
 # pyright: reportCallIssue=false
@@ -15,17 +15,22 @@ ROWS = 400  # tokens of a batch of two images
 WIDTHS = (384, 768, 1024, 3072, 4096)  # of ViT-S, B, L, the hidden layer of B, the widest
 
 
-def launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
-    """Every kernel with all its operands, for rows of ``width`` elements, by name."""
+def launches(
+    width: int, dtype: torch.dtype, count: int = ROWS, device: str = "cpu"
+) -> dict[str, Launch]:
+    """Every kernel with all its operands, for ``count`` rows of ``width`` elements, by name."""
+
+    def filled(*shape: int) -> torch.Tensor:  # sums over a row stay in float16's range
+        return torch.full(shape, 0.125, dtype=dtype, device=device)
 
     def rows() -> torch.Tensor:
-        return torch.empty(ROWS, width, dtype=dtype)
+        return filled(count, width)
 
     def line() -> torch.Tensor:
-        return torch.empty(width, dtype=dtype)
+        return filled(width)
 
     def statistic() -> torch.Tensor:
-        return torch.empty(ROWS)
+        return torch.ones(count, device=device)
 
     forward = [rows(), rows(), line(), line(), rows(), rows(), line(), line()]
     needs = (True, True, True)
@@ -46,10 +51,10 @@ def launches(width: int, dtype: torch.dtype) -> dict[str, Launch]:
         ),
         "linear": lambda: linear.plan_jvp(
             rows(),
-            torch.empty(width, width, dtype=dtype),
+            filled(width, width),
             line(),
             rows(),
-            torch.empty(width, width, dtype=dtype),
+            filled(width, width),
             line(),
         ),
     }

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.sanitize_kernels import launch_rows
 from tangent_ops import functional as ops
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.functional._backend import interpreting
@@ -257,3 +258,7 @@ def test_other_nestings_are_pytorchs(own_calls) -> None:
             mapped(torch.stack([t, t]))[1].double(), exact, rtol=1e-4, atol=1e-5
         )
     assert not own_calls
+
+
+def test_what_the_sanitizer_watches() -> None:
+    launch_rows(70, torch.float16, DEVICE)

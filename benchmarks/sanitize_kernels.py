@@ -1,7 +1,7 @@
-"""Launches every attention kernel once, on small tensors: what compute-sanitizer is run on.
+"""Launches every kernel once, on small tensors: what compute-sanitizer is run on.
 
-    compute-sanitizer --tool memcheck python3 benchmarks/sanitize_attention.py
-    compute-sanitizer --tool racecheck python3 benchmarks/sanitize_attention.py
+    compute-sanitizer --tool memcheck python3 benchmarks/sanitize_kernels.py
+    compute-sanitizer --tool racecheck python3 benchmarks/sanitize_kernels.py
 
 Lengths end inside a tile, so an access past the end would be one past an allocation.
 """
@@ -21,7 +21,10 @@ from tangent_kernels.attention import (
 )
 from torch import Tensor
 
+from benchmarks.row_samples import launches
+
 QUERIES, KEYS = 70, 53
+ROWS = 37
 
 
 def main() -> None:
@@ -33,6 +36,8 @@ def main() -> None:
         launch_all(dim, dtype, device, mask="none")
     for mask in ("additive", "boolean", "causal", "dropout"):
         launch_all(64, torch.float16, device, mask)
+    for dtype, width in itertools.product((torch.float16, torch.float32), (8, 70, 384)):
+        launch_rows(width, dtype, device)
     if device == "cuda":
         torch.cuda.synchronize()
     print("every kernel launched, every result finite")
@@ -66,6 +71,16 @@ def launch_all(dim: int, dtype: torch.dtype, device: str, mask: str) -> None:
         )
         for result in (output, output_t, *first, *second[0], *second[1]):
             assert result is None or result.isfinite().all()
+
+
+def launch_rows(width: int, dtype: torch.dtype, device: str) -> None:
+    """Norms, activations, softmax and linear, in both orders, with all their operands."""
+    for name, launch in launches(width, dtype, ROWS, device).items():
+        launch.run()
+        for argument in launch.arguments.values():
+            tensor = argument[0] if isinstance(argument, tuple) else argument
+            if isinstance(tensor, Tensor):
+                assert tensor.isfinite().all(), name
 
 
 if __name__ == "__main__":
