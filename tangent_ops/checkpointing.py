@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from tangent_ops._kept import keepers, nothing_kept
 from tangent_ops.errors import UnsupportedError
 
 _FLAGS = ("grad_checkpointing", "gradient_checkpointing")  # timm's, Hugging Face's
@@ -40,21 +41,35 @@ def take_flags(switches: Iterable[nn.Module]) -> bool:
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """What is repeated: elements of the innermost nn.Sequential, nn.ModuleList and nn.ModuleDict.
+    """What is repeated: the outermost elements of containers that are no stages.
 
-    An element is a block if it has submodules itself: a lone layer would keep as much as it saves.
+    Containers are nn.Sequential, nn.ModuleList and nn.ModuleDict. An element is a block if it has
+    submodules itself, as a lone layer would keep as much as it saves. It is a stage if somewhere
+    in it a container has several elements of one class, with submodules: blocks.
     """
     return list(_blocks(model))
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
-        below = list(_blocks(child))
-        yield from below
         element = isinstance(module, _CONTAINERS) and not isinstance(child, _CONTAINERS)
-        composed = any(True for _ in child.children())
-        if element and composed and not below:
+        if element and _is_composed(child) and not _is_stage(child):
             yield child
+        else:
+            yield from _blocks(child)
+
+
+def _is_stage(module: nn.Module) -> bool:
+    for container in module.modules():
+        if isinstance(container, _CONTAINERS):
+            kinds = [type(child) for child in container.children() if _is_composed(child)]
+            if len(kinds) > len(set(kinds)):
+                return True
+    return False
+
+
+def _is_composed(module: nn.Module) -> bool:
+    return any(True for _ in module.children())
 
 
 @contextlib.contextmanager
@@ -87,6 +102,7 @@ class _Checkpointed:
         self.block, self.model = block, model
         self.forward = block.forward  # the module's own, not yet replaced
         self.weights, self.tangents = weights, tangents
+        self.keepers = keepers(block)
 
     def __call__(self, *args, **kwargs) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
@@ -162,7 +178,8 @@ class _Again:
         within = _Within(self.checkpointed.model, self.checkpointed.forward)
         named = {f"model.{name}": weight for name, weight in weights.items()}
         device, dtype, enabled = self.autocast
-        with torch.autocast(device, dtype=dtype, enabled=enabled):
+        kept = nothing_kept(self.checkpointed.keepers)
+        with kept, torch.autocast(device, dtype=dtype, enabled=enabled):
             output = functional_call(within, named, args, kwargs)
         results = tree_flatten(output)[0]
         return [results[i] for i in self.moved]

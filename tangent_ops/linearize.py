@@ -185,10 +185,10 @@ class LinearizedModel(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory: blocks keep their inputs alone, and run again in backward.
 
-        A block is an element, with submodules, of the innermost nn.Sequential, nn.ModuleList or
-        nn.ModuleDict that has one: of ``model.blocks``, say. It is repeated as the anchor's
-        ordinary forward pass, so a step costs 6 forward passes of the anchor instead of 5, and
-        keeps what ordinary checkpointing keeps. It is on from the start if it was on in the
+        A block is an element of an nn.Sequential, nn.ModuleList or nn.ModuleDict, of
+        ``model.blocks``, say (:func:`tangent_ops.checkpointing.find_blocks`). It is repeated as the
+        anchor's ordinary forward pass, so a step costs 6 forward passes of the anchor instead of 5,
+        and keeps what ordinary checkpointing keeps. It is on from the start if it was on in the
         linearized model (timm's ``set_grad_checkpointing``), and may be switched on by the
         anchor's own. Compiled code and other transforms do without.
 

@@ -58,10 +58,12 @@ def test_what_is_repeated() -> None:
     model = vit()
     assert find_blocks(model) == list(model.blocks)
     model, _ = MODELS["swin"]()
-    assert find_blocks(model) == [b for stage in model.layers for b in stage.blocks]
+    assert find_blocks(model) == [model.layers[0], *model.layers[1].blocks]  # one block; two
     resnet, _ = MODELS["resnet"]()
     layers = (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)
     assert find_blocks(resnet) == [block for layer in layers for block in layer]
+    levit = family("levit_128s")  # whose attention has an nn.Sequential of its own
+    assert set(levit.get_submodule("stages.0.blocks").children()) <= set(find_blocks(levit))
     assert find_blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU())) == []
 
 
@@ -157,6 +159,21 @@ def test_compiled_code_does_without() -> None:
     tangent.set_grad_checkpointing()
     output = torch.compile(tangent, fullgraph=True, backend="aot_eager")(x)
     assert_near(torch.autograd.grad(output, list(tangent.deltas().values()), cotangent), grads)
+
+
+def test_a_repeat_neither_finds_nor_leaves_what_a_block_keeps() -> None:
+    options = {"embed_dim": (32,), "num_heads": (2,), "key_dim": 16, "depth": (2,)}
+    model, x = family("levit_128s", img_size=32, **options).double(), images(size=32).double()
+    tangent = moved(linearize(model))
+    cotangent = torch.randn(2, 5, generator=generator(4)).double()
+    leaves = list(tangent.deltas().values())
+    grads = torch.autograd.grad(tangent(x), leaves, cotangent)
+    tangent.set_grad_checkpointing()
+    output = tangent(x)
+    for _ in range(2):
+        again = torch.autograd.grad(output, leaves, cotangent, retain_graph=True)
+        assert_near(again, grads)
+    assert not any(getattr(m, "attention_bias_cache", None) for m in tangent.anchor.modules())
 
 
 def test_second_derivatives_are_refused() -> None:
