@@ -190,7 +190,9 @@ class LinearizedModel(nn.Module):
         anchor's ordinary forward pass, so a step costs 6 forward passes of the anchor instead of 5,
         and keeps what ordinary checkpointing keeps. It is on from the start if it was on in the
         linearized model (timm's ``set_grad_checkpointing``), and may be switched on by the
-        anchor's own. Compiled code and other transforms do without.
+        anchor's own. Compiled code and other transforms do without. A block has to get what depends
+        on deltas as arguments (in tuples, lists, dicts): what it finds elsewhere, in an attribute
+        that another module set, counts as a constant.
 
         Raises:
             UnsupportedError: the model has no blocks.
