@@ -14,20 +14,17 @@ compute it anew.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import secrets
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tangent_ops._files import content_sha256, dtype_name, write_atomically, write_safetensors
 from tangent_ops.errors import ArgumentError, DeltaError, DeltaFileError
 
 if TYPE_CHECKING:
@@ -36,12 +33,7 @@ if TYPE_CHECKING:
 FORMAT = "tangent-ops delta"
 FORMAT_VERSIONS = ("1", "2")  # 2: of low rank; a release that knows full deltas alone refuses it
 
-_DTYPE_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _EXTRA = "extra."  # prefix of DeltaMeta.extra's keys in a file's metadata
 
 
@@ -112,7 +104,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     Returns:
         SHA-256 in hexadecimal, 64 characters.
     """
-    return _content_sha256(state, metadata={})
+    return content_sha256(state, metadata={})
 
 
 def save_delta(
@@ -146,8 +138,8 @@ def save_delta(
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in delta.items()}
     metadata = _metadata(meta)
-    metadata["content_sha256"] = _content_sha256(tensors, metadata)
-    _write_atomically(path, lambda file: _write_safetensors(file, tensors, metadata))
+    metadata["content_sha256"] = content_sha256(tensors, metadata)
+    write_atomically(path, lambda file: write_safetensors(file, tensors, metadata))
 
 
 def load_delta(
@@ -191,7 +183,7 @@ def load_delta(
         ) from error
 
     expected = metadata.pop("content_sha256")
-    found = _content_sha256(delta, metadata)
+    found = content_sha256(delta, metadata)
     if found != expected:
         raise DeltaFileError(
             f"{path} was changed after it was written: content_sha256 is {_short(found)}, "
@@ -264,8 +256,8 @@ def check_values(delta: Mapping[str, Tensor], what: str) -> None:
     for name, value in delta.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise DeltaError(f"{what} maps {name!r} to a {type(value).__name__}, not to a tensor")
-        if value.dtype not in _DTYPE_CODES:
-            supported = ", ".join(map(_dtype_name, _DTYPE_CODES))
+        if value.dtype not in _DTYPES:
+            supported = ", ".join(map(dtype_name, _DTYPES))
             raise DeltaError(f"{what}: {name} is {value.dtype}; supported are {supported}")
     broken = [name for name, value in delta.items() if not value.isfinite().all()]
     if broken:
@@ -308,79 +300,6 @@ def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> 
         raise DeltaFileError(f"{path} lacks {_few(missing)} in its header")
     if not metadata.get("rank", "1").isdecimal():
         raise DeltaFileError(f"{path} has rank {metadata['rank']!r} in its header, not a number")
-
-
-def _content_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Hash names, dtypes, shapes, bytes and metadata as the module's docstring says."""
-    names = sorted(tensors)
-    head = {
-        "metadata": dict(metadata),
-        "tensors": [
-            [name, _dtype_name(tensors[name].dtype), list(tensors[name].shape)] for name in names
-        ],
-    }
-    digest = hashlib.sha256(_json(head).encode("ascii") + b"\n")
-    for name in names:
-        digest.update(_bytes_of(tensors[name]))
-    return digest.hexdigest()
-
-
-def _write_safetensors(
-    file: BinaryIO, tensors: Mapping[str, Tensor], metadata: dict[str, str]
-) -> None:
-    """Write the format of https://huggingface.co/docs/safetensors, byte for byte repeatable.
-
-    The library's own writer orders the metadata anew in each call.
-    """
-    # Wide elements first: every tensor is aligned, as the format asks.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, object] = {"__metadata__": metadata}
-    end = 0
-    for name in names:
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPE_CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    encoded = _json(header).encode("ascii")
-    encoded += b" " * (-len(encoded) % 8)
-    file.write(len(encoded).to_bytes(8, "little") + encoded)
-    for name in names:
-        file.write(_bytes_of(tensors[name]))
-
-
-def _write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name must survive a power cut as well
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)  # 0-d tensors have no uint8 view
-    return flat.view(torch.uint8).numpy().data
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _kind(rank: int | None) -> str:

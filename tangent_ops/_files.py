@@ -1,0 +1,118 @@
+"""Files of tensors: hashed, all or nothing, and the same bytes for the same content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+_DTYPE_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+}
+
+
+def content_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Hash names, dtypes, shapes, bytes and metadata, in hexadecimal.
+
+    `tangent_ops.delta` says what is hashed, byte for byte. The order of the entries, the device
+    and the strides do not matter.
+    """
+    names = sorted(tensors)
+    head = {
+        "metadata": dict(metadata),
+        "tensors": [
+            [name, dtype_name(tensors[name].dtype), list(tensors[name].shape)] for name in names
+        ],
+    }
+    digest = hashlib.sha256(to_json(head).encode("ascii") + b"\n")
+    for name in names:
+        digest.update(bytes_of(tensors[name]))
+    return digest.hexdigest()
+
+
+def write_safetensors(
+    file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write the format of https://huggingface.co/docs/safetensors, byte for byte repeatable.
+
+    The library's own writer orders the metadata anew in each call.
+
+    Args:
+        file: open for writing.
+        tensors: name -> float64, float32, float16, bfloat16 or int64 tensor, on any device.
+        metadata: strings for the header.
+    """
+    # Wide elements first: every tensor is aligned, as the format asks.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPE_CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    encoded = to_json(header).encode("ascii")
+    encoded += b" " * (-len(encoded) % 8)
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
+    for name in names:
+        file.write(bytes_of(tensors[name]))
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, sync it to disk and rename it to `path`.
+
+    Whatever `write` raises, and any OSError, comes through: what was at `path` is still there, and
+    the temporary file is not. A crash may leave the temporary file: ``.<16 hex digits>.tmp``.
+    """
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The tensor's bytes, C order, little-endian."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)  # 0-d tensors have no uint8 view
+    return flat.view(torch.uint8).numpy().data
+
+
+def to_json(value: object) -> str:
+    """One line of ASCII, the same for the same content."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` of ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
