@@ -9,6 +9,7 @@ from tangent_ops.fit import History, fit, fit_head
 from tangent_ops.forward_ad import fused_forward_ad
 from tangent_ops.functional import scaled_dot_product_attention
 from tangent_ops.gradient_basis import gradient_basis
+from tangent_ops.ledger import Ledger
 from tangent_ops.linearize import LinearizedModel, last_blocks, linearize
 from tangent_ops.nn import TangentAttention
 
@@ -17,6 +18,7 @@ __all__ = [
     "Delta",
     "DeltaMeta",
     "History",
+    "Ledger",
     "LinearizedModel",
     "TangentAttention",
     "accuracy",

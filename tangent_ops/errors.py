@@ -25,6 +25,14 @@ class DeltaFileError(DeltaError):
     """A delta file is truncated, was edited, or is no delta file at all."""
 
 
+class LedgerError(TangentOpsError, ValueError):
+    """A ledger refuses an operation, or its folder is damaged; nothing was changed."""
+
+
+class LedgerBusyError(LedgerError):
+    """Another process or thread kept the ledger locked; try again."""
+
+
 class NonFiniteLossError(TangentOpsError, ArithmeticError):
     """Training met a NaN or infinite loss."""
 

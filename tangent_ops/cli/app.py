@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from tangent_ops.cli.ledger import app as ledger
 from tangent_ops.cli.profile import profile
 from tangent_ops.cli.version import version
 
@@ -33,7 +34,8 @@ def _tangent_ops(
         ),
     ] = False,
 ) -> None:
-    pass  # a callback keeps `profile` a subcommand while it is the only one
+    pass  # its option is eager
 
 
 app.command()(profile)
+app.add_typer(ledger, name="ledger")

@@ -1,0 +1,154 @@
+"""``tangent-ops ledger``: the commands of a ledger."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from tangent_ops.ledger import Ledger
+
+app = typer.Typer(
+    help="Keep the deltas of many shards in a folder: their weighted mean is there at any time, "
+    "and any shard can be forgotten, exactly and for good.",
+    no_args_is_help=True,
+)
+
+Folder = Annotated[Path, typer.Argument(help="The ledger's folder.")]
+Shard = Annotated[str, typer.Argument(help="The shard's id: a name of your choice.")]
+
+
+@app.command()
+def add(
+    folder: Annotated[Path, typer.Argument(help="The ledger's folder; made if it is not there.")],
+    shard: Shard,
+    file: Annotated[Path, typer.Argument(help="The shard's delta, as save_delta writes it.")],
+    weight: Annotated[float, typer.Option(help="The shard's weight in the mean.")] = 1.0,
+    meta: Annotated[
+        list[str] | None,
+        typer.Option(help="key=value, to be shown by list; give it again for more."),
+    ] = None,
+) -> None:
+    """Add a shard's delta."""
+    from tangent_ops.errors import ArgumentError
+    from tangent_ops.ledger import Ledger
+
+    with _errors():
+        pairs = [pair.partition("=") for pair in meta or ()]
+        for pair, (key, equals, _) in zip(meta or (), pairs, strict=True):
+            if not key or not equals:
+                raise ArgumentError(f"--meta {pair}: expected key=value")
+        Ledger(folder).add(shard, file, weight, {key: value for key, _, value in pairs})
+    _say(f"added {shard}")
+
+
+@app.command()
+def forget(
+    folder: Folder,
+    shard: Shard,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Do without the shard's file: it is damaged or gone.")
+    ] = False,
+) -> None:
+    """Take a shard's delta out of the mean, and erase it; its id stays in the history."""
+    with _errors():
+        _open(folder).forget(shard, rebuild=rebuild)
+    _say(f"forgot {shard}")
+
+
+@app.command(name="list")
+def list_shards(
+    folder: Folder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    history: Annotated[
+        bool, typer.Option("--history", help="What was added and forgotten, and when, instead.")
+    ] = False,
+) -> None:
+    """Show the shards that are there."""
+    with _errors():
+        ledger = _open(folder)
+        rows = [asdict(row) for row in (ledger.history() if history else ledger.list())]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    columns = ("when", "what", "shard") if history else ("shard", "weight", "added", "meta")
+    table = Table(*columns)
+    for row in rows:
+        if not history:
+            row["weight"] = f"{row['weight']:g}"
+            row["meta"] = ", ".join(f"{key}={value}" for key, value in row["meta"].items())
+        table.add_row(*(escape(row[column]) for column in columns))
+    Console().print(table)
+
+
+@app.command()
+def verify(
+    folder: Folder,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="First write the sum anew, in place of a damaged one.")
+    ] = False,
+) -> None:
+    """Check every file, and add the deltas up anew."""
+    with _errors():
+        ledger = _open(folder)
+        if rebuild:
+            ledger.rebuild()
+    with _errors(code=1):
+        found = ledger.verify()
+    _say(f"{found.shards} shards in order: weight {found.weight:g}, {found.bytes / 1e6:.1f} MB")
+
+
+@app.command()
+def export(
+    folder: Folder,
+    file: Annotated[Path, typer.Argument(help="The delta file to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    """Write the weighted mean of the shards that are there to a delta file."""
+    from tangent_ops.delta import save_delta
+    from tangent_ops.errors import ArgumentError, LedgerError
+
+    with _errors():
+        composed = _open(folder).composed()
+        if composed.meta is None:
+            raise LedgerError(
+                f"{folder} has a shard of unknown anchor, and a delta file names its anchor: add "
+                "that shard from a delta file"
+            )
+        if file.exists() and not force:
+            raise ArgumentError(f"{file} exists: give another name, or --force to overwrite it")
+        save_delta(composed, file)
+    _say(f"wrote {file}")
+
+
+def _open(folder: Path) -> Ledger:
+    from tangent_ops.ledger import Ledger
+
+    return Ledger(folder, create=False)
+
+
+@contextmanager
+def _errors(code: int = 2) -> Iterator[None]:
+    """Print what the library refuses, and exit."""
+    from tangent_ops.errors import TangentOpsError
+
+    try:
+        yield
+    except (TangentOpsError, OSError) as error:
+        Console(stderr=True).print(
+            f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
+        raise typer.Exit(code) from error
+
+
+def _say(line: str) -> None:
+    Console().print(line, markup=False, highlight=False, soft_wrap=True)
