@@ -33,9 +33,21 @@ class LedgerBusyError(LedgerError):
     """Another process or thread kept the ledger locked; try again."""
 
 
+class CertificateError(TangentOpsError, ValueError):
+    """A certificate does not hold, or is for something else."""
+
+
+class ConvergenceError(TangentOpsError, ArithmeticError):
+    """An iteration ended before its tolerance was reached."""
+
+
 class NonFiniteLossError(TangentOpsError, ArithmeticError):
     """Training met a NaN or infinite loss."""
 
 
 class ZeroHeadWarning(UserWarning):
     """The anchor's classifier is all zeros, so no block below it has a derivative."""
+
+
+class NotConvergedWarning(UserWarning):
+    """An exact fit ended before its bound fell below the tolerance."""
