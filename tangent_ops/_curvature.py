@@ -79,9 +79,11 @@ def check_mean(loss: Loss, logits: Tensor, targets: Tensor) -> None:
     """Raise ArgumentError unless the loss is a mean of the samples' losses, tried on four."""
     logits, targets = logits[:4].detach(), targets[:4]
     with torch.no_grad():
-        each = [float(loss(logits[i : i + 1], targets[i : i + 1])) for i in range(len(logits))]
+        each = [
+            float(_scalar(loss(logits[i : i + 1], targets[i : i + 1]))) for i in range(len(logits))
+        ]
         # Twice the batch, since a sum and a mean of one sample are the same.
-        both = float(loss(torch.cat([logits, logits]), torch.cat([targets, targets])))
+        both = float(_scalar(loss(torch.cat([logits, logits]), torch.cat([targets, targets]))))
     mean = sum(each) / len(each)
     if not abs(both - mean) <= 1e-3 * max(abs(mean), max(map(abs, each))):
         raise ArgumentError(
@@ -93,11 +95,15 @@ def check_mean(loss: Loss, logits: Tensor, targets: Tensor) -> None:
 def _differentiated(loss: Loss, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
         point = logits.detach().requires_grad_()
-        value = loss(point, targets)
-        if not isinstance(value, Tensor) or value.ndim != 0:
-            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ArgumentError(f"loss must return a scalar tensor, got {got}")
+        value = _scalar(loss(point, targets))
         if not value.requires_grad:
             raise ArgumentError("loss does not depend on the logits")
         (gradient,) = torch.autograd.grad(value, point, create_graph=True)
     return value.detach(), gradient, point
+
+
+def _scalar(value: object) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ArgumentError(f"loss must return a scalar tensor, got {got}")
+    return value

@@ -1,7 +1,7 @@
 """What linearity buys, exactly: fits with a bound, lossless composition, removal, influence.
 
 With a quadratic loss, fine-tuning a tangent model is ridge regression with the features J(x): what
-is a heuristic elsewhere is a theorem here. Nothing forms J, unless it says so: each iteration is one
+is a heuristic elsewhere is a theorem here. Nothing forms J, unless it says so: an iteration is one
 jvp and one vjp over the data, in O(P) memory.
 """
 

@@ -1,4 +1,4 @@
-"""A bound on a delta's distance from the optimum of a stated problem, to be recomputed by anybody."""
+"""A bound on a delta's distance from the optimum of a stated problem, that can be recomputed."""
 
 from __future__ import annotations
 

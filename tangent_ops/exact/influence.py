@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tangent_ops._curvature import Loss
+from tangent_ops.errors import ArgumentError
 from tangent_ops.evaluate import Data
 from tangent_ops.exact._problem import Problem, check_l2
 from tangent_ops.exact.kernel import TangentKernel
@@ -58,6 +59,8 @@ class Influence:
         self._problem = Problem(
             tangent, data, l2, loss, batch_size=batch_size, cache=cache, progress=progress
         )
+        if self._problem.samples == 1:
+            raise ArgumentError("data has a single sample: nothing is left without it")
         self._kernel = TangentKernel(self._problem)
         self._values, self._vectors = torch.linalg.eigh(self._kernel.whitened)
 
@@ -111,7 +114,7 @@ class Influence:
         return -torch.einsum("mcie,ie->imc", moved, residual)
 
     def loss_change(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """(N, M): what leaving out each sample does to each input's own loss; positive: it helped."""
+        """(N, M): what leaving out each sample does to each input's loss; positive: it helped."""
         problem, kernel = self._problem, self._kernel
         anchored, _ = problem.jacobian.outputs(None, problem.entering(inputs))
         across = kernel.cross(problem.entering(inputs))

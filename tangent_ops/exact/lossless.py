@@ -1,4 +1,4 @@
-"""Composition that loses nothing: the fit on the union of shards, from products with each one's H."""
+"""Composition that loses nothing: the fit on the union of shards, from products with their H."""
 
 from __future__ import annotations
 
@@ -115,7 +115,11 @@ def compose_lossless(
     if len(curvatures) != len(deltas):
         raise ArgumentError(f"{len(curvatures)} curvatures for {len(deltas)} deltas")
     mean = compose(deltas)
-    layout = Layout.of_delta(mean)
+    first = curvatures[0]
+    if isinstance(first, ShardCurvature):
+        layout, precondition = first.problem.layout, first.preconditioner()
+    else:
+        layout, precondition = Layout.of_delta(mean), unpreconditioned
 
     def product_of(curvature: Curvature, number: int, vector: Tensor) -> Tensor:
         return layout.flat(curvature(layout.named(vector)), f"the product of shard {number}")
@@ -130,8 +134,6 @@ def compose_lossless(
     for number, (item, curvature) in enumerate(zip(deltas, curvatures, strict=True)):
         delta = item if isinstance(item, Mapping) else load_delta(item)
         right += product_of(curvature, number, layout.flat(delta))
-    first = curvatures[0]
-    precondition = first.preconditioner() if isinstance(first, ShardCurvature) else unpreconditioned
     x = layout.flat(mean)
     goal, iterations = tol * norm(right), 0
     residual = right - product(x)
@@ -153,5 +155,5 @@ def compose_lossless(
             f"the composition's residual is {norm(residual) / norm(right):.1e} after {iterations} "
             f"iterations, more than tol={tol:g}: raise max_iterations or tol, or compute in float64"
         )
-    tensors = {name: part.to(mean[name].dtype) for name, part in layout.named(x).items()}
-    return Delta(tensors, mean.meta)
+    found = layout.named(x)
+    return Delta({name: found[name].to(mean[name].dtype) for name in mean}, mean.meta)

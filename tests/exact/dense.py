@@ -1,0 +1,99 @@
+"""A small problem, written out: J by torch.func in float64, and ridge regression by solving."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from small_models import exact_vjp, images, oracle, vit
+from torch import Tensor, nn
+from torch.utils.data import Subset, TensorDataset
+
+from tangent_ops import LinearizedModel, linearize
+
+SAMPLES, CLASSES = 12, 5
+QUIET = {"progress": False, "batch_size": 5}
+
+
+@dataclass
+class Dense:
+    """A tangent model of a small ViT, data, and what they are as matrices.
+
+    Attributes:
+        tangent: of all parameters.
+        data: `SAMPLES` images with classes.
+        jacobian: (N, C, P).
+        anchor: (N, C), f(x; w0).
+        targets: (N, C): 15 for the class, else 0.
+    """
+
+    tangent: LinearizedModel
+    data: TensorDataset
+    jacobian: Tensor
+    anchor: Tensor
+    targets: Tensor
+
+    def optimum(self, l2: float, k: float = 1.0, keep: list[int] | None = None) -> Tensor:
+        """Of mean RescaledSquareLoss(k) + l2/2 ‖Δ‖² over some of the samples, (P,)."""
+        keep = list(range(SAMPLES)) if keep is None else keep
+        rows = self.jacobian[keep].flatten(0, 1)
+        weights = 2 / CLASSES * torch.where(self.targets[keep] > 0, k, 1.0).double().flatten()
+        # (HᵀWH + λ)⁻¹ HᵀW = Hᵀ (HHᵀ + λ W⁻¹)⁻¹: 60 unknowns instead of 2,801.
+        small = rows @ rows.T
+        small.diagonal().add_(len(keep) * l2 / weights)
+        return rows.T @ torch.linalg.solve(small, (self.targets - self.anchor)[keep].flatten())
+
+    def hessian(self, l2: float, keep: list[int] | None = None) -> Tensor:
+        """Of the sum over samples, penalty included, for k = 1: (P, P)."""
+        rows = self.jacobian if keep is None else self.jacobian[keep]
+        found = 2 / CLASSES * rows.flatten(0, 1).T @ rows.flatten(0, 1)
+        found.diagonal().add_(len(rows) * l2)
+        return found
+
+    def rows(self, inputs: Tensor) -> Tensor:
+        """J(x), (M, C, P)."""
+        return jacobian(self.tangent.anchor, list(self.tangent.deltas()), inputs)
+
+    def kept(self, *indices: int) -> Subset:
+        return Subset(self.data, indices)
+
+    def without(self, *indices: int) -> Subset:
+        return Subset(self.data, [i for i in range(SAMPLES) if i not in indices])
+
+    def set(self, flat: Tensor) -> None:
+        """Write a delta, (P,), into the model."""
+        parts = flat.split([delta.numel() for delta in self.tangent.deltas().values()])
+        with torch.no_grad():
+            for delta, part in zip(self.tangent.deltas().values(), parts, strict=True):
+                delta.copy_(part.view(delta.shape))
+
+    @property
+    def delta(self) -> Tensor:
+        return flat(self.tangent.deltas())
+
+
+def flat(delta: dict[str, Tensor]) -> Tensor:
+    return torch.cat([value.detach().flatten() for value in delta.values()])
+
+
+def jacobian(model: nn.Module, names: list[str], inputs: Tensor) -> Tensor:
+    eye = torch.eye(CLASSES, dtype=torch.float64)
+    return torch.stack(
+        [
+            torch.stack([flat(exact_vjp(model, names, row[None], one[None])) for row in eye])
+            for one in inputs
+        ]
+    )
+
+
+def make(**options) -> Dense:
+    """The problem in float64, from Δ = 0; options are `linearize`'s."""
+    model = vit(depth=1, embed_dim=12, num_heads=2).double().eval()
+    tangent = linearize(model, **options)
+    inputs = images(SAMPLES).double()
+    classes = torch.arange(SAMPLES) % CLASSES
+    targets = 15.0 * torch.nn.functional.one_hot(classes, CLASSES).double()
+    rows = jacobian(model, list(tangent.deltas()), inputs)
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    anchor = oracle(model)(inputs)(weights).detach()
+    return Dense(tangent, TensorDataset(inputs, classes), rows, anchor, targets)

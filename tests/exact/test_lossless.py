@@ -1,0 +1,105 @@
+"""Lossless composition against the fit on the union."""
+
+from __future__ import annotations
+
+import multiprocessing
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dense import QUIET, Dense, flat, make
+
+from tangent_ops import compose, save_delta
+from tangent_ops.delta import Delta
+from tangent_ops.errors import ArgumentError, ConvergenceError, DeltaError, UnsupportedError
+from tangent_ops.exact import ShardCurvature, compose_lossless, fit_exact
+
+L2 = 0.05
+PARTS = [[0, 1, 2], [3, 4, 5, 6, 7], [8, 9, 10, 11]]  # unequal, and of unequal classes
+
+
+@pytest.fixture(scope="module")
+def dense() -> Dense:
+    return make()
+
+
+@pytest.fixture(scope="module")
+def deltas(dense: Dense) -> list[Delta]:
+    found = []
+    for part in PARTS:
+        dense.set(torch.zeros_like(dense.delta))
+        fit_exact(dense.tangent, dense.kept(*part), L2, tol=1e-12, **QUIET)
+        found.append(dense.tangent.delta_dict())
+    return found
+
+
+@pytest.fixture(scope="module")
+def curvatures(dense: Dense) -> list[ShardCurvature]:
+    return [ShardCurvature(dense.tangent, dense.kept(*part), L2, **QUIET) for part in PARTS]
+
+
+def test_it_is_the_fit_on_the_union(dense: Dense, deltas, curvatures, tmp_path) -> None:
+    exact = dense.optimum(L2)
+    paths = []
+    for number, delta in enumerate(deltas):
+        paths.append(tmp_path / f"{number}.safetensors")
+        save_delta(delta, paths[-1])
+    found = compose_lossless(paths, curvatures, tol=1e-12, progress=False)
+    dense.tangent.load_delta_dict(found)  # a file has its own order of names
+    assert float((dense.delta - exact).norm()) <= 1e-9 * float(exact.norm())
+    assert found.meta == compose(deltas).meta
+    # The mean is not.
+    assert float((flat(compose(deltas)) - exact).norm()) > 0.1 * float(exact.norm())
+
+
+def test_products_are_with_the_shards_hessian(dense: Dense, curvatures) -> None:
+    direction = {n: torch.randn_like(d) for n, d in dense.tangent.deltas().items()}
+    for part, curvature in zip(PARTS, curvatures, strict=True):
+        expected = dense.hessian(L2, keep=part) @ flat(direction)
+        torch.testing.assert_close(flat(curvature(direction)), expected)
+        assert curvature.samples == len(part)
+
+
+def test_dropping_a_shard_is_composing_the_others(dense: Dense, deltas, curvatures) -> None:
+    found = compose_lossless(deltas[1:], curvatures[1:], tol=1e-12, progress=False)
+    exact = dense.optimum(L2, keep=PARTS[1] + PARTS[2])
+    assert float((flat(found) - exact).norm()) <= 1e-9 * float(exact.norm())
+
+
+def test_products_from_another_process(dense: Dense, deltas, curvatures) -> None:
+    """The last shard's data are only in a child; here there is a pipe."""
+    ours, theirs = multiprocessing.Pipe()
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=_serve, args=(theirs, curvatures[2]))
+    child.start()
+
+    def remote(direction):
+        ours.send({name: value.numpy() for name, value in direction.items()})
+        return {name: torch.from_numpy(value) for name, value in ours.recv().items()}
+
+    try:
+        found = compose_lossless(deltas, [*curvatures[:2], remote], tol=1e-10, progress=False)
+    finally:
+        ours.send(None)
+        child.join()
+    exact = dense.optimum(L2)
+    assert float((flat(found) - exact).norm()) <= 1e-7 * float(exact.norm())
+
+
+def _serve(pipe, curvature: ShardCurvature) -> None:
+    while (direction := pipe.recv()) is not None:
+        product = curvature({name: torch.from_numpy(value) for name, value in direction.items()})
+        pipe.send({name: value.numpy() for name, value in product.items()})
+
+
+def test_refusals(dense: Dense, deltas, curvatures) -> None:
+    with pytest.raises(ArgumentError, match="2 curvatures for 3 deltas"):
+        compose_lossless(deltas, curvatures[:2])
+    with pytest.raises(ArgumentError, match="tol must be"):
+        compose_lossless(deltas, curvatures, tol=0)
+    with pytest.raises(UnsupportedError, match="only if the loss is quadratic"):
+        ShardCurvature(dense.tangent, dense.data, L2, loss=F.cross_entropy, **QUIET)
+    with pytest.raises(ConvergenceError, match="after 1 iterations"):
+        compose_lossless(deltas, curvatures, tol=1e-9, max_iterations=1, progress=False)
+    with pytest.raises(DeltaError, match="the product of shard 1 does not fit"):
+        compose_lossless(deltas, [curvatures[0], lambda v: {"x": torch.ones(1)}, curvatures[2]])
