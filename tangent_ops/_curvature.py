@@ -92,6 +92,18 @@ def check_mean(loss: Loss, logits: Tensor, targets: Tensor) -> None:
         )
 
 
+def check_convex(loss: Loss, logits: Tensor, targets: Tensor) -> None:
+    """Raise ArgumentError if the loss curves down along a random direction of the logits."""
+    noise = torch.Generator().manual_seed(1)
+    step = torch.randn(logits.shape, generator=noise, dtype=torch.float64).to(logits)
+    product = loss_product(loss, logits, targets, step)
+    curvature = float((step * product).sum())
+    if curvature < -1e3 * torch.finfo(logits.dtype).eps * float((step * product).abs().sum()):
+        raise ArgumentError(
+            f"loss must be convex in the logits: its curvature is {curvature:.3g} along a direction"
+        )
+
+
 def _differentiated(loss: Loss, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
         point = logits.detach().requires_grad_()

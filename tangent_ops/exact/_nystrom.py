@@ -69,7 +69,7 @@ class Nystrom:
         image = image @ (vectors[:, kept] / values[kept].sqrt()).to(layout.dtype)
         # Of a tall matrix the small Gram matrix has the singular values' squares.
         values, vectors = torch.linalg.eigh((image.T @ image).double())
-        kept = values > values.max() * torch.finfo(layout.dtype).eps * rank
+        kept = values > values[-1:] * torch.finfo(layout.dtype).eps * rank
         values, vectors = values[kept], vectors[:, kept]
         self.basis = image @ (vectors / values.sqrt()).to(layout.dtype)
         self.values = (values - shift).clamp_min(0)

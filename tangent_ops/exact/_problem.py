@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from tangent_ops._curvature import (
     Loss,
+    check_convex,
     check_mean,
     is_quadratic,
     loss_gradient,
@@ -238,6 +239,7 @@ class Problem:
             )
         logits, _ = self.jacobian.outputs(None, inputs[:4])
         check_mean(self.loss, logits, targets[:4])
+        check_convex(self.loss, logits, targets[:4])
         return is_quadratic(self.loss, logits, targets[:4])
 
 

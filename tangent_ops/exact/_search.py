@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from tqdm import tqdm
@@ -28,7 +29,8 @@ class Search:
         start: flat.
         tol: ends where ‖∇F‖ / l2 <= tol (‖Δ‖ - ‖∇F‖ / l2).
         max_iterations: of conjugate gradients, in all.
-        precondition: an approximate inverse of the Hessian, up to a factor.
+        make_preconditioner: gives an approximate inverse of the Hessian, up to a factor; called
+            when the first step begins.
 
     Attributes:
         delta: where it is.
@@ -42,13 +44,13 @@ class Search:
         start: Tensor,
         tol: float,
         max_iterations: int,
-        precondition: Product,
+        make_preconditioner: Callable[[], Product],
     ) -> None:
         self.problem = problem
         self.delta = start.clone()
         self.tol = tol
         self.max_iterations = max_iterations
-        self.precondition = precondition
+        self._precondition = functools.cache(make_preconditioner)
         self.iterations = 0
         self.steps = 0
         self._solve: State | None = None  # of the step that is under way
@@ -105,7 +107,7 @@ class Search:
     def _step(self, right: Tensor, at: Sequence[Tensor] | None, bar: tqdm) -> Tensor:
         """Solve H step = right, exactly enough."""
         if self._solve is None:
-            self._solve = State.start(right, self.precondition)
+            self._solve = State.start(right, self._precondition())
             self.steps += 1
         solve = self._solve
         size = norm(right)
@@ -117,7 +119,7 @@ class Search:
             inexact = 0.0 if self.problem.quadratic else 0.1 * size
             if left <= max(self._goal(solve), inexact):
                 break
-            solve.advance(lambda v: self.problem.product(v, at), self.precondition)
+            solve.advance(lambda v: self.problem.product(v, at), self._precondition())
             self.iterations += 1
             bar.update()
             if self._every and self.iterations % self._every == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 import warnings
@@ -139,8 +140,8 @@ def fit_exact(
         start, rank = solve_dual(problem), 0
     else:
         rank = default_rank(problem) if rank is None else min(rank, problem.layout.size)
-    precondition = preconditioner(problem, rank)
-    search = Search(problem, start, tol, max_iterations, precondition)
+    make = functools.partial(preconditioner, problem, rank)
+    search = Search(problem, start, tol, max_iterations, make)
     if checkpoint is not None:
         file = Checkpoint(Path(checkpoint), identity(problem, start, rank))
         search.keep(file, checkpoint_every)
