@@ -104,7 +104,7 @@ def verify(
             ledger.rebuild()
     with _errors(code=1):
         found = ledger.verify()
-    _say(f"{found.shards} shards in order: weight {found.weight:g}, {found.bytes / 1e6:.1f} MB")
+    _say(f"shards in order: {found.shards}; weight {found.weight:g}; {found.bytes / 1e6:.1f} MB")
 
 
 @app.command()

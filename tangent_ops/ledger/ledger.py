@@ -21,7 +21,7 @@ from tangent_ops.ledger.records import Event, Records, Transaction
 from tangent_ops.ledger.rules import Rules
 from tangent_ops.ledger.running_sum import RunningSum
 from tangent_ops.ledger.shard_file import Label, Value
-from tangent_ops.ledger.verify import Verified, summed, verify, way_out
+from tangent_ops.ledger.verify import ANEW, Verified, summed, verify, way_out
 
 if TYPE_CHECKING:
     from tangent_ops.linearize import LinearizedModel
@@ -241,16 +241,12 @@ class Ledger:
             return isinstance(shard_id, str) and transaction.shard(shard_id) is not None
 
     def _create(self) -> None:
-        database = self._records.path
         if self.path.exists() and not self.path.is_dir():
             raise ArgumentError(f"{self.path} is a file: a ledger is a folder")
         new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         if new:
             sync_folder(self.path.parent)
-        # Looked for twice: another process may be making a ledger here right now.
-        if not database.exists() and any(self.path.iterdir()) and not database.exists():
-            raise LedgerError(f"{self.path} holds no ledger, but other files: give an empty folder")
         self._records.create()
         for folder in (self._folder.deltas, self._folder.sums):
             if not folder.is_dir():
@@ -288,7 +284,7 @@ class Ledger:
         try:
             return RunningSum.load(self._folder.sums, seal)
         except LedgerError as error:
-            raise LedgerError(f"{error}; rebuild() adds the shards up anew") from error
+            raise LedgerError(f"{error}; {ANEW}") from error
 
     def _rules(self, transaction: Transaction) -> Rules:
         seal = transaction.sum()

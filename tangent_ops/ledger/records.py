@@ -62,10 +62,17 @@ class Records:
         self.path = path
 
     def create(self) -> None:
-        """Make the tables, if there are none; refuse what is not a ledger's database."""
+        """Make the database, if there is none; refuse a folder of something else."""
+        # Looked for twice: another process may be making a ledger here right now.
+        if not self.path.exists() and self._has_company() and not self.path.exists():
+            raise LedgerError(
+                f"{self.path.parent} holds no ledger, but other files: give a new or empty folder"
+            )
         with self._connected("rwc") as connection:
             connection.execute("BEGIN IMMEDIATE")
             if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+                if self._has_company():  # or the first sweep would erase all deltas
+                    raise LedgerError(f"{self.path} lost its content: restore it from a copy")
                 for statement in _TABLES:
                     connection.execute(statement)
             connection.execute("COMMIT")
@@ -88,6 +95,11 @@ class Records:
                 f"{self.path} has format version {version}, this release reads {_VERSION}: "
                 "update tangent-ops"
             )
+
+    def _has_company(self) -> bool:
+        return any(
+            not entry.name.startswith(self.path.name) for entry in self.path.parent.iterdir()
+        )
 
     @contextmanager
     def reading(self) -> Iterator[Transaction]:
@@ -194,7 +206,7 @@ def _row(shard: str, file: str, sha256: str, added: str) -> Row:
 
 def _seal(file: str, sha256: str) -> Seal:
     # The name of a file to be erased some day: an edited one must not lead out of the folder.
-    if not _NAME.fullmatch(file):
+    if not isinstance(file, str) or not _NAME.fullmatch(file):
         raise LedgerError(f"the database names a file {file!r}: it was edited. Restore it")
     return Seal(file, sha256)
 
