@@ -83,11 +83,7 @@ class Ledger:
         self.path = Path(path).absolute()
         self._folder = Folder(self.path)
         self._records = Records(self.path / DATABASE)
-        if create:
-            self._create()
-        else:
-            self._records.check()
-        sweep(self._records, self._folder)
+        self._open(create)
         if rules is not None:
             self._fix(rules)
 
@@ -240,18 +236,22 @@ class Ledger:
         with self._records.reading() as transaction:
             return isinstance(shard_id, str) and transaction.shard(shard_id) is not None
 
-    def _create(self) -> None:
+    def _open(self, create: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ArgumentError(f"{self.path} is a file: a ledger is a folder")
-        new = not self.path.exists()
-        self.path.mkdir(parents=True, exist_ok=True)
-        if new:
-            sync_folder(self.path.parent)
-        self._records.create()
+        if create:
+            new = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            if new:
+                sync_folder(self.path.parent)
+            self._records.create()
+        else:
+            self._records.check()
         for folder in (self._folder.deltas, self._folder.sums):
-            if not folder.is_dir():
+            if not folder.is_dir():  # a new ledger, or one copied without its empty folders
                 folder.mkdir(exist_ok=True)
                 sync_folder(self.path)
+        sweep(self._records, self._folder)
 
     def _fix(self, rules: Rules) -> None:
         def fixed(known: Rules) -> Rules:

@@ -68,14 +68,8 @@ class Records:
             raise LedgerError(
                 f"{self.path.parent} holds no ledger, but other files: give a new or empty folder"
             )
-        with self._connected("rwc") as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-                if self._has_company():  # or the first sweep would erase all deltas
-                    raise LedgerError(f"{self.path} lost its content: restore it from a copy")
-                for statement in _TABLES:
-                    connection.execute(statement)
-            connection.execute("COMMIT")
+        if not self.path.exists() or self._owner() == (0, 0):
+            self._make_tables()
         self.check()
         with self._connected("rw") as connection, suppress(sqlite3.OperationalError):
             # Only who is alone may switch; until someone is, SQLite's other journal does as well.
@@ -85,16 +79,29 @@ class Records:
         """Raise LedgerError unless the file is a ledger's database that this release reads."""
         if not self.path.exists():
             raise LedgerError(f"{self.path.parent} holds no ledger: there is no {self.path.name}")
-        with self._connected("rw") as connection:
-            owner = connection.execute("PRAGMA application_id").fetchone()[0]
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if owner != _APPLICATION_ID:
+        application, version = self._owner()
+        if application != _APPLICATION_ID:
             raise LedgerError(f"{self.path} is no ledger's database: give another folder")
         if version != _VERSION:
             raise LedgerError(
                 f"{self.path} has format version {version}, this release reads {_VERSION}: "
                 "update tangent-ops"
             )
+
+    def _owner(self) -> tuple[int, int]:
+        with self._connected("rw") as connection:
+            application = connection.execute("PRAGMA application_id").fetchone()[0]
+            return application, connection.execute("PRAGMA user_version").fetchone()[0]
+
+    def _make_tables(self) -> None:
+        with self._connected("rwc") as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+                if self._has_company():  # or the first sweep would erase all deltas
+                    raise LedgerError(f"{self.path} lost its content: restore it from a copy")
+                for statement in _TABLES:
+                    connection.execute(statement)
+            connection.execute("COMMIT")
 
     def _has_company(self) -> bool:
         return any(

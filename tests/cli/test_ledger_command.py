@@ -46,6 +46,11 @@ def test_add_makes_the_ledger(folder: Path, file: Path) -> None:
     assert (entry.shard, entry.weight, entry.meta) == ("a", 2.5, {"who": "Ada", "x": "="})
 
 
+def test_add_makes_no_ledger_for_a_missing_file(folder: Path, tmp_path: Path) -> None:
+    assert run("add", folder, "a", tmp_path / "missing").exit_code == 2
+    assert not folder.exists()
+
+
 def test_forget(ledger: Ledger) -> None:
     result = run("forget", ledger.path, "a")
     assert (result.exit_code, result.stdout) == (0, "forgot a\n")

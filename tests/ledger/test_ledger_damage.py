@@ -240,3 +240,13 @@ def test_a_folder_that_cannot_be_written(ledger):
             ledger.forget("a")
     finally:
         ledger.path.chmod(0o700)
+
+
+def test_a_copy_without_its_empty_folders(tmp_path):
+    path = tmp_path / "ledger"
+    Ledger(path)
+    (path / "deltas").rmdir()
+    (path / "sums").rmdir()
+    ledger = Ledger(path, create=False)
+    ledger.add("a", some_delta(1))
+    assert ledger.verify().shards == 1
