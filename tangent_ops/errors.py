@@ -26,7 +26,10 @@ class DeltaFileError(DeltaError):
 
 
 class LedgerError(TangentOpsError, ValueError):
-    """A ledger refuses an operation, or its folder is damaged; nothing was changed."""
+    """A ledger refuses an operation, or its folder is damaged.
+
+    Nothing was changed, unless the message says so.
+    """
 
 
 class LedgerBusyError(LedgerError):

@@ -39,6 +39,7 @@ def add(
     ] = None,
 ) -> None:
     """Add a shard's delta."""
+    from tangent_ops.delta import load_delta
     from tangent_ops.errors import ArgumentError
     from tangent_ops.ledger import Ledger
 
@@ -47,7 +48,8 @@ def add(
         for pair, (key, equals, _) in zip(meta or (), pairs, strict=True):
             if not key or not equals:
                 raise ArgumentError(f"--meta {pair}: expected key=value")
-        Ledger(folder).add(shard, file, weight, {key: value for key, _, value in pairs})
+        delta = load_delta(file)  # before a ledger is made for nothing
+        Ledger(folder).add(shard, delta, weight, {key: value for key, _, value in pairs})
     _say(f"added {shard}")
 
 
@@ -104,7 +106,7 @@ def verify(
             ledger.rebuild()
     with _errors(code=1):
         found = ledger.verify()
-    _say(f"{found.shards} shards in order: weight {found.weight:g}, {found.bytes / 1e6:.1f} MB")
+    _say(f"shards in order: {found.shards}; weight {found.weight:g}; {found.bytes / 1e6:.1f} MB")
 
 
 @app.command()

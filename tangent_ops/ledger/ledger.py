@@ -21,7 +21,7 @@ from tangent_ops.ledger.records import Event, Records, Transaction
 from tangent_ops.ledger.rules import Rules
 from tangent_ops.ledger.running_sum import RunningSum
 from tangent_ops.ledger.shard_file import Label, Value
-from tangent_ops.ledger.verify import Verified, summed, verify, way_out
+from tangent_ops.ledger.verify import ANEW, Verified, summed, verify, way_out
 
 if TYPE_CHECKING:
     from tangent_ops.linearize import LinearizedModel
@@ -83,11 +83,7 @@ class Ledger:
         self.path = Path(path).absolute()
         self._folder = Folder(self.path)
         self._records = Records(self.path / DATABASE)
-        if create:
-            self._create()
-        else:
-            self._records.check()
-        sweep(self._records, self._folder)
+        self._open(create)
         if rules is not None:
             self._fix(rules)
 
@@ -240,22 +236,22 @@ class Ledger:
         with self._records.reading() as transaction:
             return isinstance(shard_id, str) and transaction.shard(shard_id) is not None
 
-    def _create(self) -> None:
-        database = self._records.path
+    def _open(self, create: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ArgumentError(f"{self.path} is a file: a ledger is a folder")
-        new = not self.path.exists()
-        self.path.mkdir(parents=True, exist_ok=True)
-        if new:
-            sync_folder(self.path.parent)
-        # Looked for twice: another process may be making a ledger here right now.
-        if not database.exists() and any(self.path.iterdir()) and not database.exists():
-            raise LedgerError(f"{self.path} holds no ledger, but other files: give an empty folder")
-        self._records.create()
+        if create:
+            new = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            if new:
+                sync_folder(self.path.parent)
+            self._records.create()
+        else:
+            self._records.check()
         for folder in (self._folder.deltas, self._folder.sums):
-            if not folder.is_dir():
+            if not folder.is_dir():  # a new ledger, or one copied without its empty folders
                 folder.mkdir(exist_ok=True)
                 sync_folder(self.path)
+        sweep(self._records, self._folder)
 
     def _fix(self, rules: Rules) -> None:
         def fixed(known: Rules) -> Rules:
@@ -288,7 +284,7 @@ class Ledger:
         try:
             return RunningSum.load(self._folder.sums, seal)
         except LedgerError as error:
-            raise LedgerError(f"{error}; rebuild() adds the shards up anew") from error
+            raise LedgerError(f"{error}; {ANEW}") from error
 
     def _rules(self, transaction: Transaction) -> Rules:
         seal = transaction.sum()

@@ -62,13 +62,14 @@ class Records:
         self.path = path
 
     def create(self) -> None:
-        """Make the tables, if there are none; refuse what is not a ledger's database."""
-        with self._connected("rwc") as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-                for statement in _TABLES:
-                    connection.execute(statement)
-            connection.execute("COMMIT")
+        """Make the database, if there is none; refuse a folder of something else."""
+        # Looked for twice: another process may be making a ledger here right now.
+        if not self.path.exists() and self._has_company() and not self.path.exists():
+            raise LedgerError(
+                f"{self.path.parent} holds no ledger, but other files: give a new or empty folder"
+            )
+        if not self.path.exists() or self._owner() == (0, 0):
+            self._make_tables()
         self.check()
         with self._connected("rw") as connection, suppress(sqlite3.OperationalError):
             # Only who is alone may switch; until someone is, SQLite's other journal does as well.
@@ -78,16 +79,34 @@ class Records:
         """Raise LedgerError unless the file is a ledger's database that this release reads."""
         if not self.path.exists():
             raise LedgerError(f"{self.path.parent} holds no ledger: there is no {self.path.name}")
-        with self._connected("rw") as connection:
-            owner = connection.execute("PRAGMA application_id").fetchone()[0]
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if owner != _APPLICATION_ID:
+        application, version = self._owner()
+        if application != _APPLICATION_ID:
             raise LedgerError(f"{self.path} is no ledger's database: give another folder")
         if version != _VERSION:
             raise LedgerError(
                 f"{self.path} has format version {version}, this release reads {_VERSION}: "
                 "update tangent-ops"
             )
+
+    def _owner(self) -> tuple[int, int]:
+        with self._connected("rw") as connection:
+            application = connection.execute("PRAGMA application_id").fetchone()[0]
+            return application, connection.execute("PRAGMA user_version").fetchone()[0]
+
+    def _make_tables(self) -> None:
+        with self._connected("rwc") as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+                if self._has_company():  # or the first sweep would erase all deltas
+                    raise LedgerError(f"{self.path} lost its content: restore it from a copy")
+                for statement in _TABLES:
+                    connection.execute(statement)
+            connection.execute("COMMIT")
+
+    def _has_company(self) -> bool:
+        return any(
+            not entry.name.startswith(self.path.name) for entry in self.path.parent.iterdir()
+        )
 
     @contextmanager
     def reading(self) -> Iterator[Transaction]:
@@ -194,7 +213,7 @@ def _row(shard: str, file: str, sha256: str, added: str) -> Row:
 
 def _seal(file: str, sha256: str) -> Seal:
     # The name of a file to be erased some day: an edited one must not lead out of the folder.
-    if not _NAME.fullmatch(file):
+    if not isinstance(file, str) or not _NAME.fullmatch(file):
         raise LedgerError(f"the database names a file {file!r}: it was edited. Restore it")
     return Seal(file, sha256)
 

@@ -14,6 +14,8 @@ from tangent_ops.ledger.records import Row, Transaction
 from tangent_ops.ledger.rules import Rules
 from tangent_ops.ledger.running_sum import RunningSum
 
+ANEW = "rebuild(), or ledger verify --rebuild in a shell, adds the shards up anew"
+
 
 @dataclass(frozen=True)
 class Verified:
@@ -52,7 +54,7 @@ def verify(transaction: Transaction, folder: Folder, progress: bool) -> Verified
             if differences:
                 raise LedgerError(f"the sum is not that of the shards: {', '.join(differences)}")
         except LedgerError as error:
-            problems.append(f"{error}; rebuild() adds the shards up anew")
+            problems.append(f"{error}; {ANEW}")
 
     ours, others = folder.unnamed(transaction)
     problems += [
@@ -82,7 +84,7 @@ def summed(rows: Iterable[Row], folder: Folder, rules: Rules, progress: bool) ->
 
 def way_out(shard: str) -> str:
     """What to do about a shard whose file is broken."""
-    return f"restore the file from a copy, or forget({shard!r}, rebuild=True)"
+    return f"restore the file from a copy, or forget({shard!r}, rebuild=True), --rebuild in a shell"
 
 
 def _add(total: RunningSum, folder: Folder, row: Row) -> None:

@@ -1,0 +1,165 @@
+"""`tangent-ops ledger`, as it is typed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from tangent_ops import Delta, DeltaMeta, Ledger, load_delta, save_delta
+from tangent_ops.cli.app import app
+
+META = DeltaMeta("a" * 64, "tiny", "head", loss="square")
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, ["ledger", *map(str, words)])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "ledger"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    save_delta({"w": torch.tensor([1.0, 2.0])}, tmp_path / "delta", meta=META)
+    return tmp_path / "delta"
+
+
+@pytest.fixture
+def ledger(folder: Path, file: Path) -> Ledger:
+    ledger = Ledger(folder)
+    ledger.add("a", file, meta={"who": "[Ada]", "n": 1})
+    ledger.add("b", Delta({"w": torch.tensor([3.0, 0.0])}, META), weight=3)
+    return ledger
+
+
+def test_add_makes_the_ledger(folder: Path, file: Path) -> None:
+    result = run("add", folder, "a", file, "--weight", "2.5", "--meta", "who=Ada", "--meta", "x==")
+    assert (result.exit_code, result.stdout) == (0, "added a\n")
+    (entry,) = Ledger(folder, create=False).list()
+    assert (entry.shard, entry.weight, entry.meta) == ("a", 2.5, {"who": "Ada", "x": "="})
+
+
+def test_add_makes_no_ledger_for_a_missing_file(folder: Path, tmp_path: Path) -> None:
+    assert run("add", folder, "a", tmp_path / "missing").exit_code == 2
+    assert not folder.exists()
+
+
+def test_forget(ledger: Ledger) -> None:
+    result = run("forget", ledger.path, "a")
+    assert (result.exit_code, result.stdout) == (0, "forgot a\n")
+    assert "a" not in ledger
+
+
+def test_forget_without_the_file(ledger: Ledger) -> None:
+    for path in (ledger.path / "deltas").iterdir():
+        if b"Ada" in path.read_bytes():
+            path.unlink()
+    result = run("forget", ledger.path, "a")
+    assert result.exit_code == 2
+    assert "is missing" in result.stderr and "--rebuild" in result.stderr
+    assert run("forget", ledger.path, "a", "--rebuild").exit_code == 0
+    assert ledger.verify().shards == 1
+
+
+def test_list_shows_a_table(ledger: Ledger) -> None:
+    result = CliRunner().invoke(app, ["ledger", "list", str(ledger.path)], env={"COLUMNS": "120"})
+    assert result.exit_code == 0
+    assert re.search(r"a +│ 1 +│ \S+ +│ n=1, who=\[Ada\]", result.stdout)
+    assert re.search(r"b +│ 3 ", result.stdout)
+
+
+def test_list_as_json(ledger: Ledger) -> None:
+    found = json.loads(run("list", ledger.path, "--json").stdout)
+    assert [(one["shard"], one["weight"]) for one in found] == [("a", 1), ("b", 3)]
+    assert found[0]["meta"] == {"who": "[Ada]", "n": 1}
+
+
+def test_history(ledger: Ledger) -> None:
+    ledger.forget("a")
+    found = json.loads(run("list", ledger.path, "--history", "--json").stdout)
+    assert [(one["what"], one["shard"]) for one in found] == [
+        ("added", "a"), ("added", "b"), ("forgotten", "a"),
+    ]  # fmt: skip
+    assert "forgotten" in run("list", ledger.path, "--history").stdout
+
+
+def test_verify(ledger: Ledger) -> None:
+    result = run("verify", ledger.path)
+    assert (result.exit_code, result.stdout) == (0, "shards in order: 2; weight 4; 0.0 MB\n")
+
+
+def test_a_failed_verification_exits_with_1(ledger: Ledger) -> None:
+    (path,) = (ledger.path / "sums").iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    result = run("verify", ledger.path)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ") and "ledger verify --rebuild" in result.stderr
+    assert run("verify", ledger.path, "--rebuild").exit_code == 0
+    assert run("verify", ledger.path).exit_code == 0
+
+
+def test_export(ledger: Ledger, tmp_path: Path) -> None:
+    out = tmp_path / "mean"
+    result = run("export", ledger.path, out)
+    assert (result.exit_code, result.stdout) == (0, f"wrote {out}\n")
+    mean = load_delta(out)
+    assert mean["w"].tolist() == [2.5, 0.5] and mean.meta == META
+
+    out.write_text("precious")
+    result = run("export", ledger.path, out)
+    assert result.exit_code == 2 and "--force" in result.stderr
+    assert out.read_text() == "precious"
+    assert run("export", ledger.path, out, "--force").exit_code == 0
+    assert load_delta(out).meta == META
+
+
+def test_an_unknown_anchor_cannot_be_exported(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.add("plain", {"w": torch.ones(2)})
+    result = run("export", ledger.path, tmp_path / "mean")
+    assert result.exit_code == 2 and "unknown anchor" in result.stderr
+    assert not (tmp_path / "mean").exists()
+
+
+# Words after the folder, and the message: a pattern.
+REFUSED = {
+    "add a {file}": "shard 'a' is in the ledger already",
+    "add c {file} --weight 0": "weight must be finite and positive",
+    "add c {file} --meta who": "--meta who: expected key=value",
+    "add c {file}.missing": ".*No such file",
+    "add c {folder}/ledger.sqlite": ".*no safetensors file",
+    "forget c": "shard 'c' is not in the ledger",
+}
+
+
+@pytest.mark.parametrize(("words", "message"), REFUSED.items(), ids=REFUSED)
+def test_bad_input_is_refused(words: str, message: str, ledger: Ledger, file: Path) -> None:
+    command, *rest = (word.format(file=file, folder=ledger.path) for word in words.split())
+    result = run(command, ledger.path, *rest)
+    assert result.exit_code == 2, result.output
+    assert re.match(f"error: {message}", result.stderr)
+    assert result.stderr.count("\n") == 1
+    assert [entry.shard for entry in ledger.list()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("command", ["forget", "list", "verify", "export"])
+def test_only_add_makes_a_ledger(command: str, tmp_path: Path) -> None:
+    words = {"forget": ["a"], "export": [str(tmp_path / "mean")]}.get(command, [])
+    for folder in (tmp_path / "missing", tmp_path):
+        result = run(command, folder, *words)
+        assert result.exit_code == 2
+        assert "holds no ledger" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_the_commands() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    for command in ("add", "forget", "list", "verify", "export"):
+        assert command in result.stdout

@@ -1,0 +1,110 @@
+"""Deltas, and what a ledger must make of them, worked out without it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+
+from tangent_ops import Delta, DeltaMeta, Ledger
+
+META = DeltaMeta("a" * 64, "tiny", "head", loss="square")
+SHAPES = {"head.weight": (3, 4), "head.bias": (3,), "scale": ()}
+DTYPES = {"head.weight": torch.float32, "head.bias": torch.float64, "scale": torch.bfloat16}
+
+
+def some_delta(seed: int, meta: DeltaMeta | None = META) -> Delta:
+    """Values of many magnitudes, some of them zero or far below the resolution."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {}
+    for name, shape in SHAPES.items():
+        exponents = torch.randint(-44, 8, shape, generator=generator).double()
+        values[name] = (torch.randn(shape, generator=generator) * exponents.exp2()).to(DTYPES[name])
+    return Delta(values, meta and replace(meta, shard=str(seed)))
+
+
+def assert_same(found: Delta, expected: Delta) -> None:
+    assert found.keys() == expected.keys()
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value)
+        assert torch.equal(found[name].signbit(), value.signbit())
+    assert found.meta == expected.meta
+
+
+def oracle(shards: Iterable[tuple[Delta, float]]) -> dict[str, torch.Tensor]:
+    """The weighted mean in Python's integers and fractions, rounded where the docs say."""
+    shards = list(shards)
+    total = float(sum(Fraction(weight) for _, weight in shards))
+    mean = {}
+    for name in sorted(SHAPES):
+        flat = [delta[name].double().reshape(-1).tolist() for delta, _ in shards]
+        values = []
+        for column in zip(*flat, strict=True):
+            terms = (
+                round(Fraction(value * weight) * 2**40)
+                for value, (_, weight) in zip(column, shards, strict=True)
+            )
+            values.append(float(sum(terms)) / 2**40 / total)
+        exact = torch.tensor(values, dtype=torch.float64).reshape(SHAPES[name])
+        mean[name] = exact.to(DTYPES[name])
+    return mean
+
+
+def assert_is(found: Delta, shards: Iterable[tuple[Delta, float]]) -> None:
+    expected = oracle(shards)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def tree(path: Path) -> dict[str, str]:
+    """Every file of a folder, by its content."""
+    return {
+        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
+
+
+def assert_tidy(ledger: Ledger) -> None:
+    """One file for each shard and one sum; no log of SQLite's is left either."""
+    assert sorted(os.listdir(ledger.path)) == ["deltas", "ledger.sqlite", "sums"]
+    assert len(os.listdir(ledger.path / "deltas")) == len(ledger)
+    assert len(os.listdir(ledger.path / "sums")) <= 1
+
+
+def fork(work: Callable[[], object]) -> int:
+    """A child that does `work` and exits with 0, or with 1 and a traceback; its process id."""
+    with warnings.catch_warnings():
+        # Python 3.12 and later warn of threads; ours wait for work that the child does not give.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        work()
+        code = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def ended(child: int) -> int:
+    """Wait for a child: its exit code, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_oneself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,110 @@
+"""What a thousand shards cost: no more memory, and no more of anything per shard."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from ledger_helpers import assert_tidy, oracle, some_delta
+
+from tangent_ops import Ledger
+
+ROOT = Path(__file__).resolve().parents[2]
+
+GROWTH = """
+import re, sys
+from pathlib import Path
+import torch
+from tangent_ops import Ledger
+
+
+def status(name):
+    return 1024 * int(re.search(rf"{name}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+torch.set_num_threads(1)
+ledger = Ledger(sys.argv[1])
+count, size = int(sys.argv[2]), 50_000
+Path("/proc/self/clear_refs").write_text("5")  # the peak of the imports does not count
+before = status("VmRSS")
+for number in range(count):
+    ledger.add(str(number), {"w": torch.full((size,), float(number))})
+for number in range(0, count, 2):
+    ledger.forget(str(number))
+assert ledger.verify(progress=False).shards == len(ledger.list()) == count // 2
+assert ledger.composed()["w"][0] == sum(range(1, count, 2)) / (count // 2)
+print(status("VmHWM") - before)
+"""
+
+
+def growth(path, count):
+    """Peak memory of a process beyond what it has before its first shard, in bytes."""
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH, str(path), str(count)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux resets the peak")
+def test_a_thousand_shards_take_no_more_memory_than_ten(tmp_path):
+    few, many = growth(tmp_path / "few", 10), growth(tmp_path / "many", 1000)
+    shard = 4 * 50_000
+    print(f"\npeak growth: {few / 1e6:.1f} MB with 10 shards, {many / 1e6:.1f} MB with 1,000")
+    assert many - few < 40 * shard  # if they were kept, 990 or more
+
+
+class Reads:
+    """Bytes that this process read and wrote, by Linux's count."""
+
+    def __enter__(self):
+        self._before = self._now()
+        return self
+
+    def __exit__(self, *error):
+        self.bytes = self._now() - self._before
+
+    @staticmethod
+    def _now():
+        lines = Path("/proc/self/io").read_text().splitlines()
+        counts = dict(line.split(": ") for line in lines)
+        return int(counts["rchar"]) + int(counts["wchar"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux counts the bytes")
+def test_adding_and_forgetting_cost_one_delta_however_many_there_are(tmp_path):
+    ledger = Ledger(tmp_path / "ledger")
+    costs: dict[int, Counter[str]] = {}
+    times: dict[int, list[float]] = {}
+    for number in range(1000):
+        began = time.perf_counter()
+        with Reads() as added:
+            ledger.add(f"{number:04}", some_delta(number))
+        times.setdefault(number // 100, []).append(time.perf_counter() - began)
+        if number in (50, 999):
+            with Reads() as forgotten:
+                ledger.forget(f"{number:04}")
+            ledger.add(f"{number:04}", some_delta(number))
+            costs[number] = Counter(add=added.bytes, forget=forgotten.bytes)
+    print(f"\nbytes: {costs[50]} among 50 shards, {costs[999]} among 1,000")
+    first, last = (statistics.median(times[part]) for part in (0, 9))
+    print(f"seconds per add: {first:.4f} among 100 shards, {last:.4f} among 1,000")
+    for name in ("add", "forget"):
+        # A delta is small here; with a kilobyte per shard it would be a million more.
+        assert abs(costs[999][name] - costs[50][name]) < 100_000
+    assert last < 10 * first  # other work on the machine has its part in it
+
+    expected = oracle((some_delta(number), 1) for number in range(1000))
+    assert all(torch.equal(ledger.composed()[name], value) for name, value in expected.items())
+    assert ledger.verify().shards == len(ledger.list()) == 1000
+    assert_tidy(ledger)

@@ -1,0 +1,104 @@
+"""Random sequences of operations, against a dict and against a ledger of the survivors alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ledger_helpers import META, assert_is, assert_same, assert_tidy, oracle, some_delta
+
+from tangent_ops import Delta, Ledger
+from tangent_ops.errors import LedgerError
+
+WEIGHTS = st.sampled_from([1, 0.5, 3, 0.1, 1 / 3, 17.25, 1e-3])
+METAS = st.sampled_from(
+    [
+        META,
+        dataclasses.replace(META, loss="cross entropy", extra={"note": "other"}),
+        dataclasses.replace(META, model="also tiny", loss=None),
+        None,
+    ]
+)
+# Few ids, so that many come twice: present, they are forgotten, by their file or without it.
+STEPS = st.tuples(
+    st.integers(0, 5), st.integers(0, 10**6), WEIGHTS, METAS, st.sampled_from([False, False, True])
+)
+
+
+@contextmanager
+def fresh() -> Iterator[Ledger]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Ledger(Path(folder) / "ledger")
+
+
+@given(steps=st.lists(STEPS, min_size=1, max_size=12), order=st.randoms(use_true_random=False))
+@settings(max_examples=150, deadline=None)
+def test_what_was_forgotten_was_never_there(steps, order):
+    present: dict[str, tuple[Delta, float]] = {}
+    with fresh() as ledger:
+        for number, seed, weight, meta, rebuild in steps:
+            shard = f"shard {number}"
+            if shard in present:
+                ledger.forget(shard, rebuild=rebuild)
+                del present[shard]
+            else:
+                present[shard] = some_delta(seed, meta), weight
+                ledger.add(shard, *present[shard], meta={"seed": seed})
+        assert {entry.shard: entry.weight for entry in ledger.list()} == {
+            shard: weight for shard, (_, weight) in present.items()
+        }
+        assert len(ledger) == len(present)
+        assert ledger.verify().weight == float(sum(Fraction(w) for _, w in present.values()))
+        assert_tidy(ledger)
+        if not present:
+            with pytest.raises(LedgerError, match="nothing to compose"):
+                ledger.composed()
+            return
+        with fresh() as survivors:
+            for shard in order.sample(sorted(present), len(present)):
+                survivors.add(shard, *present[shard])
+            assert_same(ledger.composed(), survivors.composed())
+        assert_is(ledger.composed(), present.values())
+
+
+@given(seeds=st.lists(st.integers(0, 10**6), min_size=1, max_size=8), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_the_mean_is_as_close_to_the_exact_one_as_promised(seeds, data):
+    shards = [(some_delta(seed), data.draw(WEIGHTS)) for seed in seeds]
+    total = sum(Fraction(weight) for _, weight in shards)
+    found = oracle(shards)["head.bias"].tolist()  # which the test above holds composed() to
+    for index, value in enumerate(found):
+        exact = sum(Fraction(w) * Fraction(d["head.bias"][index].item()) for d, w in shards) / total
+        products = sum(abs(w * d["head.bias"][index].item()) for d, w in shards)
+        # Half a step for each shard; float64 rounds products, the sum, and the quotient twice.
+        bound = len(shards) / total / 2**41 + Fraction(5 * products) / total / 2**53
+        assert abs(Fraction(value) - exact) <= bound
+
+
+@given(dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_one_delta_comes_back_bit_for_bit_from_the_documented_size_on(dtype, data):
+    smallest = {torch.float32: 2.0**-17, torch.bfloat16: 2.0**-33, torch.float16: 2.0**-24}[dtype]
+    large = {torch.float32: 2.0**22, torch.bfloat16: 2.0**22, torch.float16: 65504.0}[dtype]
+    values = data.draw(st.lists(st.floats(smallest, large), min_size=1, max_size=20))
+    delta = torch.tensor([*values, -values[0], smallest], dtype=torch.float64).to(dtype)
+    with fresh() as ledger:
+        ledger.add("one", {"w": delta})
+        assert torch.equal(ledger.composed()["w"], delta)
+
+
+def test_smaller_values_are_rounded_to_the_documented_step():
+    step = 2.0**-40
+    values = torch.tensor([1.0, 0.4, 0.5, 0.6, 1.5, 2.5, -0.5, -0.6, 1000.4]) * step
+    with fresh() as ledger:
+        ledger.add("one", {"w": values})
+        expected = torch.tensor([1.0, 0, 0, 1, 2, 2, 0, -1, 1000]) * step
+        assert torch.equal(ledger.composed()["w"], expected)
