@@ -37,7 +37,9 @@ KINDS = {
     "tangent": Kind("D", "#0072B2", "The same parameters, of the model's linear expansion."),
     "shard": Kind("|", "#0072B2", "The same, trained on one shard only."),
     "composed": Kind("P", "#0072B2", "The mean of the shards' deltas, read from their files."),
-    "forgotten": Kind("X", "#CC79A7", "The mean of the other shards' deltas."),
+    "forgotten": Kind("X", "#CC79A7", "What is left without a shard."),
+    "exact": Kind("^", "#009E73", "The optimum of a quadratic loss with a penalty."),
+    "lossless": Kind("*", "#009E73", "Shards' optima, joined by their curvatures."),
 }
 
 
@@ -81,6 +83,8 @@ class Results:
         private: Number of images in each shard.
         scored: Number of images that accuracy and loss are measured on.
         rows: The models.
+        exact: The models of the exact part.
+        influence: The training images that helped and harmed a prediction most.
         facts: What linearity promises, as measured.
         own_loss: Change of the loss on each shard's own training images when it is forgotten.
         other_loss: The same on the scored images, which are in no shard.
@@ -96,6 +100,8 @@ class Results:
     private: int
     scored: int
     rows: list[Row] = field(default_factory=list)
+    exact: list[Row] = field(default_factory=list)
+    influence: Figure | None = None
     facts: list[str] = field(default_factory=list)
     own_loss: list[float] = field(default_factory=list)
     other_loss: list[float] = field(default_factory=list)
@@ -106,6 +112,10 @@ class Results:
     def add(self, kind: str, name: str, images: int, accuracy: float, seconds: float) -> None:
         """Append a row; `kind` is a key of `KINDS`."""
         self.rows.append(Row(name, KINDS[kind], images, accuracy, seconds))
+
+    def add_exact(self, kind: str, name: str, images: int, accuracy: float, seconds: float) -> None:
+        """Append a row of the exact part."""
+        self.exact.append(Row(name, KINDS[kind], images, accuracy, seconds))
 
     def accuracy_of(self, kind: str) -> float:
         """Of the first row of that kind, 0 to 1."""
@@ -135,8 +145,10 @@ def print_table(results: Results, console: Console) -> None:
     table.add_column("training images", justify="right")
     table.add_column("accuracy", justify="right")
     table.add_column("seconds", justify="right")
-    for previous, row in zip([None, *results.rows], results.rows, strict=False):
-        if previous and row.kind is not previous.kind and row.kind in apart:
+    rows = [*results.rows, *results.exact]
+    for previous, row in zip([None, *rows], rows, strict=False):
+        first_exact = bool(results.exact) and row is results.exact[0]
+        if previous and row.kind is not previous.kind and (row.kind in apart or first_exact):
             table.add_section()
         style = "bold" if row.kind in apart[1:] else ""
         cells = (f"{row.images:,}", f"{100 * row.accuracy:.1f} %", f"{row.seconds:.1f}")
@@ -160,6 +172,7 @@ def write_report(results: Results) -> list[Path]:
     page = templates.get_template("report.html.j2").render(
         results=results,
         chart=base64.b64encode(chart).decode(),
+        influence=results.influence and base64.b64encode(png(results.influence)).decode(),
         samples=[
             (sample, base64.b64encode(png(thumbnail(sample))).decode())
             for sample in results.samples
@@ -170,12 +183,14 @@ def write_report(results: Results) -> list[Path]:
     paths[0].write_bytes(chart)
     paths[1].write_text(page, encoding="utf-8")
     paths[2].write_text(numbers, encoding="utf-8")
+    if results.influence is not None:
+        paths.append(out / "influence.png")
+        paths[-1].write_bytes(png(results.influence))
     return paths
 
 
 def as_json(results: Results) -> dict[str, object]:
     """The numbers of a run, and what they depend on; accuracies from 0 to 1, times in seconds."""
-    kinds = {id(kind): name for name, kind in KINDS.items()}
     return {
         "model": results.model,
         "setting": results.setting,
@@ -183,16 +198,19 @@ def as_json(results: Results) -> dict[str, object]:
         "torch": torch.__version__,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "seconds": results.seconds,
-        "rows": [
-            {
-                "kind": kinds[id(row.kind)],
-                "name": row.name,
-                "images": row.images,
-                "accuracy": row.accuracy,
-                "seconds": row.seconds,
-            }
-            for row in results.rows
-        ],
+        "rows": [_numbers(row) for row in results.rows],
+        "exact": [_numbers(row) for row in results.exact],
+        "facts": results.facts,
+    }
+
+
+def _numbers(row: Row) -> dict[str, object]:
+    return {
+        "kind": next(name for name, kind in KINDS.items() if kind is row.kind),
+        "name": row.name,
+        "images": row.images,
+        "accuracy": row.accuracy,
+        "seconds": row.seconds,
     }
 
 

@@ -25,6 +25,7 @@ class Settings:
         test_size: Images that every model is scored on; as many more are kept for validation.
         seed: Of the split and of the order of the samples.
         score_on: "test" or "validation".
+        exact: Images of each shard for the exact part; 0 leaves it out.
     """
 
     out: Path
@@ -35,12 +36,15 @@ class Settings:
     test_size: int = 1000
     seed: int = 0
     score_on: str = "test"
+    exact: int = 16
 
     def __post_init__(self) -> None:
         if self.shards < 2:
             raise DemoError(f"--shards {self.shards}: at least 2, one to forget and one to keep")
         if not 1 <= self.forget <= self.shards:
             raise DemoError(f"--forget {self.forget}: expected a shard from 1 to {self.shards}")
+        if self.exact < 0:
+            raise DemoError(f"--exact {self.exact}: a number of images, or 0 to leave that part out")
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ def split_images(images: Images, settings: Settings) -> Split:
             f"than the {len(images.classes)} classes: raise --train-size, lower --shards or "
             "bring more images"
         )
+    if shard < settings.exact:
+        raise DemoError(f"--exact {settings.exact}: a shard has only {shard} images")
     sizes = [held_out, held_out, public] + [shard] * settings.shards
     parts = [images.subset(part) for part in stratified(images.targets, sizes, settings.seed)]
     scored = parts[0] if settings.score_on == "test" else parts[1]

@@ -22,6 +22,7 @@ import torch
 from assets import VIT_SMALL, DemoError, default_cache, fetch
 from backbone import load_backbone, load_timm
 from checks import check_last_one, check_mean
+from exact import forget_by_ledger, run_exact
 from images import Images, load_images
 from report import Results, Sample, print_table, write_report
 from rich.console import Console
@@ -161,6 +162,9 @@ def run(model: Any, images: Images, settings: Settings) -> Results:
         check_mean(composed, logits),
         check_last_one(tangent, tail, scored, paths, logits, settings.forget),
     ]
+    results.facts.append(forget_by_ledger(paths, settings))
+    if settings.exact:
+        run_exact(tangent, tail, shards, split.shards, scored, split.scored, results, step)
     results.seconds = time.perf_counter() - start
     return results
 
@@ -209,6 +213,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--score-on", choices=("test", "validation"), default="test", help="images to score on")
     add("--out", type=Path, default=Path("out"), help="folder for the report and the deltas")
     add("--cache", type=Path, default=default_cache(), help="folder for what pip fetches")
+    add("--exact", type=int, default=16, help="images of each shard for the exact part; 0: none")
     add("--quick", action="store_true", help="few images, 3 passes: to see that it runs")
     return parser.parse_args(arguments)
 
@@ -226,6 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             test_size=200 if options.quick else 1000,
             seed=options.seed,
             score_on=options.score_on,
+            exact=min(options.exact, 10) if options.quick else options.exact,
         )
         options.out.mkdir(parents=True, exist_ok=True)
         step("Model and images")
