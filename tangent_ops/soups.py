@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tangent_ops.errors import ArgumentError
-from tangent_ops.evaluate import Data, accuracy, as_loader
+from tangent_ops.evaluate import Data, accuracy
 from tangent_ops.linearize import LinearizedModel
 
 State = Mapping[str, Tensor]
@@ -88,8 +88,7 @@ def greedy_soup(
     if isinstance(models, (nn.Module, Mapping)):
         raise ArgumentError(f"models must be several, got one {type(models).__name__}: use a list")
     models = _modules(models)
-    as_loader(data, batch_size, shuffle=False)  # checked before any work
-    uniform_soup(models)
+    uniform_soup(models)  # checked before any work
     running = copy.deepcopy(models[0])
 
     def tried(members: list[int]) -> tuple[dict[str, Tensor], float]:

@@ -152,6 +152,14 @@ def test_greedy_goes_by_accuracy_not_by_position():
     assert soup["threshold"].item() == 5.0
 
 
+def test_greedy_compares_with_the_soup_so_far():
+    models = [Chooser(threshold) for threshold in (6.0, 4.0, 8.0)]
+    soup, members = greedy_soup(models, LINE)
+    # 6 (2 wrong); 5 (0); with 8: 6 again (2), no worse than the first alone, but than the soup.
+    assert members == [0, 1]
+    assert soup["threshold"].item() == 5.0
+
+
 def test_equal_accuracy_is_enough_and_ties_go_as_they_come():
     models = [Chooser(threshold) for threshold in (5.5, 4.5, 5.6)]
     soup, members = greedy_soup(models, LINE)
