@@ -48,9 +48,10 @@ def compose(
             opened one after the other. All have the same names, shapes and dtypes. An iterator is
             consumed.
         weights: one finite number per delta; None for the mean; or "least-squares" for those that
-            fit ``data`` best, after a shard is forgotten, too: they are chosen for these deltas
-            alone (see :class:`tangent_ops.least_squares.LeastSquaresWeights`, which can be kept,
-            and solves again without data). Files are then opened once more for every batch.
+            fit ``data`` best. These are chosen anew for the deltas at hand, since weights chosen
+            when a forgotten shard was there leak it; files are then opened once more for every
+            batch. :class:`tangent_ops.least_squares.LeastSquaresWeights` can be kept instead, and
+            solves again without data.
         tangent: for least squares: the tangent model; it stays as it is.
         data: for least squares: validation data, a Dataset of (input, target) or a DataLoader.
         loss: for least squares: a convex quadratic one; None for `RescaledSquareLoss()`.
