@@ -163,6 +163,7 @@ def explain(
         image, label = shard.data[index % size]
         return image, names[int(label)]
 
+    deviation = influence.covariance(tokens[None])[0].diagonal().sqrt()
     caption = f"{names[int(target)]}, taken for {names[int(logits.argmax())]}"
     results.influence = influence_grid((test.data[wrong][0], caption), sample, scores)
     worst = int(scores.argmin())

@@ -44,7 +44,9 @@ class Settings:
         if not 1 <= self.forget <= self.shards:
             raise DemoError(f"--forget {self.forget}: expected a shard from 1 to {self.shards}")
         if self.exact < 0:
-            raise DemoError(f"--exact {self.exact}: a number of images, or 0 to leave that part out")
+            raise DemoError(
+                f"--exact {self.exact}: a number of images, or 0 to leave that part out"
+            )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from tangent_ops import errors, losses
 from tangent_ops.compose import compose
 from tangent_ops.delta import Delta, DeltaMeta, load_delta, save_delta
 from tangent_ops.evaluate import accuracy, predict
+from tangent_ops.exact import Influence, compose_lossless, fit_exact, forget_samples
 from tangent_ops.features import CachedFeatures, cache_features
 from tangent_ops.fit import History, fit, fit_head
 from tangent_ops.forward_ad import fused_forward_ad
@@ -18,15 +19,19 @@ __all__ = [
     "Delta",
     "DeltaMeta",
     "History",
+    "Influence",
     "Ledger",
     "LinearizedModel",
     "TangentAttention",
     "accuracy",
     "cache_features",
     "compose",
+    "compose_lossless",
     "errors",
     "fit",
+    "fit_exact",
     "fit_head",
+    "forget_samples",
     "fused_forward_ad",
     "gradient_basis",
     "last_blocks",

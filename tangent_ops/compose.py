@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from tangent_ops._curvature import Loss
 from tangent_ops.delta import (
     Delta,
+    DeltaLike,
     DeltaMeta,
     check_anchor,
     check_kind,
     check_layout,
+    check_several,
     check_values,
-    load_delta,
+    open_delta,
 )
 from tangent_ops.errors import ArgumentError, DeltaError
+from tangent_ops.evaluate import Data
+from tangent_ops.least_squares import LeastSquaresWeights
+from tangent_ops.linearize import LinearizedModel
 
-DeltaLike = Mapping[str, Tensor] | str | os.PathLike[str]
 
-
-def compose(deltas: Iterable[DeltaLike], weights: Sequence[float] | None = None) -> Delta:
+def compose(
+    deltas: Iterable[DeltaLike],
+    weights: Sequence[float] | Literal["least-squares"] | None = None,
+    *,
+    tangent: LinearizedModel | None = None,
+    data: Data | None = None,
+    loss: Loss | None = None,
+    ridge: float | None = None,
+) -> Delta:
     """Weighted sum of deltas, sum_k w_k delta_k, with one of them in memory at a time.
 
     The outputs of a tangent model follow: f + sum_k w_k J delta_k (Liu, Golatkar, Soatto: "Tangent
@@ -35,7 +47,16 @@ def compose(deltas: Iterable[DeltaLike], weights: Sequence[float] | None = None)
         deltas: deltas of one anchor, and one basis if they are of low rank, or paths of files,
             opened one after the other. All have the same names, shapes and dtypes. An iterator is
             consumed.
-        weights: one finite number per delta; None for the mean.
+        weights: one finite number per delta; None for the mean; or "least-squares" for those that
+            fit ``data`` best. These are chosen anew for the deltas at hand, since weights chosen
+            when a forgotten shard was there leak it; files are then opened once more for every
+            batch. :class:`tangent_ops.least_squares.LeastSquaresWeights` can be kept instead, and
+            solves again without data.
+        tangent: for least squares: the tangent model; it stays as it is.
+        data: for least squares: validation data, a Dataset of (input, target) or a DataLoader.
+        loss: for least squares: a convex quadratic one; None for `RescaledSquareLoss()`.
+        ridge: for least squares: times half the weights' squared norm, added to the mean loss; None
+            for the least that rounding asks for.
 
     Returns:
         The sum, accumulated in float64, in the deltas' dtypes and on the first one's device. One
@@ -44,14 +65,27 @@ def compose(deltas: Iterable[DeltaLike], weights: Sequence[float] | None = None)
 
     Raises:
         ArgumentError: no deltas, something that is no delta, a wrong number of weights, or a
-            weight that is not finite.
+            weight that is not finite; or least squares without tangent and data, the other way
+            round, or what `LeastSquaresWeights` refuses.
         DeltaError: deltas of different anchors, ranks, bases, names, shapes or dtypes; values that
             are not finite, in a delta or in the sum.
         DeltaFileError: a file is truncated, was edited or is no delta file.
+        NonFiniteLossError: least squares, and outputs are NaN or infinite.
     """
-    if isinstance(deltas, (Mapping, str, os.PathLike)):
-        raise ArgumentError(f"deltas must be several, got one {type(deltas).__name__}: use a list")
-    weights = None if weights is None else _checked(weights)
+    check_several(deltas)
+    if isinstance(weights, str):
+        if weights != "least-squares":
+            raise ArgumentError(f"weights must be numbers or 'least-squares', got {weights!r}")
+        if tangent is None or data is None:
+            raise ArgumentError("weights='least-squares' needs tangent=... and data=...")
+        deltas = list(deltas)
+        weights = LeastSquaresWeights(deltas, tangent, data, loss=loss, ridge=ridge).weights()
+    else:
+        options = {"tangent": tangent, "data": data, "loss": loss, "ridge": ridge}
+        given = [name for name, value in options.items() if value is not None]
+        if given:
+            raise ArgumentError(f"{given[0]} is for weights='least-squares' only: pass that, too")
+        weights = None if weights is None else _checked(weights)
 
     total = _WeightedSum()
     # Counted by hand: enumerate and zip hold on to the last item while the next one is made.
@@ -78,7 +112,7 @@ class _WeightedSum:
         self.origin_unknown = False
 
     def add(self, item: DeltaLike, weight: float) -> None:
-        delta, what = _open(item, self.count)
+        delta, what = open_delta(item, self.count)
         check_values(delta, what)
         self._join(getattr(delta, "meta", None), what)
         if self.count == 0:
@@ -109,15 +143,6 @@ class _WeightedSum:
         sums = {name: (total / divisor).to(self.dtypes[name]) for name, total in self.sums.items()}
         check_values(sums, "the composition")
         return Delta(sums, None if self.origin_unknown else self.meta)
-
-
-def _open(item: DeltaLike, index: int) -> tuple[Mapping[str, Tensor], str]:
-    if isinstance(item, Mapping):
-        return item, f"delta {index}"
-    if isinstance(item, (str, os.PathLike)):
-        return load_delta(item), os.fspath(item)
-    kind = type(item).__name__
-    raise ArgumentError(f"delta {index} must be a dict of tensors or a path, got a {kind}")
 
 
 def _checked(weights: Sequence[float]) -> list[float]:

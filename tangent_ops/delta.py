@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 FORMAT = "tangent-ops delta"
 FORMAT_VERSIONS = ("1", "2")  # 2: of low rank; a release that knows full deltas alone refuses it
 
+DeltaLike = Mapping[str, Tensor] | str | os.PathLike[str]  # itself, or the path of its file
+
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _EXTRA = "extra."  # prefix of DeltaMeta.extra's keys in a file's metadata
 
@@ -198,6 +200,27 @@ def load_delta(
         check_kind(delta.meta, anchor.rank, anchor.basis_fingerprint, str(path))
         check_layout(delta, anchor.deltas(), str(path))
     return Delta({name: value.to(device) for name, value in delta.items()}, delta.meta)
+
+
+def open_delta(item: DeltaLike, index: int) -> tuple[Mapping[str, Tensor], str]:
+    """A delta of a list, and what to call it in messages.
+
+    Raises:
+        ArgumentError: `item` is neither a dict nor a path.
+        DeltaFileError: as in `load_delta`.
+    """
+    if isinstance(item, Mapping):
+        return item, f"delta {index}"
+    if isinstance(item, (str, os.PathLike)):
+        return load_delta(item), os.fspath(item)
+    kind = type(item).__name__
+    raise ArgumentError(f"delta {index} must be a dict of tensors or a path, got a {kind}")
+
+
+def check_several(deltas: object) -> None:
+    """Raise ArgumentError if `deltas` is one delta instead of a list of them."""
+    if isinstance(deltas, (Mapping, str, os.PathLike)):
+        raise ArgumentError(f"deltas must be several, got one {type(deltas).__name__}: use a list")
 
 
 def check_anchor(meta: DeltaMeta | None, expected: str, model: str, what: str) -> None:

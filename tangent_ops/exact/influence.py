@@ -103,12 +103,9 @@ class Influence:
         """
         kernel = self._kernel
         n, c = kernel.samples, kernel.outputs
-        across = kernel.cross(self._problem.entering(inputs))
-        whitened = torch.einsum(
-            "mcid,ide->mcie", across.view(*across.shape[:2], n, c), kernel.factors
-        )
+        across = self._whitened(kernel.cross(self._problem.entering(inputs)))
         inverse = self._inverse(n * self.l2)
-        moved = (whitened.reshape(-1, n * c) @ inverse).view(*across.shape[:2], n, c)
+        moved = (across @ inverse).view(*across.shape[:2], n, c)
         # The residual ỹ - LᵀKL M ỹ is N l2 M ỹ.
         residual = n * self.l2 * (inverse @ kernel.wanted.reshape(-1)).view(n, c)
         return -torch.einsum("mcie,ie->imc", moved, residual)
@@ -116,8 +113,10 @@ class Influence:
     def loss_change(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """(N, M): what leaving out each sample does to each input's loss; positive: it helped."""
         problem, kernel = self._problem, self._kernel
-        anchored, _ = problem.jacobian.outputs(None, problem.entering(inputs))
-        across = kernel.cross(problem.entering(inputs))
+        entering = problem.entering(inputs)
+        targets = targets.to(entering.device)
+        anchored, _ = problem.jacobian.outputs(None, entering)
+        across = kernel.cross(entering)
         full = anchored.flatten(1).double() + across @ self._weights(kernel.samples * self.l2)
         changed = full + torch.stack([across @ weights for weights in self._weight_changes()])
 
@@ -128,6 +127,18 @@ class Influence:
 
         before = each(full)
         return torch.stack([each(after) - before for after in changed])
+
+    def covariance(self, inputs: Tensor, noise_variance: float = 1.0) -> Tensor:
+        """What `predictive_covariance` gives, from the kernel: (M, C, C) in float64.
+
+        By Woodbury's identity, σ² / (N l2) (J(x) J(x)ᵀ - k M kᵀ) with k = J(x) Jᵀ L.
+        """
+        kernel = self._kernel
+        penalty = kernel.samples * self.l2
+        entering = self._problem.entering(inputs)
+        across = self._whitened(kernel.cross(entering))
+        explained = across @ self._inverse(penalty) @ across.transpose(1, 2)
+        return noise_variance / penalty * (kernel.own(entering) - explained)
 
     def _validation(self, l2: float) -> CrossValidation:
         problem, left_out = self._problem, self._left_out(l2)
@@ -179,6 +190,11 @@ class Influence:
         kernel = self._kernel
         parts = solved.view(kernel.samples, kernel.outputs, 1)
         return (kernel.factors @ parts).reshape(-1)
+
+    def _whitened(self, across: Tensor) -> Tensor:
+        """k L of k = J(x) Jᵀ, (M, C, N C)."""
+        shape = (*across.shape[:2], self._kernel.samples, self._kernel.outputs)
+        return torch.einsum("mcid,ide->mcie", across.view(shape), self._kernel.factors).flatten(2)
 
     def _inverse(self, penalty: float) -> Tensor:
         return (self._vectors / (self._values.clamp_min(0) + penalty)) @ self._vectors.T

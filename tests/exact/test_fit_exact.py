@@ -284,6 +284,14 @@ def test_refusals(dense: Dense) -> None:
         fit_exact(dense.tangent.anchor, data, 0.1)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["cg", "dual"])
+def test_on_a_gpu(method: str) -> None:
+    dense = make()
+    fit_exact(dense.tangent, dense.data, 0.1, tol=1e-11, method=method, device="cuda", **QUIET)
+    assert relative(dense.delta.cpu(), dense.optimum(0.1)) <= 1e-9
+
+
 def test_a_shuffling_loader_is_read_in_order(dense: Dense) -> None:
     loader = DataLoader(dense.data, batch_size=5, shuffle=True, drop_last=True)
     state = torch.random.get_rng_state()

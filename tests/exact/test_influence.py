@@ -169,13 +169,14 @@ def test_first_order_scores(dense: Dense, loss) -> None:
     dense.set(dense.optimum(L2))
 
 
-def test_uncertainty_is_the_posterior(dense: Dense) -> None:
+def test_uncertainty_is_the_posterior(dense: Dense, influence: Influence) -> None:
     rows = dense.rows(INPUTS)
     exact = rows @ torch.linalg.solve(dense.hessian(L2), rows.transpose(1, 2))
     found = predictive_covariance(
         dense.tangent, dense.data, L2, INPUTS, noise_variance=3.0, tol=1e-10, **QUIET
     )
     torch.testing.assert_close(found, 3.0 * exact)
+    torch.testing.assert_close(influence.covariance(INPUTS, 3.0), 3.0 * exact)
     residual = dense.targets - dense.anchor - dense.jacobian @ dense.optimum(L2)
     variance = float((2 / CLASSES * residual.square()).mean())
     found = predictive_covariance(dense.tangent, dense.data, L2, INPUTS[:1], tol=1e-10, **QUIET)
