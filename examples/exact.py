@@ -163,7 +163,10 @@ def explain(
         image, label = shard.data[index % size]
         return image, names[int(label)]
 
-    deviation = influence.covariance(tokens[None])[0].diagonal().sqrt()
+    # Twice the loss by output, of each image by the fit without it, is the noise's variance.
+    (validation,) = influence.cross_validate([influence.l2])
+    noise = 2 * validation.loss / logits.numel()
+    sure = influence.covariance(tokens[None], noise)[0].diagonal().sqrt()
     caption = f"{names[int(target)]}, taken for {names[int(logits.argmax())]}"
     results.influence = influence_grid((test.data[wrong][0], caption), sample, scores)
     worst = int(scores.argmin())
@@ -172,6 +175,11 @@ def explain(
         f"taken for a {names[int(logits.argmax())]}; without the most harmful one, a "
         f"{sample(worst)[1]}, its loss would be {-float(scores[worst]):.2g} lower: exactly, "
         "without training again."
+    )
+    pair = [int(logits.argmax()), int(target)]
+    said = " and ".join(f"{logits[c]:.1f} ± {sure[c]:.1f} for {names[c]}" for c in pair)
+    results.facts.append(
+        f"The model's logits for that image: {said} (one posterior standard deviation)."
     )
 
 

@@ -281,7 +281,7 @@ def test_the_report_is_written_and_self_contained(demo):
     page = (demo / "report.html").read_text(encoding="utf-8")
     assert "{{" not in page and "{%" not in page
     assert not re.search(r'(?:src|href)\s*=\s*"(?!data:)', page)
-    assert page.count("<tr>") == 1 + 4 + 5 + 2  # head; all data; shards; composed, forgotten
+    assert page.count("<tr>") == 1 + 4 + 5 + 2 + 4  # head; all; shards; composed, forgotten; exact
     assert page.count("bit for bit") >= 2
 
 
@@ -299,6 +299,26 @@ def test_the_numbers_are_kept(demo):
         "forgotten",
     ]
     assert all(0 < row["accuracy"] <= 1 and row["seconds"] > 0 for row in found["rows"])
+    kinds = [row["kind"] for row in found["exact"]]
+    assert kinds == ["exact", "composed", "lossless", "forgotten"]
+
+
+def test_what_is_exact_is_shown(demo):
+    facts = json.loads((demo / "results.json").read_text(encoding="utf-8"))["facts"]
+    for words in (
+        "forgotten by the ledger",
+        "Leave-one-out on 50 images chose l2",
+        "without training again",
+        "posterior standard deviation",
+        "lossless composition",
+        "Certificate: what is left is at most",
+    ):
+        assert sum(words in fact for fact in facts) == 1, words
+    assert (demo / "influence.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    certificate = Certificate.from_json((demo / "certificate.json").read_text(encoding="utf-8"))
+    assert certificate.samples == 40
+    left = ["shard-1", "shard-2", "shard-4", "shard-5"]
+    assert [entry.shard for entry in Ledger(demo / "ledger").list()] == left
 
 
 def test_forgetting_all_shards_but_one_leaves_its_model(demo):
