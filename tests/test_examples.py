@@ -33,7 +33,8 @@ from onnx import helper, numpy_helper
 from PIL import Image
 from setting import Settings, split_images
 
-from tangent_ops import compose, load_delta
+from tangent_ops import Ledger, compose, load_delta
+from tangent_ops.exact import Certificate
 
 
 def sha256(data: bytes) -> str:
