@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import images, vit
+from torch.utils.data import Subset, TensorDataset
 
+import tangent_ops
 from tangent_ops.functional._backend import interpreting
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -26,6 +29,50 @@ def test_precision() -> None:
     exec(block, names)
     assert all(delta.any() for delta in names["tangent"].deltas().values())
     assert names["scaler"].get_scale() == 1024  # no step was skipped
+
+
+PROMISES = sorted(path.name for path in (DOCS / "promises").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PROMISES)
+def test_promises(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = blocks_of(f"promises/{page}")
+    assert blocks or page == "README.md"
+    if not blocks:
+        return
+    (tmp_path / "models").mkdir()
+    if "matplotlib" in "".join(blocks):
+        pytest.importorskip("matplotlib", reason="the extra for plots is not installed")
+    names = setting()
+    for block in blocks:
+        exec(block, names)
+    assert all(value.isfinite().all() for value in names["tangent"].deltas().values())
+
+
+def setting() -> dict[str, Any]:
+    """What the pages take for granted, small."""
+    model = vit(depth=1, embed_dim=12, num_heads=2)
+    tangent = tangent_ops.linearize(model)
+    train_set = TensorDataset(images(12), torch.arange(12) % 4)
+    shards = {f"customer-{k}": Subset(train_set, range(4 * k - 24, 4 * k - 20)) for k in (6, 7, 8)}
+    shard_deltas = {}
+    for name, shard in shards.items():
+        for delta in tangent.deltas().values():
+            delta.data.zero_()
+        tangent_ops.fit_exact(tangent, shard, l2=10.0, progress=False)
+        shard_deltas[name] = tangent.delta_dict()
+    return {
+        "tangent": tangent,
+        "tangent_ops": tangent_ops,
+        "train_set": train_set,
+        "retain_set": Subset(train_set, range(8)),
+        "validation_set": TensorDataset(images(4, seed=5), torch.arange(4)),
+        "shards": shards,
+        "shard_deltas": shard_deltas,
+        "inputs": images(2, seed=6),
+        "targets": torch.arange(2),
+    }
 
 
 @pytest.mark.filterwarnings("ignore:tl.make_block_ptr is deprecated")  # the rival's
