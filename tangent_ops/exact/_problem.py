@@ -82,6 +82,7 @@ class Problem:
         self.progress = progress
         loader = in_order(data, batch_size)
         place(tangent, device)
+        self._source = loader
         self._trunk: Trunk | None = None
         if cache is not False:
             self._trunk, tangent = tangent.split()
@@ -142,6 +143,7 @@ class Problem:
         part = copy.copy(self)
         dataset = Subset(self.loader.dataset, indices)
         part.loader = _loader(dataset, self.loader.batch_size or 1, self.loader)
+        part._source = part.loader
         part.samples = len(indices)
         part._data_sha256 = None
         return part
@@ -204,10 +206,10 @@ class Problem:
 
     @property
     def data_sha256(self) -> str:
-        """Of all inputs and targets, in order; read once, at first use."""
+        """Of all inputs and targets as they were given, in order; read once, at first use."""
         if self._data_sha256 is None:
             digest = hashlib.sha256()
-            for batch in self.loader:
+            for batch in self._source:
                 # Sample by sample: the size of the batches does not matter.
                 for sample in zip(*unpack(batch, torch.device("cpu")), strict=True):
                     for tensor in sample:

@@ -21,6 +21,9 @@ from tangent_ops.exact._problem import Problem
 from tangent_ops.exact._search import loss_name
 from tangent_ops.linearize import LinearizedModel
 
+METHOD = "gradient over the data, in float64"
+CACHED = "; what enters the first trained block was computed in the model's precision"
+
 # What another order of summation may change, on another machine or with another batch size.
 ROUNDING = 1e-6  # of a bound
 ROUNDING_OF_SIZE = 1e-9  # of ‖Δ‖: near the optimum, terms of that size cancel
@@ -83,12 +86,13 @@ class Certificate:
         *,
         loss: Loss | None = None,
         batch_size: int = 64,
+        cache: bool | str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> Certificate:
         """Compute the bound anew, in float64, and compare, but for rounding: 1e-9 ‖Δ‖.
 
         Without arguments, with what the certificate was made of; one that was read from JSON needs
-        them.
+        them. `cache` is that of `certify`, and has to be the same.
 
         Returns:
             The new certificate.
@@ -103,15 +107,23 @@ class Certificate:
             data = made.data if data is None else data
             delta = made.delta if delta is None else delta
             loss = made.loss if loss is None else loss
+            cache = made.cache if cache is None else cache
         if tangent is None or data is None or delta is None:
             raise ArgumentError(
                 "verify needs tangent, data and delta, for a certificate that was read from JSON, "
                 "or that was made without the data"
             )
         fresh = certify(
-            tangent, data, self.l2, delta, loss=loss, batch_size=batch_size, progress=progress
+            tangent,
+            data,
+            self.l2,
+            delta,
+            loss=loss,
+            batch_size=batch_size,
+            cache=cache or False,
+            progress=progress,
         )
-        for name in ("anchor", "delta", "loss", "samples", "data"):
+        for name in ("anchor", "delta", "loss", "samples", "data", "method"):
             claimed, found = getattr(self, name), getattr(fresh, name)
             if claimed is not None and claimed != found:
                 raise CertificateError(f"the certificate is for another {name}: {claimed}, {found}")
@@ -150,6 +162,7 @@ class _MadeOf:
     data: Data
     delta: Delta
     loss: Loss | None
+    cache: bool | str | os.PathLike[str]
 
 
 def certify(
@@ -193,7 +206,7 @@ def certify(
         l2=problem.l2,
         samples=problem.samples,
         loss=loss_name(problem.loss),
-        method="gradient over the data, in float64",
+        method=METHOD if cache is False else METHOD + CACHED,
         assumes=(
             "the loss is convex in the logits",
             "the anchor does not depend on data that are not among these",
@@ -201,5 +214,5 @@ def certify(
         anchor=tangent.fingerprint,
         delta=fingerprint(kept),
         data=own.data_sha256,
-        _made_of=_MadeOf(tangent, data, kept, loss),
+        _made_of=_MadeOf(tangent, data, kept, loss, cache),
     )

@@ -126,6 +126,19 @@ def test_a_certificate_is_verified(dense: Dense) -> None:
         Certificate.from_json("{}")
 
 
+def test_a_certificate_on_cached_features() -> None:
+    last = make(trainable=r"^(norm|head)\.")
+    exact = last.optimum(L2, keep=STAY)
+    retain = last.without(*GO)
+    delta, certificate = forget_samples(last.tangent, retain, L2, tol=1e-10, cache=True, **QUIET)
+    assert size(flat(delta) - exact) <= 1e-9 * size(exact)
+    certificate.verify(progress=False)
+    read = Certificate.from_json(certificate.to_json())
+    read.verify(last.tangent, retain, delta, cache=True, progress=False)
+    with pytest.raises(CertificateError, match="another method"):
+        read.verify(last.tangent, retain, delta, progress=False)
+
+
 def _numbers(certificate: Certificate) -> dict[str, float]:
     return {name: getattr(certificate, name) for name in ("distance_bound", "gradient_norm")}
 
