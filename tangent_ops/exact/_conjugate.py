@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tangent_ops.errors import ArgumentError
+from tangent_ops.errors import ArgumentError, ConvergenceError
 from tangent_ops.exact._layout import dot, norm
 
 Product = Callable[[Tensor], Tensor]
@@ -72,14 +72,19 @@ class State:
 
 
 def solve(
-    product: Product,
-    right: Tensor,
-    tolerance: float,
-    max_iterations: int,
-    precondition: Product,
-) -> State:
-    """Solve H x = b until ‖b - H x‖ <= tolerance by the recurrence, if the iterations suffice."""
-    state = State.start(right, precondition)
-    while state.residual_norm > tolerance and state.iterations < max_iterations:
+    product: Product, right: Tensor, tol: float, max_iterations: int, precondition: Product
+) -> Tensor:
+    """Solve H x = b until ‖b - H x‖ <= tol ‖b‖, by the recurrence.
+
+    Raises:
+        ConvergenceError: the iterations were spent.
+    """
+    state, goal = State.start(right, precondition), tol * norm(right)
+    while state.residual_norm > goal:
+        if state.iterations == max_iterations:
+            raise ConvergenceError(
+                f"a solve did not reach tol={tol:g} in {max_iterations} iterations, but "
+                f"{state.residual_norm / norm(right):.1e}: raise max_iterations, tol or l2"
+            )
         state.advance(product, precondition)
-    return state
+    return state.x
