@@ -47,6 +47,8 @@ def test_agrees_with_the_dense_ridge_solution(dense: Dense, l2: float, options: 
     exact = dense.optimum(l2)
     assert relative(dense.delta, exact) <= 1e-10
     assert report.converged and report.samples == SAMPLES
+    if options.get("method") == "dual":
+        assert report.iterations <= 3  # the kernel's solution, not that of the iterations after it
     distance = float((dense.delta - exact).norm())
     assert distance <= report.distance_bound + 1e-12 * float(exact.norm())
     assert report.distance_bound == pytest.approx(report.gradient_norm / l2)
@@ -192,6 +194,36 @@ def test_a_resumed_fit_is_the_same_bit_for_bit(
     assert torch.equal(dense.delta, expected)
     assert (rest.iterations, rest.newton_steps) == (whole.iterations, whole.newton_steps)
     assert not path.exists()
+
+
+def test_a_fit_that_rounding_ends_is_resumed(
+    tmp_path, dense: Dense, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tangent = linearize(vit(depth=1, embed_dim=12, num_heads=2))
+    data = TensorDataset(dense.data.tensors[0].float(), dense.data.tensors[1])
+    options = {"tol": 1e-12, "checkpoint": tmp_path / "solve", "checkpoint_every": 1, "rank": 0}
+    product, calls, last = Problem.product, 0, 10**9
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            raise Interrupted
+        return product(*args, **kwargs)
+
+    monkeypatch.setattr(Problem, "product", counted)
+    with pytest.warns(NotConvergedWarning):
+        whole = fit_exact(tangent, data, 0.1, **options, **QUIET)
+    expected = {name: value.clone() for name, value in tangent.deltas().items()}
+    for delta in tangent.deltas().values():
+        delta.data.zero_()
+    calls, last = 0, calls
+    with pytest.raises(Interrupted):
+        fit_exact(tangent, data, 0.1, **options, **QUIET)
+    with pytest.warns(NotConvergedWarning):
+        rest = fit_exact(tangent, data, 0.1, **options, **QUIET)
+    assert (rest.iterations, rest.newton_steps) == (whole.iterations, whole.newton_steps)
+    assert all(torch.equal(value, expected[name]) for name, value in tangent.deltas().items())
 
 
 def test_a_checkpoint_of_something_else_is_refused(
