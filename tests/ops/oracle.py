@@ -126,11 +126,11 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float((found.detach().double() - exact.detach().double()).norm())
 
 
-def assert_as_good_as(found, exact, eager, scores: float = 0.0) -> None:
+def assert_as_good_as(found, exact, eager, scores: float = 0.0, terms: float = 0.0) -> None:
     """Each tensor errs at most twice as much as eager PyTorch in the same dtype, plus rounding.
 
     The rounding allowed is one of the result in its own dtype, and a few of intermediates of
-    size 1 in float32: an exact 0 may come out as the difference of two such.
+    size 1 in float32, or one of `terms`: an exact 0 may come out as the difference of two such.
 
     Args:
         found: nested tensors under test.
@@ -139,13 +139,16 @@ def assert_as_good_as(found, exact, eager, scores: float = 0.0) -> None:
         scores: the largest |S|. Whatever the order of computation, such scores in float32 err by
             eps times themselves and weights as much relatively; how lucky eager PyTorch is in
             this depends on the processor. So twice that is allowed, relative to the result.
+        terms: what intermediates that cancel come to, in an entry of the result.
     """
+    cancelled = max(1e-6, torch.finfo(torch.float32).eps * terms)
     conditioning = 2 * torch.finfo(torch.float32).eps * scores
     leaves = [tree_leaves(value) for value in (found, exact, eager)]
     assert leaves[0]
     for one, right, other in zip(*leaves, strict=True):
         rounding = (
-            torch.finfo(one.dtype).eps * float(right.detach().norm()) + 1e-6 * right.numel() ** 0.5
+            torch.finfo(one.dtype).eps * float(right.detach().norm())
+            + cancelled * right.numel() ** 0.5
         )
         rounding += conditioning * float(right.detach().norm())
         assert error(one, right) <= 2 * error(other, right) + rounding  # a NaN fails, too
