@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,17 +21,11 @@ class Checkpoint:
     Args:
         path: of the file; its folder must exist.
         problem: what identifies the problem, by the names of its parts.
-
-    Raises:
-        ArgumentError: path is a folder, or its folder does not exist.
     """
 
     def __init__(self, path: Path, problem: Mapping[str, str]) -> None:
         self.path = path.resolve()
         self.problem = dict(problem)
-        if self.path.is_dir() or not self.path.parent.is_dir():
-            reason = "is a folder" if self.path.is_dir() else "is in a folder that does not exist"
-            raise ArgumentError(f"checkpoint={path} {reason}")
 
     def write(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, str]) -> None:
         """Replace the file."""
@@ -71,6 +66,14 @@ class Checkpoint:
     def remove(self) -> None:
         """Delete the file, if there is one."""
         self.path.unlink(missing_ok=True)
+
+
+def check_path(checkpoint: str | os.PathLike[str]) -> None:
+    """Raise ArgumentError if the path is a folder, or its folder does not exist."""
+    path = Path(checkpoint).resolve()
+    if path.is_dir() or not path.parent.is_dir():
+        reason = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+        raise ArgumentError(f"checkpoint={checkpoint} {reason}")
 
 
 def _prefixed(prefix: str, entries: Mapping[str, str]) -> dict[str, str]:

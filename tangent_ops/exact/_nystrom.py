@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tangent_ops.evaluate import check_integer
 from tangent_ops.exact._conjugate import Product, unpreconditioned
 from tangent_ops.exact._problem import Problem
 
@@ -15,8 +16,15 @@ MAX_BYTES = 1 << 30  # of the factor that is kept; three times as much while it 
 
 def preconditioner(problem: Problem, rank: int | None = None) -> Product:
     """An approximate inverse of a problem's Hessian, up to a factor; rank 0 is none."""
+    check_rank(rank)
     rank = default_rank(problem) if rank is None else min(rank, problem.layout.size)
     return Nystrom(problem, rank) if rank else unpreconditioned
+
+
+def check_rank(rank: int | None) -> None:
+    """Raise ArgumentError unless rank is None or an integer of at least 0."""
+    if rank is not None:
+        check_integer("rank", rank, 0)
 
 
 def default_rank(problem: Problem) -> int:

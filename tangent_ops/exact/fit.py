@@ -14,9 +14,9 @@ import torch
 from tangent_ops._curvature import Loss
 from tangent_ops.errors import ArgumentError, NotConvergedWarning
 from tangent_ops.evaluate import Data, check_integer
-from tangent_ops.exact._checkpoint import Checkpoint
+from tangent_ops.exact._checkpoint import Checkpoint, check_path
 from tangent_ops.exact._layout import norm
-from tangent_ops.exact._nystrom import default_rank, preconditioner
+from tangent_ops.exact._nystrom import check_rank, default_rank, preconditioner
 from tangent_ops.exact._problem import Problem
 from tangent_ops.exact._search import Search, identity
 from tangent_ops.exact.kernel import solve_dual
@@ -120,8 +120,11 @@ def fit_exact(
         raise ArgumentError(f"tol must be between 0 and 1, got {tol}")
     check_integer("max_iterations", max_iterations, 1)
     check_integer("checkpoint_every", checkpoint_every, 1)
-    if rank is not None:
-        check_integer("rank", rank, 0)
+    check_rank(rank)
+    if checkpoint is not None:
+        check_path(checkpoint)
+        if method == "dual":
+            raise ArgumentError("checkpoint is for method='cg': the dual solution is one solve")
     problem = Problem(
         tangent,
         data,
@@ -135,8 +138,6 @@ def fit_exact(
     start = problem.layout.flat(tangent.deltas(), "the start")
     file = None
     if method == "dual":
-        if checkpoint is not None:
-            raise ArgumentError("checkpoint is for method='cg': the dual solution is one solve")
         start, rank = solve_dual(problem), 0
     else:
         rank = default_rank(problem) if rank is None else min(rank, problem.layout.size)
