@@ -13,7 +13,7 @@ from tangent_ops._curvature import Loss, loss_gradient
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.evaluate import Data, check_integer
 from tangent_ops.exact._conjugate import solve
-from tangent_ops.exact._layout import dot
+from tangent_ops.exact._layout import dot, norm
 from tangent_ops.exact._nystrom import preconditioner
 from tangent_ops.exact._problem import Problem
 from tangent_ops.linearize import LinearizedModel
@@ -58,14 +58,14 @@ def first_order_scores(
         (N, M): float64. Positive: the sample helped, the loss is higher without it.
 
     Raises:
-        ArgumentError: as in `fit_exact`.
+        ArgumentError: as in `fit_exact`; or the model is not at that optimum.
         ConvergenceError: a solve did not reach tol.
     """
     problem = Problem(
         tangent, data, l2, loss, batch_size=batch_size, cache=cache, progress=progress
     )
     delta = problem.layout.flat(tangent.deltas())
-    logits = problem.logits(delta)
+    logits = _at_optimum(problem, delta)
     at = None if problem.quadratic else logits
     precondition = preconditioner(problem, rank)
     scores = []
@@ -124,7 +124,8 @@ def leave_one_out(
         (len(indices), M, ...): float64, each shaped as the model's output.
 
     Raises:
-        ArgumentError: as in `fit_exact`; an index that is out of range, or a single sample.
+        ArgumentError: as in `fit_exact`; the model is not at that optimum; an index that is out of
+            range, or a single sample.
         UnsupportedError: the loss is not quadratic.
         ConvergenceError: a solve did not reach tol.
     """
@@ -138,12 +139,25 @@ def leave_one_out(
         if index >= problem.samples:
             raise ArgumentError(f"index {index}: data has {problem.samples} samples")
     delta = problem.layout.flat(tangent.deltas())
+    rests = [problem.without(index) for index in indices]
+    _at_optimum(problem, delta)
     precondition = preconditioner(problem, rank)
     inputs = problem.entering(inputs)
     changes = []
-    for index in tqdm(indices, "leave one out", delay=2, leave=False, disable=not progress):
-        rest = problem.without(index)
+    for rest in tqdm(rests, "leave one out", delay=2, leave=False, disable=not progress):
         _, gradient, _ = rest.gradient(delta)
         step = solve(rest.product, gradient.neg_(), tol, max_iterations, precondition)
         changes.append(problem.jacobian.outputs(step, inputs)[1].double())
     return torch.stack(changes)
+
+
+def _at_optimum(problem: Problem, delta: Tensor) -> list[Tensor]:
+    """The logits of every batch; raises ArgumentError if the fit is not at its optimum."""
+    _, gradient, logits = problem.gradient(delta)
+    bound, size = norm(gradient) / problem.l2, norm(delta)
+    if bound > 0.1 * size:
+        raise ArgumentError(
+            f"the model may be {bound:.3g} from the optimum for these data and l2={problem.l2:g}, "
+            f"with ‖Δ‖ = {size:.3g}: effects would be against another fit. Use fit_exact first"
+        )
+    return logits

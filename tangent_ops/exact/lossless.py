@@ -10,13 +10,14 @@ from tqdm import tqdm
 
 from tangent_ops._curvature import Loss
 from tangent_ops.compose import DeltaLike, compose
-from tangent_ops.delta import Delta, load_delta
+from tangent_ops.delta import Delta, DeltaMeta, check_anchor, load_delta
 from tangent_ops.errors import ArgumentError, ConvergenceError, UnsupportedError
 from tangent_ops.evaluate import Data, check_integer
 from tangent_ops.exact._conjugate import State, unpreconditioned
 from tangent_ops.exact._layout import Layout, norm
 from tangent_ops.exact._nystrom import preconditioner
 from tangent_ops.exact._problem import Problem
+from tangent_ops.exact._search import loss_name
 from tangent_ops.linearize import LinearizedModel
 
 Curvature = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -104,8 +105,10 @@ def compose_lossless(
         The composition, with the `meta` that `compose` gives.
 
     Raises:
-        ArgumentError: not as many curvatures as deltas, or as in `compose`.
-        DeltaError: as in `compose`; or a product that does not fit the deltas.
+        ArgumentError: not as many curvatures as deltas, `ShardCurvature`s of several l2 or losses,
+            or as in `compose`.
+        DeltaError: as in `compose`; or a product that does not fit the deltas, or a
+            `ShardCurvature` that is of another anchor.
         ConvergenceError: the tolerance was not reached.
     """
     check_integer("max_iterations", max_iterations, 1)
@@ -115,6 +118,7 @@ def compose_lossless(
     if len(curvatures) != len(deltas):
         raise ArgumentError(f"{len(curvatures)} curvatures for {len(deltas)} deltas")
     mean = compose(deltas)
+    _check_shards([c for c in curvatures if isinstance(c, ShardCurvature)], mean.meta)
     first = curvatures[0]
     if isinstance(first, ShardCurvature):
         layout, precondition = first.problem.layout, first.preconditioner()
@@ -157,3 +161,15 @@ def compose_lossless(
         )
     found = layout.named(x)
     return Delta({name: found[name].to(mean[name].dtype) for name in mean}, mean.meta)
+
+
+def _check_shards(shards: Sequence[ShardCurvature], meta: DeltaMeta | None) -> None:
+    for shard in shards:
+        whole = shard.problem.whole
+        check_anchor(meta, whole.fingerprint, whole.model_name, "the shards' composition")
+    for what, found in (
+        ("l2", {shard.problem.l2 for shard in shards}),
+        ("loss", {loss_name(shard.problem.loss) for shard in shards}),
+    ):
+        if len(found) > 1:
+            raise ArgumentError(f"curvatures have several {what}, {sorted(found)}: use one for all")

@@ -200,6 +200,13 @@ def test_refusals(dense: Dense, monkeypatch: pytest.MonkeyPatch) -> None:
         Influence(dense.tangent, dense.data, L2, loss=F.cross_entropy, **QUIET)
     with pytest.raises(UnsupportedError, match="needs a quadratic loss"):
         leave_one_out(dense.tangent, dense.data, L2, [0], INPUTS, loss=F.cross_entropy, **QUIET)
+    for off in (torch.zeros_like(dense.delta), 1.5 * dense.optimum(L2)):
+        dense.set(off)
+        with pytest.raises(ArgumentError, match="from the optimum for these data"):
+            leave_one_out(dense.tangent, dense.data, L2, [0], INPUTS, **QUIET)
+        with pytest.raises(ArgumentError, match="from the optimum for these data"):
+            first_order_scores(dense.tangent, dense.data, L2, INPUTS, TARGETS, **QUIET)
+    dense.set(dense.optimum(L2))
     with pytest.raises(ArgumentError, match="index 12: data has 12 samples"):
         leave_one_out(dense.tangent, dense.data, L2, [12], INPUTS, **QUIET)
     with pytest.raises(ArgumentError, match="a single sample"):

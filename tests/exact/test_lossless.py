@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from dense import QUIET, Dense, flat, make
 
-from tangent_ops import compose, save_delta
+from tangent_ops import compose, linearize, save_delta
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError, ConvergenceError, DeltaError, UnsupportedError
 from tangent_ops.exact import ShardCurvature, compose_lossless, fit_exact
+from tangent_ops.losses import RescaledSquareLoss
 
 L2 = 0.05
 PARTS = [[0, 1, 2], [3, 4, 5, 6, 7], [8, 9, 10, 11]]  # unequal, and of unequal classes
@@ -95,6 +96,19 @@ def _serve(pipe, curvature: ShardCurvature) -> None:
 def test_refusals(dense: Dense, deltas, curvatures) -> None:
     with pytest.raises(ArgumentError, match="2 curvatures for 3 deltas"):
         compose_lossless(deltas, curvatures[:2])
+    other = ShardCurvature(dense.tangent, dense.kept(*PARTS[2]), 2 * L2, **QUIET)
+    with pytest.raises(ArgumentError, match="several l2"):
+        compose_lossless(deltas, [*curvatures[:2], other])
+    weighted = RescaledSquareLoss(k=2.0)
+    other = ShardCurvature(dense.tangent, dense.kept(*PARTS[2]), L2, loss=weighted, **QUIET)
+    with pytest.raises(ArgumentError, match="several loss"):
+        compose_lossless(deltas, [*curvatures[:2], other])
+    elsewhere = make().tangent.anchor
+    with torch.no_grad():
+        elsewhere.get_parameter("head.bias").add_(1)
+    other = ShardCurvature(linearize(elsewhere), dense.kept(*PARTS[2]), L2, **QUIET)
+    with pytest.raises(DeltaError, match="another anchor"):
+        compose_lossless(deltas, [*curvatures[:2], other])
     with pytest.raises(ArgumentError, match="tol must be"):
         compose_lossless(deltas, curvatures, tol=0)
     with pytest.raises(UnsupportedError, match="only if the loss is quadratic"):
