@@ -1,0 +1,1 @@
+"""Differential privacy for tangent transformers: training, accounting, audit."""
