@@ -124,9 +124,9 @@ class ProductLayer(Layer):
             sums[self.names["bias"]] = g.sum(0)
         if "weight" in self.names:
             product = g.T @ a.flatten(0, 1)
-            shape = self._layer.weight.shape  # pyright: ignore[reportAttributeAccessIssue]
+            weight = self._layer.get_parameter("weight")
             low_rank = "weight" in self.bases
-            sums[self.names["weight"]] = product if low_rank else product.view(shape)
+            sums[self.names["weight"]] = product if low_rank else product.view(weight.shape)
         return sums
 
     def _factors(self, activations: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +130,7 @@ class PerSampleGradients:
         if mode == "ghost":
             # The weights are in the cotangents: all that comes back has them.
             ones = torch.ones_like(weights)
-            self._back(forward, _scaled(cotangents, weights), lambda *of: add(*of, ones))
+            self._back(forward, _scaled(cotangents, weights), partial(add, scale=ones))
         else:
             for name in list(seen):
                 add(name, forward.activations(name), seen.pop(name), weights)
@@ -169,7 +170,7 @@ class PerSampleGradients:
         }
 
     def _covered(self, probes: Tensor) -> tuple[dict[str, Layer], dict[str, nn.Module]]:
-        """Layers that are called once, with the batch's tensor in and out, and own what they use."""
+        """Layers that are called once, take and give one tensor, and own what they use."""
         anchor, bases = self._tangent.anchor, self._tangent.basis.tensors()
         owners = Counter(id(p) for _, p in anchor.named_parameters(remove_duplicate=False))
         owned: dict[str, dict[str, str]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import secrets
@@ -12,6 +13,7 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
+from tangent_ops._files import to_json
 from tangent_ops.errors import ArgumentError
 from tangent_ops.evaluate import check_integer
 
@@ -97,6 +99,19 @@ class NoiseSource:
         size = math.prod(shape)
         entries = _from_the_system(size) if self._secure else self._numpy.standard_normal(size)
         return torch.from_numpy(entries).mul_(std).to(dtype).reshape(tuple(shape)).to(where)
+
+    def state(self) -> str:
+        """Of the generators: who has it can draw the same noise, and take it off."""
+        cuda = {str(where): g.get_state().tolist() for where, g in self._cuda.items()}
+        return to_json({"numpy": self._numpy.bit_generator.state, "cuda": cuda})
+
+    def restore(self, state: str) -> None:
+        """Go on from a state."""
+        record = json.loads(state)
+        self._numpy.bit_generator.state = record["numpy"]
+        for where, values in record["cuda"].items():
+            device = torch.device(where)
+            self._generator(device).set_state(torch.tensor(values, dtype=torch.uint8))
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._cuda:
