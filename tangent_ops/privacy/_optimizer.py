@@ -49,12 +49,17 @@ class PrivateOptimizer(DPOptimizerFastGradientClipping):
         self._l2 = l2
         self._group = group
 
-    def take(self, sums: Mapping[nn.Parameter, Tensor]) -> None:
-        """A physical batch's clipped sum; steps if it is the last of its logical batch."""
+    def take(self, sums: Mapping[nn.Parameter, Tensor]) -> bool:
+        """Take a physical batch's clipped sum; step if it is the last of its logical batch.
+
+        Returns:
+            Whether it was.
+        """
         for parameter, value in sums.items():
             parameter.grad = value
         self.step()
         self.zero_grad(set_to_none=True)
+        return not self._is_last_step_skipped
 
     def add_noise(self) -> None:
         """Sum over the processes; the first one's part has the noise."""
