@@ -31,6 +31,7 @@ from tangent_ops.errors import ArgumentError
 ACCOUNTANTS = ("pld", "prv", "rdp")
 SMALLEST_DELTA = 1e-12  # below, the rounding of float64 decides
 PRV_REACH = 500.0  # of epsilon; e to the power of Opacus' losses overflows soon after
+PLD_EXACT = 700.0  # of epsilon; beyond, e^-loss vanishes, and PLD is right to a step of its grid
 PRECISION = 1e-3  # of `noise_multiplier_for`, relative
 
 _VARIANCE = 1e-3  # by how much, relative, rounding to the grid may widen the privacy loss
@@ -76,8 +77,9 @@ def epsilon(phases: Sequence[Phase], delta: float, accountant: str = "pld") -> f
         accountant: "pld", "prv" or "rdp".
 
     Returns:
-        An upper bound; inf without noise. PRV gives inf where Opacus has no answer: epsilon above
-        500, or a delta that is too small for its grid.
+        An upper bound; inf without noise, or where float64 does not resolve `delta`: rounding is
+        taken to be up to 2.2e-16 for each subsampled step. PRV gives inf where Opacus has no
+        answer: epsilon above 500, or a delta that is too small for its grid.
 
     Raises:
         ArgumentError: an argument is something else.
@@ -86,11 +88,9 @@ def epsilon(phases: Sequence[Phase], delta: float, accountant: str = "pld") -> f
     check_delta(delta)
     if accountant not in ACCOUNTANTS:
         raise ArgumentError(f"accountant must be one of {ACCOUNTANTS}, got {accountant!r}")
-    if any(phase.noise_multiplier == 0 for phase in phases):
-        return math.inf
     if accountant == "rdp":
         return _rdp(phases, delta)
-    bound = max(0.0, float(_losses(phases).get_epsilon(delta)))
+    bound = _pld(phases, delta)
     return bound if accountant == "pld" else _prv(phases, delta, bound)
 
 
@@ -112,7 +112,9 @@ def failure(phases: Sequence[Phase], epsilon: float) -> float:
         raise ArgumentError(f"epsilon must be a number of 0 or more, got {epsilon!r}")
     if any(phase.noise_multiplier == 0 for phase in phases):
         return 1.0
-    return min(1.0, max(0.0, float(_losses(phases).get_delta(epsilon))))
+    if epsilon > PLD_EXACT:
+        epsilon = max(PLD_EXACT, epsilon - _interval(phases))
+    return min(1.0, max(0.0, float(_losses(phases).get_delta(epsilon))) + _rounding(phases))
 
 
 def noise_multiplier_for(
@@ -142,8 +144,8 @@ def noise_multiplier_for(
         raise ArgumentError(f"epsilon must be a positive number, got {epsilon!r}")
     check_delta(delta)
     Phase(1.0, sample_rate, steps)
-    before = tuple(before)
-    spent = _epsilon_of(before, delta) if before else 0.0
+    before = _checked(before) if before else ()
+    spent = _pld(before, delta) if before else 0.0
     if spent >= epsilon:
         raise ArgumentError(
             f"epsilon {epsilon:g} at delta {delta:g} leaves nothing for this phase: the phases "
@@ -151,7 +153,7 @@ def noise_multiplier_for(
         )
 
     def fits(sigma: float) -> bool:
-        return _epsilon_of((*before, Phase(sigma, sample_rate, steps)), delta) <= epsilon
+        return _pld((*before, Phase(sigma, sample_rate, steps)), delta) <= epsilon
 
     low, high = 0.0, 1.0
     while not fits(high):
@@ -190,8 +192,16 @@ def _checked(phases: Sequence[Phase]) -> tuple[Phase, ...]:
     return phases
 
 
-def _epsilon_of(phases: tuple[Phase, ...], delta: float) -> float:
-    return epsilon(phases, delta)
+def _pld(phases: tuple[Phase, ...], delta: float) -> float:
+    if any(phase.noise_multiplier == 0 for phase in phases) or delta <= _rounding(phases):
+        return math.inf
+    bound = max(0.0, float(_losses(phases).get_epsilon(delta - _rounding(phases))))
+    return bound if bound <= PLD_EXACT else bound + _interval(phases)
+
+
+def _rounding(phases: tuple[Phase, ...]) -> float:
+    """Of delta: a step is a factor of a Fourier transform, and is off by float64's unit each."""
+    return float(np.finfo(np.float64).eps) * sum(p.steps for p in phases if p.sample_rate < 1)
 
 
 @lru_cache(maxsize=16)
@@ -222,11 +232,10 @@ def _interval(phases: tuple[Phase, ...]) -> float:
     for phase in phases:
         rate, noise = phase.sample_rate, phase.noise_multiplier
         divergence = rate**2 * math.expm1(min(noise**-2, 50.0))  # chi-square, of one step
-        largest = 1 / noise + 1 / (2 * noise**2)
-        count = 1 if rate == 1 else phase.steps
-        variance += phase.steps * min(divergence, largest**2)
-        mean += phase.steps * min(divergence, largest) / 2
-        steps += count
+        largest = 1 / noise + 1 / (2 * noise**2)  # about, of a step that the sample is in
+        variance += phase.steps * min(divergence, rate * largest**2)
+        mean += phase.steps * min(divergence, rate * largest) / 2
+        steps += 1 if rate == 1 else phase.steps
     fine = math.sqrt(6 * _VARIANCE * variance / steps)
     return min(fine, max(1e-4, 1e-5 * (mean + 6 * math.sqrt(variance))))
 
