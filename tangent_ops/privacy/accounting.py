@@ -30,6 +30,7 @@ from tangent_ops.errors import ArgumentError
 
 ACCOUNTANTS = ("pld", "prv", "rdp")
 SMALLEST_DELTA = 1e-12  # below, the rounding of float64 decides
+SMALLEST_NOISE = 0.01  # below, one step's loss is beyond 5,000, and beyond the accountants
 PRV_REACH = 500.0  # of epsilon; e to the power of Opacus' losses overflows soon after
 PLD_EXACT = 700.0  # of epsilon; beyond, e^-loss vanishes, and PLD is right to a step of its grid
 PRECISION = 1e-3  # of `noise_multiplier_for`, relative
@@ -66,6 +67,8 @@ class Phase:
             )
         if type(self.steps) is not int or self.steps < 1:
             raise ArgumentError(f"steps must be a positive int, got {self.steps!r}")
+        object.__setattr__(self, "noise_multiplier", float(sigma))  # JSON knows no numpy
+        object.__setattr__(self, "sample_rate", float(rate))
 
 
 def epsilon(phases: Sequence[Phase], delta: float, accountant: str = "pld") -> float:
@@ -77,17 +80,19 @@ def epsilon(phases: Sequence[Phase], delta: float, accountant: str = "pld") -> f
         accountant: "pld", "prv" or "rdp".
 
     Returns:
-        An upper bound; inf without noise, or where float64 does not resolve `delta`: rounding is
+        An upper bound; inf with a noise multiplier below 0.01, or where float64 does not resolve `delta`: rounding is
         taken to be up to 2.2e-16 for each subsampled step. PRV gives inf where Opacus has no
         answer: epsilon above 500, or a delta that is too small for its grid.
 
     Raises:
         ArgumentError: an argument is something else.
     """
-    phases = _checked(phases)
+    phases = check_phases(phases)
     check_delta(delta)
     if accountant not in ACCOUNTANTS:
         raise ArgumentError(f"accountant must be one of {ACCOUNTANTS}, got {accountant!r}")
+    if _is_bare(phases):
+        return math.inf
     if accountant == "rdp":
         return _rdp(phases, delta)
     bound = _pld(phases, delta)
@@ -107,10 +112,10 @@ def failure(phases: Sequence[Phase], epsilon: float) -> float:
     Raises:
         ArgumentError: an argument is something else.
     """
-    phases = _checked(phases)
+    phases = check_phases(phases)
     if not (_is_number(epsilon) and epsilon >= 0):
         raise ArgumentError(f"epsilon must be a number of 0 or more, got {epsilon!r}")
-    if any(phase.noise_multiplier == 0 for phase in phases):
+    if _is_bare(phases):
         return 1.0
     if epsilon > PLD_EXACT:
         epsilon = max(PLD_EXACT, epsilon - _interval(phases))
@@ -144,7 +149,7 @@ def noise_multiplier_for(
         raise ArgumentError(f"epsilon must be a positive number, got {epsilon!r}")
     check_delta(delta)
     Phase(1.0, sample_rate, steps)
-    before = _checked(before) if before else ()
+    before = check_phases(before) if before else ()
     spent = _pld(before, delta) if before else 0.0
     if spent >= epsilon:
         raise ArgumentError(
@@ -179,11 +184,8 @@ def check_delta(delta: float) -> None:
         )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _checked(phases: Sequence[Phase]) -> tuple[Phase, ...]:
+def check_phases(phases: Sequence[Phase]) -> tuple[Phase, ...]:
+    """Raise ArgumentError unless there is at least one phase, and nothing else."""
     if isinstance(phases, Phase):
         raise ArgumentError("phases must be several, got one Phase: use a list")
     phases = tuple(phases)
@@ -192,8 +194,16 @@ def _checked(phases: Sequence[Phase]) -> tuple[Phase, ...]:
     return phases
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_bare(phases: tuple[Phase, ...]) -> bool:
+    return any(phase.noise_multiplier < SMALLEST_NOISE for phase in phases)
+
+
 def _pld(phases: tuple[Phase, ...], delta: float) -> float:
-    if any(phase.noise_multiplier == 0 for phase in phases) or delta <= _rounding(phases):
+    if _is_bare(phases) or delta <= _rounding(phases):
         return math.inf
     bound = max(0.0, float(_losses(phases).get_epsilon(delta - _rounding(phases))))
     return bound if bound <= PLD_EXACT else bound + _interval(phases)
