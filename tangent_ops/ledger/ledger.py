@@ -203,8 +203,7 @@ class Ledger:
         """
         return self._settled(
             lambda transaction: {
-                row.shard: self._read(shard_file.read_origin, row)
-                for row in transaction.shards()
+                row.shard: self._read(shard_file.read_origin, row) for row in transaction.shards()
             }
         )
 

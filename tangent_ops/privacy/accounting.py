@@ -80,9 +80,9 @@ def epsilon(phases: Sequence[Phase], delta: float, accountant: str = "pld") -> f
         accountant: "pld", "prv" or "rdp".
 
     Returns:
-        An upper bound; inf with a noise multiplier below 0.01, or where float64 does not resolve `delta`: rounding is
-        taken to be up to 2.2e-16 for each subsampled step. PRV gives inf where Opacus has no
-        answer: epsilon above 500, or a delta that is too small for its grid.
+        An upper bound; inf with a noise multiplier below 0.01, or where float64 does not resolve
+        `delta`: rounding is taken to be up to 2.2e-16 for each subsampled step. PRV gives inf
+        where Opacus has no answer: epsilon above 500, or a delta too small for its grid.
 
     Raises:
         ArgumentError: an argument is something else.
