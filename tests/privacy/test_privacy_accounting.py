@@ -11,24 +11,12 @@ import pytest
 pytest.importorskip("opacus")
 pytest.importorskip("dp_accounting")
 
+from gaussian_oracle import gaussian_epsilon, gaussian_failure
 from scipy.optimize import brentq
-from scipy.special import log_ndtr
 from scipy.stats import norm
 
 from tangent_ops.errors import ArgumentError
 from tangent_ops.privacy.accounting import Phase, epsilon, failure, noise_multiplier_for
-
-
-def gaussian_failure(mu: float, epsilon: float) -> float:
-    """Balle, Wang, "Improving the Gaussian mechanism", ICML 2018, theorem 5; logs for size."""
-    first = log_ndtr(mu / 2 - epsilon / mu)
-    return math.exp(first) - math.exp(epsilon + log_ndtr(-mu / 2 - epsilon / mu))
-
-
-def gaussian_epsilon(mu: float, delta: float) -> float:
-    if gaussian_failure(mu, 0) <= delta:
-        return 0.0
-    return brentq(lambda e: gaussian_failure(mu, e) - delta, 0, mu**2 + 60 * mu, xtol=1e-14)
 
 
 def one_step_failure(sigma: float, rate: float, epsilon: float) -> float:
