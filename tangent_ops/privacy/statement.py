@@ -258,7 +258,7 @@ def _check_claim(name: str, claimed: float, shown: float, delta: float) -> None:
         )
 
 
-def _check_epsilon(name: str, value: object) -> None:
+def _check_epsilon(name: str, value: float) -> None:
     if not (_is_float(value) and value >= 0):
         raise ArgumentError(f"{name} must be a number of 0 or more, or inf, got {value!r}")
 
@@ -271,7 +271,7 @@ def _written(value: float) -> float | str:
     return "inf" if math.isinf(value) else value
 
 
-def _read(value: float | str) -> float:
+def _read(value: Any) -> float:
     return math.inf if value == "inf" else value
 
 
