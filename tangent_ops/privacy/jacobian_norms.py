@@ -52,9 +52,7 @@ def jacobian_norms(
     model, loader = entering(tangent, data, batch_size, cache, device, progress)
     jacobian = Jacobian(model)
     with norms_bar(loader, progress) as bar:
-        found = [
-            batch_norms(jacobian, unpack(batch, jacobian.device)[0], bar) for batch in loader
-        ]
+        found = [batch_norms(jacobian, unpack(batch, jacobian.device)[0], bar) for batch in loader]
     return torch.cat(found)
 
 

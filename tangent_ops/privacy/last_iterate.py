@@ -146,7 +146,7 @@ def fit_last_iterate(
             f"{noise:.6g} on each entry of the gradient, from 0; the last iterate alone is "
             f"released: {1 / multiplier:.6g}-GDP (Bok, Su, Altschuler 2024)"
         ),
-        phases=[Phase(multiplier, 1.0, 1)],
+        phases=(Phase(multiplier, 1.0, 1),),
         clip=bounds.gradient,
         delta=delta,
         sampling="none: every sample in every step",

@@ -138,7 +138,7 @@ def perturb_output(
             f"{allowed:.6g}: {1 / multiplier:.6g}-GDP (Chaudhuri, Monteleoni, Sarwate 2011; Balle, "
             "Wang 2018)"
         ),
-        phases=[Phase(multiplier, 1.0, 1)],
+        phases=(Phase(multiplier, 1.0, 1),),
         clip=bounds.gradient,
         delta=delta,
         sampling="none: every sample counts",
@@ -162,9 +162,7 @@ def _minimise(
     # F is at least l2/2 ‖Δ‖², and at its minimum at most F(0).
     largest = math.sqrt(2 * value / problem.l2)
     tol = min(_SHARE * allowed / largest, 0.5) if largest else 0.5
-    search = Search(
-        problem, start, tol, max_iterations, functools.partial(preconditioner, problem)
-    )
+    search = Search(problem, start, tol, max_iterations, functools.partial(preconditioner, problem))
     solution = search.run()
     found = certify(
         objective.model,

@@ -11,11 +11,20 @@ from torch.func import functional_call, jacrev
 from torch.utils.data import TensorDataset
 
 from tangent_ops import LinearizedModel, linearize
+from tangent_ops.privacy.noise import NoiseSource
 
 N, CLASSES, INPUTS = 9, 3, 4
 R, B, M, L2 = 2.0, 2.0, 4.0, 0.4
 QUIET = {"progress": False, "batch_size": 4}
 BOUNDS = {"jacobian_bound": R, "residual_bound": B, "target": M}
+
+
+class Silent(NoiseSource):
+    """No noise at all, to see what it would be added to."""
+
+    def normal(self, shape, std, dtype, device):
+        assert std > 0
+        return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def anchor() -> nn.Module:

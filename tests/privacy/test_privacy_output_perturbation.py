@@ -12,10 +12,11 @@ from bounded_problem import (
     BOUNDS,
     INPUTS,
     L2,
-    N,
     QUIET,
     B,
+    N,
     R,
+    Silent,
     Written,
     flat,
     outliers,
@@ -71,7 +72,8 @@ def test_without_noise_it_is_the_optimum(data, normalizer):
         model,
         data,
         L2,
-        noise_multiplier=1e-9,
+        noise_multiplier=3.0,
+        source=Silent(),
         inexactness=1e-5,
         normalizer=normalizer,
         **OPTIONS,
@@ -81,14 +83,14 @@ def test_without_noise_it_is_the_optimum(data, normalizer):
     bound = R * B / (size * L2)
     assert float((flat(model.deltas()) - exact).norm()) <= 1.1e-5 * bound
     assert found.sensitivity == pytest.approx(bound * (1 + 2e-5), rel=1e-12)
-    assert found.sigma == pytest.approx(1e-9 * found.sensitivity, rel=1e-12)
+    assert found.sigma == pytest.approx(3.0 * found.sensitivity, rel=1e-12)
 
 
 def test_noise_has_the_standard_deviation_stated():
     data = samples()
     exact = Written(data, N).minimum()
     drawn = []
-    for seed in range(8):
+    for seed in range(4):
         model = tangent()
         found = perturb_output(
             model, data, L2, noise_multiplier=3.0, source=NoiseSource(seed), **OPTIONS
@@ -127,7 +129,6 @@ def test_the_statement_travels_with_the_delta(tmp_path):
     assert statement_of(loaded) == found.statement
     text = " ".join(found.statement.assumes)
     assert f"the number of samples, {N}, and the normalizer, {N}, are public" in text
-    assert "the noisy" not in text
 
 
 def test_default_noise_is_the_systems():
@@ -138,9 +139,15 @@ def test_default_noise_is_the_systems():
 
 def test_a_solver_that_did_not_arrive_releases_nothing():
     model = tangent()
-    with pytest.raises(ConvergenceError, match="within .* was allowed"):
+    with pytest.raises(ConvergenceError, match=r"within .* was allowed"):
         perturb_output(
-            model, samples(), 1e-4, target_epsilon=1.0, max_iterations=1, inexactness=1e-9, **OPTIONS
+            model,
+            samples(),
+            1e-4,
+            target_epsilon=1.0,
+            max_iterations=1,
+            inexactness=1e-9,
+            **OPTIONS,
         )
     assert not flat(model.deltas()).any()
 
