@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
-from tangent_ops.evaluate import Data, unpack
+from tangent_ops.evaluate import unpack
 from tangent_ops.exact._jacobian import Jacobian
 from tangent_ops.exact._problem import Problem, check_l2, check_tangent
 from tangent_ops.linearize import LinearizedModel
@@ -102,10 +102,9 @@ class Objective:
 
     Args:
         tangent: the model; its deltas are neither read nor changed.
-        data: of (input, class).
+        data: of (input, class), in order.
         l2: positive.
         bounds: R, B, M, E.
-        batch_size: of a Dataset.
         cache: as in `fit`.
         device: moves the model there first.
         progress: show bars.
@@ -126,11 +125,10 @@ class Objective:
     def __init__(
         self,
         tangent: LinearizedModel,
-        data: Data,
+        data: DataLoader,
         l2: float,
         bounds: Bounds,
         *,
-        batch_size: int,
         cache: bool | str | os.PathLike[str],
         device: str | torch.device | None,
         progress: bool,
@@ -138,16 +136,14 @@ class Objective:
         check_tangent(tangent)
         check_l2(l2)
         _check_precision(tangent)
-        self.model, loader = entering(tangent, data, batch_size, cache, device, progress)
+        self.model, loader = entering(tangent, data, cache, device, progress)
         self.data = _weighted(loader, _pack(Jacobian(self.model), loader, bounds, progress))
         self.l2 = float(l2)
         self.bounds = bounds
         self.loss = BoundedSquareLoss(bounds.residual, bounds.target)
         self.samples = len(self.data.dataset)  # pyright: ignore[reportArgumentType]
         self.normalizer = float(self.samples if bounds.normalizer is None else bounds.normalizer)
-        self.problem = Problem(
-            self.model, self.data, self.problem_l2, self.loss, device=device, progress=progress
-        )
+        self.problem = Problem(self.model, self.data, self.problem_l2, self.loss, progress=progress)
         # The look at a few samples may have met none whose residual is clipped.
         self.problem.quadratic = False
 

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import math
 
-from torch.utils.data import DataLoader
-
 from tangent_ops.errors import ArgumentError
-from tangent_ops.evaluate import Data
 from tangent_ops.privacy.accounting import noise_multiplier_for
 
 
 def release_noise(
-    data: Data, delta: float, target_epsilon: float | None, noise_multiplier: float | None
+    samples: int, delta: float, target_epsilon: float | None, noise_multiplier: float | None
 ) -> float:
     """Standard deviation over sensitivity: as given, or the least that keeps the target.
 
     Raises:
         ArgumentError: delta is not below 1/N; not one of the two is given; one is out of range.
     """
-    samples = len(data.dataset if isinstance(data, DataLoader) else data)  # pyright: ignore
     if not 0 < delta < 1 / samples:
         raise ArgumentError(
             f"delta must be above 0 and below 1/N = {1 / samples:.3g}, got {delta}: publishing one "

@@ -49,7 +49,8 @@ def jacobian_norms(
         ArgumentError: an argument other than these; a norm is not finite.
         UnsupportedError: cache, for a model that cannot be split.
     """
-    model, loader = entering(tangent, data, batch_size, cache, device, progress)
+    check_tangent(tangent)
+    model, loader = entering(tangent, in_order(data, batch_size), cache, device, progress)
     jacobian = Jacobian(model)
     with norms_bar(loader, progress) as bar:
         found = [batch_norms(jacobian, unpack(batch, jacobian.device)[0], bar) for batch in loader]
@@ -58,26 +59,22 @@ def jacobian_norms(
 
 def entering(
     tangent: LinearizedModel,
-    data: Data,
-    batch_size: int,
+    loader: DataLoader,
     cache: bool | str | os.PathLike[str],
     device: str | torch.device | None,
     progress: bool,
 ) -> tuple[LinearizedModel, DataLoader]:
-    """The model, or its tail, with a loader in order of what enters it.
+    """The model, or its tail, with a loader of what enters it, in the order of `loader`.
 
     Raises:
-        ArgumentError: as in `jacobian_norms`.
-        UnsupportedError: as in `jacobian_norms`.
+        UnsupportedError: cache, for a model that cannot be split.
     """
-    check_tangent(tangent)
-    loader = in_order(data, batch_size)
     place(tangent, device)
     if cache is False:
         return tangent, loader
     trunk, tail = tangent.split()
     features = cache_features(trunk, loader, None if cache is True else cache, progress=progress)
-    return tail, in_order(features, loader.batch_size or batch_size)
+    return tail, in_order(features, loader.batch_size or 1)
 
 
 def norms_bar(loader: DataLoader, progress: bool) -> tqdm:

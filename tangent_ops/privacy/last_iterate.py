@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError
 from tangent_ops.evaluate import Data, check_integer
-from tangent_ops.exact._problem import check_tangent
+from tangent_ops.exact._problem import check_tangent, in_order
 from tangent_ops.linearize import LinearizedModel
 from tangent_ops.privacy._bounded import Bounds, Objective
 from tangent_ops.privacy._budget import release_noise
@@ -112,7 +112,9 @@ def fit_last_iterate(
     check_tangent(tangent)
     check_integer("steps", steps, 1)
     bounds = Bounds(jacobian_bound, residual_bound, target, normalizer)
-    multiplier = release_noise(data, delta, target_epsilon, noise_multiplier)
+    loader = in_order(data, batch_size)
+    samples = len(loader.dataset)  # pyright: ignore[reportArgumentType]
+    multiplier = release_noise(samples, delta, target_epsilon, noise_multiplier)
     if lr is not None and not (math.isfinite(lr) and lr > 0):
         raise ArgumentError(f"lr must be positive and finite, got {lr}")
     if any(value.any() for value in tangent.deltas().values()):
@@ -121,14 +123,7 @@ def fit_last_iterate(
             "statement would not count. Linearize the anchor anew, or set them to zero"
         )
     objective = Objective(
-        tangent,
-        data,
-        l2,
-        bounds,
-        batch_size=batch_size,
-        cache=cache,
-        device=device,
-        progress=progress,
+        tangent, loader, l2, bounds, cache=cache, device=device, progress=progress
     )
     lr = 1 / objective.smoothness if lr is None else lr
     gap = contraction_gap(lr, objective.l2, objective.smoothness)

@@ -16,7 +16,7 @@ from tangent_ops.evaluate import Data, check_integer
 from tangent_ops.exact import certify
 from tangent_ops.exact._layout import norm
 from tangent_ops.exact._nystrom import preconditioner
-from tangent_ops.exact._problem import check_tangent
+from tangent_ops.exact._problem import check_tangent, in_order
 from tangent_ops.exact._search import Search
 from tangent_ops.linearize import LinearizedModel
 from tangent_ops.privacy._bounded import Bounds, Objective
@@ -110,18 +110,13 @@ def perturb_output(
     check_tangent(tangent)
     check_integer("max_iterations", max_iterations, 1)
     bounds = Bounds(jacobian_bound, residual_bound, target, normalizer)
-    multiplier = release_noise(data, delta, target_epsilon, noise_multiplier)
+    loader = in_order(data, batch_size)
+    samples = len(loader.dataset)  # pyright: ignore[reportArgumentType]
+    multiplier = release_noise(samples, delta, target_epsilon, noise_multiplier)
     if not 0 < inexactness <= 1:
         raise ArgumentError(f"inexactness must be above 0 and at most 1, got {inexactness}")
     objective = Objective(
-        tangent,
-        data,
-        l2,
-        bounds,
-        batch_size=batch_size,
-        cache=cache,
-        device=device,
-        progress=progress,
+        tangent, loader, l2, bounds, cache=cache, device=device, progress=progress
     )
     exact_sensitivity = objective.sensitivity / objective.l2
     allowed = inexactness * exact_sensitivity

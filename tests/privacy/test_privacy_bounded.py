@@ -29,16 +29,18 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tangent_ops import last_blocks, linearize
 from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.exact._problem import in_order
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.privacy._bounded import BoundedSquareLoss, Bounds, Objective
 from tangent_ops.privacy.jacobian_norms import jacobian_norms
 
-OPTIONS = {"batch_size": 4, "cache": False, "device": None, "progress": False}
+OPTIONS = {"cache": False, "device": None, "progress": False}
 
 
 def objective(data, l2=L2, normalizer=None, model=None, **options):
     bounds = Bounds(R, B, M, normalizer)
-    return Objective(tangent() if model is None else model, data, l2, bounds, **OPTIONS | options)
+    model = tangent() if model is None else model
+    return Objective(model, in_order(data, 4), l2, bounds, **OPTIONS | options)
 
 
 def directions(count, scale):

@@ -25,6 +25,7 @@ from bounded_problem import (
 from torch.utils.data import TensorDataset
 
 from tangent_ops.errors import ArgumentError, NonFiniteLossError
+from tangent_ops.exact._problem import in_order
 from tangent_ops.privacy._bounded import Bounds, Objective
 from tangent_ops.privacy.last_iterate import (
     contraction_gap,
@@ -71,9 +72,11 @@ def test_steps_contract_and_neighbours_steps_are_near(data, share):
     more = TensorDataset(
         *(torch.cat(c) for c in zip(data.tensors, samples(1, 5.0, 9).tensors, strict=True))
     )
-    options = {"batch_size": 4, "cache": False, "device": None, "progress": False}
+    options = {"cache": False, "device": None, "progress": False}
     bounds = Bounds(R, B, BOUNDS["target"], float(size))
-    mine, others = (Objective(tangent(), d, L2, bounds, **options) for d in (data, more))
+    mine, others = (
+        Objective(tangent(), in_order(d, 4), L2, bounds, **options) for d in (data, more)
+    )
     smooth = mine.smoothness
     assert smooth == pytest.approx(L2 + (size + 1) * R**2 / size)
     lr = share / smooth

@@ -60,7 +60,14 @@ def test_neighbours_optima_are_within_the_sensitivity(data, l2):
     assert max(moved) >= 0.05 * bound  # the bound is of this size, not of another
 
 
-@pytest.mark.parametrize("data", [samples(), outliers()], ids=["samples", "outliers"])
+def misleading():
+    """The first batch has residuals scaled far below B, where the loss is quadratic."""
+    inputs, targets = outliers().tensors
+    order = [10, 10, 10, 10, *range(8)]
+    return TensorDataset(inputs[order], targets[order])
+
+
+@pytest.mark.parametrize("data", [samples(), outliers(), misleading()], ids=["s", "o", "m"])
 @pytest.mark.parametrize("normalizer", [None, 25.0])
 def test_without_noise_it_is_the_optimum(data, normalizer):
     """Up to τ, where the allowance is small; from any start."""
