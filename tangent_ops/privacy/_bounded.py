@@ -93,6 +93,14 @@ class Bounds:
         """Of ‖∇ℓ_i‖: R B."""
         return self.jacobian * self.residual
 
+    def divisor(self, samples: int) -> float:
+        """E."""
+        return float(samples if self.normalizer is None else self.normalizer)
+
+    def smoothness(self, l2: float, samples: int) -> float:
+        """Of F, and of every neighbour's with one sample more or less: l2 + (N + 1) R²/E."""
+        return l2 + (samples + 1) * self.jacobian * self.jacobian / self.divisor(samples)
+
 
 class Objective:
     """F(Δ) = (1/E) Σ_i ℓ_i(Δ) + l2/2 ‖Δ‖², of bounded losses.
@@ -142,7 +150,7 @@ class Objective:
         self.bounds = bounds
         self.loss = BoundedSquareLoss(bounds.residual, bounds.target)
         self.samples = len(self.data.dataset)  # pyright: ignore[reportArgumentType]
-        self.normalizer = float(self.samples if bounds.normalizer is None else bounds.normalizer)
+        self.normalizer = bounds.divisor(self.samples)
         self.problem = Problem(self.model, self.data, self.problem_l2, self.loss, progress=progress)
         # The look at a few samples may have met none whose residual is clipped.
         self.problem.quadratic = False
@@ -154,11 +162,6 @@ class Objective:
     @property
     def sensitivity(self) -> float:
         return self.bounds.gradient / self.normalizer
-
-    @property
-    def smoothness(self) -> float:
-        """Of F, and of every neighbour's with one sample more or less: l2 + (N + 1) R²/E."""
-        return self.l2 + (self.samples + 1) * self.bounds.jacobian**2 / self.normalizer
 
     def gradient(self, delta: Tensor) -> Tensor:
         """∇F(Δ), flat."""

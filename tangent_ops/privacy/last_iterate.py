@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError
 from tangent_ops.evaluate import Data, check_integer
-from tangent_ops.exact._problem import check_tangent, in_order
+from tangent_ops.exact._problem import check_l2, check_tangent, in_order
 from tangent_ops.linearize import LinearizedModel
 from tangent_ops.privacy._bounded import Bounds, Objective
 from tangent_ops.privacy._budget import release_noise
@@ -77,7 +77,10 @@ def fit_last_iterate(
         μ = (R B / (E ν)) sqrt( (1 - c^T)/(1 + c^T) (1 + c)/(1 - c) )
 
     (Bok, Su, Altschuler, "Shifted interpolation for differential privacy", ICML 2024, for strongly
-    convex losses). It is exact for one parameter and a quadratic F, where the iterates' means
+    convex losses). Proof: let a copy of ours move a_t towards the neighbour's iterate in step t,
+    which its noise hides at a price of a_t / (η ν), composed. Contraction takes of the rest; they
+    meet in step T if Σ c^{T-t} a_t = s (1 - c^T)/(1 - c), and the least Σ a_t² of such (Cauchy,
+    Schwarz) is (μ η ν)². It is exact for one parameter and a quadratic F, where the iterates' means
     differ by s (1 - c^T)/(1 - c), and their variance is (η ν)² (1 - c^{2T})/(1 - c²). It is never
     above what composition gives, sqrt(T) R B / (E ν).
 
@@ -110,13 +113,15 @@ def fit_last_iterate(
         NonFiniteLossError: a gradient is NaN or infinite; the deltas are zero as before.
     """
     check_tangent(tangent)
+    check_l2(l2)
     check_integer("steps", steps, 1)
     bounds = Bounds(jacobian_bound, residual_bound, target, normalizer)
     loader = in_order(data, batch_size)
     samples = len(loader.dataset)  # pyright: ignore[reportArgumentType]
     multiplier = release_noise(samples, delta, target_epsilon, noise_multiplier)
-    if lr is not None and not (math.isfinite(lr) and lr > 0):
-        raise ArgumentError(f"lr must be positive and finite, got {lr}")
+    smoothness = bounds.smoothness(l2, samples)
+    lr = 1 / smoothness if lr is None else lr
+    gap = contraction_gap(lr, l2, smoothness)
     if any(value.any() for value in tangent.deltas().values()):
         raise ArgumentError(
             "the deltas are not zero: what they hold may come from private data, which this "
@@ -125,10 +130,7 @@ def fit_last_iterate(
     objective = Objective(
         tangent, loader, l2, bounds, cache=cache, device=device, progress=progress
     )
-    lr = 1 / objective.smoothness if lr is None else lr
-    gap = contraction_gap(lr, objective.l2, objective.smoothness)
-    growth = last_iterate_growth(gap, steps)
-    noise = objective.sensitivity * multiplier * growth
+    noise = objective.sensitivity * multiplier * last_iterate_growth(gap, steps)
     source = NoiseSource() if source is None else source
     layout = objective.problem.layout
     iterate = layout.zeros()
@@ -168,8 +170,8 @@ def contraction_gap(lr: float, strong: float, smooth: float) -> float:
     gap = min(lr * strong, 2 - lr * smooth)
     if not gap > 0:
         raise ArgumentError(
-            f"lr={lr:g} does not contract: it must be below 2/M = {2 / smooth:.6g}, with "
-            "M = l2 + (N + 1) R²/E"
+            f"lr must be positive and below 2/M = {2 / smooth:.6g}, where M = l2 + (N + 1) R²/E, "
+            f"got {lr:g}: larger steps do not contract"
         )
     return gap
 
