@@ -23,10 +23,12 @@ from bounded_problem import (
     samples,
     tangent,
 )
+from small_models import images, vit
 from torch.utils.data import TensorDataset
 
-from tangent_ops import load_delta, save_delta
+from tangent_ops import last_blocks, linearize, load_delta, save_delta
 from tangent_ops.errors import ArgumentError, ConvergenceError, UnsupportedError
+from tangent_ops.privacy.last_iterate import fit_last_iterate
 from tangent_ops.privacy.noise import NoiseSource
 from tangent_ops.privacy.output_perturbation import perturb_output
 from tangent_ops.privacy.statement import statement_of
@@ -182,3 +184,34 @@ def test_refuses():
         perturb_output(torch.nn.Linear(INPUTS, 2), samples(), L2, target_epsilon=1.0, **OPTIONS)
     with pytest.raises(UnsupportedError, match="blocks"):
         run(**OPTIONS | {"cache": True})
+
+
+@pytest.mark.parametrize("fit", [perturb_output, fit_last_iterate])
+def test_a_vision_transformer_in_single_precision_with_cached_features(fit):
+    """As in float64 without a cache, to single precision."""
+    deltas = []
+    for dtype, cache in ((torch.float64, False), (torch.float32, True)):
+        model = vit(depth=2, embed_dim=12, num_heads=2).to(dtype)
+        model = linearize(model, last_blocks(model, 1))
+        data = TensorDataset(images(8).to(dtype), torch.arange(8) % 5)
+        median = 4.64  # of the Jacobian norms, some below and some above
+        options = {"steps": 20} if fit is fit_last_iterate else {}
+        found = fit(
+            model,
+            data,
+            median**2 / 20,
+            jacobian_bound=median,
+            residual_bound=5.0,
+            delta=1e-3,
+            noise_multiplier=1.0,
+            source=Silent(),
+            cache=cache,
+            **QUIET,
+            **options,
+        )
+        deltas.append(flat(found.delta).double())
+    allowed = 5.0 / (8 * median / 20) * 0.01 if fit is perturb_output else 0.0
+    apart = float((deltas[0] - deltas[1]).norm())
+    # Twice the solver's allowance; the weights' slack of 1e-4 and rounding besides.
+    assert apart <= 2 * allowed + 5e-4 * float(deltas[0].norm())
+    assert float(deltas[0].norm()) > 20 * allowed
