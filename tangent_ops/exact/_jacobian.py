@@ -25,7 +25,7 @@ class Jacobian:
         self.layout = Layout.of(tangent)
         self.device = self.layout.device
         self._tangent = tangent
-        self._pair = _Pair(tangent)
+        self._pair = Pair(tangent)
 
     def in_double(self) -> Jacobian:
         """The same in float64, of a copy of the model."""
@@ -79,7 +79,7 @@ class Jacobian:
         return primal, tangent
 
 
-class _Pair(nn.Module):
+class Pair(nn.Module):
     """What functional_call calls: the model's value and tangent apart."""
 
     def __init__(self, tangent: LinearizedModel) -> None:

@@ -1,0 +1,279 @@
+"""What a delta's training promises to each sample: a statement that can be recomputed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from typing import Any
+
+from torch import Tensor
+
+from tangent_ops.delta import Delta, DeltaMeta
+from tangent_ops.errors import ArgumentError, CertificateError
+from tangent_ops.privacy.accounting import Phase, check_delta, epsilon, failure
+
+ADD_OR_REMOVE = "add or remove one sample"
+KEY = "privacy"  # in DeltaMeta.extra
+TOLERANCE = 1e-3  # of epsilon: what another release's grid may take off
+
+_CURVE = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
+_FORMAT = "tangent-ops privacy statement 1"
+
+
+@dataclass(frozen=True)
+class PrivacyStatement:
+    """(epsilon, delta)-differential privacy of what was released, and where it comes from.
+
+    For data sets S, S' that are neighbours in the sense of `adjacency`, and any set of outcomes A:
+    P(release of S in A) <= e^epsilon P(release of S' in A) + delta.
+
+    Attributes:
+        mechanism: in words.
+        phases: what is composed, one after the other, on the same samples.
+        clip: C, the bound on one sample's contribution (Euclidean norm), in the mechanism's units;
+            of composed statements the largest.
+        delta: the delta of `epsilon`.
+        epsilon: by PLD.
+        epsilon_prv: by Opacus' PRV, at the same delta; inf where it has no answer.
+        curve: (delta, epsilon) pairs, by PLD.
+        adjacency: which data sets are neighbours.
+        sampling: how the samples of a step are chosen, in words.
+        noise: where the noise came from, in words.
+        assumes: what has to be true besides.
+        accountant: the libraries and their versions.
+
+    Raises:
+        ArgumentError: a field is of another kind.
+    """
+
+    mechanism: str
+    phases: tuple[Phase, ...]
+    clip: float
+    delta: float
+    epsilon: float
+    epsilon_prv: float
+    curve: tuple[tuple[float, float], ...]
+    adjacency: str
+    sampling: str
+    noise: str
+    assumes: tuple[str, ...]
+    accountant: str
+
+    def __post_init__(self) -> None:
+        words = {
+            name: getattr(self, name)
+            for name in ("mechanism", "adjacency", "sampling", "noise", "accountant")
+        }
+        words |= {f"assumes[{index}]": value for index, value in enumerate(self.assumes)}
+        for name, value in words.items():
+            if not isinstance(value, str) or not value:
+                raise ArgumentError(f"{name} must be in words, got {value!r}")
+        if not self.phases or not all(isinstance(phase, Phase) for phase in self.phases):
+            raise ArgumentError(f"phases must be Phases, at least one, got {self.phases!r}")
+        if not (_is_float(self.clip) and 0 < self.clip < math.inf):
+            raise ArgumentError(f"clip must be a positive number, got {self.clip!r}")
+        check_delta(self.delta)
+        for name, value in (("epsilon", self.epsilon), ("epsilon_prv", self.epsilon_prv)):
+            _check_epsilon(name, value)
+        for delta, value in self.curve:
+            check_delta(delta)
+            _check_epsilon(f"curve's epsilon at {delta:g}", value)
+
+    def epsilon_at(self, delta: float) -> float:
+        """The epsilon of another delta, from the phases, by PLD."""
+        return epsilon(self.phases, delta)
+
+    def failure_at(self, epsilon: float) -> float:
+        """The delta of another epsilon, from the phases, by PLD."""
+        return failure(self.phases, epsilon)
+
+    def then(self, other: PrivacyStatement) -> PrivacyStatement:
+        """Of both releases, `other` after this one, on the same samples; at this one's delta.
+
+        Raises:
+            ArgumentError: `other` is no statement, or has another adjacency.
+        """
+        if not isinstance(other, PrivacyStatement):
+            kind = type(other).__name__
+            raise ArgumentError(f"other must be a PrivacyStatement, got a {kind}")
+        check_adjacency(self.adjacency, other.adjacency)
+        return make_statement(
+            mechanism=_joined(self.mechanism, other.mechanism),
+            phases=(*self.phases, *other.phases),
+            clip=max(self.clip, other.clip),
+            delta=self.delta,
+            sampling=_joined(self.sampling, other.sampling),
+            noise=_joined(self.noise, other.noise),
+            assumes=tuple(dict.fromkeys((*self.assumes, *other.assumes))),
+            adjacency=self.adjacency,
+        )
+
+    def verify(self) -> None:
+        """Compute every epsilon anew, from the phases.
+
+        Whether the phases are what was run, nobody can tell from a statement.
+
+        Raises:
+            CertificateError: a claimed epsilon is lower than what the phases give.
+        """
+        claims = [("", self.delta, self.epsilon), *(("curve: ", *pair) for pair in self.curve)]
+        for where, delta, claimed in claims:
+            _check_claim(f"{where}epsilon", claimed, self.epsilon_at(delta), delta)
+        prv = epsilon(self.phases, self.delta, "prv")
+        if math.isfinite(prv):
+            _check_claim("epsilon_prv", self.epsilon_prv, prv, self.delta)
+
+    def to_json(self) -> str:
+        """Everything; an infinite epsilon is the string "inf"."""
+        record = {"format": _FORMAT, **asdict(self)}
+        for name in ("epsilon", "epsilon_prv"):
+            record[name] = _written(record[name])
+        record["curve"] = [[delta, _written(value)] for delta, value in self.curve]
+        return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> PrivacyStatement:
+        """Read what `to_json` gave.
+
+        Raises:
+            ArgumentError: it is something else.
+        """
+        try:
+            record: dict[str, Any] = json.loads(text)
+            if record.pop("format", None) != _FORMAT:
+                raise ValueError(f"its format is not {_FORMAT!r}")
+            if unknown := record.keys() - {field.name for field in fields(cls)}:
+                raise ValueError(f"unknown {', '.join(sorted(unknown))}")
+            return cls(
+                **{
+                    **record,
+                    "phases": tuple(Phase(**phase) for phase in record["phases"]),
+                    "epsilon": _read(record["epsilon"]),
+                    "epsilon_prv": _read(record["epsilon_prv"]),
+                    "curve": tuple((delta, _read(value)) for delta, value in record["curve"]),
+                    "assumes": tuple(record["assumes"]),
+                }
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ArgumentError(f"text is no privacy statement's JSON: {error}") from error
+
+    def __str__(self) -> str:
+        lines = [f"({self.epsilon:.4g}, {self.delta:g})-differential privacy"]
+        return "\n".join(lines)
+
+
+def make_statement(
+    *,
+    mechanism: str,
+    phases: tuple[Phase, ...],
+    clip: float,
+    delta: float,
+    sampling: str,
+    noise: str,
+    assumes: tuple[str, ...],
+    adjacency: str = ADD_OR_REMOVE,
+) -> PrivacyStatement:
+    """Account for phases, and state the result.
+
+    Args:
+        mechanism: as in `PrivacyStatement`, and so are the others.
+        phases: as there.
+        clip: as there.
+        delta: as there.
+        sampling: as there.
+        noise: as there.
+        assumes: as there.
+        adjacency: as there; what the accounting is for.
+
+    Raises:
+        ArgumentError: a field is of another kind.
+    """
+    phases = tuple(phases)
+    own = epsilon(phases, delta)
+    deltas = sorted({*_CURVE, float(delta)}, reverse=True)
+    return PrivacyStatement(
+        mechanism=mechanism,
+        phases=phases,
+        clip=float(clip),
+        delta=float(delta),
+        epsilon=own,
+        epsilon_prv=epsilon(phases, delta, "prv"),
+        curve=tuple((one, epsilon(phases, one)) for one in deltas),
+        adjacency=adjacency,
+        sampling=sampling,
+        noise=noise,
+        assumes=tuple(assumes),
+        accountant=(
+            f"dp-accounting {version('dp-accounting')} (PLD); opacus {version('opacus')} (PRV)"
+        ),
+    )
+
+
+def attach(delta: Delta, statement: PrivacyStatement) -> Delta:
+    """The delta with the statement in its meta, where `save_delta` keeps it.
+
+    Args:
+        delta: with meta.
+        statement: replaces one that is there.
+
+    Raises:
+        ArgumentError: the delta has no meta, or `statement` is none.
+    """
+    if not isinstance(statement, PrivacyStatement):
+        kind = type(statement).__name__
+        raise ArgumentError(f"statement must be a PrivacyStatement, got a {kind}")
+    meta = getattr(delta, "meta", None)
+    if meta is None:
+        raise ArgumentError("a delta without meta holds no statement: use Delta(delta, meta)")
+    return Delta(delta, replace(meta, extra=meta.extra | {KEY: statement.to_json()}))
+
+
+def statement_of(delta: Mapping[str, Tensor] | DeltaMeta) -> PrivacyStatement | None:
+    """The statement that a delta or its meta carries, if any; not verified.
+
+    Raises:
+        ArgumentError: what it carries is no statement.
+    """
+    meta = delta if isinstance(delta, DeltaMeta) else getattr(delta, "meta", None)
+    text = meta.extra.get(KEY) if meta is not None else None
+    return None if text is None else PrivacyStatement.from_json(text)
+
+
+def check_adjacency(expected: str, found: str) -> None:
+    """Raise ArgumentError unless both statements mean the same neighbours."""
+    if expected != found:
+        raise ArgumentError(
+            f"statements of different adjacency do not compose: {expected!r} and {found!r}"
+        )
+
+
+def _check_claim(name: str, claimed: float, shown: float, delta: float) -> None:
+    if claimed < shown * (1 - TOLERANCE):
+        raise CertificateError(
+            f"the statement claims {name} = {claimed:.6g} at delta {delta:g}; what its phases "
+            f"give is {shown:.6g}"
+        )
+
+
+def _check_epsilon(name: str, value: object) -> None:
+    if not (_is_float(value) and value >= 0):
+        raise ArgumentError(f"{name} must be a number of 0 or more, or inf, got {value!r}")
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _written(value: float) -> float | str:
+    return "inf" if math.isinf(value) else value
+
+
+def _read(value: float | str) -> float:
+    return math.inf if value == "inf" else value
+
+
+def _joined(first: str, second: str) -> str:
+    return first if first == second else f"{first}; then {second}"
