@@ -138,7 +138,8 @@ def audit(
         UnsupportedError: the claim is for another adjacency than adding or removing a sample.
         CertificateError: the claim's ε is less than its own phases give.
     """
-    _check(train, claim, runs, confidence)
+    check_runs(runs, confidence)
+    _check(train, claim)
     scores: dict[bool, list[float]] = {True: [], False: []}
     for run in tqdm(range(runs), "audit", unit="run", leave=False, disable=not progress):
         with_canary = run % 2 == 0
@@ -174,6 +175,15 @@ def audit(
     )
 
 
+def check_runs(runs: int, confidence: float) -> None:
+    """Raise ArgumentError unless so many runs, and this confidence, make an audit."""
+    check_integer("runs", runs, LEAST_RUNS)
+    if runs % 2:
+        raise ArgumentError(f"runs must be even, as half of them have the canary; got {runs}")
+    if not 0 < confidence < 1:
+        raise ArgumentError(f"confidence must be between 0 and 1, got {confidence}")
+
+
 def rate_at_least(hits: float | np.ndarray, trials: int, alpha: float) -> np.ndarray:
     """Clopper-Pearson lower bound on a binomial's rate: wrong with probability alpha at most."""
     hits = np.asarray(hits, dtype=float)
@@ -190,16 +200,17 @@ def _threshold(
 ) -> float:
     """Choose the one that should go farthest beyond what is allowed, when runs are counted."""
     values = np.unique(np.concatenate([inside, outside]))
-    middles = (values[:-1] + values[1:]) / 2
+    middles = values[:-1] / 2 + values[1:] / 2
     if len(middles) == 0:
         return float(values[0])
     # Half a run more on either side: no observed rate of a few runs is exactly 0 or 1.
-    above = [
-        ((scores > middles[:, None]).sum(axis=1) + 0.5) / (len(scores) + 1)
+    hits, alarms = (
+        (len(scores) - np.searchsorted(np.sort(scores), middles, "right") + 0.5)
+        * (counted / (len(scores) + 1))
         for scores in (inside, outside)
-    ]
-    tpr_low = rate_at_least(above[0] * counted, counted, alpha)
-    limit = allowed.power(rate_at_most(above[1] * counted, counted, alpha))
+    )
+    tpr_low = rate_at_least(hits, counted, alpha)
+    limit = allowed.power(rate_at_most(alarms, counted, alpha))
     return float(middles[np.argmax(ndtri(tpr_low) - ndtri(limit))])
 
 
@@ -228,21 +239,14 @@ def _score(value: float | Tensor, run: int) -> float:
     return score
 
 
-def _check(train: object, claim: object, runs: object, confidence: float) -> None:
+def _check(train: object, claim: object) -> None:
     if not callable(train):
-        raise ArgumentError(
-            f"train must be a function (with_canary, run) -> score, got {train!r}"
-        )
+        raise ArgumentError(f"train must be a function (with_canary, run) -> score, got {train!r}")
     if not isinstance(claim, PrivacyStatement):
         raise ArgumentError(
-            f"claim must be a PrivacyStatement, got a {type(claim).__name__}: that of a fit_private, "
-            "or one from make_statement"
+            f"claim must be a PrivacyStatement, got a {type(claim).__name__}: that of a "
+            "fit_private, or one from make_statement"
         )
-    check_integer("runs", runs, LEAST_RUNS)
-    if runs % 2:  # pyright: ignore[reportOperatorIssue]
-        raise ArgumentError(f"runs must be even, half of them are with the canary; got {runs}")
-    if not 0 < confidence < 1:
-        raise ArgumentError(f"confidence must be between 0 and 1, got {confidence}")
     if claim.adjacency != ADD_OR_REMOVE:
         raise UnsupportedError(
             f"claim is for another adjacency: {claim.adjacency!r}. An audit adds or removes a "
