@@ -27,7 +27,7 @@ from tangent_ops._curvature import at_least_single
 from tangent_ops.low_rank import matrix_shape
 
 CHUNK = 1 << 22  # entries of per-sample gradients in memory at a time, where only norms are wanted
-ROUNDING = 4.0  # units in the last place that products of a Gram matrix may be off by
+ROUNDING = 4.0  # units in the last place of |a| |g| that sums over positions may be off by
 
 Sampler = Callable[[nn.Module, list[Tensor], Tensor], dict[nn.Parameter, Tensor]]
 
@@ -153,10 +153,12 @@ def _gram_norms(a: Tensor, g: Tensor) -> Tensor:
 
 
 def _product_norms(a: Tensor, g: Tensor) -> Tensor:
-    """‖Σ_t g_t a_tᵀ‖² by that matrix, some samples at a time."""
+    """The same by that matrix, some samples at a time."""
     count = max(1, CHUNK // (a.shape[2] * g.shape[2]))
     chunks = zip(a.split(count), g.split(count), strict=True)
-    return torch.cat([(y.mT @ x).flatten(1).square().sum(1) for x, y in chunks])
+    norms = torch.cat([(y.mT @ x).flatten(1).norm(dim=1) for x, y in chunks])
+    size = a.flatten(1).norm(dim=1) * g.flatten(1).norm(dim=1)
+    return (norms + ROUNDING * torch.finfo(a.dtype).eps * size).square()
 
 
 def _squared_norms(samples: Mapping[str, Tensor]) -> Tensor:
