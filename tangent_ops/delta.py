@@ -191,7 +191,7 @@ def load_delta(
             f"{path} was changed after it was written: content_sha256 is {_short(found)}, "
             f"the header says {_short(expected)}. Restore it from a copy"
         )
-    delta.meta = _meta(metadata)
+    delta.meta = parse_meta(metadata)
     check_values(delta, str(path))
     if isinstance(anchor, str):
         check_anchor(delta.meta, anchor, "as given", str(path))
@@ -287,6 +287,17 @@ def check_values(delta: Mapping[str, Tensor], what: str) -> None:
         raise DeltaError(f"{what} has values that are not finite in {_few(broken)}")
 
 
+def parse_meta(metadata: Mapping[str, str]) -> DeltaMeta:
+    """What a delta file's header says of the delta."""
+    names = ("anchor", "model", "trainable", "loss", "shard", "basis")
+    extra = {
+        key.removeprefix(_EXTRA): value for key, value in metadata.items() if key.startswith(_EXTRA)
+    }
+    rank = int(metadata["rank"]) if "rank" in metadata else None
+    known = {name: metadata[name] for name in names if name in metadata}
+    return DeltaMeta(**known, extra=extra, rank=rank)
+
+
 def _metadata(meta: DeltaMeta) -> dict[str, str]:
     fields = asdict(meta)
     extra = fields.pop("extra")
@@ -296,16 +307,6 @@ def _metadata(meta: DeltaMeta) -> dict[str, str]:
         **{name: str(value) for name, value in fields.items() if value is not None},
         **{_EXTRA + key: value for key, value in extra.items()},
     }
-
-
-def _meta(metadata: Mapping[str, str]) -> DeltaMeta:
-    names = ("anchor", "model", "trainable", "loss", "shard", "basis")
-    extra = {
-        key.removeprefix(_EXTRA): value for key, value in metadata.items() if key.startswith(_EXTRA)
-    }
-    rank = int(metadata["rank"]) if "rank" in metadata else None
-    known = {name: metadata[name] for name in names if name in metadata}
-    return DeltaMeta(**known, extra=extra, rank=rank)
 
 
 def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:

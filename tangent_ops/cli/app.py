@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from tangent_ops.cli.ledger import app as ledger
+from tangent_ops.cli.privacy import privacy
 from tangent_ops.cli.profile import profile
 from tangent_ops.cli.version import version
 
@@ -38,4 +39,5 @@ def _tangent_ops(
 
 
 app.command()(profile)
+app.command()(privacy)
 app.add_typer(ledger, name="ledger")

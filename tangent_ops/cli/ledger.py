@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from tangent_ops.cli.messages import errors, say
 
 if TYPE_CHECKING:
     from tangent_ops.ledger import Ledger
@@ -43,14 +43,14 @@ def add(
     from tangent_ops.errors import ArgumentError
     from tangent_ops.ledger import Ledger
 
-    with _errors():
+    with errors():
         pairs = [pair.partition("=") for pair in meta or ()]
         for pair, (key, equals, _) in zip(meta or (), pairs, strict=True):
             if not key or not equals:
                 raise ArgumentError(f"--meta {pair}: expected key=value")
         delta = load_delta(file)  # before a ledger is made for nothing
         Ledger(folder).add(shard, delta, weight, {key: value for key, _, value in pairs})
-    _say(f"added {shard}")
+    say(f"added {shard}")
 
 
 @app.command()
@@ -62,9 +62,9 @@ def forget(
     ] = False,
 ) -> None:
     """Take a shard's delta out of the mean, and erase it; its id stays in the history."""
-    with _errors():
+    with errors():
         _open(folder).forget(shard, rebuild=rebuild)
-    _say(f"forgot {shard}")
+    say(f"forgot {shard}")
 
 
 @app.command(name="list")
@@ -76,7 +76,7 @@ def list_shards(
     ] = False,
 ) -> None:
     """Show the shards that are there."""
-    with _errors():
+    with errors():
         ledger = _open(folder)
         rows = [asdict(row) for row in (ledger.history() if history else ledger.list())]
     if as_json:
@@ -100,13 +100,13 @@ def verify(
     ] = False,
 ) -> None:
     """Check every file, and add the deltas up anew."""
-    with _errors():
+    with errors():
         ledger = _open(folder)
         if rebuild:
             ledger.rebuild()
-    with _errors(code=1):
+    with errors(code=1):
         found = ledger.verify()
-    _say(f"shards in order: {found.shards}; weight {found.weight:g}; {found.bytes / 1e6:.1f} MB")
+    say(f"shards in order: {found.shards}; weight {found.weight:g}; {found.bytes / 1e6:.1f} MB")
 
 
 @app.command()
@@ -119,7 +119,7 @@ def export(
     from tangent_ops.delta import save_delta
     from tangent_ops.errors import ArgumentError, LedgerError
 
-    with _errors():
+    with errors():
         composed = _open(folder).composed()
         if composed.meta is None:
             raise LedgerError(
@@ -129,28 +129,10 @@ def export(
         if file.exists() and not force:
             raise ArgumentError(f"{file} exists: give another name, or --force to overwrite it")
         save_delta(composed, file)
-    _say(f"wrote {file}")
+    say(f"wrote {file}")
 
 
 def _open(folder: Path) -> Ledger:
     from tangent_ops.ledger import Ledger
 
     return Ledger(folder, create=False)
-
-
-@contextmanager
-def _errors(code: int = 2) -> Iterator[None]:
-    """Print what the library refuses, and exit."""
-    from tangent_ops.errors import TangentOpsError
-
-    try:
-        yield
-    except (TangentOpsError, OSError) as error:
-        Console(stderr=True).print(
-            f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True
-        )
-        raise typer.Exit(code) from error
-
-
-def _say(line: str) -> None:
-    Console().print(line, markup=False, highlight=False, soft_wrap=True)

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import Tensor
 
 from tangent_ops._files import sync_folder
-from tangent_ops.delta import Delta, check_values, load_delta
+from tangent_ops.delta import Delta, DeltaMeta, check_values, load_delta
 from tangent_ops.errors import ArgumentError, LedgerError
 from tangent_ops.ledger import shard_file
 from tangent_ops.ledger.changes import Change, Folder, change, sweep
-from tangent_ops.ledger.records import Event, Records, Transaction
+from tangent_ops.ledger.records import Event, Records, Row, Transaction
 from tangent_ops.ledger.rules import Rules
 from tangent_ops.ledger.running_sum import RunningSum
+from tangent_ops.ledger.sealed import Seal
 from tangent_ops.ledger.shard_file import Label, Value
 from tangent_ops.ledger.verify import ANEW, Verified, summed, verify, way_out
 
@@ -163,10 +164,7 @@ class Ledger:
                 total = self._summed_anew(current, progress)
             else:
                 total = self._sum(current.transaction)
-                try:
-                    delta, label = shard_file.load(self._folder.deltas, row.seal, shard_id)
-                except LedgerError as error:
-                    raise LedgerError(f"{error}; {way_out(shard_id)}") from error
+                delta, label = self._read(shard_file.load, row)
                 total.subtract(delta, delta.meta, label.weight, f"shard {shard_id!r}")
             current.set_sum(total)
 
@@ -194,6 +192,20 @@ class Ledger:
             LedgerError: a shard's file is missing, damaged or was edited.
         """
         return self._settled(self._entries)
+
+    def origins(self) -> dict[str, DeltaMeta | None]:
+        """The meta that each present shard's delta was added with, in the order they came.
+
+        Reads the files' headers, not the deltas.
+
+        Raises:
+            LedgerError: a shard's file is missing, or its header is damaged or was edited.
+        """
+        return self._settled(
+            lambda transaction: {
+                row.shard: self._read(shard_file.read_origin, row) for row in transaction.shards()
+            }
+        )
 
     def history(self) -> list[Event]:
         """What was added and forgotten, and when; nothing of the contents."""
@@ -300,12 +312,15 @@ class Ledger:
     def _entries(self, transaction: Transaction) -> list[Entry]:
         entries = []
         for row in transaction.shards():
-            try:
-                label = shard_file.read_label(self._folder.deltas, row.seal, row.shard)
-            except LedgerError as error:
-                raise LedgerError(f"{error}; {way_out(row.shard)}") from error
+            label = self._read(shard_file.read_label, row)
             entries.append(Entry(row.shard, label.weight, row.added, label.meta))
         return entries
+
+    def _read(self, read: Callable[[Path, Seal, str], T], row: Row) -> T:
+        try:
+            return read(self._folder.deltas, row.seal, row.shard)
+        except LedgerError as error:
+            raise LedgerError(f"{error}; {way_out(row.shard)}") from error
 
 
 def _check_id(shard_id: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tangent_ops._files import to_json
-from tangent_ops.delta import Delta, DeltaMeta, load_delta, save_delta
+from tangent_ops.delta import Delta, DeltaMeta, load_delta, parse_meta, save_delta
 from tangent_ops.errors import DeltaError, LedgerError
 from tangent_ops.ledger import sealed
 from tangent_ops.ledger.sealed import Seal
@@ -56,10 +56,16 @@ def read_label(folder: Path, seal: Seal, shard: str) -> Label:
     Raises:
         LedgerError: the file is missing, damaged, was edited or is another shard's.
     """
-    record = json.loads(sealed.header(folder, seal)[f"extra.{_EXTRA}"])
-    if record["shard"] != shard:
-        raise LedgerError(f"{folder / seal.name} is of shard {record['shard']!r}, not {shard!r}")
-    return Label(shard, record["weight"], record["meta"])
+    return _read_header(folder, seal, shard)[0]
+
+
+def read_origin(folder: Path, seal: Seal, shard: str) -> DeltaMeta | None:
+    """The meta that the delta was added with, without reading the delta.
+
+    Raises:
+        LedgerError: as `read_label`.
+    """
+    return _read_header(folder, seal, shard)[1]
 
 
 def load(folder: Path, seal: Seal, shard: str) -> tuple[Delta, Label]:
@@ -68,13 +74,20 @@ def load(folder: Path, seal: Seal, shard: str) -> tuple[Delta, Label]:
     Raises:
         LedgerError: as `read_label`.
     """
-    label = read_label(folder, seal, shard)
+    label, origin = _read_header(folder, seal, shard)
     try:
         delta = load_delta(folder / seal.name)
     except (DeltaError, OSError) as error:
         raise LedgerError(str(error)) from error
-    assert delta.meta is not None  # load_delta's promise
-    known = json.loads(delta.meta.extra[_EXTRA])["known"]
-    extra = {key: value for key, value in delta.meta.extra.items() if key != _EXTRA}
-    delta.meta = replace(delta.meta, extra=extra) if known else None
+    delta.meta = origin
     return delta, label
+
+
+def _read_header(folder: Path, seal: Seal, shard: str) -> tuple[Label, DeltaMeta | None]:
+    meta = parse_meta(sealed.header(folder, seal))
+    record = json.loads(meta.extra[_EXTRA])
+    if record["shard"] != shard:
+        raise LedgerError(f"{folder / seal.name} is of shard {record['shard']!r}, not {shard!r}")
+    extra = {key: value for key, value in meta.extra.items() if key != _EXTRA}
+    origin = replace(meta, extra=extra) if record["known"] else None
+    return Label(shard, record["weight"], record["meta"]), origin

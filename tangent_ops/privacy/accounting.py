@@ -30,7 +30,9 @@ from tangent_ops.errors import ArgumentError
 
 ACCOUNTANTS = ("pld", "prv", "rdp")
 SMALLEST_DELTA = 1e-12  # below, the rounding of float64 decides
+SMALLEST_NOISE = 0.01  # below, one step's loss is beyond 5,000, and beyond the accountants
 PRV_REACH = 500.0  # of epsilon; e to the power of Opacus' losses overflows soon after
+PLD_EXACT = 700.0  # of epsilon; beyond, e^-loss vanishes, and PLD is right to a step of its grid
 PRECISION = 1e-3  # of `noise_multiplier_for`, relative
 
 _VARIANCE = 1e-3  # by how much, relative, rounding to the grid may widen the privacy loss
@@ -65,6 +67,8 @@ class Phase:
             )
         if type(self.steps) is not int or self.steps < 1:
             raise ArgumentError(f"steps must be a positive int, got {self.steps!r}")
+        object.__setattr__(self, "noise_multiplier", float(sigma))  # JSON knows no numpy
+        object.__setattr__(self, "sample_rate", float(rate))
 
 
 def epsilon(phases: Sequence[Phase], delta: float, accountant: str = "pld") -> float:
@@ -76,21 +80,22 @@ def epsilon(phases: Sequence[Phase], delta: float, accountant: str = "pld") -> f
         accountant: "pld", "prv" or "rdp".
 
     Returns:
-        An upper bound; inf without noise. PRV gives inf where Opacus has no answer: epsilon above
-        500, or a delta that is too small for its grid.
+        An upper bound; inf with a noise multiplier below 0.01, or where float64 does not resolve
+        `delta`: rounding is taken to be up to 2.2e-16 for each subsampled step. PRV gives inf
+        where Opacus has no answer: epsilon above 500, or a delta too small for its grid.
 
     Raises:
         ArgumentError: an argument is something else.
     """
-    phases = _checked(phases)
+    phases = check_phases(phases)
     check_delta(delta)
     if accountant not in ACCOUNTANTS:
         raise ArgumentError(f"accountant must be one of {ACCOUNTANTS}, got {accountant!r}")
-    if any(phase.noise_multiplier == 0 for phase in phases):
+    if _is_bare(phases):
         return math.inf
     if accountant == "rdp":
         return _rdp(phases, delta)
-    bound = max(0.0, float(_losses(phases).get_epsilon(delta)))
+    bound = _pld(phases, delta)
     return bound if accountant == "pld" else _prv(phases, delta, bound)
 
 
@@ -107,12 +112,14 @@ def failure(phases: Sequence[Phase], epsilon: float) -> float:
     Raises:
         ArgumentError: an argument is something else.
     """
-    phases = _checked(phases)
+    phases = check_phases(phases)
     if not (_is_number(epsilon) and epsilon >= 0):
         raise ArgumentError(f"epsilon must be a number of 0 or more, got {epsilon!r}")
-    if any(phase.noise_multiplier == 0 for phase in phases):
+    if _is_bare(phases):
         return 1.0
-    return min(1.0, max(0.0, float(_losses(phases).get_delta(epsilon))))
+    if epsilon > PLD_EXACT:
+        epsilon = max(PLD_EXACT, epsilon - _interval(phases))
+    return min(1.0, max(0.0, float(_losses(phases).get_delta(epsilon))) + _rounding(phases))
 
 
 def noise_multiplier_for(
@@ -142,8 +149,8 @@ def noise_multiplier_for(
         raise ArgumentError(f"epsilon must be a positive number, got {epsilon!r}")
     check_delta(delta)
     Phase(1.0, sample_rate, steps)
-    before = tuple(before)
-    spent = _epsilon_of(before, delta) if before else 0.0
+    before = check_phases(before) if before else ()
+    spent = _pld(before, delta) if before else 0.0
     if spent >= epsilon:
         raise ArgumentError(
             f"epsilon {epsilon:g} at delta {delta:g} leaves nothing for this phase: the phases "
@@ -151,7 +158,7 @@ def noise_multiplier_for(
         )
 
     def fits(sigma: float) -> bool:
-        return _epsilon_of((*before, Phase(sigma, sample_rate, steps)), delta) <= epsilon
+        return _pld((*before, Phase(sigma, sample_rate, steps)), delta) <= epsilon
 
     low, high = 0.0, 1.0
     while not fits(high):
@@ -177,11 +184,8 @@ def check_delta(delta: float) -> None:
         )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _checked(phases: Sequence[Phase]) -> tuple[Phase, ...]:
+def check_phases(phases: Sequence[Phase]) -> tuple[Phase, ...]:
+    """Raise ArgumentError unless there is at least one phase, and nothing else."""
     if isinstance(phases, Phase):
         raise ArgumentError("phases must be several, got one Phase: use a list")
     phases = tuple(phases)
@@ -190,8 +194,24 @@ def _checked(phases: Sequence[Phase]) -> tuple[Phase, ...]:
     return phases
 
 
-def _epsilon_of(phases: tuple[Phase, ...], delta: float) -> float:
-    return epsilon(phases, delta)
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_bare(phases: tuple[Phase, ...]) -> bool:
+    return any(phase.noise_multiplier < SMALLEST_NOISE for phase in phases)
+
+
+def _pld(phases: tuple[Phase, ...], delta: float) -> float:
+    if _is_bare(phases) or delta <= _rounding(phases):
+        return math.inf
+    bound = max(0.0, float(_losses(phases).get_epsilon(delta - _rounding(phases))))
+    return bound if bound <= PLD_EXACT else bound + _interval(phases)
+
+
+def _rounding(phases: tuple[Phase, ...]) -> float:
+    """Of delta: a step is a factor of a Fourier transform, and is off by float64's unit each."""
+    return float(np.finfo(np.float64).eps) * sum(p.steps for p in phases if p.sample_rate < 1)
 
 
 @lru_cache(maxsize=16)
@@ -222,11 +242,10 @@ def _interval(phases: tuple[Phase, ...]) -> float:
     for phase in phases:
         rate, noise = phase.sample_rate, phase.noise_multiplier
         divergence = rate**2 * math.expm1(min(noise**-2, 50.0))  # chi-square, of one step
-        largest = 1 / noise + 1 / (2 * noise**2)
-        count = 1 if rate == 1 else phase.steps
-        variance += phase.steps * min(divergence, largest**2)
-        mean += phase.steps * min(divergence, largest) / 2
-        steps += count
+        largest = 1 / noise + 1 / (2 * noise**2)  # about, of a step that the sample is in
+        variance += phase.steps * min(divergence, rate * largest**2)
+        mean += phase.steps * min(divergence, rate * largest) / 2
+        steps += 1 if rate == 1 else phase.steps
     fine = math.sqrt(6 * _VARIANCE * variance / steps)
     return min(fine, max(1e-4, 1e-5 * (mean + 6 * math.sqrt(variance))))
 

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from tangent_ops.delta import Delta, DeltaMeta
 from tangent_ops.errors import ArgumentError, CertificateError
-from tangent_ops.privacy.accounting import Phase, check_delta, epsilon, failure
+from tangent_ops.privacy.accounting import (
+    Phase,
+    check_delta,
+    check_phases,
+    epsilon,
+    failure,
+)
 
 ADD_OR_REMOVE = "add or remove one sample"
 KEY = "privacy"  # in DeltaMeta.extra
@@ -71,8 +77,12 @@ class PrivacyStatement:
         for name, value in words.items():
             if not isinstance(value, str) or not value:
                 raise ArgumentError(f"{name} must be in words, got {value!r}")
-        if not self.phases or not all(isinstance(phase, Phase) for phase in self.phases):
-            raise ArgumentError(f"phases must be Phases, at least one, got {self.phases!r}")
+        check_phases(self.phases)
+        if self.adjacency != ADD_OR_REMOVE and any(one.sample_rate < 1 for one in self.phases):
+            raise ArgumentError(
+                f"adjacency is {self.adjacency!r}: subsampled steps are accounted for "
+                f"{ADD_OR_REMOVE!r} only"
+            )
         if not (_is_float(self.clip) and 0 < self.clip < math.inf):
             raise ArgumentError(f"clip must be a positive number, got {self.clip!r}")
         check_delta(self.delta)
@@ -122,16 +132,16 @@ class PrivacyStatement:
         claims = [("", self.delta, self.epsilon), *(("curve: ", *pair) for pair in self.curve)]
         for where, delta, claimed in claims:
             _check_claim(f"{where}epsilon", claimed, self.epsilon_at(delta), delta)
-        prv = epsilon(self.phases, self.delta, "prv")
-        if math.isfinite(prv):
+        if self.epsilon_prv < self.epsilon_at(self.delta) * (1 - TOLERANCE):  # rare: PRV is above
+            prv = epsilon(self.phases, self.delta, "prv")
             _check_claim("epsilon_prv", self.epsilon_prv, prv, self.delta)
 
     def to_json(self) -> str:
         """Everything; an infinite epsilon is the string "inf"."""
         record = {"format": _FORMAT, **asdict(self)}
         for name in ("epsilon", "epsilon_prv"):
-            record[name] = _written(record[name])
-        record["curve"] = [[delta, _written(value)] for delta, value in self.curve]
+            record[name] = written(record[name])
+        record["curve"] = [[delta, written(value)] for delta, value in self.curve]
         return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
 
     @classmethod
@@ -161,8 +171,29 @@ class PrivacyStatement:
             raise ArgumentError(f"text is no privacy statement's JSON: {error}") from error
 
     def __str__(self) -> str:
-        lines = [f"({self.epsilon:.4g}, {self.delta:g})-differential privacy"]
-        return "\n".join(lines)
+        return self.describe()
+
+    def describe(self, delta: float | None = None) -> str:
+        """For people: what is promised, at `delta` or at its own, and all that it rests on."""
+        delta = self.delta if delta is None else delta
+        bound = self.epsilon if delta == self.delta else self.epsilon_at(delta)
+        by = f"{plain(bound)} (PLD)"
+        if delta == self.delta:
+            by += f", {plain(self.epsilon_prv)} (PRV)"
+        rows = [("mechanism", self.mechanism), ("neighbours", self.adjacency)]
+        rows += [("sampling", self.sampling)]
+        rows += [("steps", _steps(phase)) for phase in self.phases]
+        rows += [
+            ("clip", f"C = {self.clip:g}: the norm of one sample's contribution, at most"),
+            ("epsilon", f"{by} at delta = {delta:g}"),
+            ("curve", "  ".join(f"{one:>7.3g}" for one, _ in self.curve) + "   delta"),
+            ("", "  ".join(f"{plain(one):>7}" for _, one in self.curve) + "   epsilon (PLD)"),
+            ("noise", self.noise),
+            *(("assumes", assumption) for assumption in self.assumes),
+            ("accounting", self.accountant),
+        ]
+        promise = promised(bound, delta, self.failure_at(0.0), self.adjacency)
+        return "\n".join(promise + table(*rows))
 
 
 def make_statement(
@@ -250,6 +281,53 @@ def check_adjacency(expected: str, found: str) -> None:
         )
 
 
+def promised(epsilon: float, delta: float, advantage: float, adjacency: str) -> list[str]:
+    """What (epsilon, delta)-privacy promises, in plain lines.
+
+    An attacker's advantage, the rate of right guesses among members minus that of wrong ones among
+    others, is at most the delta of epsilon 0 (Kairouz, Oh, Viswanath, 2015, theorem 2.1).
+    """
+    if math.isinf(epsilon):
+        return [f"No privacy is promised at delta = {delta:g}: epsilon is infinite."]
+    secret = "whether one was there" if adjacency == ADD_OR_REMOVE else "which neighbour it was"
+    return [
+        f"({plain(epsilon)}, {delta:g})-differential privacy for each sample",
+        f"  Whoever sees the result, and knows all other samples, can still only guess {secret}:",
+        f"  at even odds, they are right at most {_percent((1 + advantage) / 2)} of the time.",
+    ]
+
+
+def table(*rows: tuple[str, str]) -> list[str]:
+    """Labels and texts as lines; a label that repeats is shown once."""
+    before = ["", *(label for label, _ in rows)]
+    return [
+        f"  {'' if label == before[index] else label:<11} {text}"
+        for index, (label, text) in enumerate(rows)
+    ]
+
+
+def plain(epsilon: float) -> str:
+    """Four digits, rounded up: a bound never looks smaller than it is."""
+    if math.isinf(epsilon) or epsilon == 0:
+        return f"{epsilon:g}"
+    unit = 10.0 ** (math.floor(math.log10(epsilon)) - 3)
+    return f"{math.ceil(epsilon / unit) * unit:.4g}"
+
+
+def written(value: float) -> float | str:
+    """A number for JSON, which knows no infinity."""
+    return "inf" if math.isinf(value) else value
+
+
+def _steps(phase: Phase) -> str:
+    rate = f", q = {phase.sample_rate:.4g}" if phase.sample_rate < 1 else ", all samples in each"
+    return f"T = {phase.steps:,}, sigma = {phase.noise_multiplier:.4g} (noise / sensitivity){rate}"
+
+
+def _percent(share: float) -> str:
+    return f"{math.ceil(share * 1000) / 10:g}%"
+
+
 def _check_claim(name: str, claimed: float, shown: float, delta: float) -> None:
     if claimed < shown * (1 - TOLERANCE):
         raise CertificateError(
@@ -258,7 +336,7 @@ def _check_claim(name: str, claimed: float, shown: float, delta: float) -> None:
         )
 
 
-def _check_epsilon(name: str, value: object) -> None:
+def _check_epsilon(name: str, value: float) -> None:
     if not (_is_float(value) and value >= 0):
         raise ArgumentError(f"{name} must be a number of 0 or more, or inf, got {value!r}")
 
@@ -267,11 +345,7 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _written(value: float) -> float | str:
-    return "inf" if math.isinf(value) else value
-
-
-def _read(value: float | str) -> float:
+def _read(value: Any) -> float:
     return math.inf if value == "inf" else value
 
 

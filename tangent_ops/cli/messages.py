@@ -1,0 +1,35 @@
+"""What commands print besides their results: errors, and what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+
+@contextmanager
+def errors(code: int = 2) -> Iterator[None]:
+    """Print what the library refuses, and exit."""
+    from tangent_ops.errors import TangentOpsError
+
+    try:
+        yield
+    except (TangentOpsError, OSError) as error:
+        fail(str(error), code, error)
+
+
+def fail(message: str, code: int, cause: Exception | None = None) -> NoReturn:
+    """Print an error, and exit."""
+    Console(stderr=True).print(
+        f"[bold red]error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True
+    )
+    raise typer.Exit(code) from cause
+
+
+def say(text: str) -> None:
+    """Print text as it is."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)

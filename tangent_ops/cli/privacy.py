@@ -1,0 +1,65 @@
+"""``tangent-ops privacy``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tangent_ops.cli.messages import errors, fail, say
+
+_NEEDED = ("dp_accounting", "opacus", "scipy")
+
+
+def privacy(
+    path: Annotated[Path, typer.Argument(help="A delta's file, or a ledger's folder.")],
+    delta: Annotated[
+        float | None,
+        typer.Option(help="State epsilon at this delta. Default: the statement's own."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """What a delta, or all of a ledger's compositions, tell of a single sample at most.
+
+    Recomputes every epsilon. Exits with 1 if nothing is promised, or less than is claimed.
+    """
+    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+        fail(f'this needs {", ".join(missing)}: pip install "tangent-ops[privacy]"', code=2)
+
+    from tangent_ops.delta import load_delta
+    from tangent_ops.errors import CertificateError
+    from tangent_ops.ledger import Ledger
+    from tangent_ops.privacy.accounting import check_delta
+    from tangent_ops.privacy.parallel import ledger_privacy
+    from tangent_ops.privacy.statement import statement_of, written
+
+    with errors():
+        if delta is not None:
+            check_delta(delta)
+        try:
+            if path.is_dir():
+                found = ledger_privacy(Ledger(path, create=False))
+            else:
+                found = statement_of(load_delta(path))
+                if found is not None:
+                    found.verify()
+        except CertificateError as error:
+            fail(f"{path}: {error}", 1, error)
+        if found is None:
+            fail(f"{path} has no privacy statement: nothing is promised to its samples", code=1)
+    bound = found.epsilon if delta is None else found.epsilon_at(delta)
+    if as_json:
+        record = {
+            "delta": found.delta if delta is None else delta,
+            "epsilon": written(bound),
+            "ledger" if path.is_dir() else "statement": json.loads(found.to_json()),
+        }
+        typer.echo(json.dumps(record, indent=2, ensure_ascii=False))
+    else:
+        say(found.describe(delta))
+    if math.isinf(bound):
+        raise typer.Exit(1)
