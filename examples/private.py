@@ -13,10 +13,19 @@ from images import Images
 from opacus import PrivacyEngine
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from setting import Settings, split_images
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from tangent_ops import LinearizedModel, accuracy, cache_features, fit_head, last_blocks, linearize
+from tangent_ops import (
+    CachedFeatures,
+    LinearizedModel,
+    accuracy,
+    cache_features,
+    fit_head,
+    last_blocks,
+    linearize,
+    predict,
+)
 from tangent_ops.features import split_model
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.privacy.accounting import Phase, epsilon, noise_multiplier_for
@@ -43,6 +52,8 @@ class Prepared:
         tail: The same, from tokens on.
         private: What enters the last block, and the classes, of the private images.
         scored: The same of the images to score on, which are public.
+        private_features: What enters the head, and the classes, of the private images.
+        scored_features: The same of the images to score on.
     """
 
     anchor: Any
@@ -50,6 +61,8 @@ class Prepared:
     tail: LinearizedModel
     private: Dataset
     scored: Dataset
+    private_features: Dataset
+    scored_features: Dataset
 
 
 def prepare(model: Any, images: Images, settings: Settings) -> Prepared:
@@ -67,14 +80,10 @@ def prepare(model: Any, images: Images, settings: Settings) -> Prepared:
     trunk, tail = tangent.split()
     private = ConcatDataset([shard.data for shard in split.shards])
     tokens = cache_features(trunk, DataLoader(ConcatDataset([private, split.scored.data]), 64))
-    count = len(private)
-    return Prepared(
-        anchor,
-        tangent,
-        tail,
-        tokens.subset(range(count)),
-        tokens.subset(range(count, len(tokens))),
-    )
+    features = CachedFeatures(_before_head(anchor, tokens), tokens.targets)
+    own, others = range(len(private)), range(len(private), len(tokens))
+    parts = [whole.subset(rows) for whole in (tokens, features) for rows in (own, others)]
+    return Prepared(anchor, tangent, tail, *parts)
 
 
 def train_tangent(
@@ -93,10 +102,12 @@ def train_probe(
     prepared: Prepared, target: float, seed: int | None, **options: Any
 ) -> tuple[float, PrivateFit]:
     """The head alone, which is linear as it is."""
-    head = linearize(split_model(prepared.anchor, len(prepared.anchor.blocks) - 1)[1], r"^head\.")
+    head = linearize(prepared.anchor.head)
     options = {"delta": FAILURE, "loss": LOSS, **PROBE, **options}
-    fitted = fit_private(head, prepared.private, target_epsilon=target, seed=seed, **options)
-    return accuracy(head, prepared.scored), fitted
+    fitted = fit_private(
+        head, prepared.private_features, target_epsilon=target, seed=seed, **options
+    )
+    return accuracy(head, prepared.scored_features), fitted
 
 
 def train_ordinary(
@@ -144,6 +155,13 @@ def _run(module: nn.Module, optimizer: Any, loader: DataLoader, steps: int) -> N
                 done += not optimizer._is_last_step_skipped
                 if done == steps:
                     return
+
+
+def _before_head(anchor: Any, tokens: CachedFeatures) -> Tensor:
+    """What enters the head; it takes no part in training."""
+    bare = copy.deepcopy(anchor)
+    bare.head = nn.Identity()
+    return predict(split_model(bare, len(bare.blocks) - 1)[1], tokens)
 
 
 def _zero(tangent: LinearizedModel) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from opacus.optimizers import DPOptimizerFastGradientClipping
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer

@@ -7,18 +7,17 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from opacus.utils.batch_memory_manager import BatchMemoryManager
-from torch import Tensor, distributed, nn
+from torch import distributed
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from tangent_ops._curvature import Loss, check_mean
 from tangent_ops.delta import Delta
-from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.errors import ArgumentError
 from tangent_ops.evaluate import check_integer, place, unpack
 from tangent_ops.features import cache_features
 from tangent_ops.fit import SCHEDULES
@@ -180,7 +179,9 @@ def fit_private(
     model: LinearizedModel = tangent
     if cache is not False:
         trunk, model = tangent.split()
-        loader = DataLoader(dataset, min(samples, 64), num_workers=workers)
+        loader = DataLoader(
+            dataset, min(samples, 64), num_workers=workers, generator=torch.Generator()
+        )
         dataset = cache_features(trunk, loader, None if cache is True else cache, progress=progress)
     own_loss: Loss = RescaledSquareLoss() if loss is None else loss
     gradients = _prepared(model, dataset, own_loss, device)
@@ -218,8 +219,13 @@ def fit_private(
     drawn = PoissonBatches(
         samples, rate, steps, state.key, start=state.step, rank=rank, world=world
     )
+    # Its own generator keeps the loader from drawing a worker seed from the caller's.
     loader = DataLoader(
-        dataset, batch_sampler=drawn, collate_fn=_collate, num_workers=workers
+        dataset,
+        batch_sampler=drawn,
+        collate_fn=_collate,
+        num_workers=workers,
+        generator=torch.Generator(),
     )
     memory = BatchMemoryManager(
         data_loader=loader, max_physical_batch_size=physical_batch_size, optimizer=private
@@ -266,9 +272,7 @@ def _prepared(
     return gradients
 
 
-def _check_start(
-    tangent: LinearizedModel, start: PrivacyStatement | str
-) -> tuple[Phase, ...]:
+def _check_start(tangent: LinearizedModel, start: PrivacyStatement | str) -> tuple[Phase, ...]:
     """What was spent on the deltas before."""
     if isinstance(start, PrivacyStatement):
         return start.phases
@@ -298,9 +302,7 @@ def _noise_multiplier(
         return noise_multiplier
     assert target_epsilon is not None
     check_positive(target_epsilon=target_epsilon)
-    return noise_multiplier_for(
-        target_epsilon, delta, sample_rate=rate, steps=steps, before=before
-    )
+    return noise_multiplier_for(target_epsilon, delta, sample_rate=rate, steps=steps, before=before)
 
 
 def _key(seed: int | None, secure: bool, group: bool) -> tuple[int, ...] | None:
@@ -320,9 +322,13 @@ def _collate(samples: list[Any]) -> Any:
 def _assumed(start: object, public_preprocessing: bool, seed: int | None) -> tuple[str, ...]:
     said = []
     if start == "public":
-        said.append("the deltas that it started from depend on no private sample (said by the user)")
+        said.append(
+            "the deltas that it started from depend on no private sample (said by the user)"
+        )
     if public_preprocessing:
-        said.append("what the preprocessing learned, it learned from public data (said by the user)")
+        said.append(
+            "what the preprocessing learned, it learned from public data (said by the user)"
+        )
     if seed is not None:
         said.append("the seed stays secret")
     return (*ASSUMES, *said)

@@ -96,7 +96,9 @@ TRANSFORMERS = {
     "relative position bias (BEiT)": lambda: Beit(
         **SMALL, num_heads=2, use_rel_pos_bias=True, use_abs_pos_emb=False, init_values=0.1
     ),
-    "rotary (EVA-02)": lambda: Eva(**SMALL | {"embed_dim": 16}, num_heads=2, use_rot_pos_emb=True, swiglu_mlp=True),
+    "rotary (EVA-02)": lambda: Eva(
+        **SMALL | {"embed_dim": 16}, num_heads=2, use_rot_pos_emb=True, swiglu_mlp=True
+    ),
 }
 
 
