@@ -70,7 +70,7 @@ class Audit:
     @property
     def most_provable(self) -> float:
         """The `lower_bound` of a perfect attack in as many runs."""
-        rare = rate_at_most(0, self.counted, (1 - self.confidence) / 2)
+        rare = float(rate_at_most(0, self.counted, (1 - self.confidence) / 2))
         return _lower_bound(1 - rare, rare, self.delta)
 
     def to_json(self) -> str:

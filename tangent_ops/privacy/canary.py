@@ -1,4 +1,4 @@
-"""A canary: a sample that is easy to find in a private training, and the attack that looks for it."""
+"""A canary: a sample that is easy to find in a private training, and the attack that finds it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def make_canary(
 
     The target lies off the anchor's own output, along its first entry. With a gradient many times
     max_grad_norm, what training does to the output changes neither that it is clipped nor its
-    direction, so that every step gives the canary away as much as the mechanism's analysis assumes;
-    and a training that does not clip shows at once. A class index cannot do that: it fixes the
-    residual, and cross-entropy bounds it. For classes use MSELoss with targets M * one_hot(y), which
-    is `RescaledSquareLoss(k=1, M=M)`.
+    direction, so that every step gives the canary away as much as the mechanism's analysis
+    assumes; and a training that does not clip shows at once. A class index cannot do that: it
+    fixes the residual, and cross-entropy bounds it. For classes use MSELoss with targets
+    M * one_hot(y), which is `RescaledSquareLoss(k=1, M=M)`.
 
     Args:
         tangent: the model, with one tensor as output.
@@ -38,7 +38,7 @@ def make_canary(
         inputs, and the target, shaped as the model's output.
 
     Raises:
-        ArgumentError: more than one sample, a norm that is not positive, or a gradient that is zero.
+        ArgumentError: more than one sample, a norm that is not positive, or a zero gradient.
     """
     if not (math.isfinite(gradient_norm) and gradient_norm > 0):
         raise ArgumentError(f"gradient_norm must be positive and finite, got {gradient_norm}")
@@ -50,8 +50,8 @@ def make_canary(
     unit = _norm(_gradient(tangent, inputs, output + residual, nn.MSELoss()))
     if unit == 0:
         raise ArgumentError(
-            "the gradient of inputs is zero: an anchor whose head is zero needs fit_head first, and "
-            "another input may do"
+            "the gradient of inputs is zero: an anchor whose head is zero needs fit_head first; "
+            "else try another input"
         )
     return inputs, output + gradient_norm / unit * residual
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from dp_accounting.pld import privacy_loss_distribution
@@ -64,9 +65,7 @@ class TradeOff:
 
 def scaled(phases: Sequence[Phase], factor: float) -> list[Phase]:
     """The same phases with `factor` times the noise."""
-    return [
-        replace(phase, noise_multiplier=factor * phase.noise_multiplier) for phase in phases
-    ]
+    return [replace(phase, noise_multiplier=factor * phase.noise_multiplier) for phase in phases]
 
 
 def largest_noise(phases: Sequence[Phase], fpr: float, tpr: float) -> float | None:
@@ -136,8 +135,10 @@ def _deviation(phase: Phase) -> float:
 
 
 def _gaussian_epsilon(mu: float, delta: float) -> float:
-    """ε of a Gaussian mechanism (Balle, Wang, "Improving the Gaussian mechanism", ICML 2018,
-    theorem 8)."""
+    """ε of a Gaussian mechanism.
+
+    Source: Balle, Wang, "Improving the Gaussian mechanism", ICML 2018, theorem 8.
+    """
 
     def excess(epsilon: float) -> float:
         lower = math.exp(epsilon + log_ndtr(-mu / 2 - epsilon / mu))
@@ -148,4 +149,5 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
     high = 1.0
     while excess(high) > 0:
         high *= 2
-    return float(brentq(excess, 0.0, high, xtol=1e-12 * high))
+    root: Any = brentq(excess, 0.0, high, xtol=1e-12 * high)
+    return float(root)
