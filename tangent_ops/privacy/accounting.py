@@ -32,10 +32,9 @@ ACCOUNTANTS = ("pld", "prv", "rdp")
 SMALLEST_DELTA = 1e-12  # below, the rounding of float64 decides
 SMALLEST_NOISE = 0.01  # below, one step's loss is beyond 5,000, and beyond the accountants
 PRV_REACH = 500.0  # of epsilon; e to the power of Opacus' losses overflows soon after
-PLD_EXACT = 700.0  # of epsilon; beyond, e^-loss vanishes, and PLD is right to a step of its grid
 PRECISION = 1e-3  # of `noise_multiplier_for`, relative
 
-_VARIANCE = 1e-3  # by how much, relative, rounding to the grid may widen the privacy loss
+_VARIANCE = 2e-4  # by how much, relative, rounding to the grid may widen the privacy loss
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,6 @@ def failure(phases: Sequence[Phase], epsilon: float) -> float:
         raise ArgumentError(f"epsilon must be a number of 0 or more, got {epsilon!r}")
     if _is_bare(phases):
         return 1.0
-    if epsilon > PLD_EXACT:
-        epsilon = max(PLD_EXACT, epsilon - _interval(phases))
     return min(1.0, max(0.0, float(_losses(phases).get_delta(epsilon))) + _rounding(phases))
 
 
@@ -206,8 +203,7 @@ def _is_bare(phases: tuple[Phase, ...]) -> bool:
 def _pld(phases: tuple[Phase, ...], delta: float) -> float:
     if _is_bare(phases) or delta <= _rounding(phases):
         return math.inf
-    bound = max(0.0, float(_losses(phases).get_epsilon(delta - _rounding(phases))))
-    return bound if bound <= PLD_EXACT else bound + _interval(phases)
+    return max(0.0, float(_losses(phases).get_epsilon(delta - _rounding(phases))))
 
 
 def _rounding(phases: tuple[Phase, ...]) -> float:
@@ -248,7 +244,7 @@ def _interval(phases: tuple[Phase, ...]) -> float:
         mean += phase.steps * min(divergence, rate * largest) / 2
         steps += 1 if rate == 1 else phase.steps
     fine = math.sqrt(6 * _VARIANCE * variance / steps)
-    return min(fine, max(1e-4, 1e-5 * (mean + 6 * math.sqrt(variance))))
+    return min(fine, max(1e-3, 1e-5 * (mean + 6 * math.sqrt(variance))))
 
 
 @lru_cache(maxsize=64)  # Opacus takes a second

@@ -157,6 +157,8 @@ class PrivacyStatement:
                 raise ValueError(f"its format is not {_FORMAT!r}")
             if unknown := record.keys() - {field.name for field in fields(cls)}:
                 raise ValueError(f"unknown {', '.join(sorted(unknown))}")
+            if not isinstance(record["assumes"], list):
+                raise ValueError("assumes must be a list")
             return cls(
                 **{
                     **record,
@@ -311,7 +313,7 @@ def plain(epsilon: float) -> str:
     if math.isinf(epsilon) or epsilon == 0:
         return f"{epsilon:g}"
     unit = 10.0 ** (math.floor(math.log10(epsilon)) - 3)
-    return f"{math.ceil(epsilon / unit) * unit:.4g}"
+    return f"{math.ceil(round(epsilon / unit, 6)) * unit:.4g}"
 
 
 def written(value: float) -> float | str:

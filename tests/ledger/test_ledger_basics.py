@@ -81,6 +81,20 @@ def test_lists_shards_with_weight_time_and_meta(ledger):
     assert len(ledger) == 2 and "a" in ledger and "c" not in ledger and 1 not in ledger
 
 
+def test_origins_are_the_metas_that_the_deltas_came_with(folder):
+    low_rank = DeltaMeta("a" * 64, "vit", "head", rank=2, basis="b" * 64, extra={"x": "y"})
+    metas = {"b": low_rank, "a": dataclasses.replace(low_rank, shard="1", extra={}), "c": None}
+    ledger = Ledger(folder)
+    for shard, meta in metas.items():
+        ledger.add(shard, some_delta(0, None) if meta is None else Delta(some_delta(0), meta))
+    assert list(ledger.origins().items()) == list(metas.items())
+    ledger.forget("b")
+    assert list(ledger.origins()) == ["a", "c"]
+    (folder / "deltas" / min(os.listdir(folder / "deltas"))).unlink()
+    with pytest.raises(LedgerError, match=r"is missing; restore .* or forget\("):
+        ledger.origins()
+
+
 def test_history_says_what_happened_and_nothing_else(ledger):
     ledger.forget("a")
     ledger.add("a", some_delta(3))
