@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from tangent_ops.cli.audit import audit
 from tangent_ops.cli.ledger import app as ledger
 from tangent_ops.cli.privacy import privacy
 from tangent_ops.cli.profile import profile
@@ -40,4 +41,5 @@ def _tangent_ops(
 
 app.command()(profile)
 app.command()(privacy)
+app.command()(audit)
 app.add_typer(ledger, name="ledger")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -33,3 +34,10 @@ def fail(message: str, code: int, cause: Exception | None = None) -> NoReturn:
 def say(text: str) -> None:
     """Print text as it is."""
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def need_privacy() -> None:
+    """Exit, saying how to get them, if packages of the extra for privacy are missing."""
+    needed = ("dp_accounting", "opacus", "scipy")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        fail(f'this needs {", ".join(missing)}: pip install "tangent-ops[privacy]"', code=2)

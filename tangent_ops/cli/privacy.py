@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -10,9 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tangent_ops.cli.messages import errors, fail, say
-
-_NEEDED = ("dp_accounting", "opacus", "scipy")
+from tangent_ops.cli.messages import errors, fail, need_privacy, say
 
 
 def privacy(
@@ -27,8 +24,7 @@ def privacy(
 
     Recomputes every epsilon. Exits with 1 if nothing is promised, or less than is claimed.
     """
-    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
-        fail(f'this needs {", ".join(missing)}: pip install "tangent-ops[privacy]"', code=2)
+    need_privacy()
 
     from tangent_ops.delta import load_delta
     from tangent_ops.errors import CertificateError

@@ -199,6 +199,7 @@ def _is_bare(phases: tuple[Phase, ...]) -> bool:
     return any(phase.noise_multiplier < SMALLEST_NOISE for phase in phases)
 
 
+@lru_cache(maxsize=256)
 def _pld(phases: tuple[Phase, ...], delta: float) -> float:
     if _is_bare(phases) or delta <= _rounding(phases):
         return math.inf
@@ -246,6 +247,7 @@ def _interval(phases: tuple[Phase, ...]) -> float:
     return min(fine, max(1e-3, 1e-5 * (mean + 6 * math.sqrt(variance))))
 
 
+@lru_cache(maxsize=64)  # Opacus takes a second
 def _prv(phases: tuple[Phase, ...], delta: float, pld: float) -> float:
     if pld > PRV_REACH:
         return math.inf
