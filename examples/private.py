@@ -145,14 +145,14 @@ def train_ordinary(
         warnings.simplefilter("ignore")  # Opacus': secure mode is off
         engine = PrivacyEngine()
         loader = DataLoader(prepared.private, options["expected_batch_size"])
-        module, optimizer, loader = engine.make_private(
+        made: Any = engine.make_private(
             module=tail,
             optimizer=optimizer,
             data_loader=loader,
             noise_multiplier=sigma,
             max_grad_norm=options["max_grad_norm"],
         )
-        _run(module, optimizer, loader, steps)
+        _run(*made, steps)
     seconds = time.perf_counter() - began
     spent = epsilon([Phase(sigma, rate, steps)], FAILURE)
     return accuracy(tail.eval(), prepared.scored), spent, seconds

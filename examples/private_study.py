@@ -112,7 +112,11 @@ def draw(found: Mapping[str, Any]) -> Figure:
         scores = [of(found, f"{way}/{epsilon:g}") for epsilon in EPSILONS]
         means = [100 * statistics.mean(score) for score in scores]
         errors = [100 * _error(score) for score in scores]
-        style = {"marker": look.marker, "linestyle": look.line, "color": look.colour}
+        style: dict[str, Any] = {
+            "marker": look.marker,
+            "linestyle": look.line,
+            "color": look.colour,
+        }
         axes.errorbar(EPSILONS, means, errors, label=look.name, capsize=3, **style)
     for kind, name, line in (
         ("tangent, not private", "TAFT-1, not private", "-."),
