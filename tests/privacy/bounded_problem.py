@@ -1,0 +1,110 @@
+"""A small private problem, written out: J by torch.func, F and its minimum without the library."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+from torch.utils.data import TensorDataset
+
+from tangent_ops import LinearizedModel, linearize
+from tangent_ops.privacy.noise import NoiseSource
+
+N, CLASSES, INPUTS = 9, 3, 4
+R, B, M, L2 = 2.0, 2.0, 4.0, 0.4
+QUIET = {"progress": False, "batch_size": 4}
+BOUNDS = {"jacobian_bound": R, "residual_bound": B, "target": M}
+
+
+class Silent(NoiseSource):
+    """No noise at all, to see what it would be added to."""
+
+    def normal(self, shape, std, dtype, device):
+        assert std > 0
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def anchor() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(INPUTS, 5), nn.Tanh(), nn.Linear(5, CLASSES)).double()
+
+
+def tangent() -> LinearizedModel:
+    return linearize(anchor())
+
+
+def samples(count: int = N, scale: float = 1.0, seed: int = 1) -> TensorDataset:
+    noise = torch.Generator().manual_seed(seed)
+    inputs = scale * torch.randn(count, INPUTS, dtype=torch.float64, generator=noise)
+    return TensorDataset(inputs, torch.randint(CLASSES, (count,), generator=noise))
+
+
+def outliers() -> TensorDataset:
+    """Inputs of all sizes, and J's with them."""
+    parts = [samples(4, scale, seed) for seed, scale in enumerate((1e-6, 1.0, 30.0, 1e6))]
+    return TensorDataset(*(torch.cat(column) for column in zip(*(p.tensors for p in parts))))  # noqa: B905
+
+
+@functools.cache
+def _model() -> nn.Module:
+    return copy.deepcopy(anchor()).eval()
+
+
+def dense(data: TensorDataset) -> tuple[Tensor, Tensor]:
+    """J (N, C, P) and f (N, C) at the anchor."""
+    model = _model()
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    inputs, _ = data.tensors
+
+    def logits(weights, one):
+        return functional_call(model, weights, (one,))
+
+    parts = [jacrev(logits)(weights, one) for one in inputs]
+    rows = torch.stack([torch.cat([p[n].flatten(1) for n in weights], dim=1) for p in parts])
+    return rows, torch.stack([logits(weights, one) for one in inputs])
+
+
+def clipped(residual: Tensor) -> Tensor:
+    """The Huber loss's gradient: the residual, at most of norm B."""
+    size = residual.norm(dim=-1, keepdim=True)
+    return residual * torch.clamp(B / size, max=1.0)
+
+
+class Written:
+    """(1/E) Σ ρ(u_i (f_i + J_i Δ - t_i)) + l2/2 ‖Δ‖², as matrices."""
+
+    def __init__(self, data: TensorDataset, normalizer: float, l2: float = L2) -> None:
+        rows, logits = dense(data)
+        norms = torch.linalg.matrix_norm(rows, ord=2)
+        self.u = torch.clamp(R / norms, max=1.0)[:, None]
+        self.rows = self.u[..., None] * rows
+        self.start = self.u * (logits - M * nn.functional.one_hot(data.tensors[1], CLASSES))
+        self.normalizer, self.l2 = normalizer, l2
+
+    def residuals(self, delta: Tensor) -> Tensor:
+        return self.start + self.rows @ delta
+
+    def each(self, delta: Tensor) -> Tensor:
+        """∇ℓ_i, (N, P)."""
+        return torch.einsum("ncp,nc->np", self.rows, clipped(self.residuals(delta)))
+
+    def gradient(self, delta: Tensor) -> Tensor:
+        return self.each(delta).sum(dim=0) / self.normalizer + self.l2 * delta
+
+    def minimum(self) -> Tensor:
+        """By gradient steps of 1/M: a linear rate, whatever is clipped."""
+        smooth = self.l2 + len(self.rows) * R**2 / self.normalizer
+        delta = torch.zeros(self.rows.shape[2], dtype=torch.float64)
+        for _ in range(2000):
+            step = self.gradient(delta) / smooth
+            delta = delta - step
+            if float(step.norm()) < 1e-15:
+                break
+        return delta
+
+
+def flat(values) -> Tensor:
+    return torch.cat([value.detach().flatten() for value in values.values()])
