@@ -1,0 +1,419 @@
+"""Audits: against mechanisms simulated in numpy, whose trade-off is known, and of fit_private."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+from small_models import generator
+from torch import nn
+from torch.utils.data import TensorDataset
+
+pytest.importorskip("opacus", reason="the extra for privacy is not installed")
+pytest.importorskip("dp_accounting", reason="the extra for privacy is not installed")
+
+from scipy.stats import binomtest
+
+from tangent_ops import linearize
+from tangent_ops.errors import ArgumentError, CertificateError, DeltaError, UnsupportedError
+from tangent_ops.privacy import audit_fit as audit_module
+from tangent_ops.privacy import gradients
+from tangent_ops.privacy.accounting import Phase, epsilon
+from tangent_ops.privacy.audit import Audit, audit, rate_at_least, rate_at_most
+from tangent_ops.privacy.audit_fit import audit_fit
+from tangent_ops.privacy.canary import canary_score, make_canary
+from tangent_ops.privacy.fit import fit_private
+from tangent_ops.privacy.noise import NoiseSource
+from tangent_ops.privacy.statement import PrivacyStatement, make_statement
+from tangent_ops.privacy.trade_off import TradeOff, largest_noise, scaled
+
+NORMAL = NormalDist()
+DELTA = 1e-5
+
+
+def claimed(*phases: Phase) -> PrivacyStatement:
+    return make_statement(
+        mechanism="simulated",
+        phases=phases,
+        clip=1.0,
+        delta=DELTA,
+        sampling="Poisson",
+        noise="numpy",
+        assumes=(),
+    )
+
+
+def mechanism(phase: Phase, seed: int, noise: float = 1.0, clip: float = 1.0):
+    """The canary's own coordinate of DP-SGD: its clipped gradients and the noise, added up."""
+    draw = np.random.default_rng(seed)
+
+    def train(with_canary: bool, _: int) -> float:
+        times = draw.binomial(phase.steps, phase.sample_rate) if with_canary else 0
+        deviation = noise * phase.noise_multiplier * math.sqrt(phase.steps)
+        return clip * times + deviation * draw.standard_normal()
+
+    return train
+
+
+def run(phase: Phase, runs: int, seed: int = 0, **wrong: float) -> Audit:
+    return audit(mechanism(phase, seed, **wrong), claimed(phase), runs=runs, progress=False)
+
+
+@pytest.mark.parametrize("hits", [0, 1, 7, 30])
+def test_rates_are_bounded_as_by_scipy(hits: int) -> None:
+    both = binomtest(hits, 30).proportion_ci(confidence_level=0.94, method="exact")
+    assert float(rate_at_least(hits, 30, 0.03)) == pytest.approx(both.low, abs=1e-12)
+    assert float(rate_at_most(hits, 30, 0.03)) == pytest.approx(both.high, abs=1e-12)
+
+
+def test_the_gaussian_trade_off_in_closed_form() -> None:
+    phases = [Phase(2.0, 1.0, 3), Phase(1.5, 1.0, 1)]
+    mu = math.sqrt(3 / 4 + 1 / 2.25)
+    rates = [0.001, 0.2, 0.9]
+    right = [NORMAL.cdf(NORMAL.inv_cdf(rate) + mu) for rate in rates]
+    assert TradeOff(phases).power(rates) == pytest.approx(right, rel=1e-12)
+    # PLD rounds up, by its grid.
+    assert TradeOff(phases).epsilon(DELTA) == pytest.approx(epsilon(phases, DELTA), rel=1e-3)
+    assert TradeOff(phases).epsilon(0.9) == 0
+
+
+def test_the_trade_off_of_one_subsampled_step() -> None:
+    sigma, rate = 0.8, 0.3
+    curve = TradeOff([Phase(sigma, rate, 1)])
+    for threshold in np.linspace(-1.5, 3, 30):
+        fpr = NORMAL.cdf(-threshold / sigma)
+        tpr = (1 - rate) * fpr + rate * NORMAL.cdf((1 - threshold) / sigma)
+        assert curve.power(fpr) >= tpr - 1e-9
+        # There e^ε > 1 is the slope, where adding a sample and removing one are the same.
+        if threshold > 0.5:
+            assert curve.power(fpr) == pytest.approx(tpr, rel=2e-3)
+
+
+def test_the_trade_off_of_composed_phases() -> None:
+    """Against the likelihood ratio test, simulated."""
+    phases, count = [Phase(1.0, 0.5, 4), Phase(1.2, 1.0, 1)], 400_000
+    draw = np.random.default_rng(0)
+
+    def ratios(inside: bool) -> np.ndarray:
+        """Of the log-likelihood, up to a constant."""
+        total = np.zeros(count)
+        for phase in phases:
+            for _ in range(phase.steps):
+                there = (draw.random(count) < phase.sample_rate) & inside
+                x = there + phase.noise_multiplier * draw.standard_normal(count)
+                ratio = np.exp((x - 0.5) / phase.noise_multiplier**2)
+                total += np.log(1 - phase.sample_rate + phase.sample_rate * ratio)
+        return total
+
+    inside, outside = ratios(True), ratios(False)
+    for fpr in (0.01, 0.05, 0.2):
+        tpr = float((inside > np.quantile(outside, 1 - fpr)).mean())
+        # Three deviations of the quantile and of the rate; slopes are below 12 here.
+        slack = 3 * (12 * math.sqrt(fpr / count) + math.sqrt(tpr / count))
+        assert abs(float(TradeOff(phases).power(fpr)) - tpr) <= min(slack, 0.03)
+
+
+def test_the_noise_of_an_attack_in_closed_form() -> None:
+    claim = [Phase(2.0, 1.0, 4)]  # mu = 1
+    for fpr, tpr in ((0.1, 0.8), (0.4, 0.5), (0.01, 0.99)):
+        right = 1 / (NORMAL.inv_cdf(tpr) - NORMAL.inv_cdf(fpr))
+        found = largest_noise(claim, fpr, tpr)
+        assert found is not None and right <= found <= right * 1.002
+    assert largest_noise(claim, 0.3, 0.3) is None
+
+
+def test_the_noise_of_an_attack_with_subsampling() -> None:
+    claim = [Phase(1.0, 0.5, 2)]
+    found = largest_noise(claim, 0.1, 0.6)
+    assert found is not None
+    assert float(TradeOff(scaled(claim, found)).power(0.1)) < 0.6
+    assert float(TradeOff(scaled(claim, found / 1.003)).power(0.1)) > 0.6
+    # In one run of four the canary is in no batch: no noise at all would not be enough.
+    assert largest_noise(claim, 0.001, 0.99) == 1 / 64
+
+
+def test_no_bound_exceeds_the_truth_more_often_than_stated() -> None:
+    phase, audits = Phase(1.0, 1.0, 1), 300
+    truth = epsilon([phase], DELTA)
+    found = [run(phase, 200, seed) for seed in range(audits)]
+    wrong = sum(not one.consistent for one in found)
+    assert wrong == sum(one.family_lower_bound > truth for one in found)
+    assert max(one.lower_bound for one in found) <= truth
+    # A rate of 5 % at most: as many as 26 of 300 would come by chance once in a hundred.
+    assert wrong <= 26
+    # The bounds are nothing but weak: some audit comes near to being wrong.
+    assert max(one.family_lower_bound for one in found) > 0.8 * truth
+
+
+def test_a_sharp_attack_shows_most_of_epsilon() -> None:
+    for phase in (Phase(1.0, 1.0, 1), Phase(1.0, 0.5, 5)):
+        found = run(phase, 10_000)
+        assert found.consistent
+        assert 0.7 * found.claimed <= found.family_lower_bound <= found.claimed
+        assert 0 < found.lower_bound <= found.family_lower_bound
+        assert found.noise_ratio is not None and 1 <= found.noise_ratio <= 1.3
+
+
+@pytest.mark.parametrize("wrong", [{"noise": 0.5}, {"clip": 10.0}], ids=["noise", "clip"])
+@pytest.mark.parametrize("phase", [Phase(1.0, 1.0, 1), Phase(1.0, 0.5, 5)], ids=["all", "sampled"])
+def test_a_broken_mechanism_is_refuted(phase: Phase, wrong: dict[str, float]) -> None:
+    found = run(phase, 1000, **wrong)
+    assert not found.consistent
+    assert found.family_lower_bound > found.claimed
+    assert found.noise_ratio is not None and found.noise_ratio < 0.9
+    assert "refuted" in str(found)
+
+
+def test_a_perfect_attack_by_hand() -> None:
+    found = audit(
+        lambda with_canary, _: torch.tensor([3.0]) if with_canary else 1,
+        claimed(Phase(10.0, 1.0, 1)),
+        runs=80,
+        confidence=0.9,
+        progress=False,
+    )
+    rare = 1 - 0.05 ** (1 / 30)  # none of 30, three quarters of 40
+    assert (found.runs, found.counted, found.tpr, found.fpr) == (80, 30, 1, 0)
+    assert found.fpr_high == pytest.approx(rare, rel=1e-9)
+    assert found.tpr_low == pytest.approx(1 - rare, rel=1e-9)
+    assert found.lower_bound == pytest.approx(math.log((1 - rare - DELTA) / rare), rel=1e-9)
+    assert found.most_provable == pytest.approx(found.lower_bound, rel=1e-9)
+    assert found.threshold == 2
+    mu = 2 * NORMAL.inv_cdf(1 - rare)
+    assert found.noise_ratio == pytest.approx(0.1 / mu, rel=2e-3)
+    assert found.family_lower_bound == pytest.approx(
+        epsilon([Phase(1 / mu, 1.0, 1)], DELTA), rel=3e-3
+    )
+    assert not found.consistent
+
+
+@pytest.mark.parametrize("score", [lambda *_: 1.0, lambda inside, _: -float(inside)])
+def test_a_useless_attack_shows_nothing(score) -> None:
+    found = audit(score, claimed(Phase(1.0, 1.0, 1)), runs=40, progress=False)
+    assert found.consistent and found.noise_ratio is None
+    assert (found.lower_bound, found.family_lower_bound) == (0, 0)
+
+
+def test_runs_that_chose_the_threshold_are_not_counted() -> None:
+    def train(with_canary: bool, run: int) -> float:
+        return float(with_canary) if run < 20 else 0.0
+
+    found = audit(train, claimed(Phase(1.0, 1.0, 1)), runs=80, progress=False)
+    assert (found.counted, found.tpr, found.fpr) == (30, 0, 0)
+
+
+def test_each_run_is_asked_for_once_half_of_them_with_the_canary() -> None:
+    asked = []
+    audit(lambda *of: asked.append(of) or 0, claimed(Phase(1.0, 1.0, 1)), runs=42, progress=False)
+    assert sorted(run for _, run in asked) == [*range(42)]
+    assert sum(with_canary for with_canary, _ in asked) == 21
+
+
+def test_an_audit_as_json_and_in_words() -> None:
+    found = run(Phase(1.0, 1.0, 1), 40)
+    assert Audit(**json.loads(found.to_json())) == found
+    assert "The claim stands" in str(found) and "4.377" in str(found)
+
+
+BAD_AUDITS = {
+    "train must be a function": {"train": 3},
+    "claim must be a PrivacyStatement, got a float": {"claim": 3.0},
+    "runs must be an integer of at least 40, got 38": {"runs": 38},
+    "runs must be even, as half of them have the canary; got 41": {"runs": 41},
+    "confidence must be between 0 and 1, got 95": {"confidence": 95},
+    "train returned nan in run 0": {"train": lambda *_: math.nan},
+    "train must return one number, got None in run 0": {"train": lambda *_: None},
+    "train must return one number, got tensor": {"train": lambda *_: torch.ones(2)},
+    "claim promises nothing: its epsilon is inf": {"claim": claimed(Phase(0.0, 1.0, 1))},
+}
+
+
+@pytest.mark.parametrize(("message", "wrong"), BAD_AUDITS.items(), ids=BAD_AUDITS)
+def test_bad_arguments_are_refused(message: str, wrong: dict) -> None:
+    good = {"train": lambda *_: 0.0, "claim": claimed(Phase(1.0, 1.0, 1)), "progress": False}
+    with pytest.raises(ArgumentError, match=message):
+        audit(**{**good, **wrong})
+
+
+def test_other_claims_are_refused() -> None:
+    claim = claimed(Phase(1.0, 1.0, 1))
+    with pytest.raises(UnsupportedError, match="another adjacency: 'replace one sample'"):
+        audit(lambda *_: 0.0, replace(claim, adjacency="replace one sample"))
+    with pytest.raises(CertificateError, match="claims epsilon"):
+        audit(lambda *_: 0.0, replace(claim, epsilon=claim.epsilon / 2))
+
+
+def problem(others: int = 8, **options):
+    """A small tangent model, data for it, and a canary's input."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 3))
+    noise = generator(1)
+    inputs = torch.randn(others, 6, generator=noise)
+    residuals = torch.randn(others, 3, generator=noise) * torch.tensor([0.0, 1.0, 1.0])
+    with torch.no_grad():
+        data = TensorDataset(inputs, model(inputs) + residuals)
+    return linearize(model, **options), data, torch.randn(1, 6, generator=noise)
+
+
+def gradient(tangent, inputs, target) -> dict[str, torch.Tensor]:
+    """Of the square loss at w0, by torch.func, in float64."""
+    anchor = tangent.anchor.double()
+    weights = {n: p.detach() for n, p in anchor.named_parameters()}
+
+    def loss(weights):
+        output = torch.func.functional_call(anchor, weights, (inputs.double(),))
+        return (output - target.double()).square().mean()
+
+    return torch.func.grad(loss)(weights)
+
+
+def length(parts) -> float:
+    return math.sqrt(sum(float(part.double().square().sum()) for part in parts))
+
+
+def test_a_canary_has_the_gradient_that_was_asked_for() -> None:
+    tangent, _, inputs = problem()
+    same, target = make_canary(tangent, inputs, 700.0)
+    assert same is inputs
+    found = gradient(tangent, inputs, target)
+    assert length(found.values()) == pytest.approx(700, rel=1e-4)  # float32
+    off = (target - tangent.anchor(inputs.double())).abs()[0]
+    assert off[0] > 1 and off[1:].max() < 1e-5
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_the_score_is_the_part_along_the_gradient(rank: int | None) -> None:
+    tangent, _, inputs = problem(rank=rank)
+    _, target = make_canary(tangent, inputs, 50.0)
+    score = canary_score(tangent, inputs, target, nn.MSELoss())
+    bases = {name: basis.double() for name, basis in tangent.basis.tensors().items()}
+    right = gradient(tangent, inputs, target)
+    right = {n: g @ bases[n].T if n in bases else g for n, g in right.items()}
+    size = length(right.values())
+    assert score({name: -part for name, part in right.items()}) == pytest.approx(size, rel=1e-5)
+    delta = {name: torch.randn(part.shape, generator=generator(4)) for name, part in right.items()}
+    along = sum(float((delta[name] * part).sum()) for name, part in right.items())
+    assert score(delta) == pytest.approx(-along / size, rel=1e-5)
+    with pytest.raises(DeltaError, match="missing"):
+        score({})
+
+
+def test_the_score_does_not_depend_on_the_models_deltas() -> None:
+    tangent, _, inputs = problem()
+    canary = make_canary(tangent, inputs, 50.0)
+    delta = {name: torch.ones_like(part) for name, part in tangent.deltas().items()}
+    before = canary_score(tangent, *canary, nn.MSELoss())(delta)
+    tangent.load_delta_dict(delta)
+    assert canary_score(tangent, *canary, nn.MSELoss())(delta) == before
+    assert torch.equal(make_canary(tangent, inputs, 50.0)[1], canary[1])
+
+
+def test_bad_canaries_are_refused() -> None:
+    tangent, _, inputs = problem()
+    with pytest.raises(ArgumentError, match=r"one sample, of shape \(1, ...\), got shape \(2, 6\)"):
+        make_canary(tangent, inputs.repeat(2, 1), 1.0)
+    with pytest.raises(ArgumentError, match="gradient_norm must be positive"):
+        make_canary(tangent, inputs, 0.0)
+    with pytest.raises(ArgumentError, match="canary's gradient has norm 0"):
+        with torch.no_grad():
+            target = tangent(inputs)
+        canary_score(tangent, inputs, target, nn.MSELoss())
+    nn.init.zeros_(tangent.anchor.get_parameter("2.weight"))
+    headless = linearize(tangent.anchor, r"^0\.")
+    with pytest.raises(ArgumentError, match="gradient of inputs is zero"):
+        make_canary(headless, inputs, 1.0)
+
+
+def test_the_canary_gives_itself_away_as_much_as_analysis_assumes() -> None:
+    """Without noise to speak of, each step moves the score by lr C / E, beside what others do."""
+    tangent, data, inputs = problem()
+    inputs, target = make_canary(tangent, inputs, 2000.0)
+    score = canary_score(tangent, inputs, target, nn.MSELoss())
+    pairs = zip(data.tensors, (inputs, target), strict=True)
+    scores = []
+    for samples in (data, TensorDataset(*(torch.cat(pair) for pair in pairs))):
+        done = fit_private(
+            problem()[0],
+            samples,
+            delta=1e-3,
+            max_grad_norm=2.0,
+            noise_multiplier=1e-3,
+            expected_batch_size=len(samples),
+            steps=5,
+            loss=nn.MSELoss(),
+            lr=1e-5 * len(samples),
+            optimizer="sgd",
+            seed=0,
+            progress=False,
+        )
+        scores.append(score(done.delta))
+    assert scores[1] - scores[0] == pytest.approx(5 * 1e-5 * 2.0, rel=0.01)
+
+
+FIT = {"max_grad_norm": 0.5, "lr": 0.1, "seed": 0, "delta": DELTA, "progress": False}
+SAMPLED = {**FIT, "sample_rate": 0.5, "steps": 4, "noise_multiplier": 1.0}
+ALL = {**FIT, "sample_rate": 1.0, "steps": 4, "noise_multiplier": 1.0}
+
+
+def test_fit_private_is_what_it_claims() -> None:
+    tangent, data, inputs = problem()
+    found = audit_fit(tangent, data, inputs, runs=80, **ALL)
+    assert found.consistent
+    assert 0.1 * found.claimed < found.family_lower_bound <= found.claimed
+    assert not any(delta.any() for delta in tangent.deltas().values())
+
+
+def test_fits_with_and_without_the_canary_differ_in_nothing_else(monkeypatch) -> None:
+    asked = []
+
+    def spy(tangent, dataset, **options):
+        asked.append({"samples": len(dataset), **options})
+        return fit_private(tangent, dataset, **options)
+
+    monkeypatch.setattr(audit_module, "fit_private", spy)
+    found = audit_fit(*problem(), runs=40, **SAMPLED)
+    assert found.consistent and found.family_lower_bound <= found.claimed
+    assert sorted(one["samples"] for one in asked) == [8] * 20 + [9] * 21  # one for the claim
+    assert len({one["seed"] for one in asked}) == 41
+    for one in asked:
+        assert one["expected_batch_size"] / one["samples"] == pytest.approx(0.5)
+        assert one["lr"] / one["expected_batch_size"] == pytest.approx(0.1 / 4.5)
+        assert (one["max_grad_norm"], one["noise_multiplier"], one["optimizer"]) == (0.5, 1, "sgd")
+
+
+def test_halved_noise_is_caught(monkeypatch) -> None:
+    own = NoiseSource.normal
+    monkeypatch.setattr(
+        NoiseSource, "normal", lambda self, shape, std, *rest: own(self, shape, std / 2, *rest)
+    )
+    found = audit_fit(*problem(), runs=140, **ALL)
+    assert not found.consistent
+    assert found.noise_ratio is not None and found.noise_ratio < 0.9
+
+
+def test_skipped_clipping_is_caught(monkeypatch) -> None:
+    monkeypatch.setattr(gradients, "clip_factors", lambda norms, _: torch.ones_like(norms))
+    found = audit_fit(*problem(), runs=60, **SAMPLED)
+    assert not found.consistent
+    assert (found.tpr, found.fpr) == (pytest.approx(15 / 16, abs=0.15), 0)
+
+
+BAD_FITS = {
+    r"sample_rate must be from 1/8 .* got 0.1": {"sample_rate": 0.1},
+    "runs must be even": {"runs": 41},
+    "max_grad_norm must be positive": {"max_grad_norm": 0.0},
+    "loss is not an option of an audit": {"loss": nn.MSELoss()},
+    "start is not an option of an audit": {"start": "public"},
+    "seed must be an integer": {"seed": -1},
+}
+
+
+@pytest.mark.parametrize(("message", "wrong"), BAD_FITS.items(), ids=BAD_FITS)
+def test_bad_options_of_fits_are_refused(message: str, wrong: dict) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        audit_fit(*problem(), **{**SAMPLED, **wrong})
