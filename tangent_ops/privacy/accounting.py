@@ -5,7 +5,7 @@ Adjacency is adding or removing one sample. Three accountants, of two libraries 
 - ``"pld"``: dp-accounting's privacy loss distribution (Koskela, Jälkö, Honkela, AISTATS 2020;
   Doroshenko et al., "Connect the dots", PoPETs 2022). It rounds up, and is what we claim.
 - ``"prv"``: Opacus' (Gopi, Lee, Wutschitz, "Numerical composition of differential privacy",
-  NeurIPS 2021). Its upper bound, 0.01 above its estimate, where float64 allows.
+  NeurIPS 2021). Its upper bound: 0.01 or 0.1% above its estimate, whichever is more.
 - ``"rdp"``: dp-accounting's Rényi accountant (Mironov, Talwar, Zhang, 2019). Looser.
 """
 
