@@ -231,6 +231,6 @@ def noised(
     generator = np.random.Generator(np.random.PCG64(secrets.randbits(128)))
     tensors = {}
     for name, value in delta.items():
-        noise = torch.from_numpy(generator.standard_normal(tuple(value.shape)))
+        noise = torch.as_tensor(generator.standard_normal(tuple(value.shape)))
         tensors[name] = (value.double() + sigma * noise.to(value.device)).to(value.dtype)
     return Noised(Delta(tensors, getattr(delta, "meta", None)), sigma, epsilon, failure)
