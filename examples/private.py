@@ -38,10 +38,22 @@ PROBE_EPOCHS = 30
 SIZES = (1000, 1000, 100, 2000)  # test, validation, public and private images
 
 # Chosen for each way on the validation images of seed 0, which are public here, at ε = 3; the test
-# images had no say.
-TANGENT: dict[str, Any] = {"expected_batch_size": 500, "steps": 20, "lr": 5e-4, "max_grad_norm": 1}
-ORDINARY: dict[str, Any] = {"expected_batch_size": 500, "steps": 20, "lr": 5e-4, "max_grad_norm": 1}
-PROBE: dict[str, Any] = {"expected_batch_size": 1000, "steps": 60, "lr": 2e-3, "max_grad_norm": 1}
+# images had no say. Rates of AdamW that were tried: 1e-4, 3e-4, 1e-3, 2e-3 of the tangent model;
+# 3e-4, 1e-3 of the ordinary one; 2e-4, 5e-4, 1e-3, 2e-3 of the probe. Some of SGD were no better.
+TANGENT: dict[str, Any] = {
+    "expected_batch_size": 250,
+    "steps": 20,
+    "lr": 1e-3,
+    "max_grad_norm": 1.0,
+}
+ORDINARY: dict[str, Any] = {**TANGENT}
+PROBE: dict[str, Any] = {
+    "expected_batch_size": 1000,
+    "steps": 60,
+    "lr": 2e-3,
+    "max_grad_norm": 1.0,
+    "physical_batch_size": 1000,
+}
 
 
 @dataclass(frozen=True)
