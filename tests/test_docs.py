@@ -44,6 +44,8 @@ def test_promises(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "models").mkdir()
     if "matplotlib" in "".join(blocks):
         pytest.importorskip("matplotlib", reason="the extra for plots is not installed")
+    if "tangent_ops.privacy" in "".join(blocks):
+        pytest.importorskip("opacus", reason="the extra for privacy is not installed")
     names = setting()
     for block in blocks:
         exec(block, names)

@@ -1,0 +1,106 @@
+"""The private demo and its study, small, from end to end; the tables that pages show."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+for needed in ("onnx", "rich", "matplotlib", "sklearn", "opacus", "dp_accounting"):
+    pytest.importorskip(needed, reason="an extra of the private demo is not installed")
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import private
+import private_demo
+import private_study
+from images import load_images
+
+from benchmarks.privacy_table import (
+    accuracy_table,
+    read_accuracy,
+    read_speed,
+    speed_table,
+)
+from benchmarks.stored import BadFile
+from tangent_ops import load_delta
+from tangent_ops.privacy.statement import statement_of
+
+
+def tiny_vit():
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2,
+        num_classes=0, pretrained_cfg_overlay={"input_size": (3, 16, 16)},
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture
+def no_download(monkeypatch):
+    for module in (private_demo, private_study):
+        monkeypatch.setattr(module, "fetch", lambda asset, cache: Path("unused"))
+        monkeypatch.setattr(module, "load_backbone", lambda path: tiny_vit())
+
+
+def test_the_demo_prints_the_statement_and_keeps_it(no_download, tmp_path, capsys):
+    options = ["--data", "digits", "--quick", "--epsilon", "2", "--out", str(tmp_path)]
+    assert private_demo.main(options) == 0
+    said = capsys.readouterr().out
+    statement = statement_of(load_delta(tmp_path / "private.safetensors"))
+    assert statement is not None
+    assert str(statement) in said
+    assert 1.9 < statement.epsilon <= 2.0
+    assert "seed stays secret" not in said  # nobody knows it
+
+
+def test_bad_options_end_with_a_message_and_status_2(no_download, tmp_path, capsys):
+    options = ["--data", "digits", "--quick", "--epsilon", "-1", "--out", str(tmp_path)]
+    assert private_demo.main(options) == 2
+    assert "target_epsilon must be positive" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")  # Opacus' and PyTorch's own, of the comparator
+def test_a_study_goes_on_where_it_was(no_download, tmp_path, monkeypatch):
+    few = {"expected_batch_size": 40, "steps": 2, "lr": 1e-3, "max_grad_norm": 1.0}
+    for name in ("TANGENT", "ORDINARY", "PROBE"):
+        monkeypatch.setattr(private, name, few)
+    monkeypatch.setattr(private, "FAILURE", 1e-4)
+    monkeypatch.setattr(private_study, "EPSILONS", (1.0, 4.0))
+    monkeypatch.setattr(private_study, "load_images", lambda *of: load_images("digits", *of[1:]))
+    sizes = (60, 60, 60, 100)
+    prepare = private_study.prepare
+    monkeypatch.setattr(private_study, "prepare", lambda *of: prepare(*of, sizes=sizes))
+    options = ["--seeds", "0", "1", "--out", str(tmp_path)]
+    assert private_study.main(options) == 0
+    path = tmp_path / "study.json"
+    found = json.loads(path.read_text())
+    assert len(found["runs"]) == 2 * (1 + 2 * 3 + 1)
+    spent = [run["epsilon"] for name, run in found["runs"].items() if name.endswith("/4")]
+    assert all(3.8 < epsilon <= 4.0 for epsilon in spent) and len(spent) == 6
+    assert (tmp_path / "accuracy.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+    kept = found["runs"].pop("1/probe/1")
+    path.write_text(json.dumps(found))
+    assert private_study.main(options) == 0
+    again = json.loads(path.read_text())["runs"]
+    assert again["1/probe/1"]["accuracy"] == kept["accuracy"]  # run anew, with its seed
+    table = accuracy_table(json.loads(path.read_text()))
+    assert "| ε = 1 | ε = 4 |" in table and "2 seeds" in table and "±" in table
+
+
+def test_tables_say_what_is_stored(tmp_path):
+    rows = [{"name": "taft", "seconds": 0.2, "peak": 10e6}]
+    rows.append({"name": "ghost", "seconds": 0.3, "peak": 11e6})
+    about = {"cpu": "a CPU", "torch": "2", "commit": "abc", "date": "today"}
+    table = speed_table({"rows": {"8": rows}, "environment": about, "setting": "a model"})
+    assert "| ghost | 300 ms (1.50x) | 11 MB (1.10x) |" in table
+    assert speed_table(None) == accuracy_table(None) == "Not measured yet."
+    assert read_speed(tmp_path / "none.json") is None
+    (tmp_path / "bad.json").write_text("{}")
+    for read in (read_speed, read_accuracy):
+        with pytest.raises(BadFile):
+            read(tmp_path / "bad.json")
