@@ -35,7 +35,13 @@ from tangent_ops.privacy._state import State
 from tangent_ops.privacy.accounting import Phase, noise_multiplier_for
 from tangent_ops.privacy.gradients import MODES, PerSampleGradients
 from tangent_ops.privacy.noise import NoiseSource
-from tangent_ops.privacy.statement import PrivacyStatement, attach, make_statement
+from tangent_ops.privacy.statement import (
+    ADD_OR_REMOVE,
+    PrivacyStatement,
+    attach,
+    check_adjacency,
+    make_statement,
+)
 
 # Their steps are of noisy gradients; no data are read to make them.
 OPTIMIZERS = {
@@ -169,7 +175,8 @@ def fit_private(
     _one_of("optimizer", optimizer, OPTIMIZERS)
     _one_of("schedule", schedule, SCHEDULES)
     _one_of("mode", mode, MODES)
-    before = _check_start(tangent, start)
+    goes_on = checkpoint is not None and os.path.exists(checkpoint)
+    before = _check_start(tangent, start, goes_on)
     rate = expected_batch_size / samples
     sigma = _noise_multiplier(target_epsilon, noise_multiplier, delta, rate, steps, before)
     noise = NoiseSource(seed, secure_mode)
@@ -272,13 +279,16 @@ def _prepared(
     return gradients
 
 
-def _check_start(tangent: LinearizedModel, start: PrivacyStatement | str) -> tuple[Phase, ...]:
-    """What was spent on the deltas before."""
+def _check_start(
+    tangent: LinearizedModel, start: PrivacyStatement | str, goes_on: bool
+) -> tuple[Phase, ...]:
+    """What was spent on the deltas before. A checkpoint's own replace them."""
     if isinstance(start, PrivacyStatement):
+        check_adjacency(ADD_OR_REMOVE, start.adjacency)
         return start.phases
     _one_of("start", start, ("zero", "public"))
     moved = [name for name, delta in tangent.deltas().items() if delta.detach().any()]
-    if start == "zero" and moved:
+    if start == "zero" and moved and not goes_on:
         raise ArgumentError(
             f"the deltas are not zero ({moved[0]}), and may come from private data: set them to "
             "zero; or pass start=, the PrivacyStatement that they were trained with, or "
