@@ -88,7 +88,10 @@ def opacus(tail: nn.Module, batch: Batch, ghost: bool) -> Call:
     options: dict[str, Any] = {"noise_multiplier": NOISE, "max_grad_norm": CLIP}
     optimizer: Any
     if ghost:
-        module: Any = GradSampleModuleFastGradientClipping(model, max_grad_norm=CLIP)
+        module: Any = GradSampleModuleFastGradientClipping(
+            model,
+            max_grad_norm=CLIP,  # pyright: ignore[reportArgumentType]
+        )
         optimizer = DPOptimizerFastGradientClipping(stepper, expected_batch_size=count, **options)
         loss: Any = DPLossFastGradientClipping(module, optimizer, RescaledSquareLoss(), "mean")
     else:

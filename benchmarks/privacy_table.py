@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,12 @@ from typing import Any
 from benchmarks.stored import RESULTS, BadFile
 
 SPEED = RESULTS / "privacy" / "cpu.json"
+ACCURACY = RESULTS / "privacy" / "accuracy.json"
+WAYS = {
+    "tangent": "TAFT-1",
+    "ordinary": "ordinary fine-tuning of the same block (Opacus)",
+    "probe": "linear probe",
+}
 NOT_MEASURED = "Not measured yet."
 
 
@@ -24,18 +31,31 @@ class Step:
 
 
 def read_speed(path: Path = SPEED) -> Mapping[str, Any] | None:
-    """What is stored there; None if nothing is.
+    """What `benchmarks.privacy` wrote; None if nothing is there.
 
     Raises:
-        BadFile: it is no file of `benchmarks.privacy`.
+        BadFile: it is no file of it.
     """
+    return _read(path, speed_table)
+
+
+def read_accuracy(path: Path = ACCURACY) -> Mapping[str, Any] | None:
+    """What `examples/private_study.py` wrote; None if nothing is there.
+
+    Raises:
+        BadFile: it is no file of it.
+    """
+    return _read(path, accuracy_table)
+
+
+def _read(path: Path, table: Callable[[Mapping[str, Any] | None], str]) -> Mapping[str, Any] | None:
     if not path.exists():
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        speed_table(found)
+        table(found)
     except (KeyError, TypeError, ValueError, StopIteration) as problem:
-        raise BadFile(f"{path} is not a file of benchmarks.privacy: {problem}") from None
+        raise BadFile(f"{path} is not what it should be: {problem}") from None
     return found
 
 
@@ -60,3 +80,38 @@ def speed_table(found: Mapping[str, Any] | None) -> str:
     where = f"{about['cpu']}, torch {about['torch']}, commit {about['commit']}, {about['date']}"
     said = f"{found['setting']}. Medians. {where}; `python -m benchmarks.privacy`."
     return "\n".join([*lines, "", said])
+
+
+def accuracy_table(found: Mapping[str, Any] | None) -> str:
+    """A line per way to train, a column per ε: mean and standard error over the seeds."""
+    if found is None:
+        return NOT_MEASURED
+    scores: dict[str, list[float]] = {}
+    for name, run in found["runs"].items():
+        scores.setdefault(name.partition("/")[2], []).append(run["accuracy"])
+    epsilons = sorted({float(kind.split("/")[1]) for kind in scores if "/" in kind})
+    headings = ["trained by", *(f"ε = {epsilon:g}" for epsilon in epsilons)]
+    lines = ["| " + " | ".join(headings) + " |", "| " + " | ".join(["---"] * len(headings)) + " |"]
+    for way, said in WAYS.items():
+        cells = [_mean(scores[f"{way}/{epsilon:g}"]) for epsilon in epsilons]
+        lines.append("| " + " | ".join([said, *cells]) + " |")
+    _, _, public, private = found["sizes"]
+    options = "; ".join(
+        f"{WAYS[way]}: {', '.join(f'{k} {v:g}' for k, v in chosen.items())}"
+        for way, chosen in found["options"].items()
+    )
+    count = len(scores["anchor"])
+    said = (
+        f"Accuracy in %, mean and standard error of {count} seeds (split, anchor and noise), on "
+        f"{found['sizes'][0]} test images; δ = {found['delta']:g}. MNIST-5k: {public} public ones "
+        f"for the anchor's head, which alone reaches {_mean(scores['anchor'])}; {private} private "
+        f"ones, with which TAFT-1 without privacy reaches {_mean(scores['tangent, not private'])}. "
+        f"{options}. Options were chosen on the validation images of seed 0 at ε = 3. torch "
+        f"{found['torch']}, {found['date']}; `python examples/private_study.py`."
+    )
+    return "\n".join([*lines, "", said])
+
+
+def _mean(scores: Sequence[float]) -> str:
+    error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
+    return f"{100 * statistics.mean(scores):.1f} ± {100 * error:.1f}"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.demo_table import demo_table, read_demos
 from benchmarks.precision_table import precision_table, read_precision
+from benchmarks.privacy_table import accuracy_table, read_accuracy, read_speed, speed_table
 from benchmarks.record import ROOT
 from benchmarks.rivals import Answers, by_case, fastest_yardstick, ratio, yardstick
 from benchmarks.stored import COMPILED, RESULTS, SUITE, BadFile, conditions, newest
@@ -25,10 +26,15 @@ from benchmarks.suite.row import Result, Row
 from benchmarks.targets import DUAL_FORWARD, SAVED, STEP, judge
 from benchmarks.units import amount, duration
 
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "precision.md")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("benchmarks.md", "precision.md", "promises/privacy.md")),
+)
 OTHERS: dict[str, Callable[[], str]] = {  # of files that are not the suite's
     "demo": lambda: demo_table(read_demos()),
     "precision": lambda: precision_table(read_precision()),
+    "privacy-speed": lambda: speed_table(read_speed()),
+    "privacy-accuracy": lambda: accuracy_table(read_accuracy()),
 }
 NOT_MEASURED = "Not measured yet."
 NOTHING = "–"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -226,9 +227,10 @@ def noised(
     if fingerprint(delta) != certificate.delta:
         raise ArgumentError("the certificate is for another delta")
     sigma = certificate.distance_bound * math.sqrt(2 * math.log(1.25 / failure)) / epsilon
-    generator = torch.Generator().manual_seed(secrets.randbits(63))
+    # numpy's, as torch's generator on a CPU takes 32 bits of a seed, few enough to try all.
+    generator = np.random.Generator(np.random.PCG64(secrets.randbits(128)))
     tensors = {}
     for name, value in delta.items():
-        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        noise = torch.as_tensor(generator.standard_normal(tuple(value.shape)))
         tensors[name] = (value.double() + sigma * noise.to(value.device)).to(value.dtype)
     return Noised(Delta(tensors, getattr(delta, "meta", None)), sigma, epsilon, failure)

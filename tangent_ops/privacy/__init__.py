@@ -1,1 +1,52 @@
-"""Differential privacy for tangent transformers: training, accounting, audit."""
+"""Differential privacy for tangent transformers: training, accounting, what convexity adds, audit.
+
+The gradient of Δ for one sample is the anchor's vector-Jacobian product with that sample's
+cotangent, so one pass of the tangent model gives all that clipping needs. Everything here needs the
+extra ``privacy``: Opacus, dp-accounting and scipy.
+"""
+
+from importlib.util import find_spec
+
+if missing := [n for n in ("opacus", "dp_accounting", "scipy") if find_spec(n) is None]:
+    raise ImportError(
+        f'tangent_ops.privacy needs {", ".join(missing)}: pip install "tangent-ops[privacy]"'
+    )
+
+from tangent_ops.privacy.accounting import Phase, epsilon, failure, noise_multiplier_for
+from tangent_ops.privacy.audit import Audit, audit
+from tangent_ops.privacy.audit_fit import audit_fit
+from tangent_ops.privacy.fit import PrivateFit, fit_private
+from tangent_ops.privacy.gradients import PerSampleGradients, per_sample_gradients
+from tangent_ops.privacy.jacobian_norms import jacobian_norms
+from tangent_ops.privacy.last_iterate import LastIterate, fit_last_iterate
+from tangent_ops.privacy.noise import NoiseSource
+from tangent_ops.privacy.output_perturbation import PerturbedOutput, perturb_output
+from tangent_ops.privacy.parallel import LedgerPrivacy, ledger_privacy, parallel
+from tangent_ops.privacy.statement import PrivacyStatement, attach, make_statement, statement_of
+
+__all__ = [
+    "Audit",
+    "LastIterate",
+    "LedgerPrivacy",
+    "NoiseSource",
+    "PerSampleGradients",
+    "PerturbedOutput",
+    "Phase",
+    "PrivacyStatement",
+    "PrivateFit",
+    "attach",
+    "audit",
+    "audit_fit",
+    "epsilon",
+    "failure",
+    "fit_last_iterate",
+    "fit_private",
+    "jacobian_norms",
+    "ledger_privacy",
+    "make_statement",
+    "noise_multiplier_for",
+    "parallel",
+    "per_sample_gradients",
+    "perturb_output",
+    "statement_of",
+]

@@ -45,6 +45,7 @@ class PrivateOptimizer(DPOptimizerFastGradientClipping):
             expected_batch_size=expected_batch_size,  # pyright: ignore[reportArgumentType]
         )
         self._noise = noise
+        self._size = expected_batch_size
         self._l2 = l2
         self._group = group
 
@@ -75,6 +76,6 @@ class PrivateOptimizer(DPOptimizerFastGradientClipping):
     def scale_grad(self) -> None:
         for parameter in self.params:
             assert parameter.grad is not None
-            parameter.grad.div_(self.expected_batch_size)
+            parameter.grad.div_(self._size)
             if self._l2:
                 parameter.grad.add_(parameter.detach(), alpha=self._l2)

@@ -5,7 +5,7 @@ Adjacency is adding or removing one sample. Three accountants, of two libraries 
 - ``"pld"``: dp-accounting's privacy loss distribution (Koskela, Jälkö, Honkela, AISTATS 2020;
   Doroshenko et al., "Connect the dots", PoPETs 2022). It rounds up, and is what we claim.
 - ``"prv"``: Opacus' (Gopi, Lee, Wutschitz, "Numerical composition of differential privacy",
-  NeurIPS 2021). Its upper bound, 0.01 above its estimate, where float64 allows.
+  NeurIPS 2021). Its upper bound: 0.01 or 0.1% above its estimate, whichever is more.
 - ``"rdp"``: dp-accounting's Rényi accountant (Mironov, Talwar, Zhang, 2019). Looser.
 """
 
@@ -31,7 +31,7 @@ from tangent_ops.errors import ArgumentError
 ACCOUNTANTS = ("pld", "prv", "rdp")
 SMALLEST_DELTA = 1e-12  # below, the rounding of float64 decides
 SMALLEST_NOISE = 0.01  # below, one step's loss is beyond 5,000, and beyond the accountants
-PRV_REACH = 500.0  # of epsilon; e to the power of Opacus' losses overflows soon after
+LARGEST_EPSILON = 500.0  # above, e^loss soon leaves float64; no accountant is right, or quick
 PRECISION = 1e-3  # of `noise_multiplier_for`, relative
 
 _VARIANCE = 2e-4  # by how much, relative, rounding to the grid may widen the privacy loss
@@ -79,9 +79,9 @@ def epsilon(phases: Sequence[Phase], delta: float, accountant: str = "pld") -> f
         accountant: "pld", "prv" or "rdp".
 
     Returns:
-        An upper bound; inf with a noise multiplier below 0.01, or where float64 does not resolve
-        `delta`: rounding is taken to be up to 2.2e-16 for each subsampled step. PRV gives inf
-        where Opacus has no answer: epsilon above 500, or a delta too small for its grid.
+        An upper bound; inf above 500, with a noise multiplier below 0.01, or where float64 does
+        not resolve `delta`: rounding is taken to be up to 2.2e-16 for each subsampled step. PRV
+        gives inf, too, where `delta` is too small for Opacus' grid.
 
     Raises:
         ArgumentError: an argument is something else.
@@ -203,7 +203,12 @@ def _is_bare(phases: tuple[Phase, ...]) -> bool:
 def _pld(phases: tuple[Phase, ...], delta: float) -> float:
     if _is_bare(phases) or delta <= _rounding(phases):
         return math.inf
-    return max(0.0, float(_losses(phases).get_epsilon(delta - _rounding(phases))))
+    with np.errstate(all="ignore"):  # of losses far above LARGEST_EPSILON
+        return _bound(float(_losses(phases).get_epsilon(delta - _rounding(phases))))
+
+
+def _bound(epsilon: float) -> float:
+    return max(0.0, epsilon) if epsilon <= LARGEST_EPSILON else math.inf
 
 
 def _rounding(phases: tuple[Phase, ...]) -> float:
@@ -235,21 +240,21 @@ def _interval(phases: tuple[Phase, ...]) -> float:
     Rounding to a grid of h, keeping the mean of e^-loss, adds h²/6 of variance in each step. A
     wrong guess makes the bound looser or slower, never smaller than the truth.
     """
-    steps, variance, mean = 0, 0.0, 0.0
+    steps, variance, reach = 0, 0.0, 0.0
     for phase in phases:
         rate, noise = phase.sample_rate, phase.noise_multiplier
         divergence = rate**2 * math.expm1(min(noise**-2, 50.0))  # chi-square, of one step
         largest = 1 / noise + 1 / (2 * noise**2)  # about, of a step that the sample is in
         variance += phase.steps * min(divergence, rate * largest**2)
-        mean += phase.steps * min(divergence, rate * largest) / 2
+        reach += phase.steps * min(divergence, rate * largest) / 2 + largest
         steps += 1 if rate == 1 else phase.steps
     fine = math.sqrt(6 * _VARIANCE * variance / steps)
-    return min(fine, max(1e-3, 1e-5 * (mean + 6 * math.sqrt(variance))))
+    return min(fine, max(1e-3, 1e-5 * (reach + 6 * math.sqrt(variance))))
 
 
 @lru_cache(maxsize=64)  # Opacus takes a second
 def _prv(phases: tuple[Phase, ...], delta: float, pld: float) -> float:
-    if pld > PRV_REACH:
+    if math.isinf(pld):
         return math.inf
     accountant = PRVAccountant()
     accountant.history = [(p.noise_multiplier, p.sample_rate, p.steps) for p in phases]
@@ -259,14 +264,14 @@ def _prv(phases: tuple[Phase, ...], delta: float, pld: float) -> float:
             bound = float(accountant.get_epsilon(delta, eps_error=max(0.01, 1e-3 * pld)))
         except (RuntimeError, ValueError, IndexError):  # how it says that its grid does not do
             return math.inf
-    return math.inf if math.isnan(bound) else max(0.0, bound)
+    return _bound(bound)
 
 
 def _rdp(phases: tuple[Phase, ...], delta: float) -> float:
     accountant = RdpAccountant()
     with _quiet("absl"):  # of orders that are left out: the bound holds without them
         _compose(accountant, phases)
-        return max(0.0, float(accountant.get_epsilon(delta)))
+        return _bound(float(accountant.get_epsilon(delta)))
 
 
 @contextmanager

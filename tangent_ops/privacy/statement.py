@@ -24,6 +24,7 @@ from tangent_ops.privacy.accounting import (
 ADD_OR_REMOVE = "add or remove one sample"
 KEY = "privacy"  # in DeltaMeta.extra
 TOLERANCE = 1e-3  # of epsilon: what another release's grid may take off
+ROUNDING = 1e-9
 
 _CURVE = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
 _FORMAT = "tangent-ops privacy statement 1"
@@ -224,7 +225,9 @@ def make_statement(
     Raises:
         ArgumentError: a field is of another kind.
     """
-    phases = tuple(phases)
+    phases = check_phases(phases)
+    if isinstance(assumes, str):
+        raise ArgumentError(f"assumes must be several strings, got one, {assumes!r}: use a tuple")
     own = epsilon(phases, delta)
     deltas = sorted({*_CURVE, float(delta)}, reverse=True)
     return PrivacyStatement(
@@ -331,7 +334,7 @@ def _percent(share: float) -> str:
 
 
 def _check_claim(name: str, claimed: float, shown: float, delta: float) -> None:
-    if claimed < shown * (1 - TOLERANCE):
+    if claimed < shown * (1 - TOLERANCE) - ROUNDING:
         raise CertificateError(
             f"the statement claims {name} = {claimed:.6g} at delta {delta:g}; what its phases "
             f"give is {shown:.6g}"

@@ -101,7 +101,7 @@ class Written:
         for _ in range(2000):
             step = self.gradient(delta) / smooth
             delta = delta - step
-            if float(step.norm()) < 1e-15:
+            if float(step.norm()) < 1e-12:
                 break
         return delta
 

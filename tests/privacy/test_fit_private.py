@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -315,7 +316,7 @@ class Photos(TensorDataset):
 
 class Stream(IterableDataset):
     def __iter__(self):
-        yield from data()
+        yield from [data()[0]]
 
 
 def photos(transform) -> Photos:
@@ -325,9 +326,7 @@ def photos(transform) -> Photos:
 
 
 def composed(*steps):
-    whole = type("Compose", (), {})()
-    whole.transforms = list(steps)
-    return whole
+    return SimpleNamespace(transforms=[*steps])
 
 
 def standardised(dims) -> TensorDataset:

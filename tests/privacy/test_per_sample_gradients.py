@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 pytest.importorskip("opacus", reason="the extra for privacy is not installed")
 
-from timm.layers import LayerScale, RmsNorm, SwiGLUPacked
+from timm.layers.layer_scale import LayerScale
+from timm.layers.mlp import SwiGLUPacked
+from timm.layers.norm import RmsNorm
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer

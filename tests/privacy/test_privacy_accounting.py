@@ -101,12 +101,12 @@ def test_many_small_steps(sigma: float, rate: float) -> None:
     assert found == pytest.approx(gaussian_epsilon(mu, 1e-5), rel=2e-3)
 
 
-@pytest.mark.parametrize("delta", [1e-9, 1e-10])
+@pytest.mark.parametrize("delta", [1e-11, 3e-12])
 def test_rounding_is_on_the_safe_side(delta: float) -> None:
     # All but every sample in each step: the Gaussian mechanism, by a transform to the power of T.
-    phases = [Phase(300, 1 - 1e-13, 100_000)]
-    exact = gaussian_epsilon(math.sqrt(100_000) / 300, delta)
-    assert exact <= epsilon(phases, delta) <= 1.03 * exact
+    phases = [Phase(100, 1 - 1e-13, 10_000)]
+    exact = gaussian_epsilon(1, delta)
+    assert exact <= epsilon(phases, delta) <= 1.03 * exact  # without the margin 0.03% below
     assert failure(phases, exact) >= delta
 
 
@@ -116,11 +116,14 @@ def test_delta_below_the_rounding_is_not_claimed() -> None:
 
 
 def test_large_epsilons() -> None:
-    exact = gaussian_epsilon(100 / 3, 1e-9)  # 755: beyond e^-loss of float64
-    phases = [Phase(0.3, 1, 100)]
-    assert exact <= epsilon(phases, 1e-9) <= exact * 1.002
-    assert failure(phases, exact) >= 1e-9
-    assert epsilon(phases, 1e-9, "prv") == math.inf
+    exact = gaussian_epsilon(20, 1e-9)  # 310
+    assert exact <= epsilon([Phase(0.5, 1, 100)], 1e-9) <= exact * (1 + 1e-6)
+    # Opacus' own answer is 702 here, and dp-accounting's 1333.
+    for phase in (Phase(0.02, 1e-4, 3), Phase(0.3, 1, 100), Phase(1, 0.5, 4000)):
+        for accountant in ("pld", "prv", "rdp"):
+            assert epsilon([phase], 1e-5, accountant) == math.inf
+    exact = gaussian_epsilon(100 / 3, 1e-9)  # 755
+    assert 1e-9 <= failure([Phase(0.3, 1, 100)], exact) <= 1.01e-9
 
 
 @pytest.mark.parametrize("accountant", ["pld", "prv", "rdp"])

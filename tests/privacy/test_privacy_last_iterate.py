@@ -141,7 +141,7 @@ def test_it_is_noisy_gradient_descent():
 
 def test_without_noise_it_arrives_at_the_optimum():
     model, data = tangent(), samples()
-    options = {**OPTIONS, "steps": 400}
+    options = {**OPTIONS, "steps": 200}
     fit_last_iterate(model, data, L2, noise_multiplier=1.0, source=Silent(), **options)
     exact = Written(data, N).minimum()
     assert float((flat(model.deltas()) - exact).norm()) <= 1e-6 * float(exact.norm())

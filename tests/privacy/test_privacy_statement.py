@@ -67,6 +67,7 @@ def test_then_composes_one_after_the_other() -> None:
     assert both.phases == (Phase(3, 1.0, 1), Phase(4, 1.0, 1))
     assert (both.clip, both.delta, both.assumes) == (2.0, 1e-5, ("a", "b", "c"))
     assert (both.noise, both.mechanism) == ("dice; then coins", first.mechanism)
+    assert second.then(first).clip == 2.0
     assert both.epsilon > max(first.epsilon, second.epsilon_at(1e-5))
 
 
@@ -190,6 +191,10 @@ def test_bad_input_is_refused(statement: PrivacyStatement) -> None:
         statement.then("other")
     with pytest.raises(ArgumentError, match="clip must be a positive number, got 0"):
         make(clip=0.0)
+    with pytest.raises(ArgumentError, match="assumes must be several strings, got one, 'luck'"):
+        make(assumes="luck")
+    with pytest.raises(ArgumentError, match="got one Phase: use a list"):
+        make(phases=Phase(1, 1.0, 1))
     with pytest.raises(ArgumentError, match="noise must be in words, got ''"):
         make(noise="")
     with pytest.raises(ArgumentError, match="without meta holds no statement"):
