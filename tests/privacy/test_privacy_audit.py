@@ -92,6 +92,8 @@ def test_the_trade_off_of_one_subsampled_step() -> None:
         # There e^ε > 1 is the slope, where adding a sample and removing one are the same.
         if threshold > 0.5:
             assert curve.power(fpr) == pytest.approx(tpr, rel=2e-3)
+            # Either may be the one that an attacker wants to show: the curve is its own mirror.
+            assert curve.power(1 - tpr) == pytest.approx(1 - fpr, rel=2e-3)
 
 
 def test_the_trade_off_of_composed_phases() -> None:
