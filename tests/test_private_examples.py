@@ -10,8 +10,12 @@ import pytest
 import timm
 import torch
 
-for needed in ("onnx", "rich", "matplotlib", "sklearn", "opacus", "dp_accounting"):
-    pytest.importorskip(needed, reason="an extra of the private demo is not installed")
+pytest.importorskip("onnx", reason="the demo's extra is not installed")
+pytest.importorskip("rich", reason="the demo's extra is not installed")
+pytest.importorskip("matplotlib", reason="the demo's extra is not installed")
+pytest.importorskip("sklearn", reason="the demo's extra is not installed")
+pytest.importorskip("opacus", reason="the extra for privacy is not installed")
+pytest.importorskip("dp_accounting", reason="the extra for privacy is not installed")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
