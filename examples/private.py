@@ -164,7 +164,8 @@ def train_ordinary(
             noise_multiplier=sigma,
             max_grad_norm=options["max_grad_norm"],
         )
-        _run(*made, steps)
+        module, optimizer, loader = made
+        _run(module, optimizer, loader, steps)
     seconds = time.perf_counter() - began
     spent = epsilon([Phase(sigma, rate, steps)], FAILURE)
     return accuracy(tail.eval(), prepared.scored), spent, seconds

@@ -153,9 +153,6 @@ def test_sixteen_bits_are_summed_in_float32():
     assert 0.1 < norm <= 3.0
 
 
-SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 5))
-
-
 class Row(nn.Module):
     """One layer, and logits of its output."""
 
@@ -179,16 +176,14 @@ class Row(nn.Module):
 )
 def test_layers(kind, count, middle, width, out, seed):
     torch.manual_seed(seed)
-    shape = [*middle, 2 * width]
+    shape = [4, 2 * width] if kind == "group norm" else [*middle, 2 * width]
     layer = {
         "linear": lambda: nn.Linear(2 * width, out),
         "no bias": lambda: nn.Linear(2 * width, out, bias=False),
         "layer norm": lambda: nn.LayerNorm(2 * width),
         "scale": lambda: LayerScale(2 * width),
-        "group norm": lambda: nn.GroupNorm(2, shape[0]) if shape[0] % 2 == 0 else nn.Identity(),
+        "group norm": lambda: nn.GroupNorm(2, 4),
     }[kind]()
-    if not list(layer.parameters()):
-        return
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
