@@ -253,5 +253,8 @@ def _check(train: object, claim: object) -> None:
             "canary; its curves are for that"
         )
     if not math.isfinite(claim.epsilon):
-        raise ArgumentError(f"claim promises nothing: its epsilon is {claim.epsilon}")
+        raise ArgumentError(
+            f"claim promises nothing: its epsilon is {claim.epsilon} at delta {claim.delta:g}. "
+            "Audit a training with more noise"
+        )
     claim.verify()

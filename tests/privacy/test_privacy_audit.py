@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from dataclasses import replace
@@ -21,7 +22,6 @@ from scipy.stats import binomtest
 
 from tangent_ops import linearize
 from tangent_ops.errors import ArgumentError, CertificateError, DeltaError, UnsupportedError
-from tangent_ops.privacy import audit_fit as audit_module
 from tangent_ops.privacy import gradients
 from tangent_ops.privacy.accounting import Phase, epsilon
 from tangent_ops.privacy.audit import Audit, audit, rate_at_least, rate_at_most
@@ -167,7 +167,7 @@ def test_a_broken_mechanism_is_refuted(phase: Phase, wrong: dict[str, float]) ->
     found = run(phase, 1000, **wrong)
     assert not found.consistent
     assert found.family_lower_bound > found.claimed
-    assert found.noise_ratio is not None and found.noise_ratio < 0.9
+    assert found.noise_ratio is not None and found.noise_ratio < 0.95
     assert "refuted" in str(found)
 
 
@@ -231,7 +231,9 @@ BAD_AUDITS = {
     "train returned nan in run 0": {"train": lambda *_: math.nan},
     "train must return one number, got None in run 0": {"train": lambda *_: None},
     "train must return one number, got tensor": {"train": lambda *_: torch.ones(2)},
-    "claim promises nothing: its epsilon is inf": {"claim": claimed(Phase(0.0, 1.0, 1))},
+    "claim promises nothing: its epsilon is inf at delta 1e-05": {
+        "claim": claimed(Phase(0.0, 1.0, 1))
+    },
 }
 
 
@@ -377,7 +379,9 @@ def test_fits_with_and_without_the_canary_differ_in_nothing_else(monkeypatch) ->
         asked.append({"samples": len(dataset), **options})
         return fit_private(tangent, dataset, **options)
 
-    monkeypatch.setattr(audit_module, "fit_private", spy)
+    # The package exports a function of the module's name.
+    module = importlib.import_module("tangent_ops.privacy.audit_fit")
+    monkeypatch.setattr(module, "fit_private", spy)
     found = audit_fit(*problem(), runs=40, **SAMPLED)
     assert found.consistent and found.family_lower_bound <= found.claimed
     assert sorted(one["samples"] for one in asked) == [8] * 20 + [9] * 21  # one for the claim
@@ -393,9 +397,9 @@ def test_halved_noise_is_caught(monkeypatch) -> None:
     monkeypatch.setattr(
         NoiseSource, "normal", lambda self, shape, std, *rest: own(self, shape, std / 2, *rest)
     )
-    found = audit_fit(*problem(), runs=140, **ALL)
+    found = audit_fit(*problem(), runs=120, **ALL)
     assert not found.consistent
-    assert found.noise_ratio is not None and found.noise_ratio < 0.9
+    assert found.noise_ratio is not None and found.noise_ratio < 0.95
 
 
 def test_skipped_clipping_is_caught(monkeypatch) -> None:
