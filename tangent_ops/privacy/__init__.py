@@ -15,6 +15,7 @@ if missing := [n for n in ("opacus", "dp_accounting", "scipy") if find_spec(n) i
 from tangent_ops.privacy.accounting import Phase, epsilon, failure, noise_multiplier_for
 from tangent_ops.privacy.audit import Audit, audit
 from tangent_ops.privacy.audit_fit import audit_fit
+from tangent_ops.privacy.canary import canary_score, make_canary
 from tangent_ops.privacy.fit import PrivateFit, fit_private
 from tangent_ops.privacy.gradients import PerSampleGradients, per_sample_gradients
 from tangent_ops.privacy.jacobian_norms import jacobian_norms
@@ -37,12 +38,14 @@ __all__ = [
     "attach",
     "audit",
     "audit_fit",
+    "canary_score",
     "epsilon",
     "failure",
     "fit_last_iterate",
     "fit_private",
     "jacobian_norms",
     "ledger_privacy",
+    "make_canary",
     "make_statement",
     "noise_multiplier_for",
     "parallel",
