@@ -144,6 +144,12 @@ def test_single_precision():
     check(moved(linearize(vit(depth=2))), images(4), 5e-6)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu():
+    """By the Triton kernels, whose products of float32 may be of TF32."""
+    check(moved(linearize(vit(depth=2))).cuda(), images(4).cuda(), 5e-3)
+
+
 def test_sixteen_bits_are_summed_in_float32():
     tangent = moved(linearize(vit(depth=1).bfloat16()))
     inputs = images(3).bfloat16()
