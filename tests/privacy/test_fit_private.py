@@ -133,11 +133,11 @@ def test_modes_virtual_batches_and_cache_change_rounding_alone():
 @pytest.mark.gpu
 def test_on_a_gpu():
     """The same batches; other noise, which is small here."""
-    quiet = {"noise_multiplier": 0.02, "max_grad_norm": 1e-2, "optimizer": "sgd", "lr": 0.1}
+    quiet = {"noise_multiplier": 1e-3, "max_grad_norm": 1e-2, "optimizer": "sgd", "lr": 0.1}
     right = flat(run(**quiet).delta)
     found = run(**quiet, device="cuda")
     assert {value.device.type for value in found.delta.values()} == {"cuda"}
-    assert float((flat(found.delta).cpu() - right).norm()) <= 0.1 * float(right.norm())
+    assert float((flat(found.delta).cpu() - right).norm()) <= 0.02 * float(right.norm())
 
 
 def test_an_empty_batch_is_a_step_of_noise():
