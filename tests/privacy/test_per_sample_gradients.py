@@ -237,11 +237,20 @@ class Tied(nn.Module):
         return self.other(x).sum(1)
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_tied_layers_and_layers_that_are_called_twice(times):
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.layer(x))).sum(1)
+
+
+@pytest.mark.parametrize("model", [lambda: Tied(1), lambda: Tied(2), Twice])
+def test_tied_layers_and_layers_that_are_called_twice(model):
     torch.manual_seed(0)
     inputs = torch.randn(4, 3, 6, dtype=torch.float64)
-    check(moved(linearize(Tied(times).double())), inputs, 1e-9)
+    check(moved(linearize(model().double())), inputs, 1e-9)
 
 
 class Attention(nn.Module):
