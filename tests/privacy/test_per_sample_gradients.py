@@ -394,3 +394,16 @@ def test_memory(mode):
     samples = 64 * 400 * 400 * 4
     peak = peak_bytes(lambda: own.clipped_sum(inputs, targets, LOSS, 1.0, mode), "cpu")
     assert peak > samples if mode == "per-sample" else peak < samples / 5
+
+
+def test_ghost_keeps_no_cotangents():
+    torch.manual_seed(0)
+    tangent = linearize(Row(nn.Sequential(*(nn.Linear(64, 64) for _ in range(12)))))
+    inputs, targets = torch.randn(64, 32, 64), torch.zeros(64, dtype=torch.long)
+    own = PerSampleGradients(tangent, inputs)
+    peaks = {
+        mode: peak_bytes(lambda mode=mode: own.clipped_sum(inputs, targets, LOSS, 1.0, mode), "cpu")
+        for mode in ("bookkeeping", "ghost")
+    }
+    of_a_layer = 64 * 32 * 64 * 4
+    assert peaks["ghost"] < peaks["bookkeeping"] - 5 * of_a_layer, peaks
