@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tangent_ops.delta import Delta, DeltaMeta
+from tangent_ops.delta import Delta, DeltaMeta, fingerprint
 from tangent_ops.errors import ArgumentError, CertificateError
 from tangent_ops.privacy.accounting import (
     Phase,
@@ -23,6 +23,7 @@ from tangent_ops.privacy.accounting import (
 
 ADD_OR_REMOVE = "add or remove one sample"
 KEY = "privacy"  # in DeltaMeta.extra
+KEY_OF = "privacy.of"  # there: the fingerprint of the delta that the statement is of
 TOLERANCE = 1e-3  # of epsilon: what another release's grid may take off
 ROUNDING = 1e-9
 
@@ -251,6 +252,9 @@ def make_statement(
 def attach(delta: Delta, statement: PrivacyStatement) -> Delta:
     """The delta with the statement in its meta, where `save_delta` keeps it.
 
+    It is of these values: `statement_of` refuses others. What is computed from a private delta
+    alone is as private, and may get the same statement.
+
     Args:
         delta: with meta.
         statement: replaces one that is there.
@@ -264,7 +268,8 @@ def attach(delta: Delta, statement: PrivacyStatement) -> Delta:
     meta = getattr(delta, "meta", None)
     if meta is None:
         raise ArgumentError("a delta without meta holds no statement: use Delta(delta, meta)")
-    return Delta(delta, replace(meta, extra=meta.extra | {KEY: statement.to_json()}))
+    added = {KEY: statement.to_json(), KEY_OF: fingerprint(delta)}
+    return Delta(delta, replace(meta, extra=meta.extra | added))
 
 
 def statement_of(delta: Mapping[str, Tensor] | DeltaMeta) -> PrivacyStatement | None:
@@ -272,10 +277,18 @@ def statement_of(delta: Mapping[str, Tensor] | DeltaMeta) -> PrivacyStatement | 
 
     Raises:
         ArgumentError: what it carries is no statement.
+        CertificateError: the delta's values are not those that it was attached to.
     """
     meta = delta if isinstance(delta, DeltaMeta) else getattr(delta, "meta", None)
     text = meta.extra.get(KEY) if meta is not None else None
-    return None if text is None else PrivacyStatement.from_json(text)
+    if meta is None or text is None:
+        return None
+    if not isinstance(delta, DeltaMeta) and meta.extra.get(KEY_OF) != fingerprint(delta):
+        raise CertificateError(
+            "the privacy statement is of another delta: these values were changed after it was "
+            "attached. If that took no private data, attach it anew"
+        )
+    return PrivacyStatement.from_json(text)
 
 
 def check_adjacency(expected: str, found: str) -> None:

@@ -143,6 +143,17 @@ def test_a_file_keeps_the_statement(statement: PrivacyStatement, tmp_path: Path)
     assert statement_of(attach(loaded, make(Phase(9, 1.0, 1)))) == make(Phase(9, 1.0, 1))
 
 
+def test_a_statement_is_of_the_values_that_it_was_attached_to(statement: PrivacyStatement) -> None:
+    private = attach(Delta({"w": torch.ones(2)}, META), statement)
+    with pytest.raises(CertificateError, match="another delta"):
+        statement_of(Delta({"w": torch.zeros(2)}, private.meta))
+    halved = Delta({"w": private["w"] / 2}, private.meta)  # as private, if its owner says so
+    assert statement_of(attach(halved, statement)) == statement
+    private["w"].add_(1)
+    with pytest.raises(CertificateError, match="attach it anew"):
+        statement_of(private)
+
+
 def test_a_sum_of_deltas_has_no_statement(statement: PrivacyStatement) -> None:
     delta = attach(Delta({"w": torch.ones(2)}, META), statement)
     assert statement_of(compose([delta, delta])) is None
