@@ -58,11 +58,14 @@ def flat(delta) -> Tensor:
     return torch.cat([value.double().flatten() for value in delta.values()])
 
 
-def written_out(steps=5, lr=0.1, clip=1.0, l2=0.0, batch=8, dtype=torch.float64) -> Tensor:
+def written_out(
+    steps=5, lr=0.1, clip=1.0, l2=0.0, batch=8, cosine=False, dtype=torch.float64
+) -> Tensor:
     """DP-SGD without noise: gradients one by one, in float64."""
     tangent, dataset, loss = a_tangent(dtype), data(dtype=dtype), RescaledSquareLoss()
     deltas = list(tangent.deltas().values())
-    for drawn in PoissonBatches(COUNT, batch / COUNT, steps, (0, 1)):
+    for step, drawn in enumerate(PoissonBatches(COUNT, batch / COUNT, steps, (0, 1))):
+        rate = lr * (1 + math.cos(math.pi * step / steps)) / 2 if cosine else lr
         total = [torch.zeros_like(delta) for delta in deltas]
         for index in drawn:
             x, y = dataset[index]
@@ -72,12 +75,12 @@ def written_out(steps=5, lr=0.1, clip=1.0, l2=0.0, batch=8, dtype=torch.float64)
                 t += g * min(1.0, clip / norm)
         with torch.no_grad():
             for delta, t in zip(deltas, total, strict=True):
-                delta -= lr * (t / batch + l2 * delta)
+                delta -= rate * (t / batch + l2 * delta)
     return flat(tangent.delta_dict())
 
 
-@pytest.mark.parametrize("clip, l2", [(1.0, 0.0), (1e4, 0.3)])
-def test_is_dp_sgd(clip, l2):
+@pytest.mark.parametrize("clip, l2, cosine", [(1.0, 0.0, False), (1e4, 0.3, True)])
+def test_is_dp_sgd(clip, l2, cosine):
     """With noise too small to see; a clip that binds, and one that does not."""
     found = run(
         a_tangent(torch.float64),
@@ -87,8 +90,9 @@ def test_is_dp_sgd(clip, l2):
         l2=l2,
         max_grad_norm=clip,
         noise_multiplier=1e-12 / clip,
+        schedule="cosine" if cosine else "constant",
     )
-    right = written_out(clip=clip, l2=l2)
+    right = written_out(clip=clip, l2=l2, cosine=cosine)
     assert float((flat(found.delta) - right).norm()) <= 1e-9 * float(right.norm())
 
 
