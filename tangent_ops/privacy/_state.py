@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from tangent_ops.errors import ArgumentError
 from tangent_ops.exact._checkpoint import Checkpoint, check_path
 from tangent_ops.privacy._sampling import Key
 from tangent_ops.privacy.noise import NoiseSource
@@ -69,6 +70,16 @@ class State:
         for key, value in tensors.items():
             entry, name = key.split("|")
             self._optimizer.state[self._parameters[name]][entry] = value
+
+    def check_group(self) -> None:
+        """Raise ArgumentError unless all processes of the group go on from the same step."""
+        found: list[object] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(found, (self.step, self.key))
+        if any(other != found[0] for other in found):
+            raise ArgumentError(
+                "checkpoint is not the same file in all processes: they would draw other batches. "
+                "Put it on a file system that they share"
+            )
 
     def advance(self) -> None:
         """A step is done."""

@@ -6,7 +6,7 @@ import os
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -219,6 +219,7 @@ def fit_private(
             },
         )
     if group:
+        state.check_group()
         for parameter in parameters.values():
             distributed.broadcast(parameter.detach(), 0)
 
@@ -254,13 +255,15 @@ def fit_private(
                 bar.update()
     statement = make_statement(
         mechanism=f"DP-SGD ({optimizer}): Poisson-subsampled Gaussian, clipped gradients",
-        phases=(*before, Phase(sigma, rate, steps)),
+        phases=(Phase(sigma, rate, steps),),
         clip=max_grad_norm,
         delta=delta,
         sampling=f"in each step every sample with probability {rate:g}, on its own (Poisson)",
         noise=noise.words,
         assumes=_assumed(start, public_preprocessing, seed),
     )
+    if isinstance(start, PrivacyStatement):  # what it assumes has to hold, too
+        statement = replace(start, delta=delta).then(statement)
     state.remove()
     trained = attach(tangent.delta_dict(), statement)
     return PrivateFit(statement, trained, steps, time.perf_counter() - began)

@@ -16,10 +16,11 @@ from tqdm import tqdm
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError
 from tangent_ops.evaluate import Data, check_integer
-from tangent_ops.exact._problem import check_l2, check_tangent, in_order
+from tangent_ops.exact._problem import check_l2, in_order
 from tangent_ops.linearize import LinearizedModel
 from tangent_ops.privacy._bounded import Bounds, Objective
 from tangent_ops.privacy._budget import release_noise
+from tangent_ops.privacy._checks import check_dataset, check_model
 from tangent_ops.privacy.accounting import Phase
 from tangent_ops.privacy.noise import NoiseSource
 from tangent_ops.privacy.statement import PrivacyStatement, attach, make_statement
@@ -64,6 +65,7 @@ def fit_last_iterate(
     cache: bool | str | os.PathLike[str] = False,
     device: str | torch.device | None = None,
     source: NoiseSource | None = None,
+    public_preprocessing: bool = False,
     progress: bool = True,
 ) -> LastIterate:
     """Fit a tangent model privately: Δ <- Δ - η(∇F(Δ) + ν Z), T times from Δ = 0, over all samples.
@@ -102,6 +104,7 @@ def fit_last_iterate(
         cache: as in `fit`: keep what enters the first trained block.
         device: moves the model there first.
         source: of the noise; None for `NoiseSource()`.
+        public_preprocessing: as in `fit_private`.
         progress: show bars; they show no loss.
 
     Returns:
@@ -109,15 +112,16 @@ def fit_last_iterate(
 
     Raises:
         ArgumentError: an argument other than these; a step size without contraction.
-        UnsupportedError: a model in 16 bits; cache, for a model that cannot be split.
+        UnsupportedError: a model in 16 bits; preprocessing fitted to data; a batch norm that uses
+            its batch; cache, for a model that cannot be split.
         NonFiniteLossError: a gradient is NaN or infinite; the deltas are zero as before.
     """
-    check_tangent(tangent)
+    check_model(tangent)
     check_l2(l2)
     check_integer("steps", steps, 1)
     bounds = Bounds(jacobian_bound, residual_bound, target, normalizer)
     loader = in_order(data, batch_size)
-    samples = len(loader.dataset)  # pyright: ignore[reportArgumentType]
+    samples = check_dataset(loader.dataset, public_preprocessing)
     multiplier = release_noise(samples, delta, target_epsilon, noise_multiplier)
     smoothness = bounds.smoothness(l2, samples)
     lr = 1 / smoothness if lr is None else lr

@@ -16,11 +16,12 @@ from tangent_ops.evaluate import Data, check_integer
 from tangent_ops.exact import certify
 from tangent_ops.exact._layout import norm
 from tangent_ops.exact._nystrom import preconditioner
-from tangent_ops.exact._problem import check_tangent, in_order
+from tangent_ops.exact._problem import in_order
 from tangent_ops.exact._search import Search
 from tangent_ops.linearize import LinearizedModel
 from tangent_ops.privacy._bounded import Bounds, Objective
 from tangent_ops.privacy._budget import release_noise
+from tangent_ops.privacy._checks import check_dataset, check_model
 from tangent_ops.privacy.accounting import Phase
 from tangent_ops.privacy.noise import NoiseSource
 from tangent_ops.privacy.statement import PrivacyStatement, attach, make_statement
@@ -63,6 +64,7 @@ def perturb_output(
     cache: bool | str | os.PathLike[str] = False,
     device: str | torch.device | None = None,
     source: NoiseSource | None = None,
+    public_preprocessing: bool = False,
     progress: bool = True,
 ) -> PerturbedOutput:
     """Fit a tangent model privately: Gaussian noise on the minimum of F.
@@ -96,6 +98,7 @@ def perturb_output(
         cache: as in `fit`: keep what enters the first trained block.
         device: moves the model there first.
         source: of the noise; None for `NoiseSource()`.
+        public_preprocessing: as in `fit_private`.
         progress: show bars.
 
     Returns:
@@ -103,15 +106,16 @@ def perturb_output(
 
     Raises:
         ArgumentError: an argument other than these.
-        UnsupportedError: a model in 16 bits; cache, for a model that cannot be split.
+        UnsupportedError: a model in 16 bits; preprocessing fitted to data; a batch norm that uses
+            its batch; cache, for a model that cannot be split.
         ConvergenceError: τ was not reached; the deltas are as before.
         NonFiniteLossError: the objective is NaN or infinite; the deltas are as before.
     """
-    check_tangent(tangent)
+    check_model(tangent)
     check_integer("max_iterations", max_iterations, 1)
     bounds = Bounds(jacobian_bound, residual_bound, target, normalizer)
     loader = in_order(data, batch_size)
-    samples = len(loader.dataset)  # pyright: ignore[reportArgumentType]
+    samples = check_dataset(loader.dataset, public_preprocessing)
     multiplier = release_noise(samples, delta, target_epsilon, noise_multiplier)
     if not 0 < inexactness <= 1:
         raise ArgumentError(f"inexactness must be above 0 and at most 1, got {inexactness}")

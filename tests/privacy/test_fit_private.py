@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from tangent_ops.privacy import _state
 from tangent_ops.privacy._sampling import PoissonBatches
 from tangent_ops.privacy.accounting import Phase, epsilon
 from tangent_ops.privacy.fit import PrivateFit, fit_private
+from tangent_ops.privacy.noise import NoiseSource
 from tangent_ops.privacy.statement import make_statement, statement_of
 
 COUNT = 30
@@ -256,6 +258,9 @@ def test_going_on_adds_up():
     second = run(tangent, start=first.statement)
     assert second.statement.phases == (*first.statement.phases, Phase(1.0, 8 / COUNT, 5))
     assert second.statement.epsilon > 1.2 * first.statement.epsilon
+    spent = replace(first.statement, assumes=("the moon is full",), clip=9.0)
+    said = run(moved(a_tangent()), start=spent).statement
+    assert "the moon is full" in said.assumes and said.clip == 9.0  # that has to hold still
     target = run(
         moved(a_tangent()), start=first.statement, noise_multiplier=None, target_epsilon=9.0
     )
@@ -315,6 +320,25 @@ def test_processes_of_a_group_train_what_one_would(tmp_path):
     assert torch.equal(one, other)
     assert float((one - flat(right.delta)).norm()) <= 1e-5 * float(one.norm())
     assert said == right.statement.to_json()
+
+
+def test_a_group_goes_on_from_one_checkpoint_or_not_at_all(monkeypatch):
+    """A file that one process alone can see: they would draw other batches, in silence."""
+    state = _state.State({}, torch.optim.SGD([nn.Parameter(torch.ones(1))]), NoiseSource(0), (0, 1))
+
+    others = []
+
+    def gather(found: list, own: object) -> None:
+        found[:] = [own, others[-1]]
+
+    monkeypatch.setattr(_state.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(_state.distributed, "all_gather_object", gather)
+    others.append((0, (0, 1)))
+    state.check_group()
+    for other in ((4, (0, 1)), (0, (7, 1))):
+        others.append(other)
+        with pytest.raises(ArgumentError, match="not the same file in all processes"):
+            state.check_group()
 
 
 class Fitted:
