@@ -36,6 +36,18 @@ class LedgerBusyError(LedgerError):
     """Another process or thread kept the ledger locked; try again."""
 
 
+class PlanError(TangentOpsError, ValueError):
+    """A plan of shards is damaged, was made for something else, or refuses a change."""
+
+
+class SampleError(TangentOpsError, ValueError):
+    """A sample cannot be read, or is no longer the one that was planned with."""
+
+
+class WorkerError(TangentOpsError, RuntimeError):
+    """A process that trains a shard died, again and again."""
+
+
 class CertificateError(TangentOpsError, ValueError):
     """A certificate does not hold, or is for something else."""
 

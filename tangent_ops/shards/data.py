@@ -1,0 +1,296 @@
+"""Images with stable ids, as timm.data finds them; no file of them is ever executed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+from timm.data.dataset_factory import create_dataset
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tangent_ops.errors import ArgumentError, SampleError, UnsupportedError
+
+# PIL hands some other formats to programs of the system: EPS to Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+# Of timm's torchvision data sets those that read images, or arrays of numbers. The others unpickle.
+TORCHVISION = ("mnist", "kmnist", "fashion_mnist", "places365", "inaturalist")
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Where images are.
+
+    Attributes:
+        root: the folder.
+        name: of the reader, as ``timm.data.create_dataset`` names it: "" for a folder with one
+            folder of images per class; "torch/NAME" for torchvision, "hfds/NAME" for Hugging
+            Face datasets, "wds/NAME" for webdataset, where these packages are installed.
+        split: of the data set; for a folder a sub-folder of that name, if there is one.
+    """
+
+    root: str
+    name: str = ""
+    split: str = "train"
+
+    def __post_init__(self) -> None:
+        for field, value in asdict(self).items():
+            if not isinstance(value, str) or "\0" in value:
+                raise ArgumentError(f"{field} must be a string, got {value!r}")
+        kind, _, rest = self.name.partition("/")
+        if self.name and (kind not in ("torch", "hfds", "wds") or not rest):
+            raise ArgumentError(
+                f"name={self.name!r}: expected nothing for a folder of images, torch/NAME, "
+                "hfds/NAME or wds/NAME"
+            )
+        if kind == "torch" and rest.lower() not in TORCHVISION:
+            raise ArgumentError(
+                f"name={self.name!r}: from torchvision come {', '.join(TORCHVISION)}; others are "
+                "read by unpickling, which can execute what is in the file. Use hfds/NAME, or a "
+                "folder of images"
+            )
+
+    def open(self, config: Mapping[str, Any] | None = None, *, augment: bool = False) -> Samples:
+        """List the samples.
+
+        Args:
+            config: how images are prepared, as ``timm.data.resolve_model_data_config`` gives it or
+                `AnchorInfo.input` holds it; None for undecoded samples, to list and hash.
+            augment: timm's training transforms.
+
+        Raises:
+            ArgumentError: there is no such folder, or no image in it.
+            UnsupportedError: the package that reads it is not installed.
+        """
+        source = self._source()
+        ids, targets, classes = source.list()
+        return Samples(source, ids, targets, classes, _transform(config, augment))
+
+    def pick(
+        self,
+        ids: Sequence[str],
+        targets: Sequence[int],
+        contents: Sequence[str],
+        config: Mapping[str, Any],
+        *,
+        augment: bool = False,
+    ) -> Samples:
+        """Samples of a plan, whose contents are compared with the hashes whenever they are read."""
+        transform = _transform(config, augment)
+        return Samples(self._source(), list(ids), list(targets), (), transform, list(contents))
+
+    def _source(self) -> _Source:
+        if not self.name:
+            return _Folder(Path(self.root), self.split)
+        kind = self.name.partition("/")[0]
+        package = {"torch": "torchvision", "hfds": "datasets", "wds": "webdataset"}[kind]
+        if importlib.util.find_spec(package) is None:
+            raise UnsupportedError(f"{self.name} needs {package}: pip install {package}")
+        return _Stream(self) if kind == "wds" else _Indexed(self)
+
+
+class Samples(Dataset[tuple[Tensor, int]]):
+    """Images and their class indices.
+
+    Attributes:
+        ids: what names a sample: its path in the folder, or its place in the data set.
+        targets: class indices.
+        classes: their names, where known.
+
+    A sample that cannot be read raises SampleError: another one is never taken in its place.
+    """
+
+    def __init__(
+        self,
+        source: _Source,
+        ids: list[str],
+        targets: list[int],
+        classes: Sequence[str],
+        transform: Any,
+        contents: list[str] | None = None,
+    ) -> None:
+        self.ids, self.targets, self.classes = ids, targets, list(classes)
+        self._source, self._transform, self._contents = source, transform, contents
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        sample = self.ids[index]
+        read = self._read(sample)
+        if self._contents is not None and _digest(read) != self._contents[index]:
+            raise SampleError(
+                f"sample {sample!r} is not what it was when the plan was made: restore it, or "
+                "forget it and add it under another name"
+            )
+        return self._transform(_decoded(read, sample)), self.targets[index]
+
+    def content(self, index: int) -> str:
+        """SHA-256 of the file's bytes, or of the pixels where there is no file."""
+        return _digest(self._read(self.ids[index]))
+
+    def check(self, index: int) -> None:
+        """Raise SampleError unless the sample can be read and decoded."""
+        _decoded(self._read(self.ids[index]), self.ids[index])
+
+    def subset(self, ids: Iterable[str]) -> Samples:
+        """The samples with these ids, in that order.
+
+        Raises:
+            ArgumentError: there is no sample of that id.
+        """
+        places = {sample: index for index, sample in enumerate(self.ids)}
+        ids = list(ids)
+        if missing := [sample for sample in ids if sample not in places]:
+            raise ArgumentError(f"there is no sample {missing[0]!r} in the data")
+        targets = [self.targets[places[sample]] for sample in ids]
+        contents = self._contents and [self._contents[places[sample]] for sample in ids]
+        return Samples(self._source, ids, targets, self.classes, self._transform, contents)
+
+    def _read(self, sample: str) -> bytes | Image.Image:
+        try:
+            return self._source.read(sample)
+        except OSError as error:
+            raise SampleError(f"sample {sample!r} cannot be read: {error}") from error
+
+
+class _Source(Protocol):
+    def list(self) -> tuple[list[str], list[int], Sequence[str]]:
+        """Ids, class indices, and the classes' names where known."""
+        ...
+
+    def read(self, sample: str) -> bytes | Image.Image:
+        """A sample by its id."""
+        ...
+
+
+class _Folder:
+    def __init__(self, root: Path, split: str) -> None:
+        if not root.is_dir():
+            raise ArgumentError(
+                f"{root} is no folder: give one that holds a folder of images for each class"
+            )
+        below = root / split
+        self.root = below if safe(split) and below.is_dir() else root
+
+    def list(self) -> tuple[list[str], list[int], Sequence[str]]:
+        found, classes = find_images_and_targets(str(self.root))
+        if not found:
+            raise ArgumentError(f"{self.root} holds no images: expected a folder for each class")
+        ids = [os.path.relpath(path, self.root).replace(os.sep, "/") for path, _ in found]
+        return ids, [target for _, target in found], sorted(classes, key=lambda name: classes[name])
+
+    def read(self, sample: str) -> bytes:
+        if not safe(sample):
+            raise SampleError(f"sample {sample!r} is no path inside {self.root}: the plan is wrong")
+        return (self.root / sample).read_bytes()
+
+
+class _Indexed:
+    """Hugging Face and torchvision data sets: a sample's id is its place."""
+
+    def __init__(self, data: ImageData) -> None:
+        self.data = data
+        if data.name.startswith("torch/") and any(Path(data.root).glob("*/processed/*.pt")):
+            raise ArgumentError(
+                f"{data.root} holds files of an old torchvision, which are pickles: remove its "
+                "'processed' folder, and keep 'raw'"
+            )
+        try:
+            self.found: Any = create_dataset(data.name, data.root, data.split)
+        except Exception as error:  # whatever these packages raise
+            raise ArgumentError(f"{data.name} in {data.root} cannot be opened: {error}") from error
+
+    def list(self) -> tuple[list[str], list[int], Sequence[str]]:
+        reader = getattr(self.found, "reader", None)
+        if reader is not None:
+            targets = [int(target) for target in reader.iter_targets()]
+            classes = reader.class_to_idx or {}
+        else:
+            listed = getattr(self.found, "targets", None)
+            targets = [int(t) for t in (listed if listed is not None else self._all_targets())]
+            classes = getattr(self.found, "class_to_idx", None) or {}
+        ids = [str(index) for index in range(len(targets))]
+        return ids, targets, sorted(classes, key=lambda name: classes[name])
+
+    def read(self, sample: str) -> bytes | Image.Image:
+        if not sample.isdecimal() or int(sample) >= len(self.found):
+            raise SampleError(f"{self.data.name} has no sample {sample!r}: the plan is wrong")
+        reader = getattr(self.found, "reader", None)
+        if reader is None:
+            return self.found[int(sample)][0]
+        with reader[int(sample)][0] as file:
+            return file.read()
+
+    def _all_targets(self) -> Iterable[int]:
+        return (self.found[index][1] for index in range(len(self.found)))
+
+
+class _Stream:
+    """webdataset, read from its start: a sample's id is its place. Kept decoded, in memory."""
+
+    def __init__(self, data: ImageData) -> None:
+        self.data = data
+        self._images: dict[str, tuple[Image.Image, int]] = {}
+
+    def list(self) -> tuple[list[str], list[int], Sequence[str]]:
+        try:
+            found: Any = create_dataset(self.data.name, self.data.root, self.data.split)
+            samples = [(image, int(target)) for image, target in found.reader]
+        except Exception as error:  # whatever these packages raise
+            name, root = self.data.name, self.data.root
+            raise ArgumentError(f"{name} in {root} cannot be read: {error}") from error
+        self._images = {str(index): sample for index, sample in enumerate(samples)}
+        return list(self._images), [target for _, target in samples], ()
+
+    def read(self, sample: str) -> Image.Image:
+        if not self._images:
+            self.list()
+        if sample not in self._images:
+            raise SampleError(f"{self.data.name} has no sample {sample!r}: the plan is wrong")
+        return self._images[sample][0]
+
+
+def safe(path: str) -> bool:
+    """Whether a path of a plan stays in its folder: relative, and never upwards."""
+    parts = path.replace("\\", "/").split("/")
+    return bool(path) and "\0" not in path and not {"", ".", ".."} & set(parts)
+
+
+def _transform(config: Mapping[str, Any] | None, augment: bool) -> Any:
+    if config is None:
+        return None
+    return create_transform(**config, is_training=augment)
+
+
+def _decoded(read: bytes | Image.Image, sample: str) -> Image.Image:
+    if isinstance(read, Image.Image):
+        return read.convert("RGB")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", category=UserWarning)  # odd EXIF data, palettes
+            with Image.open(io.BytesIO(read), formats=FORMATS) as image:
+                return image.convert("RGB")
+    except Exception as error:  # a decoder raises what it likes
+        raise SampleError(
+            f"sample {sample!r} is no image that can be read ({type(error).__name__}: {error}): "
+            f"replace or remove it. Formats are {', '.join(FORMATS)}"
+        ) from error
+
+
+def _digest(read: bytes | Image.Image) -> str:
+    if isinstance(read, Image.Image):
+        head = f"{read.mode} {read.size}\n".encode()
+        return hashlib.sha256(head + read.tobytes()).hexdigest()
+    return hashlib.sha256(read).hexdigest()

@@ -1,0 +1,379 @@
+"""`Plan`: a run's folder, and what is to be trained in it."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tangent_ops._files import to_json, write_atomically
+from tangent_ops.errors import ArgumentError, PlanError
+from tangent_ops.linearize import LinearizedModel, linearize
+from tangent_ops.shards.anchor import AnchorInfo, load_anchor, read_anchor
+from tangent_ops.shards.data import ImageData, Samples, safe
+from tangent_ops.shards.manifest import LONGEST_NAME, Manifest, Sample, valid_name
+from tangent_ops.shards.recipe import Recipe
+
+DATABASE = "plan.sqlite"
+ANCHOR = "anchor.safetensors"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of the data.
+
+    Attributes:
+        name: of your choice.
+        samples: how many.
+        job: hash of all that determines its delta, in hexadecimal; None if it has no samples.
+        done: whether that delta is there.
+    """
+
+    name: str
+    samples: int
+    job: str | None
+    done: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker trains."""
+
+    shard: str
+    hash: str
+    samples: tuple[Sample, ...]
+
+
+class Plan:
+    """A folder with the anchor, the recipe, which sample is in which shard, and the deltas.
+
+    A delta's file is named by the hash of what determines it: the anchor's fingerprint, the recipe,
+    the shard's name, and the ids, classes and contents of its samples. So a shard is done if the
+    file is there; whoever loses a process, or a sample, trains that shard anew and no other.
+
+    Made by `create`, opened by `open`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = Manifest(path / DATABASE)
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        anchor: str | os.PathLike[str],
+        data: ImageData,
+        recipe: Recipe,
+        assignment: Mapping[str, Sequence[str]],
+        labels: Mapping[str, str] | None = None,
+        allow_overlap: bool = False,
+        progress: bool = True,
+    ) -> Plan:
+        """Write a plan; or open it, if the folder holds this one already.
+
+        Every sample is read once, to hash it.
+
+        Args:
+            path: the folder; a new or an empty one, or that of this plan.
+            anchor: a file of `save_anchor`, which is copied.
+            data: where the samples are.
+            recipe: how each shard is trained.
+            assignment: shard -> ids of its samples; see `by_hash`, `by_class`, `by_column`.
+            labels: id -> whom or what it is forgotten by, a customer say.
+            allow_overlap: let shards share samples, or copies of them. Forgetting one then takes
+                all shards that have it; that shards' privacy does not add up no longer holds. The
+                plan records it.
+            progress: show a bar.
+
+        Raises:
+            ArgumentError: an assignment other than this; a sample in two shards.
+            SampleError: a sample that cannot be read.
+            PlanError: the folder holds something else; anchor is no anchor's file.
+            OSError: the folder cannot be written.
+        """
+        path = Path(path).absolute()
+        info = read_anchor(anchor)
+        _check_names(assignment)
+        samples = data.open()
+        rows = _rows(samples, assignment, labels or {}, info.options["num_classes"])
+        asked = {
+            "anchor": info.fingerprint,
+            "recipe": to_json(recipe.to_dict()),
+            "overlap": to_json(allow_overlap),
+        }
+        dealt = hashlib.sha256(to_json(rows).encode()).hexdigest()
+        if (path / DATABASE).exists():
+            plan = cls.open(path)
+            plan._check_same(asked, dealt, rows)
+            return plan
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise PlanError(f"{path} holds no plan, but other files: give a new or empty folder")
+
+        shards: dict[str, list[Sample]] = {name: [] for name in assignment}
+        for shard, sample in _hashed(samples, rows, progress):
+            shards[shard].append(sample)
+        if not allow_overlap:
+            _check_disjoint(shards)
+        path.mkdir(parents=True, exist_ok=True)
+        with open(anchor, "rb") as source:
+            write_atomically(path / ANCHOR, lambda file: shutil.copyfileobj(source, file))
+        (path / "deltas").mkdir(exist_ok=True)
+        about = {**asked, "dealt": dealt, "data": to_json(asdict(data))}
+        Manifest(path / DATABASE).create(about, shards)
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Plan:
+        """Open a run's folder.
+
+        Raises:
+            FileNotFoundError: there is none.
+            PlanError: it is damaged, or was edited.
+        """
+        path = Path(path).absolute()
+        if not (path / DATABASE).is_file():
+            raise FileNotFoundError(f"{path} holds no plan of shards: there is no {DATABASE}")
+        plan = cls(path)
+        plan.manifest.check()
+        if plan.anchor_info.fingerprint != plan._about["anchor"]:
+            raise PlanError(f"{path / ANCHOR} is not the anchor of the plan: restore it")
+        _ = plan.recipe, plan.data, plan.overlap
+        return plan
+
+    @property
+    def anchor_path(self) -> Path:
+        return self.path / ANCHOR
+
+    @property
+    def ledger_path(self) -> Path:
+        return self.path / "ledger"
+
+    @property
+    def deltas_path(self) -> Path:
+        return self.path / "deltas"
+
+    @cached_property
+    def anchor_info(self) -> AnchorInfo:
+        return read_anchor(self.anchor_path)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        values = self._value("recipe")
+        try:
+            return Recipe.from_dict(values)
+        except (ArgumentError, TypeError, AttributeError) as error:
+            raise PlanError(f"{self.path} has a damaged recipe: {error}") from error
+
+    @cached_property
+    def data(self) -> ImageData:
+        values = self._value("data")
+        try:
+            return ImageData(**values)
+        except (ArgumentError, TypeError) as error:
+            raise PlanError(f"{self.path} has a damaged data source: {error}") from error
+
+    @cached_property
+    def overlap(self) -> bool:
+        """Whether shards may share samples."""
+        return self._value("overlap") is True
+
+    def tangent(self) -> LinearizedModel:
+        """The anchor, linearized by the recipe, on the CPU.
+
+        Raises:
+            PlanError: the anchor's file is damaged.
+        """
+        model, _ = load_anchor(self.anchor_path)
+        recipe = self.recipe
+        tangent = linearize(model, recipe.trainable(model), rank=recipe.rank, basis=recipe.basis)
+        if recipe.grad_checkpointing:
+            tangent.set_grad_checkpointing()
+        return tangent
+
+    def shards(self) -> list[Shard]:
+        """All shards, in their order."""
+        there = {path.name for path in self.deltas_path.glob("*.safetensors")}
+        found = []
+        for name, samples in self.manifest.samples():
+            job = self._hash(name, samples) if samples else None
+            done = job is not None and self.delta_path(job).name in there
+            found.append(Shard(name, len(samples), job, done))
+        return found
+
+    def job(self, shard: str) -> Job:
+        """What a shard's worker trains.
+
+        Raises:
+            ArgumentError: there is no such shard, or it has no samples.
+        """
+        for name, samples in self.manifest.samples(shard):
+            if samples:
+                return Job(name, self._hash(name, samples), tuple(samples))
+        raise ArgumentError(f"{self.path} has no shard {shard!r} with samples")
+
+    def find(self, *, sample: str | None = None, label: str | None = None) -> dict[str, list[str]]:
+        """Where a sample is, with exact copies of it, or all samples with a label.
+
+        Returns:
+            Shard -> ids.
+
+        Raises:
+            ArgumentError: there is none, or not one of the two is given.
+        """
+        if (sample is None) == (label is None):
+            raise ArgumentError("give one of sample and label")
+        found = self.manifest.find(sample, label)
+        if not found:
+            what = f"sample {sample!r}" if label is None else f"sample with the label {label!r}"
+            raise ArgumentError(f"{self.path} has no {what}: was it forgotten already?")
+        return found
+
+    def delta_path(self, job: str) -> Path:
+        """The file of a job's delta."""
+        return self.deltas_path / f"{job[:32]}.safetensors"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Alone with the run: to train, to settle, or to forget.
+
+        Raises:
+            PlanError: another process is at work here.
+        """
+        with open(self.path / ".lock", "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise PlanError(
+                    f"another process is at work in {self.path}: wait for it"
+                ) from error
+            yield
+
+    @cached_property
+    def _about(self) -> dict[str, str]:
+        found = self.manifest.about()
+        needed = {"anchor", "recipe", "data", "overlap", "dealt"}
+        if found.keys() != needed:
+            raise PlanError(f"{self.path / DATABASE} lacks what a plan says of itself: restore it")
+        return found
+
+    def _value(self, key: str) -> Any:
+        try:
+            return json.loads(self._about[key])
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"{self.path / DATABASE} has a damaged {key}: restore it") from error
+
+    def _hash(self, shard: str, samples: Iterable[Sample]) -> str:
+        return job_hash(shard, samples, self.anchor_info, self.recipe)
+
+    def _check_same(self, asked: Mapping[str, str], dealt: str, rows: Rows) -> None:
+        for key, value in asked.items():
+            if self._about[key] != value:
+                raise PlanError(
+                    f"{self.path} holds a plan with another {key}: give another folder to start "
+                    f"a new one ({self._about[key][:300]} there, {value[:300]} now)"
+                )
+        if dealt == self._about["dealt"]:
+            return
+        now = {(shard, id, target, label) for shard, id, target, label in rows}
+        here = {
+            (shard, sample.id, sample.target, sample.label)
+            for shard, samples in self.manifest.samples()
+            for sample in samples
+        }
+        if now != here:
+            raise PlanError(
+                f"{self.path} holds a plan of other samples, or of others in its shards: "
+                f"{len(now - here)} are new, {len(here - now)} are gone. Give another folder to "
+                "start a new one; to take samples out of this one, forget them"
+            )
+
+
+Rows = list[tuple[str, str, int, str | None]]  # shard, id, class index, label
+
+
+def job_hash(shard: str, samples: Iterable[Sample], anchor: AnchorInfo, recipe: Recipe) -> str:
+    """SHA-256 of what determines a shard's delta, in hexadecimal."""
+    head = {
+        "format": 1,
+        "anchor": anchor.fingerprint,
+        "input": anchor.input,
+        "recipe": recipe.to_dict(),
+        "shard": shard,
+    }
+    digest = hashlib.sha256(to_json(head).encode() + b"\n")
+    for sample in samples:
+        digest.update(to_json([sample.id, sample.target, sample.content]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _check_names(assignment: Mapping[str, Sequence[str]]) -> None:
+    if not assignment or not any(assignment.values()):
+        raise ArgumentError("assignment has no samples: there is nothing to train")
+    for name, ids in assignment.items():
+        if not isinstance(name, str) or not valid_name(name):
+            raise ArgumentError(
+                f"shard {name!r}: a name is up to {LONGEST_NAME} printable characters"
+            )
+        if isinstance(ids, str):
+            raise ArgumentError(f"shard {name!r} maps to a string: give a list of ids")
+        if len(set(ids)) != len(ids):
+            raise ArgumentError(f"shard {name!r} has a sample twice")
+
+
+def _rows(
+    samples: Samples,
+    assignment: Mapping[str, Sequence[str]],
+    labels: Mapping[str, str],
+    classes: int,
+) -> Rows:
+    targets = dict(zip(samples.ids, samples.targets, strict=True))
+    rows: Rows = []
+    for shard, ids in assignment.items():
+        for id in sorted(ids):
+            if id not in targets:
+                raise ArgumentError(f"shard {shard!r} has {id!r}, which is not in the data")
+            if not safe(id) or not id.isprintable():
+                raise ArgumentError(f"sample {id!r}: its name has characters that do not print")
+            if not 0 <= targets[id] < classes:
+                raise ArgumentError(
+                    f"sample {id!r} is of class {targets[id]}, and the anchor has {classes}"
+                )
+            rows.append((shard, id, targets[id], labels.get(id)))
+    return rows
+
+
+def _hashed(samples: Samples, rows: Rows, progress: bool) -> Iterator[tuple[str, Sample]]:
+    places = {id: index for index, id in enumerate(samples.ids)}
+    contents: dict[str, str] = {}
+    for shard, id, target, label in tqdm(
+        rows, "hash samples", unit="sample", delay=2, leave=False, disable=not progress
+    ):
+        if id not in contents:
+            contents[id] = samples.content(places[id])
+        yield shard, Sample(id, target, contents[id], label)
+
+
+def _check_disjoint(shards: Mapping[str, Sequence[Sample]]) -> None:
+    first: dict[str, tuple[str, str]] = {}
+    for shard, samples in shards.items():
+        for sample in samples:
+            other, id = first.setdefault(sample.content, (shard, sample.id))
+            if other != shard:
+                same = "" if id == sample.id else f", with the same content as {id!r}"
+                raise ArgumentError(
+                    f"sample {sample.id!r} of shard {shard!r}{same} is in shard {other!r}, too: "
+                    "forgetting it there would leave it here. Remove one, or allow overlap, which "
+                    "the plan records"
+                )

@@ -1,0 +1,142 @@
+"""`run_shards`: train what a plan lacks, wherever there is room."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from tangent_ops.errors import ArgumentError
+from tangent_ops.evaluate import check_integer
+from tangent_ops.shards.local import run_local
+from tangent_ops.shards.on_ray import run_on_ray
+from tangent_ops.shards.plan import Plan
+
+EXECUTORS = ("local", "ray")
+
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")  # of write_atomically
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of `run_shards`.
+
+    Attributes:
+        trained: the shards trained now.
+        skipped: those whose deltas were there.
+        empty: those without samples: they have no delta.
+        failed: shard -> why. What is wrong with one shard keeps no other from being trained.
+        seconds: wall time.
+    """
+
+    trained: tuple[str, ...]
+    skipped: tuple[str, ...]
+    empty: tuple[str, ...]
+    failed: dict[str, str]
+    seconds: float
+
+
+def run_shards(
+    plan: Plan,
+    executor: str = "local",
+    *,
+    workers: int | None = None,
+    retries: int = 3,
+    address: str | None = None,
+    progress: bool = True,
+    on_done: Callable[[str, dict[str, Any]], None] | None = None,
+) -> Report:
+    """Train every shard of a plan whose delta is not there.
+
+    A delta on a CPU is the same bit for bit whatever the executor, the number of workers, and
+    however many were killed on the way; unless it is private, as its noise must not repeat. Results
+    appear by renaming a complete file. After an interruption, the same call goes on.
+
+    Args:
+        plan: what to train.
+        executor: "local", a process for each shard on this machine, with cores or a GPU of its
+            own; or "ray", which needs the extra ``distributed``.
+        workers: shards at a time; None for as many as there are GPUs, or else cores for.
+        retries: how often a shard is tried again whose process died.
+        address: of a Ray cluster, whose machines see the run and the images under the same paths.
+        progress: show a bar.
+        on_done: is called with a shard's name and ``{"seconds": ..., "loss": [...], "lr": [...]}``
+            (by epoch, where there are epochs), or ``{"error": message}``, as each one ends.
+
+    Raises:
+        ArgumentError: an argument other than these.
+        UnsupportedError: Ray is not installed.
+        PlanError: the plan is damaged, or another process is at work on it.
+        WorkerError: no worker can be started.
+        KeyboardInterrupt: workers are stopped first; what is done stays.
+    """
+    with plan.locked():
+        return train(
+            plan,
+            None,
+            executor,
+            workers=workers,
+            retries=retries,
+            address=address,
+            progress=progress,
+            on_done=on_done,
+        )
+
+
+def train(
+    plan: Plan,
+    only: Collection[str] | None,
+    executor: str,
+    *,
+    workers: int | None,
+    retries: int = 3,
+    address: str | None = None,
+    progress: bool,
+    on_done: Callable[[str, dict[str, Any]], None] | None = None,
+) -> Report:
+    """`run_shards` for whoever has locked the plan; of some shards only, perhaps."""
+    began = time.perf_counter()
+    if executor not in EXECUTORS:
+        raise ArgumentError(f"executor must be one of {[*EXECUTORS]}, got {executor!r}")
+    if workers is not None:
+        check_integer("workers", workers, 1)
+    check_integer("retries", retries, 0)
+    if address is not None and executor != "ray":
+        raise ArgumentError("address is for executor='ray': pass that, too")
+    for path in plan.deltas_path.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink()  # of a worker that was killed; nobody else writes here now
+
+    shards = [s for s in plan.shards() if only is None or s.name in only]
+    todo = [shard.name for shard in shards if shard.job is not None and not shard.done]
+    trained: list[str] = []
+    failed: dict[str, str] = {}
+    with tqdm(
+        total=len(todo), desc="shards", unit="shard", disable=not progress or not todo
+    ) as bar:
+
+        def on_result(shard: str, result: dict[str, Any]) -> None:
+            if "error" in result:
+                failed[shard] = result["error"]
+            else:
+                trained.append(shard)
+            bar.update()
+            if on_done is not None:
+                on_done(shard, result)
+
+        options = {"workers": workers, "threads": plan.recipe.threads, "retries": retries}
+        if todo and executor == "ray":
+            run_on_ray(plan.path, todo, **options, address=address, on_result=on_result)
+        elif todo:
+            run_local(plan.path, todo, **options, on_result=on_result)
+    return Report(
+        trained=tuple(trained),
+        skipped=tuple(shard.name for shard in shards if shard.done),
+        empty=tuple(shard.name for shard in shards if shard.job is None),
+        failed=failed,
+        seconds=time.perf_counter() - began,
+    )

@@ -1,0 +1,118 @@
+"""`settle`: the ledger of a run holds the deltas that its plan asks for, and no other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tangent_ops.delta import load_delta
+from tangent_ops.errors import ArgumentError, DeltaError, LedgerError, PlanError
+from tangent_ops.ledger import Ledger
+from tangent_ops.ledger.changes import erase
+from tangent_ops.shards.plan import Plan
+
+WEIGHTS = ("uniform", "samples")
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What `settle` changed.
+
+    Attributes:
+        added: shards whose deltas went into the ledger.
+        forgotten: shards whose deltas left it, as the plan has other samples for them, or none.
+        missing: shards with samples that are not trained yet.
+    """
+
+    added: tuple[str, ...]
+    forgotten: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+def settle(plan: Plan, *, weights: str = "uniform") -> Settled:
+    """Bring a run's ledger in line with its plan; interrupted anywhere, the next call goes on.
+
+    Deltas that the plan no longer asks for, since a sample of theirs was forgotten say, leave the
+    ledger; their files are overwritten and removed. What is trained and not in the ledger is added.
+
+    Args:
+        plan: the run.
+        weights: of the shards in the mean: "uniform", as in the paper, or "samples", by how many
+            samples they have.
+
+    Raises:
+        ArgumentError: weights is neither.
+        PlanError: another process is at work on the run; a delta's file is damaged or another's.
+        LedgerError: the ledger is damaged.
+    """
+    if weights not in WEIGHTS:
+        raise ArgumentError(f"weights must be one of {[*WEIGHTS]}, got {weights!r}")
+    with plan.locked():
+        return settle_locked(plan, weights)
+
+
+def settle_locked(plan: Plan, weights: str | None) -> Settled:
+    """`settle` for whoever has locked the plan. None for the weights that the ledger has."""
+    shards = {shard.name: shard for shard in plan.shards() if shard.job is not None}
+    ledger = Ledger(plan.ledger_path, anchor=plan.anchor_info.fingerprint)
+    entries = {entry.shard: entry for entry in ledger.list()}
+    if weights is None:
+        by_samples = any(entry.meta.get("weights") == "samples" for entry in entries.values())
+        weights = "samples" if by_samples else "uniform"
+    forgotten = []
+    for name, entry in entries.items():
+        shard = shards.get(name)
+        meta = entry.meta
+        if shard is None or (meta.get("job"), meta.get("weights")) != (shard.job, weights):
+            ledger.forget(name, progress=False)
+            forgotten.append(name)
+    added = []
+    for name, shard in shards.items():
+        if shard.done and (name not in entries or name in forgotten):
+            assert shard.job is not None
+            weight = float(shard.samples) if weights == "samples" else 1.0
+            meta = {"job": shard.job, "samples": shard.samples, "weights": weights}
+            ledger.add(name, _delta(plan, name, shard.job), weight, meta)
+            added.append(name)
+    wanted = {plan.delta_path(shard.job).name for shard in shards.values() if shard.job}
+    for path in plan.deltas_path.glob("*.safetensors"):
+        if path.name not in wanted:
+            erase(path)
+    missing = tuple(name for name, shard in shards.items() if not shard.done)
+    return Settled(tuple(added), tuple(forgotten), missing)
+
+
+def check_settled(plan: Plan) -> Ledger:
+    """The run's ledger.
+
+    Raises:
+        LedgerError: it is not there, or not in line with the plan: samples that were forgotten
+            may be in it.
+    """
+    if not plan.ledger_path.is_dir():
+        raise LedgerError(f"{plan.path} is not composed yet: settle it (tangent-ops compose)")
+    ledger = Ledger(plan.ledger_path, create=False)
+    jobs = {shard.name: shard.job for shard in plan.shards() if shard.done}
+    here = {entry.shard: entry.meta.get("job") for entry in ledger.list()}
+    if jobs != here:
+        stale = [name for name, job in here.items() if jobs.get(name) != job]
+        raise LedgerError(
+            f"the ledger of {plan.path} is not in line with its plan ({len(jobs)} shards are "
+            f"trained, {len(here)} composed, {len(stale)} of them out of date): settle it "
+            "(tangent-ops compose)"
+        )
+    return ledger
+
+
+def _delta(plan: Plan, shard: str, job: str) -> Path:
+    """A job's file, after a look at whose it is."""
+    path = plan.delta_path(job)
+    try:
+        meta = load_delta(path, anchor=plan.anchor_info.fingerprint).meta
+    except DeltaError as error:
+        raise PlanError(f"{error}. Or remove it, and run the shards again") from error
+    if meta is None or meta.shard != shard or meta.extra.get("job") != job:
+        raise PlanError(
+            f"{path} is not the delta of shard {shard!r}: remove it, and run the shards again"
+        )
+    return path
