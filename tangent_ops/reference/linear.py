@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -113,4 +115,4 @@ def _no_view(tensor: Tensor, shape: torch.Size) -> Tensor:
 
 def _rows(tensor: Tensor) -> Tensor:
     """(..., K) as (rows, K)."""
-    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
