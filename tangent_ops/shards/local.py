@@ -19,6 +19,8 @@ import torch
 from tangent_ops.errors import ArgumentError, WorkerError
 from tangent_ops.shards.job import environment
 
+_STARTS = 10  # in a row that end by a signal
+
 Result = Callable[[str, dict[str, Any]], None]  # of a shard, what `attempt` returned
 
 
@@ -95,8 +97,9 @@ class _Worker:
     def __init__(self, run: Path, place: dict[str, Any], threads: int) -> None:
         self.shard: str | None = None
         self.ready = False
+        self._failed_starts = 0
         self._run, self._place, self._threads = run, place, threads
-        self._messages = tempfile.TemporaryFile()  # noqa: SIM115: it lives as long as we do
+        self._messages = tempfile.TemporaryFile()  # noqa: SIM115
         self._start()
 
     def _start(self) -> None:
@@ -131,11 +134,19 @@ class _Worker:
 
     def restart(self) -> str | None:
         """Start anew; return the shard that was lost."""
+        try:
+            code = self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            code = None
         self.stop()
-        if not self.ready:
+        self._failed_starts = 0 if self.ready else self._failed_starts + 1
+        # Whoever kills us at random may do so at any time; what exits by itself will do so again.
+        if self._failed_starts and (code is None or code >= 0 or self._failed_starts > _STARTS):
             self._messages.seek(0)
             said = self._messages.read().decode(errors="replace").strip()
-            raise WorkerError(f"a worker could not be started; it said:\n{said[-2000:]}")
+            raise WorkerError(
+                f"a worker could not be started (exit code {code}); it said:\n{said[-2000:]}"
+            )
         shard, self.shard, self.ready = self.shard, None, False
         self._start()
         return shard
@@ -149,6 +160,10 @@ class _Worker:
             os.killpg(self.process.pid, 9)  # files appear by renaming: nothing is half-written
         self.process.wait()
 
+    def close(self) -> None:
+        self.stop()
+        self._messages.close()
+
 
 @contextmanager
 def _team(run: Path, places: Sequence[dict[str, Any]], threads: int) -> Iterator[list[_Worker]]:
@@ -159,7 +174,7 @@ def _team(run: Path, places: Sequence[dict[str, Any]], threads: int) -> Iterator
         yield team
     finally:
         for worker in team:
-            worker.stop()
+            worker.close()
 
 
 def _places(workers: int | None, threads: int) -> list[dict[str, Any]]:

@@ -1,0 +1,68 @@
+"""Small runs: images of noise around a colour per class, and timm's tiny test model."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+
+from tangent_ops.shards import ImageData, Plan, Recipe, by_hash, save_anchor
+
+OPTIONS = {"num_classes": 4, "img_size": 32}
+FAST: dict[str, Any] = {"epochs": 1, "lr": 1e-3, "batch_size": 4}
+
+
+def image_folder(path: Path, classes: int = 4, each: int = 6, seed: int = 0) -> Path:
+    """A folder of images for each class."""
+    draw = np.random.default_rng(seed)
+    for index in range(classes):
+        colour = np.array([(index >> bit & 1) * 120 for bit in range(3)])
+        (path / f"class{index}").mkdir(parents=True)
+        for number in range(each):
+            pixels = (draw.integers(0, 100, (32, 32, 3)) + colour).astype(np.uint8)
+            Image.fromarray(pixels).save(path / f"class{index}" / f"{number}.png")
+    return path
+
+
+def anchor_file(path: Path, classes: int = 4) -> Path:
+    """timm's test_vit with random weights, and all its head's too."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        options = {**OPTIONS, "num_classes": classes}
+        model = timm.create_model("test_vit", **options)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape))
+    names = [f"class{index}" for index in range(classes)]
+    save_anchor(model, path, name="test_vit", options=options, classes=names)
+    return path
+
+
+def make_plan(folder: Path, shards: int = 3, run: str = "run", **recipe: Any) -> Plan:
+    """A plan in folder/run; images and anchor are made in the folder if they are not there."""
+    images, anchor = folder / "images", folder / "anchor.safetensors"
+    if not images.exists():
+        image_folder(images)
+        anchor_file(anchor)
+    data = ImageData(str(images))
+    return Plan.create(
+        folder / run,
+        anchor=anchor,
+        data=data,
+        recipe=Recipe(**{**FAST, **recipe}),
+        assignment=by_hash(data.open().ids, shards),
+        progress=False,
+    )
+
+
+def bits(plan: Plan) -> dict[str, str]:
+    """SHA-256 of every file among the deltas."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(plan.deltas_path.iterdir())
+    }

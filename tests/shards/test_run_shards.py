@@ -1,0 +1,336 @@
+"""The same bits whatever the executor, however many workers, and whoever is killed on the way."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from shard_runs import anchor_file, bits, image_folder, make_plan
+from timm.data.transforms_factory import create_transform
+from torch.utils.data import TensorDataset
+
+import tangent_ops
+from tangent_ops.errors import ArgumentError, PlanError, UnsupportedError
+from tangent_ops.shards import ImageData, Plan, Recipe, find, job, run_shards
+
+MOMENTS = ("before", "after")
+SLOW = {"epochs": 30, "cache": False}  # long enough to be killed on the way
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images and an anchor, and a run in which every shard was trained in this process."""
+    folder = tmp_path_factory.mktemp("shards")
+    plan = make_plan(folder, shards=4, run="reference", **SLOW)
+    threads = torch.get_num_threads()
+    for shard in plan.shards():
+        found = job.attempt(str(plan.path), shard.name)
+        assert "error" not in found
+    torch.set_num_threads(threads)
+    return folder
+
+
+def test_a_delta_is_what_fit_gives(setting: Path) -> None:
+    """Without plan, worker or file: timm's model, PIL's images, `fit`."""
+    plan = Plan.open(setting / "reference")
+    shard = plan.shards()[0]
+    data = plan.job(shard.name)
+    model = timm.create_model("test_vit", num_classes=4, img_size=32)
+    model.load_state_dict(load_file(setting / "anchor.safetensors"))
+    config = timm.data.resolve_model_data_config(model) | {"input_size": (3, 32, 32)}
+    prepare = create_transform(**config)
+    images = [prepare(Image.open(setting / "images" / s.id).convert("RGB")) for s in data.samples]
+    targets = [int(s.id[len("class")]) for s in data.samples]
+    tangent = tangent_ops.linearize(model.eval(), tangent_ops.last_blocks(model, 1))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        tangent_ops.fit(
+            tangent,
+            TensorDataset(torch.stack(images), torch.tensor(targets)),
+            epochs=30,
+            lr=1e-3,
+            batch_size=4,
+            progress=False,
+        )
+    finally:
+        torch.set_num_threads(threads)
+    found = tangent_ops.load_delta(plan.delta_path(data.hash))
+    assert found.keys() == tangent.deltas().keys()
+    for name, expected in tangent.deltas().items():
+        assert torch.equal(found[name], expected)
+        assert expected.any() or "norm" in name
+    assert found.meta is not None
+    assert found.meta.shard == shard.name
+    assert found.meta.extra["job"] == data.hash
+
+
+@contextmanager
+def killing(pattern: bytes, most: int, servers: bool = False) -> Iterator[list[int]]:
+    """Meanwhile processes that are at a shard are killed, at random times.
+
+    Their command lines have `pattern`. Of the local executor they are what its servers forked, and
+    with `servers` these, too.
+    """
+    killed: list[int] = []
+    done = threading.Event()
+    draw = random.Random(0)
+
+    def kill() -> None:
+        while not done.wait(draw.uniform(0.02, 0.3)) and len(killed) < most:
+            family = _family(os.getpid())
+            at_work = [pid for pid in family if pattern in _command(pid)]
+            forked = [pid for pid in at_work if family[pid] in at_work]
+            if b"worker" in pattern:
+                at_work = forked + ([family[pid] for pid in forked] if servers else [])
+            if at_work:
+                with suppress(ProcessLookupError):
+                    victim = draw.choice(at_work)
+                    os.kill(victim, signal.SIGKILL)
+                    killed.append(victim)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        done.set()
+        thread.join()
+
+
+def _family(pid: int) -> dict[int, int]:
+    """All below a process -> their parents."""
+    found = subprocess.run(
+        ["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+    )
+    parents = {int(line.split()[0]): int(line.split()[1]) for line in found.stdout.splitlines()}
+    below = {pid}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    return {child: parents[child] for child in below - {pid}}
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
+def test_local_workers_killed_at_random(setting: Path) -> None:
+    plan = make_plan(setting, shards=4, run="killed", **SLOW)
+    with killing(b"tangent_ops.shards.worker", most=5, servers=True) as killed:
+        report = run_shards(plan, workers=2, retries=50, progress=False)
+    assert len(killed) == 5
+    assert set(report.trained) == {shard.name for shard in plan.shards()}
+    assert not report.failed
+    assert bits(plan) == bits(Plan.open(setting / "reference"))
+    again = run_shards(plan, progress=False)
+    assert (again.trained, set(again.skipped)) == ((), set(report.trained))
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
+def test_ray_workers_killed_at_random(setting: Path) -> None:
+    pytest.importorskip("ray", reason="the extra distributed is not installed")
+    plan = make_plan(setting, shards=4, run="ray", **SLOW)
+    with killing(b"ray::attempt", most=3) as killed:
+        report = run_shards(plan, "ray", workers=2, retries=50, progress=False)
+    assert len(killed) == 3
+    assert set(report.trained) == {shard.name for shard in plan.shards()}
+    assert bits(plan) == bits(Plan.open(setting / "reference"))
+
+
+DOOMED = """
+import os, signal, sys
+from tangent_ops.shards import job
+
+real = os.replace
+
+def fatal(source, target):
+    if moment == "after":
+        real(source, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+for moment in ("before", "after"):
+    child = os.fork()
+    if child == 0:
+        os.replace = fatal
+        os._exit(len(job.attempt(sys.argv[1] + moment, "shard-1")))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_killed_at_the_renaming(setting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a delta is never there; a whole one is not trained twice."""
+    plans = {m: make_plan(setting, shards=4, run=f"renaming-{m}", **SLOW) for m in MOMENTS}
+    ended = subprocess.run(
+        [sys.executable, "-c", DOOMED, str(setting / "renaming-")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout.split() == [str(-signal.SIGKILL.value)] * 2
+    reference = bits(Plan.open(setting / "reference"))
+    threads = torch.get_num_threads()
+    for moment, plan in plans.items():
+        shard = plan.shards()[1]
+        assert shard.done == (moment == "after")
+        with monkeypatch.context() as patch:
+            if moment == "after":
+                patch.setattr(job, "_train", lambda *_: pytest.fail("trained twice"))
+            assert "error" not in job.attempt(str(plan.path), shard.name)
+        name = plan.delta_path(shard.job or "").name
+        assert bits(plan)[name] == reference[name]
+    torch.set_num_threads(threads)
+
+
+def test_one_bad_shard_keeps_no_other_from_its_end(tmp_path: Path) -> None:
+    """A poisoned image, one sample, none, and a worker that dies each time."""
+    images = image_folder(tmp_path / "images")
+    anchor = anchor_file(tmp_path / "anchor.safetensors")
+    (images / "class0" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"poison" * 100)
+    data = ImageData(str(images))
+    ids = data.open().ids
+    assignment = {
+        "poisoned": ["class0/0.png", "class1/0.png"],
+        "single": ["class2/0.png"],
+        "empty": [],
+        "good": ids[8:12],
+        "changed": ["class3/5.png"],
+    }
+    plan = Plan.create(
+        tmp_path / "run",
+        anchor=anchor,
+        data=data,
+        recipe=Recipe(epochs=1, batch_size=4),
+        assignment=assignment,
+        progress=False,
+    )
+    shutil.copy(images / "class3" / "4.png", images / "class3" / "5.png")
+    events = {}
+    report = run_shards(plan, workers=2, progress=False, on_done=events.__setitem__)
+    assert set(report.trained) == {"single", "good"}
+    assert report.empty == ("empty",)
+    assert report.failed.keys() == {"poisoned", "changed"}
+    assert "class0/0.png" in report.failed["poisoned"]
+    assert "not what it was" in report.failed["changed"]
+    assert events.keys() == {"poisoned", "single", "good", "changed"}
+    assert len(events["good"]["loss"]) == 1
+    assert [shard.done for shard in plan.shards()] == [False, True, False, True, False]
+    assert len(bits(plan)) == 2
+
+
+def test_a_shard_that_kills_its_process_is_given_up(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, shards=2, **SLOW)
+    with killing(b"tangent_ops.shards.worker", most=10**6):
+        report = run_shards(plan, workers=1, retries=1, progress=False)
+    assert report.failed
+    for message in report.failed.values():
+        assert "died 2 times" in message
+    assert not [path for path in bits(plan) if not path.endswith("safetensors")]
+
+
+@contextmanager
+def small_disk(path: Path, kilobytes: int) -> Iterator[Path]:
+    path.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(path)],
+        capture_output=True,
+        check=False,
+    )
+    if made.returncode:
+        pytest.skip(f"this user may not mount a tmpfs: {made.stderr.decode().strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_full_disk_and_a_read_only_one(tmp_path: Path) -> None:
+    """Nothing is half-written, and with room made the same call goes on."""
+    make_plan(tmp_path, run="elsewhere")
+    with small_disk(tmp_path / "disk", 2600) as disk:
+        shutil.copytree(tmp_path / "elsewhere", disk / "run")
+        plan = Plan.open(disk / "run")
+        filler = disk / "filler"
+        used = shutil.disk_usage(disk)
+        filler.write_bytes(bytes(used.free - 200_000))  # room for one delta
+        report = run_shards(plan, workers=1, progress=False)
+        assert len(report.trained) == 1
+        assert len(report.failed) == 2
+        assert all("No space left" in message for message in report.failed.values())
+        assert len(bits(plan)) == 1
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with pytest.raises(OSError, match="Read-only"):
+            run_shards(plan, workers=1, progress=False)
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        filler.unlink()
+        threads = torch.get_num_threads()
+        for shard in plan.shards():
+            assert "error" not in job.attempt(str(plan.path), shard.name)
+        torch.set_num_threads(threads)
+        assert all(shard.done for shard in plan.shards())
+
+
+def test_interrupted_it_stops_its_workers(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, shards=3, **SLOW)
+
+    def interrupt(shard, found) -> None:
+        raise KeyboardInterrupt  # as Python does at Ctrl-C
+
+    with pytest.raises(KeyboardInterrupt):
+        run_shards(plan, workers=2, progress=False, on_done=interrupt)
+    assert not [pid for pid in _family(os.getpid()) if b"shards.worker" in _command(pid)]
+    assert sum(shard.done for shard in plan.shards()) >= 1
+    with plan.locked():
+        pass
+
+
+def test_refusals(tmp_path: Path, monkeypatch) -> None:
+    plan = make_plan(tmp_path)
+    for options, words in (
+        ({"executor": "slurm"}, "executor"),
+        ({"workers": 0}, "workers"),
+        ({"retries": -1}, "retries"),
+        ({"address": "ray://head:10001"}, "address"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            run_shards(plan, progress=False, **options)
+    with plan.locked(), pytest.raises(PlanError, match="another process"):
+        run_shards(Plan.open(plan.path), progress=False)
+    with monkeypatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "ray", None)
+        with pytest.raises(UnsupportedError, match=r"tangent-ops\[distributed\]"):
+            run_shards(plan, "ray", progress=False)
+    with pytest.raises(ArgumentError, match="one of"):
+        find(plan, shard="shard-0", label="x")
+
+
+def test_other_images_in_two_shards(tmp_path: Path) -> None:
+    images = image_folder(tmp_path / "images")
+    anchor = anchor_file(tmp_path / "anchor.safetensors")
+    shutil.copy(images / "class0" / "0.png", images / "class0" / "copy.png")
+    data = ImageData(str(images))
+    shards = {"a": ["class0/0.png", "class1/0.png"], "b": ["class0/copy.png"]}
+    options = {"anchor": anchor, "data": data, "recipe": Recipe(), "progress": False}
+    with pytest.raises(ArgumentError, match=r"copy\.png.*same content.*0\.png.*allow overlap"):
+        Plan.create(tmp_path / "run", assignment=shards, **options)
+    assert not (tmp_path / "run").exists()
+    plan = Plan.create(tmp_path / "run", assignment=shards, allow_overlap=True, **options)
+    assert plan.overlap and Plan.open(plan.path).overlap
+    assert plan.find(sample="class0/0.png") == {"a": ["class0/0.png"], "b": ["class0/copy.png"]}
