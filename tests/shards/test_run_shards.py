@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from shard_runs import anchor_file, bits, image_folder, make_plan
+from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import TensorDataset
 
@@ -51,7 +51,7 @@ def test_a_delta_is_what_fit_gives(setting: Path) -> None:
     data = plan.job(shard.name)
     model = timm.create_model("test_vit", num_classes=4, img_size=32)
     model.load_state_dict(load_file(setting / "anchor.safetensors"))
-    config = timm.data.resolve_model_data_config(model) | {"input_size": (3, 32, 32)}
+    config = resolve_model_data_config(model) | {"input_size": (3, 32, 32)}
     prepare = create_transform(**config)
     images = [prepare(Image.open(setting / "images" / s.id).convert("RGB")) for s in data.samples]
     targets = [int(s.id[len("class")]) for s in data.samples]

@@ -1,0 +1,221 @@
+"""A ledger in line with its plan; what is forgotten is as if it had never been there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from shard_runs import FAST, anchor_file, bits, image_folder, make_plan
+
+from tangent_ops import Ledger, compose, fit_exact, load_delta
+from tangent_ops.errors import ArgumentError, LedgerError, PlanError
+from tangent_ops.exact.certificate import Certificate
+from tangent_ops.shards import (
+    ImageData,
+    Plan,
+    Recipe,
+    Settled,
+    by_column,
+    by_hash,
+    check_settled,
+    forget,
+    job,
+    settle,
+)
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def trained(plan: Plan) -> Plan:
+    for shard in plan.shards():
+        if shard.job is not None and not shard.done:
+            assert "error" not in job.attempt(str(plan.path), shard.name)
+    return plan
+
+
+def files(plan: Plan) -> list[Path]:
+    return [plan.delta_path(shard.job or "") for shard in plan.shards()]
+
+
+def assert_same(found, expected) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_settle_adds_what_is_trained(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, shards=3)
+    with pytest.raises(LedgerError, match="not composed yet"):
+        check_settled(plan)
+    assert "error" not in job.attempt(str(plan.path), "shard-1")
+    assert settle(plan) == Settled(("shard-1",), (), ("shard-0", "shard-2"))
+    assert settle(plan) == Settled((), (), ("shard-0", "shard-2"))
+    trained(plan)
+    with pytest.raises(LedgerError, match="not in line"):
+        check_settled(plan)
+    found = settle(plan)
+    assert (found.added, found.missing) == (("shard-0", "shard-2"), ())
+    mean = compose(files(plan))
+    composed = check_settled(plan).composed()
+    for name, value in mean.items():  # the ledger's is fixed point: 2^-40
+        torch.testing.assert_close(composed[name], value, rtol=1e-6, atol=1e-9)
+
+
+def test_settle_by_samples(tmp_path: Path) -> None:
+    plan = trained(make_plan(tmp_path, shards=3))
+    settle(plan)
+    found = settle(plan, weights="samples")
+    assert set(found.forgotten) == set(found.added) == {"shard-0", "shard-1", "shard-2"}
+    counts = [shard.samples for shard in plan.shards()]
+    assert len(set(counts)) > 1
+    expected = compose(files(plan), [count / sum(counts) for count in counts])
+    for name, value in check_settled(plan).composed().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-9)
+    with pytest.raises(ArgumentError, match="weights"):
+        settle(plan, weights="best")
+
+
+def test_a_delta_of_another_shard_is_refused(tmp_path: Path) -> None:
+    plan = trained(make_plan(tmp_path, shards=2))
+    first, second = files(plan)
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(PlanError, match="is not the delta of shard 'shard-0'"):
+        settle(plan)
+    first.write_bytes(second.read_bytes()[:-1])
+    with pytest.raises(PlanError, match="truncated"):
+        settle(plan)
+
+
+def test_a_forgotten_sample_was_never_there(tmp_path: Path) -> None:
+    """Against a run that is planned, trained and composed without it."""
+    plan = trained(make_plan(tmp_path, shards=3))
+    settle(plan, weights="samples")
+    target = plan.job("shard-1").samples[0].id
+    old = plan.delta_path(plan.job("shard-1").hash)
+    others = {name: h for name, h in bits(plan).items() if name != old.name}
+
+    found = forget(plan, sample=target, workers=1, progress=False)
+    assert (found.shards, found.samples, found.dropped) == (("shard-1",), 1, ())
+    assert found.report.trained == ("shard-1",)
+    assert not old.exists()
+    assert others.items() <= bits(plan).items()
+    with pytest.raises(ArgumentError, match="no sample"):
+        forget(plan, sample=target, progress=False)
+    assert target.encode() not in (plan.path / "plan.sqlite").read_bytes()
+
+    data = ImageData(str(tmp_path / "images"))
+    ids = data.open().ids
+    without = {k: [i for i in v if i != target] for k, v in by_hash(ids, 3).items()}
+    never = Plan.create(
+        tmp_path / "never",
+        anchor=tmp_path / "anchor.safetensors",
+        data=data,
+        recipe=Recipe(**FAST),
+        assignment=without,
+        progress=False,
+    )
+    settle(trained(never), weights="samples")
+    assert bits(plan) == bits(never)
+    assert_same(check_settled(plan).composed(), check_settled(never).composed())
+
+
+def test_customers(tmp_path: Path) -> None:
+    """A customer in one shard, a customer in two, and a whole shard."""
+    images, anchor = image_folder(tmp_path / "images", each=4), tmp_path / "anchor.safetensors"
+    anchor_file(anchor)
+    data = ImageData(str(images))
+    ids = data.open().ids
+    customers = {id: f"customer-{index % 5}" for index, id in enumerate(ids)}
+    options = {"anchor": anchor, "data": data, "recipe": Recipe(**FAST, method="gradient")}
+    by_customer = Plan.create(
+        tmp_path / "run", assignment=by_column(ids, customers), labels=customers,
+        progress=False, **options,
+    )  # fmt: skip
+    settle(trained(by_customer))
+    found = forget(by_customer, label="customer-3", progress=False)
+    assert found.dropped == found.shards == ("customer-3",)
+    assert found.samples == list(customers.values()).count("customer-3")
+    assert found.report.trained == ()
+    assert "customer-3" not in check_settled(by_customer)
+    assert len(bits(by_customer)) == 4
+    assert_same(check_settled(by_customer).composed(), composed_anew(by_customer, tmp_path))
+    found = forget(by_customer, shard="customer-0", progress=False)
+    assert found.dropped == ("customer-0",)
+    for wrong in ({}, {"shard": "customer-1", "label": "customer-1"}, {"label": "customer-3"}):
+        with pytest.raises(ArgumentError):
+            forget(by_customer, progress=False, **wrong)
+    assert len(check_settled(by_customer)) == 3
+
+
+def composed_anew(plan: Plan, folder: Path):
+    ledger = Ledger(folder / "anew")
+    for shard in plan.shards():
+        ledger.add(shard.name, plan.delta_path(shard.job or ""))
+    return ledger.composed()
+
+
+def test_interrupted_after_its_first_step(tmp_path: Path) -> None:
+    """The plan no longer has the sample; nothing else is done yet."""
+    plan = trained(make_plan(tmp_path, shards=2))
+    settle(plan)
+    target = plan.job("shard-0").samples[0].id
+    stale = plan.delta_path(plan.job("shard-0").hash)
+    plan.manifest.remove(plan.find(sample=target))
+    with pytest.raises(LedgerError, match="not in line"):
+        check_settled(plan)
+    found = settle(plan)
+    assert (found.forgotten, found.missing) == (("shard-0",), ("shard-0",))
+    assert not stale.exists()
+    assert list(check_settled(plan).origins()) == ["shard-1"]
+    trained(plan)
+    assert settle(plan).added == ("shard-0",)
+
+
+def test_the_same_command_does_not_bring_it_back(tmp_path: Path) -> None:
+    plan = trained(make_plan(tmp_path, shards=2))
+    settle(plan)
+    target = plan.job("shard-0").samples[0].id
+    plan.manifest.remove(plan.find(sample=target))
+    again = make_plan(tmp_path, shards=2)  # all samples are in the folder still
+    assert target not in [sample.id for sample in again.job("shard-0").samples]
+    (tmp_path / "images" / target).unlink()
+    again = make_plan(tmp_path, shards=2)  # and now that it is gone there, too
+    assert target not in [sample.id for sample in again.job("shard-0").samples]
+    with pytest.raises(PlanError, match="another recipe"):
+        make_plan(tmp_path, shards=2, seed=1)
+    with pytest.raises(PlanError, match="other samples"):
+        make_plan(tmp_path, shards=3)
+
+
+def test_a_quadratic_shard_is_solved_from_where_it_was(tmp_path: Path) -> None:
+    plan = trained(make_plan(tmp_path, shards=2, method="exact", l2=1.0, tol=1e-4))
+    settle(plan)
+    target = plan.job("shard-0").samples[0].id
+    before = load_delta(files(plan)[0])
+    found = forget(plan, sample=target, progress=False)
+    assert found.resolved.keys() == {"shard-0"}
+    assert found.report.trained == ()
+    delta = load_delta(files(plan)[0])
+    assert delta.meta is not None
+    certificate = Certificate.from_json(delta.meta.extra["certificate"])
+    assert certificate.distance_bound == found.resolved["shard-0"]
+    assert certificate.samples == len(plan.job("shard-0").samples)
+    assert json.loads(certificate.to_json())["l2"] == 1.0
+
+    tangent = plan.tangent()
+    data = job.job_data(plan, plan.job("shard-0"))
+    fit_exact(tangent, data, 1.0, 1e-5, progress=False)
+    optimum = tangent.deltas()
+    gap = sum(((delta[n] - optimum[n]).double() ** 2).sum().item() for n in delta) ** 0.5
+    moved = sum(((delta[n] - before[n]).double() ** 2).sum().item() for n in delta) ** 0.5
+    size = sum((optimum[n].double() ** 2).sum().item() for n in delta) ** 0.5
+    assert gap <= found.resolved["shard-0"] + 1e-5 * size
+    assert found.resolved["shard-0"] <= 1.1e-4 * size
+    assert moved > 10 * found.resolved["shard-0"]
+    check_settled(plan)
