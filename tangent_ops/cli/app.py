@@ -7,6 +7,12 @@ from typing import Annotated
 import typer
 
 from tangent_ops.cli.audit import audit
+from tangent_ops.cli.compose import compose
+from tangent_ops.cli.evaluate import evaluate
+from tangent_ops.cli.export import export
+from tangent_ops.cli.finetune import EXAMPLES, finetune
+from tangent_ops.cli.forget import forget
+from tangent_ops.cli.inspect import inspect
 from tangent_ops.cli.ledger import app as ledger
 from tangent_ops.cli.privacy import privacy
 from tangent_ops.cli.profile import profile
@@ -14,9 +20,9 @@ from tangent_ops.cli.version import version
 
 app = typer.Typer(
     name="tangent-ops",
-    help="Tangent transformers, and fast Jacobian-vector products through attention.",
+    help="Fine-tune vision transformers so that what they learned can be added up, and taken out "
+    "again. In order: finetune, compose, evaluate, forget, export.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -39,6 +45,12 @@ def _tangent_ops(
     pass  # its option is eager
 
 
+app.command(epilog=EXAMPLES)(finetune)
+app.command()(compose)
+app.command()(evaluate)
+app.command()(forget)
+app.command()(export)
+app.command()(inspect)
 app.command()(profile)
 app.command()(privacy)
 app.command()(audit)

@@ -36,6 +36,11 @@ def say(text: str) -> None:
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def tell(text: str) -> None:
+    """Print text as it is to stderr: what is no result."""
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def need_privacy() -> None:
     """Exit, saying how to get them, if packages of the extra for privacy are missing."""
     needed = ("dp_accounting", "opacus", "scipy")

@@ -34,6 +34,7 @@ class AnchorInfo:
         input: how images are prepared, as timm resolves it: input_size, mean, std, interpolation,
             crop_pct, crop_mode.
         fingerprint: of the weights, as deltas record it.
+        origin: what it was made from, in words; empty if unknown.
     """
 
     name: str
@@ -41,6 +42,7 @@ class AnchorInfo:
     classes: tuple[str, ...]
     input: dict[str, Any]
     fingerprint: str
+    origin: str = ""
 
 
 def save_anchor(
@@ -50,6 +52,7 @@ def save_anchor(
     name: str,
     options: Mapping[str, Any],
     classes: Sequence[str] = (),
+    origin: str = "",
 ) -> AnchorInfo:
     """Write a timm model to a file, completely or not at all.
 
@@ -59,6 +62,7 @@ def save_anchor(
         name: timm's name of the architecture, without a tag.
         options: num_classes, and img_size or global_pool if they differ from the architecture's.
         classes: their names, in the order of the logits.
+        origin: what it was made from, in words.
 
     Raises:
         ArgumentError: timm has no such architecture, or builds another model from these options.
@@ -75,7 +79,7 @@ def save_anchor(
         size = options["img_size"]
         input["input_size"] = (3, *(size if isinstance(size, (tuple, list)) else (size, size)))
     info = AnchorInfo(
-        name, dict(options), tuple(classes), json.loads(to_json(input)), fingerprint(state)
+        name, dict(options), tuple(classes), json.loads(to_json(input)), fingerprint(state), origin
     )
     _fits(_built(info), state, ArgumentError, "model")
     metadata = {
@@ -86,6 +90,7 @@ def save_anchor(
         "classes": to_json(info.classes),
         "input": to_json(info.input),
         "fingerprint": info.fingerprint,
+        "origin": info.origin,
     }
     write_atomically(Path(path), lambda file: write_safetensors(file, state, metadata))
     return info
@@ -136,6 +141,7 @@ def read_anchor(path: str | os.PathLike[str]) -> AnchorInfo:
             tuple(map(str, json.loads(found["classes"]))),
             dict(json.loads(found["input"])),
             found["fingerprint"],
+            found.get("origin", ""),
         )
         channels, height, width = info.input["input_size"]
         if not all(type(size) is int and 0 < size < 2**16 for size in (channels, height, width)):

@@ -157,6 +157,25 @@ class Samples(Dataset[tuple[Tensor, int]]):
         contents = self._contents and [self._contents[places[sample]] for sample in ids]
         return Samples(self._source, ids, targets, self.classes, self._transform, contents)
 
+    def with_classes(self, classes: Sequence[str]) -> Samples:
+        """The same samples, their targets counted as in `classes`: those of a model.
+
+        Where names are unknown, here or there, targets stay.
+
+        Raises:
+            ArgumentError: a class of these samples is not among `classes`.
+        """
+        if not classes or not self.classes:
+            return self
+        if unknown := sorted(set(self.classes) - set(classes)):
+            raise ArgumentError(
+                f"class {unknown[0]!r} is not among the model's {len(classes)}: "
+                f"{', '.join(list(classes)[:8])}{', ...' if len(classes) > 8 else ''}"
+            )
+        places = {name: index for index, name in enumerate(classes)}
+        targets = [places[self.classes[target]] for target in self.targets]
+        return Samples(self._source, self.ids, targets, classes, self._transform, self._contents)
+
     def _read(self, sample: str) -> bytes | Image.Image:
         try:
             return self._source.read(sample)

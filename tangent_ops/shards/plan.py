@@ -78,6 +78,7 @@ class Plan:
         recipe: Recipe,
         assignment: Mapping[str, Sequence[str]],
         labels: Mapping[str, str] | None = None,
+        public: ImageData | None = None,
         allow_overlap: bool = False,
         progress: bool = True,
     ) -> Plan:
@@ -92,6 +93,8 @@ class Plan:
             recipe: how each shard is trained.
             assignment: shard -> ids of its samples; see `by_hash`, `by_class`, `by_column`.
             labels: id -> whom or what it is forgotten by, a customer say.
+            public: images that the anchor was made from. None of them may be among the samples:
+                what the anchor knows, nobody can take out of it.
             allow_overlap: let shards share samples, or copies of them. Forgetting one then takes
                 all shards that have it; that shards' privacy does not add up no longer holds. The
                 plan records it.
@@ -106,7 +109,7 @@ class Plan:
         path = Path(path).absolute()
         info = read_anchor(anchor)
         _check_names(assignment)
-        samples = data.open()
+        samples = data.open().with_classes(info.classes)
         rows = _rows(samples, assignment, labels or {}, info.options["num_classes"])
         asked = {
             "anchor": info.fingerprint,
@@ -124,8 +127,12 @@ class Plan:
         shards: dict[str, list[Sample]] = {name: [] for name in assignment}
         for shard, sample in _hashed(samples, rows, progress):
             shards[shard].append(sample)
+        if public is not None:
+            _check_private_ones(public.open(), shards)
         if not allow_overlap:
             _check_disjoint(shards)
+        if recipe.dp_epsilon is not None:
+            _check_private(recipe, shards, allow_overlap)
         path.mkdir(parents=True, exist_ok=True)
         with open(anchor, "rb") as source:
             write_atomically(path / ANCHOR, lambda file: shutil.copyfileobj(source, file))
@@ -376,4 +383,39 @@ def _check_disjoint(shards: Mapping[str, Sequence[Sample]]) -> None:
                     f"sample {sample.id!r} of shard {shard!r}{same} is in shard {other!r}, too: "
                     "forgetting it there would leave it here. Remove one, or allow overlap, which "
                     "the plan records"
+                )
+
+
+def _check_private_ones(public: Samples, shards: Mapping[str, Sequence[Sample]]) -> None:
+    private = {s.content: s.id for samples in shards.values() for s in samples}
+    for index, id in enumerate(public.ids):
+        if (found := private.get(public.content(index))) is not None:
+            raise ArgumentError(
+                f"sample {found!r} is public, too, as {id!r}: what the anchor learned from it "
+                "cannot be forgotten. Remove it here or there"
+            )
+
+
+def _check_private(
+    recipe: Recipe, shards: Mapping[str, Sequence[Sample]], allow_overlap: bool
+) -> None:
+    if allow_overlap:
+        raise ArgumentError(
+            "allow_overlap, and a private fit: a sample in k shards is protected k times less. "
+            "Make the shards disjoint"
+        )
+    largest = max(map(len, shards.values()))
+    if recipe.dp_delta is not None and recipe.dp_delta * largest >= 1:
+        raise ArgumentError(
+            f"dp_delta={recipe.dp_delta:g} is not below one over the {largest} samples of the "
+            "largest shard: giving one sample away whole would do"
+        )
+    for samples in shards.values():
+        first: dict[str, str] = {}
+        for sample in samples:
+            other = first.setdefault(sample.content, sample.id)
+            if other != sample.id:
+                raise ArgumentError(
+                    f"sample {sample.id!r} is a copy of {other!r}: in a private fit a sample may be "
+                    "there once. Remove one"
                 )

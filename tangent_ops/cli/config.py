@@ -1,0 +1,75 @@
+"""``--config FILE``: options from a TOML or YAML file; the command line goes first."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tangent_ops.cli.messages import fail
+
+_LARGEST = 1 << 20  # bytes: nobody writes more options
+
+
+def _read(context: typer.Context, path: Path | None) -> Path | None:
+    if path is None or context.resilient_parsing:  # the shell asks what could come next
+        return path
+    values = _parsed(path)
+    known = {parameter.name for parameter in context.command.params} - {"config"}
+    found = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        name = {"json": "as_json"}.get(name, name)
+        if name not in known:
+            close = difflib.get_close_matches(name, sorted(known - {None}), n=1)  # pyright: ignore
+            hint = f": did you mean {close[0]}?" if close else "; --help lists the options"
+            fail(f"{path} has an option {key!r}, which {context.info_name} has not{hint}", 2)
+        if isinstance(value, (dict, list)):
+            fail(f"{path}: {key} must be one value, got {value!r}", 2)
+        found[name] = value
+    context.default_map = {**(context.default_map or {}), **found}
+    return path
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _LARGEST:
+            fail(f"{path} is too large for a file of options", 2)
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            found = tomllib.loads(text)
+        elif path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            found = _yaml(yaml, text)
+        else:
+            fail(f"{path}: expected a .toml, .yaml or .yml file", 2)
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"{path} cannot be read: {error}", 2, error)
+    if not isinstance(found, dict):
+        fail(f"{path} holds no options: write one `name: value` to a line", 2)
+    return found
+
+
+def _yaml(yaml: Any, text: str) -> Any:
+    try:
+        return yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(error) from error
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        callback=_read,
+        is_eager=True,
+        exists=True,
+        dir_okay=False,
+        help="Options from a .toml or .yaml file, one `name = value` (or `name: value`) to a line. "
+        "Those on the command line go first.",
+    ),
+]

@@ -1,0 +1,60 @@
+"""``tangent-ops export``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tangent_ops.cli.compose import Run
+from tangent_ops.cli.config import Config
+from tangent_ops.cli.messages import errors, say
+
+
+def export(
+    run: Run,
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="A .pt2 file: the composed model as a program of plain PyTorch."),
+    ] = None,
+    task_vector: Annotated[
+        Path | None,
+        typer.Option(help="A .safetensors file: the composed delta, in full, as a task vector."),
+    ] = None,
+    delta: Annotated[
+        Path | None, typer.Option(help="This delta, a shard's say, instead of the composition.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files.")] = False,
+    config: Config = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Take the composed model out: for PyTorch without this library, or for other tools.
+
+    torch.export.load("model.pt2").module()(images) runs it, on a batch of any size of images that
+    were prepared as `tangent-ops inspect RUN` says.
+    """
+    from tangent_ops.cli.evaluate import composed
+    from tangent_ops.errors import ArgumentError
+    from tangent_ops.export import export_program, save_task_vector
+    from tangent_ops.shards import Plan
+
+    with errors():
+        targets = [path for path in (file, task_vector) if path is not None]
+        if not targets:
+            raise ArgumentError("give a .pt2 file to write, or --task-vector FILE, or both")
+        for path in targets:
+            if path.exists() and not force:
+                raise ArgumentError(f"{path} exists: give another name, or --force to overwrite it")
+        plan = Plan.open(run)
+        tangent, what = composed(plan, delta, anchor_only=False)
+        if task_vector is not None:
+            save_task_vector(tangent, task_vector)
+        if file is not None:
+            export_program(tangent, file, input_size=tuple(plan.anchor_info.input["input_size"]))
+    if as_json:
+        typer.echo(json.dumps({"model": what, "files": [str(path) for path in targets]}, indent=2))
+    else:
+        for path in targets:
+            say(f"wrote {path} ({what})")

@@ -1,0 +1,99 @@
+"""``tangent-ops forget``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from tangent_ops.cli.compose import Run
+from tangent_ops.cli.config import Config
+from tangent_ops.cli.messages import errors, fail, say
+
+if TYPE_CHECKING:
+    from tangent_ops.shards import Forgotten
+
+
+def forget(
+    run: Run,
+    shard: Annotated[str | None, typer.Option(help="A whole shard, by its name.")] = None,
+    sample: Annotated[
+        str | None, typer.Option(help="An image and its exact copies, by its path in the data.")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="All of a customer's images, say: a value of the label.")
+    ] = None,
+    executor: Annotated[
+        Literal["local", "ray"], typer.Option(help="Where the shards concerned are trained again.")
+    ] = "local",
+    workers: Annotated[int | None, typer.Option(help="Shards at a time.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    config: Config = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be forgotten, and do nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Take an image, a customer or a shard out of a run, for good.
+
+    The shards that saw it lose their deltas, which are overwritten on disk; what is left of them is
+    trained anew, and the composition is as if the images had never been there. The images
+    themselves, copies of files, and what was exported before stay where they are.
+    """
+    from tangent_ops.shards import Plan, find
+    from tangent_ops.shards import forget as forgotten
+
+    with errors():
+        plan = Plan.open(run)
+        which: dict[str, Any] = {"shard": shard, "sample": sample, "label": label}
+        found = find(plan, **which)
+        count = sum(map(len, found.values()))
+        words = f"{count} images of {len(found)} shards ({', '.join(list(found)[:5])})"
+        if dry_run:
+            if as_json:
+                typer.echo(json.dumps({"would_forget": found}, indent=2))
+            else:
+                say(f"would forget {words}; nothing was changed")
+            return
+        if not (yes or as_json):
+            if not sys.stdin.isatty():
+                fail(f"this forgets {words} for good: say --yes", 2)
+            typer.confirm(f"Forget {words} for good?", abort=True)
+        try:
+            done = forgotten(
+                plan, **which, executor=executor, workers=workers, progress=not as_json
+            )
+        except KeyboardInterrupt:
+            fail(
+                "interrupted: the images are out of the plan; `tangent-ops compose` drops the "
+                "deltas that saw them, `tangent-ops finetune` trains what is left",
+                130,
+            )
+    _show(done, as_json)
+
+
+def _show(done: Forgotten, as_json: bool) -> None:
+    failed = done.report.failed
+    if as_json:
+        record = {
+            "samples": done.samples,
+            "shards": done.shards,
+            "dropped": done.dropped,
+            "trained": done.report.trained,
+            "solved": done.resolved,
+            "failed": failed,
+        }
+        typer.echo(json.dumps(record, indent=2))
+    else:
+        say(
+            f"forgot {done.samples} images of {len(done.shards)} shards: {len(done.dropped)} have "
+            f"none left, {len(done.report.trained)} were trained anew, {len(done.resolved)} solved"
+        )
+        for name, bound in done.resolved.items():
+            say(f"  {name}: within {bound:.2g} of the optimum without them (certified)")
+        for name, why in failed.items():
+            say(f"  {name}: {why}")
+    if failed:
+        raise typer.Exit(1)

@@ -1,0 +1,146 @@
+"""``tangent-ops inspect``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tangent_ops.cli.messages import errors, say
+
+
+def inspect(
+    path: Annotated[
+        Path, typer.Argument(help="A run's or ledger's folder, or the file of a delta or anchor.")
+    ],
+    shards: Annotated[bool, typer.Option("--shards", help="List a run's shards, too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Say what a folder or file is."""
+    from tangent_ops.ledger.ledger import DATABASE as LEDGER
+    from tangent_ops.shards.plan import DATABASE as PLAN
+
+    with errors():
+        if (path / PLAN).exists():
+            found = _run(path, shards)
+        elif (path / LEDGER).exists():
+            found = _ledger(path)
+        else:
+            found = _file(path)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    listed = found.pop("list", None)
+    for key, value in found.items():
+        text = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+        say(f"{key + ':':<14} {text}")
+    if listed is not None:
+        table = Table("shard", "samples", "trained", "delta")
+        for row in listed:
+            table.add_row(
+                escape(row["name"]), str(row["samples"]), "yes" if row["done"] else "no",
+                row["delta"] or "none: it is empty",
+            )  # fmt: skip
+        Console().print(table)
+
+
+def _run(path: Path, shards: bool) -> dict[str, Any]:
+    from tangent_ops.errors import LedgerError
+    from tangent_ops.shards import Plan, check_settled
+
+    plan = Plan.open(path)
+    rows = plan.shards()
+    try:
+        composed = f"{len(check_settled(plan))} shards"
+    except LedgerError:
+        composed = "no, or not up to date: tangent-ops compose"
+    found: dict[str, Any] = {
+        "what": "run",
+        "shards": len(rows),
+        "trained": sum(row.done for row in rows),
+        "empty": sum(row.job is None for row in rows),
+        "samples": sum(row.samples for row in rows),
+        "overlap": plan.overlap,
+        "composed": composed,
+        "anchor": _anchor(plan.anchor_path),
+        "recipe": plan.recipe.to_dict(),
+        "data": {"root": plan.data.root, "name": plan.data.name, "split": plan.data.split},
+    }
+    if shards:
+        found["list"] = [
+            {
+                "name": row.name,
+                "samples": row.samples,
+                "done": row.done,
+                "delta": row.job and plan.delta_path(row.job).name,
+            }
+            for row in rows
+        ]
+    return found
+
+
+def _anchor(path: Path) -> dict[str, Any]:
+    from tangent_ops.shards import read_anchor
+
+    info = read_anchor(path)
+    return {
+        "model": info.name,
+        "options": info.options,
+        "classes": list(info.classes),
+        "input": info.input,
+        "fingerprint": info.fingerprint,
+    }
+
+
+def _ledger(path: Path) -> dict[str, Any]:
+    from tangent_ops.ledger import Ledger
+
+    entries = Ledger(path, create=False).list()
+    weight = sum(entry.weight for entry in entries)
+    return {"what": "ledger", "shards": len(entries), "weight": weight}
+
+
+def _file(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    from tangent_ops import delta
+    from tangent_ops.errors import ArgumentError
+    from tangent_ops.shards import anchor
+
+    if path.is_dir():
+        raise ArgumentError(f"{path} is neither a run's folder nor a ledger's")
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start == b"PK\x03\x04":
+        raise ArgumentError(
+            f"{path} is an archive: if it is an exported program, torch.export.load reads it"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            form = (file.metadata() or {}).get("format")
+    except SafetensorError as error:
+        raise ArgumentError(f"{path} is no file of ours: {error}") from error
+    if form == anchor.FORMAT:
+        return {"what": "anchor", **_anchor(path)}
+    if form != delta.FORMAT:
+        raise ArgumentError(f"{path} is a safetensors file, but no delta's and no anchor's")
+    found = delta.load_delta(path)
+    meta = found.meta
+    assert meta is not None
+    return {
+        "what": "delta",
+        "shard": meta.shard,
+        "model": meta.model,
+        "anchor": meta.anchor,
+        "trainable": meta.trainable,
+        "loss": meta.loss,
+        "rank": meta.rank,
+        "parameters": sum(value.numel() for value in found.values()),
+        "norm": sum(float(value.double().square().sum()) for value in found.values()) ** 0.5,
+        "extra": {key: value[:80] for key, value in meta.extra.items()},
+    }

@@ -1,0 +1,155 @@
+"""The anchor of ``tangent-ops finetune``: a timm model, its head fitted to public images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data.config import resolve_model_data_config
+from torch import nn
+
+from tangent_ops._files import to_json
+from tangent_ops.errors import ArgumentError
+from tangent_ops.fit import fit_head
+from tangent_ops.shards import ImageData, Samples, read_anchor, save_anchor
+from tangent_ops.shards.plan import ANCHOR
+
+
+@dataclass(frozen=True)
+class AnchorOptions:
+    """What the command line says of the anchor."""
+
+    model: str
+    img_size: int | None
+    weights: Path | None
+    pretrained: bool
+    public: Path | None
+    file: Path | None
+    seed: int
+
+    def check(self) -> None:
+        """Raise ArgumentError for what can be seen without building anything."""
+        if self.file is not None:
+            if self.weights or self.public:
+                raise ArgumentError("--anchor is a whole model: leave --weights and --public out")
+            read_anchor(self.file)
+            return
+        if not timm.is_model(self.model.split(".")[0]):
+            import difflib
+
+            close = difflib.get_close_matches(self.model, timm.list_models(), n=3, cutoff=0.5)
+            hint = f": did you mean {', '.join(close)}?" if close else ""
+            raise ArgumentError(f"--model {self.model}: timm has no such model{hint}")
+        if self.weights is not None and not self.weights.is_file():
+            raise ArgumentError(f"--weights {self.weights}: there is no such file")
+        if self.weights is not None and self.weights.suffix != ".safetensors":
+            raise ArgumentError(
+                f"--weights {self.weights}: expected a .safetensors file; other formats are "
+                "unpickled, which can execute what is in them"
+            )
+        if self.public is not None and not self.public.is_dir():
+            raise ArgumentError(f"--public {self.public}: there is no such folder")
+
+
+def make_anchor(
+    options: AnchorOptions, run: Path, scratch: Path, classes: Sequence[str], quiet: bool
+) -> tuple[Path, str]:
+    """A file of the anchor, and what there is to say about its head.
+
+    Args:
+        options: checked.
+        run: a run that was made with the same options has its anchor already.
+        scratch: a folder for the file, if it has to be made.
+        classes: of the data.
+        quiet: no bars.
+
+    Raises:
+        ArgumentError: weights that do not fit; the run's anchor was made from something else.
+    """
+    if options.file is not None:
+        return options.file, f"the anchor is {options.file}"
+    public = None if options.public is None else ImageData(str(options.public)).open()
+    told = _origin(options, classes, public)
+    if (run / ANCHOR).exists():
+        info = read_anchor(run / ANCHOR)
+        if info.origin != told:
+            raise ArgumentError(
+                f"{run} was begun with another anchor ({info.origin[:300]}): give the same "
+                "options, or another --out"
+            )
+        return run / ANCHOR, "going on with the run's anchor"
+    name = options.model.split(".")[0]
+    built: dict[str, Any] = {"num_classes": len(classes)}
+    if options.img_size is not None:
+        built["img_size"] = options.img_size
+    with torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        model = _built(options, built)
+    words = (
+        "its head is random: images that never have to be forgotten (--public) make a better one"
+    )
+    if public is not None:
+        config = dict(resolve_model_data_config(model))
+        if options.img_size is not None:
+            config["input_size"] = (3, options.img_size, options.img_size)
+        samples = ImageData(str(options.public)).open(config).with_classes(classes)
+        model, history = fit_head(model, samples, seed=options.seed, progress=not quiet)
+        words = f"its head is fitted to {len(samples)} public images (loss {history.loss[-1]:.3g})"
+    path = scratch / ANCHOR
+    save_anchor(model, path, name=name, options=built, classes=classes, origin=told)
+    return path, words
+
+
+def _origin(options: AnchorOptions, classes: Sequence[str], public: Samples | None) -> str:
+    told: dict[str, Any] = {
+        "model": options.model,
+        "img_size": options.img_size,
+        "classes": list(classes),
+        "pretrained": options.pretrained and options.weights is None,
+        "seed": options.seed,
+    }
+    if options.weights is not None:
+        told["weights"] = hashlib.sha256(options.weights.read_bytes()).hexdigest()
+    if public is not None:
+        found = [public.content(index) for index in range(len(public))]
+        told["public"] = hashlib.sha256(to_json(found).encode()).hexdigest()
+    return to_json(told)
+
+
+def _built(options: AnchorOptions, built: dict[str, Any]) -> nn.Module:
+    if options.weights is None:
+        try:
+            return timm.create_model(options.model, pretrained=options.pretrained, **built).eval()
+        except Exception as error:  # of the hub, the network, the architecture
+            raise ArgumentError(
+                f"--model {options.model}: timm cannot make it ({type(error).__name__}: {error}). "
+                "Without a network give --weights FILE.safetensors, or --no-pretrained"
+            ) from error
+    model = timm.create_model(options.model.split(".")[0], pretrained=False, **built).eval()
+    try:
+        state = load_file(options.weights)
+    except (SafetensorError, OSError) as error:
+        raise ArgumentError(f"--weights {options.weights}: {error}") from error
+    own = model.state_dict()
+    head = {name for name in own if name.startswith(_head(model))}
+    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    missing = sorted(own.keys() - fitting.keys() - head)
+    if missing:
+        raise ArgumentError(
+            f"--weights {options.weights} does not fit {options.model}: {missing[0]} is missing or "
+            "has another shape"
+        )
+    model.load_state_dict({**own, **fitting})
+    return model
+
+
+def _head(model: Any) -> str:
+    classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    return f"{classifier if isinstance(classifier, str) else 'head'}."

@@ -1,0 +1,74 @@
+"""What ``finetune`` and ``forget`` show while shards are trained: a bar, TensorBoard."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from tangent_ops.cli.messages import fail
+
+Event = Callable[[str, dict[str, Any]], None]
+
+
+@contextmanager
+def watching(total: int, folder: Path | None, quiet: bool) -> Iterator[Event]:
+    """What to call as each shard ends.
+
+    Args:
+        total: shards to come.
+        folder: where TensorBoard's files go, if anywhere.
+        quiet: no bar.
+    """
+    writer = _writer(folder)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    hidden = quiet or not total or not sys.stderr.isatty()
+    try:
+        with Progress(*columns, console=Console(stderr=True), disable=hidden) as progress:
+            task = progress.add_task("shards", total=total)
+
+            def event(shard: str, found: dict[str, Any]) -> None:
+                progress.update(task, advance=1)
+                if writer is not None:
+                    for name in ("loss", "lr"):
+                        for epoch, value in enumerate(found.get(name, ())):
+                            writer.add_scalar(f"{name}/{shard}", value, epoch)
+
+            yield event
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def check_tensorboard(folder: Path | None) -> None:
+    """Exit, saying how to get it, if it is asked for and missing."""
+    if folder is not None and importlib.util.find_spec("tensorboard") is None:
+        fail('--tensorboard needs tensorboard: pip install "tangent-ops[tensorboard]"', code=2)
+
+
+def _writer(folder: Path | None) -> Any:
+    if folder is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder))
