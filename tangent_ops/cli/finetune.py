@@ -27,9 +27,9 @@ Examples:
 
   tangent-ops finetune photos --out run --by customer --table owners.csv --workers 2
 
-  tangent-ops finetune photos --out run --config taft.toml --executor ray --address ray://head:10001
+  tangent-ops finetune photos --out run --config taft.toml --executor ray
 
-Then: tangent-ops compose run; tangent-ops evaluate run test-photos; tangent-ops forget run --label X
+Then: tangent-ops compose run, tangent-ops evaluate run test-photos
 """
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from tangent_ops._files import to_json, write_atomically
 from tangent_ops.errors import ArgumentError, PlanError
 from tangent_ops.linearize import LinearizedModel, linearize
+from tangent_ops.shards._disjoint import check_disjoint, check_private, check_public
 from tangent_ops.shards.anchor import AnchorInfo, load_anchor, read_anchor
 from tangent_ops.shards.data import ImageData, Samples, safe
 from tangent_ops.shards.manifest import LONGEST_NAME, Manifest, Sample, valid_name
@@ -128,11 +129,11 @@ class Plan:
         for shard, sample in _hashed(samples, rows, progress):
             shards[shard].append(sample)
         if public is not None:
-            _check_private_ones(public.open(), shards)
+            check_public(public.open(), shards)
         if not allow_overlap:
-            _check_disjoint(shards)
+            check_disjoint(shards)
         if recipe.dp_epsilon is not None:
-            _check_private(recipe, shards, allow_overlap)
+            check_private(recipe, shards, allow_overlap)
         path.mkdir(parents=True, exist_ok=True)
         with open(anchor, "rb") as source:
             write_atomically(path / ANCHOR, lambda file: shutil.copyfileobj(source, file))
@@ -370,52 +371,3 @@ def _hashed(samples: Samples, rows: Rows, progress: bool) -> Iterator[tuple[str,
         if id not in contents:
             contents[id] = samples.content(places[id])
         yield shard, Sample(id, target, contents[id], label)
-
-
-def _check_disjoint(shards: Mapping[str, Sequence[Sample]]) -> None:
-    first: dict[str, tuple[str, str]] = {}
-    for shard, samples in shards.items():
-        for sample in samples:
-            other, id = first.setdefault(sample.content, (shard, sample.id))
-            if other != shard:
-                same = "" if id == sample.id else f", with the same content as {id!r}"
-                raise ArgumentError(
-                    f"sample {sample.id!r} of shard {shard!r}{same} is in shard {other!r}, too: "
-                    "forgetting it there would leave it here. Remove one, or allow overlap, which "
-                    "the plan records"
-                )
-
-
-def _check_private_ones(public: Samples, shards: Mapping[str, Sequence[Sample]]) -> None:
-    private = {s.content: s.id for samples in shards.values() for s in samples}
-    for index, id in enumerate(public.ids):
-        if (found := private.get(public.content(index))) is not None:
-            raise ArgumentError(
-                f"sample {found!r} is public, too, as {id!r}: what the anchor learned from it "
-                "cannot be forgotten. Remove it here or there"
-            )
-
-
-def _check_private(
-    recipe: Recipe, shards: Mapping[str, Sequence[Sample]], allow_overlap: bool
-) -> None:
-    if allow_overlap:
-        raise ArgumentError(
-            "allow_overlap, and a private fit: a sample in k shards is protected k times less. "
-            "Make the shards disjoint"
-        )
-    largest = max(map(len, shards.values()))
-    if recipe.dp_delta is not None and recipe.dp_delta * largest >= 1:
-        raise ArgumentError(
-            f"dp_delta={recipe.dp_delta:g} is not below one over the {largest} samples of the "
-            "largest shard: giving one sample away whole would do"
-        )
-    for samples in shards.values():
-        first: dict[str, str] = {}
-        for sample in samples:
-            other = first.setdefault(sample.content, sample.id)
-            if other != sample.id:
-                raise ArgumentError(
-                    f"sample {sample.id!r} is a copy of {other!r}: in a private fit a sample may be "
-                    "there once. Remove one"
-                )

@@ -1,0 +1,62 @@
+"""What has to be apart, for forgetting and for privacy: shards, and public images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tangent_ops.errors import ArgumentError
+from tangent_ops.shards.data import Samples
+from tangent_ops.shards.manifest import Sample
+from tangent_ops.shards.recipe import Recipe
+
+
+def check_disjoint(shards: Mapping[str, Sequence[Sample]]) -> None:
+    """Raise ArgumentError if two shards share a sample, or copies of one."""
+    first: dict[str, tuple[str, str]] = {}
+    for shard, samples in shards.items():
+        for sample in samples:
+            other, id = first.setdefault(sample.content, (shard, sample.id))
+            if other != shard:
+                same = "" if id == sample.id else f", with the same content as {id!r}"
+                raise ArgumentError(
+                    f"sample {sample.id!r} of shard {shard!r}{same} is in shard {other!r}, too: "
+                    "forgetting it there would leave it here. Remove one, or allow overlap, which "
+                    "the plan records"
+                )
+
+
+def check_public(public: Samples, shards: Mapping[str, Sequence[Sample]]) -> None:
+    """Raise ArgumentError if a sample is among those that the anchor was made from."""
+    private = {s.content: s.id for samples in shards.values() for s in samples}
+    for index, id in enumerate(public.ids):
+        if (found := private.get(public.content(index))) is not None:
+            raise ArgumentError(
+                f"sample {found!r} is public, too, as {id!r}: what the anchor learned from it "
+                "cannot be forgotten. Remove it here or there"
+            )
+
+
+def check_private(
+    recipe: Recipe, shards: Mapping[str, Sequence[Sample]], allow_overlap: bool
+) -> None:
+    """Raise ArgumentError if what private fits promise would not hold for these shards."""
+    if allow_overlap:
+        raise ArgumentError(
+            "allow_overlap, and a private fit: a sample in k shards is protected k times less. "
+            "Make the shards disjoint"
+        )
+    largest = max(map(len, shards.values()))
+    if recipe.dp_delta is not None and recipe.dp_delta * largest >= 1:
+        raise ArgumentError(
+            f"dp_delta={recipe.dp_delta:g} is not below one over the {largest} samples of the "
+            "largest shard: giving one sample away whole would do"
+        )
+    for samples in shards.values():
+        first: dict[str, str] = {}
+        for sample in samples:
+            other = first.setdefault(sample.content, sample.id)
+            if other != sample.id:
+                raise ArgumentError(
+                    f"sample {sample.id!r} is a copy of {other!r}: in a private fit a sample "
+                    "may be there once. Remove one"
+                )
