@@ -81,13 +81,31 @@ def save_task_vector(tangent: LinearizedModel, path: str | os.PathLike[str]) -> 
     write_atomically(path, lambda file: write_safetensors(file, tensors, {"format": "pt"}))
 
 
+_SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+
+
 class _Formulas(fused_forward_ad):
-    """Attention by its formula in one piece: blocks of rows would fix the batch size."""
+    """What fixes the batch size in a trace, in other words.
+
+    Attention by its formula in one piece, not in blocks of rows; sums, whose rule expands the one
+    tangent to the sizes that it sees, with two.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
+        if func in _SUMS and len(args) == 2 and all(isinstance(x, Tensor) for x in args):
+            args = _both_dual(*args)
         return super().__torch_function__(func, types, args, kwargs)
+
+
+def _both_dual(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """The two, with a tangent of zeros where just one of them has a tangent."""
+    pairs = [forward_ad.unpack_dual(x) for x in (one, other)]
+    if (pairs[0].tangent is None) == (pairs[1].tangent is None):
+        return one, other
+    made = [forward_ad.make_dual(p, torch.zeros_like(p) if t is None else t) for p, t in pairs]
+    return made[0], made[1]
 
 
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):

@@ -6,7 +6,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ def run_on_ray(
             cores.
     """
     ray = _ray()
-    with _connected(ray, address, workers, threads):
+    # Ray tells of workers that died on stdout, which belongs to results.
+    with redirect_stdout(sys.stderr), _connected(ray, address, workers, threads):
         resources = ray.cluster_resources()
         if resources.get("CPU", 0) < threads:
             raise ArgumentError(
