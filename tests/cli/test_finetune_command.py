@@ -1,0 +1,303 @@
+"""From `tangent-ops finetune` to `tangent-ops export`, as they are typed."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "shards"))
+
+from shard_runs import image_folder
+
+import tangent_ops.shards.run
+from tangent_ops import load_delta
+from tangent_ops.cli.app import app
+from tangent_ops.shards import Plan, job
+
+MODEL = ["--model", "test_vit", "--no-pretrained", "--img-size", "32"]
+MODEL += ["--epochs", "2", "--lr", "1e-3", "--batch-size", "4"]
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch):
+    """Workers are tested elsewhere, and take seconds to start."""
+
+    def run_here(run, shards, *, on_result, **_):
+        for shard in shards:
+            on_result(shard, job.attempt(str(run), shard))
+
+    monkeypatch.setattr(tangent_ops.shards.run, "run_local", run_here)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for name, seed, each in (("private", 0, 6), ("public", 1, 4), ("test", 2, 5)):
+        image_folder(folder / name, each=each, seed=seed)
+    return folder
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def finetune(images: Path, out: Path, *words: object) -> Result:
+    return run("finetune", images / "private", "--out", out, *MODEL, *words)
+
+
+def test_from_images_to_a_program(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = finetune(images, out, "--public", images / "public", "--shards", 3)
+    assert result.exit_code == 0, result.output
+    assert "3 shards trained" in result.stdout
+    assert "fitted to 16 public images" in result.stderr
+    again = json.loads(
+        finetune(images, out, "--public", images / "public", "--shards", 3, "--json").stdout
+    )
+    assert (again["trained"], len(again["skipped"])) == ([], 3)
+
+    assert run("evaluate", out, images / "test").exit_code == 2  # not composed yet
+    result = run("compose", out, "--out", tmp_path / "mean.safetensors")
+    assert (result.exit_code, "3 shards composed" in result.stdout) == (0, True)
+    score = json.loads(run("evaluate", out, images / "test", "--json").stdout)
+    assert score["samples"] == 20
+    assert score["accuracy"] > 0.5
+    found = json.loads(
+        run("evaluate", out, images / "test", "--json", "--delta", tmp_path / "mean.safetensors")
+        .stdout
+    )  # fmt: skip
+    assert found["accuracy"] == score["accuracy"]
+    assert "the anchor:" in run("evaluate", out, images / "test", "--anchor-only").stdout
+
+    told = json.loads(run("inspect", out, "--shards", "--json").stdout)
+    assert (told["what"], told["trained"], told["samples"]) == ("run", 3, 24)
+    assert told["anchor"]["classes"] == [f"class{k}" for k in range(4)]
+    delta = out / "deltas" / told["list"][0]["delta"]
+    assert json.loads(run("inspect", delta, "--json").stdout)["shard"] == "shard-0"
+    assert "test_vit" in run("inspect", out / "anchor.safetensors").stdout
+    assert "ledger" in run("inspect", out / "ledger").stdout
+
+    target = Plan.open(out).job("shard-1").samples[0].id
+    assert run("forget", out, "--sample", target).exit_code == 2  # nobody to ask
+    would = json.loads(run("forget", out, "--sample", target, "--dry-run", "--json").stdout)
+    assert would == {"would_forget": {"shard-1": [target]}}
+    done = json.loads(run("forget", out, "--sample", target, "--json").stdout)
+    assert (done["samples"], done["trained"]) == (1, ["shard-1"])
+    assert run("forget", out, "--sample", target, "--yes").exit_code == 2
+    assert run("forget", out, "--shard", "shard-0", "--yes").exit_code == 0
+
+    files = ("--task-vector", tmp_path / "task.safetensors")
+    result = run("export", out, tmp_path / "model.pt2", *files)
+    assert result.exit_code == 0, result.output
+    assert run("export", out, tmp_path / "model.pt2").exit_code == 2  # it is there
+    run("compose", out, "--out", tmp_path / "rest.safetensors")
+    tangent = Plan.open(out).tangent()
+    tangent.load_delta_dict(load_delta(tmp_path / "rest.safetensors"))
+    inputs = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = tangent(inputs)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(program(inputs), expected, rtol=1e-4, atol=1e-4)
+    assert load_file(tmp_path / "task.safetensors").keys() == tangent.deltas().keys()
+
+
+def test_by_customer_from_a_table(images: Path, tmp_path: Path) -> None:
+    files = sorted((images / "private").rglob("*.png"))
+    with open(tmp_path / "owners.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["sample", "customer"])
+        for index, path in enumerate(files):
+            rows.writerow([path.relative_to(images / "private"), f"c{index % 3}"])
+    out = tmp_path / "run"
+    words = ("--by", "customer", "--table", tmp_path / "owners.csv")
+    dry = json.loads(finetune(images, out, *words, "--dry-run", "--json").stdout)
+    assert [row["shard"] for row in dry["shards"]] == ["c0", "c1", "c2"]
+    assert [row["steps"] for row in dry["shards"]] == [4, 4, 4]
+    assert not out.exists()
+    assert finetune(images, out, *words).exit_code == 0
+    run("compose", out, "--weights", "samples")
+    result = run("forget", out, "--label", "c1", "--yes")
+    assert "forgot 8 images of 1 shards: 1 have none left" in result.stdout
+    assert "2 shards composed" in run("compose", out, "--weights", "samples").stdout
+    result = finetune(images, out, "--by", "owner", "--table", tmp_path / "owners.csv")
+    assert (result.exit_code, "no column 'owner'" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("suffix", ["toml", "yaml"])
+def test_options_from_a_file(images: Path, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"options.{suffix}"
+    sign = "=" if suffix == "toml" else ":"
+    path.write_text(f"shards {sign} 4\nbatch-size {sign} 2\nl2 {sign} 0.5\n")
+    dry = finetune(
+        images, tmp_path / "run", "--config", path, "--dry-run", "--json", "--l2", "0.25"
+    )
+    recipe = json.loads(dry.stdout)["recipe"]
+    assert (recipe["l2"], recipe["batch_size"]) == (0.25, 4)  # MODEL says 4
+    assert len(json.loads(dry.stdout)["shards"]) == 4
+    for line, words in (
+        (f"shard {sign} 4", "did you mean shards?"),
+        (f"epochs {sign} 'many'", "epochs"),
+        (f"epochs {sign} [1, 2]", "one value"),
+        ("epochs", "options" if suffix == "yaml" else "cannot be read"),
+        (f"epochs {sign} [", "cannot be read"),
+    ):
+        path.write_text(line)
+        options = ("finetune", images / "private", "--out", tmp_path / "run", "--config", path)
+        result = run(*options, "--dry-run")
+        assert result.exit_code == 2, line
+        assert words in result.output, result.output
+    path.with_suffix(".ini").write_text("")
+    assert (
+        "expected a .toml"
+        in finetune(images, tmp_path / "run", "--config", path.with_suffix(".ini")).output
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--epochs", "0"], "epochs"),
+        (["--blocks", "few"], "--blocks few"),
+        (["--method", "exact"], "l2 > 0"),
+        (["--optimizer", "lion"], "optimizer must be one of"),
+        (["--model", "vit_bse_patch16_224"], "did you mean vit_base_patch16_224"),
+        (["--weights", "w.bin"], "there is no such file"),
+        (["--public", "nowhere"], "no such folder"),
+        (["--workers", "0"], "--workers 0"),
+        (["--address", "ray://x"], "--executor ray"),
+        (["--proportions", "5,x"], "--proportions 5,x"),
+        (["--by", "class", "--shards", "2"], "for --by hash"),
+        (["--by", "customer"], "--table"),
+        (["--data-name", "torch/cifar10"], "unpickling"),
+        (["--dp-epsilon", "3", "--allow-overlap", "--shards", "2"], "disjoint"),
+    ],
+)
+def test_refusals(images: Path, tmp_path: Path, words: list[str], said: str) -> None:
+    if "--dp-epsilon" in words:
+        pytest.importorskip("opacus")
+    result = finetune(images, tmp_path / "run", *words)
+    assert result.exit_code == 2, result.output
+    assert said in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_does_not_fit_together(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(b"\x80\x02.")
+    result = finetune(images, tmp_path / "run", "--weights", tmp_path / "w.bin")
+    assert "expected a .safetensors file" in result.stderr
+    save_file({"x": torch.ones(1)}, tmp_path / "w.safetensors")
+    result = finetune(images, tmp_path / "run", "--weights", tmp_path / "w.safetensors")
+    assert (result.exit_code, "does not fit" in result.stderr) == (2, True)
+    both = finetune(images, tmp_path / "run", "--public", images / "private")
+    assert (both.exit_code, "is public, too" in both.stderr) == (2, True)
+    assert not (tmp_path / "run").exists()
+
+    assert finetune(images, tmp_path / "run").exit_code == 0
+    other = finetune(images, tmp_path / "run", "--seed", "1")
+    assert (other.exit_code, "another anchor" in other.stderr) == (2, True)
+    other = finetune(images, tmp_path / "run", "--l2", "1")
+    assert (other.exit_code, "another recipe" in other.stderr) == (2, True)
+    run("compose", tmp_path / "run")
+    for name in ("class0", "dog"):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "test" / name / "x.png")
+    result = run("evaluate", tmp_path / "run", tmp_path / "test")
+    assert (result.exit_code, "class 'dog'" in result.stderr) == (2, True)
+    assert run("evaluate", tmp_path / "run", tmp_path / "nowhere").exit_code == 2
+    assert run("inspect", tmp_path).exit_code == 2
+    assert run("inspect", tmp_path / "w.bin").exit_code == 2
+    assert run("compose", tmp_path).exit_code == 2
+
+
+def test_classes_by_their_names(images: Path, tmp_path: Path) -> None:
+    """A test set that lacks a class counts the others as the model does."""
+    assert finetune(images, tmp_path / "run", "--public", images / "public").exit_code == 0
+    run("compose", tmp_path / "run")
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "class3").symlink_to(images / "test" / "class3")
+    score = json.loads(run("evaluate", tmp_path / "run", tmp_path / "some", "--json").stdout)
+    whole = json.loads(run("evaluate", tmp_path / "run", images / "test", "--json").stdout)
+    assert score["samples"] == 5
+    assert score["accuracy"] >= 1 - 4 * (1 - whole["accuracy"]) - 1e-9 > 0
+
+
+def test_a_failed_shard_ends_with_1(images: Path, tmp_path: Path) -> None:
+    image_folder(tmp_path / "private")
+    (tmp_path / "private" / "class0" / "0.png").write_bytes(b"no image")
+    result = finetune(tmp_path, tmp_path / "run", "--shards", 2)
+    assert result.exit_code == 1
+    assert "1 failed" in result.stdout
+    assert "class0/0.png" in result.stdout
+
+
+def test_interrupted_it_ends_with_130(images: Path, tmp_path: Path, monkeypatch) -> None:
+    real, trained = job.attempt, []
+
+    def attempt(run, shard):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(shard)
+        return real(run, shard)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "attempt", attempt)
+        result = finetune(images, tmp_path / "run", "--shards", 4)
+    assert result.exit_code == 130
+    assert "2 of 4 shards are done; the same command goes on" in result.stderr
+    result = finetune(images, tmp_path / "run", "--shards", 4)
+    assert "2 shards trained" in result.stdout
+
+
+def test_privately(images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("opacus", reason="the extra for privacy is not installed")
+    pytest.importorskip("dp_accounting", reason="the extra for privacy is not installed")
+    words = ("--shards", 2, "--dp-epsilon", 3, "--dp-steps", 3, "--dp-batch-size", 4)
+    result = finetune(images, tmp_path / "run", *words)
+    assert result.exit_code == 0, result.output
+    assert "differentially private" in result.stdout or "-differential" in result.stdout
+    record = json.loads(run("privacy", tmp_path / "run" / "ledger", "--json").stdout)
+    assert 2.9 < record["epsilon"] <= 3
+    first = sorted((tmp_path / "run" / "deltas").iterdir())
+    other = finetune(images, tmp_path / "other", *words)
+    assert other.exit_code == 0
+    second = sorted((tmp_path / "other" / "deltas").iterdir())
+    assert [path.name for path in first] == [path.name for path in second]
+    for one, two in zip(first, second, strict=True):  # the noise is not drawn from the seed
+        assert one.read_bytes() != two.read_bytes()
+
+
+def test_losses_for_tensorboard(images: Path, tmp_path: Path) -> None:
+    words = ("--tensorboard", tmp_path / "board")
+    if importlib.util.find_spec("tensorboard") is None:
+        result = finetune(images, tmp_path / "run", *words)
+        assert (result.exit_code, "tangent-ops[tensorboard]" in result.stderr) == (2, True)
+        return
+    assert finetune(images, tmp_path / "run", *words).exit_code == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["loss/shard-0", "lr/shard-0"]
+    assert [event.step for event in events.Scalars("loss/shard-0")] == [0, 1]
+    assert events.Scalars("lr/shard-0")[0].value == pytest.approx(1e-3)
+
+
+def test_the_help_says_where_to_begin() -> None:
+    text = run("--help").stdout
+    for command in ("finetune", "compose", "evaluate", "forget", "ledger", "profile", "export"):
+        assert command in text
+    text = run("finetune", "--help").stdout
+    assert "--public" in text and "Examples" in text
+    assert "--install-completion" in run("--help").stdout
