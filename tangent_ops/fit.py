@@ -7,7 +7,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,25 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from tangent_ops._options import OPTIMIZERS, SCHEDULES, Loss, Options
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.evaluate import Data, as_loader, check_integer, place, unpack
 from tangent_ops.features import cache_features
 from tangent_ops.linearize import LinearizedModel
 from tangent_ops.losses import RescaledSquareLoss
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
-    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
-    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
-}
-
-# Factor of the learning rate after this fraction of all steps.
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda done: 1.0,
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
-    "step": lambda done: 0.1 ** ((done >= 1 / 2) + (done >= 3 / 4)),
-}
 
 
 @dataclass
@@ -118,7 +105,7 @@ def fit(
             before that step.
     """
     start = time.perf_counter()
-    recipe = _Recipe(loss, epochs, lr, optimizer, l2, schedule, seed, amp, progress)
+    options = Options(loss, epochs, lr, optimizer, l2, schedule, seed, amp, progress)
     loader = as_loader(data, batch_size, shuffle=True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ArgumentError("model has no trainable parameters: all have requires_grad=False")
@@ -130,8 +117,8 @@ def fit(
     where = place(model, device)
     if isinstance(model, LinearizedModel) and cache is not False:
         trunk, model = model.split()
-        loader = _cached(trunk, loader, None if cache is True else cache, where, recipe)
-    history = _train(model, loader, where, recipe)
+        loader = _cached(trunk, loader, None if cache is True else cache, where, options)
+    history = _train(model, loader, where, options)
     history.seconds = time.perf_counter() - start
     return history
 
@@ -184,7 +171,7 @@ def fit_head(
         NonFiniteLossError: as in `fit`.
     """
     start = time.perf_counter()
-    recipe = _Recipe(loss, epochs, lr, optimizer, l2, schedule, seed, amp, progress)
+    options = Options(loss, epochs, lr, optimizer, l2, schedule, seed, amp, progress)
     if num_classes is not None:
         check_integer("num_classes", num_classes, 1)
     loader = as_loader(data, batch_size, shuffle=True)
@@ -192,69 +179,31 @@ def fit_head(
     with _seeded(seed, torch.device("cpu")):  # reset_classifier draws weights
         head = _zero_head(model, num_classes)
     where = place(model, device)
-    loader = _cached(_PreLogits(model), loader, None, where, recipe)
-    history = _train(head, loader, where, recipe)
+    loader = _cached(_PreLogits(model), loader, None, where, options)
+    history = _train(head, loader, where, options)
     history.seconds = time.perf_counter() - start
     return model, history
 
 
-@dataclass(frozen=True)
-class _Recipe:
-    """The checked options of `fit`."""
-
-    loss: Loss | None
-    epochs: int
-    lr: float
-    optimizer: str
-    l2: float
-    schedule: str
-    seed: int
-    amp: bool | None
-    progress: bool
-
-    def __post_init__(self) -> None:
-        check_integer("epochs", self.epochs, 1)
-        check_integer("seed", self.seed, 0)
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ArgumentError(f"lr must be positive and finite, got {self.lr}")
-        if not (math.isfinite(self.l2) and self.l2 >= 0):
-            raise ArgumentError(f"l2 must be finite and not negative, got {self.l2}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ArgumentError(f"optimizer must be one of {[*OPTIMIZERS]}, got {self.optimizer!r}")
-        if self.schedule not in SCHEDULES:
-            raise ArgumentError(f"schedule must be one of {[*SCHEDULES]}, got {self.schedule!r}")
-
-    def precision(self, device: torch.device) -> torch.dtype | None:
-        """Autocast's dtype; None for no autocast."""
-        if self.amp is None and torch.is_autocast_enabled(device.type):
-            return torch.get_autocast_dtype(device.type)  # the caller's own
-        by_default = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if (by_default if self.amp is None else self.amp) else None
-
-    def autocast(self, device: torch.device) -> torch.autocast:
-        dtype = self.precision(device)
-        return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-
-
 def _train(
-    model: nn.Module, loader: DataLoader[Any], device: torch.device, recipe: _Recipe
+    model: nn.Module, loader: DataLoader[Any], device: torch.device, options: Options
 ) -> History:
-    if torch.float16 in (recipe.precision(device), *(p.dtype for p in model.parameters())):
+    if torch.float16 in (options.precision(device), *(p.dtype for p in model.parameters())):
         raise UnsupportedError(
             "fit in float16: it scales no loss, and small gradients would vanish. Use bfloat16, or "
             "your own loop with torch.amp.GradScaler"
         )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = OPTIMIZERS[recipe.optimizer](parameters, recipe.lr)
-    loss = recipe.loss or RescaledSquareLoss()
-    steps = recipe.epochs * len(loader)
+    optimizer = OPTIMIZERS[options.optimizer](parameters, options.lr)
+    loss = options.loss or RescaledSquareLoss()
+    steps = options.epochs * len(loader)
     history = History()
-    bar = tqdm(total=steps, desc="fit", unit="step", disable=not recipe.progress)
-    with _seeded(recipe.seed, device, loader), bar:
-        for epoch in range(recipe.epochs):
+    bar = tqdm(total=steps, desc="fit", unit="step", disable=not options.progress)
+    with _seeded(options.seed, device, loader), bar:
+        for epoch in range(options.epochs):
             total = samples = 0
             for batch in loader:
-                lr = recipe.lr * SCHEDULES[recipe.schedule](history.steps / steps)
+                lr = options.lr * SCHEDULES[options.schedule](history.steps / steps)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 if samples == 0:
@@ -262,12 +211,12 @@ def _train(
 
                 inputs, targets = unpack(batch, device)
                 optimizer.zero_grad()
-                objective = _backward(model, inputs, targets, loss, parameters, recipe)
+                objective = _backward(model, inputs, targets, loss, parameters, options)
                 if objective is None:
                     optimizer.zero_grad()
                     raise NonFiniteLossError(
                         f"the loss or its gradient is not finite in epoch {epoch + 1} of "
-                        f"{recipe.epochs}, step {history.steps + 1} of {steps}, at lr={lr:.3g}; "
+                        f"{options.epochs}, step {history.steps + 1} of {steps}, at lr={lr:.3g}; "
                         "the parameters are as before this step. Check the inputs for NaN, or try "
                         "a lower lr or amp=False"
                     )
@@ -291,10 +240,10 @@ def _backward(
     targets: Tensor,
     loss: Loss,
     parameters: list[nn.Parameter],
-    recipe: _Recipe,
+    options: Options,
 ) -> float | None:
     """Set the gradients; return the objective, or None if it or a gradient is not finite."""
-    with recipe.autocast(inputs.device):
+    with options.autocast(inputs.device):
         logits = model(inputs)
     if isinstance(logits, Tensor) and logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
@@ -307,11 +256,11 @@ def _backward(
     with torch.autocast(inputs.device.type, enabled=False):  # a caller's own would round once more
         value.backward()
     objective = value.item()
-    if recipe.l2:
+    if options.l2:
         for parameter in parameters:
-            penalty = recipe.l2 * parameter.detach()
+            penalty = options.l2 * parameter.detach()
             parameter.grad = penalty if parameter.grad is None else parameter.grad + penalty
-        objective += recipe.l2 / 2 * nn.utils.get_total_norm(parameters).item() ** 2
+        objective += options.l2 / 2 * nn.utils.get_total_norm(parameters).item() ** 2
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients).item()
     return objective if math.isfinite(objective) and math.isfinite(norm) else None
@@ -322,7 +271,7 @@ def _cached(
     loader: DataLoader[Any],
     path: str | os.PathLike[str] | None,
     device: torch.device,
-    recipe: _Recipe,
+    options: Options,
 ) -> DataLoader[Any]:
     """Compute the trunk's outputs once; give a loader of them with the batches of `loader`."""
     if loader.batch_sampler is None:
@@ -333,8 +282,8 @@ def _cached(
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
     )
-    with _seeded(recipe.seed, device, loader), recipe.autocast(device):
-        features = cache_features(trunk, in_order, path, progress=recipe.progress)
+    with _seeded(options.seed, device, loader), options.autocast(device):
+        features = cache_features(trunk, in_order, path, progress=options.progress)
     return DataLoader(features, batch_sampler=loader.batch_sampler, generator=loader.generator)
 
 
