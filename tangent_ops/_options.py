@@ -40,10 +40,12 @@ class Options:
     seed: int
     amp: bool | None
     progress: bool
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         check_integer("epochs", self.epochs, 1)
         check_integer("seed", self.seed, 0)
+        check_integer("accumulate", self.accumulate, 1)
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ArgumentError(f"lr must be positive and finite, got {self.lr}")
         if not (math.isfinite(self.l2) and self.l2 >= 0):

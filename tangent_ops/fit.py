@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from tangent_ops._group import (
+    Batch,
+    Group,
+    check_module,
+    check_statistics,
+    frozen_fingerprint,
+    layout,
+)
 from tangent_ops._options import OPTIMIZERS, SCHEDULES, Loss, Options
+from tangent_ops._probe import PreLogits, zero_head
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.evaluate import Data, as_loader, check_integer, place, unpack
 from tangent_ops.features import cache_features
@@ -59,6 +68,7 @@ def fit(
     device: str | torch.device | None = None,
     cache: bool | str | os.PathLike[str] = False,
     progress: bool = True,
+    accumulate: int = 1,
 ) -> History:
     """Train a model's parameters in place; for a `LinearizedModel` these are its deltas.
 
@@ -70,6 +80,12 @@ def fit(
 
     Runs with the same seed on a CPU give the same parameters bit for bit. Train and eval modes stay
     as the caller set them; gradients of the trained parameters are cleared.
+
+    In a group of processes (`torch.distributed` is initialised, as by torchrun) each calls this
+    with the same model, data and options, and takes its part of every batch; all read all batches.
+    Trained parameters start as the first process has them, gradients are summed, and every process
+    ends with the same parameters and history. They are one process's but for the order of sums, and
+    for what a model in train mode draws (dropout).
 
     Args:
         model: a module of one input; parameters with requires_grad are trained.
@@ -90,22 +106,29 @@ def fit(
         device: moves the model there first; None for where it is. Batches follow the model.
         cache: compute what the frozen blocks below the first trained one give only once, in memory
             (True) or in a memory-mapped file in this folder; for a `LinearizedModel` and inputs
-            without random augmentation.
-        progress: show a progress bar.
+            without random augmentation. In a group every process computes all, and keeps its own
+            file, in ``rank0``, ``rank1`` and so on of the folder.
+        progress: show a progress bar; in a group the first process does.
+        accumulate: parts, as equal as can be, that each process runs its share of a batch in, to
+            save memory; there is one step a batch. With a loss that is a mean of the samples' own
+            the step is the whole batch's but for the order of sums; one that compares samples of a
+            batch only sees those of a part.
 
     Returns:
         The losses and learning rates per epoch.
 
     Raises:
         ArgumentError: an argument out of range; data that is empty or yields something else; no
-            trainable parameters, or a loss that does not depend on them.
+            trainable parameters, or a loss that does not depend on them; processes of a group that
+            differ in model, data or options.
         UnsupportedError: cache, for a model that cannot be split; float16, which needs a loss
-            scaler.
-        NonFiniteLossError: the loss or its gradient is NaN or infinite; the parameters are as
-            before that step.
+            scaler; parts of batches (accumulate, a group) for a batch norm that normalises by
+            them; in a group, a DistributedDataParallel or sharded parameters that are trained.
+        NonFiniteLossError: the loss or its gradient is NaN or infinite, in any process of a group;
+            the parameters are as before that step.
     """
     start = time.perf_counter()
-    options = Options(loss, epochs, lr, optimizer, l2, schedule, seed, amp, progress)
+    options = Options(loss, epochs, lr, optimizer, l2, schedule, seed, amp, progress, accumulate)
     loader = as_loader(data, batch_size, shuffle=True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ArgumentError("model has no trainable parameters: all have requires_grad=False")
@@ -115,10 +138,15 @@ def fit(
             "with tangent_ops.features.split_model and fit its tail on cache_features"
         )
     where = place(model, device)
+    group = Group(where)
+    options = _start(group, model, loader, options)
     if isinstance(model, LinearizedModel) and cache is not False:
         trunk, model = model.split()
-        loader = _cached(trunk, loader, None if cache is True else cache, where, options)
-    history = _train(model, loader, where, options)
+        path = None if isinstance(cache, bool) else cache
+        if path is not None and group.world > 1:
+            path = os.path.join(path, f"rank{group.rank}")
+        loader = _cached(trunk, loader, path, where, options)
+    history = _train(model, loader, group, options)
     history.seconds = time.perf_counter() - start
     return history
 
@@ -177,17 +205,36 @@ def fit_head(
     loader = as_loader(data, batch_size, shuffle=True)
     model = copy.deepcopy(model).eval()
     with _seeded(seed, torch.device("cpu")):  # reset_classifier draws weights
-        head = _zero_head(model, num_classes)
+        head = zero_head(model, num_classes)
     where = place(model, device)
-    loader = _cached(_PreLogits(model), loader, None, where, options)
-    history = _train(head, loader, where, options)
+    group = Group(where)
+    options = _start(group, model, loader, options)
+    loader = _cached(PreLogits(model), loader, None, where, options)
+    history = _train(head, loader, group, options)
     history.seconds = time.perf_counter() - start
     return model, history
 
 
-def _train(
-    model: nn.Module, loader: DataLoader[Any], device: torch.device, options: Options
-) -> History:
+def _start(group: Group, model: nn.Module, loader: DataLoader[Any], options: Options) -> Options:
+    """Check that all processes of a group train the same; give the options of this one."""
+    if group.world > 1 or options.accumulate > 1:
+        check_statistics(model)
+    if group.world == 1:
+        return options
+    if isinstance(model, LinearizedModel):
+        check_module(model.delta)
+        fixed = (model.fingerprint, model.basis_fingerprint)
+    else:
+        check_module(model)
+        fixed = frozen_fingerprint(model)
+    names = {entry.name for entry in fields(options)} - {"loss", "progress"}  # no repr, no matter
+    given = {name: getattr(options, name) for name in sorted(names)}
+    group.agree(model=(layout(model), fixed), data=len(loader), **given)
+    return replace(options, progress=options.progress and group.rank == 0)
+
+
+def _train(model: nn.Module, loader: DataLoader[Any], group: Group, options: Options) -> History:
+    device = group.device
     if torch.float16 in (options.precision(device), *(p.dtype for p in model.parameters())):
         raise UnsupportedError(
             "fit in float16: it scales no loss, and small gradients would vanish. Use bfloat16, or "
@@ -195,23 +242,23 @@ def _train(
         )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = OPTIMIZERS[options.optimizer](parameters, options.lr)
-    loss = options.loss or RescaledSquareLoss()
+    group.broadcast(parameters)
     steps = options.epochs * len(loader)
     history = History()
     bar = tqdm(total=steps, desc="fit", unit="step", disable=not options.progress)
     with _seeded(options.seed, device, loader), bar:
         for epoch in range(options.epochs):
             total = samples = 0
-            for batch in loader:
+            for batch in group.checked(unpack(batch, device) for batch in loader):
                 lr = options.lr * SCHEDULES[options.schedule](history.steps / steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+                for settings in optimizer.param_groups:
+                    settings["lr"] = lr
                 if samples == 0:
                     history.lr.append(lr)
 
-                inputs, targets = unpack(batch, device)
                 optimizer.zero_grad()
-                objective = _backward(model, inputs, targets, loss, parameters, options)
+                with group.own_draws(options.seed, history.steps):
+                    objective = _backward(model, batch, parameters, group, options)
                 if objective is None:
                     optimizer.zero_grad()
                     raise NonFiniteLossError(
@@ -223,8 +270,8 @@ def _train(
                 optimizer.step()
 
                 history.steps += 1
-                total += objective * len(inputs)
-                samples += len(inputs)
+                total += objective * len(batch[0])
+                samples += len(batch[0])
                 bar.set_postfix(epoch=epoch + 1, loss=f"{objective:.4g}", refresh=False)
                 bar.update()
             if samples == 0:
@@ -236,13 +283,36 @@ def _train(
 
 def _backward(
     model: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
-    loss: Loss,
+    batch: Batch,
     parameters: list[nn.Parameter],
+    group: Group,
     options: Options,
 ) -> float | None:
     """Set the gradients; return the objective, or None if it or a gradient is not finite."""
+    loss = options.loss or RescaledSquareLoss()
+    objective = 0.0
+    for inputs, targets in group.parts(batch, options.accumulate):
+        weight = len(inputs) / len(batch[0])
+        if not weight:  # one sample that counts nothing: a sharded model needs every process
+            inputs, targets = batch[0][:1], batch[1][:1]
+        value = weight * _loss(model, inputs, targets, loss, options)
+        with torch.autocast(inputs.device.type, enabled=False):  # a caller's would round once more
+            value.backward()
+        objective += value.item()
+    objective = group.sum(parameters, objective)
+    if options.l2:
+        for parameter in parameters:
+            penalty = options.l2 * parameter.detach()
+            parameter.grad = penalty if parameter.grad is None else parameter.grad + penalty
+        objective += options.l2 / 2 * nn.utils.get_total_norm(parameters).item() ** 2
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients).item()
+    return objective if math.isfinite(objective) and math.isfinite(norm) else None
+
+
+def _loss(
+    model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss, options: Options
+) -> Tensor:
     with options.autocast(inputs.device):
         logits = model(inputs)
     if isinstance(logits, Tensor) and logits.dtype in (torch.float16, torch.bfloat16):
@@ -253,17 +323,7 @@ def _backward(
         raise ArgumentError(f"loss must return a scalar tensor, got {got}")
     if not value.requires_grad:
         raise ArgumentError("loss does not depend on any trainable parameter of the model")
-    with torch.autocast(inputs.device.type, enabled=False):  # a caller's own would round once more
-        value.backward()
-    objective = value.item()
-    if options.l2:
-        for parameter in parameters:
-            penalty = options.l2 * parameter.detach()
-            parameter.grad = penalty if parameter.grad is None else parameter.grad + penalty
-        objective += options.l2 / 2 * nn.utils.get_total_norm(parameters).item() ** 2
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients).item()
-    return objective if math.isfinite(objective) and math.isfinite(norm) else None
+    return value
 
 
 def _cached(
@@ -285,36 +345,6 @@ def _cached(
     with _seeded(options.seed, device, loader), options.autocast(device):
         features = cache_features(trunk, in_order, path, progress=options.progress)
     return DataLoader(features, batch_sampler=loader.batch_sampler, generator=loader.generator)
-
-
-class _PreLogits(nn.Module):
-    """What a timm model feeds its classifier."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.model.forward_head(self.model.forward_features(inputs), pre_logits=True)
-
-
-def _zero_head(model: Any, num_classes: int | None) -> nn.Linear:
-    needed = ("forward_features", "forward_head", "get_classifier", "reset_classifier")
-    missing = [name for name in needed if not hasattr(model, name)]
-    if missing:
-        kind = type(model).__name__
-        raise UnsupportedError(f"fit_head needs a timm model; this {kind} lacks {missing}")
-    if num_classes is not None:
-        model.reset_classifier(num_classes)
-    head = model.get_classifier()
-    if isinstance(head, nn.Identity):
-        raise ArgumentError("model has no classifier: pass num_classes")
-    if not isinstance(head, nn.Linear):
-        kind = type(head).__name__
-        raise UnsupportedError(f"fit_head needs one nn.Linear as classifier, this is a {kind}")
-    for parameter in head.parameters():
-        nn.init.zeros_(parameter.requires_grad_())
-    return head
 
 
 @contextmanager
