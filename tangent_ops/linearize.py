@@ -312,6 +312,10 @@ class LinearizedModel(nn.Module):
         """SHA-256 of the anchor's state, in hexadecimal; computed once, at first use."""
         return self._record.fingerprint
 
+    def fix_anchor(self) -> None:
+        """Refuse to move, cast or load this model from now on: its anchor is being sharded."""
+        self._record.fix()
+
     @property
     def rank(self) -> int | None:
         return next((len(basis) for basis in self.basis.tensors().values()), None)
@@ -350,6 +354,7 @@ class _Record:
         self.anchor = anchor
         self.basis = basis
         self.trainable = trainable
+        self.fixed = False
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -359,7 +364,17 @@ class _Record:
     def basis_fingerprint(self) -> str | None:
         return fingerprint(self.basis.tensors()) if self.basis.names else None
 
+    def fix(self) -> None:
+        """Take the fingerprints now, for good: later the anchor is in parts."""
+        _ = self.fingerprint, self.basis_fingerprint
+        self.fixed = True
+
     def anchor_changes(self) -> None:
+        if self.fixed:
+            raise UnsupportedError(
+                "the anchor is sharded, and stays as it is: move, cast or load the model before "
+                "shard_anchor, and leave out `device`"
+            )
         for cached in ("fingerprint", "basis_fingerprint"):
             self.__dict__.pop(cached, None)
 
