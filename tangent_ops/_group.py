@@ -155,7 +155,7 @@ def check_module(model: nn.Module) -> None:
         if isinstance(parameter, DTensor):
             raise UnsupportedError(
                 f"{name} is sharded: fit in a group of processes trains whole parameters. Shard "
-                "the frozen ones of a tangent model alone, by tangent_ops.shard_anchor"
+                "the frozen ones of a tangent model alone, with shard_anchor"
             )
 
 

@@ -312,9 +312,14 @@ class LinearizedModel(nn.Module):
         """SHA-256 of the anchor's state, in hexadecimal; computed once, at first use."""
         return self._record.fingerprint
 
-    def fix_anchor(self) -> None:
-        """Refuse to move, cast or load this model from now on: its anchor is being sharded."""
-        self._record.fix()
+    @property
+    def sharded(self) -> bool:
+        """Whether the anchor is in parts (:func:`tangent_ops.sharded_anchor.shard_anchor`)."""
+        return self._record.sharded
+
+    def mark_sharded(self) -> None:
+        """Keep the whole anchor's fingerprint; refuse to move, cast or load it from now on."""
+        self._record.shard()
 
     @property
     def rank(self) -> int | None:
@@ -354,7 +359,7 @@ class _Record:
         self.anchor = anchor
         self.basis = basis
         self.trainable = trainable
-        self.fixed = False
+        self.sharded = False
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -364,13 +369,13 @@ class _Record:
     def basis_fingerprint(self) -> str | None:
         return fingerprint(self.basis.tensors()) if self.basis.names else None
 
-    def fix(self) -> None:
+    def shard(self) -> None:
         """Take the fingerprints now, for good: later the anchor is in parts."""
         _ = self.fingerprint, self.basis_fingerprint
-        self.fixed = True
+        self.sharded = True
 
     def anchor_changes(self) -> None:
-        if self.fixed:
+        if self.sharded:
             raise UnsupportedError(
                 "the anchor is sharded, and stays as it is: move, cast or load the model before "
                 "shard_anchor, and leave out `device`"

@@ -58,7 +58,7 @@ def shard_anchor(tangent: LinearizedModel, mesh: DeviceMesh | None = None) -> No
             "and call torch.distributed.init_process_group() first"
         )
     anchor = tangent.anchor
-    if any(isinstance(module, FSDPModule) for module in anchor.modules()):
+    if tangent.sharded or any(isinstance(module, FSDPModule) for module in anchor.modules()):
         raise UnsupportedError("the anchor is sharded already")
     blocks = find_blocks(anchor)
     whole = {anchor.get_parameter(name) for name in tangent.deltas()} | _outside_of_one(
@@ -69,7 +69,7 @@ def shard_anchor(tangent: LinearizedModel, mesh: DeviceMesh | None = None) -> No
             f"{tangent.model_name} has no frozen parameter in a block, so there is nothing to "
             "shard: train fewer parameters (`trainable`), such as last_blocks(model, k)"
         )
-    tangent.fix_anchor()
+    tangent.mark_sharded()
     if mesh is None:
         device = next(anchor.parameters()).device.type
         mesh = init_device_mesh(device, (distributed.get_world_size(),))
