@@ -77,6 +77,34 @@ def by_hand(pattern: str = MIXED) -> tuple[dict[str, Tensor], list[float]]:
     return deltas, losses
 
 
+class Sometimes(nn.Module):
+    """Its second layer is reached in every other step: in between, momentum must not move it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(768, 5).double() for _ in range(2))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        logits = self.layers[0](x.flatten(1))
+        return logits + self.layers[1](x.flatten(1)) if self.calls % 2 else logits
+
+
+class Drops(nn.Module):
+    """Keeps what its dropout drew: of ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(768, 5)).double()
+        self.drawn: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.drawn.append(F.dropout(torch.ones(8)))
+        return self.layers(x)
+
+
 # What the two processes do
 
 
@@ -120,10 +148,10 @@ def fits(rank: int, folder: Path) -> dict[str, Any]:
     found["shuffled"] = fitted(tangent(), samples(), batch_size=SIZE, seed=3)
     probe, history = fit_head(vit().double(), samples(), batch_size=SIZE, epochs=2, progress=False)
     found["head"] = dict(probe.named_parameters()), history.loss
-    torch.manual_seed(0)
-    found["dropout"] = fitted(
-        nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(768, 5)).double(), samples()
-    )
+    found["sometimes"] = fitted(Sometimes(), l2=0.0)
+    drops = Drops()
+    found["dropout"] = fitted(drops, samples())
+    found["drawn"] = torch.stack(drops.drawn)
     return found
 
 
@@ -185,7 +213,8 @@ def refusals(rank: int) -> dict[str, str]:
     found = {"not finite": refusal(lambda: fit(model, DataLoader(broken, SIZE), **quiet))}
     apart = DataLoader(data, SIZE, sampler=DistributedSampler(data))
     found["sampler"] = refusal(lambda: fit(model, apart, **quiet))
-    order = DataLoader(data, SIZE, sampler=[*range(COUNT)] if rank else [*range(COUNT)][::-1])
+    swapped = [rank, 1 - rank, *range(2, COUNT)]
+    order = DataLoader(data, SIZE, sampler=swapped)
     found["order"] = refusal(lambda: fit(model, order, **quiet))
     found["length"] = refusal(lambda: fit(model, DataLoader(data, SIZE + rank), **quiet))
     found["options"] = refusal(lambda: fit(model, data, **{**quiet, "lr": 1 + rank, "seed": rank}))
@@ -277,7 +306,7 @@ def test_processes_of_a_group_train_what_one_would(name, pattern, both, right):
 
 
 def test_every_process_ends_with_the_same_bits(both):
-    for name in (*FITS, "shuffled", "head", "dropout"):
+    for name in (*FITS, "shuffled", "head", "sometimes", "dropout"):
         (one, loss), (other, other_loss) = (process[name] for process in both)
         assert loss == other_loss
         assert one.keys() == other.keys()
@@ -289,6 +318,16 @@ def test_the_order_of_the_samples_is_one_processs(both):
     found, history = both[0]["shuffled"]
     assert_near(found, deltas)
     assert history == pytest.approx(losses, rel=1e-12)
+
+
+def test_a_parameter_without_gradient_stays(both):
+    assert_near(both[0]["sometimes"][0], fitted(Sometimes(), l2=0.0)[0])
+
+
+def test_processes_draw_apart(both):
+    """The samples of one process are dropped from without those of another's."""
+    one, other = (process["drawn"] for process in both)
+    assert len({tuple(row.tolist()) for row in torch.cat([one, other])}) > 0.8 * 2 * len(one)
 
 
 def test_a_probe_in_a_group(both):
