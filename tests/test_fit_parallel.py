@@ -150,7 +150,7 @@ def fits(rank: int, folder: Path) -> dict[str, Any]:
     found["head"] = dict(probe.named_parameters()), history.loss
     found["sometimes"] = fitted(Sometimes(), l2=0.0)
     drops = Drops()
-    found["dropout"] = fitted(drops, samples())
+    found["dropout"] = fitted(drops, samples(), batch_size=SIZE)
     found["drawn"] = torch.stack(drops.drawn)
     return found
 
