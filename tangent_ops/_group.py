@@ -1,9 +1,9 @@
 """The processes that train one model together: `torch.distributed`'s default group.
 
-Each reads all batches, and takes its part of every one. Gradients are summed by one all-reduce of
-all of them in a row, which is exact whatever the parts' sizes are; `DistributedDataParallel` takes
-the mean of the processes, and starts while the backward pass runs, which tangents would gain from
-only where communication is slow: deltas are few.
+Each reads all batches, and takes its part of every one. Gradients are summed by a single all-reduce
+of all of them in a row: exact for parts of any size, for parameters that some processes do not
+reach, and for several backward passes a step. `DistributedDataParallel` would hide communication
+behind the backward pass, but takes the plain mean over processes.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from tangent_ops._group import (
 )
 from tangent_ops._options import OPTIMIZERS, SCHEDULES, Loss, Options
 from tangent_ops._probe import PreLogits, zero_head
+from tangent_ops.delta import fingerprint
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.evaluate import Data, as_loader, check_integer, place, unpack
 from tangent_ops.features import cache_features
@@ -84,8 +85,10 @@ def fit(
     In a group of processes (`torch.distributed` is initialised, as by torchrun) each calls this
     with the same model, data and options, and takes its part of every batch; all read all batches.
     Trained parameters start as the first process has them, gradients are summed, and every process
-    ends with the same parameters and history. They are one process's but for the order of sums, and
-    for what a model in train mode draws (dropout).
+    ends with the same parameters and history. They are one process's but for what a model in train
+    mode draws (dropout), and for the order of sums: 2e-7 of the deltas' norm after 60 steps of SGD
+    in float32, on a small ViT and two CPU processes. AdamW also makes steps of rounding where that
+    is all the gradient, as of the keys' biases, which change no output.
 
     Args:
         model: a module of one input; parameters with requires_grad are trained.
@@ -170,6 +173,8 @@ def fit_head(
 ) -> tuple[nn.Module, History]:
     """Train a linear probe: a new classifier, from zeros, on features computed once.
 
+    In a group of processes it works as `fit`; each computes all features.
+
     Linearize a model after this, not before: while its classifier is zero, no block below has a
     derivative, and a tangent model there is no more than a probe.
 
@@ -209,6 +214,8 @@ def fit_head(
     where = place(model, device)
     group = Group(where)
     options = _start(group, model, loader, options)
+    if group.world > 1:
+        group.agree(model=fingerprint(model.state_dict()))
     loader = _cached(PreLogits(model), loader, None, where, options)
     history = _train(head, loader, group, options)
     history.seconds = time.perf_counter() - start

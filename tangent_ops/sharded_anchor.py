@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils._pytree import tree_leaves
 
+from tangent_ops._group import Group
 from tangent_ops.checkpointing import find_blocks
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.linearize import LinearizedModel
@@ -33,16 +34,18 @@ def shard_anchor(tangent: LinearizedModel, mesh: DeviceMesh | None = None) -> No
     lies outside of blocks or in several stays whole in each process.
 
     Outputs, gradients, `fit`, `predict` and ``delta_dict`` give what they did; from now on all
-    processes have to call the model together, equally often, as these functions do. Move, cast and
-    load the model before this. Memory of a backward pass is that of whole blocks' activations:
-    ``tangent.set_grad_checkpointing()`` goes together with this.
+    processes have to call the model together, equally often, as these functions do. A loop of one's
+    own averages the deltas' gradients itself: DistributedDataParallel takes no sharded parameters.
+    Move, cast and load the model before this. It divides weights, not activations: for those there
+    is ``tangent.set_grad_checkpointing()``.
 
     Args:
         tangent: the same in every process.
         mesh: of the processes, as of `fully_shard`; None for all of them, on the model's device.
 
     Raises:
-        ArgumentError: tangent is no tangent model; there is no group of processes.
+        ArgumentError: tangent is no tangent model, or not the same in all processes; there is no
+            group of them.
         UnsupportedError: the anchor is sharded already, has no blocks, or none of its blocks has a
             frozen parameter. When called later: a derivative by the input, torch.compile, or
             another transform of torch.func.
@@ -69,10 +72,11 @@ def shard_anchor(tangent: LinearizedModel, mesh: DeviceMesh | None = None) -> No
             f"{tangent.model_name} has no frozen parameter in a block, so there is nothing to "
             "shard: train fewer parameters (`trainable`), such as last_blocks(model, k)"
         )
+    device = next(anchor.parameters()).device
+    Group(device).agree(tangent=(tangent.fingerprint, [*tangent.deltas()]))
     tangent.mark_sharded()
     if mesh is None:
-        device = next(anchor.parameters()).device.type
-        mesh = init_device_mesh(device, (distributed.get_world_size(),))
+        mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
         gathering = _Gathering(block)

@@ -22,16 +22,18 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from tangent_ops import fit, fit_head, last_blocks, linearize, predict
+from tangent_ops import fit, fit_head, linearize, predict
 from tangent_ops.delta import fingerprint
 from tangent_ops.errors import ArgumentError, TangentOpsError
 from tangent_ops.privacy.fit import fit_private
 from tangent_ops.sharded_anchor import shard_anchor
 
+pytestmark = pytest.mark.slow  # two processes to start
+
 COUNT, SIZE = 11, 5  # batches of 5, 5 and 1: the second process has no part of the last
 EPOCHS, LR, L2 = 2, 0.02, 0.1
 MIXED = r"attn\.qkv|norm2|^head"  # every block has trained and frozen parameters
-LATE = last_blocks(vit(), 1)
+LATE = r"blocks\.2\.attn|^norm|^head"  # its first block is in part frozen
 TRAINING = {"epochs": EPOCHS, "lr": LR, "l2": L2, "optimizer": "sgd", "progress": False}
 
 
@@ -224,6 +226,8 @@ def refusals(rank: int) -> dict[str, str]:
     found["anchor"] = refusal(lambda: fit(linearize(other, MIXED), data, **quiet))
     other.requires_grad_(False)
     other.get_parameter("head.bias").requires_grad_()
+    found["sharded apart"] = refusal(lambda: shard_anchor(linearize(other, MIXED)))
+    found["probe"] = refusal(lambda: fit_head(other, data, progress=False))
     found["frozen"] = refusal(lambda: fit(other, data, **quiet))
     parallel = DistributedDataParallel(model)
     found["parallel"] = refusal(lambda: fit(parallel, data, **quiet))
@@ -391,6 +395,8 @@ REFUSED = {
     "length": r"ArgumentError: .* given different data",
     "options": r"ArgumentError: .* given different lr, seed:",
     "anchor": r"ArgumentError: .* given different model:",
+    "sharded apart": r"ArgumentError: .* given different tangent:",
+    "probe": r"ArgumentError: .* given different model:",
     "frozen": r"ArgumentError: .* given different model:",
     "parallel": r"UnsupportedError: .*pass model\.module",
     "batch norm": r"UnsupportedError: 1 is a batch norm that normalises by the batch",
