@@ -80,7 +80,12 @@ class Group:
         """This process's part of a batch, in micro-batches.
 
         Every process has as many of them, so that all communicate equally often; one may be empty.
+
+        Raises:
+            ArgumentError: the batch has no samples.
         """
+        if len(batch[0]) == 0:
+            raise ArgumentError("data yielded a batch without samples: drop it, or fill it")
         count = min(accumulate, -(-len(batch[0]) // self.world))
         own = [x.tensor_split(self.world)[self.rank] for x in batch]
         return list(zip(*(x.tensor_split(count) for x in own), strict=True))

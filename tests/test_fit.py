@@ -513,9 +513,14 @@ def uneven(items):
     return torch.zeros(len(items), 4).double(), torch.zeros(len(items) + 1, dtype=torch.int64)
 
 
+def none_of_them(items):
+    return torch.zeros(0, 4).double(), torch.zeros(0, dtype=torch.int64)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        (DataLoader(vectors(), 4, collate_fn=none_of_them), "a batch without samples"),
         (TensorDataset(torch.zeros(0, 4), torch.zeros(0)), "data is empty$"),
         (DataLoader(vectors(count=3), batch_size=4, drop_last=True), "empty: .*drop_last"),
         (DataLoader(Promising()), "yielded no batch"),
