@@ -7,9 +7,9 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,25 +18,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from tangent_ops._group import (
+    Batch,
+    Group,
+    check_module,
+    check_statistics,
+    frozen_fingerprint,
+    layout,
+)
+from tangent_ops._options import OPTIMIZERS, SCHEDULES, Loss, Options
+from tangent_ops._probe import PreLogits, zero_head
+from tangent_ops.delta import fingerprint
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.evaluate import Data, as_loader, check_integer, place, unpack
 from tangent_ops.features import cache_features
 from tangent_ops.linearize import LinearizedModel
 from tangent_ops.losses import RescaledSquareLoss
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
-    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
-    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
-}
-
-# Factor of the learning rate after this fraction of all steps.
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda done: 1.0,
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
-    "step": lambda done: 0.1 ** ((done >= 1 / 2) + (done >= 3 / 4)),
-}
 
 
 @dataclass
@@ -72,6 +69,7 @@ def fit(
     device: str | torch.device | None = None,
     cache: bool | str | os.PathLike[str] = False,
     progress: bool = True,
+    accumulate: int = 1,
 ) -> History:
     """Train a model's parameters in place; for a `LinearizedModel` these are its deltas.
 
@@ -83,6 +81,14 @@ def fit(
 
     Runs with the same seed on a CPU give the same parameters bit for bit. Train and eval modes stay
     as the caller set them; gradients of the trained parameters are cleared.
+
+    In a group of processes (`torch.distributed` is initialised, as by torchrun) each calls this
+    with the same model, data and options, and takes its part of every batch; all read all batches.
+    Trained parameters start as the first process has them, gradients are summed, and every process
+    ends with the same parameters and history. They are one process's but for what a model in train
+    mode draws (dropout), and for the order of sums: 2e-7 of the deltas' norm after 60 steps of SGD
+    in float32, on a small ViT and two CPU processes. AdamW also makes steps of rounding where that
+    is all the gradient, as of the keys' biases, which change no output.
 
     Args:
         model: a module of one input; parameters with requires_grad are trained.
@@ -103,22 +109,29 @@ def fit(
         device: moves the model there first; None for where it is. Batches follow the model.
         cache: compute what the frozen blocks below the first trained one give only once, in memory
             (True) or in a memory-mapped file in this folder; for a `LinearizedModel` and inputs
-            without random augmentation.
-        progress: show a progress bar.
+            without random augmentation. In a group every process computes all, and keeps its own
+            file, in ``rank0``, ``rank1`` and so on of the folder.
+        progress: show a progress bar; in a group the first process does.
+        accumulate: parts, as equal as can be, that each process runs its share of a batch in, to
+            save memory; there is one step a batch. With a loss that is a mean of the samples' own
+            the step is the whole batch's but for the order of sums; one that compares samples of a
+            batch only sees those of a part.
 
     Returns:
         The losses and learning rates per epoch.
 
     Raises:
         ArgumentError: an argument out of range; data that is empty or yields something else; no
-            trainable parameters, or a loss that does not depend on them.
+            trainable parameters, or a loss that does not depend on them; processes of a group that
+            differ in model, data or options.
         UnsupportedError: cache, for a model that cannot be split; float16, which needs a loss
-            scaler.
-        NonFiniteLossError: the loss or its gradient is NaN or infinite; the parameters are as
-            before that step.
+            scaler; parts of batches (accumulate, a group) for a batch norm that normalises by
+            them; in a group, a DistributedDataParallel or sharded parameters that are trained.
+        NonFiniteLossError: the loss or its gradient is NaN or infinite, in any process of a group;
+            the parameters are as before that step.
     """
     start = time.perf_counter()
-    recipe = _Recipe(loss, epochs, lr, optimizer, l2, schedule, seed, amp, progress)
+    options = Options(loss, epochs, lr, optimizer, l2, schedule, seed, amp, progress, accumulate)
     loader = as_loader(data, batch_size, shuffle=True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ArgumentError("model has no trainable parameters: all have requires_grad=False")
@@ -128,10 +141,15 @@ def fit(
             "with tangent_ops.features.split_model and fit its tail on cache_features"
         )
     where = place(model, device)
+    group = Group(where)
+    options = _start(group, model, loader, options)
     if isinstance(model, LinearizedModel) and cache is not False:
         trunk, model = model.split()
-        loader = _cached(trunk, loader, None if cache is True else cache, where, recipe)
-    history = _train(model, loader, where, recipe)
+        path = None if isinstance(cache, bool) else cache
+        if path is not None and group.world > 1:
+            path = os.path.join(path, f"rank{group.rank}")
+        loader = _cached(trunk, loader, path, where, options)
+    history = _train(model, loader, group, options)
     history.seconds = time.perf_counter() - start
     return history
 
@@ -154,6 +172,8 @@ def fit_head(
     progress: bool = True,
 ) -> tuple[nn.Module, History]:
     """Train a linear probe: a new classifier, from zeros, on features computed once.
+
+    In a group of processes it works as `fit`; each computes all features.
 
     Linearize a model after this, not before: while its classifier is zero, no block below has a
     derivative, and a tangent model there is no more than a probe.
@@ -184,98 +204,81 @@ def fit_head(
         NonFiniteLossError: as in `fit`.
     """
     start = time.perf_counter()
-    recipe = _Recipe(loss, epochs, lr, optimizer, l2, schedule, seed, amp, progress)
+    options = Options(loss, epochs, lr, optimizer, l2, schedule, seed, amp, progress)
     if num_classes is not None:
         check_integer("num_classes", num_classes, 1)
     loader = as_loader(data, batch_size, shuffle=True)
     model = copy.deepcopy(model).eval()
     with _seeded(seed, torch.device("cpu")):  # reset_classifier draws weights
-        head = _zero_head(model, num_classes)
+        head = zero_head(model, num_classes)
     where = place(model, device)
-    loader = _cached(_PreLogits(model), loader, None, where, recipe)
-    history = _train(head, loader, where, recipe)
+    group = Group(where)
+    options = _start(group, model, loader, options)
+    if group.world > 1:
+        group.agree(model=fingerprint(model.state_dict()))
+    loader = _cached(PreLogits(model), loader, None, where, options)
+    history = _train(head, loader, group, options)
     history.seconds = time.perf_counter() - start
     return model, history
 
 
-@dataclass(frozen=True)
-class _Recipe:
-    """The checked options of `fit`."""
-
-    loss: Loss | None
-    epochs: int
-    lr: float
-    optimizer: str
-    l2: float
-    schedule: str
-    seed: int
-    amp: bool | None
-    progress: bool
-
-    def __post_init__(self) -> None:
-        check_integer("epochs", self.epochs, 1)
-        check_integer("seed", self.seed, 0)
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ArgumentError(f"lr must be positive and finite, got {self.lr}")
-        if not (math.isfinite(self.l2) and self.l2 >= 0):
-            raise ArgumentError(f"l2 must be finite and not negative, got {self.l2}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ArgumentError(f"optimizer must be one of {[*OPTIMIZERS]}, got {self.optimizer!r}")
-        if self.schedule not in SCHEDULES:
-            raise ArgumentError(f"schedule must be one of {[*SCHEDULES]}, got {self.schedule!r}")
-
-    def precision(self, device: torch.device) -> torch.dtype | None:
-        """Autocast's dtype; None for no autocast."""
-        if self.amp is None and torch.is_autocast_enabled(device.type):
-            return torch.get_autocast_dtype(device.type)  # the caller's own
-        by_default = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if (by_default if self.amp is None else self.amp) else None
-
-    def autocast(self, device: torch.device) -> torch.autocast:
-        dtype = self.precision(device)
-        return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+def _start(group: Group, model: nn.Module, loader: DataLoader[Any], options: Options) -> Options:
+    """Check that all processes of a group train the same; give the options of this one."""
+    if group.world > 1 or options.accumulate > 1:
+        check_statistics(model)
+    if group.world == 1:
+        return options
+    if isinstance(model, LinearizedModel):
+        check_module(model.delta)
+        fixed = (model.fingerprint, model.basis_fingerprint)
+    else:
+        check_module(model)
+        fixed = frozen_fingerprint(model)
+    names = {entry.name for entry in fields(options)} - {"loss", "progress"}  # no repr, no matter
+    given = {name: getattr(options, name) for name in sorted(names)}
+    group.agree(model=(layout(model), fixed), data=len(loader), **given)
+    return replace(options, progress=options.progress and group.rank == 0)
 
 
-def _train(
-    model: nn.Module, loader: DataLoader[Any], device: torch.device, recipe: _Recipe
-) -> History:
-    if torch.float16 in (recipe.precision(device), *(p.dtype for p in model.parameters())):
+def _train(model: nn.Module, loader: DataLoader[Any], group: Group, options: Options) -> History:
+    device = group.device
+    if torch.float16 in (options.precision(device), *(p.dtype for p in model.parameters())):
         raise UnsupportedError(
             "fit in float16: it scales no loss, and small gradients would vanish. Use bfloat16, or "
             "your own loop with torch.amp.GradScaler"
         )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = OPTIMIZERS[recipe.optimizer](parameters, recipe.lr)
-    loss = recipe.loss or RescaledSquareLoss()
-    steps = recipe.epochs * len(loader)
+    optimizer = OPTIMIZERS[options.optimizer](parameters, options.lr)
+    group.broadcast(parameters)
+    steps = options.epochs * len(loader)
     history = History()
-    bar = tqdm(total=steps, desc="fit", unit="step", disable=not recipe.progress)
-    with _seeded(recipe.seed, device, loader), bar:
-        for epoch in range(recipe.epochs):
+    bar = tqdm(total=steps, desc="fit", unit="step", disable=not options.progress)
+    with _seeded(options.seed, device, loader), bar:
+        for epoch in range(options.epochs):
             total = samples = 0
-            for batch in loader:
-                lr = recipe.lr * SCHEDULES[recipe.schedule](history.steps / steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
+            for batch in group.checked(unpack(batch, device) for batch in loader):
+                lr = options.lr * SCHEDULES[options.schedule](history.steps / steps)
+                for settings in optimizer.param_groups:
+                    settings["lr"] = lr
                 if samples == 0:
                     history.lr.append(lr)
 
-                inputs, targets = unpack(batch, device)
                 optimizer.zero_grad()
-                objective = _backward(model, inputs, targets, loss, parameters, recipe)
+                with group.own_draws(options.seed, history.steps):
+                    objective = _backward(model, batch, parameters, group, options)
                 if objective is None:
                     optimizer.zero_grad()
                     raise NonFiniteLossError(
                         f"the loss or its gradient is not finite in epoch {epoch + 1} of "
-                        f"{recipe.epochs}, step {history.steps + 1} of {steps}, at lr={lr:.3g}; "
+                        f"{options.epochs}, step {history.steps + 1} of {steps}, at lr={lr:.3g}; "
                         "the parameters are as before this step. Check the inputs for NaN, or try "
                         "a lower lr or amp=False"
                     )
                 optimizer.step()
 
                 history.steps += 1
-                total += objective * len(inputs)
-                samples += len(inputs)
+                total += objective * len(batch[0])
+                samples += len(batch[0])
                 bar.set_postfix(epoch=epoch + 1, loss=f"{objective:.4g}", refresh=False)
                 bar.update()
             if samples == 0:
@@ -287,14 +290,37 @@ def _train(
 
 def _backward(
     model: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
-    loss: Loss,
+    batch: Batch,
     parameters: list[nn.Parameter],
-    recipe: _Recipe,
+    group: Group,
+    options: Options,
 ) -> float | None:
     """Set the gradients; return the objective, or None if it or a gradient is not finite."""
-    with recipe.autocast(inputs.device):
+    loss = options.loss or RescaledSquareLoss()
+    objective = 0.0
+    for inputs, targets in group.parts(batch, options.accumulate):
+        weight = len(inputs) / len(batch[0])
+        if not weight:  # one sample that counts nothing: a sharded model needs every process
+            inputs, targets = batch[0][:1], batch[1][:1]
+        value = weight * _loss(model, inputs, targets, loss, options)
+        with torch.autocast(inputs.device.type, enabled=False):  # a caller's would round once more
+            value.backward()
+        objective += value.item()
+    objective = group.sum(parameters, objective)
+    if options.l2:
+        for parameter in parameters:
+            penalty = options.l2 * parameter.detach()
+            parameter.grad = penalty if parameter.grad is None else parameter.grad + penalty
+        objective += options.l2 / 2 * nn.utils.get_total_norm(parameters).item() ** 2
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients).item()
+    return objective if math.isfinite(objective) and math.isfinite(norm) else None
+
+
+def _loss(
+    model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss, options: Options
+) -> Tensor:
+    with options.autocast(inputs.device):
         logits = model(inputs)
     if isinstance(logits, Tensor) and logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
@@ -304,17 +330,7 @@ def _backward(
         raise ArgumentError(f"loss must return a scalar tensor, got {got}")
     if not value.requires_grad:
         raise ArgumentError("loss does not depend on any trainable parameter of the model")
-    with torch.autocast(inputs.device.type, enabled=False):  # a caller's own would round once more
-        value.backward()
-    objective = value.item()
-    if recipe.l2:
-        for parameter in parameters:
-            penalty = recipe.l2 * parameter.detach()
-            parameter.grad = penalty if parameter.grad is None else parameter.grad + penalty
-        objective += recipe.l2 / 2 * nn.utils.get_total_norm(parameters).item() ** 2
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients).item()
-    return objective if math.isfinite(objective) and math.isfinite(norm) else None
+    return value
 
 
 def _cached(
@@ -322,7 +338,7 @@ def _cached(
     loader: DataLoader[Any],
     path: str | os.PathLike[str] | None,
     device: torch.device,
-    recipe: _Recipe,
+    options: Options,
 ) -> DataLoader[Any]:
     """Compute the trunk's outputs once; give a loader of them with the batches of `loader`."""
     if loader.batch_sampler is None:
@@ -333,39 +349,9 @@ def _cached(
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
     )
-    with _seeded(recipe.seed, device, loader), recipe.autocast(device):
-        features = cache_features(trunk, in_order, path, progress=recipe.progress)
+    with _seeded(options.seed, device, loader), options.autocast(device):
+        features = cache_features(trunk, in_order, path, progress=options.progress)
     return DataLoader(features, batch_sampler=loader.batch_sampler, generator=loader.generator)
-
-
-class _PreLogits(nn.Module):
-    """What a timm model feeds its classifier."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.model.forward_head(self.model.forward_features(inputs), pre_logits=True)
-
-
-def _zero_head(model: Any, num_classes: int | None) -> nn.Linear:
-    needed = ("forward_features", "forward_head", "get_classifier", "reset_classifier")
-    missing = [name for name in needed if not hasattr(model, name)]
-    if missing:
-        kind = type(model).__name__
-        raise UnsupportedError(f"fit_head needs a timm model; this {kind} lacks {missing}")
-    if num_classes is not None:
-        model.reset_classifier(num_classes)
-    head = model.get_classifier()
-    if isinstance(head, nn.Identity):
-        raise ArgumentError("model has no classifier: pass num_classes")
-    if not isinstance(head, nn.Linear):
-        kind = type(head).__name__
-        raise UnsupportedError(f"fit_head needs one nn.Linear as classifier, this is a {kind}")
-    for parameter in head.parameters():
-        nn.init.zeros_(parameter.requires_grad_())
-    return head
 
 
 @contextmanager

@@ -313,6 +313,15 @@ class LinearizedModel(nn.Module):
         return self._record.fingerprint
 
     @property
+    def sharded(self) -> bool:
+        """Whether the anchor is in parts (:func:`tangent_ops.sharded_anchor.shard_anchor`)."""
+        return self._record.sharded
+
+    def mark_sharded(self) -> None:
+        """Keep the whole anchor's fingerprint; refuse to move, cast or load it from now on."""
+        self._record.shard()
+
+    @property
     def rank(self) -> int | None:
         return next((len(basis) for basis in self.basis.tensors().values()), None)
 
@@ -350,6 +359,7 @@ class _Record:
         self.anchor = anchor
         self.basis = basis
         self.trainable = trainable
+        self.sharded = False
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -359,7 +369,17 @@ class _Record:
     def basis_fingerprint(self) -> str | None:
         return fingerprint(self.basis.tensors()) if self.basis.names else None
 
+    def shard(self) -> None:
+        """Take the fingerprints now, for good: later the anchor is in parts."""
+        _ = self.fingerprint, self.basis_fingerprint
+        self.sharded = True
+
     def anchor_changes(self) -> None:
+        if self.sharded:
+            raise UnsupportedError(
+                "the anchor is sharded, and stays as it is: move, cast or load the model before "
+                "shard_anchor, and leave out `device`"
+            )
         for cached in ("fingerprint", "basis_fingerprint"):
             self.__dict__.pop(cached, None)
 

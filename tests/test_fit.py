@@ -158,6 +158,78 @@ def test_the_reported_loss_is_the_mean_over_samples():
     assert history.seconds > 0
 
 
+# Parts of batches
+
+
+def whole_batches(model, data, size, l2, lr):
+    """Two epochs of plain SGD with momentum 0.9, in order, along autograd's gradient."""
+    speed = [torch.zeros_like(p) for p in model.parameters()]
+    inputs, targets = data.tensors
+    for start in [*range(0, len(inputs), size)] * 2:
+        logits, labels = model(inputs[start : start + size]), targets[start : start + size]
+        wanted = 15.0 * F.one_hot(labels, 3)
+        objective = (logits - wanted).square().mean()
+        objective = objective + l2 / 2 * sum(p.square().sum() for p in model.parameters())
+        gradients = torch.autograd.grad(objective, [*model.parameters()])
+        with torch.no_grad():
+            for parameter, gradient, v in zip(model.parameters(), gradients, speed, strict=True):
+                parameter.sub_(lr * v.mul_(0.9).add_(gradient))
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "parts"),
+    [(2, [3, 2, 3, 2, 1]), (3, [2, 2, 1, 2, 2, 1, 1]), (9, [1] * 11)],
+)
+def test_accumulation_takes_the_whole_batchs_step(accumulate, parts):
+    """Parts of unequal size; the last batch has one sample, whose empty parts are skipped."""
+    data, seen = vectors(count=11), []
+    expected = nn.Sequential(linear(), nn.Tanh(), nn.Linear(3, 3).double())
+    model = copy.deepcopy(expected)
+    whole_batches(expected, data, 5, 0.3, 0.05)
+    model.register_forward_hook(lambda _, args, output: seen.append(len(args[0])))
+    options = {"l2": 0.3, "lr": 0.05, "optimizer": "sgd", "schedule": "constant", "epochs": 2}
+    whole = quiet(copy.deepcopy(model), DataLoader(data, 5), **options)
+    seen.clear()
+    history = quiet(model, DataLoader(data, 5), accumulate=accumulate, **options)
+    assert seen == 2 * parts
+    assert history.steps == 6
+    assert history.loss == pytest.approx(whole.loss, rel=1e-13)
+    for name, parameter in model.named_parameters():
+        error = (parameter - expected.get_parameter(name)).detach().abs().max()
+        assert error < 1e-14, name
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_repeated_blocks_train_the_same(accumulate):
+    """Not AdamW: it makes a step of the rounding that is all the gradient of a key's bias."""
+    options = {"accumulate": accumulate, "optimizer": "sgd"}
+    kept, repeated = (trained_deltas(False, repeat=r, **options) for r in (False, True))
+    for name, value in kept.items():
+        largest = float(value.abs().max())
+        assert largest > 1e-4, name
+        assert torch.allclose(repeated[name], value, rtol=0, atol=1e-13 * largest), name
+
+
+def test_a_nan_in_any_part_stops_before_the_step():
+    inputs, targets = (tensor.clone() for tensor in vectors(count=6).tensors)
+    inputs[5] = float("nan")
+    model = linear()
+    before = parameters_of(model)
+    with pytest.raises(NonFiniteLossError, match="step 1 of 1"):
+        quiet(model, DataLoader(TensorDataset(inputs, targets), 6), epochs=1, accumulate=3)
+    assert_equal(parameters_of(model), before)
+    assert model.weight.grad is None
+
+
+def test_a_batch_norm_of_parts_is_refused():
+    for norm in (nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False).eval()):
+        model = nn.Sequential(linear(), norm.double())
+        quiet(model, vectors(), epochs=1)
+        with pytest.raises(UnsupportedError, match=r"1 is a batch norm .* accumulate > 1"):
+            quiet(model, vectors(), epochs=1, accumulate=2)
+    quiet(nn.Sequential(linear(), nn.BatchNorm1d(3).double().eval()), vectors(), accumulate=2)
+
+
 # Schedules
 
 
@@ -319,9 +391,10 @@ def test_losses_get_16_bit_logits_in_float32():
 # Caching
 
 
-def trained_deltas(cache, dtype=torch.float64, loader=None, **options) -> Delta:
+def trained_deltas(cache, dtype=torch.float64, loader=None, repeat=False, **options) -> Delta:
     model = tiny_vit().to(dtype)
     tangent = linearize(model, last_blocks(model, 2))
+    tangent.set_grad_checkpointing(repeat)
     data = images(dtype=dtype)
     data = data if loader is None else loader(data)
     quiet(tangent, data, epochs=2, batch_size=8, lr=1e-3, cache=cache, **options)
@@ -440,9 +513,14 @@ def uneven(items):
     return torch.zeros(len(items), 4).double(), torch.zeros(len(items) + 1, dtype=torch.int64)
 
 
+def none_of_them(items):
+    return torch.zeros(0, 4).double(), torch.zeros(0, dtype=torch.int64)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        (DataLoader(vectors(), 4, collate_fn=none_of_them), "a batch without samples"),
         (TensorDataset(torch.zeros(0, 4), torch.zeros(0)), "data is empty$"),
         (DataLoader(vectors(count=3), batch_size=4, drop_last=True), "empty: .*drop_last"),
         (DataLoader(Promising()), "yielded no batch"),
@@ -466,6 +544,7 @@ def test_refuses_data(data, message):
         ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
         ({"epochs": 1.5}, "epochs must be"),
         ({"seed": -1}, "seed must be"),
+        ({"accumulate": 0}, "accumulate must be an integer of at least 1, got 0"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"lr": float("nan")}, "lr must be positive"),
         ({"l2": -1e-3}, "l2 must be finite and not negative"),

@@ -64,11 +64,16 @@ def check_dataset(dataset: object, public_preprocessing: bool) -> int:
 
 
 def check_model(tangent: object) -> None:
-    """Raise if the model is no tangent model, or a batch norm in it takes statistics of batches."""
+    """Raise if it is no tangent model, is sharded, or a batch norm takes statistics of batches."""
     if not isinstance(tangent, LinearizedModel):
         raise ArgumentError(
             f"tangent must be a LinearizedModel, got a {type(tangent).__name__}: pass it through "
             "tangent_ops.linearize first"
+        )
+    if tangent.sharded:
+        raise UnsupportedError(
+            "the anchor is sharded, and every process would have to call it equally often: parts "
+            "of Poisson-sampled batches may be empty. Use a whole anchor"
         )
     for name, module in tangent.anchor.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (

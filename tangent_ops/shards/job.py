@@ -83,6 +83,7 @@ def _train(plan: Plan, job: Job) -> dict[str, Any]:
                 seed=recipe.seed,
                 amp=recipe.amp,
                 cache=recipe.cached,
+                accumulate=recipe.accumulate,
                 progress=False,
             )
             found = {"loss": history.loss, "lr": history.lr}
