@@ -1,0 +1,197 @@
+"""Plans: what a job's hash depends on, what is refused, what is left of what was removed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from shard_runs import OPTIONS, anchor_file, image_folder, make_plan
+
+from tangent_ops.errors import ArgumentError, PlanError, SampleError
+from tangent_ops.shards import ImageData, Plan, Recipe, load_anchor, read_anchor, save_anchor
+from tangent_ops.shards.plan import job_hash
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    image_folder(tmp_path / "images")
+    anchor_file(tmp_path / "anchor.safetensors")
+    return tmp_path
+
+
+def create(folder: Path, assignment, **options) -> Plan:
+    return Plan.create(
+        folder / options.pop("run", "run"),
+        anchor=folder / "anchor.safetensors",
+        data=ImageData(str(folder / "images")),
+        recipe=options.pop("recipe", Recipe()),
+        assignment=assignment,
+        progress=False,
+        **options,
+    )
+
+
+def test_a_job_is_what_determines_its_delta(folder: Path) -> None:
+    plan = make_plan(folder)
+    job = plan.job("shard-0")
+    assert job.hash == plan.shards()[0].job
+    info, first = plan.anchor_info, job.samples[0]
+    others = [
+        job_hash("shard-x", job.samples, info, plan.recipe),
+        job_hash("shard-0", job.samples[1:], info, plan.recipe),
+        job_hash("shard-0", job.samples[::-1], info, plan.recipe),
+        job_hash("shard-0", job.samples, replace(info, fingerprint="0" * 64), plan.recipe),
+        job_hash("shard-0", job.samples, replace(info, input={**info.input, "mean": []}),
+                 plan.recipe),
+        *(
+            job_hash("shard-0", (replace(first, **change), *job.samples[1:]), info, plan.recipe)
+            for change in ({"id": "x"}, {"target": first.target + 1}, {"content": "0" * 64})
+        ),
+        *(
+            job_hash("shard-0", job.samples, info, replace(plan.recipe, **change))
+            for change in ({"seed": 1}, {"threads": 2}, {"epochs": 7}, {"loss": "cross-entropy"},
+                           {"rank": 2}, {"l2": 1e-9}, {"blocks": None}, {"augment": True})
+        ),
+    ]  # fmt: skip
+    assert len({job.hash, *others}) == len(others) + 1
+    # Neither where the images are, nor what a sample is forgotten by, nor other shards.
+    labelled = (replace(first, label="customer"), *job.samples[1:])
+    assert job_hash("shard-0", labelled, replace(info, origin="x"), plan.recipe) == job.hash
+    shutil.copytree(folder / "images", folder / "moved" / "images")
+    shutil.copy(folder / "anchor.safetensors", folder / "moved")
+    assert make_plan(folder / "moved").job("shard-0") == job
+
+
+def test_a_worker_reads_its_own_rows(folder: Path) -> None:
+    plan = make_plan(folder)
+    assert [s.id for s in plan.job("shard-1").samples] == sorted(
+        s.id for s in plan.job("shard-1").samples
+    )
+    with pytest.raises(ArgumentError, match="no shard 'x'"):
+        plan.job("x")
+
+
+def test_assignments_that_are_none(folder: Path) -> None:
+    for assignment, words in (
+        ({}, "no samples"),
+        ({"a": []}, "no samples"),
+        ({"": ["class0/0.png"]}, "printable"),
+        ({"a\nb": ["class0/0.png"]}, "printable"),
+        ({"a" * 201: ["class0/0.png"]}, "printable"),
+        ({"a": "class0/0.png"}, "list of ids"),
+        ({"a": ["class0/0.png", "class0/0.png"]}, "twice"),
+        ({"a": ["class0/none.png"]}, "not in the data"),
+        ({"a": ["class0/0.png"], "b": ["class0/0.png"]}, "is in shard 'a', too"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            create(folder, assignment)
+        assert not (folder / "run").exists()
+
+
+def test_odd_names(folder: Path) -> None:
+    (folder / "images" / "class0" / "ü ö 'x'; --.png").write_bytes(
+        (folder / "images" / "class0" / "0.png").read_bytes() + b"\0"
+    )
+    plan = create(folder, {'../../up / "ä"': ["class0/ü ö 'x'; --.png"], "%s": ["class0/0.png"]})
+    names = [shard.name for shard in plan.shards()]
+    assert names == ['../../up / "ä"', "%s"]
+    for name in names:  # a name is never a path
+        path = plan.delta_path(plan.job(name).hash)
+        assert path.resolve().parent == (folder / "run" / "deltas").resolve()
+    assert plan.find(sample="class0/ü ö 'x'; --.png").keys() == {names[0]}
+
+
+def test_a_file_name_that_is_no_text(folder: Path) -> None:
+    name = os.fsencode(folder / "images" / "class0") + b"/\xff.png"
+    with open(name, "wb") as file:
+        file.write((folder / "images" / "class0" / "1.png").read_bytes() + b"\0")
+    data = ImageData(str(folder / "images"))
+    with pytest.raises(ArgumentError, match="do not print"):
+        create(folder, {"all": data.open().ids})
+
+
+def test_a_sample_that_cannot_be_read(folder: Path) -> None:
+    (folder / "images" / "class0" / "0.png").unlink()
+    (folder / "images" / "class0" / "0.png").symlink_to(folder / "nowhere")
+    with pytest.raises(SampleError, match=r"class0/0\.png.*cannot be read"):
+        create(folder, {"a": ["class0/0.png"]})
+
+
+def test_private_plans(folder: Path) -> None:
+    private = Recipe(dp_epsilon=3.0, dp_delta=1e-5)
+    ids = ["class0/0.png", "class0/1.png"]
+    shutil.copy(folder / "images" / "class0" / "0.png", folder / "images" / "class0" / "1.png")
+    with pytest.raises(ArgumentError, match=r"1\.png' is a copy of 'class0/0\.png'"):
+        create(folder, {"a": ids}, recipe=private)
+    with pytest.raises(ArgumentError, match="disjoint"):
+        create(folder, {"a": ids[:1]}, recipe=private, allow_overlap=True)
+    with pytest.raises(ArgumentError, match="below one over the 2 samples"):
+        create(
+            folder, {"a": ["class1/0.png", "class1/1.png"]}, recipe=replace(private, dp_delta=0.5)
+        )
+
+
+def test_public_images_are_no_samples(folder: Path) -> None:
+    public = image_folder(folder / "public", each=1, seed=9)
+    create(folder, {"a": ["class0/0.png"]}, public=ImageData(str(public)), run="apart")
+    shutil.copy(folder / "images" / "class0" / "0.png", public / "class1" / "other.png")
+    with pytest.raises(
+        ArgumentError, match=r"class0/0\.png' is public, too, as 'class1/other\.png'"
+    ):
+        create(folder, {"a": ["class0/0.png"]}, public=ImageData(str(public)))
+
+
+def test_another_anchor_in_its_place(folder: Path) -> None:
+    plan = make_plan(folder)
+    model, info = load_anchor(plan.anchor_path)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    save_anchor(model, plan.anchor_path, name=info.name, options=info.options)
+    with pytest.raises(PlanError, match="not the anchor of the plan"):
+        Plan.open(plan.path)
+
+
+def test_an_anchor_comes_back(folder: Path) -> None:
+    path = folder / "anchor.safetensors"
+    model, info = load_anchor(path)
+    stored = load_file(path)
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+    assert (info.name, info.options) == ("test_vit", OPTIONS)
+    assert info.input["input_size"] == [3, 32, 32]
+    assert not model.training
+    save_anchor(model, folder / "again", name="test_vit", options=OPTIONS, classes=info.classes)
+    assert (folder / "again").read_bytes() == path.read_bytes()
+    for name, options, words in (
+        ("hf-hub:timm/test_vit", OPTIONS, "no architecture"),
+        ("local-dir:/tmp", OPTIONS, "no architecture"),
+        ("test_vit", {**OPTIONS, "checkpoint_path": "x.pth"}, "checkpoint_path"),
+        ("test_vit", {**OPTIONS, "pretrained": True}, "pretrained"),
+        ("test_vit", {"img_size": 32}, "num_classes"),
+        ("test_vit", {**OPTIONS, "num_classes": 3}, "differs"),
+        ("vit_tiny_patch16_224", {"num_classes": 4}, "differs"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            save_anchor(model, folder / "none", name=name, options=options)
+    assert not (folder / "none").exists()
+    assert read_anchor(path).origin == ""
+
+
+def test_recipes() -> None:
+    recipe = Recipe(rank=4, l2=1)
+    assert recipe == Recipe.from_dict(recipe.to_dict()) == Recipe(rank=4, l2=1.0)
+    with pytest.raises(ArgumentError, match="did you mean epochs"):
+        Recipe.from_dict({"epoch": 3})
+    for wrong in (
+        {"epochs": 0}, {"epochs": 1.5}, {"epochs": True}, {"lr": float("nan")}, {"lr": "1"},
+        {"loss": "l1"}, {"method": "exact"}, {"seed": -1}, {"rank": 0}, {"augment": 1},
+        {"dp_epsilon": 1.0}, {"dp_delta": 1e-5}, {"dp_epsilon": 1.0, "dp_delta": 1.0},
+        {"method": "exact", "l2": 1.0, "augment": True}, {"tol": 1.0}, {"blocks": -1},
+        {"dp_epsilon": 1.0, "dp_delta": 1e-5, "accumulate": 2},
+    ):  # fmt: skip
+        with pytest.raises(ArgumentError):
+            Recipe(**wrong)  # pyright: ignore[reportArgumentType]
