@@ -60,7 +60,7 @@ class _Attention(torch.autograd.Function):
         if mask is None and axes > 2:  # (samples, heads, tokens, D), which the fast kernels take
             output = call(*(x.flatten(0, 1) for x in operands), None)
             return output.unflatten(0, (info.batch_size, -1)), 0
-        if mask_dim is not None:  # masks broadcast from the right
+        if mask is not None and mask_dim is not None:  # masks broadcast from the right
             mask = mask.movedim(mask_dim, 0)
             mask = mask.reshape(len(mask), *(1,) * (axes + 1 - mask.ndim), *mask.shape[1:])
         return call(*operands, mask), 0
