@@ -129,6 +129,44 @@ def test_other_architectures(model):
     check(tangent_of(model()), shards(4, 6, size=32), epochs=1, optimizer="sgd")
 
 
+def test_blocks_that_are_repeated_in_separate_fits():
+    """A shard that runs alone repeats them, too; those in a group do not."""
+    tangent = tangent_of(vit(depth=2))
+    tangent.set_grad_checkpointing()
+    check(tangent, shards(8, 7), optimizer="sgd")
+
+
+class Root(nn.Module):
+    """Not finite on most noise."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.head(x.sqrt())
+
+
+def test_what_noise_makes_not_finite_is_no_reason_to_refuse():
+    data = {n: TensorDataset(s[:][0].square(), s[:][1]) for n, s in vectors(8, 6).items()}
+    check(tangent_of(Root()), data, optimizer="sgd")
+
+
+def test_autocast_reaches_the_grouped_products():
+    tangent = tangent_of(vit(depth=2)).float()
+    start = tangent.delta_dict()
+    data = {n: TensorDataset(s[:][0].float(), s[:][1]) for n, s in shards(8, 8).items()}
+    options = {"epochs": 1, "batch_size": 4, "lr": 1e-2, "optimizer": "sgd", "amp": True}
+    expected = separately(tangent, data, **options)
+    seen = set()
+    head = tangent.anchor.get_submodule("head")
+    head.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    found = fit_grouped(tangent, data, progress=False, **options)
+    assert seen == {torch.bfloat16}
+    assert_equal(found, expected, start, tolerance=16 * torch.finfo(torch.bfloat16).eps)
+
+
 class Mixing(nn.Module):
     """Every row sees the mean of its batch."""
 
