@@ -134,8 +134,11 @@ class _Shard:
 
     def advance(self) -> None:
         """Read the next batch; None at the end."""
-        with self._generators.own():
-            self.batch = next(self._batches, None)
+        try:
+            with self._generators.own():
+                self.batch = next(self._batches, None)
+        except ArgumentError as error:
+            raise ArgumentError(f"shard {self.name!r}: {error}") from error
 
     def loss(self, loss: Loss, outputs: Any) -> Tensor:
         if isinstance(outputs, Tensor) and outputs.dtype in (torch.float16, torch.bfloat16):
@@ -184,7 +187,7 @@ class _Shard:
                 empty = False
                 yield unpack(batch, self._device)
             if empty:
-                raise ArgumentError(f"shard {self.name!r} has a length, but yielded no batch")
+                raise ArgumentError("data has a length, but yielded no batch")
 
 
 class _Generators:

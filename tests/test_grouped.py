@@ -390,7 +390,7 @@ def with_trained_anchor(tangent):
     return tangent
 
 
-TWICE = vectors(4)["s0"]
+SOME = vectors(4)["s0"]
 
 
 @pytest.mark.parametrize(
@@ -398,22 +398,23 @@ TWICE = vectors(4)["s0"]
     [
         (linear_tangent, {}, {}, "got none"),
         (linear_tangent, [vectors(4)["s0"]], {}, "got a list"),
-        (linear_tangent, {"a": TWICE, "b": TWICE}, {}, "'a' and 'b' are the same data"),
-        (linear_tangent, {"a": TWICE, "b": vectors(0)["s0"]}, {}, "shard 'b': data is empty"),
+        (linear_tangent, {"a": SOME, "b": SOME}, {}, "'a' and 'b' are the same data"),
+        (linear_tangent, {"a": SOME, "b": vectors(0)["s0"]}, {}, "shard 'b': data is empty"),
         (linear_tangent, {"a": [1, 2]}, {}, "shard 'a': data must be"),
-        (linear_tangent, {3: TWICE}, {}, "must be a string, got 3"),
-        (linear_tangent, {"a": TWICE}, {"optimizer": "adam"}, "optimizer must be"),
-        (linear_tangent, {"a": TWICE}, {"cache": "folder"}, "cache must be True or False"),
-        (linear_tangent, {"a": TWICE}, {"loss": lambda y, t: y}, "loss must return a scalar"),
+        (linear_tangent, {"a": TensorDataset(torch.ones(4, 6))}, {}, "shard 'a': data must yield"),
+        (linear_tangent, {3: SOME}, {}, "must be a string, got 3"),
+        (linear_tangent, {"a": SOME}, {"optimizer": "adam"}, "optimizer must be"),
+        (linear_tangent, {"a": SOME}, {"cache": "folder"}, "cache must be True or False"),
+        (linear_tangent, {"a": SOME}, {"loss": lambda y, t: y}, "loss must return a scalar"),
         (
             linear_tangent,
-            {"a": TWICE},
+            {"a": SOME},
             {"loss": lambda y, t: y.detach().sum()},
             "loss does not depend",
         ),
-        (lambda: nn.Linear(6, 5), {"a": TWICE}, {}, "must be a LinearizedModel"),
-        (lambda: frozen(linear_tangent()), {"a": TWICE}, {}, "no trainable deltas"),
-        (lambda: with_trained_anchor(linear_tangent()), {"a": TWICE}, {}, "share the anchor"),
+        (lambda: nn.Linear(6, 5), {"a": SOME}, {}, "must be a LinearizedModel"),
+        (lambda: frozen(linear_tangent()), {"a": SOME}, {}, "no trainable deltas"),
+        (lambda: with_trained_anchor(linear_tangent()), {"a": SOME}, {}, "share the anchor"),
     ],
 )
 def test_bad_arguments(make, data, options, message):
