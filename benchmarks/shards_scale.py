@@ -132,17 +132,14 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
         )
     panels[0].set(title="all shards: time for each", ylabel="ms per shard")
     panels[1].set(title="one shard, or the mean: time in all", ylabel="ms")
-    panels[2].plot(sizes, [row["bytes"] / 1e6 for row in rows], "k-o", label="measured")
-    panels[2].plot(
-        sizes, [size * rows[-1]["bytes"] / sizes[-1] / 1e6 for size in sizes], ":", color="0.35",
-        label=f"{rows[-1]['bytes'] / sizes[-1] / 1e3:.1f} kB per shard",
-    )  # fmt: skip
-    panels[2].set(title="peak memory beyond the imports", ylabel="MB", yscale="log")
+    panels[2].plot(sizes, [row["bytes"] / 1e6 for row in rows], "k-o")
+    panels[2].set(title="peak memory beyond the imports", ylabel="MB")
+    panels[2].set_ylim(bottom=0)
     for panel in panels:
         panel.set(xscale="log", xlabel="shards")
-        if panel is not panels[2]:
-            panel.set_yscale("log")
         panel.grid(alpha=0.3)
+    for panel in panels[:2]:
+        panel.set_yscale("log")
         panel.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -153,11 +150,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/shards-scale.json"), metavar="FILE")
     parser.add_argument("--picture", type=Path, metavar="FILE")
+    parser.add_argument("--draw", action="store_true", help="only draw what is in --out")
     parser.add_argument("--shards", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--one", nargs=2, metavar=("SHARDS", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(int(options.one[0]), Path(options.one[1]))))
+        return 0
+    if options.draw:
+        draw(json.loads(options.out.read_text()), options.picture)
         return 0
     rows = [in_a_process(shards) for shards in tqdm(options.shards, "sizes", unit="size")]
     content = {"environment": environment(), "images of a shard": EACH, "rows": rows}

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tangent_ops._frozen_attention import frozen_attention
+from tangent_ops._options import OPTIMIZERS, SCHEDULES, Loss, Options
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.evaluate import Data, as_loader, place, unpack
-from tangent_ops.fit import OPTIMIZERS, SCHEDULES, Loss, _cached, _seeded
-from tangent_ops.fit import _Recipe as Options
+from tangent_ops.fit import _cached, _seeded
 from tangent_ops.linearize import LinearizedModel
 from tangent_ops.losses import RescaledSquareLoss
 
