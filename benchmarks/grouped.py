@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -20,7 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.record import environment, write_json
 from benchmarks.timing import interleave
 from tangent_ops import last_blocks, linearize
-from tangent_ops.grouped import Options, _Shard, _step
+from tangent_ops._options import Options
+from tangent_ops.grouped import _Shard, _step
 from tangent_ops.losses import RescaledSquareLoss
 
 MODEL = "vit_tiny_patch16_224"
@@ -88,6 +90,24 @@ def measure(calls: dict[str, Call], count: int, device: torch.device, budget: fl
         separate=statistics.median(separate),
         ratio=statistics.median(a / b for a, b in zip(grouped, separate, strict=True)),
         rounds=len(grouped),
+    )
+
+
+def grouped_table(content: Mapping[str, Any]) -> str:
+    """The results in Markdown."""
+    rows: Mapping[str, Sequence[Mapping[str, float]]] = content["rows"]
+    counts = [row["shards"] for row in next(iter(rows.values()))]
+    lines = [
+        "| time of a step together / apart | " + " | ".join(f"{n} shards" for n in counts) + " |",
+        "| --- |" + " --- |" * len(counts),
+    ]
+    for what, values in rows.items():
+        lines.append(f"| {what} | " + " | ".join(f"{row['ratio']:.2f}" for row in values) + " |")
+    made = content["environment"]
+    return "\n".join(lines) + (
+        f"\n\n{content['setting']}. Medians of interleaved rounds. {made['cpu']}, "
+        f"{made['threads']} threads, torch {made['torch']}, commit {made['commit']}, "
+        f"{made['date']}; `python -m benchmarks.grouped`."
     )
 
 

@@ -9,33 +9,43 @@ A page says where: `<!-- measured:NAME -->`, and `<!-- /measured -->` on lines o
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.cluster_arithmetic import table as cluster_table
 from benchmarks.demo_table import demo_table, read_demos
+from benchmarks.grouped import grouped_table
 from benchmarks.precision_table import precision_table, read_precision
 from benchmarks.privacy_table import accuracy_table, read_accuracy, read_speed, speed_table
 from benchmarks.record import ROOT
 from benchmarks.rivals import Answers, by_case, fastest_yardstick, ratio, yardstick
+from benchmarks.shards_scale import scale_table
 from benchmarks.stored import COMPILED, RESULTS, SUITE, BadFile, conditions, newest
 from benchmarks.suite.case import Case
 from benchmarks.suite.row import Result, Row
 from benchmarks.targets import DUAL_FORWARD, SAVED, STEP, judge
 from benchmarks.units import amount, duration
 
+PUBLISHED = ("benchmarks.md", "precision.md", "promises/privacy.md", "cluster.md")
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("benchmarks.md", "precision.md", "promises/privacy.md")),
+    *(ROOT / "docs" / name for name in PUBLISHED),
 )
 OTHERS: dict[str, Callable[[], str]] = {  # of files that are not the suite's
     "demo": lambda: demo_table(read_demos()),
     "precision": lambda: precision_table(read_precision()),
     "privacy-speed": lambda: speed_table(read_speed()),
     "privacy-accuracy": lambda: accuracy_table(read_accuracy()),
+    "shards-scale": lambda: scale_table(json.loads(SCALE.read_text(encoding="utf-8"))),
+    "cluster-arithmetic": cluster_table,
+    "grouped": lambda: grouped_table(json.loads(GROUPED.read_text(encoding="utf-8"))),
 }
+SCALE = RESULTS / "shards" / "scale.json"
+GROUPED = RESULTS / "grouped" / "cpu.json"
 NOT_MEASURED = "Not measured yet."
 NOTHING = "–"
 BEGIN = re.compile(r"^<!-- measured:(?P<name>\S+) -->$", re.MULTILINE)

@@ -64,7 +64,7 @@ def measure(shards: int, folder: Path) -> dict[str, Any]:
         return found
 
     ids = images(folder / "images", EACH * shards)
-    options = {"num_classes": 2, "img_size": 32}
+    options: dict[str, Any] = {"num_classes": 2, "img_size": 32}
     torch.manual_seed(0)
     anchor = folder / "anchor.safetensors"
     save_anchor(timm.create_model("test_vit", **options), anchor, name="test_vit", options=options)
@@ -110,6 +110,27 @@ def in_a_process(shards: int) -> dict[str, Any]:
         command = [sys.executable, "-m", "benchmarks.shards_scale", "--one", str(shards), folder]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
+
+
+def scale_table(content: Mapping[str, Any]) -> str:
+    """The results in Markdown."""
+    rows: Sequence[Mapping[str, Any]] = content["rows"]
+    lines = [
+        "| | " + " | ".join(f"{row['shards']:,} shards" for row in rows) + " |",
+        "| --- |" + " --- |" * len(rows),
+    ]
+    for name, grows in STEPS.items():
+        shares = [1e3 * row["seconds"][name] / (row["shards"] if grows else 1) for row in rows]
+        unit = "ms per shard" if grows else "ms"
+        lines.append(f"| {name} | " + " | ".join(f"{v:.3g} {unit}" for v in shares) + " |")
+    memory = " | ".join(f"{row['bytes'] / 1e6:.0f} MB" for row in rows)
+    lines.append(f"| peak memory beyond the imports | {memory} |")
+    made = content["environment"]
+    return "\n".join(lines) + (
+        f"\n\n{content['images of a shard']} images and 258 parameters to a shard. {made['cpu']}, "
+        f"torch {made['torch']}, commit {made['commit']}, {made['date']}; "
+        "`python -m benchmarks.shards_scale`."
+    )
 
 
 def draw(content: Mapping[str, Any], path: Path) -> None:

@@ -10,6 +10,7 @@ from tangent_ops.fit import History, fit, fit_head
 from tangent_ops.forward_ad import fused_forward_ad
 from tangent_ops.functional import scaled_dot_product_attention
 from tangent_ops.gradient_basis import gradient_basis
+from tangent_ops.grouped import fit_grouped
 from tangent_ops.ledger import Ledger
 from tangent_ops.linearize import LinearizedModel, last_blocks, linearize
 from tangent_ops.nn import TangentAttention
@@ -30,6 +31,7 @@ __all__ = [
     "errors",
     "fit",
     "fit_exact",
+    "fit_grouped",
     "fit_head",
     "forget_samples",
     "fused_forward_ad",

@@ -5,18 +5,14 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner, Result
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "shards"))
-
 from shard_runs import image_folder
+from typer.testing import CliRunner, Result
 
 import tangent_ops.shards.run
 from tangent_ops import load_delta
