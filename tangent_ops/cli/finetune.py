@@ -180,7 +180,7 @@ def finetune(
         if dry_run:
             _show_dry_run(recipe, assignment, out, as_json)
             return
-        classes = samples.classes or [str(k) for k in range(max(samples.targets) + 1)]
+        classes = _classes(samples)
         with tempfile.TemporaryDirectory(prefix="tangent-ops-") as scratch:
             path, words = make_anchor(made, out.absolute(), Path(scratch), classes, quiet=as_json)
             if not as_json:
@@ -319,8 +319,12 @@ def _assigned(
     if shards != 1 or parts is not None:
         raise ArgumentError(f"--shards and --proportions are for --by hash, not for --by {by}")
     if by == "class":
-        return by_class(samples.ids, samples.targets, samples.classes)
+        return by_class(samples.ids, samples.targets, _classes(samples))
     return by_column(samples.ids, labels)
+
+
+def _classes(samples: Samples) -> list[str]:
+    return samples.classes or [str(k) for k in range(max(samples.targets) + 1)]
 
 
 def _show_dry_run(

@@ -122,7 +122,7 @@ class Plan:
             plan = cls.open(path)
             plan._check_same(asked, dealt, rows)
             return plan
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(map(_foreign, path.iterdir()))):
             raise PlanError(f"{path} holds no plan, but other files: give a new or empty folder")
 
         shards: dict[str, list[Sample]] = {name: [] for name in assignment}
@@ -306,6 +306,12 @@ class Plan:
                 f"{len(now - here)} are new, {len(here - now)} are gone. Give another folder to "
                 "start a new one; to take samples out of this one, forget them"
             )
+
+
+def _foreign(path: Path) -> bool:
+    """Whether a file is none that an interrupted `create` leaves: the plan itself comes last."""
+    empty = path.name == "deltas" and path.is_dir() and not any(path.iterdir())
+    return not (empty or path.name == ANCHOR or path.suffix == ".tmp")
 
 
 Rows = list[tuple[str, str, int, str | None]]  # shard, id, class index, label

@@ -195,3 +195,16 @@ def test_recipes() -> None:
     ):  # fmt: skip
         with pytest.raises(ArgumentError):
             Recipe(**wrong)  # pyright: ignore[reportArgumentType]
+
+
+def test_interrupted_before_its_end(folder: Path) -> None:
+    """The plan's file is the last to be written."""
+    assignment = {"a": ["class0/0.png"]}
+    (folder / "run" / "deltas").mkdir(parents=True)
+    shutil.copy(folder / "anchor.safetensors", folder / "run" / "anchor.safetensors")
+    (folder / "run" / ".0123456789abcdef.tmp").write_bytes(b"half")
+    create(folder, assignment)
+    (folder / "other").mkdir()
+    (folder / "other" / "thesis.tex").write_text("...")
+    with pytest.raises(PlanError, match="other files"):
+        create(folder, assignment, run="other")
