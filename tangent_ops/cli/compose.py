@@ -18,12 +18,16 @@ Run = Annotated[Path, typer.Argument(help="The run's folder, of `tangent-ops fin
 def compose(
     run: Run,
     weights: Annotated[
-        Literal["uniform", "samples"],
-        typer.Option(help="Of the shards in the mean: equal, or by their number of images."),
-    ] = "uniform",
+        Literal["uniform", "samples"] | None,
+        typer.Option(
+            help="Of the shards in the mean: equal, or by their number of images. Default: those "
+            "of the last time, or else uniform."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the composed delta to this file, too.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite that file.")] = False,
     config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
@@ -33,9 +37,12 @@ def compose(
     what was forgotten.
     """
     from tangent_ops.delta import save_delta
+    from tangent_ops.errors import ArgumentError
     from tangent_ops.shards import Plan, check_settled, settle
 
     with errors():
+        if out is not None and out.exists() and not force:
+            raise ArgumentError(f"{out} exists: give another name, or --force to overwrite it")
         plan = Plan.open(run)
         settled = settle(plan, weights=weights)
         ledger = check_settled(plan)

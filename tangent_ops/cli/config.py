@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from inspect import unwrap
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -19,6 +20,7 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
         return path
     values = _parsed(path)
     known = {parameter.name for parameter in context.command.params} - {"config"}
+    hints = get_type_hints(unwrap(context.command.callback))  # pyright: ignore[reportArgumentType]
     found = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
@@ -29,6 +31,12 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
             fail(f"{path} has an option {key!r}, which {context.info_name} has not{hint}", 2)
         if isinstance(value, (dict, list)):
             fail(f"{path}: {key} must be one value, got {value!r}", 2)
+        kinds = {hints.get(name), *get_args(hints.get(name))}
+        if value is not None and isinstance(value, bool) != (bool in kinds):
+            what = "true or false" if bool in kinds else "a value"
+            fail(f"{path}: {key} must be {what}, got {value!r}", 2)
+        if isinstance(value, float) and int in kinds:  # some releases of Typer cut it off
+            fail(f"{path}: {key} must be an integer, got {value!r}", 2)
         found[name] = value
     context.default_map = {**(context.default_map or {}), **found}
     return path

@@ -11,7 +11,7 @@ import typer
 
 from tangent_ops.cli.compose import Run
 from tangent_ops.cli.config import Config
-from tangent_ops.cli.messages import errors, say
+from tangent_ops.cli.messages import errors, hidden, say
 
 if TYPE_CHECKING:
     from tangent_ops.linearize import LinearizedModel
@@ -51,7 +51,7 @@ def evaluate(
         samples = ImageData(str(data), data_name, split).open(info.input)
         samples = samples.with_classes(info.classes)
         tangent, what = composed(plan, delta, anchor_only)
-        found = accuracy(tangent, samples, batch_size=batch_size, progress=not as_json)
+        found = accuracy(tangent, samples, batch_size=batch_size, progress=not hidden(as_json))
     error = math.sqrt(found * (1 - found) / len(samples))
     if as_json:
         record = {"accuracy": found, "standard_error": error, "samples": len(samples)}

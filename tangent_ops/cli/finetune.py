@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import tempfile
@@ -15,10 +14,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from tangent_ops.cli.config import Config
-from tangent_ops.cli.messages import errors, fail, need_privacy, say, tell
+from tangent_ops.cli.messages import errors, fail, hidden, need_privacy, say, tell
 
 if TYPE_CHECKING:
-    from tangent_ops.shards import Plan, Recipe, Samples
+    from tangent_ops.shards import Plan, Recipe
 
 EXAMPLES = """
 Examples:
@@ -38,6 +37,7 @@ def _option(text: str, panel: str, *names: str) -> Any:
 
 
 def finetune(
+    context: typer.Context,
     data: Annotated[Path, typer.Argument(help="Folder with a folder of images for each class.")],
     out: Annotated[Path, typer.Option(help="The run's folder; the same command goes on in it.")],
     data_name: Annotated[
@@ -148,6 +148,10 @@ def finetune(
     """
     from tangent_ops.cli.training import check_tensorboard
 
+    sources = {p.name: context.get_parameter_source(p.name or "") for p in context.command.params}
+    given = [
+        name for name, source in sources.items() if name and source and source.name != "DEFAULT"
+    ]
     if dp_epsilon is not None:
         need_privacy()
         dp_delta = 1e-5 if dp_delta is None else dp_delta
@@ -161,28 +165,34 @@ def finetune(
         "dp_batch_size": dp_batch_size, "dp_steps": dp_steps,
     }  # fmt: skip
 
-    from tangent_ops.cli.make_anchor import AnchorOptions, make_anchor
+    from tangent_ops.cli.dealing import Dealing, classes_of
+    from tangent_ops.cli.make_anchor import AnchorOptions, check_model, make_anchor
     from tangent_ops.errors import ArgumentError
     from tangent_ops.shards import ImageData, Plan, Recipe
+    from tangent_ops.shards.plan import check_folder
+    from tangent_ops.shards.run import check_executor
 
     with errors():
         recipe = Recipe(blocks=_blocks(blocks), **options)
         source = ImageData(str(data), data_name, split)
         made = AnchorOptions(model, img_size, weights, pretrained, public, anchor, seed)
+        _check_alone(given)
         made.check()
         if workers is not None and workers < 1:
             raise ArgumentError(f"--workers {workers}: expected 1 or more")
         if address is not None and executor != "ray":
             raise ArgumentError("--address is for --executor ray: give that, too")
+        check_executor(executor, workers, retries, address)
+        check_folder(out)
         samples = source.open()
-        labels = _labels(table, label or (by if by not in ("hash", "class") else None))
-        assignment = _assigned(samples, by, shards, proportions, labels)
+        assignment, labels = Dealing(shards, proportions, by, table, label).deal(samples)
+        classes = classes_of(samples)
+        check_model(made, recipe, len(classes))
         if dry_run:
             _show_dry_run(recipe, assignment, out, as_json)
             return
-        classes = _classes(samples)
         with tempfile.TemporaryDirectory(prefix="tangent-ops-") as scratch:
-            path, words = make_anchor(made, out.absolute(), Path(scratch), classes, quiet=as_json)
+            path, words = make_anchor(made, out.absolute(), Path(scratch), classes, hidden(as_json))
             if not as_json:
                 tell(words)
             plan = Plan.create(
@@ -194,7 +204,7 @@ def finetune(
                 labels=labels,
                 public=None if public is None else ImageData(str(public)),
                 allow_overlap=allow_overlap,
-                progress=not as_json,
+                progress=not hidden(as_json),
             )
         _train(plan, executor, workers, retries, address, tensorboard, as_json)
 
@@ -257,12 +267,27 @@ def _train(
 
 
 def _statement(plan: Plan) -> Any:
-    """Of all compositions of what is trained."""
+    """Of all compositions of what is trained; None if nothing is."""
     from tangent_ops.privacy.parallel import ledger_privacy
     from tangent_ops.shards import check_settled, settle
 
     settle(plan)
-    return ledger_privacy(check_settled(plan))
+    ledger = check_settled(plan)
+    return ledger_privacy(ledger) if len(ledger) else None
+
+
+def _check_alone(given: list[str]) -> None:
+    """Raise ArgumentError for options that would be passed over."""
+    from tangent_ops.errors import ArgumentError
+
+    private = [name for name in given if name.startswith("dp_")]
+    if private and "dp_epsilon" not in given:  # training that only looks private
+        option = private[0].replace("_", "-")
+        raise ArgumentError(f"--{option} is for a private fit: give --dp-epsilon, too")
+    made = [name for name in ("model", "img_size", "pretrained") if name in given]
+    if made and "anchor" in given:
+        option = made[0].replace("_", "-")
+        raise ArgumentError(f"--anchor is a whole model: leave --{option} out")
 
 
 def _blocks(value: str) -> int | None:
@@ -275,67 +300,27 @@ def _blocks(value: str) -> int | None:
     return int(value)
 
 
-def _labels(table: Path | None, column: str | None) -> dict[str, str]:
-    from tangent_ops.errors import ArgumentError
-
-    if (table is None) != (column is None):
-        missing = "--table" if table is None else "--by or --label, a column of it"
-        raise ArgumentError(f"a table and a column go together: give {missing}, too")
-    if table is None or column is None:
-        return {}
-    try:
-        with open(table, newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file)
-            for needed in ("sample", column):
-                if needed not in (rows.fieldnames or ()):
-                    raise ArgumentError(
-                        f"--table {table} has no column {needed!r}; it has "
-                        f"{', '.join(rows.fieldnames or ())}"
-                    )
-            found: dict[str, str] = {}
-            for row in rows:
-                if found.setdefault(row["sample"], row[column]) != row[column]:
-                    raise ArgumentError(f"--table {table} has {row['sample']!r} twice")
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise ArgumentError(f"--table {table} cannot be read: {error}") from error
-    return found
-
-
-def _assigned(
-    samples: Samples, by: str, shards: int, proportions: str | None, labels: dict[str, str]
-) -> dict[str, list[str]]:
-    from tangent_ops.errors import ArgumentError
-    from tangent_ops.shards import by_class, by_column, by_hash
-
-    parts = None
-    if proportions is not None:
-        try:
-            parts = [float(part) for part in proportions.split(",")]
-        except ValueError as error:
-            raise ArgumentError(f"--proportions {proportions}: expected 5,1,1 or so") from error
-        shards = len(parts) if shards == 1 else shards
-    if by == "hash":
-        return by_hash(samples.ids, shards, proportions=parts)
-    if shards != 1 or parts is not None:
-        raise ArgumentError(f"--shards and --proportions are for --by hash, not for --by {by}")
-    if by == "class":
-        return by_class(samples.ids, samples.targets, _classes(samples))
-    return by_column(samples.ids, labels)
-
-
-def _classes(samples: Samples) -> list[str]:
-    return samples.classes or [str(k) for k in range(max(samples.targets) + 1)]
-
-
 def _show_dry_run(
     recipe: Recipe, assignment: dict[str, list[str]], out: Path, as_json: bool
 ) -> None:
+    from tangent_ops.shards import Plan
+    from tangent_ops.shards.plan import DATABASE
+
+    there = Plan.open(out).shards() if (out / DATABASE).exists() else []
+    done = {shard.name for shard in there if shard.done}
     rows = []
     for name, ids in assignment.items():
         per_epoch = math.ceil(len(ids) / recipe.batch_size)
         steps = recipe.epochs * per_epoch if recipe.dp_epsilon is None else recipe.dp_steps
         exact = recipe.method == "exact"
-        rows.append({"shard": name, "samples": len(ids), "steps": None if exact else steps})
+        rows.append(
+            {
+                "shard": name,
+                "samples": len(ids),
+                "steps": None if exact else steps,
+                "done": name in done,
+            }
+        )
     if as_json:
         typer.echo(
             json.dumps({"run": str(out), "recipe": recipe.to_dict(), "shards": rows}, indent=2)
@@ -343,9 +328,11 @@ def _show_dry_run(
         return
     table = Table("shard", "samples", "steps")
     for row in rows[:50]:
-        table.add_row(
-            escape(row["shard"]), str(row["samples"]), str(row["steps"] or "to the optimum")
-        )
+        steps = "to the optimum" if row["steps"] is None else str(row["steps"])
+        if row["done"] or not row["samples"]:
+            steps = "none: it is trained" if row["done"] else "none: it is empty"
+        table.add_row(escape(row["shard"]), str(row["samples"]), steps)
+    todo = sum(not row["done"] and row["samples"] > 0 for row in rows)
     Console().print(table)
     more = f" ({len(rows) - 50} more not shown)" if len(rows) > 50 else ""
-    say(f"{len(rows)} shards would be trained into {out}{more}; nothing was written")
+    say(f"{todo} of {len(rows)} shards would be trained into {out}{more}; nothing was written")

@@ -10,10 +10,10 @@ import typer
 
 from tangent_ops.cli.compose import Run
 from tangent_ops.cli.config import Config
-from tangent_ops.cli.messages import errors, fail, say
+from tangent_ops.cli.messages import errors, fail, hidden, say
 
 if TYPE_CHECKING:
-    from tangent_ops.shards import Forgotten
+    from tangent_ops.shards import Forgotten, Plan
 
 
 def forget(
@@ -63,15 +63,29 @@ def forget(
             typer.confirm(f"Forget {words} for good?", abort=True)
         try:
             done = forgotten(
-                plan, **which, executor=executor, workers=workers, progress=not as_json
+                plan, **which, executor=executor, workers=workers, progress=not hidden(as_json)
             )
         except KeyboardInterrupt:
+            if _there(plan, which):
+                fail("interrupted: nothing was forgotten yet; the same command does it", 130)
             fail(
                 "interrupted: the images are out of the plan; `tangent-ops compose` drops the "
                 "deltas that saw them, `tangent-ops finetune` trains what is left",
                 130,
             )
     _show(done, as_json)
+
+
+def _there(plan: Plan, which: dict[str, Any]) -> bool:
+    """Whether the plan still has them: they leave it in one transaction."""
+    from tangent_ops.errors import ArgumentError
+    from tangent_ops.shards import find
+
+    try:
+        find(plan, **which)
+    except ArgumentError:
+        return False
+    return True
 
 
 def _show(done: Forgotten, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,10 @@ from tangent_ops.cli.messages import errors, say
 
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="A run's or ledger's folder, or the file of a delta or anchor.")
+        Path,
+        typer.Argument(
+            help="A run's or ledger's folder, or the file of a delta, anchor or program."
+        ),
     ],
     shards: Annotated[bool, typer.Option("--shards", help="List a run's shards, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
@@ -105,6 +109,28 @@ def _ledger(path: Path) -> dict[str, Any]:
     return {"what": "ledger", "shards": len(entries), "weight": weight}
 
 
+def _program(path: Path) -> dict[str, Any]:
+    """Of an archive's table of contents alone: nothing in it is loaded."""
+    from tangent_ops.errors import ArgumentError
+
+    try:
+        with zipfile.ZipFile(path) as file:
+            forms = [name for name in file.namelist() if name.endswith("/archive_format")]
+            if (
+                len(forms) != 1
+                or file.getinfo(forms[0]).file_size != 3
+                or file.read(forms[0]) != b"pt2"
+            ):
+                raise ArgumentError(f"{path} is an archive, but no exported program (.pt2)")
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise ArgumentError(f"{path} is a damaged archive: {error}") from error
+    return {
+        "what": "program",
+        "megabytes": round(path.stat().st_size / 1e6, 1),
+        "to run": f'torch.export.load("{path}").module()(images)',
+    }
+
+
 def _file(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
@@ -117,9 +143,7 @@ def _file(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         start = file.read(4)
     if start == b"PK\x03\x04":
-        raise ArgumentError(
-            f"{path} is an archive: if it is an exported program, torch.export.load reads it"
-        )
+        return _program(path)
     try:
         with safe_open(path, framework="pt") as file:
             form = (file.metadata() or {}).get("format")

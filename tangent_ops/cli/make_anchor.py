@@ -16,9 +16,9 @@ from timm.data.config import resolve_model_data_config
 from torch import nn
 
 from tangent_ops._files import to_json
-from tangent_ops.errors import ArgumentError
+from tangent_ops.errors import ArgumentError, TangentOpsError
 from tangent_ops.fit import fit_head
-from tangent_ops.shards import ImageData, Samples, read_anchor, save_anchor
+from tangent_ops.shards import ImageData, Recipe, Samples, read_anchor, save_anchor
 from tangent_ops.shards.plan import ANCHOR
 
 
@@ -33,6 +33,11 @@ class AnchorOptions:
     public: Path | None
     file: Path | None
     seed: int
+
+    def built(self, classes: int) -> dict[str, Any]:
+        """What timm builds the model from, besides its name."""
+        size = {} if self.img_size is None else {"img_size": self.img_size}
+        return {"num_classes": classes, **size}
 
     def check(self) -> None:
         """Raise ArgumentError for what can be seen without building anything."""
@@ -56,6 +61,26 @@ class AnchorOptions:
             )
         if self.public is not None and not self.public.is_dir():
             raise ArgumentError(f"--public {self.public}: there is no such folder")
+
+
+def check_model(options: AnchorOptions, recipe: Recipe, classes: int) -> None:
+    """Raise ArgumentError if timm cannot build the model, or it lacks the blocks to be trained."""
+    if options.file is not None:
+        info = read_anchor(options.file)
+        name, built = info.name, info.options
+    else:
+        name, built = options.model.split(".")[0], options.built(classes)
+    try:
+        with torch.device("meta"):  # shapes only: nothing is computed or allocated
+            model = timm.create_model(name, pretrained=False, **built)
+    except Exception as error:  # whatever an architecture raises
+        raise ArgumentError(
+            f"--model {name}: timm cannot build it with {built}: {error}"
+        ) from error
+    try:
+        recipe.trainable(model)
+    except TangentOpsError as error:
+        raise ArgumentError(f"--blocks {recipe.blocks}: {error}; or give all") from error
 
 
 def make_anchor(
@@ -86,15 +111,12 @@ def make_anchor(
             )
         return run / ANCHOR, "going on with the run's anchor"
     name = options.model.split(".")[0]
-    built: dict[str, Any] = {"num_classes": len(classes)}
-    if options.img_size is not None:
-        built["img_size"] = options.img_size
+    built = options.built(len(classes))
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
-        model = _built(options, built)
-    words = (
-        "its head is random: images that never have to be forgotten (--public) make a better one"
-    )
+        model, fetched = _built(options, built)
+    words = f"its head is {'that of the weights, for as many classes' if fetched else 'random'}: "
+    words += "images that never have to be forgotten (--public) make a better one"
     if public is not None:
         config = dict(resolve_model_data_config(model))
         if options.img_size is not None:
@@ -123,15 +145,18 @@ def _origin(options: AnchorOptions, classes: Sequence[str], public: Samples | No
     return to_json(told)
 
 
-def _built(options: AnchorOptions, built: dict[str, Any]) -> nn.Module:
+def _built(options: AnchorOptions, built: dict[str, Any]) -> tuple[nn.Module, bool]:
+    """The model, and whether its head came with its weights."""
     if options.weights is None:
         try:
-            return timm.create_model(options.model, pretrained=options.pretrained, **built).eval()
+            model = timm.create_model(options.model, pretrained=options.pretrained, **built).eval()
         except Exception as error:  # of the hub, the network, the architecture
             raise ArgumentError(
                 f"--model {options.model}: timm cannot make it ({type(error).__name__}: {error}). "
                 "Without a network give --weights FILE.safetensors, or --no-pretrained"
             ) from error
+        published = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+        return model, options.pretrained and published == built["num_classes"]
     model = timm.create_model(options.model.split(".")[0], pretrained=False, **built).eval()
     try:
         state = load_file(options.weights)
@@ -146,8 +171,13 @@ def _built(options: AnchorOptions, built: dict[str, Any]) -> nn.Module:
             f"--weights {options.weights} does not fit {options.model}: {missing[0]} is missing or "
             "has another shape"
         )
+    if unknown := sorted(state.keys() - own.keys()):
+        raise ArgumentError(
+            f"--weights {options.weights} is of another model than {options.model}, which has no "
+            f"{unknown[0]}: without it the model is not the one that was trained"
+        )
     model.load_state_dict({**own, **fitting})
-    return model
+    return model, head <= fitting.keys()
 
 
 def _head(model: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -39,6 +40,11 @@ def say(text: str) -> None:
 def tell(text: str) -> None:
     """Print text as it is to stderr: what is no result."""
     Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def hidden(as_json: bool) -> bool:
+    """Whether to show no bars: for programs, and where nobody is looking."""
+    return as_json or not sys.stderr.isatty()
 
 
 def need_privacy() -> None:

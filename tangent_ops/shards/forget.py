@@ -13,8 +13,8 @@ from tangent_ops.exact import forget_samples
 from tangent_ops.shards.job import job_data, save
 from tangent_ops.shards.plan import Plan
 from tangent_ops.shards.recipe import LOSSES
-from tangent_ops.shards.run import Report, train
-from tangent_ops.shards.settle import settle_locked
+from tangent_ops.shards.run import Report, check_executor, train
+from tangent_ops.shards.settle import settle_locked, weights_of
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,14 @@ def forget(
         progress: show bars.
 
     Raises:
-        ArgumentError: not one of the three is given, or there is none of it.
+        ArgumentError: not one of the three is given, or there is none of it; executor or workers
+            other than these. Nothing has changed then.
+        UnsupportedError: Ray is not installed. Nothing has changed.
         PlanError, LedgerError, WorkerError: as in `run_shards` and `settle`.
     """
+    check_executor(executor, workers)  # before anything is gone
     with plan.locked():
+        weights = weights_of(plan)  # an empty ledger would not know them any more
         found = find(plan, shard=shard, sample=sample, label=label)
         before = {s.name: s for s in plan.shards() if s.name in found}
         trained = [name for name, s in before.items() if s.done]
@@ -94,7 +98,7 @@ def forget(
         if plan.recipe.method == "exact" and plan.recipe.loss == "rsl":
             starts = {name: load_delta(plan.delta_path(before[name].job or "")) for name in trained}
         plan.manifest.remove(found)
-        settle_locked(plan, None)
+        settle_locked(plan, weights)
         left = {s.name for s in plan.shards() if s.job is not None}
         again = [name for name in trained if name in left]
         resolved = _solved(plan, {n: d for n, d in starts.items() if n in left}, progress)
@@ -105,7 +109,7 @@ def forget(
             workers=workers,
             progress=progress,
         )
-        settle_locked(plan, None)
+        settle_locked(plan, weights)
     return Forgotten(
         shards=tuple(found),
         samples=sum(map(len, found.values())),

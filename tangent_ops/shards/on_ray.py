@@ -42,7 +42,7 @@ def run_on_ray(
         ArgumentError: there is no cluster at this address, or none of its machines has so many
             cores.
     """
-    ray = _ray()
+    ray = need_ray()
     # Ray tells of workers that died on stdout, which belongs to results.
     with redirect_stdout(sys.stderr), _connected(ray, address, workers, threads):
         resources = ray.cluster_resources()
@@ -69,7 +69,12 @@ def run_on_ray(
                 ray.cancel(reference, force=True)
 
 
-def _ray() -> Any:
+def need_ray() -> Any:
+    """The package.
+
+    Raises:
+        UnsupportedError: it is not installed.
+    """
     try:
         import ray
     except ImportError as error:

@@ -122,8 +122,7 @@ class Plan:
             plan = cls.open(path)
             plan._check_same(asked, dealt, rows)
             return plan
-        if path.exists() and (not path.is_dir() or any(map(_foreign, path.iterdir()))):
-            raise PlanError(f"{path} holds no plan, but other files: give a new or empty folder")
+        check_folder(path)
 
         shards: dict[str, list[Sample]] = {name: [] for name in assignment}
         for shard, sample in _hashed(samples, rows, progress):
@@ -306,6 +305,14 @@ class Plan:
                 f"{len(now - here)} are new, {len(here - now)} are gone. Give another folder to "
                 "start a new one; to take samples out of this one, forget them"
             )
+
+
+def check_folder(path: Path) -> None:
+    """Raise PlanError for what is neither a plan's folder nor free to become one."""
+    if (path / DATABASE).exists() or not path.exists():
+        return
+    if not path.is_dir() or any(map(_foreign, path.iterdir())):
+        raise PlanError(f"{path} holds no plan, but other files: give a new or empty folder")
 
 
 def _foreign(path: Path) -> bool:

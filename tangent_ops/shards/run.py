@@ -13,7 +13,7 @@ from tqdm import tqdm
 from tangent_ops.errors import ArgumentError
 from tangent_ops.evaluate import check_integer
 from tangent_ops.shards.local import run_local
-from tangent_ops.shards.on_ray import run_on_ray
+from tangent_ops.shards.on_ray import need_ray, run_on_ray
 from tangent_ops.shards.plan import Plan
 
 EXECUTORS = ("local", "ray")
@@ -87,6 +87,21 @@ def run_shards(
         )
 
 
+def check_executor(
+    executor: str, workers: int | None, retries: int = 3, address: str | None = None
+) -> None:
+    """Raise what `run_shards` says of these arguments."""
+    if executor not in EXECUTORS:
+        raise ArgumentError(f"executor must be one of {[*EXECUTORS]}, got {executor!r}")
+    if workers is not None:
+        check_integer("workers", workers, 1)
+    check_integer("retries", retries, 0)
+    if address is not None and executor != "ray":
+        raise ArgumentError("address is for executor='ray': pass that, too")
+    if executor == "ray":
+        need_ray()
+
+
 def train(
     plan: Plan,
     only: Collection[str] | None,
@@ -100,13 +115,7 @@ def train(
 ) -> Report:
     """`run_shards` for whoever has locked the plan; of some shards only, perhaps."""
     began = time.perf_counter()
-    if executor not in EXECUTORS:
-        raise ArgumentError(f"executor must be one of {[*EXECUTORS]}, got {executor!r}")
-    if workers is not None:
-        check_integer("workers", workers, 1)
-    check_integer("retries", retries, 0)
-    if address is not None and executor != "ray":
-        raise ArgumentError("address is for executor='ray': pass that, too")
+    check_executor(executor, workers, retries, address)
     for path in plan.deltas_path.iterdir():
         if _TEMPORARY.fullmatch(path.name):
             path.unlink()  # of a worker that was killed; nobody else writes here now

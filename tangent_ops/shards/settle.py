@@ -9,6 +9,7 @@ from tangent_ops.delta import load_delta
 from tangent_ops.errors import ArgumentError, DeltaError, LedgerError, PlanError
 from tangent_ops.ledger import Ledger
 from tangent_ops.ledger.changes import erase
+from tangent_ops.ledger.ledger import DATABASE
 from tangent_ops.shards.plan import Plan
 
 WEIGHTS = ("uniform", "samples")
@@ -29,7 +30,7 @@ class Settled:
     missing: tuple[str, ...]
 
 
-def settle(plan: Plan, *, weights: str = "uniform") -> Settled:
+def settle(plan: Plan, *, weights: str | None = None) -> Settled:
     """Bring a run's ledger in line with its plan; interrupted anywhere, the next call goes on.
 
     Deltas that the plan no longer asks for, since a sample of theirs was forgotten say, leave the
@@ -38,27 +39,33 @@ def settle(plan: Plan, *, weights: str = "uniform") -> Settled:
     Args:
         plan: the run.
         weights: of the shards in the mean: "uniform", as in the paper, or "samples", by how many
-            samples they have.
+            samples they have. None: those of the last time, or else uniform.
 
     Raises:
         ArgumentError: weights is neither.
         PlanError: another process is at work on the run; a delta's file is damaged or another's.
         LedgerError: the ledger is damaged.
     """
-    if weights not in WEIGHTS:
+    if weights is not None and weights not in WEIGHTS:
         raise ArgumentError(f"weights must be one of {[*WEIGHTS]}, got {weights!r}")
     with plan.locked():
-        return settle_locked(plan, weights)
+        return settle_locked(plan, weights or weights_of(plan))
 
 
-def settle_locked(plan: Plan, weights: str | None) -> Settled:
-    """`settle` for whoever has locked the plan. None for the weights that the ledger has."""
+def weights_of(plan: Plan) -> str:
+    """The weights that the run's ledger has; uniform ones if there is nothing in it."""
+    if not (plan.ledger_path / DATABASE).exists():
+        return "uniform"
+    entries = Ledger(plan.ledger_path, create=False).list()
+    by_samples = any(entry.meta.get("weights") == "samples" for entry in entries)
+    return "samples" if by_samples else "uniform"
+
+
+def settle_locked(plan: Plan, weights: str) -> Settled:
+    """`settle` for whoever has locked the plan."""
     shards = {shard.name: shard for shard in plan.shards() if shard.job is not None}
     ledger = Ledger(plan.ledger_path, anchor=plan.anchor_info.fingerprint)
     entries = {entry.shard: entry for entry in ledger.list()}
-    if weights is None:
-        by_samples = any(entry.meta.get("weights") == "samples" for entry in entries.values())
-        weights = "samples" if by_samples else "uniform"
     forgotten = []
     for name, entry in entries.items():
         shard = shards.get(name)

@@ -1,0 +1,85 @@
+"""Which image goes to which shard of ``tangent-ops finetune``, and what it is forgotten by."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+from tangent_ops.errors import ArgumentError
+from tangent_ops.shards import Samples, by_class, by_column, by_hash
+
+Assignment = dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Dealing:
+    """What the command line says of the shards."""
+
+    shards: int
+    proportions: str | None
+    by: str
+    table: Path | None
+    label: str | None
+
+    def deal(self, samples: Samples) -> tuple[Assignment, dict[str, str]]:
+        """Shard -> ids, and id -> label.
+
+        Raises:
+            ArgumentError: options that do not fit together, or a table that lacks an image.
+        """
+        column = self.by if self.by not in ("hash", "class") else None
+        label = self.label or column
+        if (self.table is None) != (label is None):
+            missing = "--table" if self.table is None else "--by or --label, a column of it"
+            raise ArgumentError(f"a table and a column go together: give {missing}, too")
+        if self.by != "hash" and (self.shards != 1 or self.proportions is not None):
+            raise ArgumentError(
+                f"--shards and --proportions are for --by hash, not for --by {self.by}"
+            )
+        labels: dict[str, str] = {}
+        if self.table is not None and label is not None:
+            labels = _column(self.table, label)
+            by_column(samples.ids, labels)  # an image without one would never be found by it
+        if column is not None and self.table is not None:
+            owners = labels if column == label else _column(self.table, column)
+            return by_column(samples.ids, owners), labels
+        if self.by == "class":
+            return by_class(samples.ids, samples.targets, classes_of(samples)), labels
+        parts = self._parts()
+        count = len(parts) if parts is not None and self.shards == 1 else self.shards
+        return by_hash(samples.ids, count, proportions=parts), labels
+
+    def _parts(self) -> list[float] | None:
+        if self.proportions is None:
+            return None
+        try:
+            return [float(part) for part in self.proportions.split(",")]
+        except ValueError as error:
+            raise ArgumentError(
+                f"--proportions {self.proportions}: expected 5,1,1 or so"
+            ) from error
+
+
+def classes_of(samples: Samples) -> list[str]:
+    """Their names, or their numbers where they have none."""
+    return list(samples.classes) or [str(k) for k in range(max(samples.targets) + 1)]
+
+
+def _column(table: Path, column: str) -> dict[str, str]:
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a BOM
+            rows = csv.DictReader(file)
+            for needed in ("sample", column):
+                if needed not in (rows.fieldnames or ()):
+                    raise ArgumentError(
+                        f"--table {table} has no column {needed!r}; it has "
+                        f"{', '.join(rows.fieldnames or ())}"
+                    )
+            found: dict[str, str] = {}
+            for row in rows:
+                if found.setdefault(row["sample"], row[column]) != row[column]:
+                    raise ArgumentError(f"--table {table} has {row['sample']!r} twice")
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise ArgumentError(f"--table {table} cannot be read: {error}") from error
+    return found

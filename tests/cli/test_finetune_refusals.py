@@ -1,0 +1,229 @@
+"""What the commands on runs refuse before any work, and what they leave as it was."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from shard_runs import bits, image_folder
+from typer.testing import CliRunner, Result
+
+import tangent_ops.shards.run
+from tangent_ops import Ledger
+from tangent_ops.cli.app import app
+from tangent_ops.shards import Plan, job
+
+MODEL = ["--model", "test_vit", "--no-pretrained", "--img-size", "32"]
+FAST = ["--epochs", "1", "--lr", "1e-3", "--batch-size", "4"]
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch):
+    """Workers are tested elsewhere, and take seconds to start."""
+
+    def run_here(run, shards, *, on_result, **_):
+        for shard in shards:
+            on_result(shard, job.attempt(str(run), shard))
+
+    monkeypatch.setattr(tangent_ops.shards.run, "run_local", run_here)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("images") / "private")
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def finetune(images: Path, out: Path, *words: object) -> Result:
+    return run("finetune", images, "--out", out, *MODEL, *FAST, *words)
+
+
+def owners(images: Path, path: Path, prefix: str = "", encoding: str = "utf-8") -> Path:
+    """A table: each image's region is its class, its customer its number modulo 2."""
+    with open(path, "w", newline="", encoding=encoding) as file:
+        rows = csv.writer(file)
+        rows.writerow(["sample", "customer", "region"])
+        for image in sorted(images.rglob("*.png")):
+            name = image.relative_to(images).as_posix()
+            rows.writerow([prefix + name, f"c{int(image.stem) % 2}", image.parent.name])
+    return path
+
+
+def weights(out: Path) -> dict[str, float]:
+    return {entry.shard: entry.weight for entry in Ledger(out / "ledger", create=False).list()}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--blocks", "99"], "--blocks 99: k=99: expected 0 to 6"),
+        (["--dp-clip", "0.5"], "--dp-clip is for a private fit: give --dp-epsilon"),
+        (["--dp-steps", "100"], "--dp-steps is for a private fit"),  # though it is the default
+        (["--executor", "ray"], "tangent-ops[distributed]"),
+    ],
+)
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_refused_before_any_work(
+    images: Path, tmp_path: Path, words: list[str], said: str, dry: list[str], monkeypatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = finetune(images, tmp_path / "run", *words, *dry)
+    assert (result.exit_code, said in result.stderr) == (2, True), result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_other_files_is_refused_before_the_anchor(
+    images: Path, tmp_path: Path, monkeypatch
+) -> None:
+    from tangent_ops.cli import make_anchor
+
+    monkeypatch.setattr(make_anchor, "make_anchor", None)
+    (tmp_path / "notes.txt").write_text("mine")
+    result = finetune(images, tmp_path)
+    assert (result.exit_code, "other files" in result.stderr) == (2, True)
+
+
+def test_labels_that_no_image_has_are_refused(images: Path, tmp_path: Path) -> None:
+    table = owners(images, tmp_path / "owners.csv", prefix="./")
+    result = finetune(images, tmp_path / "run", "--label", "customer", "--table", table)
+    assert (result.exit_code, "24 samples have no value" in result.stderr) == (2, True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_shards_by_one_column_and_labels_by_another(images: Path, tmp_path: Path) -> None:
+    table = owners(images, tmp_path / "owners.csv", encoding="utf-8-sig")  # as spreadsheets write
+    words = ("--by", "customer", "--label", "region", "--table", table)
+    assert finetune(images, tmp_path / "run", *words).exit_code == 0
+    plan = Plan.open(tmp_path / "run")
+    assert [(shard.name, shard.samples) for shard in plan.shards()] == [("c0", 12), ("c1", 12)]
+    found = plan.find(label="class2")
+    assert {shard: len(ids) for shard, ids in found.items()} == {"c0": 3, "c1": 3}
+    assert all(id.startswith("class2/") for ids in found.values() for id in ids)
+
+
+def test_weights_of_another_model_are_refused(images: Path, tmp_path: Path) -> None:
+    assert finetune(images, tmp_path / "run").exit_code == 0
+    state = load_file(tmp_path / "run" / "anchor.safetensors")
+    save_file(state, tmp_path / "same.safetensors")
+    save_file({**state, "blocks.0.ls1.gamma": torch.ones(64)}, tmp_path / "more.safetensors")
+    result = finetune(images, tmp_path / "a", "--weights", tmp_path / "more.safetensors")
+    assert (result.exit_code, "blocks.0.ls1.gamma" in result.stderr) == (2, True)
+    result = finetune(images, tmp_path / "b", "--weights", tmp_path / "same.safetensors")
+    assert (result.exit_code, "its head is that of the weights" in result.stderr) == (0, True)
+    found = load_file(tmp_path / "b" / "anchor.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+    result = finetune(images, tmp_path / "c", "--anchor", tmp_path / "run" / "anchor.safetensors")
+    assert (result.exit_code, "leave --model out" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("epochs = true", "epochs must be a value, got True"),
+        ("epochs = 2.7", "epochs must be an integer, got 2.7"),
+        ("augment = 1", "augment must be true or false, got 1"),
+    ],
+)
+def test_types_in_a_file(images: Path, tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "o.toml").write_text(line)
+    words = ("--out", tmp_path / "run", *MODEL, "--config", tmp_path / "o.toml", "--dry-run")
+    result = run("finetune", images, *words)
+    assert (result.exit_code, said in result.stderr) == (2, True), result.output
+
+
+def test_weights_stay_until_others_are_asked_for(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    table = owners(images, tmp_path / "owners.csv")
+    assert (
+        finetune(images, out, "--shards", 3, "--label", "region", "--table", table).exit_code == 0
+    )
+    sizes = {shard.name: float(shard.samples) for shard in Plan.open(out).shards()}
+    assert len(set(sizes.values())) > 1
+    run("compose", out, "--weights", "samples")
+    again = json.loads(run("compose", out, "--json").stdout)
+    assert (again["added"], again["forgotten"], weights(out)) == ([], [], sizes)
+    assert run("forget", out, "--label", "class1", "--yes").exit_code == 0  # of every shard
+    left = {shard.name: float(shard.samples) for shard in Plan.open(out).shards()}
+    assert sum(left.values()) == 18
+    assert weights(out) == left
+    run("compose", out, "--weights", "uniform")
+    assert set(weights(out).values()) == {1.0}
+
+
+@pytest.mark.parametrize("words", [["--workers", "0"], ["--executor", "ray"]])
+def test_nothing_is_forgotten_by_a_command_that_is_refused(
+    images: Path, tmp_path: Path, words: list[str], monkeypatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    out = tmp_path / "run"
+    finetune(images, out)
+    run("compose", out)
+    before = bits(Plan.open(out))
+    result = run("forget", out, "--sample", "class1/1.png", "--yes", *words)
+    assert result.exit_code == 2
+    assert Plan.open(out).find(sample="class1/1.png")
+    assert bits(Plan.open(out)) == before
+    assert len(Ledger(out / "ledger", create=False)) == 1
+
+
+def test_an_interruption_says_whether_anything_is_forgotten(
+    images: Path, tmp_path: Path, monkeypatch
+) -> None:
+    out = tmp_path / "run"
+    finetune(images, out)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tangent_ops.shards.forget", interrupted)
+        result = run("forget", out, "--sample", "class1/1.png", "--yes")
+    assert (result.exit_code, "nothing was forgotten yet" in result.stderr) == (130, True)
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "attempt", interrupted)
+        result = run("forget", out, "--sample", "class1/1.png", "--yes")
+    assert (result.exit_code, "out of the plan" in result.stderr) == (130, True)
+
+
+def test_private_shards_that_all_fail_are_told_of(
+    images: Path, tmp_path: Path, monkeypatch
+) -> None:
+    pytest.importorskip("opacus", reason="the extra for privacy is not installed")
+    pytest.importorskip("dp_accounting", reason="the extra for privacy is not installed")
+    monkeypatch.setattr(job, "attempt", lambda run, shard: {"error": "the disk is full"})
+    result = finetune(images, tmp_path / "run", "--dp-epsilon", "3", "--dp-steps", "2", "--json")
+    assert result.exit_code == 1, result.output
+    found = json.loads(result.stdout)
+    assert found["failed"] == {"shard-0": "the disk is full"}
+    assert "privacy" not in found
+
+
+def test_files_that_are_there(images: Path, tmp_path: Path) -> None:
+    out, mine = tmp_path / "run", tmp_path / "mine.safetensors"
+    finetune(images, out, "--shards", 2)
+    mine.write_bytes(b"mine")
+    result = run("compose", out, "--out", mine)
+    assert (result.exit_code, mine.read_bytes()) == (2, b"mine")
+    assert run("compose", out, "--out", mine, "--force").exit_code == 0
+    assert json.loads(run("inspect", mine, "--json").stdout)["what"] == "delta"
+    dry = finetune(images, out, "--shards", 2, "--dry-run")
+    assert "0 of 2 shards would be trained" in dry.stdout
+    torch.save({"x": 1}, tmp_path / "x.pt")
+    result = run("inspect", tmp_path / "x.pt")
+    assert (result.exit_code, "no exported program" in result.stderr) == (2, True)
+    (tmp_path / "cut.pt2").write_bytes(b"PK\x03\x04")
+    assert "damaged archive" in run("inspect", tmp_path / "cut.pt2").stderr
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
+    torch.export.save(program, tmp_path / "p.pt2")
+    assert json.loads(run("inspect", tmp_path / "p.pt2", "--json").stdout)["what"] == "program"
