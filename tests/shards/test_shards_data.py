@@ -77,6 +77,7 @@ BAD = {
     "PostScript": lambda path: path.write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
     ),
+    "another format": lambda path: Image.new("RGB", (32, 32)).save(path, "PCX"),
     "empty": lambda path: path.write_bytes(b""),
     "a bomb": lambda path: Image.new("1", (12000, 12000)).save(path),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
