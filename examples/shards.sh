@@ -41,7 +41,9 @@ import sys
 sys.modules["tangent_ops"] = sys.modules["timm"] = None
 import torch
 
-images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
-logits = torch.export.load(sys.argv[1]).module()(images)
+program = torch.export.load(sys.argv[1])
+size = (2, *program.example_inputs[0][0].shape[1:])  # two images as large as it takes them
+images = torch.linspace(-1, 1, torch.Size(size).numel()).reshape(size)
+logits = program.module()(images)
 print("logits of the exported model:", logits.flatten().tolist())
 END

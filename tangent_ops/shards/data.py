@@ -269,6 +269,11 @@ class _Stream:
         except Exception as error:  # whatever these packages raise
             name, root = self.data.name, self.data.root
             raise ArgumentError(f"{name} in {root} cannot be read: {error}") from error
+        if missing := found.reader.num_samples - len(samples):  # timm skips them in silence
+            raise ArgumentError(
+                f"{missing} samples of {self.data.name} in {self.data.root} cannot be read, or are "
+                "not there: repair the archives, or what _info.json says of them"
+            )
         self._images = {str(index): sample for index, sample in enumerate(samples)}
         return list(self._images), [target for _, target in samples], ()
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
+import json
 import struct
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +77,7 @@ BAD = {
     "PostScript": lambda path: path.write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
     ),
+    "another format": lambda path: Image.new("RGB", (32, 32)).save(path, "PCX"),
     "empty": lambda path: path.write_bytes(b""),
     "a bomb": lambda path: Image.new("1", (12000, 12000)).save(path),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
@@ -155,6 +159,48 @@ def test_torchvision(tmp_path: Path) -> None:
     picked = ImageData(str(tmp_path), "torch/fashion_mnist").pick(["9"], [0], ["0"], CONFIG)
     with pytest.raises(SampleError, match="no sample '9'"):
         picked[0]
+
+
+def archive(root: Path, broken: bool) -> None:
+    """webdataset: an archive of five images, and timm's description of it."""
+    root.mkdir()
+    with tarfile.open(root / "train.tar", "w") as tar:
+        for index in range(5):
+            buffer = io.BytesIO()
+            Image.new("RGB", (32, 32), (index * 40,) * 3).save(buffer, "PNG")
+            image = b"none" if broken and index == 2 else buffer.getvalue()
+            for end, content in (("png", image), ("cls", str(index % 2).encode())):
+                entry = tarfile.TarInfo(f"{index:04}.{end}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    split = {"name": "train", "filenames": ["train.tar"], "shard_lengths": [5], "num_samples": 5}
+    (root / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
+
+
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+def test_webdataset(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset", reason="not a dependency")
+    archive(tmp_path / "good", broken=False)
+    samples = ImageData(str(tmp_path / "good"), "wds/x").open(CONFIG)
+    assert (samples.ids, samples.targets) == (list("01234"), [0, 1, 0, 1, 0])
+    expected = create_transform(**CONFIG)(Image.new("RGB", (32, 32), (120,) * 3))
+    assert torch.equal(samples[3][0], expected)  # pyright: ignore[reportArgumentType]
+    archive(tmp_path / "bad", broken=True)
+    with pytest.raises(ArgumentError, match="1 samples of wds/x"):
+        ImageData(str(tmp_path / "bad"), "wds/x").open(CONFIG)
+
+
+def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pytest.importorskip("datasets", reason="not a dependency")
+    root = image_folder(tmp_path / "images" / "train", classes=2, each=2)
+    samples = ImageData(str(tmp_path / "cache"), f"hfds/{root.parent}").open(CONFIG)
+    assert (samples.ids, samples.targets) == (list("0123"), [0, 0, 1, 1])
+    assert samples.classes == ["class0", "class1"]
+    expected = create_transform(**CONFIG)(Image.open(root / "class1" / "0.png"))
+    assert torch.equal(samples[2][0], expected)  # pyright: ignore[reportArgumentType]
 
 
 def test_classes_of_a_model(tmp_path: Path) -> None:
