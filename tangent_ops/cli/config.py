@@ -33,8 +33,8 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
             fail(f"{path}: {key} must be one value, got {value!r}", 2)
         kinds = {hints.get(name), *get_args(hints.get(name))}
         if value is not None and isinstance(value, bool) != (bool in kinds):
-            what = "true or false" if bool in kinds else "a value"
-            fail(f"{path}: {key} must be {what}, got {value!r}", 2)
+            what = "is true or false" if bool in kinds else "is no switch"
+            fail(f"{path}: {key} {what}, got {value!r}", 2)
         if isinstance(value, float) and int in kinds:  # some releases of Typer cut it off
             fail(f"{path}: {key} must be an integer, got {value!r}", 2)
         found[name] = value

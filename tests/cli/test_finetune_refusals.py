@@ -130,9 +130,9 @@ def test_weights_of_another_model_are_refused(images: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("epochs = true", "epochs must be a value, got True"),
+        ("epochs = true", "epochs is no switch, got True"),
         ("epochs = 2.7", "epochs must be an integer, got 2.7"),
-        ("augment = 1", "augment must be true or false, got 1"),
+        ("augment = 1", "augment is true or false, got 1"),
     ],
 )
 def test_types_in_a_file(images: Path, tmp_path: Path, line: str, said: str) -> None:
