@@ -6,7 +6,6 @@ import contextlib
 import copy
 import logging
 import re
-import time
 import warnings
 from collections.abc import Collection, Iterator
 from types import FrameType
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tangent_ops.errors import UnsupportedError
@@ -25,14 +25,16 @@ from tangent_ops.forward_ad import fused_forward_ad
 _NO_FORWARD = re.compile(r"Trying to use forward AD with (\S+) that does not support it")
 _NO_JVP = re.compile(r"must implement the jvp function for custom autograd\.Function")
 _NO_BACKWARD = re.compile(r"derivative for (\S+) is not implemented")
-SECONDS = 1.0  # for the forward pass of a check: a ViT-S takes a quarter
+# In the forward pass of a check: a ViT-L has 16 thousand, some 70 µs each. Not a time: whether a
+# model is refused must not depend on how busy the machine is.
+OPERATIONS = 40_000
 
 
 def check_derivatives(anchor: nn.Module, names: Collection[str], example: Any = None) -> None:
     """Raise what a linearized forward or backward pass would, from tensors without contents.
 
-    Anything else that goes wrong here, and a pass beyond ``SECONDS`` (recurrent layers, step by
-    step), is no answer and ends in silence: the first call shows what is real.
+    Anything else that goes wrong here, and a forward pass beyond ``OPERATIONS`` (recurrent layers,
+    step by step), is no answer and ends in silence: the first call shows what is real.
 
     Args:
         anchor: in eval mode; a copy of it runs, whose tensors hold nothing.
@@ -121,20 +123,27 @@ def _hollow_tangents(
                 empty = forward_ad.make_dual(empty, deltas[-1])
             memo[id(tensor)] = empty
         model = copy.deepcopy(anchor, memo)
-        end = time.monotonic() + SECONDS
-        for module in model.modules():
-            module.register_forward_pre_hook(lambda *_: _in_time(end))
         arguments = tree_map(
             lambda x: torch.empty_like(x, device=device) if isinstance(x, Tensor) else x, inputs
         )
-        outputs = [x for x in tree_leaves(model(*arguments)) if isinstance(x, Tensor)]
+        with _Limited(OPERATIONS):
+            outputs = [x for x in tree_leaves(model(*arguments)) if isinstance(x, Tensor)]
         tangents = [forward_ad.unpack_dual(x).tangent for x in outputs]
         return [t for t in tangents if t is not None and t.requires_grad], deltas
 
 
-def _in_time(end: float) -> None:
-    if time.monotonic() > end:
-        raise TimeoutError
+class _Limited(TorchDispatchMode):
+    """Raises TimeoutError after so many operations."""
+
+    def __init__(self, operations: int) -> None:
+        super().__init__()
+        self.left = operations
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise TimeoutError
+        return func(*args, **(kwargs or {}))
 
 
 def _lacking(error: Exception) -> str | None:

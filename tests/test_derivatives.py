@@ -120,12 +120,15 @@ def test_neither_model_nor_random_numbers_change():
 
 
 def test_a_long_pass_ends(monkeypatch):
-    """A recurrent layer goes step by step, in Python here."""
-    monkeypatch.setattr(tangent_ops._derivatives, "SECONDS", 0.05)
+    """Within a recurrent layer, which goes step by step, in Python here; whatever the time."""
+    monkeypatch.setattr(tangent_ops._derivatives, "OPERATIONS", 400)
+    slow = Calls(lambda x: time.sleep(1.1) or x)
+    with pytest.raises(UnsupportedError, match="Double"):
+        linearize(nn.Sequential(nn.Linear(4, 4), slow, Calls(Double.apply)), example=X)
     calls = []
-    slow = Calls(lambda x: calls.append(time.sleep(0.1)) or x)
-    linearize(nn.Sequential(nn.Linear(4, 4), slow, slow, Calls(Double.apply)), example=X)
-    assert len(calls) == 1
+    steps = Calls(lambda x: [calls.append(x := x + 1) for _ in range(1000)] and x)
+    linearize(nn.Sequential(nn.Linear(4, 4), steps, Calls(Double.apply)), example=X)
+    assert 10 < len(calls) <= 400
 
 
 def test_the_way_back_starts_after_the_forward_level():

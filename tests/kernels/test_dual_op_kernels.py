@@ -188,8 +188,8 @@ def test_16_bit(name, tracked, dtype) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_any_shape(name, rows, width, seed) -> None:
     op = OPS[name]
-    if "norm" in name and width == 1:
-        width = 2  # x̂ is 0 or 1 whatever x: nothing to compare
+    if "norm" in name:
+        width = max(width, 3)  # of fewer x̂ is 0 or ±1 whatever x, and derivatives are rounding
     check(op, *operands(op, rows, width, seed=seed), tracked=seed % 2 == 0)
 
 
