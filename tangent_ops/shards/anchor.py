@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from timm.data.config import resolve_model_data_config
 from torch import nn
 
 from tangent_ops._files import to_json, write_atomically, write_safetensors
@@ -21,6 +20,8 @@ from tangent_ops.errors import ArgumentError, PlanError
 
 FORMAT = "tangent-ops anchor"
 FORMAT_VERSION = "1"
+
+_NAME = re.compile(r"[A-Za-z0-9_]+")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def save_anchor(
         ArgumentError: timm has no such architecture, or builds another model from these options.
         OSError: the file cannot be written.
     """
+    from timm.data.config import resolve_model_data_config
+
     _check(str(name), options, ArgumentError)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     input = {
@@ -81,7 +84,7 @@ def save_anchor(
     info = AnchorInfo(
         name, dict(options), tuple(classes), json.loads(to_json(input)), fingerprint(state), origin
     )
-    _fits(_built(info), state, ArgumentError, "model")
+    _fits(build(info, ArgumentError), state, ArgumentError, "model")
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -108,7 +111,7 @@ def load_anchor(path: str | os.PathLike[str]) -> tuple[nn.Module, AnchorInfo]:
         state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     if fingerprint(state) != info.fingerprint:
         raise PlanError(f"{path} was changed after it was written: restore it from a copy")
-    model = _built(info)
+    model = build(info, PlanError)
     _fits(model, state, PlanError, str(path))
     model.load_state_dict(state, assign=True)
     return model.eval(), info
@@ -153,8 +156,8 @@ def read_anchor(path: str | os.PathLike[str]) -> AnchorInfo:
 
 
 def _check(name: str, options: Mapping[str, Any], error: type[Exception]) -> None:
-    if not timm.is_model(name):  # nor "hf-hub:" and "local-dir:", which fetch or load
-        raise error(f"timm {timm.__version__} has no architecture {name!r}")
+    if not _NAME.fullmatch(name):  # "hf-hub:" and "local-dir:" fetch or load
+        raise error(f"timm has no architecture {name!r}: its names are like vit_tiny_patch16_224")
     for key, value in options.items():
         if not _plain(key, value):
             raise error(
@@ -174,7 +177,12 @@ def _plain(key: str, value: Any) -> bool:
     return key == "global_pool" and isinstance(value, str)
 
 
-def _built(info: AnchorInfo) -> nn.Module:
+def build(info: AnchorInfo, error: type[Exception] = PlanError) -> nn.Module:
+    """The model, with weights as they come; ``error`` if this timm has no such architecture."""
+    import timm
+
+    if not timm.is_model(info.name):
+        raise error(f"timm {timm.__version__} has no architecture {info.name!r}")
     return timm.create_model(info.name, pretrained=False, **info.options)
 
 

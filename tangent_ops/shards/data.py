@@ -1,4 +1,8 @@
-"""Images with stable ids, as timm.data finds them; no file of them is ever executed."""
+"""Images with stable ids, as timm.data finds them; no file of them is ever executed.
+
+timm takes seconds to import, so here and in the module `anchor` that waits until an image is read
+or a model is built: composing deltas and forgetting shards need neither.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
-from timm.data.dataset_factory import create_dataset
-from timm.data.readers.reader_image_folder import find_images_and_targets
-from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -203,6 +204,8 @@ class _Folder:
         self.root = below if safe(split) and below.is_dir() else root
 
     def list(self) -> tuple[list[str], list[int], Sequence[str]]:
+        from timm.data.readers.reader_image_folder import find_images_and_targets
+
         found, classes = find_images_and_targets(str(self.root))
         if not found:
             raise ArgumentError(f"{self.root} holds no images: expected a folder for each class")
@@ -226,7 +229,7 @@ class _Indexed:
                 "'processed' folder, and keep 'raw'"
             )
         try:
-            self.found: Any = create_dataset(data.name, data.root, data.split)
+            self.found = _found(data)
         except Exception as error:  # whatever these packages raise
             raise ArgumentError(f"{data.name} in {data.root} cannot be opened: {error}") from error
 
@@ -264,7 +267,7 @@ class _Stream:
 
     def list(self) -> tuple[list[str], list[int], Sequence[str]]:
         try:
-            found: Any = create_dataset(self.data.name, self.data.root, self.data.split)
+            found = _found(self.data)
             samples = [(image, int(target)) for image, target in found.reader]
         except Exception as error:  # whatever these packages raise
             name, root = self.data.name, self.data.root
@@ -285,6 +288,12 @@ class _Stream:
         return self._images[sample][0]
 
 
+def _found(data: ImageData) -> Any:
+    from timm.data.dataset_factory import create_dataset
+
+    return create_dataset(data.name, data.root, data.split)
+
+
 def safe(path: str) -> bool:
     """Whether a path of a plan stays in its folder: relative, and never upwards."""
     parts = path.replace("\\", "/").split("/")
@@ -294,6 +303,8 @@ def safe(path: str) -> bool:
 def _transform(config: Mapping[str, Any] | None, augment: bool) -> Any:
     if config is None:
         return None
+    from timm.data.transforms_factory import create_transform
+
     return create_transform(**config, is_training=augment)
 
 

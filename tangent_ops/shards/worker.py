@@ -1,7 +1,7 @@
 """The process that `tangent_ops.shards.local` talks to: it forks one process per shard.
 
-It imports PyTorch once, and runs nothing of it itself, so that each fork starts clean and fast.
-Requests come in and answers go out as lines of JSON. When its input ends, so does what it forked.
+It imports PyTorch and timm once, and runs nothing of them itself, so that each fork starts clean
+and fast. Requests come in and answers go out as lines of JSON. When its input ends, so does what it forked.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import select
 import signal
 import sys
 from typing import Any
+
+import timm.data  # noqa: F401 - here, and not in every fork
 
 from tangent_ops.shards.job import attempt
 

@@ -171,6 +171,7 @@ def test_edited_plans(run: Path, tmp_path: Path, statement: str) -> None:
     [
         ("name", "hf-hub:timm/vit"),
         ("name", "local-dir:/tmp"),
+        ("name", "no_such_model"),
         ("options", '{"num_classes": 4, "checkpoint_path": "/tmp/x.pth"}'),
         ("options", '{"num_classes": 4, "pretrained": true}'),
         ("options", '{"num_classes": -4}'),

@@ -169,6 +169,7 @@ def test_an_anchor_comes_back(folder: Path) -> None:
     for name, options, words in (
         ("hf-hub:timm/test_vit", OPTIONS, "no architecture"),
         ("local-dir:/tmp", OPTIONS, "no architecture"),
+        ("no_such_model", OPTIONS, "no architecture"),
         ("test_vit", {**OPTIONS, "checkpoint_path": "x.pth"}, "checkpoint_path"),
         ("test_vit", {**OPTIONS, "pretrained": True}, "pretrained"),
         ("test_vit", {"img_size": 32}, "num_classes"),
