@@ -1,7 +1,8 @@
 """The process that `tangent_ops.shards.local` talks to: it forks one process per shard.
 
 It imports PyTorch and timm once, and runs nothing of them itself, so that each fork starts clean
-and fast. Requests come in and answers go out as lines of JSON. When its input ends, so does what it forked.
+and fast. Requests come in and answers go out as lines of JSON. When its input ends, so does what
+it forked.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ def test_16_bit(name, tracked, dtype) -> None:
 def test_any_shape(name, rows, width, seed) -> None:
     op = OPS[name]
     if "norm" in name:
-        width = max(width, 3)  # of fewer x̂ is 0 or ±1 whatever x, and derivatives are rounding
+        width = max(width, 4)  # of fewer x̂ is nearly given, and derivatives are mostly rounding
     check(op, *operands(op, rows, width, seed=seed), tracked=seed % 2 == 0)
 
 

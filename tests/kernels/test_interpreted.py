@@ -10,6 +10,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,26 +19,48 @@ import pytest
 from tangent_ops.functional._backend import interpreting
 
 HERE = Path(__file__).parent
-FILES = [
-    "test_attention_arguments.py",
+FILES = [  # the longest first
     "test_attention_kernels.py",
-    "test_attention_numerics.py",
     "test_attention_autograd.py",
     "test_attention_nesting_matrix.py",
+    "test_attention_numerics.py",
     "test_dual_op_kernels.py",
     "test_models.py",
     "test_rivals.py",
+    "test_attention_arguments.py",
 ]
+
+
+def interpreted(file: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
+    return subprocess.run(
+        command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(
+    request: pytest.FixtureRequest,
+) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """The files that are asked for, as many at a time as there are cores: each takes one."""
+    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    asked = {call.params.get("file") for call in calls if call is not None}
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    try:
+        yield {file: pool.submit(interpreted, file) for file in FILES if file in asked}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.skipif(interpreting(), reason="runs inside it already")
 @pytest.mark.parametrize("file", FILES)
-def test_kernels_on_the_cpu(file) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
-    done = subprocess.run(
-        command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True
-    )
+def test_kernels_on_the_cpu(file: str, runs) -> None:
+    done = runs[file].result()
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed and int(passed[1]) >= 2
