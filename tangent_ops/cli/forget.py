@@ -15,6 +15,11 @@ from tangent_ops.cli.messages import errors, fail, hidden, say
 if TYPE_CHECKING:
     from tangent_ops.shards import Forgotten, Plan
 
+GONE = (
+    "the images are out of the plan; `tangent-ops compose` drops the deltas that saw them, "
+    "`tangent-ops finetune` trains what is left"
+)
+
 
 def forget(
     run: Run,
@@ -29,6 +34,8 @@ def forget(
         Literal["local", "ray"], typer.Option(help="Where the shards concerned are trained again.")
     ] = "local",
     workers: Annotated[int | None, typer.Option(help="Shards at a time.")] = None,
+    retries: Annotated[int, typer.Option(help="Of a shard whose process died.")] = 3,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster.")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     config: Config = None,
     dry_run: Annotated[
@@ -42,6 +49,7 @@ def forget(
     trained anew, and the composition is as if the images had never been there. The images
     themselves, copies of files, and what was exported before stay where they are.
     """
+    from tangent_ops.errors import TangentOpsError
     from tangent_ops.shards import Plan, find
     from tangent_ops.shards import forget as forgotten
 
@@ -63,16 +71,22 @@ def forget(
             typer.confirm(f"Forget {words} for good?", abort=True)
         try:
             done = forgotten(
-                plan, **which, executor=executor, workers=workers, progress=not hidden(as_json)
+                plan,
+                **which,
+                executor=executor,
+                workers=workers,
+                retries=retries,
+                address=address,
+                progress=not hidden(as_json),
             )
         except KeyboardInterrupt:
             if _there(plan, which):
                 fail("interrupted: nothing was forgotten yet; the same command does it", 130)
-            fail(
-                "interrupted: the images are out of the plan; `tangent-ops compose` drops the "
-                "deltas that saw them, `tangent-ops finetune` trains what is left",
-                130,
-            )
+            fail(f"interrupted: {GONE}", 130)
+        except (TangentOpsError, OSError) as error:
+            if _there(plan, which):
+                raise
+            fail(f"{error}\nBut {GONE}", 1, error)
     _show(done, as_json)
 
 

@@ -60,6 +60,8 @@ def forget(
     label: str | None = None,
     executor: str = "local",
     workers: int | None = None,
+    retries: int = 3,
+    address: str | None = None,
     progress: bool = True,
 ) -> Forgotten:
     """Forget a shard, a sample with its exact copies, or all samples with a label.
@@ -80,15 +82,18 @@ def forget(
         label: of the plan's labels.
         executor: as in `run_shards`.
         workers: as in `run_shards`.
+        retries: as in `run_shards`.
+        address: as in `run_shards`.
         progress: show bars.
 
     Raises:
-        ArgumentError: not one of the three is given, or there is none of it; executor or workers
-            other than these. Nothing has changed then.
+        ArgumentError: not one of the three is given, or there is none of it, or another argument
+            is not one of these: nothing has changed then. No cluster answers at the address: only
+            the last step is left to be done.
         UnsupportedError: Ray is not installed. Nothing has changed.
         PlanError, LedgerError, WorkerError: as in `run_shards` and `settle`.
     """
-    check_executor(executor, workers)  # before anything is gone
+    check_executor(executor, workers, retries, address)  # before anything is gone
     with plan.locked():
         weights = weights_of(plan)  # an empty ledger would not know them any more
         found = find(plan, shard=shard, sample=sample, label=label)
@@ -107,6 +112,8 @@ def forget(
             [name for name in again if name not in resolved],
             executor,
             workers=workers,
+            retries=retries,
+            address=address,
             progress=progress,
         )
         settle_locked(plan, weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from typer.testing import CliRunner, Result
 import tangent_ops.shards.run
 from tangent_ops import Ledger
 from tangent_ops.cli.app import app
+from tangent_ops.errors import ArgumentError
 from tangent_ops.shards import Plan, job
 
 MODEL = ["--model", "test_vit", "--no-pretrained", "--img-size", "32"]
@@ -161,7 +163,10 @@ def test_weights_stay_until_others_are_asked_for(images: Path, tmp_path: Path) -
     assert set(weights(out).values()) == {1.0}
 
 
-@pytest.mark.parametrize("words", [["--workers", "0"], ["--executor", "ray"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--workers", "0"], ["--executor", "ray"], ["--retries", "-1"], ["--address", "ray://head:1"]],
+)
 def test_nothing_is_forgotten_by_a_command_that_is_refused(
     images: Path, tmp_path: Path, words: list[str], monkeypatch
 ) -> None:
@@ -194,6 +199,21 @@ def test_an_interruption_says_whether_anything_is_forgotten(
         patch.setattr(job, "attempt", interrupted)
         result = run("forget", out, "--sample", "class1/1.png", "--yes")
     assert (result.exit_code, "out of the plan" in result.stderr) == (130, True)
+
+
+def test_a_failure_says_that_the_images_are_gone(images: Path, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "run"
+    finetune(images, out)
+
+    def unreachable(*_, **__):
+        raise ArgumentError("no cluster answers")
+
+    monkeypatch.setattr("tangent_ops.shards.run.run_local", unreachable)
+    result = run("forget", out, "--sample", "class1/1.png", "--yes")
+    assert result.exit_code == 1
+    assert re.search("no cluster answers.*out of the plan.*finetune", result.stderr, re.DOTALL)
+    with pytest.raises(ArgumentError, match="no sample"):
+        Plan.open(out).find(sample="class1/1.png")
 
 
 def test_private_shards_that_all_fail_are_told_of(
