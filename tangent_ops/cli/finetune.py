@@ -222,15 +222,16 @@ def _train(
     from tangent_ops.shards import run_shards
 
     todo = sum(shard.job is not None and not shard.done for shard in plan.shards())
+    alone = executor == "local" and todo == 1  # then its worker shows bars
     try:
-        with watching(todo, tensorboard, quiet=as_json) as event:
+        with watching(todo, tensorboard, quiet=alone or hidden(as_json)) as event:
             report = run_shards(
                 plan,
                 executor,
                 workers=workers,
                 retries=retries,
                 address=address,
-                progress=False,
+                progress=alone and not hidden(as_json),
                 on_done=event,
             )
     except KeyboardInterrupt:

@@ -1,9 +1,8 @@
-"""What ``finetune`` and ``forget`` show while shards are trained: a bar, TensorBoard."""
+"""What ``finetune`` shows while shards are trained: a bar, TensorBoard."""
 
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,9 +41,10 @@ def watching(total: int, folder: Path | None, quiet: bool) -> Iterator[Event]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    hidden = quiet or not total or not sys.stderr.isatty()
     try:
-        with Progress(*columns, console=Console(stderr=True), disable=hidden) as progress:
+        with Progress(
+            *columns, console=Console(stderr=True), disable=quiet or not total
+        ) as progress:
             task = progress.add_task("shards", total=total)
 
             def event(shard: str, found: dict[str, Any]) -> None:

@@ -24,12 +24,13 @@ from tangent_ops.shards.recipe import LOSSES, Recipe
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def attempt(run: str, shard: str) -> dict[str, Any]:
+def attempt(run: str, shard: str, progress: bool = False) -> dict[str, Any]:
     """Train a shard whose delta is not there yet, in this process.
 
     Args:
         run: the folder of a plan.
         shard: the shard's name.
+        progress: show bars.
 
     Returns:
         Plain values: seconds, and loss and lr by epoch, if the fit has epochs and is not private;
@@ -40,7 +41,7 @@ def attempt(run: str, shard: str) -> dict[str, Any]:
         plan = Plan.open(run)
         job = plan.job(shard)
         # It may have been killed after its end; a private fit must not be published twice.
-        found = {} if plan.delta_path(job.hash).exists() else _train(plan, job)
+        found = {} if plan.delta_path(job.hash).exists() else _train(plan, job, progress)
     except (TangentOpsError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         return {"error": _described(error)}
     except Exception:
@@ -48,7 +49,7 @@ def attempt(run: str, shard: str) -> dict[str, Any]:
     return {**found, "seconds": time.perf_counter() - began}
 
 
-def _train(plan: Plan, job: Job) -> dict[str, Any]:
+def _train(plan: Plan, job: Job, progress: bool) -> dict[str, Any]:
     recipe = plan.recipe
     torch.set_num_threads(recipe.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,7 +57,7 @@ def _train(plan: Plan, job: Job) -> dict[str, Any]:
     data = job_data(plan, job)
     found: dict[str, Any] = {}
     if recipe.dp_epsilon is not None:
-        delta = _private(tangent, data, recipe)
+        delta = _private(tangent, data, recipe, progress)
     else:
         if recipe.method == "exact":
             fit_exact(
@@ -67,7 +68,7 @@ def _train(plan: Plan, job: Job) -> dict[str, Any]:
                 loss=LOSSES[recipe.loss](),
                 batch_size=recipe.batch_size,
                 cache=recipe.cached,
-                progress=False,
+                progress=progress,
             )
         else:
             history = fit(
@@ -84,7 +85,7 @@ def _train(plan: Plan, job: Job) -> dict[str, Any]:
                 amp=recipe.amp,
                 cache=recipe.cached,
                 accumulate=recipe.accumulate,
-                progress=False,
+                progress=progress,
             )
             found = {"loss": history.loss, "lr": history.lr}
         delta = tangent.delta_dict()
@@ -119,7 +120,7 @@ def save(plan: Plan, job: Job, delta: Delta, **extra: str) -> Path:
     return path
 
 
-def _private(tangent: LinearizedModel, data: Samples, recipe: Recipe) -> Delta:
+def _private(tangent: LinearizedModel, data: Samples, recipe: Recipe, progress: bool) -> Delta:
     from tangent_ops.privacy import fit_private
 
     assert recipe.dp_delta is not None
@@ -137,7 +138,7 @@ def _private(tangent: LinearizedModel, data: Samples, recipe: Recipe) -> Delta:
         l2=recipe.l2,
         schedule=recipe.schedule,
         cache=recipe.cached,
-        progress=False,
+        progress=progress,
     ).delta
 
 

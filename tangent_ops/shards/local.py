@@ -31,11 +31,13 @@ def run_local(
     workers: int | None,
     threads: int,
     retries: int,
+    progress: bool,
     on_result: Result,
 ) -> None:
     """Train shards, each in a process of its own, at most `workers` at a time.
 
-    Each worker has cores, or a GPU, to itself, as far as there are enough.
+    Each worker has cores, or a GPU, to itself, as far as there are enough. With progress their bars
+    come through; several workers' would overwrite one another.
 
     Raises:
         ArgumentError: more workers than GPUs.
@@ -44,7 +46,10 @@ def run_local(
     places = _places(workers, threads)
     waiting = deque(shards)
     deaths: dict[str, int] = dict.fromkeys(shards, 0)
-    with _team(run, places[: len(shards)], threads) as team, selectors.DefaultSelector() as events:
+    with (
+        _team(run, places[: len(shards)], threads, progress) as team,
+        selectors.DefaultSelector() as events,
+    ):
 
         def give(worker: _Worker) -> None:
             worker.shard = waiting.popleft() if waiting else None
@@ -94,11 +99,11 @@ def died(how: str, times: int) -> str:
 class _Worker:
     """A process of `tangent_ops.shards.worker`, and what it is at."""
 
-    def __init__(self, run: Path, place: dict[str, Any], threads: int) -> None:
+    def __init__(self, run: Path, place: dict[str, Any], threads: int, progress: bool) -> None:
         self.shard: str | None = None
         self.ready = False
         self._failed_starts = 0
-        self._run, self._place, self._threads = run, place, threads
+        self._run, self._place, self._threads, self._progress = run, place, threads, progress
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115
         self._start()
 
@@ -110,7 +115,7 @@ class _Worker:
             [sys.executable, "-m", "tangent_ops.shards.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._messages,
+            stderr=None if self._progress else self._messages,
             env=env,
             start_new_session=True,  # Ctrl-C is for us; we end it
         )
@@ -122,7 +127,8 @@ class _Worker:
 
     def ask(self, shard: str) -> None:
         assert self.process.stdin is not None
-        line = json.dumps({"run": str(self._run), "shard": shard}) + "\n"
+        request = {"run": str(self._run), "shard": shard, "progress": self._progress}
+        line = json.dumps(request) + "\n"
         with suppress(BrokenPipeError):  # it died just now: its answers end, too
             self.process.stdin.write(line.encode())
             self.process.stdin.flush()
@@ -166,11 +172,13 @@ class _Worker:
 
 
 @contextmanager
-def _team(run: Path, places: Sequence[dict[str, Any]], threads: int) -> Iterator[list[_Worker]]:
+def _team(
+    run: Path, places: Sequence[dict[str, Any]], threads: int, progress: bool
+) -> Iterator[list[_Worker]]:
     team: list[_Worker] = []
     try:
         for place in places:
-            team.append(_Worker(run, place, threads))
+            team.append(_Worker(run, place, threads, progress))
         yield team
     finally:
         for worker in team:

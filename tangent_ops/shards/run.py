@@ -63,7 +63,7 @@ def run_shards(
         workers: shards at a time; None for as many as there are GPUs, or else cores for.
         retries: how often a shard is tried again whose process died.
         address: of a Ray cluster, whose machines see the run and the images under the same paths.
-        progress: show a bar.
+        progress: show a bar of shards; or, if there is one to train, on this machine, its own.
         on_done: is called with a shard's name and ``{"seconds": ..., "loss": [...], "lr": [...]}``
             (by epoch, where there are epochs), or ``{"error": message}``, as each one ends.
 
@@ -124,8 +124,9 @@ def train(
     todo = [shard.name for shard in shards if shard.job is not None and not shard.done]
     trained: list[str] = []
     failed: dict[str, str] = {}
+    alone = progress and executor == "local" and len(todo) == 1
     with tqdm(
-        total=len(todo), desc="shards", unit="shard", disable=not progress or not todo
+        total=len(todo), desc="shards", unit="shard", disable=alone or not progress or not todo
     ) as bar:
 
         def on_result(shard: str, result: dict[str, Any]) -> None:
@@ -141,7 +142,7 @@ def train(
         if todo and executor == "ray":
             run_on_ray(plan.path, todo, **options, address=address, on_result=on_result)
         elif todo:
-            run_local(plan.path, todo, **options, on_result=on_result)
+            run_local(plan.path, todo, **options, progress=alone, on_result=on_result)
     return Report(
         trained=tuple(trained),
         skipped=tuple(shard.name for shard in shards if shard.done),

@@ -27,10 +27,10 @@ def serve() -> None:
     requests = os.fdopen(0, "rb", buffering=0, closefd=False)
     while line := requests.readline():
         request = json.loads(line)
-        print(json.dumps(_forked(request["run"], request["shard"])), file=answers)
+        print(json.dumps(_forked(**request)), file=answers)
 
 
-def _forked(run: str, shard: str) -> dict[str, Any]:
+def _forked(run: str, shard: str, progress: bool) -> dict[str, Any]:
     """What `attempt` returns in a process of its own; or the signal that killed it."""
     output, input = os.pipe()
     child = os.fork()
@@ -40,7 +40,7 @@ def _forked(run: str, shard: str) -> dict[str, Any]:
             with open(os.devnull, "rb") as nothing:
                 os.dup2(nothing.fileno(), 0)
             with os.fdopen(input, "w") as file:
-                json.dump(attempt(run, shard), file)
+                json.dump(attempt(run, shard, progress), file)
         except BaseException:
             os._exit(1)
         os._exit(0)

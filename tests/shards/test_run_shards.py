@@ -287,6 +287,16 @@ def test_a_full_disk_and_a_read_only_one(tmp_path: Path) -> None:
         assert all(shard.done for shard in plan.shards())
 
 
+@pytest.mark.parametrize(("shards", "bar"), [(1, "fit:"), (2, "shards:")])
+def test_one_shard_shows_its_own_progress(tmp_path: Path, capfd, shards: int, bar: str) -> None:
+    plan = make_plan(tmp_path, shards=shards)
+    report = run_shards(plan, workers=1)
+    assert len(report.trained) == shards
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert {name for name in ("fit:", "shards:") if name in printed.err} == {bar}
+
+
 def test_interrupted_it_stops_its_workers(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, shards=3, **SLOW)
 
