@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from shard_runs import image_folder
 from typer.testing import CliRunner, Result
 
-import tangent_ops.shards.run
 from tangent_ops import load_delta
 from tangent_ops.cli.app import app
 from tangent_ops.shards import Plan, job
@@ -22,19 +21,7 @@ from tangent_ops.shards import Plan, job
 MODEL = ["--model", "test_vit", "--no-pretrained", "--img-size", "32"]
 MODEL += ["--epochs", "2", "--lr", "1e-3", "--batch-size", "4"]
 
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch: pytest.MonkeyPatch):
-    """Workers are tested elsewhere, and take seconds to start."""
-
-    def run_here(run, shards, *, on_result, **_):
-        for shard in shards:
-            on_result(shard, job.attempt(str(run), shard))
-
-    monkeypatch.setattr(tangent_ops.shards.run, "run_local", run_here)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 @pytest.fixture(scope="module")
