@@ -14,7 +14,7 @@ from tangent_ops.shards.job import job_data, save
 from tangent_ops.shards.plan import Plan
 from tangent_ops.shards.recipe import LOSSES
 from tangent_ops.shards.run import Report, check_executor, train
-from tangent_ops.shards.settle import settle_locked, weights_of
+from tangent_ops.shards.settle import settle_locked
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,6 @@ def forget(
     """
     check_executor(executor, workers, retries, address)  # before anything is gone
     with plan.locked():
-        weights = weights_of(plan)  # an empty ledger would not know them any more
         found = find(plan, shard=shard, sample=sample, label=label)
         before = {s.name: s for s in plan.shards() if s.name in found}
         trained = [name for name, s in before.items() if s.done]
@@ -103,7 +102,7 @@ def forget(
         if plan.recipe.method == "exact" and plan.recipe.loss == "rsl":
             starts = {name: load_delta(plan.delta_path(before[name].job or "")) for name in trained}
         plan.manifest.remove(found)
-        settle_locked(plan, weights)
+        settle_locked(plan)
         left = {s.name for s in plan.shards() if s.job is not None}
         again = [name for name in trained if name in left]
         resolved = _solved(plan, {n: d for n, d in starts.items() if n in left}, progress)
@@ -116,7 +115,7 @@ def forget(
             address=address,
             progress=progress,
         )
-        settle_locked(plan, weights)
+        settle_locked(plan)
     return Forgotten(
         shards=tuple(found),
         samples=sum(map(len, found.values())),

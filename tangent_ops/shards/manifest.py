@@ -98,6 +98,11 @@ class Manifest:
                 for key, value in connection.execute("SELECT key, value FROM about")
             }
 
+    def set_weights(self, weights: str) -> None:
+        """Change what ``about`` says of the weights."""
+        with self._connected("rw") as connection:
+            connection.execute("UPDATE about SET value = ? WHERE key = 'weights'", (weights,))
+
     def names(self) -> list[str]:
         """The shards' names, in their order."""
         with self._connected("ro") as connection:

@@ -25,6 +25,7 @@ from tangent_ops.shards.data import ImageData, Samples, safe
 from tangent_ops.shards.manifest import LONGEST_NAME, Manifest, Sample, valid_name
 from tangent_ops.shards.recipe import Recipe
 
+WEIGHTS = ("uniform", "samples")
 DATABASE = "plan.sqlite"
 ANCHOR = "anchor.safetensors"
 
@@ -137,8 +138,8 @@ class Plan:
         with open(anchor, "rb") as source:
             write_atomically(path / ANCHOR, lambda file: shutil.copyfileobj(source, file))
         (path / "deltas").mkdir(exist_ok=True)
-        about = {**asked, "dealt": dealt, "data": to_json(asdict(data))}
-        Manifest(path / DATABASE).create(about, shards)
+        rest = {"dealt": dealt, "data": to_json(asdict(data)), "weights": WEIGHTS[0]}
+        Manifest(path / DATABASE).create({**asked, **rest}, shards)
         return cls.open(path)
 
     @classmethod
@@ -156,7 +157,7 @@ class Plan:
         plan.manifest.check()
         if plan.anchor_info.fingerprint != plan._about["anchor"]:
             raise PlanError(f"{path / ANCHOR} is not the anchor of the plan: restore it")
-        _ = plan.recipe, plan.data, plan.overlap
+        _ = plan.recipe, plan.data, plan.overlap, plan.weights
         return plan
 
     @property
@@ -195,6 +196,14 @@ class Plan:
     def overlap(self) -> bool:
         """Whether shards may share samples."""
         return self._value("overlap") is True
+
+    @property
+    def weights(self) -> str:
+        """Of the shards in the mean: what `settle` was last asked for, or else uniform."""
+        found = self.manifest.about()["weights"]
+        if found not in WEIGHTS:
+            raise PlanError(f"{self.path / DATABASE} has weights {found!r}: it was edited")
+        return found
 
     def tangent(self) -> LinearizedModel:
         """The anchor, linearized by the recipe, on the CPU.
@@ -270,7 +279,7 @@ class Plan:
     @cached_property
     def _about(self) -> dict[str, str]:
         found = self.manifest.about()
-        needed = {"anchor", "recipe", "data", "overlap", "dealt"}
+        needed = {"anchor", "recipe", "data", "overlap", "dealt", "weights"}
         if found.keys() != needed:
             raise PlanError(f"{self.path / DATABASE} lacks what a plan says of itself: restore it")
         return found

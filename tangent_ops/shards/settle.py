@@ -9,10 +9,7 @@ from tangent_ops.delta import load_delta
 from tangent_ops.errors import ArgumentError, DeltaError, LedgerError, PlanError
 from tangent_ops.ledger import Ledger
 from tangent_ops.ledger.changes import erase
-from tangent_ops.ledger.ledger import DATABASE
-from tangent_ops.shards.plan import Plan
-
-WEIGHTS = ("uniform", "samples")
+from tangent_ops.shards.plan import WEIGHTS, Plan
 
 
 @dataclass(frozen=True)
@@ -49,20 +46,15 @@ def settle(plan: Plan, *, weights: str | None = None) -> Settled:
     if weights is not None and weights not in WEIGHTS:
         raise ArgumentError(f"weights must be one of {[*WEIGHTS]}, got {weights!r}")
     with plan.locked():
-        return settle_locked(plan, weights or weights_of(plan))
+        return settle_locked(plan, weights)
 
 
-def weights_of(plan: Plan) -> str:
-    """The weights that the run's ledger has; uniform ones if there is nothing in it."""
-    if not (plan.ledger_path / DATABASE).exists():
-        return "uniform"
-    entries = Ledger(plan.ledger_path, create=False).list()
-    by_samples = any(entry.meta.get("weights") == "samples" for entry in entries)
-    return "samples" if by_samples else "uniform"
-
-
-def settle_locked(plan: Plan, weights: str) -> Settled:
+def settle_locked(plan: Plan, weights: str | None = None) -> Settled:
     """`settle` for whoever has locked the plan."""
+    if weights is None:
+        weights = plan.weights
+    elif weights != plan.weights:
+        plan.manifest.set_weights(weights)
     shards = {shard.name: shard for shard in plan.shards() if shard.job is not None}
     ledger = Ledger(plan.ledger_path, anchor=plan.anchor_info.fingerprint)
     entries = {entry.shard: entry for entry in ledger.list()}
@@ -99,12 +91,13 @@ def check_settled(plan: Plan) -> Ledger:
     if not plan.ledger_path.is_dir():
         raise LedgerError(f"{plan.path} is not composed yet: settle it (tangent-ops compose)")
     ledger = Ledger(plan.ledger_path, create=False)
-    jobs = {shard.name: shard.job for shard in plan.shards() if shard.done}
-    here = {entry.shard: entry.meta.get("job") for entry in ledger.list()}
-    if jobs != here:
-        stale = [name for name, job in here.items() if jobs.get(name) != job]
+    weights = plan.weights
+    asked = {shard.name: (shard.job, weights) for shard in plan.shards() if shard.done}
+    here = {e.shard: (e.meta.get("job"), e.meta.get("weights")) for e in ledger.list()}
+    if asked != here:
+        stale = [name for name, what in here.items() if asked.get(name) != what]
         raise LedgerError(
-            f"the ledger of {plan.path} is not in line with its plan ({len(jobs)} shards are "
+            f"the ledger of {plan.path} is not in line with its plan ({len(asked)} shards are "
             f"trained, {len(here)} composed, {len(stale)} of them out of date): settle it "
             "(tangent-ops compose)"
         )

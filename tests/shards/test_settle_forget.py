@@ -81,6 +81,34 @@ def test_settle_by_samples(tmp_path: Path) -> None:
         settle(plan, weights="best")
 
 
+def test_interrupted_the_weights_are_those_that_were_asked_for(tmp_path: Path, monkeypatch) -> None:
+    plan = trained(make_plan(tmp_path, shards=3))
+    settle(plan)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "forget", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            settle(plan, weights="samples")
+    with pytest.raises(LedgerError, match="3 of them out of date"):
+        check_settled(plan)
+    settle(plan)
+    by_samples = {entry.shard: entry.weight for entry in check_settled(plan).list()}
+    assert by_samples == {shard.name: float(shard.samples) for shard in plan.shards()}
+
+    alone = trained(make_plan(tmp_path, shards=1, run="alone"))
+    settle(alone, weights="samples")
+    with monkeypatch.context() as patch:
+        patch.setattr("tangent_ops.shards.run.run_local", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            forget(alone, sample=alone.job("shard-0").samples[0].id, progress=False)
+    assert len(Ledger(alone.ledger_path, create=False)) == 0
+    settle(trained(alone))
+    assert [entry.weight for entry in check_settled(alone).list()] == [23.0]
+
+
 def test_a_delta_of_another_shard_is_refused(tmp_path: Path) -> None:
     plan = trained(make_plan(tmp_path, shards=2))
     first, second = files(plan)

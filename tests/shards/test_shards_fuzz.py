@@ -157,6 +157,8 @@ def edited(run: Path, tmp_path: Path, *statements: str) -> Path:
         "UPDATE about SET value = '{\"root\": 1}' WHERE key = 'data'",
         'UPDATE about SET value = \'{"root": "", "name": "torch/cifar10"}\' WHERE key = "data"',
         "UPDATE about SET value = '0' WHERE key = 'anchor'",
+        "UPDATE about SET value = 'equal' WHERE key = 'weights'",
+        "DELETE FROM about WHERE key = 'weights'",
         f"UPDATE about SET value = '{'[' * 5000}' WHERE key = 'data'",
     ],
 )  # fmt: skip
