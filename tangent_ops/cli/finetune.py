@@ -307,19 +307,20 @@ def _show_dry_run(
     from tangent_ops.shards import Plan
     from tangent_ops.shards.plan import DATABASE
 
-    there = Plan.open(out).shards() if (out / DATABASE).exists() else []
-    done = {shard.name for shard in there if shard.done}
+    listed = [(name, len(ids), False) for name, ids in assignment.items()]
+    if (out / DATABASE).exists():  # perhaps some were forgotten
+        listed = [(shard.name, shard.samples, shard.done) for shard in Plan.open(out).shards()]
     rows = []
-    for name, ids in assignment.items():
-        per_epoch = math.ceil(len(ids) / recipe.batch_size)
+    for name, samples, done in listed:
+        per_epoch = math.ceil(samples / recipe.batch_size)
         steps = recipe.epochs * per_epoch if recipe.dp_epsilon is None else recipe.dp_steps
         exact = recipe.method == "exact"
         rows.append(
             {
                 "shard": name,
-                "samples": len(ids),
+                "samples": samples,
                 "steps": None if exact else steps,
-                "done": name in done,
+                "done": done,
             }
         )
     if as_json:

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,8 @@ class Plan:
             OSError: the folder cannot be written.
         """
         path = Path(path).absolute()
+        if os.path.exists(data.root):  # workers, and the next command, may be elsewhere
+            data = replace(data, root=os.path.abspath(data.root))
         info = read_anchor(anchor)
         _check_names(assignment)
         samples = data.open().with_classes(info.classes)

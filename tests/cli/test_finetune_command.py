@@ -114,6 +114,8 @@ def test_by_customer_from_a_table(images: Path, tmp_path: Path) -> None:
     result = run("forget", out, "--label", "c1", "--yes")
     assert "forgot 8 images of 1 shards: 1 have none left" in result.stdout
     assert "2 shards composed" in run("compose", out, "--weights", "samples").stdout
+    dry = json.loads(finetune(images, out, *words, "--dry-run", "--json").stdout)
+    assert [(row["shard"], row["done"]) for row in dry["shards"]] == [("c0", True), ("c2", True)]
     result = finetune(images, out, "--by", "owner", "--table", tmp_path / "owners.csv")
     assert (result.exit_code, "no column 'owner'" in result.stderr) == (2, True)
 

@@ -14,6 +14,7 @@ from shard_runs import OPTIONS, anchor_file, image_folder, make_plan
 
 from tangent_ops.errors import ArgumentError, PlanError, SampleError
 from tangent_ops.shards import ImageData, Plan, Recipe, load_anchor, read_anchor, save_anchor
+from tangent_ops.shards.job import job_data
 from tangent_ops.shards.plan import job_hash
 
 
@@ -34,6 +35,22 @@ def create(folder: Path, assignment, **options) -> Plan:
         progress=False,
         **options,
     )
+
+
+def test_a_plan_of_a_relative_folder_works_elsewhere(folder: Path, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    data = ImageData("images")
+    plan = Plan.create(
+        "relative",
+        anchor="anchor.safetensors",
+        data=data,
+        recipe=Recipe(),
+        assignment={"a": data.open().ids[:2]},
+        progress=False,
+    )
+    monkeypatch.chdir(tmp_path)
+    assert Path(plan.data.root) == folder / "images"
+    assert len(job_data(plan, plan.job("a"))[0][0]) == 3
 
 
 def test_a_job_is_what_determines_its_delta(folder: Path) -> None:
