@@ -104,10 +104,11 @@ def grouped_table(content: Mapping[str, Any]) -> str:
     for what, values in rows.items():
         lines.append(f"| {what} | " + " | ".join(f"{row['ratio']:.2f}" for row in values) + " |")
     made = content["environment"]
+    malloc = "" if made["malloc"] == "defaults" else made["malloc"] + " "
     return "\n".join(lines) + (
         f"\n\n{content['setting']}. Medians of interleaved rounds. {made['cpu']}, "
         f"{made['threads']} threads, torch {made['torch']}, commit {made['commit']}, "
-        f"{made['date']}; `python -m benchmarks.grouped`."
+        f"{made['date']}; `{malloc}python -m benchmarks.grouped`."
     )
 
 

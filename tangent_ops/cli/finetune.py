@@ -169,7 +169,7 @@ def finetune(
     from tangent_ops.cli.make_anchor import AnchorOptions, check_model, make_anchor
     from tangent_ops.errors import ArgumentError
     from tangent_ops.shards import ImageData, Plan, Recipe
-    from tangent_ops.shards.plan import check_folder
+    from tangent_ops.shards.plan import DATABASE, check_folder
     from tangent_ops.shards.run import check_executor
 
     with errors():
@@ -189,7 +189,10 @@ def finetune(
         classes = classes_of(samples)
         check_model(made, recipe, len(classes))
         if dry_run:
-            _show_dry_run(recipe, assignment, out, as_json)
+            there = Plan.open(out) if (out / DATABASE).exists() else None
+            if there is not None:
+                there.check_same(recipe, samples, assignment, labels, allow_overlap)
+            _show_dry_run(recipe, assignment, there, out, as_json)
             return
         with tempfile.TemporaryDirectory(prefix="tangent-ops-") as scratch:
             path, words = make_anchor(made, out.absolute(), Path(scratch), classes, hidden(as_json))
@@ -302,14 +305,11 @@ def _blocks(value: str) -> int | None:
 
 
 def _show_dry_run(
-    recipe: Recipe, assignment: dict[str, list[str]], out: Path, as_json: bool
+    recipe: Recipe, assignment: dict[str, list[str]], there: Plan | None, out: Path, as_json: bool
 ) -> None:
-    from tangent_ops.shards import Plan
-    from tangent_ops.shards.plan import DATABASE
-
     listed = [(name, len(ids), False) for name, ids in assignment.items()]
-    if (out / DATABASE).exists():  # perhaps some were forgotten
-        listed = [(shard.name, shard.samples, shard.done) for shard in Plan.open(out).shards()]
+    if there is not None:  # perhaps some were forgotten
+        listed = [(shard.name, shard.samples, shard.done) for shard in there.shards()]
     rows = []
     for name, samples, done in listed:
         per_epoch = math.ceil(samples / recipe.batch_size)

@@ -120,10 +120,9 @@ class Plan:
             "recipe": to_json(recipe.to_dict()),
             "overlap": to_json(allow_overlap),
         }
-        dealt = hashlib.sha256(to_json(rows).encode()).hexdigest()
         if (path / DATABASE).exists():
             plan = cls.open(path)
-            plan._check_same(asked, dealt, rows)
+            plan._check_same(asked, rows)
             return plan
         check_folder(path)
 
@@ -140,7 +139,7 @@ class Plan:
         with open(anchor, "rb") as source:
             write_atomically(path / ANCHOR, lambda file: shutil.copyfileobj(source, file))
         (path / "deltas").mkdir(exist_ok=True)
-        rest = {"dealt": dealt, "data": to_json(asdict(data)), "weights": WEIGHTS[0]}
+        rest = {"dealt": _digest(rows), "data": to_json(asdict(data)), "weights": WEIGHTS[0]}
         Manifest(path / DATABASE).create({**asked, **rest}, shards)
         return cls.open(path)
 
@@ -295,14 +294,29 @@ class Plan:
     def _hash(self, shard: str, samples: Iterable[Sample]) -> str:
         return job_hash(shard, samples, self.anchor_info, self.recipe)
 
-    def _check_same(self, asked: Mapping[str, str], dealt: str, rows: Rows) -> None:
+    def check_same(
+        self,
+        recipe: Recipe,
+        samples: Samples,
+        assignment: Mapping[str, Sequence[str]],
+        labels: Mapping[str, str],
+        allow_overlap: bool,
+    ) -> None:
+        """Raise PlanError where `create` would, as this plan is of something else."""
+        info = self.anchor_info
+        samples = samples.with_classes(info.classes)
+        rows = _rows(samples, assignment, labels, info.options["num_classes"])
+        asked = {"recipe": to_json(recipe.to_dict()), "overlap": to_json(allow_overlap)}
+        self._check_same(asked, rows)
+
+    def _check_same(self, asked: Mapping[str, str], rows: Rows) -> None:
         for key, value in asked.items():
             if self._about[key] != value:
                 raise PlanError(
                     f"{self.path} holds a plan with another {key}: give another folder to start "
                     f"a new one ({self._about[key][:300]} there, {value[:300]} now)"
                 )
-        if dealt == self._about["dealt"]:
+        if _digest(rows) == self._about["dealt"]:
             return
         now = {(shard, id, target, label) for shard, id, target, label in rows}
         here = {
@@ -384,6 +398,10 @@ def _rows(
                 )
             rows.append((shard, id, targets[id], labels.get(id)))
     return rows
+
+
+def _digest(rows: Rows) -> str:
+    return hashlib.sha256(to_json(rows).encode()).hexdigest()
 
 
 def _hashed(samples: Samples, rows: Rows, progress: bool) -> Iterator[tuple[str, Sample]]:

@@ -116,6 +116,13 @@ def test_by_customer_from_a_table(images: Path, tmp_path: Path) -> None:
     assert "2 shards composed" in run("compose", out, "--weights", "samples").stdout
     dry = json.loads(finetune(images, out, *words, "--dry-run", "--json").stdout)
     assert [(row["shard"], row["done"]) for row in dry["shards"]] == [("c0", True), ("c2", True)]
+    for more, said in (
+        (["--l2", "0.5"], "another recipe"),
+        (["--label", "sample"], "other samples"),
+    ):
+        for dry_run in ([], ["--dry-run"]):  # which says what would be
+            result = finetune(images, out, *words, *more, *dry_run)
+            assert (result.exit_code, said in result.stderr) == (2, True), result.output
     result = finetune(images, out, "--by", "owner", "--table", tmp_path / "owners.csv")
     assert (result.exit_code, "no column 'owner'" in result.stderr) == (2, True)
 

@@ -114,10 +114,11 @@ def killing(pattern: bytes, most: int, servers: bool = False) -> Iterator[list[i
 
 def _family(pid: int) -> dict[int, int]:
     """All below a process -> their parents."""
-    found = subprocess.run(
-        ["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
-    )
-    parents = {int(line.split()[0]): int(line.split()[1]) for line in found.stdout.splitlines()}
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            after_name = entry.read_text(errors="replace").rpartition(")")[2]
+            parents[int(entry.parent.name)] = int(after_name.split()[1])
     below = {pid}
     while more := {child for child, parent in parents.items() if parent in below} - below:
         below |= more
