@@ -14,7 +14,7 @@ KEEP_MEMORY = MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592
 installed = $(VENV)/.tangent-ops-$(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo private-demo test lint format bench bench-compiled gpu-bench publish compile-check gpu-check clean
+.PHONY: help demo private-demo study test lint format bench bench-compiled gpu-bench publish compile-check gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +28,9 @@ demo: $(call installed,demo) ## fine-tune, compose and forget with a real ViT; r
 
 private-demo: $(call installed,private-demo) ## fine-tune with differential privacy, and say what that promises
 	$(KEEP_MEMORY) $(RUN) examples/private_demo.py $(ARGS)
+
+study: $(call installed,study) ## the paper's claims on real images: tables, plots, docs/study; goes on where it was cut off
+	$(KEEP_MEMORY) $(RUN) -m studies.paper $(ARGS)
 
 test: $(call installed,test) ## run every test
 	$(RUN) -m pytest $(ARGS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from studies.paper.methods import METHODS
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -43,6 +45,7 @@ class Composition:
         deals: "iid", or "by class": every shard has a stretch of the classes.
         shards: How many the private images are dealt into.
         exact: The numbers of shards of the exact compositions, which lose nothing.
+        exact_by_class: Those of them that are dealt by class, too.
         exact_train: Their private images, which are fewer: every product is a pass over them all.
         public: Images of the anchor's classifier, in no shard.
         train: Private images.
@@ -54,11 +57,12 @@ class Composition:
     deals: tuple[str, ...] = ("iid", "by class")
     shards: tuple[int, ...] = (1, 2, 5, 10, 25, 50)
     exact: tuple[int, ...] = (1, 2, 5, 10, 25, 50)
+    exact_by_class: tuple[int, ...] = (10,)
     exact_train: int = 200
     public: int = 100
     train: int = 1000
     validation: int = 136
-    epochs: int = 6
+    epochs: int = 5
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,6 @@ class Preset:
 
     def depths(self, images: str) -> tuple[int, ...]:
         """How many blocks are trained on a set, of all methods."""
-        from studies.paper.methods import METHODS
-
         slow = self.accuracy.slow if images in self.accuracy.slow_sets else ()
         return tuple(sorted({1, *(METHODS[name].depth for name in slow)}))
 
@@ -158,26 +160,24 @@ PRESETS = {
             cross_entropy=(),
             slow=(),
             slow_sets=(),
-            train=200,
+            train=160,
             validation=100,
             epochs=3,
         ),
         Composition(
             ("mnist",),
             deals=("iid",),
-            shards=(1, 10),
-            exact=(1, 5),
-            exact_train=50,
+            shards=(1, 8),
+            exact=(1, 3),
+            exact_train=30,
             public=50,
-            train=200,
+            train=160,
             validation=100,
             epochs=3,
         ),
-        Forgetting("mnist", 10, (0, 1, 5, 9)),
-        Privacy(
-            "mnist", (3.0,), 1e-4, public=50, private=600, validation=100, expected=100, steps=8
-        ),
-        Influence("mnist", train=40, validation=40, removed=(6,)),
+        Forgetting("mnist", 8, (0, 4)),
+        Privacy("mnist", (3.0,), 1e-4, 50, 600, 100, expected=64, steps=8),
+        Influence("mnist", train=30, validation=40, removed=(5,)),
         seeds=(0, 1, 2),
     ),
     "cpu": Preset(

@@ -69,9 +69,9 @@ def fetch_package(package: Package, cache: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as folder:
         part = Path(folder) / "part"
         try:
-            with urllib.request.urlopen(package.address, timeout=180) as answer:
-                with part.open("wb") as file:
-                    shutil.copyfileobj(answer, file)
+            answer = urllib.request.urlopen(package.address, timeout=180)
+            with answer, part.open("wb") as file:
+                shutil.copyfileobj(answer, file)
         except (urllib.error.URLError, OSError) as error:
             raise DemoError(
                 f"could not fetch {package.name} from {package.address}: {error}\n"

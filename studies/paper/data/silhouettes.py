@@ -70,7 +70,7 @@ def distinct(images: np.ndarray, alike: float = ALIKE, rows: int = 2000) -> np.n
     flat -= flat.mean(axis=1, keepdims=True)
     flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
     pairs = [
-        np.stack(np.nonzero(flat[start : start + rows] @ flat.T > alike)) + [[start], [0]]
+        np.add(np.nonzero(flat[start : start + rows] @ flat.T > alike), [[start], [0]])
         for start in range(0, len(flat), rows)
     ]
     first, second = np.concatenate(pairs, axis=1)

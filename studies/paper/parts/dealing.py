@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from studies.paper.methods import LOSSES, Start, ordinary
 from studies.paper.parts.context import Context
 from studies.paper.tail import ClassTokenTail
-from tangent_ops import CachedFeatures, LinearizedModel, fit, linearize
+from tangent_ops import CachedFeatures, LinearizedModel, fit
 from tangent_ops.delta import Delta
 
 LOSS = "square"
@@ -73,10 +73,6 @@ def fit_ordinary(
     ]
 
 
-def tangent_of(anchor: ClassTokenTail) -> LinearizedModel:
-    return linearize(anchor)
-
-
 def reset(tangent: LinearizedModel) -> None:
     """Set the deltas to zero."""
     with torch.no_grad():
@@ -96,4 +92,5 @@ def joined(shards: list[CachedFeatures]) -> CachedFeatures:
 
 
 def mean_logits(logits: list[Tensor]) -> Tensor:
+    """Of models whose outputs are averaged."""
     return torch.stack(logits).mean(dim=0)

@@ -25,16 +25,15 @@ from studies.paper.parts.dealing import (
     fit_shards,
     joined,
     mean_logits,
-    tangent_of,
 )
 from studies.paper.presets import Preset
 from studies.paper.tail import ClassTokenTail
-from tangent_ops import CachedFeatures, Ledger, LinearizedModel
+from tangent_ops import CachedFeatures, Ledger, LinearizedModel, linearize
 from tangent_ops.losses import RescaledSquareLoss
 
 PART = "forgetting"
 ATTACK = "membership"
-ASCENT_EPOCHS, ASCENT_RATE = 3, 1e-4
+ASCENT_EPOCHS, ASCENT_RATE = 2, 2e-5
 REPAIR_EPOCHS = 1
 
 
@@ -61,7 +60,7 @@ def run(arguments: dict[str, Any], context: Context) -> dict[str, Any]:
     dealt = deal(context, arguments)
     epochs, seed = arguments["epochs"], arguments["seed"]
     rate = arguments["ordinary_rate"]
-    tangent = tangent_of(dealt.anchor)
+    tangent = linearize(dealt.anchor)
     deltas = fit_shards(tangent, dealt.shards, arguments["tangent_rate"], epochs, seed)
     models = fit_ordinary(dealt.anchor, dealt.shards, rate, epochs, seed)
     logits = [logits_of(model, dealt.tested) for model in models]
@@ -127,7 +126,7 @@ def run_attack(arguments: dict[str, Any], context: Context) -> dict[str, Any]:
     """
     dealt = deal(context, arguments)
     epochs, seed = arguments["epochs"], arguments["seed"]
-    tangent = tangent_of(dealt.anchor)
+    tangent = linearize(dealt.anchor)
     deltas = fit_shards(tangent, dealt.shards, arguments["tangent_rate"], epochs, seed)
     forgotten, rest = dealt.shards[0], joined(dealt.shards[1:])
     models: dict[str, Callable[[], nn.Module]] = {
@@ -145,8 +144,8 @@ def run_attack(arguments: dict[str, Any], context: Context) -> dict[str, Any]:
         found = {which: _losses(model, data) for which, data in _attacked(dealt)}
         gained = {which: anchor[which] - found[which] for which in found}
         scores[name] = {
-            "members": gained["members"].tolist(),
-            "others": gained["others"].tolist(),
+            "members": [round(value, 4) for value in gained["members"].tolist()],
+            "others": [round(value, 4) for value in gained["others"].tolist()],
             "test_accuracy": score(model, dealt.tested),
         }
 
@@ -164,7 +163,7 @@ def run_attack(arguments: dict[str, Any], context: Context) -> dict[str, Any]:
 
 def step_flops(model: nn.Module, data: CachedFeatures) -> float:
     """Floating-point operations of a training step, for each image."""
-    inputs, targets = data.features[:8], data.targets[:8]
+    inputs, targets = (part[:8].to(_device(model)) for part in (data.features, data.targets))
     with FlopCounterMode(display=False) as counter:
         LOSSES[LOSS]()(model(inputs), targets).backward()
     model.zero_grad()
@@ -174,12 +173,12 @@ def step_flops(model: nn.Module, data: CachedFeatures) -> float:
 def forward_flops(model: nn.Module, data: CachedFeatures) -> float:
     """Floating-point operations of a prediction, for each image."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(data.features[:8])
+        model(data.features[:8].to(_device(model)))
     return counter.get_total_flops() / 8
 
 
 def _tangent_again(dealt: Dealt, rest: CachedFeatures, arguments: dict[str, Any]) -> nn.Module:
-    tangent = tangent_of(dealt.anchor)
+    tangent = linearize(dealt.anchor)
     options = (arguments["tangent_joint_rate"], arguments["epochs"], arguments["seed"])
     fit_shards(tangent, [rest], *options)
     return tangent
@@ -216,7 +215,9 @@ def _ascent(
     for _ in range(ASCENT_EPOCHS):
         for batch in torch.randperm(len(forgotten), generator=generator).split(32):
             optimizer.zero_grad()
-            (-loss(model(forgotten.features[batch]), forgotten.targets[batch])).backward()
+            inputs, targets = forgotten.features[batch], forgotten.targets[batch]
+            device = _device(model)
+            (-loss(model(inputs.to(device)), targets.to(device))).backward()
             optimizer.step()
 
 
@@ -236,6 +237,10 @@ def _attacked(dealt: Dealt) -> list[tuple[str, CachedFeatures]]:
 def _losses(model: nn.Module, data: CachedFeatures) -> Tensor:
     """Of each image, by the loss that models were trained with."""
     return RescaledSquareLoss(reduction="none")(logits_of(model, data), data.targets)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _timed(call: Callable[[], Any]) -> tuple[Any, float]:

@@ -57,7 +57,7 @@ def run(arguments: dict[str, Any], context: Context) -> dict[str, Any]:
     best = min(influence.cross_validate(L2S), key=lambda row: row.loss)
     influence.l2 = best.l2
     scores = {
-        "exact": influence.loss_change(judged.features, judged.targets).sum(dim=1),
+        "exact": influence.loss_change(judged.features, judged.targets).sum(dim=1).cpu(),
         "classical": _classical(influence, tangent, train, judged, best.l2),
         "random": torch.rand(len(rows), generator=generator, dtype=torch.float64),
     }
@@ -101,7 +101,7 @@ def _classical(
     """The change of the validation loss by the classical influence function, summed; (N,)."""
     _fit(tangent, train, l2)
     logits = logits_of(tangent, judged).double()
-    moved = influence.classical(judged.features)  # (N, M, C)
+    moved = influence.classical(judged.features).cpu()  # (N, M, C)
     loss = RescaledSquareLoss(reduction="sum")
     before = loss(logits, judged.targets)
     return torch.stack([loss(logits + change, judged.targets) - before for change in moved])

@@ -27,7 +27,7 @@ from tangent_ops.privacy.fit import fit_private
 PART = "privacy"
 TUNED_ON = 0
 LOSS = "square"
-RATES = {"tangent": (5e-4, 1.5e-3), "ordinary": (3e-4, 1e-3), "probe": (1e-3, 4e-3)}
+RATES = {"tangent": (3e-4, 1e-3), "ordinary": (3e-4, 1e-3), "probe": (1e-3, 4e-3)}
 CLIP = 1.0
 PHYSICAL_BATCH = 64
 PROBE_STEPS = 60  # of the probe, whose steps are cheap
@@ -141,7 +141,8 @@ def _run(module: nn.Module, optimizer: Any, loader: DataLoader, *, steps: int) -
         with memory as batches:
             for inputs, targets in batches:
                 optimizer.zero_grad()
-                loss(module(inputs), targets).backward()
+                device = next(module.parameters()).device
+                loss(module(inputs.to(device)), targets.to(device)).backward()
                 optimizer.step()
                 done += not optimizer._is_last_step_skipped
                 if done == steps:

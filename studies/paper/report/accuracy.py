@@ -1,0 +1,191 @@
+"""The page's part on accuracy: a table for each set, a plot, and what is claimed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from studies.paper.cells import Found
+from studies.paper.methods import METHODS
+from studies.paper.parts import accuracy
+from studies.paper.report.claims import Claim
+from studies.paper.report.figures import new_figure, save
+from studies.paper.report.section import Section
+from studies.paper.report.summary import Mean, paired
+
+MARKS = {"square": ("o", "black", "square loss"), "cross-entropy": ("s", "white", "cross-entropy")}
+
+
+def scores(found: Found, images: str, method: str, loss: str, key: str = "test_accuracy"):
+    """Of every seed at the rate that was chosen, in the order of seeds; empty if not run."""
+    given: dict[str, Any] = {"images": images, "method": method, "loss": loss}
+    rates = accuracy.PROBE_RATES if method == accuracy.PROBE else METHODS[method].rates
+    best = accuracy.chosen(found, len(rates), **given)
+    if best is None:
+        return []
+    cells = found.of(accuracy.PART, rate=best["rate"], **given)
+    return [cell[key] for cell in sorted(cells, key=lambda cell: cell["seed"]) if key in cell]
+
+
+def section(found: Found, out: Path) -> Section:
+    """All of it."""
+    cells = found.of(accuracy.PART)
+    sets = list(dict.fromkeys(cell["images"] for cell in cells))
+    present = {(cell["method"], cell["loss"]) for cell in cells}
+    order = [accuracy.PROBE, *METHODS]
+    losses = [loss for loss in MARKS if any(entry == loss for _, entry in present)]
+    runs = [(m, loss) for loss in losses for m in order if (m, loss) in present]
+    shifted = [images for images in sets if any("shifted_accuracy" in c for c in cells)][:1]
+    text = [_table(found, sets, shifted, runs), _costs(found, runs)]
+    figure = _draw(found, sets, runs, out / "accuracy.png")
+    return Section(
+        "Accuracy: probe, ordinary and tangent fine-tuning",
+        "\n\n".join(text),
+        [(figure, "Test accuracy of every method, minus the probe's with the same loss")],
+        _claims(found, sets),
+    )
+
+
+def title(method: str) -> str:
+    """What tables call a method."""
+    return "linear probe" if method == accuracy.PROBE else METHODS[method].title
+
+
+def _table(found: Found, sets: list[str], shifted: list[str], runs: list[tuple[str, str]]) -> str:
+    columns = [*sets, *(f"{images}, shifted" for images in shifted)]
+    head = "| loss | method | " + " | ".join(columns) + " |"
+    rows = [head, "| --- " * (2 + len(columns)) + "|"]
+    for method, loss in runs:
+        values = [scores(found, images, method, loss) for images in sets]
+        values += [scores(found, images, method, loss, "shifted_accuracy") for images in shifted]
+        shown = [Mean.of(value).percent() if value else "–" for value in values]
+        rows.append(f"| {loss} | {title(method)} | " + " | ".join(shown) + " |")
+    return "Test accuracy, %; mean over seeds ± its standard error.\n\n" + "\n".join(rows)
+
+
+def _costs(found: Found, runs: list[tuple[str, str]]) -> str:
+    rows = ["| method | loss | trained numbers | time of a fit, s | peak memory of a step, MB |"]
+    rows.append("| --- | --- | --- | --- | --- |")
+    for method, loss in runs:
+        cells = found.of(accuracy.PART, method=method, loss=loss)
+        measured = found.of(accuracy.MEMORY, method=method, loss=loss)
+        if method == accuracy.PROBE or not measured:
+            continue
+        seconds = Mean.of(
+            [cell["seconds"] for cell in cells if cell["images"] == cells[0]["images"]]
+        )
+        memory = measured[0]["bytes"] / 1e6
+        rows.append(
+            f"| {title(method)} | {loss} | {cells[0]['parameters']:,} | {seconds.value:.1f} | "
+            f"{memory:.0f} |"
+        )
+    where = found.of(accuracy.PART)[0]["images"]
+    return (
+        f"What a fit costs, on {where}: the time of one fit on cached tokens, and the most memory "
+        "that torch holds while the method trains on one batch of 32, its copies of the model "
+        "included.\n\n" + "\n".join(rows)
+    )
+
+
+def _draw(found: Found, sets: list[str], runs: list[tuple[str, str]], path: Path) -> Path:
+    methods = [m for m in dict.fromkeys(m for m, _ in runs) if m != accuracy.PROBE][::-1]
+    figure, axes = new_figure(len(sets), (2.5 * len(sets) + 1.4, 3.4))
+    for number, (images, each) in enumerate(zip(sets, axes, strict=True)):
+        for offset, (loss, (marker, fill, name)) in zip((0.14, -0.14), MARKS.items(), strict=True):
+            for row, method in enumerate(methods):
+                values = scores(found, images, method, loss)
+                base = scores(found, images, accuracy.PROBE, loss)
+                if not values:
+                    continue
+                gain = paired(values, base)
+                each.errorbar(
+                    100 * gain.value,
+                    row + offset,
+                    xerr=100 * gain.error,
+                    marker=marker,
+                    color="black",
+                    markerfacecolor=fill,
+                    capsize=2.5,
+                    label=name if row == len(methods) - 1 else None,
+                )
+        each.axvline(0, color="#555555", linewidth=1)
+        each.set_yticks(range(len(methods)), [title(m) for m in methods] if number == 0 else [])
+        each.set_ylim(-0.5, len(methods) - 0.5)
+        each.set_title(images)
+        each.set_xlabel("points above the probe")
+    handles, labels = axes[0].get_legend_handles_labels()
+    known = dict(zip(labels, handles, strict=True))
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=2, frameon=False)
+    return save(figure, path)
+
+
+def _claims(found: Found, sets: list[str]) -> list[Claim]:
+    claims = []
+
+    def claim(text: str, first: list[float], second: list[float], wanted: Any, why: str) -> None:
+        if first and second:
+            claims.append(Claim(text, paired(first, second), wanted, why))
+
+    for images in sets:
+        square = {m: scores(found, images, m, "square") for m in (accuracy.PROBE, *METHODS)}
+        entropy = {m: scores(found, images, m, "cross-entropy") for m in ("nlft-1", "taft-1")}
+        claim(
+            f"{images}: TAFT-1 is not less accurate than NLFT-1, square loss",
+            square["taft-1"],
+            square["nlft-1"],
+            "not lower",
+            "Ordinary fine-tuning moves the block's features along the way; a first-order model "
+            "keeps those of the anchor.",
+        )
+        claim(
+            f"{images}: TAFT-1 is not less accurate than NLFT-1, cross-entropy",
+            entropy["taft-1"],
+            entropy["nlft-1"],
+            "not lower",
+            "Cross-entropy asks for ever larger outputs, which a linear model reaches by larger "
+            "deltas, far from where it resembles the network.",
+        )
+        claim(
+            f"{images}: TAFT-1 is more accurate than the probe it starts from",
+            square["taft-1"],
+            square[accuracy.PROBE],
+            "higher",
+            "A thousand images leave little to be learned in the last block that the "
+            "classifier has not learned already.",
+        )
+        claim(
+            f"{images}: TAFT-1 gains from the square loss, against cross-entropy",
+            square["taft-1"],
+            entropy["taft-1"],
+            "higher",
+            "The paper's gain from the rescaled square loss was on finer-grained sets.",
+        )
+        claim(
+            f"{images}: TAFT-3 is not less accurate than NLFT-3",
+            square["taft-3"],
+            square["nlft-3"],
+            "not lower",
+            "Three blocks are further from their first-order expansion than one.",
+        )
+        claim(
+            f"{images}: TAFT-3 is more accurate than TAFT-1",
+            square["taft-3"],
+            square["taft-1"],
+            "higher",
+            "It trained for fewer passes here, with more to learn from as many images.",
+        )
+        claim(
+            f"{images}: the exact optimum is not less accurate than TAFT-1 by gradient steps",
+            square["taft-1-exact"],
+            square["taft-1"],
+            "not lower",
+            "",
+        )
+        claim(
+            f"{images}: low-rank TAFT is not less accurate than TAFT-1",
+            square["taft-1-low-rank"],
+            square["taft-1"],
+            "not lower",
+            "The factor that is fixed was drawn at random.",
+        )
+    return claims

@@ -1,0 +1,178 @@
+"""The page's part on composition: accuracy against the number of shards, in either deal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from studies.paper.cells import Found
+from studies.paper.parts import composition, forgetting
+from studies.paper.report.claims import Claim
+from studies.paper.report.figures import Look, draw_level, draw_series, new_figure, save
+from studies.paper.report.section import Section
+from studies.paper.report.summary import Mean, paired
+
+LOOKS = {
+    ("tangent", "mean"): Look("TAFT, mean", "D", "-", "#0072B2"),
+    ("tangent", "least_squares"): Look("TAFT, least squares", "^", "-", "#009E73"),
+    ("ordinary", "soup"): Look("NLFT, soup", "s", "--", "#D55E00"),
+    ("ordinary", "ensemble"): Look("NLFT, output ensemble", "o", ":", "#000000"),
+}
+EXACT = {
+    ("exact", "lossless"): Look("exact, lossless", "v", "-", "#CC79A7"),
+    ("exact", "mean"): Look("exact, mean", "P", "--", "#555555"),
+}
+
+
+def values(found: Found, images: str, deal: str, way: str, shards: int, key: str) -> list[float]:
+    """Of every seed at the rate that was chosen; one shard is the same in either deal."""
+    given: dict[str, Any] = {"images": images, "shards": shards}
+    deals = [cell["deal"] for cell in found.of(composition.PART, way=way, **given)]
+    given["deal"] = deal if deal in deals else next(iter(deals), deal)
+    best = composition.chosen(found, way=way, **given)
+    if best is None:
+        return []
+    cells = found.of(composition.PART, way=way, rate=best["rate"], **given)
+    return [cell[key] for cell in sorted(cells, key=lambda cell: cell["seed"])]
+
+
+def numbers(found: Found, images: str, way: str) -> list[int]:
+    """Of shards, ascending."""
+    cells = found.of(composition.PART, images=images, way=way)
+    return sorted({cell["shards"] for cell in cells})
+
+
+def section(found: Found, out: Path) -> Section:
+    """All of it."""
+    cells = found.of(composition.PART)
+    sets = list(dict.fromkeys(cell["images"] for cell in cells))
+    text, figures, claims = [_costs(found)], [], []
+    for images in sets:
+        deals = list(
+            dict.fromkeys(c["deal"] for c in cells if c["images"] == images and c["shards"] > 1)
+        )
+        text.append(_table(found, images, deals))
+        path = out / f"composition-{images}.png"
+        caption = f"Shards of {images} composed: against their number, in either deal"
+        figures.append((_draw(found, images, deals, path), caption))
+        claims += _claims(found, images, deals)
+    return Section("Composition", "\n\n".join(text), figures, claims)
+
+
+def _costs(found: Found) -> str:
+    measured = found.of(forgetting.PART)
+    if not measured:
+        return ""
+    tangent, ordinary = (measured[0][f"{way}_image_flops"] / 1e6 for way in ("tangent", "ordinary"))
+    return (
+        "One shard is joint training. What a prediction costs beside the frozen blocks (their cost "
+        f"is the same for all): a soup one pass, {ordinary:.1f} MFLOP; any composition of tangent "
+        f"models one dual pass, {tangent:.1f} MFLOP; an output ensemble of K models K passes, "
+        f"K times {ordinary:.1f} MFLOP, and K sets of weights in memory."
+    )
+
+
+def _table(found: Found, images: str, deals: list[str]) -> str:
+    counts = numbers(found, images, "tangent")
+    rows = [f"| {images} | " + " | ".join(map(str, counts)) + " |"]
+    rows.append("| --- " * (1 + len(counts)) + "|")
+    for deal in deals:
+        for (way, key), look in (LOOKS | EXACT).items():
+            known = numbers(found, images, way)
+            cells = [
+                values(found, images, deal, way, count, key) if count in known else []
+                for count in counts
+            ]
+            if any(cells):
+                shown = [Mean.of(cell).percent() if cell else "–" for cell in cells]
+                rows.append(f"| {deal}: {look.title} | " + " | ".join(shown) + " |")
+    sizes = {cell["way"]: cell["train"] for cell in found.of(composition.PART, images=images)}
+    note = f"Test accuracy, %, against the number of shards; {sizes['tangent']} private images"
+    if "exact" in sizes:
+        note += f", for the exact fits {sizes['exact']} of them"
+    return f"{note}.\n\n" + "\n".join(rows)
+
+
+def _draw(found: Found, images: str, deals: list[str], path: Path) -> Path:
+    figure, axes = new_figure(len(deals), (4.3 * len(deals) + 0.6, 4.4))
+    for each, deal in zip(axes, deals, strict=True):
+        for (way, key), look in (LOOKS | EXACT).items():
+            counts = numbers(found, images, way)
+            points = [values(found, images, deal, way, count, key) for count in counts]
+            if points:
+                draw_series(each, look, counts, [Mean.of(point) for point in points])
+        anchors = [c["anchor"] for c in found.of(composition.PART, images=images, way="tangent")]
+        draw_level(each, "the anchor", Mean.of(anchors))
+        counts = numbers(found, images, "tangent")
+        each.set_xscale("log")
+        each.set_xticks(counts, [str(count) for count in counts])
+        each.minorticks_off()
+        each.set_xlabel("shards")
+        each.set_title({"iid": "dealt at random", "by class": "dealt by class"}[deal])
+        each.set_ylabel("test accuracy, %")
+    handles, labels = axes[0].get_legend_handles_labels()
+    columns = 2 * len(deals)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
+    return save(figure, path)
+
+
+def _claims(found: Found, images: str, deals: list[str]) -> list[Claim]:
+    claims = []
+    counts = numbers(found, images, "tangent")
+
+    def claim(text: str, first: Any, second: Any, wanted: Any, why: str) -> None:
+        if first and second:
+            claims.append(Claim(f"{images}, {text}", paired(first, second), wanted, why))
+
+    for deal in deals:
+        for count in [count for count in (10, 50) if count in counts]:
+            got = {k: values(found, images, deal, k[0], count, k[1]) for k in LOOKS}
+            name = f"{count} shards {'at random' if deal == 'iid' else 'by class'}"
+            mean = got["tangent", "mean"]
+            claim(
+                f"{name}: the mean of TAFTs is not less accurate than a soup of NLFTs",
+                mean,
+                got["ordinary", "soup"],
+                "not lower",
+                "From one anchor and over few steps ordinary models stay close enough for their "
+                "weights to be averaged.",
+            )
+            claim(
+                f"{name}: the mean of TAFTs, one pass, is not less accurate than an ensemble",
+                mean,
+                got["ordinary", "ensemble"],
+                "not lower",
+                "The ensemble costs a pass for every shard.",
+            )
+            claim(
+                f"{name}: least-squares weights are more accurate than the mean",
+                got["tangent", "least_squares"],
+                mean,
+                "higher",
+                "Shards dealt at random are alike, so equal weights are near the best; and "
+                "weights fitted to few validation images carry their noise.",
+            )
+    exact = numbers(found, images, "exact")
+    if len(exact) > 1:
+        joint = values(found, images, deals[0], "exact", exact[0], "lossless")
+        for deal in deals:
+            largest = exact[-1]
+            name = f"{largest} shards {'at random' if deal == 'iid' else 'by class'}"
+            lossless = values(found, images, deal, "exact", largest, "lossless")
+            claim(
+                f"{name}: the lossless composition is not less accurate than the joint exact fit",
+                lossless,
+                joint,
+                "not lower",
+                "Both are solved to a tolerance.",
+            )
+            claim(
+                f"{name}: the lossless composition is more accurate than the mean of exact fits",
+                lossless,
+                values(found, images, deal, "exact", largest, "mean"),
+                "higher",
+                "With so few images the mean's stronger shrinkage costs little.",
+            )
+    return claims

@@ -1,0 +1,82 @@
+"""The page's part on privacy: accuracy against ε."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from studies.paper.cells import Found
+from studies.paper.parts import privacy
+from studies.paper.report.claims import Claim
+from studies.paper.report.figures import Look, draw_level, draw_series, new_figure, save
+from studies.paper.report.section import Section
+from studies.paper.report.summary import Mean, paired
+
+LOOKS = {
+    "tangent": Look("TAFT-1", "D", "-", "#0072B2"),
+    "ordinary": Look("NLFT-1 (Opacus)", "s", "--", "#D55E00"),
+    "probe": Look("linear probe", "o", ":", "#000000"),
+}
+
+
+def section(found: Found, out: Path) -> Section:
+    """All of it."""
+    cells = found.of(privacy.PART)
+    epsilons = sorted({cell["epsilon"] for cell in cells if "epsilon" in cell})
+    scores = {(way, epsilon): _chosen(found, way, epsilon) for way in LOOKS for epsilon in epsilons}
+    open_ = [cell for cell in cells if cell["way"] == "not private"]
+    figure, (axes, *_) = new_figure()
+    for way, look in LOOKS.items():
+        draw_series(axes, look, epsilons, [Mean.of(scores[way, e][0]) for e in epsilons])
+    free = Mean.of([cell["test_accuracy"] for cell in open_])
+    anchor = Mean.of([cell["anchor_accuracy"] for cell in open_])
+    draw_level(axes, "TAFT-1, not private", free, "-.")
+    draw_level(axes, "public probe: no private image", anchor)
+    axes.set_xscale("log")
+    axes.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
+    axes.minorticks_off()
+    axes.set_xlabel(f"ε at δ = {cells[0]['failure']:g}")
+    axes.set_ylabel("test accuracy, %")
+    axes.legend(fontsize=8, frameon=False)
+    rows = ["| way | " + " | ".join(f"ε = {epsilon:g}" for epsilon in epsilons) + " |"]
+    rows.append("| --- " * (1 + len(epsilons)) + "|")
+    for way, look in LOOKS.items():
+        shown = [Mean.of(scores[way, epsilon][0]).percent() for epsilon in epsilons]
+        rows.append(f"| {look.title} | " + " | ".join(shown) + " |")
+    first = next(cell for cell in cells if "epsilon" in cell)
+    text = (
+        f"{first['images']}: {first['private']} private images, {first['public']} public ones for "
+        f"the anchor's classifier, which alone is right on {anchor.percent()} %; TAFT-1 without "
+        f"privacy on {free.percent()} %. Rates were chosen for each ε and way on "
+        f"{first['validation']} public images. Test accuracy, %.\n\n" + "\n".join(rows)
+    )
+    claims = []
+    for epsilon in epsilons:
+        tangent = scores["tangent", epsilon][0]
+        claims.append(
+            Claim(
+                f"ε = {epsilon:g}: TAFT-1 is more accurate than NLFT-1",
+                paired(tangent, scores["ordinary", epsilon][0]),
+                "higher",
+                "Noise is added to as many numbers in either; convexity does not lower it.",
+            )
+        )
+        claims.append(
+            Claim(
+                f"ε = {epsilon:g}: TAFT-1 is more accurate than a private probe",
+                paired(tangent, scores["probe", epsilon][0]),
+                "higher",
+                "The probe has a few thousand numbers to add noise to, not millions.",
+            )
+        )
+    path = save(figure, out / "privacy.png")
+    return Section("Privacy", text, [(path, "Accuracy against ε")], claims)
+
+
+def _chosen(found: Found, way: str, epsilon: float) -> tuple[list[float], float]:
+    """Accuracy of every seed at the rate that was chosen, and that rate."""
+    best = privacy.chosen(found, way=way, epsilon=epsilon)
+    assert best is not None
+    given: dict[str, Any] = {"way": way, "epsilon": epsilon, "rate": best["rate"]}
+    cells = sorted(found.of(privacy.PART, **given), key=lambda cell: cell["seed"])
+    return [cell["test_accuracy"] for cell in cells], best["rate"]
