@@ -117,6 +117,10 @@ def _attacks(found: Found) -> dict[str, Attack]:
     }
 
 
+def _title(name: str) -> str:
+    return name.replace("tangent", "TAFT").replace("ordinary", "NLFT")
+
+
 def _attack_table(found: Found, attacks: dict[str, Attack]) -> str:
     cells = found.of(forgetting.ATTACK)
     rows = [
@@ -126,7 +130,7 @@ def _attack_table(found: Found, attacks: dict[str, Attack]) -> str:
     for name, seen in attacks.items():
         right = Mean.of([cell["scores"][name]["test_accuracy"] for cell in cells])
         rows.append(
-            f"| {name} | {seen.auc:.3f} ({seen.low:.3f} to {seen.high:.3f}) | "
+            f"| {_title(name)} | {seen.auc:.3f} ({seen.low:.3f} to {seen.high:.3f}) | "
             f"{seen.caught:.1%} ({seen.caught_low:.1%} to {seen.caught_high:.1%}) | "
             f"{right.percent()} |"
         )
@@ -167,7 +171,7 @@ def _draw_attack(attacks: dict[str, Attack], path: Path) -> Path:
             capsize=3,
         )
     axes.axvline(0.5, color="#555555", linestyle=(0, (1, 2)))
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [_title(name) for name in names])
     axes.set_xlabel("AUC of membership inference; 0.5 is chance")
     return save(figure, path)
 

@@ -1,0 +1,54 @@
+"""docs/study is what its results.json makes, and its plots can be told apart without colours."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import studies  # noqa: F401  # makes the demo's modules importable
+from studies.paper.report import composition, forgetting, influence, privacy
+from studies.paper.report.pages import PAGE, write_pages
+
+DOCS = Path(__file__).parents[2] / "docs" / "study"
+
+
+def test_the_page_is_what_its_results_make(tmp_path: Path) -> None:
+    results = json.loads((DOCS / "results.json").read_text(encoding="utf-8"))
+    written = write_pages(results, tmp_path)
+    page = (tmp_path / PAGE).read_text(encoding="utf-8")
+    assert page == (DOCS / PAGE).read_text(encoding="utf-8")
+    assert {path.name for path in written} | {"results.json"} == {
+        path.name for path in DOCS.iterdir()
+    }
+    pictures = re.findall(r"!\[[^]]+\]\((\S+)\)", page)
+    assert pictures and len(set(pictures)) == len(pictures)
+    for picture in pictures:
+        for folder in (tmp_path, DOCS):
+            grey = np.asarray(Image.open(folder / picture).convert("L"))
+            assert grey.std() > 10, f"{picture} is blank"
+
+
+def test_the_preset_ran_to_its_end() -> None:
+    results = json.loads((DOCS / "results.json").read_text(encoding="utf-8"))
+    assert results["preset"] == "cpu"
+    assert results["total_seconds"] < 3600
+    assert not results["commit"].endswith("-dirty")
+    assert {cell["arguments"].get("seed") for cell in results["cells"].values()} >= set(range(5))
+
+
+@pytest.mark.parametrize(
+    "looks",
+    [
+        [*composition.LOOKS.values(), *composition.EXACT.values()],
+        [*forgetting.LOOKS.values()],
+        [*privacy.LOOKS.values()],
+        [*influence.LOOKS.values()],
+    ],
+)
+def test_series_differ_by_marker(looks: list) -> None:
+    assert len({look.marker for look in looks}) == len(looks)
