@@ -29,7 +29,7 @@ demo: $(call installed,demo) ## fine-tune, compose and forget with a real ViT; r
 private-demo: $(call installed,private-demo) ## fine-tune with differential privacy, and say what that promises
 	$(KEEP_MEMORY) $(RUN) examples/private_demo.py $(ARGS)
 
-study: $(call installed,study) ## the paper's claims on real images: tables, plots, docs/study; goes on where it was cut off
+study: $(call installed,study) ## the paper's claims on real images, into docs/study; run again, it goes on
 	$(KEEP_MEMORY) $(RUN) -m studies.paper $(ARGS)
 
 test: $(call installed,test) ## run every test
@@ -66,7 +66,7 @@ gpu-check: $(call installed,test) ## on a CUDA machine: the gpu tests, compute-s
 
 clean: ## remove caches and build products; keeps .venv, downloads and out/
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
-	find tangent_ops kernels tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+	find tangent_ops kernels tests benchmarks examples studies -name __pycache__ -prune -exec rm -rf {} +
 
 # --no-compile: Python compiles what it imports; compiling all of torch first takes half a minute.
 $(call installed,%): pyproject.toml | $(VENV)/bin/pip

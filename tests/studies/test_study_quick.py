@@ -1,4 +1,4 @@
-"""The reduced study, run as a user runs it; what it finds beyond two standard errors is asserted."""
+"""The reduced study, run as users run it: what it finds beyond two standard errors is asserted."""
 
 from __future__ import annotations
 
