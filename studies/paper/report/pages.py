@@ -48,6 +48,10 @@ METHOD = """## How it was done
 - A claim "holds" or "does not hold" beyond two standard errors of the paired difference. With
   {seeds} seeds that is a weak test, and there are many claims: one in twenty is off by luck. "Not
   lower" means not lower beyond two standard errors, not equal.
+- Times are of processes that shared the cores.
+"""
+GPU = """- Not measured: `--preset gpu`, which needs a CUDA device. It trains all twelve blocks, too
+  (`-all`), for more passes, and LoRA, adapters and low-rank deltas with both losses.
 """
 
 
@@ -70,7 +74,7 @@ def write_pages(results: dict[str, Any], out: Path) -> list[Path]:
         HEAD.format(preset=results["preset"]),
         _ran(results),
         "## In short\n\n" + _short(every),
-        METHOD.format(seeds=seeds),
+        METHOD.format(seeds=seeds) + (GPU if results["preset"] == "cpu" else ""),
         "## The images\n\n" + _sources(results),
     ]
     files = []
@@ -94,12 +98,13 @@ def _ran(results: dict[str, Any]) -> str:
     machine = results["machine"]
     minutes, before = results["total_seconds"] / 60, results["prepare_seconds"] / 60
     threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    alone = sum(cell["seconds"] for cell in results["cells"].values()) / 60
     return (
         f"Preset `{results['preset']}`: {len(results['cells'])} runs in {minutes:.0f} minutes on "
         f"{machine['device']} ({machine['workers']} processes of {threads}), {before:.1f} minutes "
-        f"of them for the frozen blocks; torch {machine['torch']}, timm {machine['timm']}, Python "
-        f"{machine['python']}; commit {results['commit']}, sources {results['sources'][:12]}, "
-        f"{results['date']}."
+        f"of them for the frozen blocks (the runs' own times add up to {alone:.0f}); torch "
+        f"{machine['torch']}, timm {machine['timm']}, Python {machine['python']}; commit "
+        f"{results['commit']}, sources {results['sources'][:12]}, {results['date']}."
     )
 
 
