@@ -24,7 +24,7 @@ import timm
 import torch
 from assets import DemoError, default_cache
 
-from studies.paper.cells import ROOT, run_all, sources_sha256
+from studies.paper.cells import ROOT, SOURCES, WRITTEN_BY, kept, run_all, sources_sha256
 from studies.paper.parts import plan, run
 from studies.paper.parts.context import Context
 from studies.paper.presets import PRESETS, Preset
@@ -36,6 +36,7 @@ RESULTS = "results.json"
 def study(name: str, preset: Preset, work: Path, cache: Path) -> dict[str, Any]:
     """Run all that was not run yet; give everything that the pages are made of."""
     began = time.perf_counter()
+    known = kept(work / "cells")
     images = (*preset.accuracy.sets, *preset.composition.sets)
     images += (preset.forgetting.images, preset.privacy.images, preset.influence.images)
     depths = tuple((entry, preset.depths(entry)) for entry in dict.fromkeys(images))
@@ -59,6 +60,7 @@ def study(name: str, preset: Preset, work: Path, cache: Path) -> dict[str, Any]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "prepare_seconds": prepared,
         "total_seconds": time.perf_counter() - began,
+        "found_before": known,
         "cells": found.cells,
     }
 
@@ -77,10 +79,15 @@ def machine(preset: Preset) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, marked where files differ from it; empty outside of git."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    """The last commit that changed a source, marked if one differs from it; empty without git."""
+
+    def git(*arguments: str) -> str:
+        paths = [*SOURCES, f":(exclude){WRITTEN_BY.relative_to(ROOT)}"]
+        command = ["git", "-C", str(ROOT), *arguments, "--", *paths]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    found = git("log", "-1", "--format=%h", "--abbrev=12")
+    return f"{found}-dirty" if git("status", "--porcelain") else found
 
 
 def _processor() -> str:
@@ -99,16 +106,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="cpu", help="how much is run")
     add("--work", type=Path, help="folder of the cells (default: out/study/PRESET)")
-    add("--out", type=Path, help="folder of the pages (default: docs/study, quick: in --work)")
+    add(
+        "--out", type=Path, help="folder of the pages (default: docs/study for cpu, else in --work)"
+    )
     add("--cache", type=Path, default=default_cache(), help="folder for packages and tokens")
     add("--pages-only", action="store_true", help="write the pages from the results in --out")
     options = parser.parse_args(arguments)
     work = options.work or Path("out") / "study" / options.preset
-    out = options.out or (work / "pages" if options.preset == "quick" else ROOT / "docs" / "study")
+    # docs/study is of the preset that anybody can run.
+    out = options.out or (ROOT / "docs" / "study" if options.preset == "cpu" else work / "pages")
     from studies.paper.report.pages import write_pages  # matplotlib: slow to import
 
     try:
         if options.pages_only:
+            if not (out / RESULTS).is_file():
+                raise DemoError(f"--pages-only: there is no {out / RESULTS}; run the study first")
             results = json.loads((out / RESULTS).read_text(encoding="utf-8"))
         else:
             preset = PRESETS[options.preset]

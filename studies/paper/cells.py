@@ -74,6 +74,11 @@ def sources_sha256() -> str:
     return digest.hexdigest()
 
 
+def kept(folder: Path) -> int:
+    """How many cells of these sources are in the folder."""
+    return len(_read(folder, sources_sha256())) if folder.is_dir() else 0
+
+
 def run_all(
     plan: Callable[[Found], Iterable[Cell]],
     run: Callable[[Cell], dict[str, Any]],
@@ -130,8 +135,8 @@ def run_all(
     if failed:
         listed = "\n".join(f"  {name}: {why}" for name, why in failed.items())
         raise RuntimeError(
-            f"{len(failed)} cells failed; the others are kept in {folder}, and the same command "
-            f"goes on with what is missing:\n{listed}"
+            f"cells that failed: {len(failed)}; the others are kept in {folder}, and the same "
+            f"command goes on with what is missing:\n{listed}"
         )
     wanted = {cell.name for cell in plan(found)}
     return Found({name: cell for name, cell in found.cells.items() if name in wanted})

@@ -14,8 +14,6 @@ class Accuracy:
     Attributes:
         sets: In `studies.paper.data.sets.SETS`.
         methods: Of both losses, in `studies.paper.methods.METHODS`.
-        square: Methods that run with the square loss alone.
-        cross_entropy: Methods that run with cross-entropy alone.
         slow: Methods that take longer, with the square loss.
         slow_sets: The sets that those run on.
         train: Training images.
@@ -25,9 +23,7 @@ class Accuracy:
     """
 
     sets: tuple[str, ...]
-    methods: tuple[str, ...] = ("nlft-1", "taft-1")
-    square: tuple[str, ...] = ("taft-1-low-rank",)
-    cross_entropy: tuple[str, ...] = ("lora-1", "adapter-1")
+    methods: tuple[str, ...] = ("nlft-1", "taft-1", "lora-1", "adapter-1", "taft-1-low-rank")
     slow: tuple[str, ...] = ("taft-1-exact", "nlft-3", "taft-3")
     slow_sets: tuple[str, ...] = ("emoji",)
     train: int = 1000
@@ -156,8 +152,7 @@ PRESETS = {
     "quick": Preset(
         Accuracy(
             ("mnist",),
-            square=(),
-            cross_entropy=(),
+            ("nlft-1", "taft-1"),
             slow=(),
             slow_sets=(),
             train=160,
@@ -190,8 +185,6 @@ PRESETS = {
     "gpu": Preset(
         Accuracy(
             ("emoji", "silhouettes", "fashion", "mnist"),
-            methods=("nlft-1", "taft-1", "lora-1", "adapter-1", "taft-1-low-rank"),
-            cross_entropy=(),
             slow=("taft-1-exact", "nlft-3", "taft-3", "nlft-all", "taft-all", "lora-all"),
             slow_sets=("emoji", "silhouettes", "fashion", "mnist"),
             epochs=15,

@@ -33,7 +33,9 @@ def _ran(marks: Path) -> Counter[int]:
 def test_waves_failures_and_going_on(marks: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cells"
     (marks / "fail-2").touch()
-    with pytest.raises(RuntimeError, match=r"1 cells failed(.|\n)*ValueError: 2 is out of luck"):
+    with pytest.raises(
+        RuntimeError, match=r"cells that failed: 1(.|\n)*ValueError: 2 is out of luck"
+    ):
         _run(folder)
     assert _ran(marks) == {1: 1, 3: 1}
     (marks / "fail-2").unlink()
@@ -41,6 +43,7 @@ def test_waves_failures_and_going_on(marks: Path, tmp_path: Path) -> None:
     assert _ran(marks) == {1: 1, 2: 1, 3: 1, 9: 1}  # the others were kept
     squares = {cell["number"]: cell["squared"] for cell in found.of("square")}
     assert squares == {1: 1, 2: 4, 3: 9, 9: 81}
+    assert cells.kept(folder) == 4
     _run(folder)
     assert _ran(marks) == {1: 1, 2: 1, 3: 1, 9: 1}
 

@@ -19,6 +19,8 @@ class _ArraysOnly(pickle.Unpickler):
             return getattr(np, global_name)
         if module_name in MULTIARRAY and global_name == "_reconstruct":
             return _reconstruct
+        if (module_name, global_name) == ("numpy._core.numeric", "_frombuffer"):
+            return _from_buffer
         if (module_name, global_name) == ("_codecs", "encode"):
             return _encode
         raise DemoError(f"the pickle asks for {module_name}.{global_name}, which no array needs")
@@ -45,6 +47,10 @@ def _reconstruct(kind: type, shape: tuple[int, ...], typecode: bytes) -> np.ndar
     if kind is not np.ndarray:
         raise DemoError(f"the pickle makes a {kind}")
     return np.ndarray.__new__(np.ndarray, shape, typecode)  # type: ignore[arg-type]
+
+
+def _from_buffer(buffer: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
+    return np.frombuffer(buffer, dtype).reshape(shape, order=order)  # type: ignore[call-overload]
 
 
 def _encode(text: str, encoding: str) -> bytes:

@@ -96,7 +96,5 @@ def _runs(preset: Preset, images: str) -> Iterator[tuple[str, str]]:
         for method in part.methods:
             yield method, loss
     slow = part.slow if images in part.slow_sets else ()
-    for method in (*part.square, *slow):
+    for method in slow:
         yield method, "square"
-    for method in part.cross_entropy:
-        yield method, "cross-entropy"

@@ -51,7 +51,7 @@ METHOD = """## How it was done
 - Times are of processes that shared the cores.
 """
 GPU = """- Not measured: `--preset gpu`, which needs a CUDA device. It trains all twelve blocks, too
-  (`-all`), for more passes, and LoRA, adapters and low-rank deltas with both losses.
+  (`-all`), on every set and for more passes.
 """
 
 
