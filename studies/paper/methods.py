@@ -200,7 +200,7 @@ METHODS = {
     "lora-1": Method("LoRA-1", lora, (5e-4, 2e-3)),
     "adapter-1": Method("adapter-1", adapters, (5e-4, 2e-3)),
     "taft-1-low-rank": Method(f"TAFT-1, rank {LOW_RANK}", low_rank, (1e-3, 3e-3)),
-    "taft-1-exact": Method("TAFT-1, exact", exact, (1.0, 3.0), losses=("square",)),
+    "taft-1-exact": Method("TAFT-1, exact", exact, (3.0, 10.0), losses=("square",)),
     "nlft-3": Method("NLFT-3", ordinary, (3e-5, 1e-4), depth=3),
     "taft-3": Method("TAFT-3", tangent, (5e-5, 2e-4), depth=3),
     "nlft-all": Method("NLFT-all", ordinary, (3e-5, 1e-4), depth=12),

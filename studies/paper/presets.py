@@ -52,7 +52,7 @@ class Composition:
     sets: tuple[str, ...]
     deals: tuple[str, ...] = ("iid", "by class")
     shards: tuple[int, ...] = (1, 2, 5, 10, 25, 50)
-    exact: tuple[int, ...] = (1, 2, 5, 10, 25, 50)
+    exact: tuple[int, ...] = (1, 2, 5, 10, 50)
     exact_by_class: tuple[int, ...] = (10,)
     exact_train: int = 200
     public: int = 100
@@ -97,8 +97,8 @@ class Privacy:
     public: int = 100
     private: int = 3900
     validation: int = 500
-    expected: int = 256
-    steps: int = 16
+    expected: int = 200
+    steps: int = 12
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ class Influence:
     """
 
     images: str = "emoji"
-    train: int = 150
+    train: int = 120
     wrong: float = 0.1
-    validation: int = 120
+    validation: int = 100
     removed: tuple[int, ...] = (5, 10, 20)
 
 
