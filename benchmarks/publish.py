@@ -25,6 +25,7 @@ from benchmarks.record import ROOT
 from benchmarks.rivals import Answers, by_case, fastest_yardstick, ratio, yardstick
 from benchmarks.shards_scale import scale_table
 from benchmarks.stored import COMPILED, RESULTS, SUITE, BadFile, conditions, newest
+from benchmarks.study_table import read_study, study_table
 from benchmarks.suite.case import Case
 from benchmarks.suite.row import Result, Row
 from benchmarks.targets import DUAL_FORWARD, SAVED, STEP, judge
@@ -37,6 +38,7 @@ PAGES = (
 )
 OTHERS: dict[str, Callable[[], str]] = {  # of files that are not the suite's
     "demo": lambda: demo_table(read_demos()),
+    "study": lambda: study_table(read_study()),
     "precision": lambda: precision_table(read_precision()),
     "privacy-speed": lambda: speed_table(read_speed()),
     "privacy-accuracy": lambda: accuracy_table(read_accuracy()),

@@ -14,7 +14,12 @@ from studies.paper.data.sets import SETS
 from studies.paper.report import accuracy, claims, composition, forgetting, influence, privacy
 from studies.paper.report.section import Section
 
-PAGE = "README.md"
+PAGE, CLAIMS = "README.md", "claims.json"
+VERDICTS = {
+    claims.HOLDS: "hold",
+    claims.FAILS: "do not",
+    claims.OPEN: "cannot be told apart from no difference",
+}
 SECTIONS: tuple[Callable[[Found, Path], Section], ...] = (
     accuracy.section,
     composition.section,
@@ -87,11 +92,20 @@ def write_pages(results: dict[str, Any], out: Path) -> list[Path]:
         "## What did not hold, or could not be told\n\nWith the likely reason, which was not "
         "tested.\n\n" + claims.not_held(every)
     )
-    page = out / PAGE
-    part = page.with_suffix(".part")
-    part.write_text("\n\n".join(entry.strip() for entry in text) + "\n", encoding="utf-8")
-    os.replace(part, page)
-    return [page, *files]
+    listed = [
+        {"claim": claim.text, "difference": claim.shown(), "verdict": claim.verdict}
+        for claim in every
+    ]
+    told = {"claims": listed, "verdicts": VERDICTS, "ran": _ran(results).rstrip(".")}
+    _write(out / CLAIMS, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    _write(out / PAGE, "\n\n".join(entry.strip() for entry in text) + "\n")
+    return [out / PAGE, out / CLAIMS, *files]
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def _ran(results: dict[str, Any]) -> str:
@@ -110,10 +124,9 @@ def _ran(results: dict[str, Any]) -> str:
 
 def _short(every: list[claims.Claim]) -> str:
     verdicts = [claim.verdict for claim in every]
-    count = {name: verdicts.count(name) for name in (claims.HOLDS, claims.FAILS, claims.OPEN)}
+    count = [f"{verdicts.count(name)} {words}" for name, words in VERDICTS.items()]
     return (
-        f"Of {len(every)} claims {count[claims.HOLDS]} hold, {count[claims.FAILS]} do not, and "
-        f"{count[claims.OPEN]} could not be told apart from no difference; the last section has "
+        f"Of {len(every)} claims {', '.join(count[:-1])} and {count[-1]}; the last section has "
         "those."
     )
 
