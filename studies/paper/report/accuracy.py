@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from studies.paper.cells import Found
-from studies.paper.methods import METHODS
+from studies.paper.methods import METHODS, exact
 from studies.paper.parts import accuracy
 from studies.paper.report.claims import Claim
 from studies.paper.report.figures import new_figure, save
@@ -65,8 +65,8 @@ def _table(found: Found, sets: list[str], shifted: list[str], runs: list[tuple[s
 
 def _costs(found: Found, runs: list[tuple[str, str]]) -> str:
     where = found.of(accuracy.MEMORY)[0]["images"]
-    rows = ["| method | loss | trained numbers | time of a fit, s | peak memory of a step, MB |"]
-    rows.append("| --- | --- | --- | --- | --- |")
+    rows = ["| method | loss | passes | trained numbers | time of a fit, s | peak memory, MB |"]
+    rows.append("| --- " * 6 + "|")
     for method, loss in runs:
         given = {"method": method, "loss": loss, "images": where}
         measured, cells = found.of(accuracy.MEMORY, **given), found.of(accuracy.PART, **given)
@@ -74,14 +74,19 @@ def _costs(found: Found, runs: list[tuple[str, str]]) -> str:
             continue
         seconds = Mean.of([cell["seconds"] for cell in cells]).value
         rows.append(
-            f"| {title(method)} | {loss} | {cells[0]['parameters']:,} | {seconds:.1f} | "
-            f"{measured[0]['bytes'] / 1e6:.0f} |"
+            f"| {title(method)} | {loss} | {_passes(cells[0])} | {cells[0]['parameters']:,} | "
+            f"{seconds:.1f} | {measured[0]['bytes'] / 1e6:.0f} |"
         )
     return (
-        f"What a fit costs, on {where}: the time of one on cached tokens, and the most memory that "
-        f"torch holds while the method trains on one batch of {accuracy.MEMORY_SAMPLES}, its copies "
-        "of the model included.\n\n" + "\n".join(rows)
+        f"What a fit costs, on {where}: the time of one on cached tokens, and the most memory "
+        f"that torch holds while the method trains on one batch of {accuracy.MEMORY_SAMPLES}, its "
+        "copies of the model included.\n\n" + "\n".join(rows)
     )
+
+
+def _passes(cell: dict[str, Any]) -> str:
+    """Over the data; an exact fit takes as many as it needs."""
+    return "–" if METHODS[cell["method"]].train is exact else str(cell["epochs"])
 
 
 def _tried(found: Found, sets: list[str], runs: list[tuple[str, str]]) -> str:
