@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,13 +39,15 @@ def new_figure(columns: int = 1, size: tuple[float, float] = SIZE) -> tuple[Figu
     return figure, axes
 
 
-def draw_series(axes: Axes, look: Look, x: Sequence[float], means: Iterable[Mean]) -> None:
-    """Accuracies in percent, with standard errors."""
+def draw_series(
+    axes: Axes, look: Look, x: Sequence[float], means: Iterable[Mean], factor: float = 100
+) -> None:
+    """Means with their standard errors; accuracies in percent."""
     points = list(means)
     axes.errorbar(
         x,
-        [100 * point.value for point in points],
-        [100 * point.error if point.error == point.error else 0.0 for point in points],
+        [factor * point.value for point in points],
+        [0.0 if math.isnan(point.error) else factor * point.error for point in points],
         label=look.title,
         marker=look.marker,
         linestyle=look.line,

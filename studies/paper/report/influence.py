@@ -8,7 +8,7 @@ from studies.paper.cells import Found
 from studies.paper.methods import LOW_RANK
 from studies.paper.parts import influence
 from studies.paper.report.claims import Claim
-from studies.paper.report.figures import Look, new_figure, save
+from studies.paper.report.figures import Look, draw_series, new_figure, save
 from studies.paper.report.section import Section
 from studies.paper.report.summary import Mean, paired
 
@@ -44,17 +44,7 @@ def section(found: Found, out: Path) -> Section:
     for each, (key, title) in zip(axes, PANELS.items(), strict=True):
         for name, look in LOOKS.items():
             means = [Mean.of(series(index, name, key)) for index in range(len(removed))]
-            each.errorbar(
-                removed,
-                [mean.value for mean in means],
-                [mean.error for mean in means],
-                label=look.title,
-                marker=look.marker,
-                linestyle=look.line,
-                color=look.colour,
-                markerfacecolor="white",
-                capsize=2.5,
-            )
+            draw_series(each, look, removed, means, factor=1)
         each.set_xlabel("training images removed")
         each.set_ylabel(f"{title}, square")
     axes[0].legend(fontsize=8, frameon=False)
