@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 import studies  # noqa: F401  # makes the demo's modules importable
+from studies.paper.cells import Found
+from studies.paper.parts import composition as composition_part
 from studies.paper.report import composition, forgetting, influence, privacy
 from studies.paper.report.pages import PAGE, write_pages
 
@@ -39,6 +41,22 @@ def test_the_preset_ran_to_its_end() -> None:
     assert results["total_seconds"] < 3600
     assert not results["commit"].endswith("-dirty")
     assert {cell["arguments"].get("seed") for cell in results["cells"].values()} >= set(range(5))
+
+
+def test_a_deal_that_was_not_run_is_not_made_up_from_the_other() -> None:
+    def cell(seed: int, shards: int) -> dict:
+        arguments = {"images": "x", "way": "exact", "deal": "iid", "shards": shards}
+        result = {"lossless": 0.5 + seed / 10, "lossless_validation": 0.5}
+        given = {**arguments, "seed": seed, "rate": composition_part.RATES["exact"][0]}
+        return {"part": composition_part.PART, "arguments": given, "result": result, "seconds": 1}
+
+    cells = [cell(seed, shards) for seed in (1, 0) for shards in (1, 5)]
+    found = Found({str(number): entry for number, entry in enumerate(cells)})
+    asked = (found, "x", "by class", "exact")
+    assert composition.values(*asked, 5, "lossless") == []
+    assert composition.values(*asked, 1, "lossless") == [0.5, 0.6]  # one shard is one shard
+    assert composition.values(found, "x", "iid", "exact", 5, "lossless") == [0.5, 0.6]
+    assert composition.numbers(found, "x", "exact", "by class") == [1]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ EXACT = {
 
 def values(found: Found, images: str, deal: str, way: str, shards: int, key: str) -> list[float]:
     """Of every seed at the rate that was chosen; one shard is the same in either deal."""
-    given: dict[str, Any] = {"images": images, "shards": shards}
-    deals = [cell["deal"] for cell in found.of(composition.PART, way=way, **given)]
-    given["deal"] = deal if deal in deals else next(iter(deals), deal)
+    given: dict[str, Any] = {"images": images, "shards": shards, "deal": deal}
+    if shards == 1:
+        cells = found.of(composition.PART, images=images, way=way, shards=1)
+        given["deal"] = cells[0]["deal"] if cells else deal
     best = composition.chosen(found, way=way, **given)
     if best is None:
         return []
@@ -36,10 +38,10 @@ def values(found: Found, images: str, deal: str, way: str, shards: int, key: str
     return [cell[key] for cell in sorted(cells, key=lambda cell: cell["seed"])]
 
 
-def numbers(found: Found, images: str, way: str) -> list[int]:
+def numbers(found: Found, images: str, way: str, deal: str) -> list[int]:
     """Of shards, ascending."""
     cells = found.of(composition.PART, images=images, way=way)
-    return sorted({cell["shards"] for cell in cells})
+    return sorted({cell["shards"] for cell in cells if cell["deal"] == deal or cell["shards"] == 1})
 
 
 def section(found: Found, out: Path) -> Section:
@@ -73,16 +75,12 @@ def _costs(found: Found) -> str:
 
 
 def _table(found: Found, images: str, deals: list[str]) -> str:
-    counts = numbers(found, images, "tangent")
+    counts = numbers(found, images, "tangent", deals[0])
     rows = [f"| {images} | " + " | ".join(map(str, counts)) + " |"]
     rows.append("| --- " * (1 + len(counts)) + "|")
     for deal in deals:
         for (way, key), look in (LOOKS | EXACT).items():
-            known = numbers(found, images, way)
-            cells = [
-                values(found, images, deal, way, count, key) if count in known else []
-                for count in counts
-            ]
+            cells = [values(found, images, deal, way, count, key) for count in counts]
             if any(cells):
                 shown = [Mean.of(cell).percent() if cell else "–" for cell in cells]
                 rows.append(f"| {deal}: {look.title} | " + " | ".join(shown) + " |")
@@ -97,13 +95,16 @@ def _draw(found: Found, images: str, deals: list[str], path: Path) -> Path:
     figure, axes = new_figure(len(deals), (4.3 * len(deals) + 0.6, 4.4))
     for each, deal in zip(axes, deals, strict=True):
         for (way, key), look in (LOOKS | EXACT).items():
-            counts = numbers(found, images, way)
+            counts = numbers(found, images, way, deal)
             points = [values(found, images, deal, way, count, key) for count in counts]
             if points:
+                if way == "exact":  # of fewer images than the others
+                    size = found.of(composition.PART, images=images, way=way)[0]["train"]
+                    look = replace(look, title=f"{look.title} ({size} images)")
                 draw_series(each, look, counts, [Mean.of(point) for point in points])
         anchors = [c["anchor"] for c in found.of(composition.PART, images=images, way="tangent")]
         draw_level(each, "the anchor", Mean.of(anchors))
-        counts = numbers(found, images, "tangent")
+        counts = numbers(found, images, "tangent", deal)
         each.set_xscale("log")
         each.set_xticks(counts, [str(count) for count in counts])
         each.minorticks_off()
@@ -120,13 +121,13 @@ def _draw(found: Found, images: str, deals: list[str], path: Path) -> Path:
 
 def _claims(found: Found, images: str, deals: list[str]) -> list[Claim]:
     claims = []
-    counts = numbers(found, images, "tangent")
 
     def claim(text: str, first: Any, second: Any, wanted: Any, why: str) -> None:
         if first and second:
             claims.append(Claim(f"{images}, {text}", paired(first, second), wanted, why))
 
     for deal in deals:
+        counts = numbers(found, images, "tangent", deal)
         for count in [count for count in (10, 50) if count in counts]:
             got = {k: values(found, images, deal, k[0], count, k[1]) for k in LOOKS}
             name = f"{count} shards {'at random' if deal == 'iid' else 'by class'}"
@@ -151,14 +152,16 @@ def _claims(found: Found, images: str, deals: list[str]) -> list[Claim]:
                 got["tangent", "least_squares"],
                 mean,
                 "higher",
-                "Shards dealt at random are alike, so equal weights are near the best; and "
-                "weights fitted to few validation images carry their noise.",
+                "Shards dealt at random are alike, so equal weights are near the best."
+                if deal == "iid"
+                else "A weight scales all that a shard does; it cannot keep a shard of one class "
+                "from calling everything that class. And weights fitted to few validation images "
+                "carry their noise.",
             )
-    exact = numbers(found, images, "exact")
-    if len(exact) > 1:
-        joint = values(found, images, deals[0], "exact", exact[0], "lossless")
-        for deal in deals:
-            largest = exact[-1]
+    joint = values(found, images, deals[0], "exact", 1, "lossless")
+    for deal in deals:
+        exact = numbers(found, images, "exact", deal)
+        for largest in exact[1:][-1:]:
             name = f"{largest} shards {'at random' if deal == 'iid' else 'by class'}"
             lossless = values(found, images, deal, "exact", largest, "lossless")
             claim(

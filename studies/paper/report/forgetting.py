@@ -138,7 +138,8 @@ def _attack_table(found: Found, attacks: dict[str, Attack]) -> str:
     return (
         f"Membership inference: {members} images of the first shard against test images, by how "
         "much lower a model's loss is than the anchor's (a loss threshold with difficulty "
-        "calibration, Watson et al. 2022). 0.5 is chance.\n\n" + "\n".join(rows)
+        "calibration, Watson et al. 2022). 0.5 is chance; how far these images are from it "
+        "by themselves, the models say that never had them.\n\n" + "\n".join(rows)
     )
 
 
@@ -197,8 +198,9 @@ def _claims(found: Found, cells: list[dict]) -> list[Claim]:
             f"{images}, no shard removed: the ledger's model is not less accurate than joint TAFT",
             paired(_series(cells, 0, "ledger"), _series(cells, 0, "tangent_again")),
             "not lower",
-            "The mean of shards is not the fit on their union: what can be forgotten by "
-            "subtraction costs accuracy while it is there.",
+            "The mean of shards is not the fit on their union, least of all where a shard has a "
+            "dozen images of a class: what can be forgotten by subtraction costs accuracy while "
+            "it is there. The paper's shards are larger.",
         ),
     ]
     runs = sorted(found.of(forgetting.ATTACK), key=lambda cell: cell["seed"])

@@ -42,11 +42,15 @@ def section(found: Found, out: Path) -> Section:
             rows.append(f"| {count} | {title} | {shown} | {right} | {wrong:.1f} |")
     figure, axes = new_figure(2, (7.6, 3.8))
     for each, (key, title) in zip(axes, PANELS.items(), strict=True):
-        for name, look in LOOKS.items():
-            means = [Mean.of(series(index, name, key)) for index in range(len(removed))]
-            draw_series(each, look, removed, means, factor=1)
+        before = series(0, "exact", key)
+        for number, (name, look) in enumerate(LOOKS.items()):
+            changes = [paired(series(index, name, key), before) for index in range(1, len(removed))]
+            apart = [count + 0.4 * (number - 1) for count in removed[1:]]  # two of them coincide
+            draw_series(each, look, apart, changes, factor=1)
+        each.axhline(0, color="#555555", linewidth=1)
+        each.set_xticks(removed[1:])
         each.set_xlabel("training images removed")
-        each.set_ylabel(f"{title}, square")
+        each.set_ylabel(f"change of the {title}")
     axes[0].legend(fontsize=8, frameon=False)
     path = save(figure, out / "influence.png")
     first = cells[0]
