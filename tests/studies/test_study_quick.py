@@ -72,12 +72,12 @@ def test_the_square_loss_is_better_for_tangent_models(found: Found) -> None:
     assert beyond(paired(square, entropy))
 
 
-def test_the_lossless_composition_loses_nothing_and_the_mean_does(found: Found) -> None:
+def test_the_lossless_composition_loses_nothing(found: Found) -> None:
     whole = values(found, SET, "iid", "exact", 1, "lossless")
     lossless = values(found, SET, "iid", "exact", 3, "lossless")
-    mean = values(found, SET, "iid", "exact", 3, "mean")
-    assert max(abs(a - b) for a, b in zip(whole, lossless, strict=True)) <= 0.01
-    assert beyond(paired(lossless, mean))
+    assert len(whole) == 3
+    # Both are solved to a tolerance, so an image or two of a thousand may change sides.
+    assert max(abs(a - b) for a, b in zip(whole, lossless, strict=True)) <= 0.005
 
 
 def test_training_on_all_is_better_than_the_mean_of_small_shards(found: Found) -> None:
