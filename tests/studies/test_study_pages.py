@@ -14,7 +14,7 @@ import studies  # noqa: F401  # makes the demo's modules importable
 from studies.paper.cells import Found
 from studies.paper.parts import composition as composition_part
 from studies.paper.report import composition, forgetting, influence, privacy
-from studies.paper.report.pages import PAGE, write_pages
+from studies.paper.report.pages import CLAIMS, FIRST, PAGE, write_pages
 
 DOCS = Path(__file__).parents[2] / "docs" / "study"
 
@@ -27,6 +27,8 @@ def test_the_page_is_what_its_results_make(tmp_path: Path) -> None:
     assert {path.name for path in written} | {"results.json"} == {
         path.name for path in DOCS.iterdir()
     }
+    claims = [entry["claim"] for entry in json.loads((DOCS / CLAIMS).read_text())["claims"]]
+    assert all(any(claim.endswith(end) for claim in claims) for end in FIRST)
     pictures = re.findall(r"!\[[^]]+\]\((\S+)\)", page)
     assert pictures and len(set(pictures)) == len(pictures)
     for picture in pictures:

@@ -211,8 +211,8 @@ def _claims(found: Found, cells: list[dict]) -> list[Claim]:
     forgotten, never = "tangent mean, forgotten by the ledger", "tangent mean, never had it"
     claims.append(
         Claim(
-            f"{images}: after the ledger forgot a shard, the attacker sees what he sees of a model "
-            "that never had it",
+            f"{images}: after the ledger forgot a shard, the attacker sees no more of it than of a "
+            "model that never had it",
             paired(areas(never), areas(forgotten)),
             "not lower",
         )

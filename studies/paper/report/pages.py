@@ -20,6 +20,21 @@ VERDICTS = {
     claims.FAILS: "do not",
     claims.OPEN: "cannot be told apart from no difference",
 }
+KEPT_MINUTES = 0.2  # nothing is computed in less
+# What a reader wants to know first: ends of claims.
+FIRST = (
+    "TAFT-1 is not less accurate than NLFT-1, square loss",
+    "TAFT-1, square loss, is not less accurate than NLFT-1, cross-entropy",
+    "TAFT-1 is more accurate than the probe it starts from",
+    "10 shards at random: the mean of TAFTs is not less accurate than a soup of NLFTs",
+    "50 shards at random: the lossless composition is not less accurate than the joint exact fit",
+    "no shard removed: the ledger's model is not less accurate than joint TAFT",
+    "the attacker sees no more of it than of a model that never had it",
+    "NLFT after fine-tuning on the rest shows no more of members than NLFT trained again",
+    "ε = 3: TAFT-1 is more accurate than NLFT-1",
+    "ε = 3: TAFT-1 is more accurate than a private probe",
+    "test loss is lower by exact influence than at random",
+)
 SECTIONS: tuple[Callable[[Found, Path], Section], ...] = (
     accuracy.section,
     composition.section,
@@ -112,12 +127,14 @@ def _ran(results: dict[str, Any]) -> str:
     machine = results["machine"]
     minutes, before = results["total_seconds"] / 60, results["prepare_seconds"] / 60
     threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    frozen = f"{before:.1f} of them for the frozen blocks"
+    if before < KEPT_MINUTES:
+        frozen = "with the frozen blocks' outputs kept from before"
     alone = sum(cell["seconds"] for cell in results["cells"].values()) / 60
     return (
         f"Preset `{results['preset']}`: {len(results['cells'])} runs in {minutes:.0f} minutes on "
-        f"{machine['device']} ({machine['workers']} processes of {threads}), {before:.1f} minutes "
-        f"of them for the frozen blocks (the runs' own times add up to {alone:.0f}); torch "
-        f"{machine['torch']}, timm {machine['timm']}, Python {machine['python']}; commit "
+        f"{machine['device']} ({machine['workers']} processes of {threads}), {frozen} (the runs' "
+        f"own times add up to {alone:.0f}); torch {machine['torch']}, timm {machine['timm']}, Python {machine['python']}; commit "
         f"{results['commit']}, sources {results['sources'][:12]}, {results['date']}."
     )
 
@@ -125,9 +142,16 @@ def _ran(results: dict[str, Any]) -> str:
 def _short(every: list[claims.Claim]) -> str:
     verdicts = [claim.verdict for claim in every]
     count = [f"{verdicts.count(name)} {words}" for name, words in VERDICTS.items()]
+    lines = [
+        f"- {claim.text}: **{claim.verdict}** ({claim.shown()})"
+        for end in FIRST
+        for claim in every
+        if claim.text.endswith(end)
+    ]
     return (
         f"Of {len(every)} claims {', '.join(count[:-1])} and {count[-1]}; the last section has "
-        "those."
+        "those. The first ones, with the difference and its standard error, in points of accuracy "
+        "or of the attack's AUC, and of the loss in the last:\n\n" + "\n".join(lines)
     )
 
 
