@@ -134,8 +134,9 @@ def _ran(results: dict[str, Any]) -> str:
     return (
         f"Preset `{results['preset']}`: {len(results['cells'])} runs in {minutes:.0f} minutes on "
         f"{machine['device']} ({machine['workers']} processes of {threads}), {frozen} (the runs' "
-        f"own times add up to {alone:.0f}); torch {machine['torch']}, timm {machine['timm']}, Python {machine['python']}; commit "
-        f"{results['commit']}, sources {results['sources'][:12]}, {results['date']}."
+        f"own times add up to {alone:.0f}); torch {machine['torch']}, timm {machine['timm']}, "
+        f"Python {machine['python']}; commit {results['commit']}, sources "
+        f"{results['sources'][:12]}, {results['date']}."
     )
 
 
