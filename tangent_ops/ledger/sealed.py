@@ -74,7 +74,7 @@ def read(folder: Path, sealed: Seal) -> tuple[dict[str, Tensor], dict[str, str]]
         with safe_open(path, framework="pt") as file:
             # Cloned: the file stays mapped otherwise, and changes to it would show in the tensors.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # torch's, if it vanishes meanwhile
         raise LedgerError(f"{path} cannot be read: {error}") from error
     rest = {key: value for key, value in metadata.items() if key != "content_sha256"}
     if content_sha256(tensors, rest) != metadata["content_sha256"]:
@@ -88,7 +88,7 @@ def _metadata(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except FileNotFoundError as error:
         raise LedgerError(f"{path} is missing") from error
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # as above
         raise LedgerError(f"{path} cannot be read: {error}") from error
 
 

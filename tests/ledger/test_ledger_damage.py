@@ -12,6 +12,7 @@ from ledger_helpers import assert_is, assert_tidy, some_delta, tree
 
 from tangent_ops import Ledger
 from tangent_ops.errors import LedgerError, TangentOpsError
+from tangent_ops.ledger import sealed
 
 SHARDS = {"a": (some_delta(1), 1.0), "b": (some_delta(2), 2.5), "c": (some_delta(3), 0.5)}
 
@@ -250,3 +251,20 @@ def test_a_copy_without_its_empty_folders(tmp_path):
     ledger = Ledger(path, create=False)
     ledger.add("a", some_delta(1))
     assert ledger.verify().shards == 1
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_file_that_vanishes_while_it_is_opened(ledger, monkeypatch, number):
+    """Another process may erase it between safetensors' own look at it and torch's."""
+    opened = sealed.safe_open
+    calls = []
+
+    def vanishing(path, framework):
+        calls.append(path)
+        if len(calls) == number:
+            raise RuntimeError(f"unable to open file <{path}> in read-only mode")
+        return opened(path, framework=framework)
+
+    monkeypatch.setattr(sealed, "safe_open", vanishing)
+    with pytest.raises(LedgerError, match=r"cannot be read: unable to open file"):
+        ledger.composed()
