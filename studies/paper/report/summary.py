@@ -46,15 +46,6 @@ def beyond(difference: Mean, errors: float = 2.0) -> bool:
     return difference.value > errors * difference.error
 
 
-def verdict(difference: Mean) -> str:
-    """ "higher", "lower", or "no difference beyond two standard errors"."""
-    if beyond(difference):
-        return "higher"
-    if beyond(Mean(-difference.value, difference.error, difference.count)):
-        return "lower"
-    return "not told apart"
-
-
 def auc(members: ArrayLike, others: ArrayLike) -> float:
     """Area under the ROC curve: the chance that a member scores above another, ties by half."""
     ordered = np.sort(np.asarray(others))
