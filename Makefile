@@ -32,8 +32,8 @@ private-demo: $(call installed,private-demo) ## fine-tune with differential priv
 study: $(call installed,study) ## the paper's claims on real images, into docs/study; run again, it goes on
 	$(KEEP_MEMORY) $(RUN) -m studies.paper $(ARGS)
 
-test: $(call installed,test) ## run every test
-	$(RUN) -m pytest $(ARGS)
+test: $(call installed,test) ## run every test, a process per core
+	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(call installed,test) ## ruff, pyright and the import contracts
 	$(VENV)/bin/ruff check .

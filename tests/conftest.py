@@ -1,4 +1,4 @@
-"""What every test folder shares: skipping GPU tests where there is no GPU."""
+"""What every test folder shares: long files first, and no GPU tests where there is no GPU."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import torch
 torch.set_num_threads(1)
 
 
+# Files of minutes, started first where files are shared out over processes (`make test`).
+LONG = ("test_interpreted.py", "test_study_quick.py", "test_transcript.py")
+
+
 @pytest.hookimpl(trylast=True)  # after the folders' own hooks, which add the marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -47,10 +47,11 @@ def interpreted(file: str) -> subprocess.CompletedProcess[str]:
 def runs(
     request: pytest.FixtureRequest,
 ) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
-    """The files that are asked for, as many at a time as there are cores: each takes one."""
+    """The files that are asked for, one at a time to each core that this process may count on."""
     calls = [getattr(item, "callspec", None) for item in request.session.items]
     asked = {call.params.get("file") for call in calls if call is not None}
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    neighbours = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // neighbours))
     try:
         yield {file: pool.submit(interpreted, file) for file in FILES if file in asked}
     finally:
