@@ -9,7 +9,7 @@ ordinary backward pass. So a block repeats its ordinary forward pass (1F, where 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from tangent_ops._kept import keepers, nothing_kept
+from tangent_ops._kept import Kept
 from tangent_ops.errors import UnsupportedError
 
 _FLAGS = ("grad_checkpointing", "gradient_checkpointing")  # timm's, Hugging Face's
@@ -74,7 +74,7 @@ def _is_composed(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def repeating(
-    blocks: list[nn.Module], model: nn.Module, duals: Mapping[str, Tensor]
+    blocks: Sequence[nn.Module], model: nn.Module, duals: Mapping[str, Tensor], kept: Kept
 ) -> Iterator[None]:
     """Within a ``dual_level()``, ``blocks`` of the model keep their inputs alone.
 
@@ -82,12 +82,13 @@ def repeating(
         blocks: modules of ``model``.
         model: the frozen anchor, called within by ``functional_call``.
         duals: its dual parameters, by name.
+        kept: of the model.
     """
     pairs = {name: forward_ad.unpack_dual(dual) for name, dual in duals.items()}
     weights = {name: pair.primal for name, pair in pairs.items()}
     tangents = [pair.tangent for pair in pairs.values()]
     for block in blocks:
-        block.forward = _Checkpointed(block, model, weights, tangents)
+        block.forward = _Checkpointed(block, model, weights, tangents, kept)
     try:
         yield
     finally:
@@ -98,11 +99,11 @@ def repeating(
 class _Checkpointed:
     """A block's forward that records one step for the whole block."""
 
-    def __init__(self, block, model, weights, tangents):
+    def __init__(self, block, model, weights, tangents, kept):
         self.block, self.model = block, model
         self.forward = block.forward  # the module's own, not yet replaced
         self.weights, self.tangents = weights, tangents
-        self.keepers = keepers(block)
+        self.kept = kept
 
     def __call__(self, *args, **kwargs) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
@@ -111,7 +112,8 @@ class _Checkpointed:
         if not torch.is_grad_enabled() or any(x.requires_grad for x in inputs):
             return self.forward(*args, **kwargs)
         versions, random_state = [x._version for x in inputs], _random_state(inputs)
-        with torch.no_grad():
+        # Not no_grad(), which would be taken for the model's own, and switch tangents off.
+        with torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
             output = self.forward(*args, **kwargs)
         name = type(self.block).__name__
         if [x._version for x in inputs] != versions:
@@ -178,7 +180,7 @@ class _Again:
         within = _Within(self.checkpointed.model, self.checkpointed.forward)
         named = {f"model.{name}": weight for name, weight in weights.items()}
         device, dtype, enabled = self.autocast
-        kept = nothing_kept(self.checkpointed.keepers)
+        kept = self.checkpointed.kept.nothing()
         with kept, torch.autocast(device, dtype=dtype, enabled=enabled):
             output = functional_call(within, named, args, kwargs)
         results = tree_flatten(output)[0]
@@ -240,6 +242,10 @@ class _Repeated(torch.autograd.Function):
             else ()
         )
         return (None, None, None, *(next(found, None) if need else None for need in needs))
+
+
+def _nothing(_: Any) -> None:
+    """What is saved for a backward pass that never comes."""
 
 
 def _random_state(inputs: list[Tensor]) -> list[Tensor]:

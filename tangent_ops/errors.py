@@ -64,5 +64,9 @@ class ZeroHeadWarning(UserWarning):
     """The anchor's classifier is all zeros, so no block below it has a derivative."""
 
 
+class NoGradientWarning(UserWarning):
+    """A parameter that is to be trained gets no gradient in the ordinary model either."""
+
+
 class NotConvergedWarning(UserWarning):
     """An exact fit ended before its bound fell below the tolerance."""

@@ -25,6 +25,7 @@ from tangent_ops.functional import (
     softmax,
 )
 from tangent_ops.functional._backend import Backend, in_forward_ad, may_be_dual
+from tangent_ops.functional._checkpoint_guard import CheckpointGuard
 
 
 def _multi_head_attention(backend: Backend | None) -> FunctionType:
@@ -122,7 +123,8 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
 
     Raises:
         ArgumentError: there is no such backend.
-        UnsupportedError: in torch.inference_mode(), where PyTorch makes all tangents zero.
+        UnsupportedError: in torch.inference_mode(), where PyTorch makes all tangents zero; and,
+            within the context, at a ``torch.utils.checkpoint`` that begins within the level.
     """
 
     def __init__(self, backend: Backend | None = None):
@@ -135,9 +137,14 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
                 "use torch.no_grad()"
             )
         self.backend: Backend | None = backend
+        self._guard = CheckpointGuard()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if not torch.compiler.is_compiling():
+            self._guard.check(func)
+            if not torch._C._is_fwd_grad_enabled():  # no tangents now, by PyTorch's own switch
+                return func(*args, **kwargs)
         if func not in _TAKEN:  # a thousand calls of a ViT's forward pass, attributes too
             return func(*args, **kwargs)
         if func in _ROUTES and in_forward_ad():

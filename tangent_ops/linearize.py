@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import re
 import warnings
@@ -12,14 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from tangent_ops._derivatives import check_derivatives, naming_what_lacks
-from tangent_ops._kept import forget, keepers, nothing_kept
+from tangent_ops._adjoint import can_check, check_adjoint, described_input
+from tangent_ops._copies import independent_copy
+from tangent_ops._dual_call import dual_call
+from tangent_ops._kept import Kept, forget
 from tangent_ops._trees import Tree, lookup
-from tangent_ops.checkpointing import find_blocks, find_switches, repeating, take_flags
+from tangent_ops.checkpointing import find_blocks, find_switches, take_flags
 from tangent_ops.delta import (
     Delta,
     DeltaMeta,
@@ -29,9 +28,13 @@ from tangent_ops.delta import (
     check_values,
     fingerprint,
 )
-from tangent_ops.errors import ArgumentError, UnsupportedError, ZeroHeadWarning
+from tangent_ops.errors import (
+    ArgumentError,
+    NoGradientWarning,
+    UnsupportedError,
+    ZeroHeadWarning,
+)
 from tangent_ops.features import Trunk, blocks_of, split_model
-from tangent_ops.forward_ad import fused_forward_ad
 from tangent_ops.low_rank import Basis, delta_dtype, make_bases, product
 from tangent_ops.trainable import Trainable, choose, pattern_text
 
@@ -43,6 +46,7 @@ def linearize(
     rank: int | None = None,
     basis: Basis = 0,
     example: Any = None,
+    check: bool = True,
 ) -> LinearizedModel:
     """Expand a model to first order around its present weights w0.
 
@@ -66,9 +70,11 @@ def linearize(
         basis: of low-rank deltas. An int draws orthonormal A from that seed and the parameter's
             name: deltas of one seed belong together, whichever parameters are trained. Or
             name -> A, as from :func:`tangent_ops.gradient_basis`.
-        example: an input of the model, or a tuple of its inputs, whose shapes are used to find
-            operations without a derivative now rather than at the first call. A timm model's
-            is known.
+        example: an input of the model, or a tuple of its inputs, on which the check below is made
+            now rather than at the first call. A timm model's is known.
+        check: compare J with the ordinary model's gradients, on one sample. It finds a derivative
+            that would get lost (:mod:`tangent_ops._adjoint`), and costs about four training steps
+            of that sample.
 
     A delta is float32 where its parameter is float16 or bfloat16, which would swallow small
     steps, and is cast in the forward pass. ``.to()``, ``.half()`` and the like leave it so.
@@ -76,21 +82,23 @@ def linearize(
     Raises:
         ArgumentError: no parameter matches; ``model`` is no module or linearized already; or rank
             or basis is not as above (see :func:`tangent_ops.low_rank.make_bases`).
-        UnsupportedError: an operation of the model has no derivative; the error names it.
+        UnsupportedError: an operation of the model has no derivative, or a parameter's derivative
+            would get lost; the error names it. Or the model cannot be copied or made dual: it is
+            lazy or scripted, or a function on an instance belongs to another model.
 
     Warns:
+        NoGradientWarning: a parameter gets no gradient in the ordinary model either.
         ZeroHeadWarning: the classifier is all zeros and something below it is to be trained.
     """
     if isinstance(model, LinearizedModel):
         raise ArgumentError("model is linearized already: pass the original, or model.anchor")
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}: expected an nn.Module")
-    forget(keepers(model))
-    anchor = copy.deepcopy(model).eval().requires_grad_(False)
+    forget(model)
+    anchor = independent_copy(model).eval().requires_grad_(False)
     checkpointing = take_flags(find_switches(anchor))
     names = choose(anchor, trainable)
-    _warn_about_zero_head(anchor, names)
-    check_derivatives(anchor, names, example)
+    zero_head = _warn_about_zero_head(anchor, names)
     chosen = {name: p for name, p in anchor.named_parameters() if name in names}
     if rank is None and basis != 0:
         raise ArgumentError("basis is of low-rank deltas only: pass rank, too")
@@ -101,6 +109,11 @@ def linearize(
     record = _Record(anchor, fixed, pattern_text(trainable))
     tangent = LinearizedModel(anchor, Tree(deltas), fixed, record)
     tangent.grad_checkpointing = checkpointing and bool(find_blocks(anchor))
+    tangent._wants_check = tangent._unchecked = check
+    tangent._names_idle = not zero_head  # said already, of all below it
+    example = described_input(anchor) if example is None else example
+    if check and example is not None:
+        tangent._check(example if isinstance(example, tuple) else (example,), {})
     return tangent
 
 
@@ -146,7 +159,9 @@ class LinearizedModel(nn.Module):
         self.delta = delta
         self.basis = basis
         self._record = record
-        self._keepers = tuple(keepers(anchor))
+        self._kept = Kept(anchor)
+        self._wants_check = self._unchecked = False
+        self._names_idle = True
         self._switches = tuple(find_switches(anchor))
         self.grad_checkpointing = False
 
@@ -162,25 +177,29 @@ class LinearizedModel(nn.Module):
 
     def primal_and_tangent(self, *args, **kwargs) -> tuple[Any, Any]:
         """The pair f(x; w0), J(x) Δw, each shaped as the model's own output."""
-        weights = {name: lookup(self.anchor, name) for name in self.delta.names}
+        if not torch.compiler.is_compiling():
+            if torch.is_inference_mode_enabled():
+                # It switches forward mode off: J(x) Δw would be 0 without a word.
+                with torch.inference_mode(False), torch.no_grad():
+                    return self.primal_and_tangent(*args, **kwargs)
+            if self._unchecked and can_check(self.anchor, (args, kwargs)) and not self.sharded:
+                self._check(args, kwargs)
+        directions = self._full_deltas()
+        return dual_call(self.anchor, directions, self._kept, args, kwargs, self._blocks())
 
-        def run(parameters):
-            return functional_call(self.anchor, parameters, args, kwargs)
-
-        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-            # It switches forward mode off: J(x) Δw would be 0 without a word.
-            with torch.inference_mode(False), torch.no_grad():
-                return self.primal_and_tangent(*args, **kwargs)
-        directions = {n: d.to(weights[n].dtype) for n, d in self._full_deltas().items()}
-        with fused_forward_ad(), naming_what_lacks(self.anchor), nothing_kept(self._keepers):
-            if _inside_another_transform():
-                primal, tangent, *_ = torch.func.jvp(run, (weights,), (directions,))
-                return primal, tangent
-            # The same as torch.func.jvp, without the cost of wrapping every tensor.
-            with forward_ad.dual_level():
-                dual = {n: forward_ad.make_dual(w, directions[n]) for n, w in weights.items()}
-                with repeating(self._blocks(), self.anchor, dual):
-                    return _unpack(run(dual))
+    def _check(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Compare JΔ and its gradient with the ordinary model's gradients, on one sample."""
+        blocks = find_blocks(self.anchor) if self.grad_checkpointing else []
+        idle = check_adjoint(self.anchor, self.delta.names, self._kept, blocks, args, kwargs)
+        self._unchecked = idle is None
+        if idle and self._names_idle:
+            some = ", ".join(idle[:3]) + (f" and {len(idle) - 3} more" if len(idle) > 3 else "")
+            warnings.warn(
+                f"no gradient in the ordinary model either, on one sample: {some}. Deltas of "
+                "parameters that never get one have no effect",
+                NoGradientWarning,
+                stacklevel=3,
+            )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory: blocks keep their inputs alone, and run again in backward.
@@ -204,6 +223,7 @@ class LinearizedModel(nn.Module):
                 "nn.ModuleList or nn.ModuleDict has submodules"
             )
         self.grad_checkpointing = enable
+        self._unchecked |= enable and self._wants_check
 
     def _blocks(self) -> list[nn.Module]:
         """What this call repeats in its backward pass."""
@@ -281,6 +301,7 @@ class LinearizedModel(nn.Module):
                 "is trained. Train without a feature cache."
             )
         trained_part = LinearizedModel(tail, self.delta, self.basis, self._record)
+        trained_part._wants_check, trained_part._unchecked = self._wants_check, self._unchecked
         trained_part.grad_checkpointing = self.grad_checkpointing and bool(find_blocks(tail))
         return trunk, trained_part
 
@@ -345,7 +366,10 @@ class LinearizedModel(nn.Module):
 
     def _apply(self, *args, **kwargs):  # .to(), .half(), ...
         self._record.anchor_changes()
-        return super()._apply(*args, **kwargs)
+        self._kept.put_back()
+        result = super()._apply(*args, **kwargs)
+        self._kept = Kept(self.anchor)
+        return result
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self._record.anchor_changes()
@@ -394,15 +418,15 @@ def _zero_delta(parameter: Tensor, basis: Tensor | None) -> Tensor:
     return torch.zeros(shape, dtype=delta_dtype(parameter.dtype), device=parameter.device)
 
 
-def _warn_about_zero_head(anchor: nn.Module, names: set[str]) -> None:
+def _warn_about_zero_head(anchor: nn.Module, names: set[str]) -> bool:
     get_classifier = getattr(anchor, "get_classifier", None)
     found: Any = get_classifier() if callable(get_classifier) else None
     heads = found if isinstance(found, tuple) else (found,)  # a distilled model has two
     if any(not isinstance(h, nn.Linear) or torch.count_nonzero(h.weight) for h in heads):
-        return
+        return False
     own = {id(parameter) for head in heads for parameter in head.parameters()}
     if all(id(anchor.get_parameter(name)) in own for name in names):
-        return
+        return False
     warnings.warn(
         "the classifier's weight is all zeros, so the derivative by every parameter below it is "
         "zero and only the head can learn: train it first with tangent_ops.fit_head, then "
@@ -410,32 +434,4 @@ def _warn_about_zero_head(anchor: nn.Module, names: set[str]) -> None:
         ZeroHeadWarning,
         stacklevel=3,
     )
-
-
-def _inside_another_transform() -> bool:
-    """Whether torch.func or a forward-mode level is active, or Dynamo is tracing."""
-    return (
-        torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
-    )
-
-
-def _unpack(output: Any) -> tuple[Any, Any]:
-    """Primal and tangent of every tensor in a model's output; an absent tangent is zero."""
-
-    def tangent(x):
-        if x is None or isinstance(x, (bool, int, float, str)):
-            return x
-        if not isinstance(x, Tensor):
-            raise UnsupportedError(
-                f"the model returns a {type(x).__name__}, whose tensors cannot be found: let it "
-                "return a tensor, or a tuple, list or dict of tensors"
-            )
-        found = forward_ad.unpack_dual(x).tangent
-        return torch.zeros_like(x) if found is None else found
-
-    primal = tree_map(
-        lambda x: forward_ad.unpack_dual(x).primal if isinstance(x, Tensor) else x, output
-    )
-    return primal, tree_map(tangent, output)
+    return True

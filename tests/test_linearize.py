@@ -219,7 +219,7 @@ def test_forward_mode_around_a_tangent_model_is_right_or_refused():
         lambda x: sum(torch.func.jvp(run(x), (weights,), (deltas,))), (double(x),), (double(x_t),)
     )
     assert_near(torch.func.jvp(tangent, (x,), (x_t,))[1], exact)
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="Nested forward mode"):
+    with forward_ad.dual_level(), pytest.raises(UnsupportedError, match="do not nest"):
         tangent(forward_ad.make_dual(x, x_t))
 
 
@@ -409,9 +409,9 @@ def test_frozen_attention_makes_no_tangent(monkeypatch):
         lambda *args, **options: calls.append(1) or original(*args, **options),
     )
     model, x = vit(), images()
-    moved(linearize(model, r"blocks\.2\.attn\.proj"))(x)
+    moved(linearize(model, r"blocks\.2\.attn\.proj", check=False))(x)
     assert len(calls) == 0
-    moved(linearize(model, r"blocks\.1\.attn\.proj"))(x)
+    moved(linearize(model, r"blocks\.1\.attn\.proj", check=False))(x)
     assert len(calls) == 1  # of block 2
 
 
@@ -680,4 +680,9 @@ def test_nothing_that_the_model_keeps_in_eval_mode_is_believed():
     answers = exact_vjp(copy.deepcopy(exact_of_fresh), names, cotangent, x)
     assert_near(grads, [answers[name] for name in names])
     assert not model.training
-    assert all(not m.attention_bias_cache for m in tangent._keepers)
+    kept = [
+        m.attention_bias_cache
+        for m in tangent.anchor.modules()
+        if "attention_bias_cache" in vars(m)
+    ]
+    assert kept and not any(kept)

@@ -1,0 +1,84 @@
+"""torch.utils.checkpoint and forward mode: right around a level, refused within one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_models import generator
+from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from tangent_ops import fused_forward_ad
+from tangent_ops.errors import UnsupportedError
+
+X, V = (torch.randn(3, 4, generator=generator(seed)).double() for seed in (1, 2))
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.utils.checkpoint:UserWarning", "ignore:None of the inputs:UserWarning"
+)
+
+
+def layer() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+@pytest.mark.parametrize("how", ["func.jvp", "dual level"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_within_a_level_of_the_caller(how, reentrant):
+    model = layer()
+
+    def call(x):
+        return checkpoint(model, x, use_reentrant=reentrant)
+
+    with fused_forward_ad(), pytest.raises((UnsupportedError, RuntimeError)) as raised:
+        if how == "func.jvp":
+            torch.func.jvp(call, (X,), (V,))
+        else:
+            with forward_ad.dual_level():
+                call(forward_ad.make_dual(X, V))
+    # Reentrant ones are a Function, which PyTorch refuses on its own where its operands are dual.
+    refused_by_torch = reentrant and not isinstance(raised.value, UnsupportedError)
+    assert refused_by_torch or "checkpoint within a forward-mode level" in str(raised.value)
+    assert forward_ad._current_level == -1 and torch.is_grad_enabled()
+
+
+def test_a_reentrant_one_without_a_dual_operand():
+    """PyTorch drops the tangent of the weights, without a word."""
+    model = layer()
+    with fused_forward_ad(), forward_ad.dual_level():
+        weights = {n: forward_ad.make_dual(p, p.clone()) for n, p in model.named_parameters()}
+
+        def call(x):
+            return torch.func.functional_call(model, weights, (x,))
+
+        with pytest.raises(UnsupportedError, match="within a forward-mode level"):
+            checkpoint(call, X, use_reentrant=True)
+
+
+@pytest.mark.parametrize("context_outside", [True, False])
+def test_around_a_level(context_outside):
+    """The level is opened anew when the function is repeated."""
+    model = layer()
+
+    def tangent(x):
+        if context_outside:
+            return torch.func.jvp(model, (x,), (V,))[1]
+        with fused_forward_ad():
+            return torch.func.jvp(model, (x,), (V,))[1]
+
+    x = X.clone().requires_grad_()
+    exact = torch.autograd.grad(torch.func.jvp(model, (x,), (V,))[1].sum(), x)[0]
+    if context_outside:
+        with fused_forward_ad():
+            found = torch.autograd.grad(checkpoint(tangent, x, use_reentrant=False).sum(), x)[0]
+    else:
+        found = torch.autograd.grad(checkpoint(tangent, x, use_reentrant=False).sum(), x)[0]
+    torch.testing.assert_close(found, exact)
+
+
+def test_without_gradients_a_checkpoint_does_nothing():
+    model = layer()
+    with torch.no_grad(), fused_forward_ad():
+        found = torch.func.jvp(lambda x: checkpoint(model, x, use_reentrant=False), (X,), (V,))
+    torch.testing.assert_close(found, torch.func.jvp(model, (X,), (V,)))
