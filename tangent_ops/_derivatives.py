@@ -18,8 +18,10 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tangent_ops._levels import alone, in_own_level
 from tangent_ops.errors import UnsupportedError
-from tangent_ops.forward_ad import fused_forward_ad
+from tangent_ops.forward_ad import fused_calls
+from tangent_ops.functional._backend import in_forward_ad
 
 # PyTorch's own words.
 _NO_FORWARD = re.compile(r"Trying to use forward AD with (\S+) that does not support it")
@@ -47,12 +49,16 @@ def check_derivatives(anchor: nn.Module, names: Collection[str], example: Any = 
     """
     if example is None:
         example = _described(anchor)
-    if example is None:
+    if example is None or in_forward_ad():  # a level inside another would be refused
         return
     inputs = example if isinstance(example, tuple) else (example,)
-    try:
+
+    def run() -> None:
         with _quietly(), naming_what_lacks(anchor):
             _dry_run(anchor, names, inputs)
+
+    try:
+        alone(run)  # the filters of warnings, too, are the whole process's
     except UnsupportedError:
         raise
     except Exception:
@@ -103,7 +109,7 @@ def _dry_run(anchor: nn.Module, names: Collection[str], inputs: tuple) -> None:
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
-        trained, deltas = _hollow_tangents(hollow, anchor, names, inputs)
+        trained, deltas = in_own_level(lambda: _hollow_tangents(hollow, anchor, names, inputs))
         # As after a real forward pass, the level is left: nothing is dual on the way back.
         cotangents = [torch.empty_like(t) for t in trained]
         torch.autograd.grad(trained, deltas, cotangents, allow_unused=True)
@@ -114,7 +120,7 @@ def _hollow_tangents(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Tangents of the outputs, and the deltas that they depend on."""
     device = next(anchor.parameters()).device
-    with fused_forward_ad(), forward_ad.dual_level():
+    with fused_calls():
         deltas, memo = [], {}
         for name, tensor in [*anchor.named_parameters(), *anchor.named_buffers()]:
             empty = hollow.from_tensor(tensor.detach())

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from tangent_ops._levels import enter_block, leave_block
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.functional import (
     convolution,
@@ -136,6 +137,21 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
             )
         self.backend: Backend | None = backend
 
+    def __enter__(self):
+        if torch.compiler.is_compiling():
+            return super().__enter__()
+        enter_block()
+        try:
+            return super().__enter__()
+        except BaseException:
+            leave_block()
+            raise
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        if not torch.compiler.is_compiling():
+            leave_block()
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func not in _TAKEN:  # a thousand calls of a ViT's forward pass, attributes too
@@ -153,3 +169,10 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
         if func in _RECURRENT and any(may_be_dual(x) for x in tree_leaves(args)):
             return _recurrent(func, *args, **kwargs)
         return func(*args, **kwargs)
+
+
+class fused_calls(fused_forward_ad):  # noqa: N801 - as above
+    """The same in a call of this library, which has the levels to itself already."""
+
+    __enter__ = TorchFunctionMode.__enter__  # pyright: ignore[reportAssignmentType]
+    __exit__ = TorchFunctionMode.__exit__  # pyright: ignore[reportAssignmentType]

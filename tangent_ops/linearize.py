@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from tangent_ops._derivatives import check_derivatives, naming_what_lacks
 from tangent_ops._kept import forget, keepers, nothing_kept
+from tangent_ops._levels import in_own_level, in_transforms, refuse_other_levels
 from tangent_ops._trees import Tree, lookup
 from tangent_ops.checkpointing import find_blocks, find_switches, repeating, take_flags
 from tangent_ops.delta import (
@@ -31,7 +33,7 @@ from tangent_ops.delta import (
 )
 from tangent_ops.errors import ArgumentError, UnsupportedError, ZeroHeadWarning
 from tangent_ops.features import Trunk, blocks_of, split_model
-from tangent_ops.forward_ad import fused_forward_ad
+from tangent_ops.forward_ad import fused_calls
 from tangent_ops.low_rank import Basis, delta_dtype, make_bases, product
 from tangent_ops.trainable import Trainable, choose, pattern_text
 
@@ -162,25 +164,38 @@ class LinearizedModel(nn.Module):
 
     def primal_and_tangent(self, *args, **kwargs) -> tuple[Any, Any]:
         """The pair f(x; w0), J(x) Δw, each shaped as the model's own output."""
-        weights = {name: lookup(self.anchor, name) for name in self.delta.names}
-
-        def run(parameters):
-            return functional_call(self.anchor, parameters, args, kwargs)
-
-        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        if torch.compiler.is_compiling():
+            return self._by_jvp(args, kwargs)
+        if torch.is_inference_mode_enabled():
             # It switches forward mode off: J(x) Δw would be 0 without a word.
             with torch.inference_mode(False), torch.no_grad():
                 return self.primal_and_tangent(*args, **kwargs)
-        directions = {n: d.to(weights[n].dtype) for n, d in self._full_deltas().items()}
-        with fused_forward_ad(), naming_what_lacks(self.anchor), nothing_kept(self._keepers):
-            if _inside_another_transform():
-                primal, tangent, *_ = torch.func.jvp(run, (weights,), (directions,))
-                return primal, tangent
-            # The same as torch.func.jvp, without the cost of wrapping every tensor.
-            with forward_ad.dual_level():
-                dual = {n: forward_ad.make_dual(w, directions[n]) for n, w in weights.items()}
-                with repeating(self._blocks(), self.anchor, dual):
-                    return _unpack(run(dual))
+        if peek_interpreter_stack() is not None:
+            return in_transforms(lambda: self._by_jvp(args, kwargs))
+        return in_own_level(lambda: self._by_duals(args, kwargs))
+
+    def _by_jvp(self, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+        def run(parameters):
+            if not torch.compiler.is_compiling():
+                refuse_other_levels()
+            return functional_call(self.anchor, parameters, args, kwargs)
+
+        weights, directions = self._weights_and_directions()
+        with fused_calls(), naming_what_lacks(self.anchor), nothing_kept(self._keepers):
+            primal, tangent, *_ = torch.func.jvp(run, (weights,), (directions,))
+            return primal, tangent
+
+    def _by_duals(self, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+        """The same in a level of our own, without the cost of wrapping every tensor."""
+        weights, directions = self._weights_and_directions()
+        with fused_calls(), naming_what_lacks(self.anchor), nothing_kept(self._keepers):
+            dual = {n: forward_ad.make_dual(w, directions[n]) for n, w in weights.items()}
+            with repeating(self._blocks(), self.anchor, dual):
+                return _unpack(functional_call(self.anchor, dual, args, kwargs))
+
+    def _weights_and_directions(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        weights = {name: lookup(self.anchor, name) for name in self.delta.names}
+        return weights, {n: d.to(weights[n].dtype) for n, d in self._full_deltas().items()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory: blocks keep their inputs alone, and run again in backward.
@@ -409,15 +424,6 @@ def _warn_about_zero_head(anchor: nn.Module, names: set[str]) -> None:
         "linearize",
         ZeroHeadWarning,
         stacklevel=3,
-    )
-
-
-def _inside_another_transform() -> bool:
-    """Whether torch.func or a forward-mode level is active, or Dynamo is tracing."""
-    return (
-        torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
     )
 
 

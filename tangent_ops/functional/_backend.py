@@ -17,6 +17,7 @@ from torch._C._functorch import (
 )
 from torch.autograd import forward_ad
 
+from tangent_ops._levels import called_elsewhere
 from tangent_ops.errors import ArgumentError, UnsupportedError
 
 Backend = Literal["triton", "reference"]
@@ -58,8 +59,13 @@ def interpreting() -> bool:
 
 
 def in_forward_ad() -> bool:
-    """Whether a forward-mode level is active: ``dual_level()`` or ``torch.func.jvp``."""
-    return forward_ad._current_level >= 0
+    """Whether a forward-mode level is active: ``dual_level()`` or ``torch.func.jvp``.
+
+    Not that of a linearized call in another thread.
+    """
+    return forward_ad._current_level >= 0 and (
+        torch.compiler.is_compiling() or not called_elsewhere()
+    )
 
 
 def in_plain_dual_level() -> bool:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
-from torch.func import functional_call
 
 from tangent_ops._curvature import at_least_single
+from tangent_ops._levels import functional_call
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.exact._jacobian import Pair
 from tangent_ops.linearize import LinearizedModel
