@@ -1,9 +1,9 @@
 """Forward-mode levels of several threads, which take turns.
 
 PyTorch has one level for the whole process: what a thread opens is open in all of them, and what
-it leaves takes every thread's tangents along. Nor may two threads be in one model at a time while
-``functional_call`` has put other tensors in the place of its parameters. So calls of this library
-run one at a time, and so do blocks of ``fused_forward_ad()``, in which the levels are the user's.
+it leaves takes every thread's tangents along. Nor may two threads be in one model while it has a
+hook, or ``functional_call`` has put other tensors in the place of its parameters. So calls of this
+library run one at a time, and so do blocks of ``fused_forward_ad()``, whose levels are the user's.
 """
 
 from __future__ import annotations
@@ -102,17 +102,17 @@ def functional_call(
     module: nn.Module, parameters: Mapping[str, Any], args: Any, kwargs: Any = None
 ) -> Any:
     """``torch.func.functional_call``, while no other thread is in a call of the module's."""
-    if torch.compiler.is_compiling():
-        return torch.func.functional_call(module, dict(parameters), args, kwargs)
     return alone(lambda: torch.func.functional_call(module, dict(parameters), args, kwargs))
 
 
 def alone(function: Callable[[], Result]) -> Result:
-    """``function()``, while no other thread is in a call.
+    """``function()``, while no other thread is in a call; compiled code has no lock.
 
     Raises:
         UnsupportedError: another thread stays in a block.
     """
+    if torch.compiler.is_compiling():
+        return function()
     with _LOCK:
         _wait_for_block()
         return function()

@@ -114,6 +114,10 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
     ``F.hardsigmoid``, ``F.glu``, ``F.normalize`` and recurrent layers, whose tangents PyTorch does
     not compute or cannot differentiate.
 
+    PyTorch has one forward-mode level for the whole process. So threads take turns: one is in such
+    a block at a time, and then no other is in a call of a linearized model. Keep blocks short, a
+    forward pass each, and do not wait for another thread in one.
+
     Example:
         >>> with fused_forward_ad():
         ...     y, y_t = torch.func.jvp(model, (x,), (v,))
@@ -123,7 +127,9 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
 
     Raises:
         ArgumentError: there is no such backend.
-        UnsupportedError: in torch.inference_mode(), where PyTorch makes all tangents zero.
+        UnsupportedError: in torch.inference_mode(), where PyTorch makes all tangents zero. On
+            entry: another thread stays in such a block for a minute, or is in a torch.func.jvp
+            outside of one.
     """
 
     def __init__(self, backend: Backend | None = None):

@@ -133,6 +133,9 @@ class LinearizedModel(nn.Module):
     anchor stays in eval mode whatever ``train()`` says: dropout and stochastic depth are off,
     batch norm uses its running statistics.
 
+    Any thread may call it. Calls take turns, whichever models they are of: PyTorch has one
+    forward-mode level for the whole process.
+
     Attributes:
         anchor: the frozen model at w0.
         grad_checkpointing: whether blocks are repeated in the backward pass; see
@@ -157,7 +160,9 @@ class LinearizedModel(nn.Module):
 
         Raises:
             UnsupportedError: the output holds something else than tensors, plain values, and
-                tuples, lists and dicts of them; or an operation has no derivative.
+                tuples, lists and dicts of them; an operation has no derivative; or the call cannot
+                nest in the forward-mode level that is open: a ``dual_level()`` around it, or one
+                of another thread, outside of :class:`tangent_ops.fused_forward_ad`.
         """
         primal, tangent = self.primal_and_tangent(*args, **kwargs)
         return tree_map(lambda p, t: p + t if isinstance(p, Tensor) else p, primal, tangent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import signal
 import sys
@@ -23,14 +24,24 @@ from small_models import (
     moved,
     vit,
 )
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch._functorch.eager_transforms import jvp_increment_nesting
 from torch.autograd import forward_ad
 
 import tangent_ops
-from tangent_ops import LinearizedModel, _levels, fused_forward_ad, linearize
+from tangent_ops import (
+    LinearizedModel,
+    _levels,
+    functional,
+    fused_forward_ad,
+    last_blocks,
+    linearize,
+)
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.exact._jacobian import Pair
 from tangent_ops.functional._backend import in_forward_ad
+from tangent_ops.privacy._taps import Pass
 
 HANGS = 60.0  # seconds that no thread here takes
 
@@ -254,6 +265,37 @@ def test_other_deltas_in_one_thread_are_not_seen_in_another() -> None:
     assert run(again_until(stop, fit), again_until(stop, serve)) == []
 
 
+def test_features_and_hooks_of_one_thread_are_not_those_of_another() -> None:
+    """The trunk stops the anchor by a hook; per-sample gradients listen to its layers."""
+    model, x = vit(depth=2), images()
+    tangent = moved(linearize(model, last_blocks(model, 1)))
+    trunk, _ = tangent.split()
+    with torch.no_grad():
+        tokens = oracle_tokens(model, x)
+    right = exact_jvp(model, tangent.deltas(), x)
+    layers = {"head": tangent.anchor.get_submodule("head")}
+    stop = for_seconds(1)
+
+    def features() -> None:
+        assert_near(trunk(x), tokens)
+
+    def gradients() -> None:
+        assert [len(calls) for calls in Pass(tangent, layers, x).calls.values()] == [1]
+
+    def serve() -> None:
+        with torch.no_grad():
+            assert_near(tangent.primal_and_tangent(x), right)
+
+    assert run(*[again_until(stop, f) for f in (features, gradients, serve)]) == []
+
+
+def oracle_tokens(model: VisionTransformer, x: Tensor) -> Tensor:
+    """What enters the last of two blocks, in float64."""
+    exact = copy.deepcopy(model).double().eval()
+    exact.blocks[1], exact.norm = nn.Identity(), nn.Identity()
+    return exact.forward_features(x.double())
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's own vmap
 def test_plain_operations_beside_a_linearized_call() -> None:
     """Nothing here has a tangent: all is PyTorch's own, to the bit."""
@@ -265,8 +307,8 @@ def test_plain_operations_beside_a_linearized_call() -> None:
             return [
                 tangent_ops.scaled_dot_product_attention(q, k, v),
                 torch.func.vmap(tangent_ops.scaled_dot_product_attention)(q, k, v),
-                tangent_ops.functional.linear(x, weight),
-                tangent_ops.functional.layer_norm(x, (4,), weight[0]),
+                functional.linear(x, weight),
+                functional.layer_norm(x, (4,), weight[0]),
             ]
 
     attention = F.scaled_dot_product_attention
@@ -369,7 +411,7 @@ def test_a_jvp_of_pytorchs_alone_beside_linearized_calls() -> None:
 def in_a_jvp() -> Iterator[None]:
     """A block in a thread's own torch.func.jvp."""
     with (
-        torch._functorch.eager_transforms.jvp_increment_nesting(),
+        jvp_increment_nesting(),
         forward_ad.dual_level(),
     ):
         yield
