@@ -1,15 +1,10 @@
-"""Linearized models and dual operations in several threads: PyTorch has one level for them all."""
+"""Threads that call linearized models, train them and run other things: every number is right."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import os
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,14 +19,20 @@ from small_models import (
     moved,
     vit,
 )
+from threaded import (
+    again_until,
+    busy_switching,  # noqa: F401 - around every test
+    for_seconds,
+    linearized_call_elsewhere,
+    run,
+    small,
+)
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch._functorch.eager_transforms import jvp_increment_nesting
 from torch.autograd import forward_ad
 
 import tangent_ops
 from tangent_ops import (
-    LinearizedModel,
     _levels,
     functional,
     fused_forward_ad,
@@ -42,114 +43,6 @@ from tangent_ops.errors import UnsupportedError
 from tangent_ops.exact._jacobian import Pair
 from tangent_ops.functional._backend import in_forward_ad
 from tangent_ops.privacy._taps import Pass
-
-HANGS = 60.0  # seconds that no thread here takes
-
-
-@pytest.fixture(autouse=True)
-def busy_switching() -> Iterator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(before)
-    assert forward_ad._current_level == -1
-    call = run(lambda: small()[0](small()[1]))  # no lock is left behind, nor a level
-    assert call == []
-
-
-def small(seed: int = 0) -> tuple[LinearizedModel, Tensor, Tensor, Tensor]:
-    """A model, an input, and what its primal and tangent are, in float64."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 3))
-    tangent = moved(linearize(model), seed, scale=1.0)
-    x = torch.randn(2, 6, generator=generator(seed))
-    return tangent, x, *exact_jvp(model, tangent.deltas(), x)
-
-
-def run(*functions: Callable[[], object]) -> list[BaseException]:
-    """Each in a thread of its own; what they raised."""
-    raised: list[BaseException] = []
-
-    def guarded(function: Callable[[], object]) -> None:
-        try:
-            function()
-        except BaseException as error:
-            raised.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(f,), daemon=True) for f in functions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(HANGS)
-    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
-    return raised
-
-
-def again_until(stop: Callable[[], bool], function: Callable[[], object]) -> Callable[[], None]:
-    def repeated() -> None:
-        while not stop():
-            function()
-
-    return repeated
-
-
-def for_seconds(seconds: float) -> Callable[[], bool]:
-    end = time.monotonic() + seconds
-    return lambda: time.monotonic() > end
-
-
-@contextlib.contextmanager
-def elsewhere(context: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
-    """With another thread inside of that context."""
-    inside, done = threading.Event(), threading.Event()
-
-    def stay() -> None:
-        with context():
-            inside.set()
-            assert done.wait(HANGS)
-
-    thread = threading.Thread(target=stay, daemon=True)
-    thread.start()
-    assert inside.wait(HANGS)
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join(HANGS)
-
-
-class Waiting(nn.Module):
-    """Calls a function in the middle of its forward pass."""
-
-    def __init__(self, function: Callable[[], object]):
-        super().__init__()
-        self.linear = nn.Linear(6, 3)
-        self.function = [function]  # not copied with the module
-
-    def __deepcopy__(self, memo):
-        copy = Waiting(self.function[0])
-        copy.linear.load_state_dict(self.linear.state_dict())
-        return copy
-
-    def forward(self, x: Tensor) -> Tensor:
-        output = self.linear(x)
-        self.function[0]()
-        return output
-
-
-@contextlib.contextmanager
-def linearized_call_elsewhere() -> Iterator[None]:
-    """With another thread in the middle of a linearized call."""
-    inside, done = threading.Event(), threading.Event()
-    tangent = linearize(Waiting(lambda: (inside.set(), done.wait(HANGS))))
-    thread = threading.Thread(target=lambda: tangent(torch.ones(2, 6)), daemon=True)
-    thread.start()
-    assert inside.wait(HANGS)
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join(HANGS)
 
 
 def test_eight_threads_serve_one_model() -> None:
@@ -405,149 +298,3 @@ def test_a_jvp_of_pytorchs_alone_beside_linearized_calls() -> None:
     assert run(*[again_until(stop, f) for f in (serve, theirs)]) == []
     assert min(counts.values()) > 0
     assert_near(tangent.primal_and_tangent(x), (primal, primal_t))
-
-
-@contextlib.contextmanager
-def in_a_jvp() -> Iterator[None]:
-    """A block in a thread's own torch.func.jvp."""
-    with (
-        jvp_increment_nesting(),
-        forward_ad.dual_level(),
-    ):
-        yield
-
-
-@pytest.mark.parametrize("level", [forward_ad.dual_level, in_a_jvp])
-def test_a_level_of_another_thread_is_refused(level) -> None:
-    tangent, x, primal, primal_t = small()
-    x_t = torch.ones_like(x)
-    with elsewhere(level):
-        with pytest.raises(UnsupportedError, match=r"another\s+thread's.*fused_forward_ad"):
-            tangent(x)
-        with pytest.raises(UnsupportedError, match=r"another\s+thread's"):
-            torch.func.vmap(tangent)(x)
-        if level is in_a_jvp:  # PyTorch would let these share its level
-            with pytest.raises(UnsupportedError, match=r"another\s+thread's"):
-                torch.func.jvp(tangent, (x,), (x_t,))
-            with pytest.raises(UnsupportedError, match=r"another\s+thread's"), fused_forward_ad():
-                pass
-    assert_near(tangent.primal_and_tangent(x), (primal, primal_t))
-
-
-def test_levels_of_the_same_thread() -> None:
-    tangent, x, *_ = small()
-    with forward_ad.dual_level():
-        with pytest.raises(UnsupportedError, match=r"dual_level\(\) around the call"):
-            tangent(x)
-        assert forward_ad._current_level == 0
-        assert forward_ad.unpack_dual(forward_ad.make_dual(x, x)).tangent is not None
-    outer = linearize(Around(tangent))
-    with pytest.raises(UnsupportedError, match=r"cannot nest"):
-        outer(x)
-
-
-class Around(nn.Module):
-    def __init__(self, inner: nn.Module):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
-
-
-def test_a_long_block_of_another_thread(monkeypatch) -> None:
-    monkeypatch.setattr(_levels, "PATIENCE", 0.1)
-    tangent, x, primal, primal_t = small()
-    with elsewhere(fused_forward_ad):
-        for call in (lambda: tangent(x), lambda: fused_forward_ad().__enter__()):
-            with pytest.raises(UnsupportedError, match=r"more than 0\.1 s.*one forward pass"):
-                call()
-    assert_near(tangent.primal_and_tangent(x), (primal, primal_t))
-
-
-def test_a_backward_pass_does_not_wait_for_blocks() -> None:
-    """On a GPU it is another thread's, for which the one in the block waits."""
-    tangent = moved(linearize(vit(depth=2)))
-    tangent.set_grad_checkpointing()
-    output = tangent(images()).sum()
-    with elsewhere(fused_forward_ad):
-        assert run(output.backward) == []
-
-
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-def test_errors_leave_nothing(error: type[BaseException]) -> None:
-    def fail() -> None:
-        if failing:
-            raise error
-
-    failing = False
-    tangent = linearize(Waiting(fail))
-    failing = True
-    x = torch.ones(2, 6)
-    for call in (tangent, torch.func.vmap(tangent), torch.func.grad(lambda x: tangent(x).sum())):
-        with pytest.raises(error):
-            call(x)
-        assert forward_ad._current_level == -1
-        assert run(lambda: small()[0](small()[1])) == []
-    with pytest.raises(error), fused_forward_ad():
-        fail()
-
-
-def test_interrupts_at_any_moment_leave_no_level() -> None:
-    tangent, x, primal, primal_t = small()
-    me, interrupts = threading.main_thread().ident, 0
-    assert me == threading.get_ident()
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        stop, delay = for_seconds(1), generator()
-        while not stop():
-            try:
-                wait = 1e-4 + 2e-3 * float(torch.rand((), generator=delay))
-                signal.setitimer(signal.ITIMER_REAL, wait)
-                _levels.in_own_level(lambda: forward_ad.make_dual(x, x).sin())
-                while True:
-                    _levels.in_own_level(lambda: None)
-            except KeyboardInterrupt:
-                interrupts += 1
-            assert forward_ad._current_level == -1
-            assert run(lambda: _levels.in_own_level(lambda: None)) == []
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert interrupts > 10
-    assert_near(tangent.primal_and_tangent(x), (primal, primal_t))
-
-
-@pytest.mark.parametrize("other", ["calls", "block"])
-def test_a_forked_child_calls(other: str) -> None:
-    tangent, x, primal, primal_t = small()
-
-    def call() -> None:
-        with torch.no_grad():
-            assert_near(tangent.primal_and_tangent(x), (primal, primal_t))
-
-    done = threading.Event()
-    calls = threading.Thread(target=again_until(done.is_set, call), daemon=True)
-    context = elsewhere(fused_forward_ad) if other == "block" else contextlib.nullcontext()
-    try:
-        with context:
-            if other == "calls":
-                calls.start()
-            for _ in range(5):
-                child = os.fork()
-                if child == 0:
-                    signal.alarm(20)
-                    try:
-                        call()
-                        os._exit(0)
-                    finally:
-                        os._exit(1)
-                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    finally:
-        done.set()
-        if other == "calls":
-            calls.join(HANGS)
