@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tangent_ops._levels import alone, in_own_level
+from tangent_ops._threads import in_own_level, in_turn
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.forward_ad import fused_calls
 from tangent_ops.functional._backend import in_forward_ad
@@ -58,7 +58,7 @@ def check_derivatives(anchor: nn.Module, names: Collection[str], example: Any = 
             _dry_run(anchor, names, inputs)
 
     try:
-        alone(run)  # the filters of warnings, too, are the whole process's
+        in_turn(run)  # the filters of warnings, too, are the whole process's
     except UnsupportedError:
         raise
     except Exception:

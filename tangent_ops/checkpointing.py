@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tangent_ops._kept import keepers, nothing_kept
-from tangent_ops._levels import alone_in_backward
+from tangent_ops._threads import alone
 from tangent_ops.errors import UnsupportedError
 
 _FLAGS = ("grad_checkpointing", "gradient_checkpointing")  # timm's, Hugging Face's
@@ -185,7 +185,7 @@ class _Again:
             with kept, torch.autocast(device, dtype=dtype, enabled=enabled):
                 return functional_call(within, named, args, kwargs)
 
-        output = alone_in_backward(run)
+        output = alone(run)
         results = tree_flatten(output)[0]
         return [results[i] for i in self.moved]
 

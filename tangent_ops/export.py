@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tangent_ops._files import write_atomically, write_safetensors
-from tangent_ops._levels import in_own_level
+from tangent_ops._threads import in_own_level
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.forward_ad import fused_calls
 from tangent_ops.linearize import LinearizedModel

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
-from tangent_ops._levels import alone
+from tangent_ops._threads import alone
 from tangent_ops.errors import ArgumentError, UnsupportedError
 
 

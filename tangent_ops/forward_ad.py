@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from tangent_ops._levels import enter_block, leave_block
+from tangent_ops._threads import enter_block, is_compiling, leave_block
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.functional import (
     convolution,
@@ -136,7 +136,7 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
         super().__init__()
         if backend not in _BACKENDS:
             raise ArgumentError(f"backend={backend!r}: expected None, 'triton' or 'reference'")
-        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        if not is_compiling() and torch.is_inference_mode_enabled():
             raise UnsupportedError(
                 "torch.inference_mode() switches forward mode off, and tangents would be zero: "
                 "use torch.no_grad()"
@@ -144,7 +144,7 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
         self.backend: Backend | None = backend
 
     def __enter__(self):
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return super().__enter__()
         enter_block()
         try:
@@ -155,7 +155,7 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
 
     def __exit__(self, *exception):
         super().__exit__(*exception)
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             leave_block()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

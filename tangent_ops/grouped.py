@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tangent_ops._frozen_attention import frozen_attention
-from tangent_ops._levels import functional_call
 from tangent_ops._options import OPTIMIZERS, SCHEDULES, Loss, Options
+from tangent_ops._threads import functional_call
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.evaluate import Data, as_loader, place, unpack

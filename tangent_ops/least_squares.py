@@ -19,7 +19,7 @@ from tangent_ops._curvature import (
     loss_gradient,
     loss_product,
 )
-from tangent_ops._levels import functional_call
+from tangent_ops._threads import functional_call
 from tangent_ops.delta import (
     DeltaLike,
     check_anchor,

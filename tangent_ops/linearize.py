@@ -19,7 +19,13 @@ from torch.utils._pytree import tree_map
 
 from tangent_ops._derivatives import check_derivatives, naming_what_lacks
 from tangent_ops._kept import forget, keepers, nothing_kept
-from tangent_ops._levels import in_own_level, in_transforms, refuse_other_levels
+from tangent_ops._threads import (
+    alone,
+    in_own_level,
+    in_transforms,
+    is_compiling,
+    refuse_other_levels,
+)
 from tangent_ops._trees import Tree, lookup
 from tangent_ops.checkpointing import find_blocks, find_switches, repeating, take_flags
 from tangent_ops.delta import (
@@ -134,7 +140,8 @@ class LinearizedModel(nn.Module):
     batch norm uses its running statistics.
 
     Any thread may call it. Calls take turns, whichever models they are of: PyTorch has one
-    forward-mode level for the whole process.
+    forward-mode level for the whole process. Compiled calls do not: in threads, compile all of them
+    or none, and call each once before.
 
     Attributes:
         anchor: the frozen model at w0.
@@ -169,7 +176,7 @@ class LinearizedModel(nn.Module):
 
     def primal_and_tangent(self, *args, **kwargs) -> tuple[Any, Any]:
         """The pair f(x; w0), J(x) Δw, each shaped as the model's own output."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._by_jvp(args, kwargs)
         if torch.is_inference_mode_enabled():
             # It switches forward mode off: J(x) Δw would be 0 without a word.
@@ -181,7 +188,7 @@ class LinearizedModel(nn.Module):
 
     def _by_jvp(self, args: tuple, kwargs: dict) -> tuple[Any, Any]:
         def run(parameters):
-            if not torch.compiler.is_compiling():
+            if not is_compiling():
                 refuse_other_levels()
             return functional_call(self.anchor, parameters, args, kwargs)
 
@@ -227,7 +234,7 @@ class LinearizedModel(nn.Module):
 
     def _blocks(self) -> list[nn.Module]:
         """What this call repeats in its backward pass."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return []
         if take_flags(self._switches):
             self.set_grad_checkpointing(True)
@@ -238,7 +245,7 @@ class LinearizedModel(nn.Module):
 
     def deltas(self) -> dict[str, nn.Parameter]:
         """The live delta parameters, named as the anchor's: Δw, or its B (out, rank)."""
-        return self.delta.tensors()
+        return alone(self.delta.tensors)  # not what another thread has put in their place
 
     def delta_dict(self) -> Delta:
         """A copy of the deltas on their device, with the record of where they belong."""

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -25,8 +26,9 @@ from torch import Tensor, nn
 from torch._functorch.eager_transforms import jvp_increment_nesting
 from torch.autograd import forward_ad
 
-from tangent_ops import _levels, fused_forward_ad, linearize
+from tangent_ops import _threads, fused_forward_ad, linearize
 from tangent_ops.errors import UnsupportedError
+from tangent_ops.functional._backend import in_forward_ad
 
 
 @contextlib.contextmanager
@@ -53,6 +55,25 @@ def test_a_level_of_another_thread_is_refused(level) -> None:
     assert_near(tangent.primal_and_tangent(x), (primal, primal_t))
 
 
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_thread_in_the_middle_of_leaving(leaves: bool) -> None:
+    """PyTorch closes a level first, and says so to Python second."""
+
+    def opened() -> bool:
+        time.sleep(0.2)
+        return in_forward_ad()
+
+    forward_ad._current_level = 0
+    timer = threading.Timer(0.1 if leaves else 2.0, setattr, (forward_ad, "_current_level", -1))
+    timer.start()
+    if leaves:
+        assert _threads.in_own_level(opened)
+    else:
+        with pytest.raises(UnsupportedError, match="is open"):
+            _threads.in_own_level(opened)
+    timer.join(HANGS)
+
+
 def test_levels_of_the_same_thread() -> None:
     tangent, x, *_ = small()
     with forward_ad.dual_level():
@@ -75,7 +96,7 @@ class Around(nn.Module):
 
 
 def test_a_long_block_of_another_thread(monkeypatch) -> None:
-    monkeypatch.setattr(_levels, "PATIENCE", 0.1)
+    monkeypatch.setattr(_threads, "PATIENCE", 0.1)
     tangent, x, primal, primal_t = small()
     with elsewhere(fused_forward_ad):
         for call in (lambda: tangent(x), lambda: fused_forward_ad().__enter__()):
@@ -127,13 +148,13 @@ def test_interrupts_at_any_moment_leave_no_level() -> None:
             try:
                 wait = 1e-4 + 2e-3 * float(torch.rand((), generator=delay))
                 signal.setitimer(signal.ITIMER_REAL, wait)
-                _levels.in_own_level(lambda: forward_ad.make_dual(x, x).sin())
+                _threads.in_own_level(lambda: forward_ad.make_dual(x, x).sin())
                 while True:
-                    _levels.in_own_level(lambda: None)
+                    _threads.in_own_level(lambda: None)
             except KeyboardInterrupt:
                 interrupts += 1
             assert forward_ad._current_level == -1
-            assert run(lambda: _levels.in_own_level(lambda: None)) == []
+            assert run(lambda: _threads.in_own_level(lambda: None)) == []
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

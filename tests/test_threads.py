@@ -33,12 +33,13 @@ from torch.autograd import forward_ad
 
 import tangent_ops
 from tangent_ops import (
-    _levels,
+    _threads,
     functional,
     fused_forward_ad,
     last_blocks,
     linearize,
 )
+from tangent_ops._threads import is_compiling
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.exact._jacobian import Pair
 from tangent_ops.functional._backend import in_forward_ad
@@ -148,7 +149,7 @@ def test_other_deltas_in_one_thread_are_not_seen_in_another() -> None:
 
     def fit() -> None:
         with torch.no_grad():
-            found = _levels.functional_call(pair, doubled, (x,))
+            found = _threads.functional_call(pair, doubled, (x,))
         assert_near(found, (primal, 2 * primal_t))
 
     def serve() -> None:
@@ -187,6 +188,41 @@ def oracle_tokens(model: VisionTransformer, x: Tensor) -> Tensor:
     exact = copy.deepcopy(model).double().eval()
     exact.blocks[1], exact.norm = nn.Identity(), nn.Identity()
     return exact.forward_features(x.double())
+
+
+def test_deltas_of_one_thread_are_not_read_in_another() -> None:
+    tangent, x, *_ = small()
+    doubled = {f"tangent.delta.{n}": 2 * d.detach() for n, d in tangent.deltas().items()}
+    right, pair = tangent.delta_dict(), Pair(tangent)
+    stop = for_seconds(1)
+
+    def read() -> None:
+        assert all(torch.equal(d, right[n]) for n, d in tangent.delta_dict().items())
+
+    def fit() -> None:
+        _threads.functional_call(pair, doubled, (x,))
+
+    assert run(again_until(stop, fit), again_until(stop, read)) == []
+
+
+def test_compiling_in_one_thread_is_not_compiling_in_another(monkeypatch) -> None:
+    """PyTorch's flag says so in every thread; calls would open levels as traced code does."""
+    tangent, x, primal, primal_t = small()
+
+    def serve() -> None:
+        assert torch.compiler.is_compiling() and not is_compiling()
+        with torch.no_grad():
+            assert_near(tangent.primal_and_tangent(x), (primal, primal_t))
+
+    def backend(graph, _inputs):
+        monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # as from torch 2.14 on
+        assert run(serve, serve, serve) == []
+        monkeypatch.undo()
+        return graph
+
+    compiled = torch.compile(lambda x: (is_compiling(), x.sin()), backend=backend, fullgraph=True)
+    assert compiled(x)[0]
+    assert not is_compiling()
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's own vmap

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from tangent_ops._curvature import at_least_single
-from tangent_ops._levels import alone, functional_call
+from tangent_ops._threads import functional_call, in_turn
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.exact._jacobian import Pair
 from tangent_ops.linearize import LinearizedModel
@@ -59,7 +59,7 @@ class Pass:
             with torch.enable_grad(), autocast, self._tapped(layers, seed):
                 return functional_call(Pair(tangent), deltas, (inputs,))
 
-        primal, output = alone(run)  # hooks, too, are in every thread
+        primal, output = in_turn(run)  # hooks, too, are in every thread
         if not isinstance(primal, Tensor) or primal.shape[:1] != inputs.shape[:1]:
             raise UnsupportedError(
                 f"the model returns a {type(primal).__name__}; per-sample gradients need one "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tangent_ops._levels import functional_call
+from tangent_ops._threads import functional_call
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.low_rank import matrix_shape
 

@@ -1,9 +1,9 @@
-"""Forward-mode levels of several threads, which take turns.
+"""What PyTorch has once for the whole process, and threads that take turns at it.
 
-PyTorch has one level for the whole process: what a thread opens is open in all of them, and what
-it leaves takes every thread's tangents along. Nor may two threads be in one model while it has a
-hook, or ``functional_call`` has put other tensors in the place of its parameters. So calls of this
-library run one at a time, and so do blocks of ``fused_forward_ad()``, whose levels are the user's.
+It has one forward-mode level: what a thread opens is open in all of them, and what it leaves takes
+every thread's tangents along. Nor may two threads be in one model while it has a hook, or
+``functional_call`` has put other tensors in the place of its parameters. So calls of this library
+run one at a time, and so do blocks of ``fused_forward_ad()``, whose levels are the user's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._functorch import eager_transforms
+from torch._guards import TracingContext
 from torch.autograd import forward_ad
 
 from tangent_ops.errors import UnsupportedError
@@ -102,27 +103,29 @@ def functional_call(
     module: nn.Module, parameters: Mapping[str, Any], args: Any, kwargs: Any = None
 ) -> Any:
     """``torch.func.functional_call``, while no other thread is in a call of the module's."""
-    return alone(lambda: torch.func.functional_call(module, dict(parameters), args, kwargs))
+    return in_turn(lambda: torch.func.functional_call(module, dict(parameters), args, kwargs))
 
 
-def alone(function: Callable[[], Result]) -> Result:
-    """``function()``, while no other thread is in a call; compiled code has no lock.
+def in_turn(function: Callable[[], Result]) -> Result:
+    """``function()``, which may open levels, while no other thread is in a call.
 
     Raises:
         UnsupportedError: another thread stays in a block.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():  # and compiled code has no lock
         return function()
     with _LOCK:
         _wait_for_block()
         return function()
 
 
-def alone_in_backward(function: Callable[[], Result]) -> Result:
-    """The same without waiting for blocks.
+def alone(function: Callable[[], Result]) -> Result:
+    """The same for what opens no level, and so need not wait for blocks.
 
-    On a GPU the backward pass runs in a thread of PyTorch's, for which one in a block may wait.
+    A backward pass must not: on a GPU another thread, which may be in one, waits for it.
     """
+    if is_compiling():
+        return function()
     with _LOCK:
         return function()
 
@@ -148,6 +151,13 @@ def leave_block() -> None:
         if _depth == 0:
             _block = None
             _BLOCK_ENDS.notify_all()
+
+
+def is_compiling() -> bool:
+    """``torch.compiler.is_compiling()`` in this thread: the flag is the whole process's."""
+    return torch.compiler.is_dynamo_compiling() or (
+        torch.compiler.is_compiling() and TracingContext.try_get() is not None
+    )
 
 
 def called_elsewhere() -> bool:
