@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -188,6 +189,19 @@ def oracle_tokens(model: VisionTransformer, x: Tensor) -> Tensor:
     exact = copy.deepcopy(model).double().eval()
     exact.blocks[1], exact.norm = nn.Identity(), nn.Identity()
     return exact.forward_features(x.double())
+
+
+def test_models_are_linearized_in_several_threads() -> None:
+    """Their check opens a level, and silences warnings in all of the process for a while."""
+    before = list(warnings.filters)
+    stop = for_seconds(1)
+
+    def make() -> None:
+        tangent = linearize(nn.Linear(6, 3), example=torch.ones(2, 6))
+        assert tangent(torch.ones(2, 6)).shape == (2, 3)
+
+    assert run(*[again_until(stop, make)] * 4) == []
+    assert list(warnings.filters) == before
 
 
 def test_deltas_of_one_thread_are_not_read_in_another() -> None:

@@ -63,7 +63,10 @@ def in_forward_ad() -> bool:
 
     Not that of a linearized call in another thread.
     """
-    return forward_ad._current_level >= 0 and (is_compiling() or not called_elsewhere())
+    # Dynamo, for which no other thread is anywhere, cannot trace the question.
+    return forward_ad._current_level >= 0 and (
+        torch.compiler.is_dynamo_compiling() or not called_elsewhere()
+    )
 
 
 def in_plain_dual_level() -> bool:
