@@ -17,16 +17,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tangent_ops._copies import independent_copy
 from tangent_ops._derivatives import naming_what_lacks
-from tangent_ops._dual_call import dual_call, inside_another_transform
+from tangent_ops._dual_call import dual_call
 from tangent_ops._kept import Kept
+from tangent_ops._threads import is_compiling
 from tangent_ops.checkpointing import find_blocks
 from tangent_ops.errors import UnsupportedError
+from tangent_ops.functional._backend import in_forward_ad
 
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 Vectors = dict[str, Tensor]
@@ -58,7 +61,9 @@ def can_check(anchor: nn.Module, inputs: Any) -> bool:
     """Whether a call now computes, and nobody else looks on: no transform, tracer or counter."""
     tensors = [x for x in (*anchor.parameters(), *tree_leaves(inputs)) if isinstance(x, Tensor)]
     return (
-        not inside_another_transform()
+        not is_compiling()
+        and not in_forward_ad()
+        and peek_interpreter_stack() is None
         and _get_current_dispatch_mode() is None
         and not any(x.is_meta or isinstance(x, FakeTensor) for x in tensors)
     )

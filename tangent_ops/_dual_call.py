@@ -15,13 +15,19 @@ from torch.utils._pytree import tree_map
 
 from tangent_ops._derivatives import naming_what_lacks
 from tangent_ops._kept import Kept
+from tangent_ops._threads import (
+    in_own_level,
+    in_transforms,
+    is_compiling,
+    refuse_other_levels,
+)
 from tangent_ops._trees import lookup
 from tangent_ops.checkpointing import repeating
 from tangent_ops.errors import UnsupportedError
-from tangent_ops.forward_ad import fused_forward_ad
+from tangent_ops.forward_ad import fused_calls
 
 
-class _LikeGradients(fused_forward_ad):
+class _LikeGradients(fused_calls):
     """Where the model switches gradients off (``torch.no_grad()``), tangents are off, too.
 
     PyTorch's forward mode goes on there: the value would have a derivative without a gradient. The
@@ -54,40 +60,42 @@ def dual_call(
         blocks: those of the model that are repeated in the backward pass (see
             :mod:`tangent_ops.checkpointing`); they are not, inside another transform.
     """
-    weights = {name: lookup(model, name) for name in directions}
-    directions = {n: d.to(weights[n].dtype) for n, d in directions.items()}
-    if torch.compiler.is_compiling():
-        with fused_forward_ad():
+    if is_compiling():
+        weights, directions = _paired(model, directions)
+        with fused_calls():
             return _jvp(model, weights, directions, args, kwargs)
+    take_turn = in_own_level if peek_interpreter_stack() is None else in_transforms
+    return take_turn(lambda: _in_turn(model, directions, kept, args, dict(kwargs), blocks))
+
+
+def _in_turn(model, directions, kept: Kept, args, kwargs, blocks) -> tuple[Any, Any]:
+    weights, directions = _paired(model, directions)
     with contextlib.ExitStack() as stack:
         if not torch.is_grad_enabled():
-            args, kwargs, weights, directions = tree_map(
-                _untracked, (args, dict(kwargs), weights, directions)
-            )
+            operands = (args, kwargs, weights, directions)
+            args, kwargs, weights, directions = tree_map(_untracked, operands)
             stack.enter_context(torch.enable_grad())
         stack.enter_context(_LikeGradients())
         stack.enter_context(naming_what_lacks(model))
-        if inside_another_transform():
+        if peek_interpreter_stack() is not None:
             return _jvp(model, weights, directions, args, kwargs, kept)
         # The same as torch.func.jvp, without the cost of wrapping every tensor.
-        stack.enter_context(forward_ad.dual_level())
         dual = {n: forward_ad.make_dual(w, directions[n]) for n, w in weights.items()}
         with kept.nothing(), repeating(blocks, model, dual, kept):
-            return _unpack(functional_call(model, dual, args, dict(kwargs)))
+            return _unpack(functional_call(model, dual, args, kwargs))
 
 
-def inside_another_transform() -> bool:
-    """Whether torch.func or a forward-mode level is active, or Dynamo is tracing."""
-    return (
-        torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or peek_interpreter_stack() is not None
-    )
+def _paired(model: nn.Module, directions: Mapping[str, Tensor]) -> tuple[Any, Any]:
+    weights = {name: lookup(model, name) for name in directions}
+    return weights, {n: d.to(weights[n].dtype) for n, d in directions.items()}
 
 
 def _jvp(model, weights, directions, args, kwargs, kept: Kept | None = None) -> tuple[Any, Any]:
     def run(parameters):
-        with contextlib.nullcontext() if kept is None else kept.nothing():
+        if kept is None:
+            return functional_call(model, parameters, args, dict(kwargs))
+        refuse_other_levels()
+        with kept.nothing():
             return functional_call(model, parameters, args, dict(kwargs))
 
     primal, tangent, *_ = torch.func.jvp(run, (weights,), (directions,))

@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tangent_ops._kept import Kept
+from tangent_ops._threads import alone
 from tangent_ops.errors import UnsupportedError
 
 _FLAGS = ("grad_checkpointing", "gradient_checkpointing")  # timm's, Hugging Face's
@@ -180,9 +181,13 @@ class _Again:
         within = _Within(self.checkpointed.model, self.checkpointed.forward)
         named = {f"model.{name}": weight for name, weight in weights.items()}
         device, dtype, enabled = self.autocast
-        kept = self.checkpointed.kept.nothing()
-        with kept, torch.autocast(device, dtype=dtype, enabled=enabled):
-            output = functional_call(within, named, args, kwargs)
+
+        def run() -> Any:
+            kept = self.checkpointed.kept.nothing()
+            with kept, torch.autocast(device, dtype=dtype, enabled=enabled):
+                return functional_call(within, named, args, kwargs)
+
+        output = alone(run)
         results = tree_flatten(output)[0]
         return [results[i] for i in self.moved]
 

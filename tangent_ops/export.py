@@ -17,8 +17,9 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tangent_ops._files import write_atomically, write_safetensors
+from tangent_ops._threads import in_own_level
 from tangent_ops.errors import ArgumentError, UnsupportedError
-from tangent_ops.forward_ad import fused_forward_ad
+from tangent_ops.forward_ad import fused_calls
 from tangent_ops.linearize import LinearizedModel
 from tangent_ops.reference.attention import attention, attention_jvp
 
@@ -84,7 +85,7 @@ def save_task_vector(tangent: LinearizedModel, path: str | os.PathLike[str]) -> 
 _SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 
 
-class _Formulas(fused_forward_ad):
+class _Formulas(fused_calls):
     """What fixes the batch size in a trace, in other words.
 
     Attention by its formula in one piece, not in blocks of rows; sums, whose rule expands the one
@@ -125,17 +126,22 @@ def _exported(tangent: LinearizedModel, input_size: tuple[int, ...]) -> Exported
     deltas = {n: d.detach().to(weights[n].dtype) for n, d in tangent.full_delta_dict().items()}
 
     def merged(images: Tensor) -> Tensor:
-        with _Formulas(), forward_ad.dual_level():
+        with _Formulas():
             dual = {n: forward_ad.make_dual(w, deltas[n]) for n, w in weights.items()}
             primal, slope = forward_ad.unpack_dual(functional_call(tangent.anchor, dual, (images,)))
             return primal if slope is None else primal + slope
+
+    def merged_in_level(images: Tensor) -> Tensor:
+        return in_own_level(lambda: merged(images))
 
     dtype = next((p.dtype for p in tangent.anchor.parameters()), torch.float32)
     example = torch.zeros((2, *input_size), dtype=dtype)
     try:
         with torch.no_grad():
             # Traced first: within torch.export's own tracing forward mode fixes the batch size.
-            graph = make_fx(merged, tracing_mode="symbolic", _allow_non_fake_inputs=True)(example)
+            graph = make_fx(merged_in_level, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
+                example
+            )
             return torch.export.export(
                 graph, (example,), dynamic_shapes=({0: Dim("batch", min=1)},)
             )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
+from tangent_ops._threads import alone
 from tangent_ops.errors import ArgumentError, UnsupportedError
 
 
@@ -62,6 +63,9 @@ class Trunk(nn.Module):
 
     @torch.no_grad()
     def forward(self, *args) -> Tensor:
+        return alone(lambda: self._run(args))  # the model has a hook meanwhile, and another mode
+
+    def _run(self, args) -> Tensor:
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from tangent_ops._threads import enter_block, is_compiling, leave_block
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.functional import (
     convolution,
@@ -114,6 +115,10 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
     ``F.hardsigmoid``, ``F.glu``, ``F.normalize`` and recurrent layers, whose tangents PyTorch does
     not compute or cannot differentiate.
 
+    PyTorch has one forward-mode level for the whole process. So threads take turns: one is in such
+    a block at a time, and then no other is in a call of a linearized model. Keep blocks short, a
+    forward pass each, and do not wait for another thread in one.
+
     Example:
         >>> with fused_forward_ad():
         ...     y, y_t = torch.func.jvp(model, (x,), (v,))
@@ -123,15 +128,16 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
 
     Raises:
         ArgumentError: there is no such backend.
-        UnsupportedError: in torch.inference_mode(), where PyTorch makes all tangents zero; and,
-            within the context, at a ``torch.utils.checkpoint`` that begins within the level.
+        UnsupportedError: in torch.inference_mode(), where PyTorch makes all tangents zero. On
+            entry: another thread stays in such a block for a minute, or is in a torch.func.jvp
+            outside of one. Within: at a ``torch.utils.checkpoint`` that begins within the level.
     """
 
     def __init__(self, backend: Backend | None = None):
         super().__init__()
         if backend not in _BACKENDS:
             raise ArgumentError(f"backend={backend!r}: expected None, 'triton' or 'reference'")
-        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        if not is_compiling() and torch.is_inference_mode_enabled():
             raise UnsupportedError(
                 "torch.inference_mode() switches forward mode off, and tangents would be zero: "
                 "use torch.no_grad()"
@@ -139,12 +145,25 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
         self.backend: Backend | None = backend
         self._guard = CheckpointGuard()
 
+    def __enter__(self):
+        if is_compiling():
+            return super().__enter__()
+        enter_block()
+        try:
+            return super().__enter__()
+        except BaseException:
+            leave_block()
+            raise
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        if not is_compiling():
+            leave_block()
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if not torch.compiler.is_compiling():
             self._guard.check(func)
-            if not torch._C._is_fwd_grad_enabled():  # no tangents now, by PyTorch's own switch
-                return func(*args, **kwargs)
         if func not in _TAKEN:  # a thousand calls of a ViT's forward pass, attributes too
             return func(*args, **kwargs)
         if func in _ROUTES and in_forward_ad():
@@ -160,3 +179,10 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
         if func in _RECURRENT and any(may_be_dual(x) for x in tree_leaves(args)):
             return _recurrent(func, *args, **kwargs)
         return func(*args, **kwargs)
+
+
+class fused_calls(fused_forward_ad):  # noqa: N801 - as above
+    """The same in a call of this library, which has the levels to itself already."""
+
+    __enter__ = TorchFunctionMode.__enter__  # pyright: ignore[reportAssignmentType]
+    __exit__ = TorchFunctionMode.__exit__  # pyright: ignore[reportAssignmentType]

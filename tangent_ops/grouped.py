@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tangent_ops._frozen_attention import frozen_attention
 from tangent_ops._options import OPTIMIZERS, SCHEDULES, Loss, Options
+from tangent_ops._threads import functional_call
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.evaluate import Data, as_loader, place, unpack

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -20,6 +19,7 @@ from tangent_ops._curvature import (
     loss_gradient,
     loss_product,
 )
+from tangent_ops._threads import functional_call
 from tangent_ops.delta import (
     DeltaLike,
     check_anchor,

@@ -17,6 +17,7 @@ from tangent_ops._adjoint import can_check, check_adjoint, described_input
 from tangent_ops._copies import independent_copy
 from tangent_ops._dual_call import dual_call
 from tangent_ops._kept import Kept, forget
+from tangent_ops._threads import alone, in_turn, is_compiling
 from tangent_ops._trees import Tree, lookup
 from tangent_ops.checkpointing import find_blocks, find_switches, take_flags
 from tangent_ops.delta import (
@@ -113,7 +114,9 @@ def linearize(
     tangent._names_idle = not zero_head  # said already, of all below it
     example = described_input(anchor) if example is None else example
     if check and example is not None:
-        tangent._check(example if isinstance(example, tuple) else (example,), {})
+        inputs = example if isinstance(example, tuple) else (example,)
+        if can_check(anchor, inputs):
+            in_turn(lambda: tangent._check(inputs, {}))
     return tangent
 
 
@@ -144,6 +147,10 @@ class LinearizedModel(nn.Module):
     anchor stays in eval mode whatever ``train()`` says: dropout and stochastic depth are off,
     batch norm uses its running statistics.
 
+    Any thread may call it. Calls take turns, whichever models they are of: PyTorch has one
+    forward-mode level for the whole process. Compiled calls do not: in threads, compile all of them
+    or none, and call each once before.
+
     Attributes:
         anchor: the frozen model at w0.
         grad_checkpointing: whether blocks are repeated in the backward pass; see
@@ -170,20 +177,25 @@ class LinearizedModel(nn.Module):
 
         Raises:
             UnsupportedError: the output holds something else than tensors, plain values, and
-                tuples, lists and dicts of them; or an operation has no derivative.
+                tuples, lists and dicts of them; an operation has no derivative, or one would get
+                lost (at the first call, see :func:`linearize`); or the call cannot nest in the
+                forward-mode level that is open: a ``dual_level()`` around it, or one of another
+                thread, outside of :class:`tangent_ops.fused_forward_ad`.
         """
         primal, tangent = self.primal_and_tangent(*args, **kwargs)
         return tree_map(lambda p, t: p + t if isinstance(p, Tensor) else p, primal, tangent)
 
     def primal_and_tangent(self, *args, **kwargs) -> tuple[Any, Any]:
         """The pair f(x; w0), J(x) Δw, each shaped as the model's own output."""
-        if not torch.compiler.is_compiling():
-            if torch.is_inference_mode_enabled():
-                # It switches forward mode off: J(x) Δw would be 0 without a word.
-                with torch.inference_mode(False), torch.no_grad():
-                    return self.primal_and_tangent(*args, **kwargs)
-            if self._unchecked and can_check(self.anchor, (args, kwargs)) and not self.sharded:
-                self._check(args, kwargs)
+        if not is_compiling() and torch.is_inference_mode_enabled():
+            # It switches forward mode off: J(x) Δw would be 0 without a word.
+            with torch.inference_mode(False), torch.no_grad():
+                return self.primal_and_tangent(*args, **kwargs)
+        return in_turn(lambda: self._call(args, kwargs))
+
+    def _call(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        if self._unchecked and not self.sharded and can_check(self.anchor, (args, kwargs)):
+            self._check(args, kwargs)
         directions = self._full_deltas()
         return dual_call(self.anchor, directions, self._kept, args, kwargs, self._blocks())
 
@@ -227,7 +239,7 @@ class LinearizedModel(nn.Module):
 
     def _blocks(self) -> list[nn.Module]:
         """What this call repeats in its backward pass."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return []
         if take_flags(self._switches):
             self.set_grad_checkpointing(True)
@@ -238,7 +250,7 @@ class LinearizedModel(nn.Module):
 
     def deltas(self) -> dict[str, nn.Parameter]:
         """The live delta parameters, named as the anchor's: Δw, or its B (out, rank)."""
-        return self.delta.tensors()
+        return alone(self.delta.tensors)  # not what another thread has put in their place
 
     def delta_dict(self) -> Delta:
         """A copy of the deltas on their device, with the record of where they belong."""

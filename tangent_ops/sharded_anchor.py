@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils._pytree import tree_leaves
 
 from tangent_ops._group import Group
+from tangent_ops._threads import is_compiling
 from tangent_ops.checkpointing import find_blocks
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.linearize import LinearizedModel
@@ -106,7 +107,7 @@ class _Gathering:
 
     def before(self, _block: nn.Module, args: Any, kwargs: Any) -> None:
         functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-        if torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is not None:
+        if is_compiling() or functorch.peek_interpreter_stack() is not None:
             raise UnsupportedError(
                 "torch.compile, or a transform of torch.func, around a sharded anchor: its weights "
                 "would be freed before they are read. Use a whole anchor"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import timm
@@ -92,7 +93,7 @@ def test_a_lost_derivative_is_found_by_name(name, dtype):
 
 
 def test_one_small_parameter_of_a_transformer_is_found():
-    model = vit()
+    model: Any = vit()
     with torch.no_grad():
         model.blocks[1].ls2.gamma.mul_(1e-4)  # whatever its size
     scale = model.blocks[1].ls2
@@ -259,7 +260,7 @@ def test_without_gradients_nothing_is_tracked():
 
 
 def test_a_zero_head_is_said_once():
-    model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3)
+    model: Any = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3)
     nn.init.zeros_(model.head.weight)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

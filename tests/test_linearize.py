@@ -219,7 +219,7 @@ def test_forward_mode_around_a_tangent_model_is_right_or_refused():
         lambda x: sum(torch.func.jvp(run(x), (weights,), (deltas,))), (double(x),), (double(x_t),)
     )
     assert_near(torch.func.jvp(tangent, (x,), (x_t,))[1], exact)
-    with forward_ad.dual_level(), pytest.raises(UnsupportedError, match="do not nest"):
+    with forward_ad.dual_level(), pytest.raises(UnsupportedError, match="cannot nest in"):
         tangent(forward_ad.make_dual(x, x_t))
 
 

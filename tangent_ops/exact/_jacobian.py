@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from tangent_ops._curvature import at_least_single
+from tangent_ops._threads import functional_call
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.exact._layout import Layout
 from tangent_ops.linearize import LinearizedModel

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
+from tangent_ops._threads import is_compiling
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.functional import _attention_ops as ops
 from tangent_ops.functional._attention_beyond import (
@@ -54,7 +55,7 @@ def why_not_fused(query: Tensor, value: Tensor) -> str | None:
     for name, tensor in (("query", query), ("value", value)):
         if tensor.shape[-1] not in HEAD_DIMS:
             return f"{name}'s head_dim {tensor.shape[-1]} is not a multiple of 8 from 8 to 256"
-    if torch.compiler.is_compiling() and eager_transforms.JVP_NESTING > 1:
+    if is_compiling() and eager_transforms.JVP_NESTING > 1:
         return "compiled forward mode over forward mode is not in the kernels"
     return None
 
@@ -77,7 +78,7 @@ def fused_attention(
         # One for each batch element: vmap's randomness "same" and "different" then mean that.
         size = (lead[:-1].numel(),)
         seed = torch.randint(2**63 - 1, size, dtype=torch.int64, device=query.device)
-    apply = ops.attention_jvp if torch.compiler.is_compiling() else _Jvp.apply
+    apply = ops.attention_jvp if is_compiling() else _Jvp.apply
     if _may_unpack(operands):
         pairs = [(None, None) if x is None else forward_ad.unpack_dual(x) for x in operands]
         tangents = [None if t is None else t.unsqueeze(0) for _, t in pairs]
@@ -98,7 +99,7 @@ def _may_unpack(operands: Sequence[Optional]) -> bool:
     Not where tangents are hidden, and not in a plain dual level where reverse mode tracks a
     primal: its gradient has a tangent of its own there.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return True
     if tangents_are_hidden():
         return False
@@ -111,7 +112,7 @@ def _refuse_hidden_duals() -> None:
 
     So in torch 2.11; later versions refuse such inputs themselves.
     """
-    inside = torch.compiler.is_compiling() and in_forward_ad()
+    inside = is_compiling() and in_forward_ad()
     if inside and eager_transforms.JVP_NESTING == 0:
         raise UnsupportedError(
             "backend='triton': compiled code in a dual_level cannot see tangents of its inputs. "

@@ -17,6 +17,7 @@ from torch._C._functorch import (
 )
 from torch.autograd import forward_ad
 
+from tangent_ops._threads import called_elsewhere, is_compiling
 from tangent_ops.errors import ArgumentError, UnsupportedError
 
 Backend = Literal["triton", "reference"]
@@ -58,15 +59,20 @@ def interpreting() -> bool:
 
 
 def in_forward_ad() -> bool:
-    """Whether a forward-mode level is active: ``dual_level()`` or ``torch.func.jvp``."""
-    return forward_ad._current_level >= 0
+    """Whether a forward-mode level is active: ``dual_level()`` or ``torch.func.jvp``.
+
+    Not that of a linearized call in another thread, nor where forward mode is switched off.
+    """
+    # Dynamo, for which no other thread is anywhere, cannot trace the questions.
+    return forward_ad._current_level >= 0 and (
+        torch.compiler.is_dynamo_compiling()
+        or (torch._C._is_fwd_grad_enabled() and not called_elsewhere())
+    )
 
 
 def in_plain_dual_level() -> bool:
     """Whether a ``dual_level()`` is active, no torch.func transform is, and nothing is compiled."""
-    return (
-        in_forward_ad() and not torch.compiler.is_compiling() and peek_interpreter_stack() is None
-    )
+    return in_forward_ad() and not is_compiling() and peek_interpreter_stack() is None
 
 
 def why_not_in_float(tensor: Tensor) -> str | None:
@@ -106,7 +112,7 @@ def tangents_are_hidden() -> bool:
 
     There PyTorch shows no tangent of a tensor, whether it has one or not.
     """
-    if not in_forward_ad() or torch.compiler.is_compiling():
+    if not in_forward_ad() or is_compiling():
         return False
     interpreter = peek_interpreter_stack()
     return interpreter is not None and interpreter.key() != TransformType.Jvp

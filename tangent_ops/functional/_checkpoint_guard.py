@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils import checkpoint
 
+from tangent_ops._threads import is_compiling
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.functional._backend import in_forward_ad
 
@@ -31,7 +32,7 @@ class CheckpointGuard:
     """Watches the functions that are called within one ``fused_forward_ad`` context."""
 
     def __init__(self) -> None:
-        self._allowed = None if torch.compiler.is_compiling() else _saved_tensors_hook()
+        self._allowed = None if is_compiling() else _saved_tensors_hook()
 
     def check(self, func: Callable[..., Any]) -> None:
         """Call it with every function of PyTorch, before the function runs.

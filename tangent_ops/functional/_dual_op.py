@@ -24,6 +24,7 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
+from tangent_ops._threads import is_compiling
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.functional._backend import (
     Backend,
@@ -94,7 +95,7 @@ def dual_outputs(
     Raises:
         UnsupportedError: ``backend="triton"`` and the kernels cannot compute the call.
     """
-    if not in_forward_ad() or torch.compiler.is_compiling():
+    if not in_forward_ad() or is_compiling():
         return None
     plain = in_plain_dual_level()
     if not plain and not _in_a_single_jvp():

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from tangent_ops._threads import is_compiling
 from tangent_ops.errors import ArgumentError
 from tangent_ops.functional._attention_eager import AttentionInParts, batch_and_heads_agree
 from tangent_ops.functional._attention_triton import fused_attention, why_not_fused
@@ -87,7 +88,7 @@ def scaled_dot_product_attention(
         return fused_attention(query, key, value, attn_mask, *options)
     if (
         tangents_are_hidden()
-        or torch.compiler.is_compiling()
+        or is_compiling()
         or reverse_mode_reaches(*operands)
         or not any(may_be_dual(operand) for operand in operands)
     ):

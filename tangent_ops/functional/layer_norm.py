@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tangent_ops._threads import is_compiling
 from tangent_ops.errors import ArgumentError
 from tangent_ops.functional._backend import (
     Backend,
@@ -56,7 +57,7 @@ def layer_norm(
         UnsupportedError: ``backend="triton"`` and the kernels do not compute this call.
     """
     shape = tuple(normalized_shape)
-    if torch.compiler.is_compiling() and any(map(may_be_dual, (input, weight, bias))):
+    if is_compiling() and any(map(may_be_dual, (input, weight, bias))):
         # Dynamo cannot trace PyTorch's own for a dual input with plain weights.
         return reference.layer_norm(input, shape, weight, bias, eps)
     found = None

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
-from torch.func import functional_call
 
 from tangent_ops._curvature import at_least_single
+from tangent_ops._threads import functional_call, in_turn
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.exact._jacobian import Pair
 from tangent_ops.linearize import LinearizedModel
@@ -54,8 +54,12 @@ class Pass:
         seed = torch.zeros((), device=inputs.device, requires_grad=True)
         deltas = {f"tangent.delta.{n}": delta.detach() for n, delta in tangent.deltas().items()}
         autocast = torch.autocast(inputs.device.type, enabled=False)
-        with torch.enable_grad(), autocast, self._tapped(layers, seed):
-            primal, output = functional_call(Pair(tangent), deltas, (inputs,))
+
+        def run() -> tuple[object, Tensor]:
+            with torch.enable_grad(), autocast, self._tapped(layers, seed):
+                return functional_call(Pair(tangent), deltas, (inputs,))
+
+        primal, output = in_turn(run)  # hooks, too, are in every thread
         if not isinstance(primal, Tensor) or primal.shape[:1] != inputs.shape[:1]:
             raise UnsupportedError(
                 f"the model returns a {type(primal).__name__}; per-sample gradients need one "

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tangent_ops._threads import functional_call
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.low_rank import matrix_shape
 

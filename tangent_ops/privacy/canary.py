@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from tangent_ops._curvature import Loss
+from tangent_ops._threads import functional_call
 from tangent_ops.delta import check_layout
 from tangent_ops.errors import ArgumentError
 from tangent_ops.linearize import LinearizedModel
