@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from tangent_ops.errors import UnsupportedError
 
@@ -46,7 +46,7 @@ def independent_copy(model: nn.Module) -> Any:
                 f"{where} is a TorchScript module, whose parameters cannot be made dual: pass the "
                 "Python module that it was made of"
             )
-        if any(isinstance(p, UninitializedTensorMixin) for p in module.parameters(recurse=False)):
+        if any(map(is_lazy, module.parameters(recurse=False))):
             raise UnsupportedError(
                 f"{where} is lazy and has no weights yet: run the model once on an input first"
             )

@@ -249,7 +249,7 @@ class _Repeated(torch.autograd.Function):
         return (None, None, None, *(next(found, None) if need else None for need in needs))
 
 
-def _nothing(_: Any) -> None:
+def _nothing(_: Any) -> Any:
     """What is saved for a backward pass that never comes."""
 
 

@@ -121,7 +121,7 @@ class Waiting(nn.Module):
 def linearized_call_elsewhere() -> Iterator[None]:
     """With another thread in the middle of a linearized call."""
     inside, done = threading.Event(), threading.Event()
-    tangent = linearize(Waiting(lambda: (inside.set(), done.wait(HANGS))))
+    tangent = linearize(Waiting(lambda: (inside.set(), done.wait(HANGS))), check=False)
     thread = threading.Thread(target=lambda: tangent(torch.ones(2, 6)), daemon=True)
     thread.start()
     assert inside.wait(HANGS)

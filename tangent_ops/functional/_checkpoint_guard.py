@@ -13,11 +13,11 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils import checkpoint
 
 from tangent_ops._threads import is_compiling
 from tangent_ops.errors import UnsupportedError
-from tangent_ops.functional._backend import in_forward_ad
 
 _CHECKPOINT = inspect.unwrap(checkpoint.checkpoint).__code__
 _REENTRANT = checkpoint.CheckpointFunction.forward.__code__
@@ -42,17 +42,23 @@ class CheckpointGuard:
         """
         hook = _saved_tensors_hook()
         if hook is not None and hook is not self._allowed:
-            ours = hook.__qualname__.startswith("_checkpoint_hook") and in_forward_ad()
-            if ours and _began_within_the_level():
+            named = hook.__qualname__.startswith("_checkpoint_hook")
+            if named and _in_a_level() and _began_within_the_level():
                 raise UnsupportedError(_MESSAGE)
             self._allowed = hook
-        if func is torch._C._set_grad_enabled and in_forward_ad() and _in_reentrant_forward():
+        if func is torch._C._set_grad_enabled and _in_a_level() and _in_reentrant_forward():
             raise UnsupportedError(_MESSAGE)
+
+
+def _in_a_level() -> bool:
+    """Also where tangents are switched off, as in the forward method of a Function."""
+    return forward_ad._current_level >= 0
 
 
 def _saved_tensors_hook() -> Any:
     """What autograd does with saved tensors now; None where it just keeps them."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    hooks = autograd._top_saved_tensors_default_hooks(False)
     return None if hooks is None else hooks[0]
 
 
