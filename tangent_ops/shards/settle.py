@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tangent_ops._files import erase
 from tangent_ops.delta import load_delta
 from tangent_ops.errors import ArgumentError, DeltaError, LedgerError, PlanError
 from tangent_ops.ledger import Ledger
-from tangent_ops.ledger.changes import erase
 from tangent_ops.shards.plan import WEIGHTS, Plan
 
 
