@@ -89,9 +89,9 @@ class Records:
                 "update tangent-ops"
             )
         with self._connected("rw") as connection:
-            if "names" not in _tables(connection):  # a ledger of an earlier release
+            if "names" not in _made(connection):  # a ledger of an earlier release
                 connection.execute("BEGIN IMMEDIATE")
-                if "names" not in _tables(connection):
+                if "names" not in _made(connection):
                     _make_names(connection)
                 connection.execute("COMMIT")
 
@@ -141,13 +141,13 @@ class Records:
             check_file(self.path.with_name(self.path.name + suffix))
 
     def _check_tables(self, connection: sqlite3.Connection) -> None:
-        found = _tables(connection)
-        broken = [name for name, statement in _TABLES.items() if found.get(name) != statement]
-        if broken:
-            raise LedgerError(
-                f"{self.path} lost its table {broken[0]!r}, or another stands in its place: "
-                "restore it from a copy"
-            )
+        # No views and no triggers either: a statement does nothing but what it says.
+        found = _made(connection)
+        different = {*found.items()} ^ {*_TABLES.items()}
+        if different:
+            name = min(different)[0]
+            what = "has not its own" if name in _TABLES else "has a foreign"
+            raise LedgerError(f"{self.path} {what} {name!r}: restore it from a copy")
 
     @contextmanager
     def _connected(self, mode: str) -> Iterator[sqlite3.Connection]:
@@ -248,8 +248,10 @@ class Transaction:
         )
 
 
-def _tables(connection: sqlite3.Connection) -> dict[str, str]:
-    return dict(connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'"))
+def _made(connection: sqlite3.Connection) -> dict[str, str]:
+    """Name -> statement of every table, view, index and trigger that was made by one."""
+    found = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL")
+    return {str(name): str(statement) for name, statement in found}
 
 
 def _make_names(connection: sqlite3.Connection) -> None:

@@ -118,7 +118,7 @@ def test_a_table_that_is_gone_or_another(ledger, table, damage):
     edit(ledger, damage.format(table))
     refused(
         ledger,
-        f"lost its table '{table}', or another",
+        rf"has not its own '{table}'|has a foreign 'other'",
         *changes(ledger)[:2],
         ledger.composed,
         ledger.list,
@@ -127,6 +127,14 @@ def test_a_table_that_is_gone_or_another(ledger, table, damage):
         ledger.rebuild,
         lambda: len(ledger),
     )
+
+
+def test_a_trigger_that_undoes_what_is_recorded(ledger):
+    edit(
+        ledger,
+        "CREATE TRIGGER undo AFTER INSERT ON shards BEGIN DELETE FROM shards; END",
+    )
+    refused(ledger, "has a foreign 'undo'", *changes(ledger), ledger.composed, ledger.verify)
 
 
 def test_a_ledger_of_an_earlier_release_goes_on(tmp_path):
