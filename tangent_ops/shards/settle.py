@@ -127,9 +127,7 @@ def _erase_stale(plan: Plan) -> None:
     Raises:
         PlanError: a file is named like one of them, and nobody can tell; the others are erased.
     """
-    shards = plan.shards()
-    names = {shard.name for shard in shards}
-    wanted = {plan.delta_path(shard.job) for shard in shards if shard.job is not None}
+    wanted = {plan.delta_path(shard.job) for shard in plan.shards() if shard.job is not None}
     stale, unclear = [], []
     for path in sorted(plan.deltas_path.iterdir()):
         if path in wanted or not _NAME.fullmatch(path.name):
@@ -138,7 +136,7 @@ def _erase_stale(plan: Plan) -> None:
             _check_file(path)
             meta = load_delta(path).meta
             assert meta is not None
-            ours = meta.anchor == plan.anchor_info.fingerprint and meta.shard in names
+            ours = meta.anchor == plan.anchor_info.fingerprint
             if ours and meta.extra.get("job", "").startswith(path.stem):
                 stale.append(path)
         except (DeltaError, OSError) as error:

@@ -43,6 +43,14 @@ def test_a_stale_delta_goes(plan: Plan) -> None:
     assert not any((plan.path / "link").read_bytes())
 
 
+def test_the_delta_of_a_shard_that_is_forgotten_as_a_whole_goes(plan: Plan) -> None:
+    settle(plan)
+    old = plan.delta_path(plan.job("shard-0").hash)
+    plan.manifest.remove({"shard-0": [sample.id for sample in plan.job("shard-0").samples]})
+    assert settle(plan).forgotten == ("shard-0",)
+    assert not old.exists()
+
+
 @pytest.mark.parametrize("name", ["mine.safetensors", "backup.safetensors", "0.tmp", "notes.txt"])
 def test_a_users_file_stays(plan: Plan, name: str) -> None:
     mine = plan.deltas_path / name
@@ -53,7 +61,7 @@ def test_a_users_file_stays(plan: Plan, name: str) -> None:
     assert not old.exists()
 
 
-@pytest.mark.parametrize("different", ["anchor", "shard", "job"])
+@pytest.mark.parametrize("different", ["anchor", "job"])
 def test_a_delta_of_another_run_stays(plan: Plan, different: str) -> None:
     """Though it has such a name: it was not written here."""
     delta = load_delta(plan.delta_path(plan.job("shard-0").hash))
@@ -62,7 +70,6 @@ def test_a_delta_of_another_run_stays(plan: Plan, different: str) -> None:
     meta = replace(delta.meta, extra={"job": "a" * 64})
     other = {
         "anchor": replace(meta, anchor="b" * 64),
-        "shard": replace(meta, shard="shard-7"),
         "job": replace(meta, extra={}),
     }
     save_delta(delta, mine, meta=other[different])
