@@ -53,7 +53,7 @@ class Ledger:
     and threads. Nothing stays open between calls.
 
     The terms w δ are added as multiples of 2^-40 (see `tangent_ops.ledger.fixed_point`): the mean
-    of n shards of total weight W is within n / W · 4.5e-13 + A · 5.6e-16 of the exact one, before
+    of n shards of total weight W is within n / W · 4.6e-13 + A · 4.5e-16 of the exact one, before
     it is rounded to the deltas' dtype, where A is the weighted mean of |δ|. Weight times largest
     value, summed over the shards, may reach 2^23.
 
