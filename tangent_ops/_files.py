@@ -1,13 +1,19 @@
-"""Files of tensors: hashed, all or nothing, and the same bytes for the same content."""
+"""Files of tensors: hashed, all or nothing, and the same bytes for the same content.
+
+Opening one never waits, as a pipe in its place would have it; where a folder is ours, `own` files
+are opened and erased in it without following links.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -91,6 +97,81 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def write_new(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let `write` fill a new file, and sync it to disk. An error or a crash may leave a part of it.
+
+    For files that nobody knows of yet: there is nothing to replace.
+    """
+    with open(path, "xb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str], *, own: bool = False) -> Iterator[str]:
+    """Open a regular file for reading, and give another name for it, for libraries that take names.
+
+    What is read under that name is this file, whatever comes to `path` meanwhile.
+
+    Args:
+        path: the file.
+        own: of a folder of ours: a link is refused, in the file's and in its folder's place.
+
+    Raises:
+        OSError: there is no such file, or no regular one.
+    """
+    if own:
+        path = Path(path)
+        with _held(path.parent) as folder:
+            descriptor = _open(path.name, os.O_RDONLY | os.O_NOFOLLOW, folder)
+    else:
+        descriptor = _open(path, os.O_RDONLY)
+    try:
+        yield f"/dev/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
+
+
+def erase(path: Path) -> None:
+    """Overwrite a file of ours with zeros, then remove it; fine if it is gone already.
+
+    Raises:
+        OSError: it is no regular file, or a link stands in its or its folder's place.
+    """
+    with suppress(FileNotFoundError), _held(path.parent) as folder:
+        with open(_open(path.name, os.O_WRONLY | os.O_NOFOLLOW, folder), "wb") as file:
+            left = os.fstat(file.fileno()).st_size
+            while left:
+                left -= file.write(bytes(min(left, 1 << 20)))
+            file.flush()
+            os.fsync(file.fileno())
+        os.unlink(path.name, dir_fd=folder)
+        os.fsync(folder)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: str | os.PathLike[str], flags: int, folder: int | None = None) -> int:
+    # O_NONBLOCK: a pipe would wait for whoever writes into it.
+    descriptor = os.open(path, flags | os.O_NONBLOCK, dir_fd=folder)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+    why = os.strerror(code) if stat.S_ISDIR(mode) else "Not a regular file"
+    raise OSError(code, why, os.fspath(path))  # IsADirectoryError, by its code
 
 
 def sync_folder(path: Path) -> None:

@@ -15,6 +15,7 @@ compute it anew.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +25,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tangent_ops._files import content_sha256, dtype_name, write_atomically, write_safetensors
+from tangent_ops._files import (
+    content_sha256,
+    dtype_name,
+    opened,
+    write_atomically,
+    write_safetensors,
+)
 from tangent_ops.errors import ArgumentError, DeltaError, DeltaFileError
 
 if TYPE_CHECKING:
@@ -36,6 +43,8 @@ FORMAT_VERSIONS = ("1", "2")  # 2: of low rank; a release that knows full deltas
 DeltaLike = Mapping[str, Tensor] | str | os.PathLike[str]  # itself, or the path of its file
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_CODES = ("BF16", "F16", "F32", "F64")  # the same in a file's header
+_RANK = re.compile("[1-9][0-9]{0,8}")
 _EXTRA = "extra."  # prefix of DeltaMeta.extra's keys in a file's metadata
 
 
@@ -54,8 +63,8 @@ class DeltaMeta:
         extra: anything else, as strings.
 
     Raises:
-        ArgumentError: a field is not a string, rank no positive integer, or one of rank and basis
-            is missing.
+        ArgumentError: a field is not a string, or has half a surrogate pair; rank is no positive
+            integer, or one of rank and basis is missing.
     """
 
     anchor: str
@@ -74,8 +83,8 @@ class DeltaMeta:
         fields |= {f"extra[{key!r}]": value for key, value in self.extra.items()}
         fields |= {f"extra's key {key!r}": key for key in self.extra}
         for name, value in fields.items():
-            if not isinstance(value, str):
-                raise ArgumentError(f"{name} must be a string, got {value!r}: use str(...)")
+            if not isinstance(value, str) or not _is_text(value):
+                raise ArgumentError(f"{name} must be a string of text, got {value!r}: use str(...)")
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
             raise ArgumentError(f"rank must be a positive integer or None, got {self.rank!r}")
         if (self.rank is None) != (self.basis is None):
@@ -134,14 +143,27 @@ def save_delta(
     if path.is_dir() or not path.parent.is_dir():
         reason = "is a folder" if path.is_dir() else "is in a folder that does not exist"
         raise ArgumentError(f"cannot save a delta as {path}: it {reason}")
-    if "__metadata__" in delta:
-        raise DeltaError("the name '__metadata__' is reserved by the file format")
-    check_values(delta, "the delta")
+    tensors, metadata = file_content(delta, meta)
+    write_atomically(path, lambda file: write_safetensors(file, tensors, metadata))
 
+
+def file_content(
+    delta: Mapping[str, Tensor], meta: DeltaMeta
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a delta's file.
+
+    Raises:
+        DeltaError: as in `save_delta`.
+    """
+    check_values(delta, "the delta")
+    for name in delta:
+        if name == "__metadata__" or not _is_text(name):
+            why = "reserved by the file format" if _is_text(name) else "no text: half a surrogate"
+            raise DeltaError(f"the name {name!r} is {why}")
     tensors = {name: value.detach().cpu().contiguous() for name, value in delta.items()}
     metadata = _metadata(meta)
     metadata["content_sha256"] = content_sha256(tensors, metadata)
-    write_atomically(path, lambda file: write_safetensors(file, tensors, metadata))
+    return tensors, metadata
 
 
 def load_delta(
@@ -163,7 +185,7 @@ def load_delta(
 
     Raises:
         ArgumentError: anchor is neither.
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file, or it is a folder, a pipe or a device.
         DeltaFileError: the file is truncated, was edited, or is no delta file.
         DeltaError: the delta is of another anchor, or its rank, basis, names or shapes differ
             from `anchor`'s.
@@ -171,28 +193,17 @@ def load_delta(
     if not (anchor is None or isinstance(anchor, str) or hasattr(anchor, "fingerprint")):
         kind = type(anchor).__name__
         raise ArgumentError(f"anchor must be a fingerprint or a LinearizedModel, got a {kind}")
-    with open(path, "rb"):
-        pass  # a missing or unreadable file is an OSError of the usual kind, not a broken delta
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            _check_format(path, metadata)
-            # Cloned: the file stays mapped otherwise, and changes to it would show in the tensors.
-            delta = Delta({name: file.get_tensor(name).clone() for name in file.keys()})  # noqa: SIM118
-    except SafetensorError as error:
-        raise DeltaFileError(
-            f"{path} is truncated or no safetensors file: {error}. Restore it from a copy"
-        ) from error
-
-    expected = metadata.pop("content_sha256")
-    found = content_sha256(delta, metadata)
-    if found != expected:
-        raise DeltaFileError(
-            f"{path} was changed after it was written: content_sha256 is {_short(found)}, "
-            f"the header says {_short(expected)}. Restore it from a copy"
-        )
-    delta.meta = parse_meta(metadata)
-    check_values(delta, str(path))
+    with opened(path) as name:  # a missing or unreadable file is an OSError of the usual kind
+        try:
+            delta = _read(path, name)
+        except (DeltaFileError, MemoryError):
+            raise
+        except SafetensorError as error:
+            raise DeltaFileError(
+                f"{path} is truncated or no safetensors file: {error}. Restore it from a copy"
+            ) from error
+        except Exception as error:  # torch raises what it likes of odd shapes
+            raise DeltaFileError(f"{path} holds no delta: {error}") from error
     if isinstance(anchor, str):
         check_anchor(delta.meta, anchor, "as given", str(path))
     elif anchor is not None:
@@ -279,12 +290,24 @@ def check_values(delta: Mapping[str, Tensor], what: str) -> None:
     for name, value in delta.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise DeltaError(f"{what} maps {name!r} to a {type(value).__name__}, not to a tensor")
+        if problem := unreadable(value):
+            raise DeltaError(f"{what}: {name} {problem}")
         if value.dtype not in _DTYPES:
             supported = ", ".join(map(dtype_name, _DTYPES))
             raise DeltaError(f"{what}: {name} is {value.dtype}; supported are {supported}")
     broken = [name for name, value in delta.items() if not value.isfinite().all()]
     if broken:
         raise DeltaError(f"{what} has values that are not finite in {_few(broken)}")
+
+
+def unreadable(value: Tensor) -> str | None:
+    """Why a tensor has no values to save, with the way out; None if it has."""
+    if value.is_meta:
+        return "is on the meta device, without values: load or initialize it first"
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        return f"is {kind}, only dense tensors are supported: use to_dense(), or pad it"
+    return None
 
 
 def parse_meta(metadata: Mapping[str, str]) -> DeltaMeta:
@@ -309,6 +332,31 @@ def _metadata(meta: DeltaMeta) -> dict[str, str]:
     }
 
 
+def _read(path: str | os.PathLike[str], name: str) -> Delta:
+    """The file `name`, which messages call `path`; raises DeltaFileError, or anything."""
+    with safe_open(name, framework="pt") as file:
+        metadata = file.metadata() or {}
+        _check_format(path, metadata)
+        for key in file.keys():  # noqa: SIM118
+            if (code := file.get_slice(key).get_dtype()) not in _CODES:
+                raise DeltaFileError(f"{path} is no delta file: {key} is {code}, not in {_CODES}")
+        # Cloned: the file stays mapped otherwise, and changes to it would show in the tensors.
+        delta = Delta({key: file.get_tensor(key).clone() for key in file.keys()})  # noqa: SIM118
+    expected = metadata.pop("content_sha256")
+    found = content_sha256(delta, metadata)
+    if found != expected:
+        raise DeltaFileError(
+            f"{path} was changed after it was written: content_sha256 is {_short(found)}, "
+            f"the header says {_short(expected)}. Restore it from a copy"
+        )
+    try:
+        check_values(delta, str(path))
+    except DeltaError as error:
+        raise DeltaFileError(f"{error}: save_delta writes no such file") from error
+    delta.meta = parse_meta(metadata)
+    return delta
+
+
 def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise DeltaFileError(f"{path} is a safetensors file, but no delta file of tangent-ops")
@@ -319,11 +367,21 @@ def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> 
             f"{' and '.join(FORMAT_VERSIONS)}: update tangent-ops"
         )
     needed = {"anchor", "model", "trainable", "content_sha256"}
-    missing = (needed | ({"rank", "basis"} if version == "2" else set())) - metadata.keys()
+    low_rank = {"rank", "basis"}
+    missing = (needed | (low_rank if version == "2" else set())) - metadata.keys()
     if missing:
         raise DeltaFileError(f"{path} lacks {_few(missing)} in its header")
-    if not metadata.get("rank", "1").isdecimal():
-        raise DeltaFileError(f"{path} has rank {metadata['rank']!r} in its header, not a number")
+    if version == "1" and (extra := low_rank & metadata.keys()):
+        raise DeltaFileError(f"{path} has {_few(extra)} in its header, which format 1 has not")
+    if not _RANK.fullmatch(metadata.get("rank", "1")):
+        raise DeltaFileError(
+            f"{path} has rank {metadata['rank'][:20]!r} in its header, no positive number"
+        )
+
+
+def _is_text(value: str) -> bool:
+    """Whether UTF-8 has it: half a surrogate pair would make a file that nobody can read."""
+    return not re.search("[\ud800-\udfff]", value)
 
 
 def _kind(rank: int | None) -> str:

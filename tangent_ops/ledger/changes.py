@@ -2,13 +2,11 @@
 
 Before the commit nothing that the database names is touched; after it, only what it names no more.
 A crash leaves files that it does not name. `sweep` erases them, alone with the database, so that
-the files of a change under way stay.
+the files of a change under way stay. Other people's files are left alone: see `own_files`.
 """
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -16,15 +14,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tangent_ops._files import sync_folder
+from tangent_ops._files import erase
 from tangent_ops.delta import DeltaMeta
 from tangent_ops.errors import LedgerError
-from tangent_ops.ledger import sealed, shard_file
+from tangent_ops.ledger import shard_file
+from tangent_ops.ledger.own_files import (
+    check_file,
+    check_folder,
+    has_own_name,
+    is_plain,
+    new_name,
+)
 from tangent_ops.ledger.records import Records, Row, Transaction
 from tangent_ops.ledger.running_sum import RunningSum
 from tangent_ops.ledger.shard_file import Label
-
-_OURS = re.compile(r"[0-9a-f]{32}\.safetensors|\.[0-9a-f]{16}\.tmp")  # of write_atomically, too
 
 
 class Folder:
@@ -35,14 +38,36 @@ class Folder:
         self.deltas = path / "deltas"
         self.sums = path / "sums"
 
+    def check(self) -> None:
+        """Raise LedgerError if a link, or anything but a folder, is where the files should be."""
+        check_folder(self.deltas)
+        check_folder(self.sums)
+
+    def named(self, transaction: Transaction) -> set[Path]:
+        """The files that the database names."""
+        seal = transaction.sum()
+        sums = {self.sums / seal.name} if seal else set()
+        return sums | {self.deltas / row.seal.name for row in transaction.shards()}
+
     def unnamed(self, transaction: Transaction) -> tuple[list[Path], list[Path]]:
         """Files that the database does not name: those of an interrupted change, and others'."""
-        seal = transaction.sum()
-        named = {self.sums / seal.name} if seal else set()
-        named |= {self.deltas / row.seal.name for row in transaction.shards()}
-        found = sorted({*self.deltas.iterdir(), *self.sums.iterdir()} - named)
-        ours = [path for path in found if _OURS.fullmatch(path.name)]
-        return ours, [path for path in found if not _OURS.fullmatch(path.name)]
+        self.check()
+        key = transaction.key()
+        found = {*self.deltas.iterdir(), *self.sums.iterdir()} - self.named(transaction)
+        ours = {path for path in found if has_own_name(path, key) and is_plain(path)}
+        return sorted(ours), sorted(found - ours)
+
+    def check_erasable(self, path: Path, transaction: Transaction) -> None:
+        """Raise LedgerError for what is no regular file, or has a name that is still in use."""
+        check_file(path)
+        if not path.exists() or path.stat().st_nlink == 1:
+            return
+        for other in self.named(transaction) - {path}:
+            if other.exists() and path.samefile(other):
+                raise LedgerError(
+                    f"{path} and {other} are one file (hard links), so erasing one would erase "
+                    "both: put a copy in the place of the second"
+                )
 
 
 class Change:
@@ -57,12 +82,13 @@ class Change:
     def add_shard(self, delta: Mapping[str, Tensor], meta: DeltaMeta | None, label: Label) -> None:
         """Write a shard's file, and record it."""
         self.started = True
-        seal = shard_file.save(self._folder.deltas / sealed.new_name(), delta, meta, label)
+        path = self._folder.deltas / new_name(self.transaction.key())
+        seal = shard_file.save(path, delta, meta, label)
         self.transaction.insert(Row(label.shard, seal, _now()))
 
     def remove_shard(self, row: Row) -> None:
         """Let a shard go, and its file."""
-        self.obsolete.append(self._folder.deltas / row.seal.name)
+        self._let_go(self._folder.deltas / row.seal.name)
         self.transaction.delete(row.shard, _now())
 
     def set_sum(self, total: RunningSum) -> None:
@@ -70,8 +96,13 @@ class Change:
         self.started = True
         old = self.transaction.sum()
         if old is not None:
-            self.obsolete.append(self._folder.sums / old.name)
-        self.transaction.set_sum(total.save(self._folder.sums / sealed.new_name()))
+            self._let_go(self._folder.sums / old.name)
+        path = self._folder.sums / new_name(self.transaction.key())
+        self.transaction.set_sum(total.save(path))
+
+    def _let_go(self, path: Path) -> None:
+        self._folder.check_erasable(path, self.transaction)
+        self.obsolete.append(path)
 
 
 @contextmanager
@@ -81,6 +112,7 @@ def change(records: Records, folder: Folder) -> Iterator[Change]:
     Raises:
         LedgerError: the change is made, but an old file could not be erased.
     """
+    folder.check()
     current = None
     try:
         with records.writing() as transaction:
@@ -109,21 +141,25 @@ def sweep(records: Records, folder: Folder) -> None:
         return
     with records.writing() as transaction:
         found, _ = folder.unnamed(transaction)
+        if not _knows_all(transaction, folder):
+            return
         for path in found:
+            folder.check_erasable(path, transaction)
             erase(path)
 
 
-def erase(path: Path) -> None:
-    """Overwrite a file with zeros, then remove it; fine if it is gone already."""
-    with suppress(FileNotFoundError):
-        with open(path, "r+b") as file:
-            left = os.fstat(file.fileno()).st_size
-            while left:
-                left -= file.write(bytes(min(left, 1 << 20)))
-            file.flush()
-            os.fsync(file.fileno())
-        path.unlink()
-        sync_folder(path.parent)
+def _knows_all(transaction: Transaction, folder: Folder) -> bool:
+    """Whether the database names as many shards as the sum counts.
+
+    Or it lost rows, or is an old copy, and what it does not name may be all there is of a shard.
+    """
+    seal = transaction.sum()
+    if seal is None:
+        return transaction.blank()
+    try:
+        return RunningSum.load_count(folder.sums, seal) == transaction.count()
+    except LedgerError:
+        return False
 
 
 def _now() -> str:

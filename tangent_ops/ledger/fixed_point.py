@@ -1,9 +1,9 @@
 """Fixed point: numbers as int64 multiples of 2^-40, whose sums do not depend on the order.
 
 A term w δ is the float64 product, rounded to the nearest multiple of 2^-40 (9.1e-13), ties to even,
-so by 4.5e-13 at most. With a weight of 1 these values go in exactly: float16 always; float32 from
-2^-17 (7.6e-6) up, bfloat16 from 2^-33 (1.2e-10) up and float64 from 2^12 up, since their own
-spacing is no finer there.
+so by 4.6e-13 at most, besides the product's own |w δ| · 2^-53. With a weight of 1 these values go
+in exactly: float16 always; float32 from 2^-17 (7.6e-6) up, bfloat16 from 2^-33 (1.2e-10) up and
+float64 from 2^12 up, since their own spacing is no finer there.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import Tensor
 
 from tangent_ops._files import sync_folder
-from tangent_ops.delta import Delta, DeltaMeta, check_values, load_delta
+from tangent_ops.delta import Delta, DeltaMeta, check_values, load_delta, unreadable
 from tangent_ops.errors import ArgumentError, LedgerError
 from tangent_ops.ledger import shard_file
 from tangent_ops.ledger.changes import Change, Folder, change, sweep
@@ -53,8 +53,9 @@ class Ledger:
     and threads. Nothing stays open between calls.
 
     The terms w δ are added as multiples of 2^-40 (see `tangent_ops.ledger.fixed_point`): the mean
-    of n shards of total weight W is within n / W · 4.5e-13 of the exact one, before it is rounded
-    to the deltas' dtype. Weight times largest value, summed over the shards, may reach 2^23.
+    of n shards of total weight W is within n / W · 4.6e-13 + A · 4.5e-16 of the exact one, before
+    it is rounded to the deltas' dtype, where A is the weighted mean of |δ|. Weight times largest
+    value, summed over the shards, may reach 2^23.
 
     Forgetting overwrites the shard's file and the last sum with zeros and removes them. What is
     beyond that is not covered: copies and backups, compositions exported before, filesystems that
@@ -62,7 +63,8 @@ class Ledger:
 
     Args:
         path: the folder; a new or an empty one becomes a ledger. It must be on a local disk, as
-            SQLite's log needs shared memory.
+            SQLite's log needs shared memory. It may be a link to a folder; what is in it may not:
+            links in there are never followed, and files that are not the ledger's never erased.
         anchor: take deltas of this anchor only: its fingerprint, or a tangent model, which fixes
             rank, basis, names, shapes and dtypes too. By default the first delta fixes all that.
         create: False refuses a folder that holds no ledger yet.
@@ -111,8 +113,9 @@ class Ledger:
             DeltaError: another anchor, rank, basis, names, shapes or dtypes than the ledger's, or
                 values that are not finite.
             DeltaFileError: the file is truncated, was edited, or is no delta file.
-            LedgerError: the shard is present already; the values are out of the range of fixed
-                point, or vanish in it.
+            LedgerError: the shard is present already; a tensor is sparse or on the meta device; the
+                values are out of the range of fixed point, or vanish in it; the sum or the database
+                is damaged.
             LedgerBusyError: someone else kept the ledger locked for 30 seconds.
             OSError: the disk is full, or cannot be written.
         """
@@ -120,6 +123,9 @@ class Ledger:
         label = Label(shard_id, _checked_weight(weight), _checked_meta(meta))
         what = f"shard {shard_id!r}"
         if isinstance(delta, Mapping):
+            for name, value in delta.items():
+                if isinstance(value, Tensor) and (problem := unreadable(value)):
+                    raise LedgerError(f"{what}: {name} {problem}")
             check_values(delta, what)
         elif isinstance(delta, (str, os.PathLike)):
             delta = load_delta(delta)
@@ -159,13 +165,14 @@ class Ledger:
             row = current.transaction.shard(shard_id)
             if row is None:
                 raise LedgerError(f"shard {shard_id!r} is not in the ledger: see list()")
-            current.remove_shard(row)
             if rebuild:
+                current.remove_shard(row)
                 total = self._summed_anew(current, progress)
             else:
                 total = self._sum(current.transaction)
                 delta, label = self._read(shard_file.load, row)
                 total.subtract(delta, delta.meta, label.weight, f"shard {shard_id!r}")
+                current.remove_shard(row)
             current.set_sum(total)
 
     def composed(self) -> Delta:
@@ -239,6 +246,7 @@ class Ledger:
         """
         with change(self._records, self._folder) as current:
             current.set_sum(self._summed_anew(current, progress))
+        sweep(self._records, self._folder)  # which leaves all as it is while the sum is damaged
 
     def __len__(self) -> int:
         with self._records.reading() as transaction:
@@ -246,11 +254,12 @@ class Ledger:
 
     def __contains__(self, shard_id: object) -> bool:
         with self._records.reading() as transaction:
-            return isinstance(shard_id, str) and transaction.shard(shard_id) is not None
+            return transaction.shard(shard_id) is not None
 
     def _open(self, create: bool) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise ArgumentError(f"{self.path} is a file: a ledger is a folder")
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            what = "a file" if self.path.exists() else "a link that leads nowhere"
+            raise ArgumentError(f"{self.path} is {what}: a ledger is a folder")
         if create:
             new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
@@ -259,8 +268,9 @@ class Ledger:
             self._records.create()
         else:
             self._records.check()
+        self._folder.check()
         for folder in (self._folder.deltas, self._folder.sums):
-            if not folder.is_dir():  # a new ledger, or one copied without its empty folders
+            if not folder.exists():  # a new ledger, or one copied without its empty folders
                 folder.mkdir(exist_ok=True)
                 sync_folder(self.path)
         sweep(self._records, self._folder)
@@ -291,10 +301,19 @@ class Ledger:
 
     def _sum(self, transaction: Transaction) -> RunningSum:
         seal = transaction.sum()
-        if seal is None:
-            return RunningSum()
         try:
-            return RunningSum.load(self._folder.sums, seal)
+            if seal is None:
+                if not transaction.blank():
+                    raise LedgerError(f"the database of {self.path} lost its sum")
+                return RunningSum()
+            total = RunningSum.load(self._folder.sums, seal)
+            here, summed = transaction.count(), total.origins.total()
+            if here != summed:
+                raise LedgerError(
+                    f"the database of {self.path} names {here} shards, its sum is of {summed}: "
+                    "restore the folder from a copy, or go on with the shards of list()"
+                )
+            return total
         except LedgerError as error:
             raise LedgerError(f"{error}; {ANEW}") from error
 

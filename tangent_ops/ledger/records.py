@@ -6,7 +6,7 @@ stand in the shards' files, and the hashes here are of salted headers.
 
 from __future__ import annotations
 
-import re
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,23 +15,22 @@ from pathlib import Path
 from urllib.parse import quote
 
 from tangent_ops.errors import LedgerBusyError, LedgerError
+from tangent_ops.ledger.own_files import check_file, may_be_named, new_key
 from tangent_ops.ledger.sealed import Seal
 
 BUSY_SECONDS = 30.0
 
 _APPLICATION_ID = 0x74616E67  # "tang" in the database's header
 _VERSION = 1
-_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
-_TABLES = (
-    "CREATE TABLE shards (shard TEXT PRIMARY KEY, file TEXT NOT NULL, sha256 TEXT NOT NULL,"
-    " added TEXT NOT NULL)",
-    "CREATE TABLE sum (one INTEGER PRIMARY KEY CHECK (one = 1), file TEXT NOT NULL,"
+_TABLES = {
+    "shards": "CREATE TABLE shards (shard TEXT PRIMARY KEY, file TEXT NOT NULL,"
+    " sha256 TEXT NOT NULL, added TEXT NOT NULL)",
+    "sum": "CREATE TABLE sum (one INTEGER PRIMARY KEY CHECK (one = 1), file TEXT NOT NULL,"
     " sha256 TEXT NOT NULL)",
-    'CREATE TABLE history (number INTEGER PRIMARY KEY, "when" TEXT NOT NULL, what TEXT NOT NULL,'
-    " shard TEXT NOT NULL)",
-    f"PRAGMA application_id = {_APPLICATION_ID}",
-    f"PRAGMA user_version = {_VERSION}",
-)
+    "history": 'CREATE TABLE history (number INTEGER PRIMARY KEY, "when" TEXT NOT NULL,'
+    " what TEXT NOT NULL, shard TEXT NOT NULL)",
+    "names": "CREATE TABLE names (one INTEGER PRIMARY KEY CHECK (one = 1), key TEXT NOT NULL)",
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,7 @@ class Records:
 
     def create(self) -> None:
         """Make the database, if there is none; refuse a folder of something else."""
+        self._check_files()
         # Looked for twice: another process may be making a ledger here right now.
         if not self.path.exists() and self._has_company() and not self.path.exists():
             raise LedgerError(
@@ -77,6 +77,7 @@ class Records:
 
     def check(self) -> None:
         """Raise LedgerError unless the file is a ledger's database that this release reads."""
+        self._check_files()
         if not self.path.exists():
             raise LedgerError(f"{self.path.parent} holds no ledger: there is no {self.path.name}")
         application, version = self._owner()
@@ -87,6 +88,12 @@ class Records:
                 f"{self.path} has format version {version}, this release reads {_VERSION}: "
                 "update tangent-ops"
             )
+        with self._connected("rw") as connection:
+            if "names" not in _made(connection):  # a ledger of an earlier release
+                connection.execute("BEGIN IMMEDIATE")
+                if "names" not in _made(connection):
+                    _make_names(connection)
+                connection.execute("COMMIT")
 
     def _owner(self) -> tuple[int, int]:
         with self._connected("rw") as connection:
@@ -99,8 +106,11 @@ class Records:
             if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
                 if self._has_company():  # or the first sweep would erase all deltas
                     raise LedgerError(f"{self.path} lost its content: restore it from a copy")
-                for statement in _TABLES:
-                    connection.execute(statement)
+                for table in ("shards", "sum", "history"):
+                    connection.execute(_TABLES[table])
+                _make_names(connection)
+                connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                connection.execute(f"PRAGMA user_version = {_VERSION}")
             connection.execute("COMMIT")
 
     def _has_company(self) -> bool:
@@ -113,6 +123,7 @@ class Records:
         """One state of the database, whatever writers do."""
         with self._connected("rw") as connection:
             connection.execute("BEGIN")
+            self._check_tables(connection)
             yield Transaction(connection)
 
     @contextmanager
@@ -120,15 +131,31 @@ class Records:
         """Alone with the database; commits at the end, and changes nothing if there is an error."""
         with self._connected("rw") as connection:
             connection.execute("BEGIN IMMEDIATE")
+            self._check_tables(connection)
             yield Transaction(connection)
             connection.execute("COMMIT")
 
+    def _check_files(self) -> None:
+        # SQLite would follow a link in the database's place, and make a database where it leads.
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            check_file(self.path.with_name(self.path.name + suffix))
+
+    def _check_tables(self, connection: sqlite3.Connection) -> None:
+        # No views and no triggers either: a statement does nothing but what it says.
+        found = _made(connection)
+        different = {*found.items()} ^ {*_TABLES.items()}
+        if different:
+            name = min(different)[0]
+            what = "has not its own" if name in _TABLES else "has a foreign"
+            raise LedgerError(f"{self.path} {what} {name!r}: restore it from a copy")
+
     @contextmanager
     def _connected(self, mode: str) -> Iterator[sqlite3.Connection]:
+        self._check_files()
         connection = None
         try:
             connection = sqlite3.connect(
-                f"file:{quote(str(self.path))}?mode={mode}",
+                f"file:{quote(os.fsencode(self.path))}?mode={mode}",
                 uri=True,
                 timeout=BUSY_SECONDS,
                 isolation_level=None,
@@ -154,8 +181,22 @@ class Transaction:
         row = self._connection.execute("SELECT file, sha256 FROM sum").fetchone()
         return row and _seal(*row)
 
-    def shard(self, shard: str) -> Row | None:
+    def key(self) -> str:
+        """Of the names of the ledger's files, see `own_files`."""
+        row = self._connection.execute("SELECT key FROM names").fetchone()
+        if row is None:
+            raise LedgerError("the database lost the key of its files' names: restore it")
+        return row[0]
+
+    def blank(self) -> bool:
+        """Whether no shard is or was there."""
+        found = "SELECT EXISTS (SELECT 1 FROM shards) OR EXISTS (SELECT 1 FROM history)"
+        return not self._connection.execute(found).fetchone()[0]
+
+    def shard(self, shard: object) -> Row | None:
         """A present shard, or None."""
+        if not isinstance(shard, str) or not shard.isprintable():  # half a surrogate pair, say
+            return None
         row = self._connection.execute(
             "SELECT shard, file, sha256, added FROM shards WHERE shard = ?", (shard,)
         ).fetchone()
@@ -207,13 +248,23 @@ class Transaction:
         )
 
 
+def _made(connection: sqlite3.Connection) -> dict[str, str]:
+    """Name -> statement of every table, view, index and trigger that was made by one."""
+    found = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL")
+    return {str(name): str(statement) for name, statement in found}
+
+
+def _make_names(connection: sqlite3.Connection) -> None:
+    connection.execute(_TABLES["names"])
+    connection.execute("INSERT INTO names VALUES (1, ?)", (new_key(),))
+
+
 def _row(shard: str, file: str, sha256: str, added: str) -> Row:
     return Row(shard, _seal(file, sha256), added)
 
 
 def _seal(file: str, sha256: str) -> Seal:
-    # The name of a file to be erased some day: an edited one must not lead out of the folder.
-    if not isinstance(file, str) or not _NAME.fullmatch(file):
+    if not may_be_named(file):
         raise LedgerError(f"the database names a file {file!r}: it was edited. Restore it")
     return Seal(file, sha256)
 

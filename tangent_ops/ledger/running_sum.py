@@ -176,13 +176,22 @@ class RunningSum:
     @staticmethod
     def load_rules(folder: Path, seal: Seal) -> Rules:
         """The rules in a file that `save` wrote, without reading the sums; raises as `load`."""
-        metadata = sealed.header(folder, seal)
-        if metadata["format_version"] != FORMAT_VERSION:
-            raise LedgerError(
-                f"{folder / seal.name} has format version {metadata['format_version']}, this "
-                f"release reads {FORMAT_VERSION}: update tangent-ops"
-            )
-        return Rules.from_json(metadata["rules"])
+        return Rules.from_json(_header(folder, seal)["rules"])
+
+    @staticmethod
+    def load_count(folder: Path, seal: Seal) -> int:
+        """How many shards are in the sum, without reading it; raises as `load`."""
+        return sum(count for _, count in json.loads(_header(folder, seal)["origins"]))
+
+
+def _header(folder: Path, seal: Seal) -> dict[str, str]:
+    metadata = sealed.header(folder, seal)
+    if metadata["format_version"] != FORMAT_VERSION:
+        raise LedgerError(
+            f"{folder / seal.name} has format version {metadata['format_version']}, this "
+            f"release reads {FORMAT_VERSION}: update tangent-ops"
+        )
+    return metadata
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:

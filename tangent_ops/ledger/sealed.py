@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tangent_ops._files import content_sha256, to_json, write_atomically, write_safetensors
+from tangent_ops._files import content_sha256, opened, to_json, write_new, write_safetensors
 from tangent_ops.errors import LedgerError
+from tangent_ops.ledger.own_files import check_file, check_folder
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,6 @@ class Seal:
     sha256: str
 
 
-def new_name() -> str:
-    """A name that says nothing and was never used."""
-    return f"{secrets.token_hex(16)}.safetensors"
-
-
 def salt() -> str:
     """128 random bits."""
     return secrets.token_hex(16)
@@ -39,7 +36,8 @@ def salt() -> str:
 
 def seal(path: Path) -> Seal:
     """The seal of a file that was just written."""
-    return Seal(path.name, _hash_of(_metadata(path)))
+    with _opened(path) as file:
+        return Seal(path.name, _hash_of(file.metadata() or {}))
 
 
 def header(folder: Path, sealed: Seal) -> dict[str, str]:
@@ -48,18 +46,15 @@ def header(folder: Path, sealed: Seal) -> dict[str, str]:
     Raises:
         LedgerError: the file is missing, or its header is damaged or was edited.
     """
-    path = folder / sealed.name
-    metadata = _metadata(path)
-    if _hash_of(metadata) != sealed.sha256:
-        raise LedgerError(f"{path} was changed after it was written")
-    return metadata
+    with _opened(folder / sealed.name) as file:
+        return _checked(file, folder, sealed)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file to seal, to disk before this returns."""
+    """Write a new file to seal, to disk before this returns."""
     metadata = {**metadata, "salt": salt()}
     metadata["content_sha256"] = content_sha256(tensors, metadata)
-    write_atomically(path, lambda file: write_safetensors(file, tensors, metadata))
+    write_new(path, lambda file: write_safetensors(file, tensors, metadata))
 
 
 def read(folder: Path, sealed: Seal) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -68,28 +63,35 @@ def read(folder: Path, sealed: Seal) -> tuple[dict[str, Tensor], dict[str, str]]
     Raises:
         LedgerError: the file is missing, damaged or was edited.
     """
-    metadata = header(folder, sealed)
     path = folder / sealed.name
-    try:
-        with safe_open(path, framework="pt") as file:
-            # Cloned: the file stays mapped otherwise, and changes to it would show in the tensors.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, RuntimeError) as error:  # torch's, if it vanishes meanwhile
-        raise LedgerError(f"{path} cannot be read: {error}") from error
+    with _opened(path) as file:
+        metadata = _checked(file, folder, sealed)
+        # Cloned: the file stays mapped otherwise, and changes to it would show in the tensors.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     rest = {key: value for key, value in metadata.items() if key != "content_sha256"}
     if content_sha256(tensors, rest) != metadata["content_sha256"]:
         raise LedgerError(f"{path} was changed after it was written")
     return tensors, metadata
 
 
-def _metadata(path: Path) -> dict[str, str]:
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    check_folder(path.parent)
+    check_file(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
+        with opened(path, own=True) as name, safe_open(name, framework="pt") as file:
+            yield file
     except FileNotFoundError as error:
         raise LedgerError(f"{path} is missing") from error
-    except (SafetensorError, OSError, RuntimeError) as error:  # as above
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise LedgerError(f"{path} cannot be read: {error}") from error
+
+
+def _checked(file: safe_open, folder: Path, sealed: Seal) -> dict[str, str]:
+    metadata = file.metadata() or {}
+    if _hash_of(metadata) != sealed.sha256:
+        raise LedgerError(f"{folder / sealed.name} was changed after it was written")
+    return metadata
 
 
 def _hash_of(metadata: Mapping[str, str]) -> str:

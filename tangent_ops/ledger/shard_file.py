@@ -13,9 +13,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tangent_ops._files import to_json
-from tangent_ops.delta import Delta, DeltaMeta, load_delta, parse_meta, save_delta
-from tangent_ops.errors import DeltaError, LedgerError
+from tangent_ops._files import to_json, write_new, write_safetensors
+from tangent_ops.delta import Delta, DeltaMeta, file_content, parse_meta
+from tangent_ops.errors import LedgerError
 from tangent_ops.ledger import sealed
 from tangent_ops.ledger.sealed import Seal
 
@@ -35,7 +35,7 @@ class Label:
 
 
 def save(path: Path, delta: Mapping[str, Tensor], meta: DeltaMeta | None, label: Label) -> Seal:
-    """Write the file, to disk before this returns."""
+    """Write a new file, to disk before this returns."""
     line = to_json(
         {
             "known": meta is not None,
@@ -46,7 +46,9 @@ def save(path: Path, delta: Mapping[str, Tensor], meta: DeltaMeta | None, label:
         }
     )
     own = meta or _UNKNOWN
-    save_delta(delta, path, meta=replace(own, extra=own.extra | {_EXTRA: line}))
+    meta = replace(own, extra=own.extra | {_EXTRA: line})
+    tensors, metadata = file_content(delta, meta)
+    write_new(path, lambda file: write_safetensors(file, tensors, metadata))
     return sealed.seal(path)
 
 
@@ -56,7 +58,7 @@ def read_label(folder: Path, seal: Seal, shard: str) -> Label:
     Raises:
         LedgerError: the file is missing, damaged, was edited or is another shard's.
     """
-    return _read_header(folder, seal, shard)[0]
+    return _parsed(sealed.header(folder, seal), folder / seal.name, shard)[0]
 
 
 def read_origin(folder: Path, seal: Seal, shard: str) -> DeltaMeta | None:
@@ -65,7 +67,7 @@ def read_origin(folder: Path, seal: Seal, shard: str) -> DeltaMeta | None:
     Raises:
         LedgerError: as `read_label`.
     """
-    return _read_header(folder, seal, shard)[1]
+    return _parsed(sealed.header(folder, seal), folder / seal.name, shard)[1]
 
 
 def load(folder: Path, seal: Seal, shard: str) -> tuple[Delta, Label]:
@@ -74,20 +76,16 @@ def load(folder: Path, seal: Seal, shard: str) -> tuple[Delta, Label]:
     Raises:
         LedgerError: as `read_label`.
     """
-    label, origin = _read_header(folder, seal, shard)
-    try:
-        delta = load_delta(folder / seal.name)
-    except (DeltaError, OSError) as error:
-        raise LedgerError(str(error)) from error
-    delta.meta = origin
-    return delta, label
+    tensors, metadata = sealed.read(folder, seal)
+    label, origin = _parsed(metadata, folder / seal.name, shard)
+    return Delta(tensors, origin), label
 
 
-def _read_header(folder: Path, seal: Seal, shard: str) -> tuple[Label, DeltaMeta | None]:
-    meta = parse_meta(sealed.header(folder, seal))
+def _parsed(metadata: Mapping[str, str], path: Path, shard: str) -> tuple[Label, DeltaMeta | None]:
+    meta = parse_meta(metadata)
     record = json.loads(meta.extra[_EXTRA])
     if record["shard"] != shard:
-        raise LedgerError(f"{folder / seal.name} is of shard {record['shard']!r}, not {shard!r}")
+        raise LedgerError(f"{path} is of shard {record['shard']!r}, not {shard!r}")
     extra = {key: value for key, value in meta.extra.items() if key != _EXTRA}
     origin = replace(meta, extra=extra) if record["known"] else None
     return Label(shard, record["weight"], record["meta"]), origin

@@ -45,7 +45,7 @@ def verify(transaction: Transaction, folder: Folder, progress: bool) -> Verified
     problems += broken
 
     seal = transaction.sum()
-    if seal is not None or rows:
+    if seal is not None or not transaction.blank():
         try:
             if seal is None:
                 raise LedgerError("the database names no sum")
@@ -55,6 +55,12 @@ def verify(transaction: Transaction, folder: Folder, progress: bool) -> Verified
                 raise LedgerError(f"the sum is not that of the shards: {', '.join(differences)}")
         except LedgerError as error:
             problems.append(f"{error}; {ANEW}")
+
+    present = set()
+    for event in transaction.history():
+        (present.add if event.what == "added" else present.discard)(event.shard)
+    if present != {row.shard for row in rows}:
+        problems.append("the history is not that of the shards; restore the database from a copy")
 
     ours, others = folder.unnamed(transaction)
     problems += [

@@ -266,9 +266,19 @@ class Plan:
         """Alone with the run: to train, to settle, or to forget.
 
         Raises:
-            PlanError: another process is at work here.
+            PlanError: another process is at work here; or a link leads out of the run's folder,
+                where its files would be written and erased.
         """
-        with open(self.path / ".lock", "a") as file:
+        lock = self.path / ".lock"
+        for path in (self.deltas_path, self.ledger_path, lock):
+            if path.is_symlink():
+                raise PlanError(
+                    f"{path} is a symbolic link, and a run writes and erases in its own folder "
+                    "alone: put the folder itself there, or move the run and link to it as a whole"
+                )
+        if lock.exists() and not lock.is_file():  # a pipe would wait
+            raise PlanError(f"{lock} is no file: remove it")
+        with open(lock, "a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from tangent_ops._files import erase
 from tangent_ops.delta import load_delta
 from tangent_ops.errors import ArgumentError, DeltaError, LedgerError, PlanError
 from tangent_ops.ledger import Ledger
-from tangent_ops.ledger.changes import erase
 from tangent_ops.shards.plan import WEIGHTS, Plan
+
+_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")  # of Plan.delta_path
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ def settle(plan: Plan, *, weights: str | None = None) -> Settled:
 
     Deltas that the plan no longer asks for, since a sample of theirs was forgotten say, leave the
     ledger; their files are overwritten and removed. What is trained and not in the ledger is added.
+    Other files in the run's folder stay as they are, and links are not followed.
 
     Args:
         plan: the run.
@@ -40,7 +44,8 @@ def settle(plan: Plan, *, weights: str | None = None) -> Settled:
 
     Raises:
         ArgumentError: weights is neither.
-        PlanError: another process is at work on the run; a delta's file is damaged or another's.
+        PlanError: another process is at work on the run; a delta's file is damaged, another's or a
+            link.
         LedgerError: the ledger is damaged.
     """
     if weights is not None and weights not in WEIGHTS:
@@ -73,10 +78,7 @@ def settle_locked(plan: Plan, weights: str | None = None) -> Settled:
             meta = {"job": shard.job, "samples": shard.samples, "weights": weights}
             ledger.add(name, _delta(plan, name, shard.job), weight, meta)
             added.append(name)
-    wanted = {plan.delta_path(shard.job).name for shard in shards.values() if shard.job}
-    for path in plan.deltas_path.glob("*.safetensors"):
-        if path.name not in wanted:
-            erase(path)
+    _erase_stale(plan)
     missing = tuple(name for name, shard in shards.items() if not shard.done)
     return Settled(tuple(added), tuple(forgotten), missing)
 
@@ -108,11 +110,46 @@ def _delta(plan: Plan, shard: str, job: str) -> Path:
     """A job's file, after a look at whose it is."""
     path = plan.delta_path(job)
     try:
+        _check_file(path)
         meta = load_delta(path, anchor=plan.anchor_info.fingerprint).meta
-    except DeltaError as error:
+    except (DeltaError, OSError) as error:
         raise PlanError(f"{error}. Or remove it, and run the shards again") from error
     if meta is None or meta.shard != shard or meta.extra.get("job") != job:
         raise PlanError(
             f"{path} is not the delta of shard {shard!r}: remove it, and run the shards again"
         )
     return path
+
+
+def _erase_stale(plan: Plan) -> None:
+    """Erase the deltas that the run's workers wrote and its plan no longer asks for.
+
+    Raises:
+        PlanError: a file is named like one of them, and nobody can tell; the others are erased.
+    """
+    wanted = {plan.delta_path(shard.job) for shard in plan.shards() if shard.job is not None}
+    stale, unclear = [], []
+    for path in sorted(plan.deltas_path.iterdir()):
+        if path in wanted or not _NAME.fullmatch(path.name):
+            continue
+        try:
+            _check_file(path)
+            meta = load_delta(path).meta
+            assert meta is not None
+            ours = meta.anchor == plan.anchor_info.fingerprint
+            if ours and meta.extra.get("job", "").startswith(path.stem):
+                stale.append(path)
+        except (DeltaError, OSError) as error:
+            unclear.append(str(error))
+    for path in stale:
+        erase(path)
+    if unclear:
+        raise PlanError(
+            f"{unclear[0]}. It is named like a delta that the plan of {plan.path} no longer asks "
+            "for, and is not erased: remove it if it is one, or else move it elsewhere"
+        )
+
+
+def _check_file(path: Path) -> None:
+    if path.is_symlink():
+        raise OSError(f"{path} is a symbolic link, which is not followed here")

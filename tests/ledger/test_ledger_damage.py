@@ -12,7 +12,7 @@ from ledger_helpers import assert_is, assert_tidy, some_delta, tree
 
 from tangent_ops import Ledger
 from tangent_ops.errors import LedgerError, TangentOpsError
-from tangent_ops.ledger import sealed
+from tangent_ops.ledger import own_files, sealed
 
 SHARDS = {"a": (some_delta(1), 1.0), "b": (some_delta(2), 2.5), "c": (some_delta(3), 0.5)}
 
@@ -164,7 +164,9 @@ def test_verify_names_every_problem(ledger):
     remove(delta_file(ledger, "b"))
     truncate(sum_file(ledger))
     (ledger.path / "deltas" / "notes.txt").write_text("mine")
-    (ledger.path / "sums" / ("f" * 32 + ".safetensors")).write_text("crash")
+    with ledger._records.reading() as transaction:
+        leftover = own_files.new_name(transaction.key())
+    (ledger.path / "sums" / leftover).write_text("crash")
     before = tree(ledger.path)
     with pytest.raises(LedgerError) as error:
         ledger.verify()

@@ -1,0 +1,206 @@
+"""A database that lost a row or a table is found out before anything is added or forgotten."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+from contextlib import closing
+
+import pytest
+import torch
+from ledger_helpers import META, assert_is, assert_tidy, some_delta, tree
+
+from tangent_ops import Ledger
+from tangent_ops.errors import ArgumentError, DeltaError, LedgerError
+
+SHARDS = {"a": (some_delta(1), 1.0), "b": (some_delta(2), 2.5)}
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    ledger = Ledger(tmp_path / "ledger")
+    for shard, (delta, weight) in SHARDS.items():
+        ledger.add(shard, delta, weight)
+    return ledger
+
+
+def edit(ledger, *statements):
+    with closing(sqlite3.connect(ledger.path / "ledger.sqlite")) as connection, connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+def refused(ledger, message, *works):
+    before = tree(ledger.path)
+    for work in works:
+        with pytest.raises(LedgerError, match=message):
+            work()
+        assert tree(ledger.path) == before
+
+
+def changes(ledger):
+    return [
+        lambda: ledger.add("c", some_delta(3)),
+        lambda: ledger.forget("a"),
+        lambda: Ledger(ledger.path, anchor="a" * 64).add("c", some_delta(3)),
+    ]
+
+
+# Rows
+
+
+def test_a_sum_that_is_missing(ledger):
+    edit(ledger, "DELETE FROM sum")
+    refused(ledger, r"lost its sum.*rebuild\(\)", *changes(ledger), ledger.composed)
+    refused(ledger, r"names no sum.*rebuild\(\)", ledger.verify)
+    Ledger(ledger.path).rebuild()
+    assert_is(ledger.composed(), SHARDS.values())
+    assert_tidy(Ledger(ledger.path))
+    ledger.verify()
+
+
+def test_a_sum_that_is_missing_in_an_emptied_ledger(ledger):
+    """It would take deltas of any anchor and layout."""
+    for shard in SHARDS:
+        ledger.forget(shard)
+    edit(ledger, "DELETE FROM sum")
+    refused(ledger, "lost its sum", changes(ledger)[0], ledger.composed)
+    refused(ledger, "names no sum", ledger.verify)
+
+
+def test_a_shard_that_is_missing(ledger):
+    edit(ledger, "DELETE FROM shards WHERE shard = 'b'")
+    refused(
+        ledger, r"names 1 shards, its sum is of 2: .*rebuild\(\)", *changes(ledger), ledger.composed
+    )
+    with pytest.raises(LedgerError, match="history is not that of the shards"):
+        ledger.verify()
+
+
+def test_the_file_of_a_shard_that_is_missing_stays(ledger, tmp_path):
+    """It may be all there is of the shard: opening must not take it for a leftover."""
+    copy = tmp_path / "ledger.sqlite"
+    shutil.copy(ledger.path / "ledger.sqlite", copy)
+    edit(ledger, "DELETE FROM shards WHERE shard = 'b'")
+    Ledger(ledger.path)
+    assert len(os.listdir(ledger.path / "deltas")) == 2
+    shutil.copy(copy, ledger.path / "ledger.sqlite")
+    Ledger(ledger.path).verify()
+
+
+def test_an_old_database_over_newer_files_erases_none(ledger, tmp_path):
+    old = tmp_path / "ledger.sqlite"
+    shutil.copy(ledger.path / "ledger.sqlite", old)
+    ledger.add("c", some_delta(3))
+    new = (ledger.path / "ledger.sqlite").read_bytes()
+    shutil.copy(old, ledger.path / "ledger.sqlite")
+    refused(ledger, "is missing", *changes(ledger), ledger.composed)
+    assert len(os.listdir(ledger.path / "deltas")) == 3
+    (ledger.path / "ledger.sqlite").write_bytes(new)
+    assert_is(Ledger(ledger.path).composed(), [*SHARDS.values(), (some_delta(3), 1)])
+
+
+@pytest.mark.parametrize("lost", ["DELETE FROM history", "DELETE FROM history WHERE number = 1"])
+def test_events_that_are_missing(ledger, lost):
+    edit(ledger, lost)
+    refused(ledger, "history is not that of the shards; restore the database", ledger.verify)
+
+
+# Tables
+
+
+@pytest.mark.parametrize("table", ["shards", "sum", "history", "names"])
+@pytest.mark.parametrize(
+    "damage", ["DROP TABLE {0}", "ALTER TABLE {0} RENAME TO other", "ALTER TABLE {0} ADD COLUMN x"]
+)
+def test_a_table_that_is_gone_or_another(ledger, table, damage):
+    edit(ledger, damage.format(table))
+    refused(
+        ledger,
+        rf"has not its own '{table}'|has a foreign 'other'",
+        *changes(ledger)[:2],
+        ledger.composed,
+        ledger.list,
+        ledger.history,
+        ledger.verify,
+        ledger.rebuild,
+        lambda: len(ledger),
+    )
+
+
+def test_a_trigger_that_undoes_what_is_recorded(ledger):
+    edit(
+        ledger,
+        "CREATE TRIGGER undo AFTER INSERT ON shards BEGIN DELETE FROM shards; END",
+    )
+    refused(ledger, "has a foreign 'undo'", *changes(ledger), ledger.composed, ledger.verify)
+
+
+def test_a_ledger_of_an_earlier_release_goes_on(tmp_path):
+    """Without the key of names: it gets one, and its files are found and erased as ever."""
+    path = tmp_path / "ledger"
+    ledger = Ledger(path)
+    for shard, (delta, weight) in SHARDS.items():
+        ledger.add(shard, delta, weight)
+    edit(ledger, "DROP TABLE names")
+    ledger = Ledger(path)
+    ledger.add("c", some_delta(3))
+    ledger.forget("a")
+    assert_is(ledger.composed(), [SHARDS["b"], (some_delta(3), 1)])
+    ledger.verify()
+    assert_tidy(Ledger(path))
+
+
+def test_the_key_of_names_is_missing(ledger):
+    edit(ledger, "DELETE FROM names")
+    refused(ledger, "lost the key", *changes(ledger), ledger.verify)
+
+
+# Ids and tensors that are none
+
+
+@pytest.mark.parametrize("shard", ["\ud800", "a\udfff", 3, None, b"a", ("a",), "a\0"])
+def test_ids_that_cannot_be_there(ledger, shard):
+    ledger.add("3", some_delta(3))
+    assert shard not in ledger
+    refused(ledger, "is not in the ledger", lambda: ledger.forget(shard))
+    before = tree(ledger.path)
+    with pytest.raises(ArgumentError, match="printable"):
+        ledger.add(shard, some_delta(3))
+    assert tree(ledger.path) == before
+
+
+def test_meta_with_half_a_surrogate_pair_comes_back(ledger):
+    ledger.add("c", some_delta(3), meta={"name": "a\ud800", "\udfff": 1})
+    assert ledger.list()[-1].meta == {"name": "a\ud800", "\udfff": 1}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.eye(2).to_sparse(), "w is sparse_coo, only dense"),
+        (torch.ones(2).to_mkldnn(), "w is _mkldnn, only dense"),
+        (torch.ones(2, device="meta"), "w is on the meta device"),
+    ],
+)
+def test_tensors_without_plain_values(tmp_path, value, message):
+    ledger = Ledger(tmp_path / "ledger")
+    refused(ledger, f"shard 'a': {message}", lambda: ledger.add("a", {"w": value}))
+
+
+def test_names_of_tensors_that_no_file_can_hold(tmp_path):
+    ledger = Ledger(tmp_path / "ledger")
+    before = tree(ledger.path)
+    with pytest.raises(DeltaError, match="no text"):
+        ledger.add("a", {"\ud800": torch.ones(2)})
+    assert tree(ledger.path) == before
+
+
+def test_a_folder_whose_name_is_no_utf8(tmp_path):
+    ledger = Ledger(tmp_path / os.fsdecode(b"l\xff"))
+    ledger.add("a", some_delta(1, META))
+    ledger.add("b", some_delta(2, META))
+    ledger.forget("a")
+    assert_is(ledger.composed(), [(some_delta(2), 1)])
+    assert ledger.verify().shards == 1

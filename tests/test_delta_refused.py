@@ -1,0 +1,143 @@
+"""Files and tensors that are no delta's, however well they are made up: one kind of error each."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import struct
+
+import pytest
+import torch
+
+from tangent_ops import compose
+from tangent_ops.delta import DeltaMeta, load_delta, save_delta
+from tangent_ops.errors import ArgumentError, DeltaError, DeltaFileError
+
+META = DeltaMeta("a" * 64, "tiny", "head")
+TWO = struct.pack("<ff", 1, 2)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "delta.safetensors"
+
+
+def craft(path, data=TWO, *, code="F32", dtype="float32", shape=(2,), tensors=True, **metadata):
+    """A file of one tensor, with the hash that the format's documentation asks for."""
+    kept = {"format": "tangent-ops delta", "format_version": "1"}
+    kept |= {"anchor": "a", "model": "m", "trainable": "t", **metadata}
+    listed = [["w", dtype, list(shape)]] if tensors else []
+    line = json.dumps(
+        {"metadata": kept, "tensors": listed}, sort_keys=True, separators=(",", ":")
+    ).encode()
+    kept["content_sha256"] = hashlib.sha256(line + b"\n" + data).hexdigest()
+    entry = {"w": {"dtype": code, "shape": list(shape), "data_offsets": [0, len(data)]}}
+    header = json.dumps({"__metadata__": kept, **(entry if tensors else {})}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+
+
+def test_a_file_written_by_the_documentation_is_read(path):
+    craft(path)
+    assert torch.equal(load_delta(path)["w"], torch.tensor([1.0, 2.0]))
+    craft(path, format_version="2", rank="3", basis="b")
+    meta = load_delta(path).meta
+    assert meta is not None and (meta.rank, meta.basis) == (3, "b")
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ({"format_version": "2", "rank": "0", "basis": "b"}, "rank '0'"),
+        ({"format_version": "2", "rank": "-3", "basis": "b"}, "rank '-3'"),
+        ({"format_version": "2", "rank": "007", "basis": "b"}, "rank '007'"),
+        ({"format_version": "2", "rank": "٣", "basis": "b"}, "rank"),
+        ({"format_version": "2", "rank": "9" * 5000, "basis": "b"}, "rank '999"),
+        ({"rank": "3"}, "rank in its header, which format 1 has not"),
+        ({"basis": "b"}, "basis in its header, which format 1 has not"),
+        ({"rank": "3", "basis": "b"}, "basis, rank in its header"),
+        ({"data": struct.pack("<ff", 1, float("nan"))}, "not finite in w"),
+        ({"data": struct.pack("<ff", float("-inf"), 1)}, "not finite in w"),
+        ({"data": b"", "tensors": False}, "no tensors"),
+        ({"code": "I64", "dtype": "int64", "shape": (1,)}, "w is I64"),
+        ({"code": "BOOL", "dtype": "bool", "shape": (8,)}, "w is BOOL"),
+        ({"code": "F8_E4M3", "dtype": "float8_e4m3fn", "shape": (8,)}, "w is F8_E4M3"),
+        ({"code": "C64", "dtype": "complex64", "shape": (1,)}, "w is C64"),
+        ({"data": b"", "shape": (0, 2**62, 2**62)}, "holds no delta"),
+        ({"data": b"", "shape": (0, 2**63)}, "holds no delta"),
+        ({"shape": (2, *[1] * 5000)}, "holds no delta"),
+    ],
+)
+def test_a_crafted_file_with_the_right_hash_is_refused(path, what, message):
+    craft(path, **what)
+    with pytest.raises(DeltaFileError, match=message):
+        load_delta(path)
+
+
+@pytest.mark.parametrize("made", ["pipe", "socket", "device"])
+def test_what_is_no_file_is_refused_at_once(made, tmp_path):
+    """A pipe would wait for a writer, a device has no end."""
+    path = tmp_path / "delta"
+    if made == "pipe":
+        os.mkfifo(path)
+    elif made == "socket":
+        import socket
+
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    else:
+        path.symlink_to("/dev/zero")
+    other_end = os.open(path, os.O_RDWR) if made == "pipe" else None  # or a fault here would hang
+    with pytest.raises(OSError, match="delta"):
+        load_delta(path)
+    if other_end is not None:
+        os.close(other_end)
+
+
+def test_a_link_to_a_delta_is_the_users_choice(path, tmp_path):
+    save_delta({"w": torch.ones(2)}, path, meta=META)
+    (tmp_path / "latest").symlink_to(path)
+    assert torch.equal(load_delta(tmp_path / "latest")["w"], torch.ones(2))
+
+
+def test_a_folder_whose_name_is_no_utf8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"d\xff")
+    folder.mkdir()
+    save_delta({"w": torch.ones(2)}, folder / "delta", meta=META)
+    assert torch.equal(load_delta(folder / "delta")["w"], torch.ones(2))
+
+
+WITHOUT_VALUES = {
+    "sparse": (torch.eye(2).to_sparse(), "is sparse_coo"),
+    "jagged": (
+        torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged),
+        "is nested",
+    ),
+    "meta": (torch.ones(2, device="meta"), "on the meta device"),
+    "mkldnn": (torch.ones(2).to_mkldnn(), "is _mkldnn"),
+}
+
+
+@pytest.mark.parametrize(("value", "message"), WITHOUT_VALUES.values(), ids=WITHOUT_VALUES)
+def test_tensors_without_plain_values_are_refused(value, message, path):
+    with pytest.raises(DeltaError, match=message):
+        save_delta({"w": value}, path, meta=META)
+    with pytest.raises(DeltaError, match=message):
+        compose([{"w": value}])
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("field", ["anchor", "model", "loss", "extra"])
+def test_text_that_no_file_can_hold_is_refused(field):
+    """Half a surrogate pair: the file would be written, and never read again."""
+    half = "a\ud800"
+    with pytest.raises(ArgumentError, match=f"{field}.* must be a string of text"):
+        dataclasses.replace(META, **{field: {"key": half} if field == "extra" else half})
+
+
+def test_names_that_no_file_can_hold_are_refused(path):
+    with pytest.raises(DeltaError, match="no text"):
+        save_delta({"\udfff": torch.ones(1)}, path, meta=META)
+    save_delta({"füchse 狐 🦊": torch.ones(1)}, path, meta=META)
+    assert load_delta(path).keys() == {"füchse 狐 🦊"}
