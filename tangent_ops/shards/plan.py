@@ -103,7 +103,7 @@ class Plan:
             progress: show a bar.
 
         Raises:
-            ArgumentError: an assignment other than this; a sample in two shards.
+            ArgumentError: an assignment other than this; a sample in two shards; data of one class.
             SampleError: a sample that cannot be read.
             PlanError: the folder holds something else; anchor is no anchor's file.
             OSError: the folder cannot be written.
@@ -114,6 +114,7 @@ class Plan:
         info = read_anchor(anchor)
         _check_names(assignment)
         samples = data.open().with_classes(info.classes)
+        samples.check_classes(data.root)
         rows = _rows(samples, assignment, labels or {}, info.options["num_classes"])
         asked = {
             "anchor": info.fingerprint,

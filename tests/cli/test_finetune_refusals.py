@@ -16,8 +16,9 @@ from typer.testing import CliRunner, Result
 
 from tangent_ops import Ledger
 from tangent_ops.cli.app import app
+from tangent_ops.cli.dealing import described
 from tangent_ops.errors import ArgumentError
-from tangent_ops.shards import Plan, job
+from tangent_ops.shards import ImageData, Plan, job
 
 MODEL = ["--model", "test_vit", "--no-pretrained", "--img-size", "32"]
 FAST = ["--epochs", "1", "--lr", "1e-3", "--batch-size", "4"]
@@ -81,6 +82,45 @@ def test_a_folder_of_other_files_is_refused_before_the_anchor(
     (tmp_path / "notes.txt").write_text("mine")
     result = finetune(images, tmp_path)
     assert (result.exit_code, "other files" in result.stderr) == (2, True)
+
+
+def test_classes_and_their_images_are_shown(images: Path, tmp_path: Path) -> None:
+    some = image_folder(tmp_path / "some", classes=2, each=3)
+    (some / "class1" / "2.png").unlink()
+    (some / "notes.txt").write_text("mine")
+    said = "5 images of 2 classes: class0 3, class1 2"
+    for words in (["--dry-run"], []):
+        result = finetune(some, tmp_path / "run", *words)
+        assert (result.exit_code, said in result.stdout) == (0, True), result.output
+        assert "passed over: 1 files (notes.txt)" in result.stdout
+        record = json.loads(finetune(some, tmp_path / "run", *words, "--json").stdout)
+        assert record["classes"] == {"class0": 3, "class1": 2}
+        assert record["passed_over"] == ["notes.txt"]
+    run("compose", tmp_path / "run")
+    assert said in run("evaluate", tmp_path / "run", some).stdout
+    found = json.loads(run("evaluate", tmp_path / "run", some, "--json").stdout)
+    assert found["classes"] == {"class0": 3, "class1": 2}
+
+
+def test_many_classes_are_counted_and_the_first_shown(tmp_path: Path) -> None:
+    for index in range(52):
+        (tmp_path / "many" / f"{index}").mkdir(parents=True)
+        (tmp_path / "many" / f"{index}" / "x.png").write_bytes(b"")
+    text = described(ImageData(str(tmp_path / "many")).open())
+    assert text.startswith("52 images of 52 classes: 0 1, 1 1, 2 1,")
+    assert text.endswith("49 1, and 2 classes more, which --json lists")
+
+
+def test_data_of_one_class_are_refused(images: Path, tmp_path: Path) -> None:
+    one = image_folder(tmp_path / "one", classes=1)
+    for words in (["--dry-run"], []):
+        result = finetune(one, tmp_path / "run", *words)
+        assert (result.exit_code, "of one class, class0" in result.stderr) == (2, True)
+        result = finetune(one / "class0", tmp_path / "run", *words)
+        assert (result.exit_code, "is in no class's folder" in result.stderr) == (2, True)
+    result = finetune(images, tmp_path / "run", "--public", one)
+    assert (result.exit_code, f"--public {one}: all 6 images" in result.stderr) == (2, True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_labels_that_no_image_has_are_refused(images: Path, tmp_path: Path) -> None:
