@@ -38,7 +38,13 @@ def _option(text: str, panel: str, *names: str) -> Any:
 
 def finetune(
     context: typer.Context,
-    data: Annotated[Path, typer.Argument(help="Folder with a folder of images for each class.")],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder with a folder of images for each class; where a run's images have moved, "
+            "the new one: they are compared first."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The run's folder; the same command goes on in it.")],
     data_name: Annotated[
         str, _option("Another reader: torch/NAME, hfds/NAME or wds/NAME; DATA is its root.", "Data")
@@ -191,10 +197,13 @@ def finetune(
         assignment, labels = Dealing(shards, proportions, by, table, label).deal(samples)
         classes = classes_of(samples)
         check_model(made, recipe, len(classes))
+        there = Plan.open(out) if (out / DATABASE).exists() else None
+        moved = there is not None and there.data != source.absolute()
         if dry_run:
-            there = Plan.open(out) if (out / DATABASE).exists() else None
             if there is not None:
                 there.check_same(recipe, samples, assignment, labels, allow_overlap)
+                if moved:
+                    there.relocate(source, dry_run=True, progress=not hidden(as_json))
             _show_dry_run(recipe, samples, assignment, there, out, as_json)
             return
         with tempfile.TemporaryDirectory(prefix="tangent-ops-") as scratch:
@@ -212,6 +221,8 @@ def finetune(
                 allow_overlap=allow_overlap,
                 progress=not hidden(as_json),
             )
+        if moved and there is not None and not as_json:
+            tell(f"the run's images, of {there.data.root}, are read in {plan.data.root} now")
         _train(plan, samples, executor, workers, retries, address, tensorboard, as_json)
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,6 +62,10 @@ class ImageData:
                 "folder of images"
             )
 
+    def absolute(self) -> ImageData:
+        """The same place, from wherever it is asked for."""
+        return replace(self, root=os.path.abspath(self.root)) if os.path.exists(self.root) else self
+
     def open(self, config: Mapping[str, Any] | None = None, *, augment: bool = False) -> Samples:
         """List the samples.
 
@@ -87,11 +92,19 @@ class ImageData:
         ids: Sequence[str],
         targets: Sequence[int],
         contents: Sequence[str],
-        config: Mapping[str, Any],
+        config: Mapping[str, Any] | None,
         *,
         augment: bool = False,
     ) -> Samples:
-        """Samples of a plan, whose contents are compared with the hashes whenever they are read."""
+        """Samples of a plan, whose contents are compared with the hashes whenever they are read.
+
+        Args:
+            ids: of the samples.
+            targets: their class indices.
+            contents: their hashes.
+            config: as in `open`.
+            augment: as in `open`.
+        """
         transform = _transform(config, augment)
         return Samples(self._source(), list(ids), list(targets), (), transform, list(contents))
 
