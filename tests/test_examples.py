@@ -211,13 +211,14 @@ def test_stratified_parts_are_disjoint_and_in_proportion():
 CONFIG = {"input_size": (3, 16, 16), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 
 
-# timm leaves its image files to the garbage collector to close.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_image_folder_has_its_folders_as_classes(tmp_path):
     for name, value in (("bright", 200), ("dark", 20)):
         (tmp_path / name).mkdir()
         for i in range(3):
-            Image.new("RGB", (20, 20), (value,) * 3).save(tmp_path / name / f"{i}.png")
+            end = ("png", "tif", "webp")[i]
+            Image.new("RGB", (20, 20), (value,) * 3).save(
+                tmp_path / name / f"{i}.{end}", lossless=True
+            )
     found = images.load_images(str(tmp_path), CONFIG, tmp_path)
     assert list(found.classes) == ["bright", "dark"]
     assert found.targets.tolist() == [0, 0, 0, 1, 1, 1]

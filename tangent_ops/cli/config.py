@@ -20,6 +20,7 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
         return path
     values = _parsed(path)
     known = {parameter.name for parameter in context.command.params} - {"config"}
+    repeated = {p.name for p in context.command.params if getattr(p, "multiple", False)}
     hints = get_type_hints(unwrap(context.command.callback))  # pyright: ignore[reportArgumentType]
     found = {}
     for key, value in values.items():
@@ -37,7 +38,7 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
             fail(f"{path}: {key} {what}, got {value!r}", 2)
         if isinstance(value, float) and int in kinds:  # some releases of Typer cut it off
             fail(f"{path}: {key} must be an integer, got {value!r}", 2)
-        found[name] = value
+        found[name] = [value] if name in repeated else value
     context.default_map = {**(context.default_map or {}), **found}
     return path
 

@@ -10,6 +10,7 @@ from tangent_ops.errors import ArgumentError
 from tangent_ops.shards import Samples, by_class, by_column, by_hash
 
 Assignment = dict[str, list[str]]
+_SHOWN = 50  # classes
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,23 @@ class Dealing:
 def classes_of(samples: Samples) -> list[str]:
     """Their names, or their numbers where they have none."""
     return list(samples.classes) or [str(k) for k in range(max(samples.targets) + 1)]
+
+
+def described(samples: Samples) -> str:
+    """Classes and images per class, and what was passed over."""
+    counts = samples.counts()
+    listed = [f"{_printable(name)} {count}" for name, count in list(counts.items())[:_SHOWN]]
+    if len(counts) > _SHOWN:
+        listed.append(f"and {len(counts) - _SHOWN} classes more, which --json lists")
+    words = f"{len(samples)} images of {len(counts)} classes: {', '.join(listed)}"
+    if others := [_printable(name) for name in samples.passed_over[:3]]:
+        words += f"\nno images by their names, passed over: {len(samples.passed_over)} files"
+        words += f" ({', '.join(others)}{', ...' if len(samples.passed_over) > 3 else ''})"
+    return words
+
+
+def _printable(name: str) -> str:
+    return name if name.isprintable() else repr(name)
 
 
 def _column(table: Path, column: str) -> dict[str, str]:

@@ -38,6 +38,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Accuracy of a run's composition on labelled images."""
+    from tangent_ops.cli.dealing import described
     from tangent_ops.errors import ArgumentError
     from tangent_ops.evaluate import accuracy, check_integer
     from tangent_ops.shards import ImageData, Plan
@@ -49,12 +50,16 @@ def evaluate(
         plan = Plan.open(run)
         info = plan.anchor_info
         samples = ImageData(str(data), data_name, split).open(info.input)
+        counts = samples.counts()
+        if not as_json:
+            say(described(samples))
         samples = samples.with_classes(info.classes)
         tangent, what = composed(plan, delta, anchor_only)
         found = accuracy(tangent, samples, batch_size=batch_size, progress=not hidden(as_json))
     error = math.sqrt(found * (1 - found) / len(samples))
     if as_json:
         record = {"accuracy": found, "standard_error": error, "samples": len(samples)}
+        record["classes"] = counts
         typer.echo(json.dumps({**record, "model": what}, indent=2))
     else:
         say(f"{what}: {found:.1%} of {len(samples)} images (standard error {error:.1%})")

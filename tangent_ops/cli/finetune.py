@@ -17,7 +17,7 @@ from tangent_ops.cli.config import Config
 from tangent_ops.cli.messages import errors, fail, hidden, need_privacy, say, tell
 
 if TYPE_CHECKING:
-    from tangent_ops.shards import Plan, Recipe
+    from tangent_ops.shards import Plan, Recipe, Samples
 
 EXAMPLES = """
 Examples:
@@ -38,7 +38,13 @@ def _option(text: str, panel: str, *names: str) -> Any:
 
 def finetune(
     context: typer.Context,
-    data: Annotated[Path, typer.Argument(help="Folder with a folder of images for each class.")],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder with a folder of images for each class; where a run's images have moved, "
+            "the new one: they are compared first."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The run's folder; the same command goes on in it.")],
     data_name: Annotated[
         str, _option("Another reader: torch/NAME, hfds/NAME or wds/NAME; DATA is its root.", "Data")
@@ -165,7 +171,7 @@ def finetune(
         "dp_batch_size": dp_batch_size, "dp_steps": dp_steps,
     }  # fmt: skip
 
-    from tangent_ops.cli.dealing import Dealing, classes_of
+    from tangent_ops.cli.dealing import Dealing, classes_of, described
     from tangent_ops.cli.make_anchor import AnchorOptions, check_model, make_anchor
     from tangent_ops.errors import ArgumentError
     from tangent_ops.shards import ImageData, Plan, Recipe
@@ -185,14 +191,20 @@ def finetune(
         check_executor(executor, workers, retries, address)
         check_folder(out)
         samples = source.open()
+        if not as_json:
+            say(described(samples))
+        samples.check_classes(str(data))
         assignment, labels = Dealing(shards, proportions, by, table, label).deal(samples)
         classes = classes_of(samples)
         check_model(made, recipe, len(classes))
+        there = Plan.open(out) if (out / DATABASE).exists() else None
+        moved = there is not None and there.data != source.absolute()
         if dry_run:
-            there = Plan.open(out) if (out / DATABASE).exists() else None
             if there is not None:
                 there.check_same(recipe, samples, assignment, labels, allow_overlap)
-            _show_dry_run(recipe, assignment, there, out, as_json)
+                if moved:
+                    there.relocate(source, dry_run=True, progress=not hidden(as_json))
+            _show_dry_run(recipe, samples, assignment, there, out, as_json)
             return
         with tempfile.TemporaryDirectory(prefix="tangent-ops-") as scratch:
             path, words = make_anchor(made, out.absolute(), Path(scratch), classes, hidden(as_json))
@@ -209,11 +221,14 @@ def finetune(
                 allow_overlap=allow_overlap,
                 progress=not hidden(as_json),
             )
-        _train(plan, executor, workers, retries, address, tensorboard, as_json)
+        if moved and there is not None and not as_json:
+            tell(f"the run's images, of {there.data.root}, are read in {plan.data.root} now")
+        _train(plan, samples, executor, workers, retries, address, tensorboard, as_json)
 
 
 def _train(
     plan: Plan,
+    samples: Samples,
     executor: str,
     workers: int | None,
     retries: int,
@@ -245,6 +260,8 @@ def _train(
     if as_json:
         record: dict[str, Any] = {
             "run": str(plan.path),
+            "classes": samples.counts(),
+            "passed_over": list(samples.passed_over),
             "trained": report.trained,
             "skipped": report.skipped,
             "empty": report.empty,
@@ -305,28 +322,38 @@ def _blocks(value: str) -> int | None:
 
 
 def _show_dry_run(
-    recipe: Recipe, assignment: dict[str, list[str]], there: Plan | None, out: Path, as_json: bool
+    recipe: Recipe,
+    samples: Samples,
+    assignment: dict[str, list[str]],
+    there: Plan | None,
+    out: Path,
+    as_json: bool,
 ) -> None:
     listed = [(name, len(ids), False) for name, ids in assignment.items()]
     if there is not None:  # perhaps some were forgotten
         listed = [(shard.name, shard.samples, shard.done) for shard in there.shards()]
     rows = []
-    for name, samples, done in listed:
-        per_epoch = math.ceil(samples / recipe.batch_size)
+    for name, count, done in listed:
+        per_epoch = math.ceil(count / recipe.batch_size)
         steps = recipe.epochs * per_epoch if recipe.dp_epsilon is None else recipe.dp_steps
         exact = recipe.method == "exact"
         rows.append(
             {
                 "shard": name,
-                "samples": samples,
+                "samples": count,
                 "steps": None if exact else steps,
                 "done": done,
             }
         )
     if as_json:
-        typer.echo(
-            json.dumps({"run": str(out), "recipe": recipe.to_dict(), "shards": rows}, indent=2)
-        )
+        record = {
+            "run": str(out),
+            "classes": samples.counts(),
+            "passed_over": list(samples.passed_over),
+            "recipe": recipe.to_dict(),
+            "shards": rows,
+        }
+        typer.echo(json.dumps(record, indent=2))
         return
     table = Table("shard", "samples", "steps")
     for row in rows[:50]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -25,10 +27,19 @@ def forget(
     run: Run,
     shard: Annotated[str | None, typer.Option(help="A whole shard, by its name.")] = None,
     sample: Annotated[
-        str | None, typer.Option(help="An image and its exact copies, by its path in the data.")
+        list[str] | None,
+        typer.Option(
+            help="An image and its exact copies, by its path in the data. Again for each image."
+        ),
     ] = None,
     label: Annotated[
         str | None, typer.Option(help="All of a customer's images, say: a value of the label.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the run's images are now, if they have moved; those that stay are compared."
+        ),
     ] = None,
     executor: Annotated[
         Literal["local", "ray"], typer.Option(help="Where the shards concerned are trained again.")
@@ -46,8 +57,9 @@ def forget(
     """Take an image, a customer or a shard out of a run, for good.
 
     The shards that saw it lose their deltas, which are overwritten on disk; what is left of them is
-    trained anew, and the composition is as if the images had never been there. The images
-    themselves, copies of files, and what was exported before stay where they are.
+    trained anew, and the composition is as if the images had never been there. So the images that
+    stay have to be there: without them nothing is forgotten. The images themselves, copies of
+    files, and what was exported before stay where they are.
     """
     from tangent_ops.errors import TangentOpsError
     from tangent_ops.shards import Plan, find
@@ -55,11 +67,14 @@ def forget(
 
     with errors():
         plan = Plan.open(run)
-        which: dict[str, Any] = {"shard": shard, "sample": sample, "label": label}
+        which: dict[str, Any] = {"shard": shard, "sample": sample or None, "label": label}
         found = find(plan, **which)
+        moved = None if data is None else replace(plan.data, root=str(data))
         count = sum(map(len, found.values()))
         words = f"{count} images of {len(found)} shards ({', '.join(list(found)[:5])})"
         if dry_run:
+            if moved is not None:
+                plan.relocate(moved, without=found, dry_run=True, progress=not hidden(as_json))
             if as_json:
                 typer.echo(json.dumps({"would_forget": found}, indent=2))
             else:
@@ -73,6 +88,7 @@ def forget(
             done = forgotten(
                 plan,
                 **which,
+                data=moved,
                 executor=executor,
                 workers=workers,
                 retries=retries,

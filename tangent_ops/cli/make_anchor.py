@@ -101,6 +101,8 @@ def make_anchor(
     if options.file is not None:
         return options.file, f"the anchor is {options.file}"
     public = None if options.public is None else ImageData(str(options.public)).open()
+    if public is not None:
+        public.check_classes(f"--public {options.public}")
     told = _origin(options, classes, public)
     if (run / ANCHOR).exists():
         info = read_anchor(run / ANCHOR)

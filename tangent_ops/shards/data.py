@@ -1,4 +1,4 @@
-"""Images with stable ids, as timm.data finds them; no file of them is ever executed.
+"""Images with stable ids, in a folder or as timm.data reads them; no file is ever executed.
 
 timm takes seconds to import, so here and in the module `anchor` that waits until an image is read
 or a model is built: composing deltas and forgetting shards need neither.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import io
 import os
-import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,9 +20,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tangent_ops.errors import ArgumentError, SampleError, UnsupportedError
+from tangent_ops.shards._decode import decoded, to_rgb
+from tangent_ops.shards._listing import Listing, list_images
 
-# PIL hands some other formats to programs of the system: EPS to Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 # Of timm's torchvision data sets those that read images, or arrays of numbers. The others unpickle.
 TORCHVISION = ("mnist", "kmnist", "fashion_mnist", "places365", "inaturalist")
 
@@ -38,6 +37,8 @@ class ImageData:
             folder of images per class; "torch/NAME" for torchvision, "hfds/NAME" for Hugging
             Face datasets, "wds/NAME" for webdataset, where these packages are installed.
         split: of the data set; for a folder a sub-folder of that name, if there is one.
+
+    Images are taken in RGB, without their transparency; of several in a file the first.
     """
 
     root: str
@@ -61,6 +62,10 @@ class ImageData:
                 "folder of images"
             )
 
+    def absolute(self) -> ImageData:
+        """The same place, from wherever it is asked for."""
+        return replace(self, root=os.path.abspath(self.root)) if os.path.exists(self.root) else self
+
     def open(self, config: Mapping[str, Any] | None = None, *, augment: bool = False) -> Samples:
         """List the samples.
 
@@ -70,23 +75,36 @@ class ImageData:
             augment: timm's training transforms.
 
         Raises:
-            ArgumentError: there is no such folder, or no image in it.
+            ArgumentError: there is no such folder; or it holds no image, images outside of the
+                classes' folders or in formats that are not read, a folder without any, or two
+                folders of one name.
             UnsupportedError: the package that reads it is not installed.
         """
         source = self._source()
-        ids, targets, classes = source.list()
-        return Samples(source, ids, targets, classes, _transform(config, augment))
+        found = source.list()
+        transform = _transform(config, augment)
+        samples = Samples(source, found.ids, found.targets, found.classes, transform)
+        samples.passed_over = found.passed_over
+        return samples
 
     def pick(
         self,
         ids: Sequence[str],
         targets: Sequence[int],
         contents: Sequence[str],
-        config: Mapping[str, Any],
+        config: Mapping[str, Any] | None,
         *,
         augment: bool = False,
     ) -> Samples:
-        """Samples of a plan, whose contents are compared with the hashes whenever they are read."""
+        """Samples of a plan, whose contents are compared with the hashes whenever they are read.
+
+        Args:
+            ids: of the samples.
+            targets: their class indices.
+            contents: their hashes.
+            config: as in `open`.
+            augment: as in `open`.
+        """
         transform = _transform(config, augment)
         return Samples(self._source(), list(ids), list(targets), (), transform, list(contents))
 
@@ -107,6 +125,7 @@ class Samples(Dataset[tuple[Tensor, int]]):
         ids: what names a sample: its path in the folder, or its place in the data set.
         targets: class indices.
         classes: their names, where known.
+        passed_over: files of the folder that are no images, by their names.
 
     A sample that cannot be read raises SampleError: another one is never taken in its place.
     """
@@ -121,6 +140,7 @@ class Samples(Dataset[tuple[Tensor, int]]):
         contents: list[str] | None = None,
     ) -> None:
         self.ids, self.targets, self.classes = ids, targets, list(classes)
+        self.passed_over: Sequence[str] = ()
         self._source, self._transform, self._contents = source, transform, contents
 
     def __len__(self) -> int:
@@ -134,7 +154,7 @@ class Samples(Dataset[tuple[Tensor, int]]):
                 f"sample {sample!r} is not what it was when the plan was made: restore it, or "
                 "forget it and add it under another name"
             )
-        return self._transform(_decoded(read, sample)), self.targets[index]
+        return self._transform(decoded(read, sample)), self.targets[index]
 
     def content(self, index: int) -> str:
         """SHA-256 of the file's bytes, or of the pixels where there is no file."""
@@ -142,7 +162,26 @@ class Samples(Dataset[tuple[Tensor, int]]):
 
     def check(self, index: int) -> None:
         """Raise SampleError unless the sample can be read and decoded."""
-        _decoded(self._read(self.ids[index]), self.ids[index])
+        decoded(self._read(self.ids[index]), self.ids[index])
+
+    def counts(self) -> dict[str, int]:
+        """Images of each class, by its name, or its number where it has none."""
+        found = Counter(self.targets)
+        names = self.classes or [str(k) for k in range(max(found, default=-1) + 1)]
+        return {name: found[index] for index, name in enumerate(names)}
+
+    def check_classes(self, where: str) -> None:
+        """Raise ArgumentError if there is nothing to tell apart: all are of one class.
+
+        Args:
+            where: what the message calls their place.
+        """
+        there = [name for name, count in self.counts().items() if count]
+        if len(there) < 2:
+            raise ArgumentError(
+                f"{where}: all {len(self)} images are of one class, {', '.join(there)}, and a "
+                "model learns to tell classes apart: expected a folder of images for each class"
+            )
 
     def subset(self, ids: Iterable[str]) -> Samples:
         """The samples with these ids, in that order.
@@ -185,9 +224,7 @@ class Samples(Dataset[tuple[Tensor, int]]):
 
 
 class _Source(Protocol):
-    def list(self) -> tuple[list[str], list[int], Sequence[str]]:
-        """Ids, class indices, and the classes' names where known."""
-        ...
+    def list(self) -> Listing: ...
 
     def read(self, sample: str) -> bytes | Image.Image:
         """A sample by its id."""
@@ -203,14 +240,8 @@ class _Folder:
         below = root / split
         self.root = below if safe(split) and below.is_dir() else root
 
-    def list(self) -> tuple[list[str], list[int], Sequence[str]]:
-        from timm.data.readers.reader_image_folder import find_images_and_targets
-
-        found, classes = find_images_and_targets(str(self.root))
-        if not found:
-            raise ArgumentError(f"{self.root} holds no images: expected a folder for each class")
-        ids = [os.path.relpath(path, self.root).replace(os.sep, "/") for path, _ in found]
-        return ids, [target for _, target in found], sorted(classes, key=lambda name: classes[name])
+    def list(self) -> Listing:
+        return list_images(self.root)
 
     def read(self, sample: str) -> bytes:
         if not safe(sample):
@@ -233,7 +264,7 @@ class _Indexed:
         except Exception as error:  # whatever these packages raise
             raise ArgumentError(f"{data.name} in {data.root} cannot be opened: {error}") from error
 
-    def list(self) -> tuple[list[str], list[int], Sequence[str]]:
+    def list(self) -> Listing:
         reader = getattr(self.found, "reader", None)
         if reader is not None:
             targets = [int(target) for target in reader.iter_targets()]
@@ -243,7 +274,7 @@ class _Indexed:
             targets = [int(t) for t in (listed if listed is not None else self._all_targets())]
             classes = getattr(self.found, "class_to_idx", None) or {}
         ids = [str(index) for index in range(len(targets))]
-        return ids, targets, sorted(classes, key=lambda name: classes[name])
+        return Listing(ids, targets, sorted(classes, key=lambda name: classes[name]))
 
     def read(self, sample: str) -> bytes | Image.Image:
         if not sample.isdecimal() or int(sample) >= len(self.found):
@@ -265,10 +296,10 @@ class _Stream:
         self.data = data
         self._images: dict[str, tuple[Image.Image, int]] = {}
 
-    def list(self) -> tuple[list[str], list[int], Sequence[str]]:
+    def list(self) -> Listing:
         try:
             found = _found(self.data)
-            samples = [(image, int(target)) for image, target in found.reader]
+            samples = [(to_rgb(image), int(target)) for image, target in found.reader]
         except Exception as error:  # whatever these packages raise
             name, root = self.data.name, self.data.root
             raise ArgumentError(f"{name} in {root} cannot be read: {error}") from error
@@ -278,7 +309,7 @@ class _Stream:
                 "not there: repair the archives, or what _info.json says of them"
             )
         self._images = {str(index): sample for index, sample in enumerate(samples)}
-        return list(self._images), [target for _, target in samples], ()
+        return Listing(list(self._images), [target for _, target in samples])
 
     def read(self, sample: str) -> Image.Image:
         if not self._images:
@@ -291,7 +322,7 @@ class _Stream:
 def _found(data: ImageData) -> Any:
     from timm.data.dataset_factory import create_dataset
 
-    return create_dataset(data.name, data.root, data.split)
+    return create_dataset(data.name, data.root, data.split, input_img_mode="")  # as they are
 
 
 def safe(path: str) -> bool:
@@ -306,22 +337,6 @@ def _transform(config: Mapping[str, Any] | None, augment: bool) -> Any:
     from timm.data.transforms_factory import create_transform
 
     return create_transform(**config, is_training=augment)
-
-
-def _decoded(read: bytes | Image.Image, sample: str) -> Image.Image:
-    if isinstance(read, Image.Image):
-        return read.convert("RGB")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", category=UserWarning)  # odd EXIF data, palettes
-            with Image.open(io.BytesIO(read), formats=FORMATS) as image:
-                return image.convert("RGB")
-    except Exception as error:  # a decoder raises what it likes
-        raise SampleError(
-            f"sample {sample!r} is no image that can be read ({type(error).__name__}: {error}): "
-            f"replace or remove it. Formats are {', '.join(FORMATS)}"
-        ) from error
 
 
 def _digest(read: bytes | Image.Image) -> str:

@@ -100,8 +100,11 @@ class Manifest:
 
     def set_weights(self, weights: str) -> None:
         """Change what ``about`` says of the weights."""
-        with self._connected("rw") as connection:
-            connection.execute("UPDATE about SET value = ? WHERE key = 'weights'", (weights,))
+        self._set("weights", weights)
+
+    def set_data(self, data: str) -> None:
+        """Change what ``about`` says of where the images are."""
+        self._set("data", data)
 
     def names(self) -> list[str]:
         """The shards' names, in their order."""
@@ -159,6 +162,10 @@ class Manifest:
                 "AND name IN (SELECT shard FROM removed)"
             )
             connection.execute("COMMIT")
+
+    def _set(self, key: str, value: str) -> None:
+        with self._connected("rw") as connection:
+            connection.execute("UPDATE about SET value = ? WHERE key = ?", (value, key))
 
     @contextmanager
     def _connected(self, mode: str, path: Path | None = None) -> Iterator[sqlite3.Connection]:

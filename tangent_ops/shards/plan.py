@@ -7,22 +7,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from tangent_ops._files import to_json, write_atomically
 from tangent_ops.errors import ArgumentError, PlanError
 from tangent_ops.linearize import LinearizedModel, linearize
 from tangent_ops.shards._disjoint import check_disjoint, check_private, check_public
+from tangent_ops.shards._rows import Rows, check_names, difference, digest, hashed, rows_of
 from tangent_ops.shards.anchor import AnchorInfo, load_anchor, read_anchor
-from tangent_ops.shards.data import ImageData, Samples, safe
-from tangent_ops.shards.manifest import LONGEST_NAME, Manifest, Sample, valid_name
+from tangent_ops.shards.data import ImageData, Samples
+from tangent_ops.shards.manifest import Manifest, Sample
 from tangent_ops.shards.recipe import Recipe
 
 WEIGHTS = ("uniform", "samples")
@@ -86,7 +85,8 @@ class Plan:
     ) -> Plan:
         """Write a plan; or open it, if the folder holds this one already.
 
-        Every sample is read once, to hash it.
+        Every sample is read once, to hash it. Where the plan is there, and data are in another
+        place than its own, they are compared with it, as `relocate` does.
 
         Args:
             path: the folder; a new or an empty one, or that of this plan.
@@ -103,18 +103,19 @@ class Plan:
             progress: show a bar.
 
         Raises:
-            ArgumentError: an assignment other than this; a sample in two shards.
+            ArgumentError: an assignment other than this; a sample in two shards; data of one class.
             SampleError: a sample that cannot be read.
-            PlanError: the folder holds something else; anchor is no anchor's file.
+            PlanError: the folder holds something else, or a plan of other images; anchor is no
+                anchor's file.
             OSError: the folder cannot be written.
         """
         path = Path(path).absolute()
-        if os.path.exists(data.root):  # workers, and the next command, may be elsewhere
-            data = replace(data, root=os.path.abspath(data.root))
+        data = data.absolute()  # workers, and the next command, may be elsewhere
         info = read_anchor(anchor)
-        _check_names(assignment)
+        check_names(assignment)
         samples = data.open().with_classes(info.classes)
-        rows = _rows(samples, assignment, labels or {}, info.options["num_classes"])
+        samples.check_classes(data.root)
+        rows = rows_of(samples, assignment, labels or {}, info.options["num_classes"])
         asked = {
             "anchor": info.fingerprint,
             "recipe": to_json(recipe.to_dict()),
@@ -123,11 +124,13 @@ class Plan:
         if (path / DATABASE).exists():
             plan = cls.open(path)
             plan._check_same(asked, rows)
+            if data != plan.data:
+                plan.relocate(data, progress=progress)
             return plan
         check_folder(path)
 
         shards: dict[str, list[Sample]] = {name: [] for name in assignment}
-        for shard, sample in _hashed(samples, rows, progress):
+        for shard, sample in hashed(samples, rows, progress):
             shards[shard].append(sample)
         if public is not None:
             check_public(public.open(), shards)
@@ -139,7 +142,7 @@ class Plan:
         with open(anchor, "rb") as source:
             write_atomically(path / ANCHOR, lambda file: shutil.copyfileobj(source, file))
         (path / "deltas").mkdir(exist_ok=True)
-        rest = {"dealt": _digest(rows), "data": to_json(asdict(data)), "weights": WEIGHTS[0]}
+        rest = {"dealt": digest(rows), "data": to_json(asdict(data)), "weights": WEIGHTS[0]}
         Manifest(path / DATABASE).create({**asked, **rest}, shards)
         return cls.open(path)
 
@@ -240,22 +243,75 @@ class Plan:
                 return Job(name, self._hash(name, samples), tuple(samples))
         raise ArgumentError(f"{self.path} has no shard {shard!r} with samples")
 
-    def find(self, *, sample: str | None = None, label: str | None = None) -> dict[str, list[str]]:
-        """Where a sample is, with exact copies of it, or all samples with a label.
+    def relocate(
+        self,
+        data: ImageData,
+        *,
+        without: Mapping[str, Sequence[str]] | None = None,
+        dry_run: bool = False,
+        progress: bool = True,
+    ) -> None:
+        """Read the images in another place from now on, if they are the same there.
+
+        Every sample is read, and its hash compared.
+
+        Args:
+            data: where the images are now.
+            without: samples that need not be there, shard -> ids, as they are to be forgotten.
+            dry_run: compare, and leave the plan as it is.
+            progress: show a bar.
+
+        Raises:
+            PlanError: images are missing there, or are others. Nothing was changed.
+        """
+        data = data.absolute()
+        if found := difference(data, self.staying(without or {}), progress):
+            raise PlanError(
+                f"the run {self.path} is of the images that were in {self.data.root}, and they are "
+                f"not here: {found}. Nothing was changed: give the folder that they have moved "
+                "to, or another one than the run's to begin a new run"
+            )
+        if not dry_run:
+            self.manifest.set_data(to_json(asdict(data)))
+            self.data = data
+
+    def staying(
+        self, without: Mapping[str, Sequence[str]], shards: Collection[str] | None = None
+    ) -> list[Sample]:
+        """The samples of all shards, or of these, without some of them (shard -> ids)."""
+        gone = {shard: set(ids) for shard, ids in without.items()}
+        return [
+            sample
+            for shard, samples in self.manifest.samples()
+            if shards is None or shard in shards
+            for sample in samples
+            if sample.id not in gone.get(shard, ())
+        ]
+
+    def find(
+        self, *, sample: str | Sequence[str] | None = None, label: str | None = None
+    ) -> dict[str, list[str]]:
+        """Where samples are, with exact copies of them, or all samples with a label.
 
         Returns:
             Shard -> ids.
 
         Raises:
-            ArgumentError: there is none, or not one of the two is given.
+            ArgumentError: there is none, or one of the samples is not there, or not one of the
+                two is given.
         """
         if (sample is None) == (label is None):
             raise ArgumentError("give one of sample and label")
-        found = self.manifest.find(sample, label)
-        if not found:
-            what = f"sample {sample!r}" if label is None else f"sample with the label {label!r}"
-            raise ArgumentError(f"{self.path} has no {what}: was it forgotten already?")
-        return found
+        samples = [sample] if sample is None or isinstance(sample, str) else sample
+        found: dict[str, set[str]] = {}
+        for one in samples:
+            here = self.manifest.find(one, label)
+            if not here:
+                what = f"sample {one!r}" if label is None else f"sample with the label {label!r}"
+                raise ArgumentError(f"{self.path} has no {what}: was it forgotten already?")
+            for shard, ids in here.items():
+                found.setdefault(shard, set()).update(ids)
+        return {shard: sorted(ids) for shard, ids in found.items()}
 
     def delta_path(self, job: str) -> Path:
         """The file of a job's delta."""
@@ -315,7 +371,7 @@ class Plan:
         """Raise PlanError where `create` would, as this plan is of something else."""
         info = self.anchor_info
         samples = samples.with_classes(info.classes)
-        rows = _rows(samples, assignment, labels, info.options["num_classes"])
+        rows = rows_of(samples, assignment, labels, info.options["num_classes"])
         asked = {"recipe": to_json(recipe.to_dict()), "overlap": to_json(allow_overlap)}
         self._check_same(asked, rows)
 
@@ -326,7 +382,7 @@ class Plan:
                     f"{self.path} holds a plan with another {key}: give another folder to start "
                     f"a new one ({self._about[key][:300]} there, {value[:300]} now)"
                 )
-        if _digest(rows) == self._about["dealt"]:
+        if digest(rows) == self._about["dealt"]:
             return
         now = {(shard, id, target, label) for shard, id, target, label in rows}
         here = {
@@ -356,9 +412,6 @@ def _foreign(path: Path) -> bool:
     return not (empty or path.name == ANCHOR or path.suffix == ".tmp")
 
 
-Rows = list[tuple[str, str, int, str | None]]  # shard, id, class index, label
-
-
 def job_hash(shard: str, samples: Iterable[Sample], anchor: AnchorInfo, recipe: Recipe) -> str:
     """SHA-256 of what determines a shard's delta, in hexadecimal."""
     head = {
@@ -372,54 +425,3 @@ def job_hash(shard: str, samples: Iterable[Sample], anchor: AnchorInfo, recipe: 
     for sample in samples:
         digest.update(to_json([sample.id, sample.target, sample.content]).encode() + b"\n")
     return digest.hexdigest()
-
-
-def _check_names(assignment: Mapping[str, Sequence[str]]) -> None:
-    if not assignment or not any(assignment.values()):
-        raise ArgumentError("assignment has no samples: there is nothing to train")
-    for name, ids in assignment.items():
-        if not isinstance(name, str) or not valid_name(name):
-            raise ArgumentError(
-                f"shard {name!r}: a name is up to {LONGEST_NAME} printable characters"
-            )
-        if isinstance(ids, str):
-            raise ArgumentError(f"shard {name!r} maps to a string: give a list of ids")
-        if len(set(ids)) != len(ids):
-            raise ArgumentError(f"shard {name!r} has a sample twice")
-
-
-def _rows(
-    samples: Samples,
-    assignment: Mapping[str, Sequence[str]],
-    labels: Mapping[str, str],
-    classes: int,
-) -> Rows:
-    targets = dict(zip(samples.ids, samples.targets, strict=True))
-    rows: Rows = []
-    for shard, ids in assignment.items():
-        for id in sorted(ids):
-            if id not in targets:
-                raise ArgumentError(f"shard {shard!r} has {id!r}, which is not in the data")
-            if not safe(id) or not id.isprintable():
-                raise ArgumentError(f"sample {id!r}: its name has characters that do not print")
-            if not 0 <= targets[id] < classes:
-                raise ArgumentError(
-                    f"sample {id!r} is of class {targets[id]}, and the anchor has {classes}"
-                )
-            rows.append((shard, id, targets[id], labels.get(id)))
-    return rows
-
-
-def _digest(rows: Rows) -> str:
-    return hashlib.sha256(to_json(rows).encode()).hexdigest()
-
-
-def _hashed(samples: Samples, rows: Rows, progress: bool) -> Iterator[tuple[str, Sample]]:
-    places = {id: index for index, id in enumerate(samples.ids)}
-    contents: dict[str, str] = {}
-    for shard, id, target, label in tqdm(
-        rows, "hash samples", unit="sample", delay=2, leave=False, disable=not progress
-    ):
-        if id not in contents:
-            contents[id] = samples.content(places[id])
-        yield shard, Sample(id, target, contents[id], label)

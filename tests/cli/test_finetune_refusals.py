@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from typer.testing import CliRunner, Result
 
 from tangent_ops import Ledger
 from tangent_ops.cli.app import app
+from tangent_ops.cli.dealing import described
 from tangent_ops.errors import ArgumentError
-from tangent_ops.shards import Plan, job
+from tangent_ops.shards import ImageData, Plan, job
 
 MODEL = ["--model", "test_vit", "--no-pretrained", "--img-size", "32"]
 FAST = ["--epochs", "1", "--lr", "1e-3", "--batch-size", "4"]
@@ -81,6 +83,45 @@ def test_a_folder_of_other_files_is_refused_before_the_anchor(
     (tmp_path / "notes.txt").write_text("mine")
     result = finetune(images, tmp_path)
     assert (result.exit_code, "other files" in result.stderr) == (2, True)
+
+
+def test_classes_and_their_images_are_shown(images: Path, tmp_path: Path) -> None:
+    some = image_folder(tmp_path / "some", classes=2, each=3)
+    (some / "class1" / "2.png").unlink()
+    (some / "notes.txt").write_text("mine")
+    said = "5 images of 2 classes: class0 3, class1 2"
+    for words in (["--dry-run"], []):
+        result = finetune(some, tmp_path / "run", *words)
+        assert (result.exit_code, said in result.stdout) == (0, True), result.output
+        assert "passed over: 1 files (notes.txt)" in result.stdout
+        record = json.loads(finetune(some, tmp_path / "run", *words, "--json").stdout)
+        assert record["classes"] == {"class0": 3, "class1": 2}
+        assert record["passed_over"] == ["notes.txt"]
+    run("compose", tmp_path / "run")
+    assert said in run("evaluate", tmp_path / "run", some).stdout
+    found = json.loads(run("evaluate", tmp_path / "run", some, "--json").stdout)
+    assert found["classes"] == {"class0": 3, "class1": 2}
+
+
+def test_many_classes_are_counted_and_the_first_shown(tmp_path: Path) -> None:
+    for index in range(52):
+        (tmp_path / "many" / f"{index}").mkdir(parents=True)
+        (tmp_path / "many" / f"{index}" / "x.png").write_bytes(b"")
+    text = described(ImageData(str(tmp_path / "many")).open())
+    assert text.startswith("52 images of 52 classes: 0 1, 1 1, 2 1,")
+    assert text.endswith("49 1, and 2 classes more, which --json lists")
+
+
+def test_data_of_one_class_are_refused(images: Path, tmp_path: Path) -> None:
+    one = image_folder(tmp_path / "one", classes=1)
+    for words in (["--dry-run"], []):
+        result = finetune(one, tmp_path / "run", *words)
+        assert (result.exit_code, "of one class, class0" in result.stderr) == (2, True)
+        result = finetune(one / "class0", tmp_path / "run", *words)
+        assert (result.exit_code, "is in no class's folder" in result.stderr) == (2, True)
+    result = finetune(images, tmp_path / "run", "--public", one)
+    assert (result.exit_code, f"--public {one}: all 6 images" in result.stderr) == (2, True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_labels_that_no_image_has_are_refused(images: Path, tmp_path: Path) -> None:
@@ -167,6 +208,72 @@ def test_nothing_is_forgotten_by_a_command_that_is_refused(
     assert Plan.open(out).find(sample="class1/1.png")
     assert bits(Plan.open(out)) == before
     assert len(Ledger(out / "ledger", create=False)) == 1
+
+
+def test_a_run_whose_images_have_moved(images: Path, tmp_path: Path) -> None:
+    old, new, out = tmp_path / "old", tmp_path / "new", tmp_path / "run"
+    shutil.copytree(images, old)
+    other = image_folder(tmp_path / "other", seed=7)
+    finetune(old, out, "--shards", 2)
+    run("compose", out)
+    first, *_ = [sample.id for sample in Plan.open(out).job("shard-0").samples]
+    before = bits(Plan.open(out))
+    old.rename(new)
+    for words, said in (
+        ((), "Have the images moved? Say where they are: --data FOLDER"),
+        (("--data", other), "23 of 23 images are not what they were"),
+        (("--data", other, "--dry-run"), "23 of 23 images are not what they were"),
+        (("--data", tmp_path / "nowhere"), "nowhere is no folder"),
+    ):
+        result = run("forget", out, "--sample", first, "--yes", *words)
+        assert (result.exit_code, said in result.stderr) == (2, True), result.output
+    assert Plan.open(out).find(sample=first)
+    assert bits(Plan.open(out)) == before
+    assert len(Ledger(out / "ledger", create=False)) == 2
+    dry = run("forget", out, "--sample", first, "--data", new, "--dry-run")
+    assert (dry.exit_code, Plan.open(out).data.root) == (0, str(old))
+    done = json.loads(run("forget", out, "--sample", first, "--data", new, "--json").stdout)
+    assert (done["samples"], done["trained"]) == (1, ["shard-0"])
+    assert Plan.open(out).data.root == str(new)
+    assert "2 shards composed" in run("compose", out).stdout
+
+
+def test_finetune_goes_on_where_the_images_are_now(images: Path, tmp_path: Path) -> None:
+    old, new, out = tmp_path / "old", tmp_path / "new", tmp_path / "run"
+    shutil.copytree(images, old)
+    other = image_folder(tmp_path / "other", seed=7)
+    finetune(old, out, "--shards", 2)
+    deltas = sorted((out / "deltas").iterdir())
+    deltas[0].unlink()
+    for dry in (["--dry-run"], []):  # the same names, and other images: never in silence
+        result = finetune(other, out, "--shards", 2, *dry)
+        assert (result.exit_code, "24 of 24 images are not what" in result.stderr) == (2, True)
+    assert [path.exists() for path in deltas] == [False, True]
+    shutil.copytree(old, new)
+    shutil.rmtree(old)
+    assert finetune(new, out, "--shards", 2, "--dry-run").exit_code == 0
+    assert Plan.open(out).data.root == str(old)
+    result = finetune(new, out, "--shards", 2)
+    assert (result.exit_code, "1 shards trained" in result.stdout) == (0, True), result.output
+    assert f"of {old}, are read in {new} now" in result.stderr
+    assert Plan.open(out).data.root == str(new)
+    assert "are read in" not in finetune(new, out, "--shards", 2).stderr
+
+
+def test_several_samples_are_forgotten_in_one_call(images: Path, tmp_path: Path) -> None:
+    mine, out = tmp_path / "mine", tmp_path / "run"
+    shutil.copytree(images, mine)
+    finetune(mine, out)
+    for name in ("class0/0.png", "class2/3.png"):
+        (mine / name).unlink()
+    result = run("forget", out, "--sample", "class0/0.png", "--yes")
+    assert (result.exit_code, "--sample for each" in result.stderr) == (2, True)
+    (tmp_path / "o.toml").write_text('sample = "class0/0.png"')
+    would = run("forget", out, "--config", tmp_path / "o.toml", "--dry-run", "--json")
+    assert json.loads(would.stdout)["would_forget"] == {"shard-0": ["class0/0.png"]}
+    both = ("--sample", "class0/0.png", "--sample", "class2/3.png")
+    result = run("forget", out, *both, "--yes")
+    assert (result.exit_code, "forgot 2 images" in result.stdout) == (0, True), result.output
 
 
 def test_an_interruption_says_whether_anything_is_forgotten(

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from shard_runs import FAST, anchor_file, bits, image_folder, make_plan
+from shard_runs import FAST, anchor_file, bits, image_folder, make_plan, run_here
 
 from tangent_ops import Ledger, compose, fit_exact, load_delta
-from tangent_ops.errors import ArgumentError, LedgerError, PlanError
+from tangent_ops.errors import (
+    ArgumentError,
+    LedgerError,
+    PlanError,
+    SampleError,
+    UnsupportedError,
+)
 from tangent_ops.exact.certificate import Certificate
 from tangent_ops.shards import (
     ImageData,
@@ -219,6 +227,125 @@ def test_the_same_command_does_not_bring_it_back(tmp_path: Path) -> None:
         make_plan(tmp_path, shards=2, seed=1)
     with pytest.raises(PlanError, match="other samples"):
         make_plan(tmp_path, shards=3)
+
+
+def moved(plan: Plan, name: str = "elsewhere") -> ImageData:
+    """The images in another folder, and no longer where they were."""
+    old = Path(plan.data.root)
+    return ImageData(str(old.rename(old.with_name(name))))
+
+
+def everything(plan: Plan) -> dict[str, bytes]:
+    """All that is in a run."""
+    return {str(p): p.read_bytes() for p in sorted(plan.path.rglob("*")) if p.is_file()}
+
+
+def test_nothing_is_forgotten_where_training_again_would_fail(tmp_path: Path) -> None:
+    plan = trained(make_plan(tmp_path, shards=2))
+    settle(plan)
+    first, second, *_ = [sample.id for sample in plan.job("shard-0").samples]
+    with plan.locked():
+        pass  # which leaves a file
+    before, images = everything(plan), Path(plan.data.root)
+
+    def refused(said: str, **which) -> None:
+        with pytest.raises((SampleError, PlanError), match=said):
+            forget(plan, **which, progress=False)
+        assert everything(plan) == before
+
+    content = (images / second).read_bytes()
+    (images / second).write_bytes(content + b"\0")
+    refused(
+        f"1 of .* are not what they were, '{second}' first.*Nothing was forgotten", sample=first
+    )
+    (images / second).unlink()
+    refused(f"1 of .* cannot be read, '{second}' first.*--data FOLDER", sample=first)
+    (images / second).write_bytes(content)
+    anchor = plan.anchor_path.read_bytes()
+    plan.anchor_path.write_bytes(anchor[:-1] + bytes([anchor[-1] ^ 1]))
+    with pytest.raises(PlanError, match="changed after it was written"):
+        forget(plan, sample=first, progress=False)
+    plan.anchor_path.write_bytes(anchor)
+    assert everything(plan) == before
+    elsewhere = moved(plan)
+    refused("images is no folder.*--data FOLDER", sample=first)
+    (tmp_path / "elsewhere" / second).unlink()
+    refused(f"elsewhere: 1 of 23 images cannot be read, '{second}' first", sample=first,
+            data=elsewhere)  # fmt: skip
+
+
+def test_what_is_needed_for_privacy_is_looked_at_first(tmp_path: Path, monkeypatch) -> None:
+    plan = make_plan(tmp_path, shards=1, dp_epsilon=3.0, dp_delta=1e-5)
+    job_of = plan.job("shard-0")
+    job.save(plan, job_of, plan.tangent().delta_dict())
+    monkeypatch.setitem(sys.modules, "tangent_ops.privacy", None)
+    with pytest.raises(UnsupportedError, match="Nothing was forgotten"):
+        forget(plan, sample=job_of.samples[0].id, progress=False)
+    assert plan.job("shard-0") == job_of
+
+
+def test_images_that_have_moved(tmp_path: Path, monkeypatch) -> None:
+    """As if they had always been there; forgotten ones may have gone before."""
+    plan = trained(make_plan(tmp_path, shards=3))
+    settle(plan)
+    monkeypatch.setattr("tangent_ops.shards.run.run_local", run_here)
+    a, b = (plan.job(f"shard-{k}").samples[0].id for k in (0, 1))
+    elsewhere = moved(plan)
+    for id in (a, b):
+        (tmp_path / "elsewhere" / id).unlink()
+    found = forget(plan, sample=[a, b], data=elsewhere, progress=False)
+    assert (found.shards, found.samples) == (("shard-0", "shard-1"), 2)
+    assert set(found.report.trained) == {"shard-0", "shard-1"}
+    assert plan.data == Plan.open(plan.path).data == elsewhere
+
+    data = ImageData(str(tmp_path / "elsewhere"))
+    ids = data.open().ids
+    never = Plan.create(
+        tmp_path / "never",
+        anchor=tmp_path / "anchor.safetensors",
+        data=data,
+        recipe=Recipe(**FAST),
+        assignment=by_hash(ids, 3),
+        progress=False,
+    )
+    settle(trained(never))
+    assert bits(plan) == bits(never)
+    with pytest.raises(ArgumentError, match=f"no sample '{a}'"):
+        forget(plan, sample=[never.job("shard-0").samples[0].id, a], progress=False)
+
+
+def test_a_whole_shard_is_forgotten_without_its_images(tmp_path: Path) -> None:
+    plan = trained(make_plan(tmp_path, shards=2))
+    settle(plan)
+    moved(plan)
+    assert forget(plan, shard="shard-0", progress=False).dropped == ("shard-0",)
+    assert list(check_settled(plan).origins()) == ["shard-1"]
+
+
+def test_a_plan_goes_on_with_images_that_have_moved(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, shards=2)
+    images, other = tmp_path / "images", image_folder(tmp_path / "other", seed=5)
+    options = {
+        "anchor": tmp_path / "anchor.safetensors",
+        "recipe": Recipe(**FAST),
+        "assignment": by_hash(plan.data.open().ids, 2),
+        "progress": False,
+    }
+    before = everything(plan)
+    with pytest.raises(PlanError, match="24 of 24 images are not what they were"):
+        Plan.create(plan.path, data=ImageData(str(other)), **options)
+    with pytest.raises(PlanError, match="24 of 24 images are not what they were"):
+        plan.relocate(ImageData(str(other)))
+    with pytest.raises(PlanError, match="nowhere is no folder"):
+        plan.relocate(ImageData(str(tmp_path / "nowhere")))
+    shutil.copytree(images, tmp_path / "copy")
+    plan.relocate(ImageData(str(tmp_path / "copy")), dry_run=True, progress=False)
+    assert everything(plan) == before
+    assert plan.data == ImageData(str(images))
+    found = Plan.create(plan.path, data=ImageData(str(tmp_path / "copy")), **options)
+    shutil.rmtree(images)
+    trained(found)
+    assert [shard.done for shard in plan.shards()] == [True, True]
 
 
 def test_a_quadratic_shard_is_solved_from_where_it_was(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import io
 import json
+import re
 import struct
 import tarfile
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import timm.data.dataset_factory
 import torch
 from PIL import Image
 from shard_runs import image_folder
@@ -20,6 +23,7 @@ from timm.data.transforms_factory import create_transform
 
 from tangent_ops.errors import ArgumentError, SampleError
 from tangent_ops.shards import ImageData, by_class, by_column, by_hash
+from tangent_ops.shards._decode import decoded
 from tangent_ops.shards.data import safe
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
@@ -48,13 +52,10 @@ def test_by_class_and_by_column() -> None:
         by_column(ids, {"a": "x", "b": "y"})
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK"])
 def test_images_are_what_timm_makes_of_them(tmp_path: Path, mode: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8)
-    image = Image.fromarray(pixels)
-    image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 200) if mode == "I;16" else (
-        image.convert(mode)
-    )  # fmt: skip
+    image = Image.fromarray(pixels).convert(mode)
     path = tmp_path / "images" / "cat" / ("x.jpg" if mode == "CMYK" else "x.png")
     path.parent.mkdir(parents=True)
     image.save(path)
@@ -62,6 +63,134 @@ def test_images_are_what_timm_makes_of_them(tmp_path: Path, mode: str) -> None:
     expected = create_transform(**CONFIG)(Image.open(path).convert("RGB"))
     assert torch.equal(found, expected)  # pyright: ignore[reportArgumentType]
     assert target == 0
+
+
+def class_folder(root: Path, *names: str) -> Path:
+    """Small images, alike but for their names."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (9, 99, 199)).save(root / name)
+    return root
+
+
+def tiff(bits: int, photometric: int, order: str, pixels: bytes, sample_format: int = 1) -> bytes:
+    """A grey TIFF of two by two pixels, by the book: PIL writes no such files."""
+    short, long = "HHIHH", "HHII"  # a tag's number, type, count and value, as struct writes them
+    tags = [
+        *((short, tag, 3, 1, 2, 0) for tag in (256, 257)),  # width, height
+        (short, 258, 3, 1, bits, 0),
+        (short, 259, 3, 1, 1, 0),  # no compression
+        (short, 262, 3, 1, photometric, 0),
+        (long, 273, 4, 1, 8),  # where the pixels begin
+        (long, 279, 4, 1, len(pixels)),
+        (short, 339, 3, 1, sample_format, 0),
+    ]
+    entries = b"".join(struct.pack(order + form, *values) for form, *values in tags)
+    head = {"<": b"II", ">": b"MM"}[order] + struct.pack(order + "HI", 42, 8 + len(pixels))
+    return head + pixels + struct.pack(order + "H", len(tags)) + entries + b"\0" * 4
+
+
+GREY = np.array([[0, 300], [40000, 65535]])
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "big-endian tif", "an image"])
+def test_16_bits_are_scaled_to_8(tmp_path: Path, kind: str) -> None:
+    image = Image.fromarray(GREY.astype(np.uint16))
+    assert image.mode == "I;16"
+    if kind == "an image":  # of torchvision, say
+        found = decoded(image, "x")
+    else:
+        path = tmp_path / f"x.{kind.split()[-1]}"
+        image.save(path)
+        if kind == "big-endian tif":
+            path.write_bytes(tiff(16, 1, ">", GREY.astype(">u2").tobytes()))
+        found = decoded(path.read_bytes(), "x")
+    expected = np.array([[0, 1], [156, 255]])  # 300 / 65535 * 255 = 1.17; 40000: 155.6
+    assert found.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(found), expected[..., None].repeat(3, 2))
+
+
+def test_every_number_of_16_bits_is_scaled_to_the_nearest() -> None:
+    values = np.arange(65536).reshape(256, 256)
+    found = np.asarray(decoded(Image.fromarray(values.astype(np.uint16)), "x"))[..., 0]
+    np.testing.assert_array_equal(found, np.round(values / 65535 * 255))
+
+
+ODD_DEPTHS = {
+    "mode I": lambda path: Image.fromarray(GREY.astype(np.int32)).save(path, "TIFF"),
+    "mode F": lambda path: Image.fromarray(np.ones((2, 2), np.float32)).save(path, "TIFF"),
+    "mode I, ": lambda path: Image.fromarray(GREY.astype(np.uint16)).save(path, "PPM"),
+    "of (12,) bits": lambda path: path.write_bytes(tiff(12, 1, "<", bytes(range(6)))),
+    "photometric 0": lambda path: path.write_bytes(tiff(16, 0, "<", bytes(range(8)))),
+    "mode I, integers": lambda path: path.write_bytes(tiff(16, 1, "<", bytes(8), 2)),
+}
+
+
+@pytest.mark.parametrize("said", ODD_DEPTHS)
+def test_numbers_of_an_unknown_range_are_refused(tmp_path: Path, said: str) -> None:
+    ODD_DEPTHS[said](tmp_path / "x.tif")
+    with pytest.raises(SampleError, match=re.escape(said)):
+        decoded((tmp_path / "x.tif").read_bytes(), "x")
+
+
+@pytest.mark.parametrize("name", ["x.WEBP", "x.gif", "x.tif", "x.tiff", "x.bmp", "x.ppm", "x.jpe"])
+def test_every_format_is_found_and_read(tmp_path: Path, name: str) -> None:
+    root = class_folder(tmp_path / "images", "cat/a.png", f"dog/{name}")
+    samples = ImageData(str(root)).open(CONFIG)
+    assert (samples.ids, samples.targets) == (["cat/a.png", f"dog/{name}"], [0, 1])
+    with Image.open(root / "dog" / name) as image:
+        expected = create_transform(**CONFIG)(image.convert("RGB"))
+    assert torch.equal(samples[1][0], expected)  # pyright: ignore[reportArgumentType]
+
+
+WRONG_FOLDERS = {
+    "flat/1.png is in no class's folder": ("flat/1.png", "flat/2.png"),
+    "mixed/1.png is in no class's folder": ("mixed/cat/1.png", "mixed/1.png"),
+    "two folders of a class 'cat'": ("years/2025/cat/1.png", "years/2026/cat/1.png"),
+    "dog/1.heic is in no format that is read": ("heic/cat/1.png", "heic/dog/1.heic"),
+    "cat/2.AVIF is in no format that is read": ("avif/cat/1.png", "avif/cat/2.AVIF"),
+    "dog holds no image": ("empty/cat/1.png", "empty/dog/"),
+    "b/fish holds no image": ("deep/a/cat/1.png", "deep/b/dog/1.png", "deep/b/fish/"),
+    "bird holds no image": ("hidden/cat/1.png", "hidden/bird/.cache/"),
+    "bare holds no images": ("bare/",),
+}
+
+
+@pytest.mark.parametrize("said", WRONG_FOLDERS)
+def test_no_image_and_no_class_is_passed_over(tmp_path: Path, said: str) -> None:
+    for name in WRONG_FOLDERS[said]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_bytes(b"")
+    root = tmp_path / WRONG_FOLDERS[said][0].split("/")[0]
+    with pytest.raises(ArgumentError, match=re.escape(said)):
+        ImageData(str(root)).open()
+
+
+def test_what_else_is_in_a_folder(tmp_path: Path) -> None:
+    root = class_folder(tmp_path / "images", "10/1.png", "9/1.png", "9/10.png", "9/2.png")
+    for name in ("notes.txt", "9/boxes.csv", ".DS_Store"):
+        (root / name).write_text("")
+    (root / ".cache" / "empty").mkdir(parents=True)
+    samples = ImageData(str(root)).open()
+    assert samples.passed_over == ["9/boxes.csv", "notes.txt"]
+    assert samples.ids == ["9/1.png", "9/2.png", "9/10.png", "10/1.png"]
+    assert samples.counts() == {"9": 3, "10": 1}
+
+
+def test_classes_that_differ_by_case_alone_keep_their_order(tmp_path: Path) -> None:
+    root = class_folder(tmp_path / "images", "cat/1.png", "CAT/1.png", "Cat/1.png")
+    assert ImageData(str(root)).open().classes == ["CAT", "Cat", "cat"]
+
+
+def test_images_of_one_class_are_no_data_to_learn_from(tmp_path: Path) -> None:
+    root = class_folder(tmp_path / "images", "cat/1.png", "cat/2.png")
+    with pytest.raises(ArgumentError, match="here: all 2 images are of one class, cat"):
+        ImageData(str(root)).open().check_classes("here")
+    class_folder(root, "dog/1.png")
+    samples = ImageData(str(root)).open()
+    samples.check_classes("here")
+    with pytest.raises(ArgumentError, match="one class, cat"):  # of two that it could have
+        samples.subset(["cat/1.png", "cat/2.png"]).check_classes("here")
 
 
 def test_a_model_s_own_configuration(tmp_path: Path) -> None:
@@ -190,6 +319,29 @@ def test_webdataset(tmp_path: Path) -> None:
     archive(tmp_path / "bad", broken=True)
     with pytest.raises(ArgumentError, match="1 samples of wds/x"):
         ImageData(str(tmp_path / "bad"), "wds/x").open(CONFIG)
+
+
+def test_a_stream_s_16_bits_are_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm's reader would convert them: 16 bits to white, before anybody sees them."""
+    grey = Image.fromarray(GREY.astype(np.uint16))
+
+    class Reader(list):
+        num_samples = 2
+
+    class Found:
+        def __init__(self, mode: str) -> None:
+            self.reader = Reader([(grey.convert(mode) if mode else grey, k) for k in range(2)])
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(
+        timm.data.dataset_factory,
+        "create_dataset",
+        lambda name, root, split, input_img_mode="RGB": Found(input_img_mode),
+    )
+    config = {**CONFIG, "input_size": (3, 2, 2), "crop_pct": 1.0}
+    image = ImageData(str(tmp_path), "wds/x").open(config)[1][0]
+    red = (image[0] * CONFIG["std"][0] + CONFIG["mean"][0]) * 255
+    torch.testing.assert_close(red, torch.tensor([[0.0, 1], [156, 255]]), rtol=0, atol=1e-3)
 
 
 def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

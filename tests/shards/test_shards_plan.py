@@ -110,6 +110,14 @@ def test_assignments_that_are_none(folder: Path) -> None:
         assert not (folder / "run").exists()
 
 
+def test_a_plan_of_one_class_is_refused(folder: Path) -> None:
+    for index in (1, 2, 3):
+        shutil.rmtree(folder / "images" / f"class{index}")
+    with pytest.raises(ArgumentError, match="images: all 6 images are of one class, class0"):
+        create(folder, {"a": ["class0/0.png"]})
+    assert not (folder / "run").exists()
+
+
 def test_odd_names(folder: Path) -> None:
     (folder / "images" / "class0" / "ü ö 'x'; --.png").write_bytes(
         (folder / "images" / "class0" / "0.png").read_bytes() + b"\0"

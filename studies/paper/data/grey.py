@@ -13,8 +13,8 @@ from studies.paper.data.archives import debian, fetch_package, members
 from studies.paper.data.pool import Pool, Source
 
 FASHION = debian(
-    "dataset-fashion-mnist 0.0~git20200523.55506a9-1",
-    "pool/main/d/dataset-fashion-mnist/dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
+    "dataset-fashion-mnist",
+    "0.0~git20200523.55506a9-1",
     "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
 )
 FASHION_CLASSES = (
