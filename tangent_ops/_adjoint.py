@@ -127,7 +127,8 @@ class _Side:
     Attributes:
         epsilon: rounding unit of its dtype, or of autocast's.
         ordinary: g_p by name; zeros where there is none.
-        through_tangent: the gradient of ⟨H, JΔ⟩ by Δ_p, by name.
+        sizes: ‖g_p‖ by name.
+        differences: of g_p and the gradient of ⟨H, JΔ⟩ by Δ_p, by name, after ``pull_back()``.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class _Side:
         signs = torch.randint(0, 2, (len(names),), generator=generator) * 2 - 1
         self.signs = dict(zip(names, signs.tolist(), strict=True))
         self.ordinary = self._ordinary()
+        self.sizes = {name: _norm(gradient) for name, gradient in self.ordinary.items()}
 
     def _ordinary(self) -> Vectors:
         flags = {p: p.requires_grad for p in self.anchor.parameters()}
@@ -169,18 +171,19 @@ class _Side:
                 parameter.requires_grad_(flag)
 
     def pull_back(self) -> None:
-        """Find the gradients through the tangent."""
+        """Find the gradients of ⟨H, JΔ⟩ by Δ_p, and how far they are from the ordinary ones."""
         zeros = {n: torch.zeros_like(w).requires_grad_() for n, w in self.weights.items()}
         tangents = self._tangents(zeros)
         with naming_what_lacks(self.anchor):
-            self.through_tangent = self._gradients(tangents, zeros)
+            through_tangent = self._gradients(tangents, zeros)
+        self.differences = {n: _norm(g - through_tangent[n]) for n, g in self.ordinary.items()}
 
     def counted(self, names: Iterable[str]) -> float:
         """⟨H, JΔ⟩ - Σ s_p over these parameters; all others have Δ_p = 0."""
         chosen, generator = set(names), torch.Generator().manual_seed(2)
         directions, expected = {}, 0
         for name, weight in self.weights.items():
-            gradient, size = self.ordinary[name].double(), self.size(name)
+            gradient, size = self.ordinary[name].double(), self.sizes[name]
             if name not in chosen:
                 directions[name] = torch.zeros_like(weight)
             elif size:
@@ -195,15 +198,6 @@ class _Side:
 
     def adds_up(self, names: Iterable[str]) -> bool:
         return abs(self.counted(names)) <= _FAR  # a NaN does not
-
-    def size(self, name: str) -> float:
-        """‖g_p‖."""
-        return float(self.ordinary[name].double().norm())
-
-    def difference(self, name: str) -> float:
-        """How far the two gradients of a parameter are apart."""
-        pair = self.ordinary[name].double(), self.through_tangent[name].double()
-        return float((pair[0] - pair[1]).norm())
 
     def in_another_precision(self) -> _Side | None:
         """The same of a copy in float64, or in float32 where that is its own; None if it fails."""
@@ -264,34 +258,34 @@ def _judge(own: _Side) -> list[str]:
     own.pull_back()
     # Half of the digits are rounding, at most; beyond that another precision has to decide.
     close = 4 * own.epsilon**0.5
-    doubtful = [n for n in own.names if not own.difference(n) <= close * own.size(n)]
+    doubtful = [n for n in own.names if not own.differences[n] <= close * own.sizes[n]]
     if not doubtful and own.adds_up(own.names):
-        return [n for n in own.names if own.size(n) == 0]
+        return [n for n in own.names if own.sizes[n] == 0]
     other = own.in_another_precision()
     if other is None:
         # All that can be said: rounding is small beside the largest gradient.
-        largest = max(map(own.size, own.names))
-        lost = [n for n in doubtful if not own.difference(n) <= 100 * own.epsilon * largest]
+        largest = max(own.sizes.values())
+        lost = [n for n in doubtful if not own.differences[n] <= 100 * own.epsilon * largest]
         if not lost and own.epsilon <= torch.finfo(torch.float32).eps:
             lost = _find_lost(own, [n for n in own.names if n not in doubtful])
         _refuse(own, lost)
-        return [n for n in own.names if own.size(n) == 0]
+        return [n for n in own.names if own.sizes[n] == 0]
     coarse, fine = sorted((own, other), key=lambda side: -side.epsilon)
-    largest = max(map(fine.size, fine.names))
+    largest = max(fine.sizes.values())
     lost, countable = [], []
     for name in own.names:
         # Rounding alone: keys' biases, say, whose gradient is zero in exact arithmetic.
-        apart = float((coarse.ordinary[name].double() - fine.ordinary[name].double()).norm())
-        noise = apart > _HALF * coarse.size(name)
-        nothing = fine.size(name) <= max(1e-3 * coarse.size(name), 1e-9 * largest)
+        apart = _norm(coarse.ordinary[name].double() - fine.ordinary[name].double())
+        noise = apart > _HALF * coarse.sizes[name]
+        nothing = fine.sizes[name] <= max(1e-3 * coarse.sizes[name], 1e-9 * largest)
         if noise and nothing:
             continue
         countable.append(name)
-        agree = fine.difference(name) <= 1e-3 * fine.size(name)
-        if not agree or not (noise or coarse.difference(name) <= _HALF * coarse.size(name)):
+        agree = fine.differences[name] <= 1e-3 * fine.sizes[name]
+        if not agree or not (noise or coarse.differences[name] <= _HALF * coarse.sizes[name]):
             lost.append(name)
     _refuse(own, lost or _find_lost(fine, countable))
-    return [n for n in own.names if own.size(n) == other.size(n) == 0]
+    return [n for n in own.names if own.sizes[n] == other.sizes[n] == 0]
 
 
 def _find_lost(side: _Side, names: list[str]) -> list[str]:
@@ -350,6 +344,10 @@ def _is_batch(x: Any, batch: int) -> bool:
 
 def _floating(outputs: Any) -> list[Tensor]:
     return [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
