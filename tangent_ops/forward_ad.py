@@ -25,19 +25,37 @@ from tangent_ops.functional import (
     softmax,
 )
 from tangent_ops.functional._backend import Backend, in_forward_ad, may_be_dual
+from tangent_ops.functional._pytorch_rules import (
+    FACTORIZING,
+    OVERWRITING,
+    out_of_place,
+    refuse_factorizations,
+)
+from tangent_ops.functional.batch_norm import NORMS, normalize_channels
+from tangent_ops.functional.composed import glu, hardsigmoid, normalize
+from tangent_ops.functional.layer_norm import native_layer_norm
 
 
 def _multi_head_attention(backend: Backend | None) -> FunctionType:
-    """``F.multi_head_attention_forward`` (nn.MultiheadAttention) around this library's attention.
+    """``F.multi_head_attention_forward`` (nn.MultiheadAttention) around this library's operations.
 
-    A mode is off while it handles a function, so it would not see the call inside that one.
+    A mode is off while it handles a function, so it would not see the calls inside that one.
     """
     original = F.multi_head_attention_forward
-    attention = functools.partial(scaled_dot_product_attention, backend=backend)
-    names = {**vars(F), "scaled_dot_product_attention": attention}
+    ours = {
+        "scaled_dot_product_attention": scaled_dot_product_attention,
+        "softmax": softmax,
+    }
+    names = {**vars(F), **{n: functools.partial(f, backend=backend) for n, f in ours.items()}}
     copy = FunctionType(original.__code__, names, original.__name__, original.__defaults__)
     copy.__kwdefaults__ = original.__kwdefaults__
     return copy
+
+
+def _torch_layer_norm(
+    input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True, *, backend=None
+) -> Tensor:
+    return layer_norm(input, normalized_shape, weight, bias, eps, backend=backend)
 
 
 _BACKENDS: tuple[Backend | None, ...] = (None, "triton", "reference")
@@ -46,9 +64,11 @@ _MULTI_HEAD_ATTENTION = {backend: _multi_head_attention(backend) for backend in 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 # PyTorch's name of an operation, as models call it, and ours.
-_ROUTES: dict[Callable[..., Any], Callable[..., Tensor]] = {
+_ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: linear,
     F.layer_norm: layer_norm,
+    torch.layer_norm: _torch_layer_norm,
+    torch.ops.aten.layer_norm.default: _torch_layer_norm,
     F.rms_norm: rms_norm,
     torch.rms_norm: rms_norm,
     F.gelu: gelu,
@@ -61,26 +81,6 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Tensor]] = {
     torch.softmax: softmax,
     Tensor.softmax: softmax,
 }
-
-
-def _hardsigmoid(input, inplace=False):
-    output = F.relu6(input + 3) / 6
-    return input.copy_(output) if inplace else output
-
-
-def _glu(input, dim=-1):
-    first, gate = input.split(input.shape[dim] // 2, dim)
-    return first * gate.sigmoid()
-
-
-def _normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
-    if p != 2.0 or out is not None:
-        return F.normalize(input, p, dim, eps, out)
-    squares = input.to(torch.promote_types(input.dtype, torch.float32)).square()
-    total = squares.sum(dim, keepdim=True)
-    nothing = total == 0  # of padding, say: the root has no slope there, and PyTorch's rule a NaN
-    norm = total.masked_fill(nothing, 1.0).sqrt().masked_fill(nothing, 0.0)
-    return input / norm.to(input.dtype).clamp_min(eps)
 
 
 def _recurrent(func, *args):
@@ -97,9 +97,26 @@ def _recurrent(func, *args):
 
 
 # PyTorch cannot differentiate their tangents; those of the same map in other words it can.
-_COMPOSED = {F.hardsigmoid: _hardsigmoid, F.glu: _glu, F.normalize: _normalize}
+_COMPOSED: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.hardsigmoid: hardsigmoid,
+    F.glu: glu,
+    F.normalize: normalize,
+    torch.native_layer_norm: native_layer_norm,
+    torch.ops.aten.native_layer_norm.default: native_layer_norm,
+}
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
-_TAKEN = frozenset((*_ROUTES, *_CONVOLUTIONS, *_ATTENTION, *_COMPOSED, *_RECURRENT))
+_TAKEN = frozenset(
+    (
+        *_ROUTES,
+        *_CONVOLUTIONS,
+        *_ATTENTION,
+        *_COMPOSED,
+        *_RECURRENT,
+        *NORMS,
+        *OVERWRITING,
+        *FACTORIZING,
+    )
+)
 
 
 class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_grad
@@ -150,6 +167,12 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
             return scaled_dot_product_attention(*args, **kwargs, backend=self.backend)
         if func in _COMPOSED and any(may_be_dual(x) for x in (*args, *kwargs.values())):
             return _COMPOSED[func](*args, **kwargs)
+        if func in NORMS and in_forward_ad():
+            return normalize_channels(func, *args, **kwargs)
+        if func in OVERWRITING:
+            return out_of_place(func, *args, **kwargs)
+        if func in FACTORIZING:
+            refuse_factorizations(func, *args, **kwargs)
         if func in _RECURRENT and any(may_be_dual(x) for x in tree_leaves(args)):
             return _recurrent(func, *args, **kwargs)
         return func(*args, **kwargs)
