@@ -24,24 +24,26 @@ def normalize_channels(function: Callable[..., Any], *args: Any, **kwargs: Any) 
         *args: its arguments; input (B, C, *spatial), plain or dual.
         **kwargs: more of them.
     """
-    input, weight, bias, of_input, eps = NORMS[function](*args, **kwargs)
-    if not of_input or not may_be_differentiated(input, weight, bias):
-        return function(*args, **kwargs)
-    over_batch = "batch" in function.__name__
+    input, weight, bias, of_input, eps, over_batch = NORMS[function](*args, **kwargs)
     dims = [d for d in range(input.ndim) if d > 1 or (d == 0 and over_batch)]
-    x = input.to(torch.promote_types(input.dtype, torch.float32))
-    x = x - x.mean(dims, keepdim=True)
-    words = x * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
-    channels = (-1, *(1 for _ in input.shape[2:]))
-    if weight is not None:
-        words = words * weight.view(channels)
-    if bias is not None:
-        words = words + bias.view(channels)
+    if not of_input or not dims or not may_be_differentiated(input, weight, bias):
+        return function(*args, **kwargs)
+
+    def words() -> Tensor:
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        x = x - x.mean(dims, keepdim=True)
+        output = x * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
+        channels = (-1, *(1 for _ in input.shape[2:]))
+        if weight is not None:
+            output = output * weight.view(channels)
+        return output if bias is None else output + bias.view(channels)
+
     return with_value_of(function, words, *args, **kwargs)
 
 
-# Their arguments, as (input, weight, bias, whether its own statistics normalize the input, eps).
-_Arguments = tuple[Tensor, Tensor | None, Tensor | None, bool, float]
+# Their arguments, as (input, weight, bias, whether statistics of the input normalize it, eps,
+# whether those are over the batch).
+_Arguments = tuple[Tensor, Tensor | None, Tensor | None, bool, float, bool]
 
 
 def _of_batch_norm(
@@ -54,7 +56,7 @@ def _of_batch_norm(
     momentum=0.1,
     eps=1e-5,
 ) -> _Arguments:
-    return input, weight, bias, training, eps
+    return input, weight, bias, training, eps, True
 
 
 def _of_instance_norm(
@@ -67,19 +69,19 @@ def _of_instance_norm(
     momentum=0.1,
     eps=1e-5,
 ) -> _Arguments:
-    return input, weight, bias, use_input_stats, eps
+    return input, weight, bias, use_input_stats, eps, False
 
 
 def _of_torch_batch_norm(
     input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled=None
 ) -> _Arguments:
-    return input, weight, bias, training, eps
+    return input, weight, bias, training, eps, True
 
 
 def _of_torch_instance_norm(
     input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, cudnn_enabled
 ) -> _Arguments:
-    return input, weight, bias, use_input_stats, eps
+    return input, weight, bias, use_input_stats, eps, False
 
 
 _NATIVE = {

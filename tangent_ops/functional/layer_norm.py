@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -78,7 +79,8 @@ def native_layer_norm(
     arguments = (input, normalized_shape, weight, bias, eps)
     if not may_be_differentiated(input, weight, bias):
         return torch.native_layer_norm(*arguments)
-    return with_value_of(torch.native_layer_norm, reference.layer_norm(*arguments), *arguments)
+    words = functools.partial(reference.layer_norm, *arguments)
+    return with_value_of(torch.native_layer_norm, words, *arguments)
 
 
 def add_layer_norm(
