@@ -126,9 +126,16 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
     this context such calls go to :func:`tangent_ops.scaled_dot_product_attention`, whatever model
     makes them; calls without a tangent stay PyTorch's. ``F.linear``, ``F.conv2d`` (1d, 3d),
     ``F.layer_norm``, ``F.rms_norm``, ``F.gelu``, ``F.silu`` and ``F.softmax`` are routed too:
-    :mod:`tangent_ops.functional` says what is gained where. So are dual calls of
-    ``F.hardsigmoid``, ``F.glu``, ``F.normalize`` and recurrent layers, whose tangents PyTorch does
-    not compute or cannot differentiate.
+    :mod:`tangent_ops.functional` says what is gained where. So are dual calls whose tangents
+    PyTorch does not compute, cannot differentiate, or differentiates wrongly by the input: of
+    ``F.hardsigmoid``, ``F.glu``, ``F.normalize``, recurrent layers, batch and instance norm, and
+    of all that has a softmax, a logsumexp or a 1-norm within. Determinants and ``linalg.solve``
+    raise where derivatives of their tangents would be wrong.
+
+    Within any such context ``nn.TransformerEncoder`` and its parts take PyTorch's slow path, as
+    where gradients are wanted. In eval mode without gradients its fast path, for a padding mask,
+    returns zeros at padded places; the slow one returns numbers that mean nothing. Elsewhere both
+    agree within rounding.
 
     Example:
         >>> with fused_forward_ad():
@@ -139,7 +146,8 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
 
     Raises:
         ArgumentError: there is no such backend.
-        UnsupportedError: in torch.inference_mode(), where PyTorch makes all tangents zero.
+        UnsupportedError: in torch.inference_mode(), where PyTorch makes all tangents zero; and,
+            within the context, where a derivative would be wrong.
     """
 
     def __init__(self, backend: Backend | None = None):

@@ -49,7 +49,7 @@ OVERWRITING = frozenset(
         torch.special.log_softmax,
         torch.special.logsumexp,
         torch.special.softmax,
-        *filter(None, (getattr(F, "linear_cross_entropy", None),)),  # of torch 2.12
+        *filter(None, (getattr(F, "linear_cross_entropy", None),)),  # of newer versions
     )
 )
 # Whose derivatives use a factorization of an operand, as if that did not depend on it.

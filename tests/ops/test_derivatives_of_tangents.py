@@ -155,6 +155,9 @@ OF_SOFTMAX: dict[str, Op] = {
     "nn.CrossEntropyLoss": lambda x: nn.CrossEntropyLoss(reduction="none")(x, TARGET),
     "F.gumbel_softmax": lambda x: (torch.manual_seed(0), F.gumbel_softmax(x))[1],
 }
+if hasattr(F, "linear_cross_entropy"):
+    WEIGHT = torch.linspace(-1, 1, 20, dtype=torch.float64).view(5, 4).sin()
+    OF_SOFTMAX["F.linear_cross_entropy"] = lambda x: F.linear_cross_entropy(x, WEIGHT, TARGET)
 OF_NORMS: dict[str, Op] = {
     "F.normalize, 1": lambda x: F.normalize(x, 1.0, -1),
     "F.normalize, 2": lambda x: F.normalize(x, dim=-1),
