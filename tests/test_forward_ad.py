@@ -196,6 +196,8 @@ def test_multi_head_attention_of_torch(fused_calls):
 class Encoder(nn.Module):
     """What of an encoder's output means something: not its padded places."""
 
+    padded: Tensor
+
     def __init__(self):
         super().__init__()
         torch.manual_seed(5)
