@@ -27,19 +27,37 @@ from tangent_ops.functional import (
 )
 from tangent_ops.functional._backend import Backend, in_forward_ad, may_be_dual
 from tangent_ops.functional._checkpoint_guard import CheckpointGuard
+from tangent_ops.functional._pytorch_rules import (
+    FACTORIZING,
+    OVERWRITING,
+    out_of_place,
+    refuse_factorizations,
+)
+from tangent_ops.functional.batch_norm import NORMS, normalize_channels
+from tangent_ops.functional.composed import glu, hardsigmoid, normalize
+from tangent_ops.functional.layer_norm import native_layer_norm
 
 
 def _multi_head_attention(backend: Backend | None) -> FunctionType:
-    """``F.multi_head_attention_forward`` (nn.MultiheadAttention) around this library's attention.
+    """``F.multi_head_attention_forward`` (nn.MultiheadAttention) around this library's operations.
 
-    A mode is off while it handles a function, so it would not see the call inside that one.
+    A mode is off while it handles a function, so it would not see the calls inside that one.
     """
     original = F.multi_head_attention_forward
-    attention = functools.partial(scaled_dot_product_attention, backend=backend)
-    names = {**vars(F), "scaled_dot_product_attention": attention}
+    ours = {
+        "scaled_dot_product_attention": scaled_dot_product_attention,
+        "softmax": softmax,
+    }
+    names = {**vars(F), **{n: functools.partial(f, backend=backend) for n, f in ours.items()}}
     copy = FunctionType(original.__code__, names, original.__name__, original.__defaults__)
     copy.__kwdefaults__ = original.__kwdefaults__
     return copy
+
+
+def _torch_layer_norm(
+    input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True, *, backend=None
+) -> Tensor:
+    return layer_norm(input, normalized_shape, weight, bias, eps, backend=backend)
 
 
 _BACKENDS: tuple[Backend | None, ...] = (None, "triton", "reference")
@@ -48,9 +66,11 @@ _MULTI_HEAD_ATTENTION = {backend: _multi_head_attention(backend) for backend in 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 # PyTorch's name of an operation, as models call it, and ours.
-_ROUTES: dict[Callable[..., Any], Callable[..., Tensor]] = {
+_ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: linear,
     F.layer_norm: layer_norm,
+    torch.layer_norm: _torch_layer_norm,
+    torch.ops.aten.layer_norm.default: _torch_layer_norm,
     F.rms_norm: rms_norm,
     torch.rms_norm: rms_norm,
     F.gelu: gelu,
@@ -63,26 +83,6 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Tensor]] = {
     torch.softmax: softmax,
     Tensor.softmax: softmax,
 }
-
-
-def _hardsigmoid(input, inplace=False):
-    output = F.relu6(input + 3) / 6
-    return input.copy_(output) if inplace else output
-
-
-def _glu(input, dim=-1):
-    first, gate = input.split(input.shape[dim] // 2, dim)
-    return first * gate.sigmoid()
-
-
-def _normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
-    if p != 2.0 or out is not None:
-        return F.normalize(input, p, dim, eps, out)
-    squares = input.to(torch.promote_types(input.dtype, torch.float32)).square()
-    total = squares.sum(dim, keepdim=True)
-    nothing = total == 0  # of padding, say: the root has no slope there, and PyTorch's rule a NaN
-    norm = total.masked_fill(nothing, 1.0).sqrt().masked_fill(nothing, 0.0)
-    return input / norm.to(input.dtype).clamp_min(eps)
 
 
 def _recurrent(func, *args):
@@ -99,9 +99,26 @@ def _recurrent(func, *args):
 
 
 # PyTorch cannot differentiate their tangents; those of the same map in other words it can.
-_COMPOSED = {F.hardsigmoid: _hardsigmoid, F.glu: _glu, F.normalize: _normalize}
+_COMPOSED: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.hardsigmoid: hardsigmoid,
+    F.glu: glu,
+    F.normalize: normalize,
+    torch.native_layer_norm: native_layer_norm,
+    torch.ops.aten.native_layer_norm.default: native_layer_norm,
+}
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
-_TAKEN = frozenset((*_ROUTES, *_CONVOLUTIONS, *_ATTENTION, *_COMPOSED, *_RECURRENT))
+_TAKEN = frozenset(
+    (
+        *_ROUTES,
+        *_CONVOLUTIONS,
+        *_ATTENTION,
+        *_COMPOSED,
+        *_RECURRENT,
+        *NORMS,
+        *OVERWRITING,
+        *FACTORIZING,
+    )
+)
 
 
 class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_grad
@@ -111,9 +128,16 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
     this context such calls go to :func:`tangent_ops.scaled_dot_product_attention`, whatever model
     makes them; calls without a tangent stay PyTorch's. ``F.linear``, ``F.conv2d`` (1d, 3d),
     ``F.layer_norm``, ``F.rms_norm``, ``F.gelu``, ``F.silu`` and ``F.softmax`` are routed too:
-    :mod:`tangent_ops.functional` says what is gained where. So are dual calls of
-    ``F.hardsigmoid``, ``F.glu``, ``F.normalize`` and recurrent layers, whose tangents PyTorch does
-    not compute or cannot differentiate.
+    :mod:`tangent_ops.functional` says what is gained where. So are dual calls whose tangents
+    PyTorch does not compute, cannot differentiate, or differentiates wrongly by the input: of
+    ``F.hardsigmoid``, ``F.glu``, ``F.normalize``, recurrent layers, batch and instance norm, and
+    of all that has a softmax, a logsumexp or a 1-norm within. Determinants and ``linalg.solve``
+    raise where derivatives of their tangents would be wrong.
+
+    Within any such context ``nn.TransformerEncoder`` and its parts take PyTorch's slow path, as
+    where gradients are wanted. In eval mode without gradients its fast path, for a padding mask,
+    returns zeros at padded places; the slow one returns numbers that mean nothing. Elsewhere both
+    agree within rounding.
 
     PyTorch has one forward-mode level for the whole process. So threads take turns: one is in such
     a block at a time, and then no other is in a call of a linearized model. Keep blocks short, a
@@ -130,7 +154,8 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
         ArgumentError: there is no such backend.
         UnsupportedError: in torch.inference_mode(), where PyTorch makes all tangents zero. On
             entry: another thread stays in such a block for a minute, or is in a torch.func.jvp
-            outside of one. Within: at a ``torch.utils.checkpoint`` that begins within the level.
+            outside of one. Within: where a derivative would be wrong, and at a
+            ``torch.utils.checkpoint`` that begins within the level.
     """
 
     def __init__(self, backend: Backend | None = None):
@@ -176,6 +201,12 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
             return scaled_dot_product_attention(*args, **kwargs, backend=self.backend)
         if func in _COMPOSED and any(may_be_dual(x) for x in (*args, *kwargs.values())):
             return _COMPOSED[func](*args, **kwargs)
+        if func in NORMS and in_forward_ad():
+            return normalize_channels(func, *args, **kwargs)
+        if func in OVERWRITING:
+            return out_of_place(func, *args, **kwargs)
+        if func in FACTORIZING:
+            refuse_factorizations(func, *args, **kwargs)
         if func in _RECURRENT and any(may_be_dual(x) for x in tree_leaves(args)):
             return _recurrent(func, *args, **kwargs)
         return func(*args, **kwargs)

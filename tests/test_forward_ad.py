@@ -186,8 +186,46 @@ def test_multi_head_attention_of_torch(fused_calls):
     assert_near(found, exact_jvp(Layer(True), (x,), (x_t,)))
     with fused_forward_ad():
         assert_near(torch.func.jvp(Layer(True), (x,), (x_t,)), found)
+        with forward_ad.dual_level():
+            dual = Layer(True)(forward_ad.make_dual(x, x_t))
+            assert_near(tuple(forward_ad.unpack_dual(dual)), found)
         value = Layer(False)(x)
     assert_near(value, found[0])
+
+
+class Encoder(nn.Module):
+    """What of an encoder's output means something: not its padded places."""
+
+    padded: Tensor
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.register_buffer("padded", torch.arange(5) >= torch.tensor([[5], [3]]))
+
+    def forward(self, x):
+        return self.encoder(x, src_key_padding_mask=self.padded)[~self.padded]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+def test_encoder_with_padding():
+    model, (x, x_t) = Encoder().eval(), torch.randn(2, 2, 5, 16, generator=generator(4))
+    with fused_forward_ad():
+        assert_near(torch.func.jvp(model, (x,), (x_t,)), exact_jvp(model, (x,), (x_t,)))
+    call = {"src_key_padding_mask": model.padded}
+    with torch.no_grad(), fused_forward_ad():
+        plain, inside = model.encoder(x, **call), model(x)
+    assert torch.equal(plain, model.encoder(x, **call))  # PyTorch's own where gradients are wanted
+    with torch.no_grad():
+        fast = model.encoder(x, **call)  # with zeros at the padded places
+        assert_near(inside, model(x))
+    assert not fast[model.padded].any() and plain[model.padded].all()
+
+    tangent = moved(linearize(model))
+    x.requires_grad_()
+    assert_near(tangent.primal_and_tangent(x), exact_jvp_of_weights(model, tangent.deltas(), x))
 
 
 def test_modes_nest_and_leave_cleanly():
@@ -286,9 +324,3 @@ def test_layers_whose_tangent_pytorch_cannot_differentiate(name):
     grads = torch.autograd.grad(primal_t, list(tangent.deltas().values()), cotangent)
     exact = exact_vjp(model, list(tangent.deltas()), cotangent, x)
     assert_near(grads, [exact[name] for name in tangent.deltas()])
-
-
-def test_glu_refuses_what_it_refuses_without_a_tangent():
-    x = torch.ones(2, 3)
-    with fused_forward_ad(), forward_ad.dual_level(), pytest.raises((RuntimeError, ValueError)):
-        F.glu(forward_ad.make_dual(x, x))

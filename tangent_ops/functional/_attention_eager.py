@@ -42,7 +42,7 @@ class AttentionInParts(torch.autograd.Function):
                 found, found_t = attention_jvp(*primals, *tangents, scale, causal_from)
                 _put(output, rows, found)
                 _put(output_t, rows, found_t)
-        save_for_tangents(ctx, output, query, key, value, output)
+        save_for_tangents(ctx, output, query, key, value)
         ctx.scale, ctx.is_causal = scale, is_causal
         return output, output_t
 
@@ -50,7 +50,7 @@ class AttentionInParts(torch.autograd.Function):
     def backward(ctx, _, grad):
         if grad is None:
             return (None,) * 8
-        query, key, value, output = ctx.saved_tensors
+        query, key, value = ctx.saved_tensors
         needs = ctx.needs_input_grad[3:6]
         # Keys meet several blocks of rows: their gradients are sums, and rounded once.
         sums = torch.promote_types(query.dtype, torch.float32)
@@ -65,8 +65,8 @@ class AttentionInParts(torch.autograd.Function):
         with torch.autocast(query.device.type, enabled=False):
             for rows, keys, causal_from in _blocks(query, key, ctx.is_causal):
                 primals = _flat(query, rows), _flat(key, keys), _flat(value, keys)
-                cotangent = _flat(output, rows), _flat(grad, rows)
-                found = attention_vjp(*primals, *cotangent, ctx.scale, causal_from, needs)
+                cotangent = _flat(grad, rows)
+                found = attention_vjp(*primals, cotangent, ctx.scale, causal_from, needs)
                 add = ctx.is_causal or rows[2].start > 0
                 _put(grads[0], rows, found[0])
                 _put(grads[1], keys, found[1], add)
@@ -120,6 +120,9 @@ def _put(whole: Tensor | None, at: At, block: Tensor | None, add: bool = False) 
 
 
 def _empty_heads(like: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    """(B, H, N, dim) in memory as (B, N, H, dim), so that merging the heads is free."""
-    batch, heads, rows, _ = like.shape
-    return like.new_empty(batch, rows, heads, dim, dtype=dtype).transpose(1, 2)
+    """(B, H, N, dim) in memory as (B, N, H, dim), so that merging the heads is free.
+
+    No view: a model could not change what a Function returns as one in place.
+    """
+    shape = (*like.shape[:3], dim)
+    return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=dtype or like.dtype, device=like.device)

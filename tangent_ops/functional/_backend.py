@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch._C._functorch import (
     TransformType,
-    get_interpreter_stack,
     get_unwrapped,
     is_functorch_wrapped_tensor,
     peek_interpreter_stack,
@@ -116,12 +115,6 @@ def tangents_are_hidden() -> bool:
         return False
     interpreter = peek_interpreter_stack()
     return interpreter is not None and interpreter.key() != TransformType.Jvp
-
-
-def in_nested_transforms() -> bool:
-    """Whether more than one ``torch.func`` transform is active."""
-    stack = get_interpreter_stack()
-    return stack is not None and len(stack) > 1
 
 
 def may_be_dual(tensor: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -9,17 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tangent_ops._threads import is_compiling
 from tangent_ops.errors import ArgumentError
-from tangent_ops.functional._backend import (
-    Backend,
-    in_nested_transforms,
-    may_be_dual,
-    reverse_mode_reaches,
-    why_not_in_rows,
-)
+from tangent_ops.functional._backend import Backend, why_not_in_rows
 from tangent_ops.functional._dual_op import DualOp, Maps, dual_outputs
 from tangent_ops.functional._norm_maps import norm_maps
+from tangent_ops.functional._pytorch_rules import may_be_differentiated
+from tangent_ops.functional.composed import with_value_of
 from tangent_ops.reference import layer_norm as reference
 from tangent_ops.reference.layer_norm import layer_norm_jvp, layer_norm_vjp
 
@@ -57,9 +53,6 @@ def layer_norm(
         UnsupportedError: ``backend="triton"`` and the kernels do not compute this call.
     """
     shape = tuple(normalized_shape)
-    if is_compiling() and any(map(may_be_dual, (input, weight, bias))):
-        # Dynamo cannot trace PyTorch's own for a dual input with plain weights.
-        return reference.layer_norm(input, shape, weight, bias, eps)
     found = None
     if not is_left_to_pytorch(input, weight, bias):
         # PyTorch's backward pass with a bias alone is not differentiable once more.
@@ -69,9 +62,25 @@ def layer_norm(
         found = dual_outputs(op, (input, weight, bias), (shape, eps), backend, why_not)
     if found:
         return found[0]
-    if may_be_dual(input) and (reverse_mode_reaches(input) or in_nested_transforms()):
+    if may_be_differentiated(input, weight, bias):
+        # Nor can Dynamo trace PyTorch's own for a dual input with plain weights.
         return reference.layer_norm(input, shape, weight, bias, eps)
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def native_layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``torch.native_layer_norm``: the norm, and mean and 1/deviation, which have no tangents."""
+    arguments = (input, normalized_shape, weight, bias, eps)
+    if not may_be_differentiated(input, weight, bias):
+        return torch.native_layer_norm(*arguments)
+    words = functools.partial(reference.layer_norm, *arguments)
+    return with_value_of(torch.native_layer_norm, words, *arguments)
 
 
 def add_layer_norm(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tangent_ops.functional._backend import Backend, why_not_in_rows
 from tangent_ops.functional._dual_op import DualOp, Maps, dual_outputs
+from tangent_ops.functional._pytorch_rules import out_of_place
 from tangent_ops.reference.softmax import softmax_jvp, softmax_vjp
 
 
@@ -45,7 +46,7 @@ def softmax(
         if not last:
             why_not = why_not or f"dim={dim} is not the last"
         found = dual_outputs(_OP, (cast,), (dim,), chosen, why_not)
-    return found[0] if found else torch.softmax(input, dim, dtype)
+    return found[0] if found else out_of_place(torch.softmax, input, dim, dtype)
 
 
 def _jvp(primals, tangents, options):

@@ -49,7 +49,9 @@ def attention(
     # Softmax spelled out, as reverse mode over forward mode of `softmax` itself raises in PyTorch,
     # and divided by its sum last, where every derivative of that is N x Dv.
     weights = (scores - scores.detach().amax(-1, keepdim=True)).exp()
-    output = (_drop(weights, dropout_p) @ value) / weights.sum(-1, keepdim=True)
+    # By a factor: the rule of a quotient keeps its result, which a model may change in place.
+    factor = weights.sum(-1, keepdim=True).reciprocal()
+    output = (_drop(weights, dropout_p) @ value) * factor
     return (output if dead is None else output.masked_fill(dead, 0.0)).to(dtype)
 
 
@@ -127,7 +129,8 @@ def attention_jvp(
         kept_t = weights_t if kept is weights else kept * scores_t
         output_t = torch.baddbmm(output_t, kept_t, v) - mean_t * output
     shape = (*lead, *output.shape[-2:])
-    return output.to(dtype).reshape(shape), output_t.to(dtype).reshape(shape)
+    # A copy: the model may change it in place, and the backward pass needs this one.
+    return output.to(dtype, copy=True).reshape(shape), output_t.to(dtype).reshape(shape)
 
 
 def _scores_tangent(q: Tensor, k: Tensor, q_t: Tensor | None, k_t: Tensor | None) -> Tensor | None:

@@ -5,7 +5,7 @@ nest under every transform. These overwrite their intermediates, so they do neit
 where PyTorch's FlopCounterMode does not count the in-place form). With a cotangent G of O, or of
 O_t (prefix ``grad_``):
 
-    grad_V = Pᵀ G        grad_S = P∘(G Vᵀ - δ)        δ_i = Σ_j G_ij O_ij
+    grad_V = Pᵀ G        grad_S = P∘(A - δ)        A = G Vᵀ        δ_i = Σ_j P_ij A_ij
     grad_Q = s grad_S K        grad_K = s grad_Sᵀ Q
 """
 
@@ -63,7 +63,6 @@ def attention_vjp(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    output: Tensor,
     grad: Tensor,
     scale: float,
     causal_from: int | None,
@@ -75,7 +74,6 @@ def attention_vjp(
         query: (B, N, D); B counts batch and heads.
         key: (B, M, D).
         value: (B, M, Dv).
-        output: (B, N, Dv), what attention returned.
         grad: (B, N, Dv), cotangent of the output (or of its tangent).
         scale: factor of the scores.
         causal_from: as for :func:`attention_jvp`.
@@ -86,8 +84,9 @@ def attention_vjp(
     grad_value = torch.bmm(weights.mT, grad) if needs[2] else None
     if not needs[0] and not needs[1]:
         return None, None, grad_value
-    delta = (grad * output).sum(-1, keepdim=True)
-    grad_scores = torch.bmm(grad, value.mT).sub_(delta).mul_(weights)
+    # δ_i is Σ_j G_ij O_ij, too; but a model may have changed O in place.
+    grad_scores = torch.bmm(grad, value.mT)
+    grad_scores = torch.ops.aten._softmax_backward_data(grad_scores, weights, -1, weights.dtype)
     grad_query = torch.bmm(grad_scores, key).mul_(scale) if needs[0] else None
     grad_key = torch.bmm(grad_scores.mT, query) if needs[1] else None
     return grad_query, grad_key, grad_value
