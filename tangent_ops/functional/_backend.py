@@ -16,6 +16,7 @@ from torch._C._functorch import (
     peek_interpreter_stack,
 )
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
 
@@ -67,6 +68,15 @@ def in_plain_dual_level() -> bool:
     return (
         in_forward_ad() and not torch.compiler.is_compiling() and peek_interpreter_stack() is None
     )
+
+
+def is_traced() -> bool:
+    """Whether ``make_fx`` records what is computed, as ``torch.func.linearize`` has it do.
+
+    What a kernel launch, ``out=`` or an in-place operation writes is not a result of its own in the
+    recorded graph: dropped as unused there, or written again at every call into what was a constant.
+    """
+    return get_proxy_mode() is not None
 
 
 def why_not_in_float(tensor: Tensor) -> str | None:
@@ -138,4 +148,4 @@ def reverse_mode_reaches(*tensors: Tensor | None) -> bool:
             if not is_functorch_wrapped_tensor(tensor):
                 break
             tensor = get_unwrapped(tensor)
-    return False
+    return get_proxy_mode() is not None

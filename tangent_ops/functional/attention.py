@@ -15,6 +15,7 @@ from tangent_ops.functional._backend import (
     autocast,
     choose_backend,
     in_plain_dual_level,
+    is_traced,
     may_be_dual,
     reverse_mode_reaches,
     tangents_are_hidden,
@@ -96,7 +97,7 @@ def scaled_dot_product_attention(
     (query, query_t), (key, key_t), (value, value_t), *mask = map(forward_ad.unpack_dual, operands)
     attn_mask, attn_mask_t = mask[0] if mask else (None, None)
     primals, tangents = (query, key, value), (query_t, key_t, value_t)
-    plain = attn_mask is None and not dropout_p
+    plain = attn_mask is None and not dropout_p and not is_traced()
     if plain and in_plain_dual_level() and batch_and_heads_agree(*primals):
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         pair = AttentionInParts.apply(*primals, *tangents, factor, is_causal)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:User
 @pytest.mark.parametrize("backend", ["default", "reference"])
 def test_right_or_raises_by_name(backend, cell) -> None:
     found = check(cell, backend, torch.float64, "cpu")
-    if backend == "reference" and found != "right":
+    if backend == "reference" and found not in ("right", "pytorch"):
         assert found == outcome(cell, oracle.math_attention)  # the limit is PyTorch's own
 
 
