@@ -73,8 +73,8 @@ def in_plain_dual_level() -> bool:
 def is_traced() -> bool:
     """Whether ``make_fx`` records what is computed, as ``torch.func.linearize`` has it do.
 
-    What a kernel launch, ``out=`` or an in-place operation writes is not a result of its own in the
-    recorded graph: dropped as unused there, or written again at every call into what was a constant.
+    What a kernel launch, ``out=`` or an in-place operation writes is lost there: as a result that
+    nothing seems to use, or into what the graph holds for a constant.
     """
     return get_proxy_mode() is not None
 
@@ -148,4 +148,4 @@ def reverse_mode_reaches(*tensors: Tensor | None) -> bool:
             if not is_functorch_wrapped_tensor(tensor):
                 break
             tensor = get_unwrapped(tensor)
-    return get_proxy_mode() is not None
+    return False

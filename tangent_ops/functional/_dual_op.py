@@ -83,7 +83,8 @@ def dual_outputs(
     """The op's dual outputs; None if PyTorch's own rules must carry the tangent.
 
     They must in compiled and traced code and inside ``torch.func`` transforms, where rules have to
-    nest; but a single ``torch.func.jvp`` is for the kernels, with gradients of primals and tangents.
+    nest; but a single ``torch.func.jvp`` is for the kernels, with gradients by primals and
+    tangents.
 
     Args:
         op: the op.

@@ -186,8 +186,9 @@ def value(cell: Cell, op: Op, x: Tensor, backward: bool = False) -> Tensor:
 def plain_cell(cell: Cell) -> Cell:
     """The same mathematics by torch.func's eager transforms alone.
 
-    A dual_level, and linearize which enters one, becomes a jvp: levels do not nest, and the backward of a softmax in one is wrong
-    in PyTorch itself (it raises; around it, a checkpoint computes wrong numbers in silence).
+    A dual_level, and linearize which enters one, becomes a jvp: levels do not nest, and the
+    backward of a softmax in one is wrong in PyTorch itself (it raises; around it, a checkpoint
+    computes wrong numbers in silence).
     """
     changes_nothing = ("checkpoint", "autocast", "compile")
     return tuple(
