@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -102,13 +103,23 @@ def save_for_tangents(ctx: Any, output: Tensor, *saved: Tensor | None) -> None:
     ctx.set_materialize_grads(False)
 
 
+def autocast_is_on(device: str) -> bool:
+    """Whether autocast casts on devices of this type; some ("meta") have no such state."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def autocast(device: str, *operands: Tensor | None) -> tuple[Any, ...]:
     """The operands in autocast's dtype where autocast is on: PyTorch's products do the same."""
-    if not torch.is_autocast_enabled(device):
+    if not autocast_is_on(device):
         return operands
     dtype = torch.get_autocast_dtype(device)
     taken = (torch.float32, torch.float16, torch.bfloat16)
     return tuple(x.to(dtype) if x is not None and x.dtype in taken else x for x in operands)
+
+
+def no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Context in which products are computed in their operands' dtype."""
+    return torch.autocast(device, enabled=False) if autocast_is_on(device) else nullcontext()
 
 
 def tangents_are_hidden() -> bool:

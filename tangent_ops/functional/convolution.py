@@ -38,7 +38,7 @@ def convolution(
 
     Args:
         function: which of the three it is.
-        input: (B, K, *spatial), plain or dual; without B it is PyTorch's own.
+        input: (B, K, *spatial), plain or dual; without B, or elements, it is PyTorch's own.
         weight: (C, K / groups, *kernel), plain or dual.
         bias: (C,), plain or dual, or None.
         stride: of the kernel.
@@ -49,7 +49,8 @@ def convolution(
     Returns:
         (B, C, *spatial), dual if an input is.
     """
-    if not in_forward_ad() or isinstance(padding, str) or input.ndim != weight.ndim:
+    odd = input.ndim != weight.ndim or not input.numel()
+    if not in_forward_ad() or isinstance(padding, str) or odd:
         return function(input, weight, bias, stride, padding, dilation, groups)
     operands = autocast(input.device.type, input, weight, bias)
     each = functools.partial(_each, spatial=weight.ndim - 2)

@@ -12,6 +12,7 @@ from torch import Tensor
 from tangent_ops.errors import ArgumentError
 from tangent_ops.functional._backend import (
     Backend,
+    autocast_is_on,
     in_nested_transforms,
     may_be_dual,
     reverse_mode_reaches,
@@ -112,7 +113,7 @@ def add_layer_norm(
 def is_left_to_pytorch(input: Tensor, *others: Tensor | None) -> bool:
     """Whether a normalization's dtypes are for PyTorch's own function to sort out."""
     mixed = any(x is not None and x.dtype != input.dtype for x in others)
-    return mixed or torch.is_autocast_enabled(input.device.type)
+    return mixed or autocast_is_on(input.device.type)
 
 
 def _jvp(primals, tangents, options):
