@@ -264,7 +264,8 @@ def test_meta_tensors_have_the_shapes_of_others(name, level) -> None:
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers_where_global_flags_are_frozen(layer, monkeypatch) -> None:
     """After torch.backends.disable_global_flags(), as PyTorch's own tests call it."""
-    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", False)
+    flags = torch.backends.flags_frozen.__globals__
+    monkeypatch.setitem(flags, "__allow_nonbracketed_mutation_flag", False)
     with pytest.raises(RuntimeError, match="after disable_global_flags"):
         torch.backends.mkldnn.enabled = False
     model, x = layer(3, 4).double(), draw(5, 2, 3)
