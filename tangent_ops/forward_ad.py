@@ -74,7 +74,7 @@ def _glu(input, dim=-1):
 
 
 def _normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
-    if p != 2.0 or out is not None:
+    if p != 2.0 or out is not None or input.is_complex():
         return F.normalize(input, p, dim, eps, out)
     squares = input.to(torch.promote_types(input.dtype, torch.float32)).square()
     total = squares.sum(dim, keepdim=True)

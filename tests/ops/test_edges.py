@@ -195,6 +195,25 @@ def test_attention_without_tokens_or_head_dim_is_refused(lead, backend, name, em
         )
 
 
+COMPLEX = {
+    "normalize": lambda x: F.normalize(x, dim=-1),
+    "linear": lambda x: F.linear(x, x[0]),
+    "conv1d": lambda x: F.conv1d(x, x[:, :, :2]),
+    "silu": F.silu,
+}
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_complex_numbers_are_pytorchs(name) -> None:
+    x = torch.complex(draw(3, 3, 4), draw(3, 3, 4).sin())
+    x_t = torch.complex(draw(3, 3, 4).cos(), draw(3, 3, 4))
+    exact = torch.func.jvp(COMPLEX[name], (x,), (x_t,))
+    with fused_forward_ad():
+        found = oracle.pushforward(COMPLEX[name], [x], [x_t])
+        torch.testing.assert_close(found, exact)
+        torch.testing.assert_close(torch.func.jvp(COMPLEX[name], (x,), (x_t,)), exact)
+
+
 # --- masks ---------------------------------------------------------------------------------
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
