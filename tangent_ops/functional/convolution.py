@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tangent_ops.functional._backend import autocast, in_forward_ad
@@ -16,6 +17,8 @@ from tangent_ops.functional._dual_op import DualOp, Maps, dual_outputs
 from tangent_ops.reference.convolution import Geometry, convolution_jvp, convolution_vjp
 
 Sizes = int | tuple[int, ...]
+
+_SPATIAL = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 
 
 def convolution(
@@ -49,7 +52,7 @@ def convolution(
     Returns:
         (B, C, *spatial), dual if an input is.
     """
-    odd = input.ndim != weight.ndim or not input.numel()
+    odd = not (input.ndim == weight.ndim == _SPATIAL[function] + 2 and input.numel())
     if not in_forward_ad() or isinstance(padding, str) or odd:
         return function(input, weight, bias, stride, padding, dilation, groups)
     operands = autocast(input.device.type, input, weight, bias)

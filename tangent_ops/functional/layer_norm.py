@@ -57,6 +57,8 @@ def layer_norm(
         UnsupportedError: ``backend="triton"`` and the kernels do not compute this call.
     """
     shape = tuple(normalized_shape)
+    if not shapes_fit(input, shape, weight, bias):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # which says why not
     if torch.compiler.is_compiling() and any(map(may_be_dual, (input, weight, bias))):
         # Dynamo cannot trace PyTorch's own for a dual input with plain weights.
         return reference.layer_norm(input, shape, weight, bias, eps)
@@ -100,7 +102,8 @@ def add_layer_norm(
         )
     shape = tuple(normalized_shape)
     primals = (input, residual, weight, bias)
-    if backend != "reference" and not is_left_to_pytorch(*primals):
+    fits = shapes_fit(input, shape, weight, bias) and not is_left_to_pytorch(*primals)
+    if backend != "reference" and fits:
         why_not = why_not_in_rows(input, math.prod(shape))
         if backend == "triton" or (input.is_cuda and why_not is None):
             found = dual_outputs(_ADDED, primals, (shape, eps), backend, why_not)
@@ -108,6 +111,12 @@ def add_layer_norm(
                 return found[0], found[1]
     total = input + residual
     return layer_norm(total, shape, weight, bias, eps, backend=backend), total
+
+
+def shapes_fit(input: Tensor, shape: tuple[int, ...], *lines: Tensor | None) -> bool:
+    """Whether PyTorch takes such shapes; the formulas broadcast others, the kernels read beyond."""
+    whole = len(shape) > 0 and input.shape[-len(shape) :] == shape
+    return whole and all(line is None or line.shape == shape for line in lines)
 
 
 def is_left_to_pytorch(input: Tensor, *others: Tensor | None) -> bool:

@@ -42,7 +42,7 @@ def linear(
     operands = autocast(input.device.type, input, weight, bias)
     if any(x is not None and x.dtype != operands[0].dtype for x in operands):
         return F.linear(input, weight, bias)
-    why_not = why_not_in_float(operands[0])
+    why_not = why_not_in_float(operands[0]) or why_not_in_float(operands[1])
     found = dual_outputs(_OP, operands, (), backend or "reference", why_not)
     return found[0] if found else F.linear(input, weight, bias)
 

@@ -195,6 +195,46 @@ def test_attention_without_tokens_or_head_dim_is_refused(lead, backend, name, em
         )
 
 
+@pytest.mark.parametrize("mode", ["level", "jvp", "jvp of jvp", "compiled"])
+@pytest.mark.parametrize(
+    "op, shapes",
+    [
+        (lambda x, w: F.layer_norm(x, (6,), w), [(2, 6), (1,)]),
+        (lambda x, b: F.layer_norm(x, (6,), None, b), [(2, 6), ()]),
+        (lambda x: F.layer_norm(x, (3,)), [(2, 6)]),
+        (lambda x, w: F.rms_norm(x, (6,), w), [(2, 6), (1,)]),
+        (lambda x, w: F.rms_norm(x, (6,), w), [(2, 6), (2, 6)]),
+        (lambda x: F.rms_norm(x, (3,)), [(2, 6)]),
+        (lambda x: F.rms_norm(x, ()), [(2, 6)]),
+        (lambda x, w: F.conv1d(x, w), [(2, 3, 5, 5), (4, 3, 2, 2)]),
+        (lambda x, w: F.linear(x, w), [(2, 6), (4, 5)]),
+        (lambda x, w, b: F.linear(x, w, b), [(2, 6), (4, 6), (3,)]),
+    ],
+)
+def test_shapes_that_pytorch_refuses_are_refused(op, shapes, mode) -> None:
+    primals = tuple(draw(*shape) for shape in shapes)
+
+    def routed(*primals):
+        with fused_forward_ad():
+            return op(*primals)
+
+    def jvp(*primals):
+        return torch.func.jvp(routed, primals, primals)
+
+    with pytest.raises(RuntimeError):
+        op(*primals)
+    with pytest.raises(RuntimeError):
+        if mode == "level":
+            oracle.pushforward(routed, primals, primals)
+        elif mode == "jvp":
+            jvp(*primals)
+        elif mode == "compiled":
+            torch._dynamo.reset()
+            torch.compile(jvp, backend="eager")(*primals)
+        else:
+            torch.func.jvp(lambda *p: jvp(*p)[1], primals, primals)
+
+
 COMPLEX = {
     "normalize": lambda x: F.normalize(x, dim=-1),
     "linear": lambda x: F.linear(x, x[0]),
