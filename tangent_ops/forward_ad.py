@@ -87,15 +87,11 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
 
 def _recurrent(func, *args):
     """Its products one by one: the fused layers of oneDNN and cuDNN have no forward derivative."""
-    libraries = (torch.backends.mkldnn, torch.backends.cudnn)
-    before = [library.enabled for library in libraries]
-    try:
-        for library in libraries:
-            library.enabled = False  # pyright: ignore[reportAttributeAccessIssue]
+    kept: Any = dict.fromkeys(("deterministic", "allow_tf32", "fp32_precision"))  # as they are
+    benchmark: Any = dict.fromkeys(("benchmark", "benchmark_limit"))
+    mkldnn = torch.backends.mkldnn.flags(enabled=False, **kept)
+    with mkldnn, torch.backends.cudnn.flags(enabled=False, **kept, **benchmark):
         return func(*args)
-    finally:
-        for library, enabled in zip(libraries, before, strict=True):
-            library.enabled = enabled  # pyright: ignore[reportAttributeAccessIssue]
 
 
 # PyTorch cannot differentiate their tangents; those of the same map in other words it can.

@@ -2,8 +2,9 @@
 
 Each op has the signature of PyTorch's own. Without a tangent it *is* PyTorch's own; it is so too,
 tangents being carried by PyTorch's rules, wherever those have to nest: in compiled code (Inductor
-fuses there), under ``vmap`` and other ``torch.func`` transforms, and in a ``dual_level()`` whose
-primals are tracked by reverse mode. What is left is computed here, primal and tangent together:
+fuses there), in what ``make_fx`` and ``torch.func.linearize`` trace, under ``vmap`` and other
+``torch.func`` transforms, and in a ``dual_level()`` whose primals are tracked by reverse mode. What
+is left is computed here, primal and tangent together:
 
 - plain ``dual_level()``, primals frozen (a linearized model): by the Triton kernels on CUDA, by
   eager formulas elsewhere. The backward pass is the primal's own, and keeps no tangent.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tangent_ops.functional._backend import save_for_tangents
+from tangent_ops.functional._backend import no_autocast, save_for_tangents
 from tangent_ops.reference.attention_in_place import attention_jvp, attention_vjp
 
 At = tuple[slice, slice, slice]  # of the batch, of the heads, of rows
@@ -35,7 +35,7 @@ class AttentionInParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, query_t, key_t, value_t, scale, is_causal):
         output, output_t = (_empty_heads(query, value.shape[-1]) for _ in range(2))
-        with torch.autocast(query.device.type, enabled=False):  # the operands are cast already
+        with no_autocast(query.device.type):  # the operands are cast already
             for rows, keys, causal_from in _blocks(query, key, is_causal):
                 primals = _flat(query, rows), _flat(key, keys), _flat(value, keys)
                 tangents = _flat(query_t, rows), _flat(key_t, keys), _flat(value_t, keys)
@@ -62,7 +62,7 @@ class AttentionInParts(torch.autograd.Function):
             for total in grads[1:]:
                 if total is not None:
                     total.zero_()
-        with torch.autocast(query.device.type, enabled=False):
+        with no_autocast(query.device.type):
             for rows, keys, causal_from in _blocks(query, key, ctx.is_causal):
                 primals = _flat(query, rows), _flat(key, keys), _flat(value, keys)
                 cotangent = _flat(grad, rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch._C._functorch import (
     peek_interpreter_stack,
 )
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from tangent_ops._threads import called_elsewhere, is_compiling
 from tangent_ops.errors import ArgumentError, UnsupportedError
@@ -74,6 +76,15 @@ def in_plain_dual_level() -> bool:
     return in_forward_ad() and not is_compiling() and peek_interpreter_stack() is None
 
 
+def is_traced() -> bool:
+    """Whether ``make_fx`` records what is computed, as ``torch.func.linearize`` has it do.
+
+    What a kernel launch, ``out=`` or an in-place operation writes is lost there: as a result that
+    nothing seems to use, or into what the graph holds for a constant.
+    """
+    return get_proxy_mode() is not None
+
+
 def why_not_in_float(tensor: Tensor) -> str | None:
     """Why the elementwise kernels cannot compute with this tensor; None if they can."""
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -97,13 +108,23 @@ def save_for_tangents(ctx: Any, output: Tensor, *saved: Tensor | None) -> None:
     ctx.set_materialize_grads(False)
 
 
+def autocast_is_on(device: str) -> bool:
+    """Whether autocast casts on devices of this type; some ("meta") have no such state."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def autocast(device: str, *operands: Tensor | None) -> tuple[Any, ...]:
     """The operands in autocast's dtype where autocast is on: PyTorch's products do the same."""
-    if not torch.is_autocast_enabled(device):
+    if not autocast_is_on(device):
         return operands
     dtype = torch.get_autocast_dtype(device)
     taken = (torch.float32, torch.float16, torch.bfloat16)
     return tuple(x.to(dtype) if x is not None and x.dtype in taken else x for x in operands)
+
+
+def no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Context in which products are computed in their operands' dtype."""
+    return torch.autocast(device, enabled=False) if autocast_is_on(device) else nullcontext()
 
 
 def tangents_are_hidden() -> bool:

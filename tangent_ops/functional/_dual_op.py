@@ -31,6 +31,7 @@ from tangent_ops.functional._backend import (
     choose_backend,
     in_forward_ad,
     in_plain_dual_level,
+    is_traced,
 )
 
 Tensors = Any  # a tuple of tensors, None where absent; how many, the op knows
@@ -82,8 +83,9 @@ def dual_outputs(
 ) -> tuple[Tensor, ...] | None:
     """The op's dual outputs; None if PyTorch's own rules must carry the tangent.
 
-    They must in compiled code and inside ``torch.func`` transforms, where rules have to nest; but a
-    single ``torch.func.jvp`` is for the kernels, with gradients of primals and tangents.
+    They must in compiled and traced code and inside ``torch.func`` transforms, where rules have to
+    nest; but a single ``torch.func.jvp`` is for the kernels, with gradients by primals and
+    tangents.
 
     Args:
         op: the op.
@@ -95,7 +97,7 @@ def dual_outputs(
     Raises:
         UnsupportedError: ``backend="triton"`` and the kernels cannot compute the call.
     """
-    if not in_forward_ad() or is_compiling():
+    if not in_forward_ad() or is_compiling() or is_traced():
         return None
     plain = in_plain_dual_level()
     if not plain and not _in_a_single_jvp():

@@ -16,6 +16,7 @@ from tangent_ops.functional._backend import (
     autocast,
     choose_backend,
     in_plain_dual_level,
+    is_traced,
     may_be_dual,
     reverse_mode_reaches,
     tangents_are_hidden,
@@ -52,12 +53,13 @@ def scaled_dot_product_attention(
     Under autocast the operands are cast to its dtype first, as for PyTorch's.
 
     Args:
-        query: (..., Hq, N, D), floating point, plain or dual; N >= 1.
-        key: (..., H, M, D), same dtype and device; M >= 1.
+        query: (..., Hq, N, D), floating point, plain or dual; N, D >= 1.
+        key: (..., H, M, D), same dtype and device; M >= 1, Dv >= 1.
         value: (..., H, M, Dv), same dtype and device.
-        attn_mask: boolean (True: attend) or additive, broadcastable to (..., Hq, N, M); an
-            additive one may be dual. A row whose keys are all masked gives 0. It is read where it
-            is: a broadcast one is not expanded in memory, nor is its gradient.
+        attn_mask: boolean (True: attend) or additive, in float32 or query's dtype, broadcastable
+            to (..., Hq, N, M); an additive one may be dual. A row whose keys are all masked gives
+            0. It is read where it is: a broadcast one is not expanded in memory, nor is its
+            gradient.
         dropout_p: probability of dropping an attention weight, in [0, 1): the same weights in
             value and tangent, drawn from PyTorch's generator.
         is_causal: mask out later keys, aligned top left; excludes ``attn_mask``.
@@ -97,7 +99,7 @@ def scaled_dot_product_attention(
     (query, query_t), (key, key_t), (value, value_t), *mask = map(forward_ad.unpack_dual, operands)
     attn_mask, attn_mask_t = mask[0] if mask else (None, None)
     primals, tangents = (query, key, value), (query_t, key_t, value_t)
-    plain = attn_mask is None and not dropout_p
+    plain = attn_mask is None and not dropout_p and not is_traced()
     if plain and in_plain_dual_level() and batch_and_heads_agree(*primals):
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         pair = AttentionInParts.apply(*primals, *tangents, factor, is_causal)
@@ -121,6 +123,8 @@ def _check(
             raise ArgumentError(f"{name} is {_shape(tensor)}: expected (..., tokens, head_dim)")
         if not tensor.is_floating_point():
             raise ArgumentError(f"{name} is {tensor.dtype}: expected a floating-point dtype")
+        if 0 in tensor.shape[-2:]:
+            raise ArgumentError(f"{name} is {_shape(tensor)}: expected a token and a head_dim >= 1")
         if tensor.dtype != query.dtype:
             raise ArgumentError(
                 f"{name} is {tensor.dtype} but query is {query.dtype}: cast them to one dtype"
@@ -135,8 +139,6 @@ def _check(
         raise ArgumentError(
             f"key {_shape(key)} and value {_shape(value)} differ in tokens (dimension -2)"
         )
-    if query.shape[-2] == 0 or key.shape[-2] == 0:
-        raise ArgumentError(f"query {_shape(query)} and key {_shape(key)} need a token each")
     if not 0.0 <= dropout_p < 1.0:
         raise ArgumentError(f"dropout_p={dropout_p}: expected a probability in [0, 1)")
     _check_heads(query, key, value, enable_gqa)
@@ -176,6 +178,11 @@ def _check_mask(
         raise ArgumentError("attn_mask and is_causal=True exclude each other: put both in the mask")
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise ArgumentError(f"attn_mask is {attn_mask.dtype}: expected bool or floating point")
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise ArgumentError(
+            f"attn_mask is {attn_mask.dtype} but query is {query.dtype}: "
+            "cast it to query's dtype, or to float32 or bool"
+        )
     if attn_mask.device != query.device:
         raise ArgumentError(f"attn_mask is on {attn_mask.device} but query is on {query.device}")
     lead = query.shape[:-2]

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tangent_ops.functional._backend import autocast, in_forward_ad
@@ -16,6 +17,8 @@ from tangent_ops.functional._dual_op import DualOp, Maps, dual_outputs
 from tangent_ops.reference.convolution import Geometry, convolution_jvp, convolution_vjp
 
 Sizes = int | tuple[int, ...]
+
+_SPATIAL = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 
 
 def convolution(
@@ -38,7 +41,7 @@ def convolution(
 
     Args:
         function: which of the three it is.
-        input: (B, K, *spatial), plain or dual; without B it is PyTorch's own.
+        input: (B, K, *spatial), plain or dual; without B, or elements, it is PyTorch's own.
         weight: (C, K / groups, *kernel), plain or dual.
         bias: (C,), plain or dual, or None.
         stride: of the kernel.
@@ -49,7 +52,8 @@ def convolution(
     Returns:
         (B, C, *spatial), dual if an input is.
     """
-    if not in_forward_ad() or isinstance(padding, str) or input.ndim != weight.ndim:
+    odd = not (input.ndim == weight.ndim == _SPATIAL[function] + 2 and input.numel())
+    if not in_forward_ad() or isinstance(padding, str) or odd:
         return function(input, weight, bias, stride, padding, dilation, groups)
     operands = autocast(input.device.type, input, weight, bias)
     each = functools.partial(_each, spatial=weight.ndim - 2)

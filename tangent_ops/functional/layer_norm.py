@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tangent_ops.errors import ArgumentError
-from tangent_ops.functional._backend import Backend, why_not_in_rows
+from tangent_ops.functional._backend import Backend, autocast_is_on, why_not_in_rows
 from tangent_ops.functional._dual_op import DualOp, Maps, dual_outputs
 from tangent_ops.functional._norm_maps import norm_maps
 from tangent_ops.functional._pytorch_rules import may_be_differentiated
@@ -53,6 +53,8 @@ def layer_norm(
         UnsupportedError: ``backend="triton"`` and the kernels do not compute this call.
     """
     shape = tuple(normalized_shape)
+    if not shapes_fit(input, shape, weight, bias):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # which says why not
     found = None
     if not is_left_to_pytorch(input, weight, bias):
         # PyTorch's backward pass with a bias alone is not differentiable once more.
@@ -109,7 +111,8 @@ def add_layer_norm(
         )
     shape = tuple(normalized_shape)
     primals = (input, residual, weight, bias)
-    if backend != "reference" and not is_left_to_pytorch(*primals):
+    fits = shapes_fit(input, shape, weight, bias) and not is_left_to_pytorch(*primals)
+    if backend != "reference" and fits:
         why_not = why_not_in_rows(input, math.prod(shape))
         if backend == "triton" or (input.is_cuda and why_not is None):
             found = dual_outputs(_ADDED, primals, (shape, eps), backend, why_not)
@@ -119,10 +122,16 @@ def add_layer_norm(
     return layer_norm(total, shape, weight, bias, eps, backend=backend), total
 
 
+def shapes_fit(input: Tensor, shape: tuple[int, ...], *lines: Tensor | None) -> bool:
+    """Whether PyTorch takes such shapes; the formulas broadcast others, the kernels read beyond."""
+    whole = len(shape) > 0 and input.shape[-len(shape) :] == shape
+    return whole and all(line is None or line.shape == shape for line in lines)
+
+
 def is_left_to_pytorch(input: Tensor, *others: Tensor | None) -> bool:
     """Whether a normalization's dtypes are for PyTorch's own function to sort out."""
     mixed = any(x is not None and x.dtype != input.dtype for x in others)
-    return mixed or torch.is_autocast_enabled(input.device.type)
+    return mixed or autocast_is_on(input.device.type)
 
 
 def _jvp(primals, tangents, options):

@@ -27,7 +27,7 @@ def linear(
     Args:
         input: (..., K), plain or dual.
         weight: (C, K), plain or dual.
-        bias: (C,), plain or dual, or None.
+        bias: (C,), plain or dual, or None; of another shape the call is PyTorch's.
         backend: None for PyTorch's products; "triton" or "reference" insists.
 
     Returns:
@@ -36,12 +36,13 @@ def linear(
     Raises:
         UnsupportedError: ``backend="triton"`` and the kernel does not compute this call.
     """
-    if not in_forward_ad() or weight.ndim != 2:
+    odd = weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1])
+    if not in_forward_ad() or odd:
         return F.linear(input, weight, bias)
     operands = autocast(input.device.type, input, weight, bias)
     if any(x is not None and x.dtype != operands[0].dtype for x in operands):
         return F.linear(input, weight, bias)
-    why_not = why_not_in_float(operands[0])
+    why_not = why_not_in_float(operands[0]) or why_not_in_float(operands[1])
     found = dual_outputs(_OP, operands, (), backend or "reference", why_not)
     return found[0] if found else F.linear(input, weight, bias)
 

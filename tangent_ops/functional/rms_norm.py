@@ -15,7 +15,7 @@ from torch import Tensor
 from tangent_ops.functional._backend import Backend, why_not_in_rows
 from tangent_ops.functional._dual_op import DualOp, Maps, dual_outputs
 from tangent_ops.functional._norm_maps import norm_maps
-from tangent_ops.functional.layer_norm import is_left_to_pytorch
+from tangent_ops.functional.layer_norm import is_left_to_pytorch, shapes_fit
 from tangent_ops.reference.rms_norm import rms_norm_jvp, rms_norm_vjp
 
 
@@ -50,7 +50,7 @@ def rms_norm(
     """
     shape = tuple(normalized_shape)
     found = None
-    if not is_left_to_pytorch(input, weight):
+    if shapes_fit(input, shape, weight) and not is_left_to_pytorch(input, weight):
         # PyTorch computes 16-bit operands in float32, whose eps it takes then.
         wide = torch.promote_types(input.dtype, torch.float32)
         added = torch.finfo(wide).eps if eps is None else eps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tangent_ops.functional._backend import Backend, why_not_in_rows
+from tangent_ops.functional._backend import Backend, autocast_is_on, why_not_in_rows
 from tangent_ops.functional._dual_op import DualOp, Maps, dual_outputs
 from tangent_ops.functional._pytorch_rules import out_of_place
 from tangent_ops.reference.softmax import softmax_jvp, softmax_vjp
@@ -38,7 +38,7 @@ def softmax(
         UnsupportedError: ``backend="triton"`` and the kernels do not compute this call.
     """
     found = None
-    if input.ndim and input.numel() and not torch.is_autocast_enabled(input.device.type):
+    if input.ndim and input.numel() and not autocast_is_on(input.device.type):
         cast = input if dtype is None else input.to(dtype)
         last = dim in (-1, input.ndim - 1)
         chosen = backend if last or backend else "reference"

@@ -69,7 +69,7 @@ def rms_norm_vjp(
         x = _project(into, normal, rstd).to(input.dtype)
     if needs[1]:
         assert weight is not None
-        w = (cotangent * normal).flatten(0, -2).sum(0).to(weight.dtype)
+        w = (cotangent * normal).sum_to_size(weight.shape).to(weight.dtype)
     return x, w
 
 

@@ -248,6 +248,25 @@ def test_what_the_kernels_do_not_compute_is_said() -> None:
         oracle.pushforward(lambda x: ops.softmax(x, 0, backend="triton"), [one], [one])
 
 
+def test_what_does_not_fit_is_not_read() -> None:
+    """The kernels take a weight's address, and know no end of it."""
+    x, line = torch.ones(2, 24, device=DEVICE), torch.ones(1, device=DEVICE)
+    calls = [
+        (lambda x, w: ops.layer_norm(x, (24,), w, backend="triton"), [x, line]),
+        (lambda x, b: ops.layer_norm(x, (24,), None, b, backend="triton"), [x, line]),
+        (lambda x: ops.layer_norm(x, (12,), backend="triton"), [x]),
+        (lambda x, w: ops.rms_norm(x, (24,), w, backend="triton"), [x, line]),
+        (lambda x: ops.rms_norm(x, (), backend="triton"), [x]),
+        (lambda x, w: ops.add_layer_norm(x, x, (24,), w, backend="triton")[0], [x, line]),
+    ]
+    for call, operands in calls:
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            oracle.pushforward(call, operands, operands)
+    operands = [x, torch.ones(0, 24, device=DEVICE)]
+    with pytest.raises(UnsupportedError, match="no elements"):
+        oracle.pushforward(lambda *a: ops.linear(*a, backend="triton"), operands, operands)
+
+
 def test_other_nestings_are_pytorchs(own_calls) -> None:
     x, t = (torch.randn(3, 4, device=DEVICE) for _ in range(2))
     for name in ("gelu", "silu", "softmax", "layer_norm, no affine"):

@@ -10,15 +10,18 @@ from tests.ops import oracle
 from tests.ops.transforms import CELLS, SHAPE, outcome, plain_cell, title, value
 from tests.ops.write_nestings import check
 
-# torch's own: its fast CPU attention has no batching rule, so vmap loops.
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+# torch's own: vmap loops where its fast attention has no batching rule; linearize folds constants.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),
+]
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=title)
 @pytest.mark.parametrize("backend", ["default", "reference"])
 def test_right_or_raises_by_name(backend, cell) -> None:
     found = check(cell, backend, torch.float64, "cpu")
-    if backend == "reference" and found != "right":
+    if backend == "reference" and found not in ("right", "pytorch"):
         assert found == outcome(cell, oracle.math_attention)  # the limit is PyTorch's own
 
 

@@ -8,6 +8,7 @@ directions and cotangents depend on shapes alone, so a cell has one value, in an
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -94,6 +95,15 @@ def hessian(f: Function) -> Function:
     return g
 
 
+def linearize(f: Function) -> Function:
+    def g(x: Tensor) -> Tensor:
+        y, f_jvp = torch.func.linearize(f, x)
+        f_jvp(pattern(x.shape, x, 2.0))  # a first call must leave the second one right
+        return torch.stack([y, f_jvp(pattern(x.shape, x, 1.0))])
+
+    return g
+
+
 def dual_level(f: Function) -> Function:
     def g(x: Tensor) -> Tensor:
         with forward_ad.dual_level():
@@ -128,6 +138,7 @@ TRANSFORMS: dict[str, Callable[[Function], Function]] = {
     "jacfwd": jacfwd,
     "jacrev": jacrev,
     "hessian": hessian,
+    "linearize": linearize,
     "dual_level": dual_level,
     "checkpoint": checkpointed,
     "autocast": autocast,
@@ -175,12 +186,15 @@ def value(cell: Cell, op: Op, x: Tensor, backward: bool = False) -> Tensor:
 def plain_cell(cell: Cell) -> Cell:
     """The same mathematics by torch.func's eager transforms alone.
 
-    A dual_level becomes a jvp: levels do not nest, and the backward of a softmax in one is wrong
-    in PyTorch itself (it raises; around it, a checkpoint computes wrong numbers in silence).
+    A dual_level, and linearize which enters one, becomes a jvp: levels do not nest, and the
+    backward of a softmax in one is wrong in PyTorch itself (it raises; around it, a checkpoint
+    computes wrong numbers in silence).
     """
     changes_nothing = ("checkpoint", "autocast", "compile")
     return tuple(
-        "jvp" if name == "dual_level" else name for name in cell if name not in changes_nothing
+        "jvp" if name in ("dual_level", "linearize") else name
+        for name in cell
+        if name not in changes_nothing
     )
 
 
@@ -236,6 +250,11 @@ REASONS = {
         "The backward pass recomputes the checkpoint after vmap is left (PyTorch reports an "
         "internal assertion). Put the checkpoint around the vmap.",
     ),
+    "fx": Reason(
+        RuntimeError,
+        "FX to symbolically trace a dynamo-optimized function",
+        "`torch.func.linearize` traces, and traces no compiled function. Compile nothing inside.",
+    ),
     "dynamo": Reason(
         Unsupported,
         "",
@@ -259,8 +278,27 @@ def reason(error: BaseException) -> str:
     return type(error).__name__
 
 
+@functools.cache
+def linearize_is_wrong(cell: Cell) -> bool:
+    """Whether ``torch.func.linearize`` is wrong, in silence, of elementwise functions too."""
+
+    def elementwise(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return (query * key).sin() * value
+
+    x = pattern(SHAPE, torch.empty((), dtype=torch.float64), 0.1)
+    backward = "checkpoint" in cell
+    try:
+        found = value(cell, elementwise, x, backward)
+    except Exception:
+        return False
+    exact = value(plain_cell(cell), elementwise, x, backward)
+    return not torch.allclose(found.to(exact.dtype), exact, rtol=0.05, atol=0.05)
+
+
 def outcome(cell: Cell, op: Op, dtype: torch.dtype = torch.float64, device: str = "cpu") -> str:
     """ "right", "raises NAME" or "wrong ERROR" (relative to the largest entry).
+
+    And "pytorch" where PyTorch's ``linearize`` is wrong whatever function it is given.
 
     Right is: within a thousand roundings, since a fourth derivative sums hundreds of products.
     Under autocast: at most twice as wrong as MATH with autocast around the plain cell, plus one
@@ -272,6 +310,8 @@ def outcome(cell: Cell, op: Op, dtype: torch.dtype = torch.float64, device: str 
         dtype: of the inputs; float32 where the cell has autocast, which leaves float64 alone.
         device: of the inputs.
     """
+    if "linearize" in cell and linearize_is_wrong(cell):
+        return "pytorch"
     generator = torch.Generator().manual_seed(0)
     exact_x = torch.randn(SHAPE, generator=generator, dtype=torch.float64).to(device)
     x = exact_x.to(torch.float32 if "autocast" in cell else dtype)

@@ -1,0 +1,153 @@
+"""Fused operations in traced code: torch.func.linearize, make_fx and torch.export."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import tangent_ops
+from tangent_ops import functional, fused_forward_ad
+from tests.ops import oracle
+
+# torch's own, of the constants that it folds.
+pytestmark = pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
+
+attention = tangent_ops.scaled_dot_product_attention
+
+
+def draw(*shape: int) -> Tensor:
+    source = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=source, dtype=torch.float64)
+
+
+X, W, B, LINE = draw(2, 3, 4, 6), draw(5, 6), draw(5), draw(6)
+KERNEL = draw(5, 3, 2, 2)
+conv2d = functools.partial(functional.convolution, F.conv2d)
+
+# Ours, the same in PyTorch's own operations, and where: all tangents, and those of one operand.
+CASES = {
+    "attention": (attention, oracle.math_attention, (X, X.roll(1, -2), X.sin())),
+    "attention by value": (
+        lambda v: attention(X, X, v),
+        lambda v: oracle.math_attention(X, X, v),
+        (X,),
+    ),
+    "reference": (
+        lambda q: attention(q, q, q, backend="reference"),
+        lambda q: oracle.math_attention(q, q, q),
+        (X,),
+    ),
+    "causal": (
+        lambda q: attention(q, q, q, is_causal=True),
+        lambda q: oracle.math_attention(q, q, q, is_causal=True),
+        (X,),
+    ),
+    "linear": (functional.linear, F.linear, (X, W, B)),
+    "linear by weight": (lambda w: functional.linear(X, w), lambda w: F.linear(X, w), (W,)),
+    "layer_norm": (
+        lambda *a: functional.layer_norm(a[0], (6,), *a[1:]),
+        lambda *a: F.layer_norm(a[0], (6,), *a[1:]),
+        (X, LINE, LINE.sin()),
+    ),
+    "rms_norm": (
+        lambda x, w: functional.rms_norm(x, (6,), w),
+        lambda x, w: F.rms_norm(x, (6,), w),
+        (X, LINE),
+    ),
+    "gelu": (functional.gelu, F.gelu, (X,)),
+    "softmax": (lambda x: functional.softmax(x, -1), lambda x: x.softmax(-1), (X,)),
+    "swiglu": (functional.swiglu, lambda x, v: F.silu(x) * v, (X, X.sin())),
+    "geglu by value": (lambda v: functional.geglu(X, v), lambda v: F.gelu(X) * v, (X.sin(),)),
+    "conv2d": (conv2d, F.conv2d, (X, KERNEL, B)),
+    "conv2d by bias": (lambda b: conv2d(X, KERNEL, b), lambda b: F.conv2d(X, KERNEL, b), (B,)),
+}
+
+
+def close(found, exact) -> None:
+    torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_linearize(name) -> None:
+    ours, pytorchs, primals = CASES[name]
+    output, along = torch.func.linearize(ours, *primals)
+    for phase in (1.0, 2.0):  # a call must leave the next one right
+        tangents = tuple((3 * p + phase).sin() for p in primals)
+        exact, exact_t = torch.func.jvp(pytorchs, primals, tangents)
+        close((output, along(*tangents)), (exact, exact_t))
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_linearize_of_a_routed_model(backend) -> None:
+    layer = nn.TransformerEncoderLayer(6, 2, 8, 0.0, F.gelu, batch_first=True).double()
+    x, x_t = X[0], X[1]
+
+    def exact(x: Tensor) -> Tensor:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return layer(x)
+
+    with torch.no_grad(), fused_forward_ad(backend):
+        output, along = torch.func.linearize(layer, x)
+        found_t = along(x_t)
+    with torch.no_grad():
+        close((output, found_t), torch.func.jvp(exact, (x,), (x_t,)))
+
+
+def by_jvp(q: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.func.jvp(lambda q: attention(q, q, q), (q,), (t,))
+
+
+def by_level(q: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    with forward_ad.dual_level():
+        q = forward_ad.make_dual(q, t)
+        return tuple(forward_ad.unpack_dual(attention(q, q, q)))
+
+
+class Call(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, q: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.function(q, t)
+
+
+Q, Q_T, Q_T2 = draw(2, 3, 4, 5), draw(2, 3, 4, 5).sin(), draw(2, 3, 4, 5).cos()
+
+
+def exact_attention(t: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.func.jvp(lambda q: oracle.math_attention(q, q, q), (Q,), (t,))
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("function", [by_jvp, by_level], ids=lambda f: f.__name__)
+def test_make_fx(function, mode) -> None:
+    graph = make_fx(function, tracing_mode=mode)(Q, Q_T)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    for t in (Q_T, Q_T2):
+        close(graph(Q, t), exact_attention(t))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("function", [by_jvp, by_level], ids=lambda f: f.__name__)
+def test_export(function, strict) -> None:
+    program = torch.export.export(Call(function), (Q, Q_T), strict=strict).module()
+    for t in (Q_T, Q_T2):
+        close(program(Q, t), exact_attention(t))
+
+
+def test_linearize_in_a_function_that_dynamo_breaks() -> None:
+    def twice(q: Tensor) -> Tensor:
+        return torch.func.linearize(lambda q: attention(q, q, q), 2 * q)[1](Q_T)
+
+    torch._dynamo.reset()
+    found = torch.compile(twice, backend="aot_eager")(Q)
+    exact = torch.func.jvp(lambda q: oracle.math_attention(q, q, q), (2 * Q,), (Q_T,))[1]
+    close(found, exact)
