@@ -186,7 +186,7 @@ class PerSampleGradients:
             own_bases = {own: bases[name] for own, name in names.items() if name in bases}
             try:
                 layers[path] = make_layer(module, names, own_bases)
-            except NotImplementedError:  # it has buffers, and is no layer that Opacus knows
+            except NotImplementedError:  # it has buffers, say, and is no layer that Opacus knows
                 continue
             modules[path] = module
         calls = Pass(self._tangent, modules, probes).calls
