@@ -26,6 +26,7 @@ from tangent_ops.privacy import _state
 from tangent_ops.privacy._sampling import PoissonBatches
 from tangent_ops.privacy.accounting import Phase, epsilon
 from tangent_ops.privacy.fit import PrivateFit, fit_private
+from tangent_ops.privacy.gradients import per_sample_gradients
 from tangent_ops.privacy.noise import NoiseSource
 from tangent_ops.privacy.statement import make_statement, statement_of
 
@@ -437,6 +438,21 @@ def test_refuses_options(options, message):
     with pytest.raises(ArgumentError, match=message):
         run(tangent, **options)
     assert not any(delta.any() for delta in tangent.deltas().values())
+
+
+def test_refuses_losses_that_mix_samples_though_the_first_do_not_show_it():
+    """Class weights and ignored targets tie a sample's gradient to the others of its batch."""
+    inputs, classes = images(COUNT), torch.arange(5).repeat_interleave(6)
+    data = TensorDataset(inputs, classes)
+    weights = torch.tensor([1.0, 2, 3, 4, 5])
+    for loss in (nn.CrossEntropyLoss(weights), nn.CrossEntropyLoss(ignore_index=4)):
+        with pytest.raises(ArgumentError, match="mean of the samples"):
+            run(dataset=data, loss=loss)
+    unknown = TensorDataset(inputs, classes.clone().index_fill(0, torch.tensor([29]), -100))
+    with pytest.raises(ArgumentError, match="mean of the samples"):
+        run(dataset=unknown, loss=nn.CrossEntropyLoss(), expected_batch_size=COUNT, steps=1)
+    with pytest.raises(ArgumentError, match="mean of the samples"):
+        per_sample_gradients(a_tangent(), inputs[:6], classes[:6], nn.CrossEntropyLoss(weights))
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d(12, track_running_stats=False), "training"])
