@@ -116,8 +116,8 @@ class MeanOfSamples:
         if len(self.classes):
             new = (targets < 0) | (targets >= len(self.classes))
             targets = targets[new.reshape(len(new), -1).any(1)]
-        for some in targets.split(GROUP - 1):
-            self._try(torch.cat([self._first, some]))
+        for start in range(0, len(targets), GROUP - 1):
+            self._try(torch.cat([self._first, targets[start : start + GROUP - 1]]))
 
     @torch.no_grad()
     def _try(self, targets: Tensor) -> None:

@@ -23,7 +23,7 @@ from tangent_ops._curvature import (
     loss_product,
     made_up,
 )
-from tangent_ops._files import bytes_of
+from tangent_ops._files import add_tensor
 from tangent_ops.errors import ArgumentError, NonFiniteLossError
 from tangent_ops.evaluate import Data, as_loader, place, unpack
 from tangent_ops.exact._jacobian import Jacobian
@@ -219,8 +219,7 @@ class Problem:
                 # Sample by sample: the size of the batches does not matter.
                 for sample in zip(*unpack(batch, torch.device("cpu")), strict=True):
                     for tensor in sample:
-                        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                        digest.update(bytes_of(tensor))
+                        add_tensor(digest, tensor)
             self._data_sha256 = digest.hexdigest()
         return self._data_sha256
 
@@ -248,7 +247,9 @@ class Problem:
         logits, _ = self.jacobian.outputs(None, inputs[:4])
         self._mean = MeanOfSamples(self.loss, logits, targets)
         tries = [(logits, targets[:4])]
-        tries += [(made_up(logits, len(some)), some) for some in self._mean.classes.split(64)]
+        for start in range(0, len(self._mean.classes), 64):
+            some = self._mean.classes[start : start + 64]
+            tries.append((made_up(logits, len(some)), some))
         for few in tries:
             check_convex(self.loss, *few)
         return all([is_quadratic(self.loss, *few) for few in tries])

@@ -24,6 +24,7 @@ from tangent_ops.fit import SCHEDULES
 from tangent_ops.linearize import LinearizedModel
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.privacy._checks import (
+    check_contents,
     check_dataset,
     check_failure,
     check_model,
@@ -150,7 +151,7 @@ def fit_private(
 
     Raises:
         ArgumentError: an argument other than these; deltas that are not zero while start="zero"; a
-            sample that is in the data twice; a checkpoint of another fit.
+            sample that is in the data twice, by index or by content; a checkpoint of another fit.
         UnsupportedError: preprocessing fitted to data; a batch norm that uses its batch; a
             parameter without per-sample gradients; cache, for a model that cannot be split.
         NonFiniteLossError: the gradient of a sample is NaN or infinite; the deltas are as after the
@@ -182,13 +183,12 @@ def fit_private(
     noise = NoiseSource(seed, secure_mode)
     group = distributed.is_available() and distributed.is_initialized()
 
+    loader = DataLoader(dataset, min(samples, 64), num_workers=workers, generator=torch.Generator())
+    check_contents(loader)
     device = place(tangent, device)
     model: LinearizedModel = tangent
     if cache is not False:
         trunk, model = tangent.split()
-        loader = DataLoader(
-            dataset, min(samples, 64), num_workers=workers, generator=torch.Generator()
-        )
         dataset = cache_features(trunk, loader, None if cache is True else cache, progress=progress)
     own_loss: Loss = RescaledSquareLoss() if loss is None else loss
     gradients, mean = _prepared(model, dataset, own_loss, device)
