@@ -183,6 +183,12 @@ def sync_folder(path: Path) -> None:
         os.close(folder)
 
 
+def add_tensor(digest: hashlib._Hash, tensor: Tensor) -> None:
+    """Hash dtype, shape and bytes of a tensor: what tells a sample's content from others'."""
+    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(bytes_of(tensor))
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """The tensor's bytes, C order, little-endian."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)  # 0-d tensors have no uint8 view

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from tangent_ops._curvature import (
     Loss,
+    MeanOfSamples,
     at_least_single,
-    check_mean,
     is_quadratic,
     loss_gradient,
     loss_product,
@@ -163,7 +163,8 @@ class LeastSquaresWeights:
             outputs, effects = at_least_single(outputs), [*map(at_least_single, effects)]
             if samples == 0:
                 _check_quadratic(loss, outputs, targets)
-                check_mean(loss, outputs, targets)
+                mean = MeanOfSamples(loss, outputs, targets)
+            mean.check(targets)
             _, gradient = loss_gradient(loss, outputs, targets)
             products = [loss_product(loss, outputs, targets, effect) for effect in effects]
             rows = torch.stack([effect.flatten() for effect in effects]).double()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from einops import rearrange
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.functional import scaled_dot_product_attention
 
 # What timm's Attention is made of; the norms are Identity and the gate None where unused.
-_PARTS = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
+_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
 
 
 class TangentAttention(nn.Module):
@@ -43,6 +46,7 @@ class TangentAttention(nn.Module):
             raise ArgumentError(f"dim={dim} is not a multiple of num_heads={num_heads}")
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
+        self.ignores_mask_if_causal = False
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
@@ -56,6 +60,9 @@ class TangentAttention(nn.Module):
     def from_timm(cls, attn: nn.Module) -> TangentAttention:
         """Take over a ``timm.layers.Attention``: its submodules are shared, not copied.
 
+        Parameters, their order, modes and values are the original's, with one exception: a query
+        whose keys are all masked gives 0, where timm gives NaN if its ``fused_attn`` is False.
+
         Example:
             >>> for block in vit.blocks:
             ...     block.attn = TangentAttention.from_timm(block.attn)
@@ -64,29 +71,22 @@ class TangentAttention(nn.Module):
             UnsupportedError: ``attn`` computes something else than timm's Attention does, or has
                 a part that this module would ignore.
         """
-        from timm.layers.attention import (
-            Attention,
-        )  # here, so that tangent_ops imports without timm
-
-        if type(attn).forward is not Attention.forward:
-            problem = "its forward is another one"
-        else:
-            parts = (attn.named_parameters(recurse=False), attn.named_buffers(recurse=False))
-            own = {name for kind in parts for name, _ in kind}
-            own |= {name for name, _ in attn.named_children() if name not in _PARTS}
-            problem = f"its {', '.join(sorted(own))} would be lost" if own else None
+        problem = _why_not_plain(attn)
         if problem:
             raise UnsupportedError(
                 f"{type(attn).__name__} is no plain timm.layers.Attention: {problem}. "
                 "Leave the module as it is and use tangent_ops.fused_forward_ad()."
             )
-        num_heads = int(attn.num_heads)  # pyright: ignore[reportArgumentType]
-        module = cls(num_heads, num_heads)
-        for name in _PARTS:
-            if hasattr(attn, name):
-                setattr(module, name, getattr(attn, name))
-        module.scale = float(attn.scale)  # pyright: ignore[reportArgumentType]
-        module.train(attn.training)
+        module = cls.__new__(cls)  # without weights that would be drawn for nothing
+        nn.Module.__init__(module)
+        for name in ("num_heads", "training"):
+            setattr(module, name, getattr(attn, name))
+        fused, scale, head_dim = attn.fused_attn, attn.scale, attn.head_dim
+        module.scale = float(head_dim**-0.5 if fused else scale)  # pyright: ignore
+        module.ignores_mask_if_causal = not fused
+        module.gate = None  # older versions of timm have none
+        for name, part in attn._modules.items():
+            setattr(module, name, part)
         return module
 
     def forward(
@@ -97,24 +97,73 @@ class TangentAttention(nn.Module):
         Args:
             x: (B, N, dim) tokens, plain or dual.
             attn_mask: as for :func:`tangent_ops.scaled_dot_product_attention`.
-            is_causal: likewise.
+            is_causal: likewise; after :meth:`from_timm` of a module whose ``fused_attn`` is False
+                it overrides ``attn_mask``, as it does there.
 
         Returns:
             (B, N, dim).
+
+        Raises:
+            ArgumentError: as :func:`tangent_ops.scaled_dot_product_attention`.
         """
-        query, key, value = rearrange(
-            self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
-        )
-        out = scaled_dot_product_attention(
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        out = _attend(
             self.q_norm(query),
             self.k_norm(key),
             value,
-            attn_mask=attn_mask,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
-            is_causal=is_causal,
-            scale=self.scale,
+            attn_mask,
+            self.attn_drop.p if self.training else 0.0,
+            is_causal,
+            self.scale,
+            self.ignores_mask_if_causal,
         )
-        out = self.norm(rearrange(out, "b h n d -> b n (h d)"))
+        out = self.norm(out.transpose(1, 2).flatten(2))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
+
+
+@torch.fx.wrap  # its checks look at values, which a symbolic trace does not have
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    ignores_mask_if_causal: bool,
+) -> Tensor:
+    if is_causal and ignores_mask_if_causal:
+        attn_mask = None
+    if torch.jit.is_scripting():  # pyright: ignore[reportPrivateImportUsage]
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale
+        )
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale
+    )
+
+
+def _why_not_plain(attn: nn.Module) -> str | None:
+    """What of a module TangentAttention would compute differently, or lose."""
+    from timm.layers.attention import Attention  # here, so that tangent_ops imports without timm
+
+    # A forward that was set on the instance counts.
+    if getattr(attn.forward, "__func__", None) is not Attention.forward:
+        return "its forward is another one"
+    parts = (attn.named_parameters(recurse=False), attn.named_buffers(recurse=False))
+    own = {name for kind in parts for name, _ in kind} | (attn._modules.keys() - _PARTS)
+    own |= set(_hooks(attn))
+    if own:
+        return f"its {', '.join(sorted(own))} would be lost"
+    # timm calls this part if it is not fused; here its probability alone is asked for.
+    drop: Any = attn.attn_drop
+    if not attn.fused_attn and (type(drop) is not nn.Dropout or _hooks(drop)):
+        return f"its attn_drop, a {type(drop).__name__} or with hooks, would not be called"
+    return None
+
+
+def _hooks(module: Any) -> list[str]:
+    return [name.strip("_") for name, value in vars(module).items() if "_hooks" in name and value]

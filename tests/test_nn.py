@@ -13,7 +13,7 @@ from timm.models.davit import ChannelAttention
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
-from tangent_ops.errors import UnsupportedError
+from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.nn import TangentAttention
 
 DIM, HEADS, TOKENS = 48, 3, 7
@@ -132,6 +132,72 @@ def test_takes_over_mode_and_scale():
     assert_near(module(tokens()), oracle(original)(tokens())({}))
 
 
+def test_the_scale_that_a_fused_original_ignores_is_ignored():
+    original = attention()
+    original.scale = 0.7
+    assert torch.equal(TangentAttention.from_timm(original)(tokens()), original(tokens()))
+
+
+def test_takes_over_the_modes_of_the_parts_and_draws_no_random_numbers():
+    original = attention(scale_norm=True, norm_layer=nn.LayerNorm).train()
+    original.norm.eval()
+    state = torch.get_rng_state()
+    module = TangentAttention.from_timm(original)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert module.training and module.proj_drop.training and not module.norm.training
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_have_timms_order(kind):
+    original = attention(**KINDS[kind])
+    module = TangentAttention.from_timm(original)
+    assert [*dict(module.named_parameters())] == [*dict(original.named_parameters())]
+
+
+def test_the_state_of_an_optimizer_goes_over():
+    """gate.weight and proj.weight have one shape: in another order nothing would complain."""
+    original = attention(gated=True, qkv_bias=True)
+    other = TangentAttention.from_timm(copy.deepcopy(original))
+    first = torch.optim.AdamW(original.parameters(), lr=0.1)
+    second = torch.optim.AdamW(other.parameters(), lr=0.1)
+    original(tokens()).square().sum().backward()
+    first.step()
+    other.load_state_dict(original.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for module, optimizer in ((original, first), (other, second)):
+        optimizer.zero_grad()
+        module(tokens()).square().sum().backward()
+        optimizer.step()
+    for name, parameter in original.named_parameters():
+        assert_near(other.get_parameter(name), parameter, 1e-6)
+
+
+def test_one_part_under_two_names():
+    original = attention(qk_norm=True, norm_layer=nn.LayerNorm)
+    original.k_norm = original.q_norm
+    module = TangentAttention.from_timm(original)
+    assert module.k_norm is original.q_norm
+    assert torch.equal(module(tokens()), original(tokens()))
+
+
+def test_a_mask_with_is_causal_is_what_it_was_in_the_original():
+    options = {"attn_mask": MASKS["additive"]["attn_mask"], "is_causal": True}
+    fused, unfused = attention(), attention()
+    setattr(unfused, "fused_attn", False)  # noqa: B010
+    with pytest.raises(RuntimeError):
+        fused(tokens(), **options)
+    with pytest.raises(ArgumentError, match="attn_mask and is_causal=True exclude each other"):
+        TangentAttention.from_timm(fused)(tokens(), **options)
+
+    module, run = TangentAttention.from_timm(unfused), oracle(unfused)
+    exact = torch.func.jvp(
+        lambda x: run(x, **options)({}), (tokens().double(),), (tokens(2).double(),)
+    )
+    assert_near(module(tokens(), **options), exact[0])
+    found = torch.func.jvp(lambda x: module(x, **options), (tokens(),), (tokens(2),))
+    assert_near(found, exact)
+
+
 def test_parameters_are_shared():
     original = attention(qk_norm=True, norm_layer=nn.LayerNorm)
     module = TangentAttention.from_timm(original)
@@ -162,6 +228,31 @@ def test_a_part_that_would_be_lost_is_refused():
     original.gain = nn.Parameter(torch.ones(1))
     with pytest.raises(UnsupportedError, match=r"its extra, gain would be lost.*fused_forward_ad"):
         TangentAttention.from_timm(original)
+
+
+def test_an_unfused_original_that_calls_its_dropout():
+    for change in (
+        lambda attn: setattr(attn, "attn_drop", nn.Identity()),
+        lambda attn: attn.attn_drop.register_forward_hook(lambda *_: None),
+    ):
+        original = attention()
+        change(original)
+        TangentAttention.from_timm(original)  # fused, it is not called
+        setattr(original, "fused_attn", False)  # noqa: B010
+        with pytest.raises(UnsupportedError, match=r"its attn_drop.*fused_forward_ad"):
+            TangentAttention.from_timm(original)
+
+
+def test_a_forward_or_hook_of_the_instance_is_refused():
+    original = attention()
+    setattr(original, "forward", lambda x: x)  # noqa: B010
+    with pytest.raises(UnsupportedError, match="its forward is another one"):
+        TangentAttention.from_timm(original)
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        original = attention()
+        getattr(original, register)(lambda *_: None)
+        with pytest.raises(UnsupportedError, match=r"its forward_(pre_)?hooks would be lost"):
+            TangentAttention.from_timm(original)
 
 
 def swapped(model: nn.Module) -> nn.Module:
@@ -214,3 +305,45 @@ def test_compiles_whole():
         lambda x, x_t: torch.func.jvp(module, (x,), (x_t,)), fullgraph=True, backend="aot_eager"
     )
     assert_near(dual(x, x_t), exact)
+
+
+TO_GRAPHS = {
+    "fx": torch.fx.symbolic_trace,
+    "script": torch.jit.script,
+    "trace": lambda module: torch.jit.trace(module, tokens(8), check_trace=False),
+    "export": lambda module: torch.export.export(module, (tokens(8),)).module(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", TO_GRAPHS)
+def test_becomes_a_graph_as_timms_does(way, kind, fused):
+    original = attention(**KINDS[kind]).eval()
+    original.fused_attn = fused
+    module = TangentAttention.from_timm(original)
+    assert_near(TO_GRAPHS[way](module)(tokens()), original(tokens()), 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:")
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_graph_takes_masks_and_tangents(mask):
+    original, options = attention().eval(), MASKS[mask]
+    module = TangentAttention.from_timm(original)
+    scripted, traced = torch.jit.script(module), torch.fx.symbolic_trace(module)
+    assert torch.equal(scripted(tokens(), **options), original(tokens(), **options))
+
+    run = oracle(original)
+    exact = torch.func.jvp(
+        lambda x: run(x, **options)({}), (tokens().double(),), (tokens(2).double(),)
+    )
+    found = torch.func.jvp(lambda x: traced(x, **options), (tokens(),), (tokens(2),))
+    assert_near(found, exact)
+    with pytest.raises(NotImplementedError):  # TorchScript has PyTorch's attention
+        torch.func.jvp(scripted, (tokens(),), (tokens(2),))
+
+
+def test_a_model_is_traced_symbolically():
+    model = vit().eval()
+    assert torch.equal(torch.fx.symbolic_trace(swapped(model))(images()), model(images()))

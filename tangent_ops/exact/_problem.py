@@ -16,13 +16,14 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from tangent_ops._curvature import (
     Loss,
+    MeanOfSamples,
     check_convex,
-    check_mean,
     is_quadratic,
     loss_gradient,
     loss_product,
+    made_up,
 )
-from tangent_ops._files import bytes_of
+from tangent_ops._files import add_tensor
 from tangent_ops.errors import ArgumentError, NonFiniteLossError
 from tangent_ops.evaluate import Data, as_loader, place, unpack
 from tangent_ops.exact._jacobian import Jacobian
@@ -51,7 +52,8 @@ class Problem:
         tangent: the model; its deltas are neither read nor changed.
         data: a Dataset of (input, target), or a DataLoader, which is read in order, whole.
         l2: positive.
-        loss: a mean over the batch, convex in the logits; None for `RescaledSquareLoss()`.
+        loss: a mean over the batch of each sample's own loss, convex in the logits; tried on all
+            classes, and on other targets in the first pass; None for `RescaledSquareLoss()`.
         batch_size: of a Dataset; a DataLoader has its own.
         cache: as in `fit`: keep what enters the first trained block.
         device: moves the model there first.
@@ -95,6 +97,7 @@ class Problem:
         self.samples = len(loader.dataset)  # pyright: ignore[reportArgumentType]
         self.jacobian = Jacobian(tangent)
         self._data_sha256: str | None = None
+        self._read_once = False
         self.quadratic = self._look_at_first_batch()
 
     @property
@@ -113,12 +116,15 @@ class Problem:
         seen = 0
         for batch in self.loader:
             inputs, targets = unpack(batch, self.jacobian.device)
+            if not self._read_once:
+                self._mean.check(targets)
             if self.double:
                 inputs, targets = _double(inputs), _double(targets)
             seen += len(inputs)
             yield inputs, targets
         if seen != self.samples:
             raise ArgumentError(f"data has {self.samples} samples, but yielded {seen}")
+        self._read_once = True
 
     def entering(self, inputs: Tensor) -> Tensor:
         """Inputs, or what the cached part makes of them, as batches have them."""
@@ -213,8 +219,7 @@ class Problem:
                 # Sample by sample: the size of the batches does not matter.
                 for sample in zip(*unpack(batch, torch.device("cpu")), strict=True):
                     for tensor in sample:
-                        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                        digest.update(bytes_of(tensor))
+                        add_tensor(digest, tensor)
             self._data_sha256 = digest.hexdigest()
         return self._data_sha256
 
@@ -240,9 +245,14 @@ class Problem:
                 "same samples again and again. Use it without random augmentation"
             )
         logits, _ = self.jacobian.outputs(None, inputs[:4])
-        check_mean(self.loss, logits, targets[:4])
-        check_convex(self.loss, logits, targets[:4])
-        return is_quadratic(self.loss, logits, targets[:4])
+        self._mean = MeanOfSamples(self.loss, logits, targets)
+        tries = [(logits, targets[:4])]
+        for start in range(0, len(self._mean.classes), 64):
+            some = self._mean.classes[start : start + 64]
+            tries.append((made_up(logits, len(some)), some))
+        for few in tries:
+            check_convex(self.loss, *few)
+        return all([is_quadratic(self.loss, *few) for few in tries])
 
 
 def in_order(data: Data, batch_size: int) -> DataLoader:

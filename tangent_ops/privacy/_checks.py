@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,9 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from tangent_ops._files import add_tensor
 from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.evaluate import unpack
 from tangent_ops.features import CachedFeatures
 from tangent_ops.linearize import LinearizedModel
 
@@ -30,7 +33,7 @@ def check_dataset(dataset: object, public_preprocessing: bool) -> int:
     """The number of samples.
 
     Raises:
-        ArgumentError: no map-style dataset, empty, or with a sample that is in it twice.
+        ArgumentError: no map-style dataset, empty, or with an index that is in it twice.
         UnsupportedError: preprocessing that was fitted to data, unless it is said to be public.
     """
     if isinstance(dataset, DataLoader):
@@ -61,6 +64,24 @@ def check_dataset(dataset: object, public_preprocessing: bool) -> int:
         for part in _parts(dataset):
             _check_preprocessing(part)
     return count
+
+
+def check_contents(loader: DataLoader) -> None:
+    """Raise ArgumentError if two samples have the same input, bit for bit: reads them all."""
+    first: dict[bytes, int] = {}
+    with torch.random.fork_rng(devices=[]):  # augmentation draws from the caller's generator
+        for batch in loader:
+            inputs, _ = unpack(batch, torch.device("cpu"))
+            for index, one in enumerate(inputs, len(first)):
+                digest = hashlib.sha256()
+                add_tensor(digest, one)
+                other = first.setdefault(digest.digest(), index)
+                if other != index:
+                    raise ArgumentError(
+                        f"dataset has one sample 2 times: the inputs {other} and {index} are the "
+                        "same, bit for bit. Together they would move the result twice as far as "
+                        "the guarantee allows one sample. Leave the repetitions out"
+                    )
 
 
 def check_model(tangent: object) -> None:

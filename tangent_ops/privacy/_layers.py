@@ -24,10 +24,13 @@ from opacus.grad_sample.functorch import ft_compute_per_sample_gradient, prepare
 from torch import Tensor, nn
 
 from tangent_ops._curvature import at_least_single
+from tangent_ops.errors import UnsupportedError
 from tangent_ops.low_rank import matrix_shape
 
 CHUNK = 1 << 22  # entries of per-sample gradients in memory at a time, where only norms are wanted
 ROUNDING = 4.0  # units in the last place of |a| |g| that sums over positions may be off by
+
+COMPUTING = ("forward", "_conv_forward")  # the methods that make an output, convolutions' too
 
 Sampler = Callable[[nn.Module, list[Tensor], Tensor], dict[nn.Parameter, Tensor]]
 
@@ -39,10 +42,28 @@ def make_layer(module: nn.Module, names: Mapping[str, str], bases: Mapping[str, 
         module: of the anchor.
         names: of its trained parameters: its own name of each -> the delta's name.
         bases: of those with low-rank deltas: its own name of each -> A (rank, in).
+
+    Raises:
+        NotImplementedError: what it computes cannot be had from its class.
     """
-    plain = isinstance(module, nn.Conv2d) and (module.groups, module.padding_mode) == (1, "zeros")
-    product = isinstance(module, nn.Linear) or (plain and not isinstance(module.padding, str))
+    product = _computes_as(module, nn.Linear) or (
+        _computes_as(module, nn.Conv2d)
+        and module.groups == 1
+        and not isinstance(module.padding, str)
+    )
     return (ProductLayer if product else Layer)(module, names, bases)
+
+
+def _computes_as(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer is of a kind, and computes what that kind does of its parameters."""
+    same = (getattr(type(layer), n, None) is getattr(kind, n, None) for n in COMPUTING)
+    return (
+        isinstance(layer, kind)
+        and all(same)
+        and layer._parameters.keys() <= {"weight", "bias"}
+        and "forward" not in vars(layer)
+        and getattr(layer, "padding_mode", "zeros") == "zeros"  # Opacus heeds no other
+    )
 
 
 class Layer:
@@ -54,7 +75,7 @@ class Layer:
         self.names = dict(names)
         self.bases = dict(bases)
         self._layer = _stand_in(module, names)
-        self._sample = _sampler(self._layer)
+        self._sample = _sampler(module) or _functorch(module, self._layer)
         self._size = sum(p.numel() for p in self._layer.parameters() if p.requires_grad)
 
     def samples(self, activations: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
@@ -177,14 +198,31 @@ def _stand_in(module: nn.Module, names: Mapping[str, str]) -> nn.Module:
     return layer
 
 
-def _sampler(layer: nn.Module) -> Sampler:
-    """Opacus' for its type, or for that which it derives from; else functorch's.
+def _sampler(layer: nn.Module) -> Sampler | None:
+    """Opacus' for what the layer computes."""
+    if isinstance(layer, nn.LayerNorm) and layer.bias is None:  # Opacus' asks its bias
+        return None
+    known = GradSampleModule.GRAD_SAMPLERS.items()
+    return next((sampler for kind, sampler in known if _computes_as(layer, kind)), None)
 
-    A subclass that computes something else is found out: see `tangent_ops.privacy.gradients`.
-    """
-    bare_norm = isinstance(layer, nn.LayerNorm) and layer.bias is None  # Opacus' asks its bias
-    for kind in () if bare_norm else type(layer).__mro__:
-        if kind in GradSampleModule.GRAD_SAMPLERS:
-            return GradSampleModule.GRAD_SAMPLERS[kind]
+
+def _functorch(module: nn.Module, layer: nn.Module) -> Sampler:
+    """Functorch's, which runs the class's forward in a stand-in for the module."""
+    if "forward" in vars(module):
+        raise NotImplementedError("its forward is the instance's own")
     prepare_layer(layer)
-    return ft_compute_per_sample_gradient
+    return _by_functorch
+
+
+def _by_functorch(
+    layer: nn.Module, activations: list[Tensor], cotangent: Tensor
+) -> dict[nn.Parameter, Tensor]:
+    try:
+        return ft_compute_per_sample_gradient(layer, activations, cotangent)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        raise UnsupportedError(
+            f"per-sample gradients of a {type(layer).__name__} need functorch, which cannot map "
+            f"its forward over samples ({error}). Leave its parameters out of `trainable`"
+        ) from error

@@ -15,7 +15,7 @@ from torch import distributed
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from tangent_ops._curvature import Loss, check_mean
+from tangent_ops._curvature import Loss, MeanOfSamples
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError
 from tangent_ops.evaluate import check_integer, place, unpack
@@ -24,6 +24,7 @@ from tangent_ops.fit import SCHEDULES
 from tangent_ops.linearize import LinearizedModel
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.privacy._checks import (
+    check_contents,
     check_dataset,
     check_failure,
     check_model,
@@ -150,7 +151,7 @@ def fit_private(
 
     Raises:
         ArgumentError: an argument other than these; deltas that are not zero while start="zero"; a
-            sample that is in the data twice; a checkpoint of another fit.
+            sample that is in the data twice, by index or by content; a checkpoint of another fit.
         UnsupportedError: preprocessing fitted to data; a batch norm that uses its batch; a
             parameter without per-sample gradients; cache, for a model that cannot be split.
         NonFiniteLossError: the gradient of a sample is NaN or infinite; the deltas are as after the
@@ -182,16 +183,15 @@ def fit_private(
     noise = NoiseSource(seed, secure_mode)
     group = distributed.is_available() and distributed.is_initialized()
 
+    loader = DataLoader(dataset, min(samples, 64), num_workers=workers, generator=torch.Generator())
+    check_contents(loader)
     device = place(tangent, device)
     model: LinearizedModel = tangent
     if cache is not False:
         trunk, model = tangent.split()
-        loader = DataLoader(
-            dataset, min(samples, 64), num_workers=workers, generator=torch.Generator()
-        )
         dataset = cache_features(trunk, loader, None if cache is True else cache, progress=progress)
     own_loss: Loss = RescaledSquareLoss() if loss is None else loss
-    gradients = _prepared(model, dataset, own_loss, device)
+    gradients, mean = _prepared(model, dataset, own_loss, device)
 
     parameters = model.deltas()
     stepper = OPTIMIZERS[optimizer](list(parameters.values()), lr)
@@ -248,6 +248,7 @@ def fit_private(
             sums = {p: torch.zeros_like(p, requires_grad=False) for p in parameters.values()}
             if batch is not None:
                 inputs, targets = unpack(batch, device)
+                mean.check(targets)
                 found = gradients.clipped_sum(inputs, targets, own_loss, max_grad_norm, mode)
                 sums = {parameters[name]: value for name, value in found.items()}
             if private.take(sums):
@@ -271,15 +272,15 @@ def fit_private(
 
 def _prepared(
     model: LinearizedModel, dataset: Dataset[Any], loss: Loss, device: torch.device
-) -> PerSampleGradients:
-    """What gives the gradients; the loss is tried on made-up logits."""
+) -> tuple[PerSampleGradients, MeanOfSamples]:
+    """What gives the gradients, and what keeps a loss from mixing samples."""
     few = [dataset[index] for index in range(min(4, len(dataset)))]  # pyright: ignore
     inputs, targets = unpack(default_collate(few), device)
     gradients = PerSampleGradients(model, inputs)
     noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(2)).to(inputs)
     with torch.no_grad():
-        check_mean(loss, model(noise), targets)
-    return gradients
+        logits = model(noise)
+    return gradients, MeanOfSamples(loss, logits, targets)
 
 
 def _check_start(

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tangent_ops._curvature import Loss, loss_gradient
+from tangent_ops._curvature import Loss, MeanOfSamples, loss_gradient
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.exact._jacobian import Jacobian
 from tangent_ops.linearize import LinearizedModel
@@ -186,7 +186,7 @@ class PerSampleGradients:
             own_bases = {own: bases[name] for own, name in names.items() if name in bases}
             try:
                 layers[path] = make_layer(module, names, own_bases)
-            except NotImplementedError:  # it has buffers, and is no layer that Opacus knows
+            except NotImplementedError:  # it has buffers, say, and is no layer that Opacus knows
                 continue
             modules[path] = module
         calls = Pass(self._tangent, modules, probes).calls
@@ -258,13 +258,15 @@ def per_sample_gradients(
         Name -> (n, ...), n times the size of the deltas.
 
     Raises:
-        ArgumentError: inputs are not floating point.
+        ArgumentError: inputs are not floating point; loss is no such mean.
         UnsupportedError: as `PerSampleGradients`.
     """
     own = PerSampleGradients(tangent, inputs)
     with torch.no_grad():
         logits = tangent(inputs)
-    _, gradient = loss_gradient(loss or RescaledSquareLoss(), logits, targets)
+    loss = loss or RescaledSquareLoss()
+    MeanOfSamples(loss, logits, targets).check(targets)
+    _, gradient = loss_gradient(loss, logits, targets)
     samples = own.samples(inputs, len(inputs) * gradient)
     missing = {
         name: delta.detach().new_zeros((len(inputs), *delta.shape))

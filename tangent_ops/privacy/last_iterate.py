@@ -20,7 +20,7 @@ from tangent_ops.exact._problem import check_l2, in_order
 from tangent_ops.linearize import LinearizedModel
 from tangent_ops.privacy._bounded import Bounds, Objective
 from tangent_ops.privacy._budget import release_noise
-from tangent_ops.privacy._checks import check_dataset, check_model
+from tangent_ops.privacy._checks import check_contents, check_dataset, check_model
 from tangent_ops.privacy.accounting import Phase
 from tangent_ops.privacy.noise import NoiseSource
 from tangent_ops.privacy.statement import PrivacyStatement, attach, make_statement
@@ -111,7 +111,8 @@ def fit_last_iterate(
         The delta and its statement.
 
     Raises:
-        ArgumentError: an argument other than these; a step size without contraction.
+        ArgumentError: an argument other than these; a step size without contraction; a sample that
+            is in the data twice, by index or by content.
         UnsupportedError: a model in 16 bits; preprocessing fitted to data; a batch norm that uses
             its batch; cache, for a model that cannot be split.
         NonFiniteLossError: a gradient is NaN or infinite; the deltas are zero as before.
@@ -131,6 +132,7 @@ def fit_last_iterate(
             "the deltas are not zero: what they hold may come from private data, which this "
             "statement would not count. Linearize the anchor anew, or set them to zero"
         )
+    check_contents(loader)
     objective = Objective(
         tangent, loader, l2, bounds, cache=cache, device=device, progress=progress
     )

@@ -21,7 +21,7 @@ from tangent_ops.exact._search import Search
 from tangent_ops.linearize import LinearizedModel
 from tangent_ops.privacy._bounded import Bounds, Objective
 from tangent_ops.privacy._budget import release_noise
-from tangent_ops.privacy._checks import check_dataset, check_model
+from tangent_ops.privacy._checks import check_contents, check_dataset, check_model
 from tangent_ops.privacy.accounting import Phase
 from tangent_ops.privacy.noise import NoiseSource
 from tangent_ops.privacy.statement import PrivacyStatement, attach, make_statement
@@ -105,7 +105,8 @@ def perturb_output(
         The delta and its statement.
 
     Raises:
-        ArgumentError: an argument other than these.
+        ArgumentError: an argument other than these; a sample that is in the data twice, by index
+            or by content.
         UnsupportedError: a model in 16 bits; preprocessing fitted to data; a batch norm that uses
             its batch; cache, for a model that cannot be split.
         ConvergenceError: τ was not reached; the deltas are as before.
@@ -119,6 +120,7 @@ def perturb_output(
     multiplier = release_noise(samples, delta, target_epsilon, noise_multiplier)
     if not 0 < inexactness <= 1:
         raise ArgumentError(f"inexactness must be above 0 and at most 1, got {inexactness}")
+    check_contents(loader)
     objective = Objective(
         tangent, loader, l2, bounds, cache=cache, device=device, progress=progress
     )

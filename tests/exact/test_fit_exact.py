@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense import CLASSES, QUIET, SAMPLES, Dense, make
-from small_models import vit
-from torch import Tensor
+from small_models import images, vit
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from tangent_ops import fit, linearize
@@ -20,7 +20,7 @@ from tangent_ops.errors import (
     NotConvergedWarning,
     UnsupportedError,
 )
-from tangent_ops.exact import fit_exact
+from tangent_ops.exact import certify, fit_exact
 from tangent_ops.exact._problem import Problem
 from tangent_ops.losses import RescaledSquareLoss
 
@@ -314,6 +314,50 @@ def test_refusals(dense: Dense) -> None:
     refused("not finite", error=NonFiniteLossError, data=broken)
     with pytest.raises(ArgumentError, match="tangent must be a LinearizedModel, got a Vision"):
         fit_exact(dense.tangent.anchor, data, 0.1)
+
+
+def negative(logits: Tensor, targets: Tensor) -> Tensor:
+    signs = torch.tensor([1.0, -0.1, 1, 1, 1]).to(logits)
+    return (signs[targets] * RescaledSquareLoss(reduction="none")(logits, targets)).mean()
+
+
+def late_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Square loss for one class, cross-entropy for the others."""
+    squares = RescaledSquareLoss(reduction="none")(logits, targets)
+    entropies = F.cross_entropy(logits, targets, reduction="none")
+    return torch.where(targets == 0, squares, entropies).mean()
+
+
+@pytest.mark.parametrize("take", [fit_exact, certify])
+def test_a_folder_that_is_sorted_by_class(dense: Dense, take) -> None:
+    """What a loss does with the class of the first samples says nothing about the others."""
+    inputs, classes = images(10).double(), torch.arange(2).repeat_interleave(5)
+    data = TensorDataset(inputs, classes)
+    weights = torch.tensor([1.0, 2, 3, 4, 5]).double()
+    losses = {
+        nn.CrossEntropyLoss(weights): "mean of the samples' own losses",
+        nn.CrossEntropyLoss(ignore_index=1): "mean of the samples' own losses",
+        negative: "must be convex",
+    }
+    for loss, match in losses.items():
+        with pytest.raises(ArgumentError, match=match):
+            take(dense.tangent, data, 0.1, loss=loss, **QUIET)
+    unknown = TensorDataset(inputs, classes.clone().index_fill(0, torch.tensor([9]), -100))
+    with pytest.raises(ArgumentError, match="leave out samples whose target it ignores"):
+        take(dense.tangent, unknown, 0.1, loss=F.cross_entropy, **QUIET)
+    assert not dense.delta.any()
+    assert not Problem(dense.tangent, data, 0.1, late_entropy).quadratic
+
+
+def test_a_class_weight_on_a_head_of_zeros() -> None:
+    """Its logits are zero: every class has the same loss, whatever the weights."""
+    model = vit(depth=1, embed_dim=12, num_heads=2).double()
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    data = TensorDataset(images(6).double(), torch.arange(6) % CLASSES)
+    loss = nn.CrossEntropyLoss(torch.tensor([1.0, 2, 3, 4, 5]).double())
+    with pytest.raises(ArgumentError, match="mean of the samples' own losses"):
+        fit_exact(linearize(model, r"^head"), data, 0.1, loss=loss, **QUIET)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,14 @@ import pytest
 import torch
 from small_models import images, moved, vit
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+)
 
 pytest.importorskip("opacus", reason="the extra for privacy is not installed")
 pytest.importorskip("dp_accounting", reason="the extra for privacy is not installed")
@@ -23,9 +30,11 @@ from tangent_ops import Delta, last_blocks, linearize, load_delta, save_delta
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.privacy import _state
+from tangent_ops.privacy._checks import check_contents
 from tangent_ops.privacy._sampling import PoissonBatches
 from tangent_ops.privacy.accounting import Phase, epsilon
 from tangent_ops.privacy.fit import PrivateFit, fit_private
+from tangent_ops.privacy.gradients import per_sample_gradients
 from tangent_ops.privacy.noise import NoiseSource
 from tangent_ops.privacy.statement import make_statement, statement_of
 
@@ -379,7 +388,12 @@ def standardised(dims) -> TensorDataset:
     [
         photos(Fitted()),
         Subset(photos(composed(str, Fitted())), range(20)),
-        ConcatDataset([photos(None), photos(composed(composed(Fitted())))]),
+        ConcatDataset(
+            [
+                Subset(photos(None), range(10)),
+                Subset(photos(composed(composed(Fitted()))), range(10, COUNT)),
+            ]
+        ),
         standardised((0,)),
         standardised((0, 2, 3)),
     ],
@@ -407,6 +421,51 @@ def test_refuses_preprocessing_that_was_fitted(dataset):
 def test_refuses_data(dataset, message):
     with pytest.raises(ArgumentError, match=message):
         run(None, dataset)
+
+
+def copied(target: int, *, much: float = 0.0) -> TensorDataset:
+    """Sample 4 once more, as sample 30."""
+    inputs, classes = data().tensors
+    again = inputs[4:5] + much
+    return TensorDataset(torch.cat([inputs, again]), torch.cat([classes, torch.tensor([target])]))
+
+
+class Decoded(Dataset):
+    """Reads a sample anew each time, and has an index for each."""
+
+    def __init__(self, dataset: TensorDataset) -> None:
+        self.inner = dataset
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        torch.rand(1)  # as an augmentation does
+        x, y = self.inner[index]
+        return x.numpy().copy(), int(y)
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        copied(4),
+        copied(1),  # another target makes it no other person's
+        Decoded(copied(4)),
+        ConcatDataset([data(), Subset(copied(4), [30])]),
+        ConcatDataset([data(), data()]),
+    ],
+)
+def test_refuses_a_copy_of_a_sample(dataset):
+    with pytest.raises(ArgumentError, match=r"one sample 2 times: the inputs [04] and 30 are the"):
+        run(None, dataset)
+
+
+def test_reading_the_contents_takes_what_differs_and_draws_no_random_numbers():
+    other = copied(4, much=2.0**-20)
+    assert not torch.equal(other[4][0], other[30][0])
+    state = torch.get_rng_state()
+    check_contents(DataLoader(Decoded(other), 7, generator=torch.Generator()))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(
@@ -437,6 +496,21 @@ def test_refuses_options(options, message):
     with pytest.raises(ArgumentError, match=message):
         run(tangent, **options)
     assert not any(delta.any() for delta in tangent.deltas().values())
+
+
+def test_refuses_losses_that_mix_samples_though_the_first_do_not_show_it():
+    """Class weights and ignored targets tie a sample's gradient to the others of its batch."""
+    inputs, classes = images(COUNT), torch.arange(5).repeat_interleave(6)
+    data = TensorDataset(inputs, classes)
+    weights = torch.tensor([1.0, 2, 3, 4, 5])
+    for loss in (nn.CrossEntropyLoss(weights), nn.CrossEntropyLoss(ignore_index=4)):
+        with pytest.raises(ArgumentError, match="mean of the samples"):
+            run(dataset=data, loss=loss)
+    unknown = TensorDataset(inputs, classes.clone().index_fill(0, torch.tensor([29]), -100))
+    with pytest.raises(ArgumentError, match="mean of the samples"):
+        run(dataset=unknown, loss=nn.CrossEntropyLoss(), expected_batch_size=COUNT, steps=1)
+    with pytest.raises(ArgumentError, match="mean of the samples"):
+        per_sample_gradients(a_tangent(), inputs[:6], classes[:6], nn.CrossEntropyLoss(weights))
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d(12, track_running_stats=False), "training"])

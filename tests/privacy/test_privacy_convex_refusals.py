@@ -6,7 +6,7 @@ import pytest
 import torch
 from bounded_problem import samples, tangent
 from torch import nn
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 pytest.importorskip("opacus", reason="the extra for privacy is not installed")
 pytest.importorskip("dp_accounting", reason="the extra for privacy is not installed")
@@ -33,6 +33,11 @@ def test_a_sample_that_is_in_the_data_twice(fit):
     """It would move the result by twice the sensitivity."""
     with pytest.raises(ArgumentError, match="one sample 2 times"):
         fit(tangent(), Subset(samples(), [0, 1, 2, 1]))
+    x, y = samples().tensors
+    copy = TensorDataset(torch.cat([x, x[3:4]]), torch.cat([y, 1 - y[3:4]]))
+    for data in (copy, DataLoader(copy, batch_size=2)):
+        with pytest.raises(ArgumentError, match=f"one sample 2 times: the inputs 3 and {len(x)}"):
+            fit(tangent(), data)
 
 
 @pytest.mark.parametrize("fit", FITS)
