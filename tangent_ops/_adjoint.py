@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -92,7 +93,7 @@ def check_adjoint(
 
     Returns:
         Names of parameters that get no gradient in the ordinary model either; None if the anchor
-        itself fails with these inputs: the first real call shows why.
+        itself fails with these inputs or gives NaN: a later call shows more.
 
     Raises:
         UnsupportedError: a parameter's derivative gets lost, or an operation has none.
@@ -105,7 +106,7 @@ def check_adjoint(
     ):
         side = functools.partial(_Side, anchor, tuple(names), kept, blocks)
         own = _first_that_runs(side, _samples((args, kwargs)))
-        if own is None:
+        if own is None or not all(map(math.isfinite, own.sizes.values())):
             return None
         try:
             idle = _judge(own)

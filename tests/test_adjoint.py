@@ -150,6 +150,14 @@ def test_it_waits_for_inputs_that_work():
     assert not tangent._unchecked
 
 
+def test_it_waits_for_a_sample_that_gives_numbers():
+    tangent = linearize(
+        Model(lambda m, x: m.c(m.a(x).sum(-1, True).sqrt() * x.new_ones(1, 6))), "^a"
+    )
+    tangent(torch.full((2, 4), torch.nan))
+    assert tangent._unchecked
+
+
 def test_it_leaves_no_trace():
     torch.manual_seed(5)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))

@@ -154,7 +154,7 @@ def test_what_noise_makes_not_finite_is_no_reason_to_refuse():
 
 
 def test_autocast_reaches_the_grouped_products():
-    tangent = tangent_of(vit(depth=2)).float()
+    tangent = tangent_of(vit(depth=2), check=False).float()
     start = tangent.delta_dict()
     data = {n: TensorDataset(s[:][0].float(), s[:][1]) for n, s in shards(8, 8).items()}
     options = {"epochs": 1, "batch_size": 4, "lr": 1e-2, "optimizer": "sgd", "amp": True}
@@ -197,7 +197,8 @@ def linear_tangent():
 
 
 def test_rows_that_see_their_batch_see_their_own_shard_alone():
-    check(tangent_of(Mixing()), vectors(8, 7, 4), optimizer="sgd")
+    tangent = tangent_of(Mixing(), check=False)  # of one sample alone nothing is left
+    check(tangent, vectors(8, 7, 4), optimizer="sgd")
 
 
 class Augmented(Dataset):
@@ -376,7 +377,7 @@ class Branching(nn.Linear):
 )
 def test_models_that_cannot_be_grouped_are_refused(model, message):
     with pytest.raises(UnsupportedError, match=message):
-        fit_grouped(tangent_of(model), vectors(4, 4), progress=False)
+        fit_grouped(tangent_of(model, check=False), vectors(4, 4), progress=False)
 
 
 def frozen(tangent):
