@@ -27,7 +27,7 @@ from tangent_ops._copies import independent_copy
 from tangent_ops._derivatives import naming_what_lacks
 from tangent_ops._dual_call import dual_call
 from tangent_ops._kept import Kept
-from tangent_ops._threads import is_compiling
+from tangent_ops._threads import backward, is_compiling
 from tangent_ops.checkpointing import find_blocks
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.functional._backend import in_forward_ad
@@ -238,11 +238,13 @@ class _Side:
         pairs = [(y, h) for y, h in zip(outputs, self.cotangents, strict=True) if y.requires_grad]
         found: Iterable[Tensor | None] = [None] * len(leaves)
         if pairs:
-            found = torch.autograd.grad(
-                [y for y, _ in pairs],
-                list(leaves.values()),
-                [h for _, h in pairs],
-                allow_unused=True,
+            found = backward(
+                lambda: torch.autograd.grad(
+                    [y for y, _ in pairs],
+                    list(leaves.values()),
+                    [h for _, h in pairs],
+                    allow_unused=True,
+                )
             )
         return {
             name: torch.zeros_like(leaf) if grad is None else grad

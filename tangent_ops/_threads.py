@@ -32,6 +32,7 @@ _BLOCK_ENDS = threading.Condition(_LOCK)
 _caller: int | None = None  # the thread in a call with a level
 _block: int | None = None  # the thread in a block
 _depth = 0  # of its nested blocks
+_lent = False  # to the threads of a backward pass that the one with the lock waits for
 
 _OPEN = (
     "a forward-mode level is open that this call cannot nest in: PyTorch has one for the whole "
@@ -124,10 +125,20 @@ def alone(function: Callable[[], Result]) -> Result:
 
     A backward pass must not: on a GPU another thread, which may be in one, waits for it.
     """
-    if is_compiling():
+    if is_compiling() or (_lent and _in_a_backward_pass()):
         return function()
     with _LOCK:
         return function()
+
+
+def backward(function: Callable[[], Result]) -> Result:
+    """``function()``, a backward pass within a call: it may be alone in a thread of its own."""
+    global _lent
+    before, _lent = _lent, True
+    try:
+        return function()
+    finally:
+        _lent = before
 
 
 def enter_block() -> None:
@@ -166,11 +177,11 @@ def called_elsewhere() -> bool:
     A thread of PyTorch's that runs a backward pass may have: it counts as the caller's.
     """
     caller = _caller
-    return (
-        caller is not None
-        and caller != threading.get_ident()
-        and torch._C._current_graph_task_id() == -1  # pyright: ignore[reportAttributeAccessIssue]
-    )
+    return caller is not None and caller != threading.get_ident() and not _in_a_backward_pass()
+
+
+def _in_a_backward_pass() -> bool:
+    return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _wait_for_block() -> None:

@@ -159,10 +159,10 @@ def test_autocast_reaches_the_grouped_products():
     data = {n: TensorDataset(s[:][0].float(), s[:][1]) for n, s in shards(8, 8).items()}
     options = {"epochs": 1, "batch_size": 4, "lr": 1e-2, "optimizer": "sgd", "amp": True}
     expected = separately(tangent, data, **options)
-    seen = set()  # in steps: the check on noise is in full precision, without gradients
+    seen = set()  # in steps: the check on noise is in full precision
     head = tangent.anchor.get_submodule("head")
     head.register_forward_hook(
-        lambda module, args, output: seen.add(output.dtype) if torch.is_grad_enabled() else None
+        lambda *call: seen.add(call[-1].dtype) if torch.is_autocast_enabled("cpu") else None
     )
     found = fit_grouped(tangent, data, progress=False, **options)
     assert seen == {torch.bfloat16}

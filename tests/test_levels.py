@@ -114,6 +114,22 @@ def test_a_backward_pass_does_not_wait_for_blocks() -> None:
         assert run(output.backward) == []
 
 
+def test_a_backward_pass_of_the_check_is_part_of_it(monkeypatch) -> None:
+    """On a GPU it is another thread's, for which the check waits, with the lock."""
+    model, grad, passes = vit(depth=2), torch.autograd.grad, []
+    model.set_grad_checkpointing()
+
+    def as_on_a_gpu(*args, **options):
+        if threading.current_thread() is not threading.main_thread():
+            return grad(*args, **options)
+        assert run(lambda: passes.append(grad(*args, **options))) == []
+        return passes[-1]
+
+    monkeypatch.setattr(torch.autograd, "grad", as_on_a_gpu)
+    linearize(model, example=images())
+    assert len(passes) == 2
+
+
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_errors_leave_nothing(error: type[BaseException]) -> None:
     def fail() -> None:
