@@ -114,9 +114,7 @@ def linearize(
     tangent._names_idle = not zero_head  # said already, of all below it
     example = described_input(anchor) if example is None else example
     if check and example is not None:
-        inputs = example if isinstance(example, tuple) else (example,)
-        if can_check(anchor, inputs):
-            in_turn(lambda: tangent._check(inputs, {}))
+        tangent.check_once(*(example if isinstance(example, tuple) else (example,)))
     return tangent
 
 
@@ -155,6 +153,7 @@ class LinearizedModel(nn.Module):
         anchor: the frozen model at w0.
         grad_checkpointing: whether blocks are repeated in the backward pass; see
             :meth:`set_grad_checkpointing`.
+        kept: undoes what a call of the anchor leaves behind.
         rank: of its low-rank deltas; None if all are full.
         trainable: the pattern that chose the trained parameters, as text.
         model_name: the anchor's name.
@@ -166,7 +165,7 @@ class LinearizedModel(nn.Module):
         self.delta = delta
         self.basis = basis
         self._record = record
-        self._kept = Kept(anchor)
+        self.kept = Kept(anchor)
         self._wants_check = self._unchecked = False
         self._names_idle = True
         self._switches = tuple(find_switches(anchor))
@@ -194,15 +193,24 @@ class LinearizedModel(nn.Module):
         return in_turn(lambda: self._call(args, kwargs))
 
     def _call(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-        if self._unchecked and not self.sharded and can_check(self.anchor, (args, kwargs)):
-            self._check(args, kwargs)
+        self.check_once(*args, **kwargs)
         directions = self._full_deltas()
-        return dual_call(self.anchor, directions, self._kept, args, kwargs, self._blocks())
+        return dual_call(self.anchor, directions, self.kept, args, kwargs, self._blocks())
+
+    def check_once(self, *args, **kwargs) -> None:
+        """Make :func:`linearize`'s check with these inputs, if it has not been made.
+
+        Every call does. Call it first where hooks on the anchor must see no other calls.
+
+        Raises:
+            UnsupportedError: a derivative gets lost.
+        """
+        if self._unchecked and not self.sharded and can_check(self.anchor, (args, kwargs)):
+            in_turn(lambda: self._check(args, kwargs))
 
     def _check(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Compare JΔ and its gradient with the ordinary model's gradients, on one sample."""
         blocks = find_blocks(self.anchor) if self.grad_checkpointing else []
-        idle = check_adjoint(self.anchor, self.delta.names, self._kept, blocks, args, kwargs)
+        idle = check_adjoint(self.anchor, self.delta.names, self.kept, blocks, args, kwargs)
         self._unchecked = idle is None
         if idle and self._names_idle:
             some = ", ".join(idle[:3]) + (f" and {len(idle) - 3} more" if len(idle) > 3 else "")
@@ -378,9 +386,9 @@ class LinearizedModel(nn.Module):
 
     def _apply(self, *args, **kwargs):  # .to(), .half(), ...
         self._record.anchor_changes()
-        self._kept.put_back()
+        self.kept.put_back()
         result = super()._apply(*args, **kwargs)
-        self._kept = Kept(self.anchor)
+        self.kept = Kept(self.anchor)
         return result
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:

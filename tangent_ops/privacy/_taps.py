@@ -56,6 +56,7 @@ class Pass:
         autocast = torch.autocast(inputs.device.type, enabled=False)
 
         def run() -> tuple[object, Tensor]:
+            tangent.check_once(inputs)  # without the taps
             with torch.enable_grad(), autocast, self._tapped(layers, seed):
                 return functional_call(Pair(tangent), deltas, (inputs,))
 

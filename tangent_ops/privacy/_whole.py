@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tangent_ops._kept import Kept
 from tangent_ops._threads import functional_call
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.low_rank import matrix_shape
@@ -21,11 +22,15 @@ class Whole:
         anchor: the model at w0.
         names: of the parameters.
         bases: of those with low-rank deltas: name -> A (rank, in).
+        kept: of the anchor.
     """
 
-    def __init__(self, anchor: nn.Module, names: list[str], bases: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, anchor: nn.Module, names: list[str], bases: Mapping[str, Tensor], kept: Kept
+    ) -> None:
         self.names = names
         self._anchor = anchor
+        self._kept = kept
         self._weights = {name: anchor.get_parameter(name).detach() for name in names}
         self._bases = {name: basis for name, basis in bases.items() if name in names}
 
@@ -37,7 +42,8 @@ class Whole:
         """
 
         def output(weights: dict[str, Tensor], one: Tensor, cotangent: Tensor) -> Tensor:
-            logits = functional_call(self._anchor, weights, (one[None],))
+            with self._kept.nothing():
+                logits = functional_call(self._anchor, weights, (one[None],))
             return (logits[0] * cotangent).sum()
 
         try:
@@ -56,7 +62,7 @@ class Whole:
     ) -> dict[str, Tensor]:
         """Σ_i w_i G_i by name, shaped as the deltas, without any G_i."""
         leaves = {name: value.requires_grad_() for name, value in self._fresh().items()}
-        with torch.enable_grad(), _without_autocast(inputs):
+        with torch.enable_grad(), _without_autocast(inputs), self._kept.nothing():
             logits = functional_call(self._anchor, leaves, (inputs,))
         shape = (-1,) + (1,) * (cotangents.ndim - 1)
         scaled = (cotangents * weights.view(shape)).to(logits.dtype)

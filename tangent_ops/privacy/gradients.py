@@ -58,7 +58,7 @@ class PerSampleGradients:
         covered = {name for layer in self._layers.values() for name in layer.names.values()}
         rest = [name for name in tangent.deltas() if name not in covered]
         bases = tangent.basis.tensors()
-        self._whole = Whole(tangent.anchor, rest, bases) if rest else None
+        self._whole = Whole(tangent.anchor, rest, bases, tangent.kept) if rest else None
         self._verify(probes)
 
     def clipped_sum(

@@ -369,6 +369,29 @@ def test_parameters_that_are_used_without_their_layer():
     check(moved(linearize(Attention().double())), torch.randn(3, 4, 6, dtype=torch.float64), 1e-9)
 
 
+class Keeping(nn.Module):
+    """Computes something of its weight once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 6))
+        self.head = nn.Linear(4, 5)
+        self.kept = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = self.weight.t() * 2
+        return self.head(torch.tanh(x @ self.kept))
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_model_that_keeps_what_it_computes_of_its_weights(checked):
+    torch.manual_seed(0)
+    tangent = moved(linearize(Keeping().double(), check=checked))
+    check(tangent, torch.randn(3, 6, dtype=torch.float64), 1e-9)
+    assert tangent.anchor.kept is None
+
+
 class Centred(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -387,6 +410,7 @@ class TwiceUsed(nn.Module):
         return self.layer(x) + x @ self.layer.weight.T
 
 
+@pytest.mark.filterwarnings("ignore:no gradient in the ordinary model:UserWarning")
 @pytest.mark.parametrize("model", [Centred, TwiceUsed])
 def test_what_layers_do_not_tell_is_found_out(model):
     torch.manual_seed(0)
