@@ -83,8 +83,10 @@ class DeltaMeta:
         fields |= {f"extra[{key!r}]": value for key, value in self.extra.items()}
         fields |= {f"extra's key {key!r}": key for key in self.extra}
         for name, value in fields.items():
-            if not isinstance(value, str) or not _is_text(value):
-                raise ArgumentError(f"{name} must be a string of text, got {value!r}: use str(...)")
+            if not isinstance(value, str):
+                raise ArgumentError(f"{name} must be a string, got {value!r}: use str(...)")
+            if not _is_text(value):
+                raise ArgumentError(f"{name} must be text, got half a surrogate pair: {value!r}")
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
             raise ArgumentError(f"rank must be a positive integer or None, got {self.rank!r}")
         if (self.rank is None) != (self.basis is None):
@@ -375,7 +377,7 @@ def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> 
         raise DeltaFileError(f"{path} has {_few(extra)} in its header, which format 1 has not")
     if not _RANK.fullmatch(metadata.get("rank", "1")):
         raise DeltaFileError(
-            f"{path} has rank {metadata['rank'][:20]!r} in its header, no positive number"
+            f"{path} has rank {metadata['rank'][:20]!r} in its header, not a number from 1 up"
         )
 
 

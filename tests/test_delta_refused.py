@@ -132,7 +132,7 @@ def test_tensors_without_plain_values_are_refused(value, message, path):
 def test_text_that_no_file_can_hold_is_refused(field):
     """Half a surrogate pair: the file would be written, and never read again."""
     half = "a\ud800"
-    with pytest.raises(ArgumentError, match=f"{field}.* must be a string of text"):
+    with pytest.raises(ArgumentError, match=f"{field}.* must be text"):
         dataclasses.replace(META, **{field: {"key": half} if field == "extra" else half})
 
 

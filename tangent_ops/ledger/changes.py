@@ -66,7 +66,7 @@ class Folder:
             if other.exists() and path.samefile(other):
                 raise LedgerError(
                     f"{path} and {other} are one file (hard links), so erasing one would erase "
-                    "both: put a copy in the place of the second"
+                    "both: remove the first, or put a copy in its place"
                 )
 
 

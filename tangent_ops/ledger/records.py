@@ -89,7 +89,7 @@ class Records:
                 "update tangent-ops"
             )
         with self._connected("rw") as connection:
-            if "names" not in _made(connection):  # a ledger of an earlier release
+            if "names" not in _made(connection):  # made before there was such a key
                 connection.execute("BEGIN IMMEDIATE")
                 if "names" not in _made(connection):
                     _make_names(connection)

@@ -137,8 +137,8 @@ def test_a_trigger_that_undoes_what_is_recorded(ledger):
     refused(ledger, "has a foreign 'undo'", *changes(ledger), ledger.composed, ledger.verify)
 
 
-def test_a_ledger_of_an_earlier_release_goes_on(tmp_path):
-    """Without the key of names: it gets one, and its files are found and erased as ever."""
+def test_a_ledger_made_before_names_had_a_key_goes_on(tmp_path):
+    """It gets one, and its files are found and erased as ever."""
     path = tmp_path / "ledger"
     ledger = Ledger(path)
     for shard, (delta, weight) in SHARDS.items():
