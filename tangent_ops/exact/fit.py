@@ -105,8 +105,9 @@ def fit_exact(
         How it ended; see `ExactFit.converged`.
 
     Raises:
-        ArgumentError: an argument other than these; a loss that is not convex; a checkpoint of
-            another problem.
+        ArgumentError: an argument other than these; a loss that is not convex, or not the mean of
+            the samples' own, as class weights and ignored targets make it; a checkpoint of another
+            problem.
         UnsupportedError: cache, for a model that cannot be split; dual, for another loss.
         NonFiniteLossError: the objective is NaN or infinite; the deltas are as before.
 
