@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from tangent_kernels._launch import Config, Launch
 from tangent_kernels.attention import Call, Tangents
 from tangent_kernels.attention.configs import Key, family, using
@@ -105,7 +106,7 @@ def _call(case: Case, tangents: int, device: str) -> tuple[Call, Tensor | None]:
     """The primal call, and the tangent of its mask."""
     batch, heads, tokens, dim = case.batch, case.heads, case.tokens, case.dim
     packed = torch.randn(batch, tokens, 3, heads, dim, device=device).to(case.dtype)
-    query, key, value = packed.permute(2, 0, 3, 1, 4).unbind()
+    query, key, value = rearrange(packed, "b n qkv h d -> qkv b h n d").unbind()
     if case.variant == "grouped":
         key, value = key[:, ::2], value[:, ::2]
     mask = mask_t = seed = None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch._functorch.config as functorch_config
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -115,7 +116,7 @@ class AttentionWorkload:
         def packed() -> Triple:
             shape = (batch, tokens, 3, heads, depth)
             qkv = torch.randn(shape, generator=generator, device=device, dtype=case.torch_dtype)
-            query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            query, key, value = rearrange(qkv, "b n qkv h d -> qkv b h n d").unbind()
             return query, key, value
 
         return Operands(packed(), packed(), packed()[:2], case.causal)
