@@ -1,0 +1,321 @@
+"""Trees of ops and transforms, and the three ways to run them.
+
+Each node is a map of a tensor of ``ops.SHAPE`` to another one, so everything nests in everything.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from tangent_ops import linearize
+from tests.fuzz.ops import OPS, SHAPE, Case
+
+
+@dataclass(frozen=True)
+class Node:
+    """What is done, with which options, to the maps that the children are."""
+
+    kind: str
+    options: tuple[tuple[str, Any], ...] = ()
+    children: tuple[Node, ...] = ()
+
+    def __repr__(self) -> str:
+        parts = [*map(repr, self.children), *(f"{k}={v!r}" for k, v in self.options)]
+        return f"{self.kind}({', '.join(parts)})"
+
+    def nodes(self) -> Iterator[Node]:
+        yield self
+        for child in self.children:
+            yield from child.nodes()
+
+
+@dataclass
+class Env:
+    """How a program runs.
+
+    Attributes:
+        mode: "ours", this library; "plain", PyTorch alone; "exact", float64 and elementary
+            operations, with no checkpoint, autocast, dual_level or change in place.
+        noise: "exact" alone: outputs of ops change by this, relatively.
+    """
+
+    mode: Literal["ours", "plain", "exact"]
+    noise: float = 0.0
+    rounded: int = 0
+    no_grad_is_constant: bool = False
+    models: dict[Node, nn.Module] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> bool:
+        return self.mode == "exact"
+
+    def rounding(self, x: Tensor) -> Tensor:
+        self.rounded += 1
+        if not self.noise:
+            return x
+        return x * (1 + self.noise * torch.sign(pattern(x.shape, x, 7.0 * self.rounded)))
+
+
+def pattern(shape: Any, like: Tensor, phase: float) -> Tensor:
+    """Fixed numbers in [-1, 1] that look like nothing in particular."""
+    angle = 2.3 * torch.arange(torch.Size(shape).numel(), dtype=torch.float64) + phase
+    return angle.sin().reshape(shape).to(like.dtype)
+
+
+def drawn_from(x: Tensor, shape: Any, phase: float, live: bool) -> Tensor:
+    """Fixed numbers; if ``live``, numbers that move with x."""
+    fixed = pattern(shape, x, phase)
+    if not live:
+        return fixed
+    count = fixed.numel()
+    return fixed + 0.3 * x.reshape(-1).repeat(1 + count // x.numel())[:count].reshape(shape)
+
+
+def weighted_sum(y: Tensor, phase: float = 0.5) -> Tensor:
+    return (y * pattern(y.shape, y, phase)).sum()
+
+
+def case(node: Node) -> Case:
+    options = {name: value for name, value in node.options if name != "live"}
+    return OPS[node.kind][0](**options)
+
+
+def run(node: Node, env: Env, x: Tensor) -> Tensor:
+    if node.kind in OPS:
+        return _run_op(node, env, x)
+    maps = [functools.partial(run, child, env) for child in node.children]
+    return KINDS[node.kind](env, node, *maps, x, **dict(node.options))
+
+
+def _run_op(node: Node, env: Env, x: Tensor) -> Tensor:
+    what, live = case(node), dict(node.options)["live"]
+    operands = [
+        env.rounding(drawn_from(x, shape, 1.0 + i, moves))
+        for i, (shape, moves) in enumerate(zip(what.shapes, live[1:], strict=True))
+    ]
+    given = x if live[0] else pattern(x.shape, x, 4.0)
+    if env.exact:
+        return env.rounding(what.exact(given, *operands))
+    call = what.plain if env.mode == "plain" and what.plain else what.call
+    return call(given, *operands)
+
+
+# Nodes with children: (env, node, *maps, x, **options) -> tensor.
+
+
+def _seq(env, node, f, g, x):
+    return g(f(x))
+
+
+def _jvp(env, node, f, x, live):
+    y, y_t = torch.func.jvp(f, (x,), (drawn_from(x, x.shape, 2.0, live),))
+    return 0.5 * y + y_t
+
+
+def _dual_level(env, node, f, x, live):
+    if env.exact:
+        return _jvp(env, node, f, x, live)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, drawn_from(x, x.shape, 2.0, live))
+        y, y_t = forward_ad.unpack_dual(f(dual))
+    return 0.5 * y if y_t is None else 0.5 * y + y_t
+
+
+def _torch_linearize(env, node, f, x, live):
+    direction = drawn_from(x, x.shape, 2.0, live)
+    if env.exact:
+        return _jvp(env, node, f, x, live)
+    y, push_forward = torch.func.linearize(f, x)
+    return 0.5 * y + push_forward(direction)
+
+
+def _vjp(env, node, f, x, live):
+    y, pull_back = torch.func.vjp(f, x)
+    return 0.5 * y + pull_back(drawn_from(x, x.shape, 3.0, live))[0]
+
+
+def _grad(env, node, f, x):
+    return torch.func.grad(lambda x: weighted_sum(f(x)))(x)
+
+
+def _vmap(env, node, f, x, in_dim, out_dim):
+    stack = torch.stack([x, x * pattern(x.shape, x, 2.0)], in_dim)
+    first, second = torch.func.vmap(f, in_dim, out_dim)(stack).unbind(out_dim)
+    return first + 0.5 * second
+
+
+def _along_two_directions(f, x):
+    """f as a function of two coefficients, and where: few enough for a whole Jacobian."""
+    return lambda c: f(c[0] * x + c[1] * pattern(x.shape, x, 3.0)), pattern((2,), x, 0.5)
+
+
+def _jacfwd(env, node, f, x):
+    h, where = _along_two_directions(f, x)
+    first, second = torch.func.jacfwd(h)(where).unbind(-1)
+    return first + 0.5 * second
+
+
+def _jacrev(env, node, f, x):
+    h, where = _along_two_directions(f, x)
+
+    def two_sums(c):
+        y = h(c)
+        return torch.stack([weighted_sum(y), weighted_sum(y, 1.5)])
+
+    return x * weighted_sum(torch.func.jacrev(two_sums)(where))
+
+
+def _hessian(env, node, f, x):
+    h, where = _along_two_directions(f, x)
+    return x * weighted_sum(torch.func.hessian(lambda c: weighted_sum(h(c)))(where))
+
+
+def _checkpoint(env, node, f, x, reentrant):
+    return f(x) if env.exact else checkpoint(f, x, use_reentrant=reentrant)
+
+
+def _no_grad(env, node, f, x):
+    if env.no_grad_is_constant:
+        return _detach(env, node, f, x)
+    with torch.no_grad():
+        y = f(x)
+    return x * y
+
+
+def _detach(env, node, f, x):
+    return x * f(x).detach()
+
+
+def _autocast(env, node, f, x):
+    with torch.autocast("cpu", torch.bfloat16, enabled=not env.exact):
+        return f(x).to(x.dtype)
+
+
+def _in_place(env, node, f, x, how):
+    y = f(x)
+    if env.exact:
+        if how == "add":
+            return y + x
+        return torch.cat([0.7 * y[..., :4], y[..., 4:]], -1) if how == "half" else 0.7 * y
+    if how == "add":
+        y += x
+    elif how == "half":
+        y[..., :4] *= 0.7
+    else:
+        y.transpose(0, 1).mul_(0.7)
+    return y
+
+
+def _view(env, node, f, x, how):
+    if how == "transposed":
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    elif how == "strided":
+        x = torch.stack([x, 2 * x], -1)[..., 0]
+    elif how == "expanded":
+        x = x[:, :1].expand(x.shape)
+    elif how == "part":
+        x = torch.cat([x, x], 1)[:, 2:5]
+    return f(x.contiguous() if env.exact else x)
+
+
+def _linearize(env, node, f, x):
+    """This library's, of a module whose parameters are a scale and a shift of the input."""
+    model = env.models[node]
+    if env.mode == "ours":
+        return model(x)
+    y, y_t = pushed_forward(model, x, deltas(model))
+    return y + y_t
+
+
+KINDS: dict[str, Callable[..., Tensor]] = {
+    "seq": _seq,
+    "jvp": _jvp,
+    "dual_level": _dual_level,
+    "torch_linearize": _torch_linearize,
+    "vjp": _vjp,
+    "grad": _grad,
+    "vmap": _vmap,
+    "jacfwd": _jacfwd,
+    "jacrev": _jacrev,
+    "hessian": _hessian,
+    "linearize": _linearize,
+    "checkpoint": _checkpoint,
+    "no_grad": _no_grad,
+    "detach": _detach,
+    "autocast": _autocast,
+    "in_place": _in_place,
+    "view": _view,
+}
+
+
+class Affine(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        like = torch.empty((), dtype=torch.float64)
+        self.scale = nn.Parameter(1.0 + 0.2 * pattern(SHAPE[-1:], like, 1.0))
+        self.shift = nn.Parameter(0.2 * pattern(SHAPE[-1:], like, 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+class Layer(nn.Module):
+    """A tree behind parameters; a checkpoint at its root is around them, and its input plain."""
+
+    def __init__(self, node: Node, env: Env) -> None:
+        super().__init__()
+        self.affine = Affine()
+        self.node, self.env = node, env
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.node.kind != "checkpoint":
+            return run(self.node, self.env, self.affine(x))
+        (child,) = self.node.children
+        within = lambda x: run(child, self.env, self.affine(x))  # noqa: E731
+        return _checkpoint(self.env, self.node, within, x, **dict(self.node.options))
+
+
+def make_model(env: Env, dtype: torch.dtype, *trees: Node) -> nn.Module:
+    """A layer for each tree; this library's linearized model in "ours"."""
+    model = nn.Sequential(*(Layer(tree, env) for tree in trees)).to(dtype)
+    if env.mode != "ours":
+        return model
+    tangent = linearize(model)
+    tangent.load_delta_dict(deltas(model))
+    return tangent
+
+
+def make_models(env: Env, dtype: torch.dtype, root: Node) -> None:
+    """Those that the tree calls, innermost first."""
+    for node in reversed(list(root.nodes())):
+        if node.kind == "linearize":
+            env.models[node] = make_model(env, dtype, *node.children)
+
+
+def deltas(model: nn.Module) -> dict[str, Tensor]:
+    named = enumerate(model.named_parameters())
+    return {name: pattern(p.shape, p, 3.0 + i) for i, (name, p) in named}
+
+
+def pushed_forward(model: Any, x: Tensor, directions: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """f(x; w) and J(x) Δw by torch.func.jvp.
+
+    What a model computes under no_grad is a constant to its J: so it is to ordinary training.
+    """
+    env = model[0].env
+    before, env.no_grad_is_constant = env.no_grad_is_constant, env.exact
+    try:
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        call = functools.partial(functional_call, model)
+        return torch.func.jvp(lambda w: call(w, (x,)), (weights,), (directions,))
+    finally:
+        env.no_grad_is_constant = before
