@@ -335,56 +335,42 @@ def gated(name):
 
 
 BOTH = (False, True)
+# Of each: its options' values.
 OPS: dict[str, tuple[Callable[..., Case], dict[str, tuple]]] = {
     "attention": (
         attention,
-        {
-            "mask": (None, None, "bool", "float", "causal"),
-            "grouped": BOTH,
-            "keys": (3, 5),
-            "scale": (None, 0.3),
-            "own": BOTH,
-        },
+        dict(
+            mask=(None, None, "bool", "float", "causal"),
+            grouped=BOTH, keys=(3, 5), scale=(None, 0.3), own=BOTH,
+        ),
     ),
-    "multi_head_attention": (multi_head_attention, {"need_weights": BOTH, "bias": BOTH}),
-    "linear": (linear, {"bias": BOTH, "one_row": BOTH}),
+    "multi_head_attention": (multi_head_attention, dict(need_weights=BOTH, bias=BOTH)),
+    "linear": (linear, dict(bias=BOTH, one_row=BOTH)),
     "convolution": (
         convolution,
-        {
-            "spatial": (1, 2, 3),
-            "bias": BOTH,
-            "groups": (1, 3),
-            "dilation": (1, 2),
-            "padding": ("same", "sizes"),
-        },
+        dict(spatial=(1, 2, 3), bias=BOTH, groups=(1, 3), dilation=(1, 2), padding=("same", "sizes")),
     ),
     "layer_norm": (
         layer_norm,
-        {
-            "spelling": ("F", "torch", "native", "add_layer_norm"),
-            "dims": (1, 2),
-            "weight": BOTH,
-            "bias": BOTH,
-            "one_row": BOTH,
-        },
+        dict(
+            spelling=("F", "torch", "native", "add_layer_norm"),
+            dims=(1, 2), weight=BOTH, bias=BOTH, one_row=BOTH,
+        ),
     ),
-    "rms_norm": (
-        rms_norm,
-        {"spelling": ("F", "torch"), "dims": (1, 2), "weight": BOTH, "one_row": BOTH},
-    ),
+    "rms_norm": (rms_norm, dict(spelling=("F", "torch"), dims=(1, 2), weight=BOTH, one_row=BOTH)),
     "channel_norm": (
         channel_norm,
-        {"kind": ("batch", "batch_eval", "instance", "group"), "weight": BOTH},
+        dict(kind=("batch", "batch_eval", "instance", "group"), weight=BOTH),
     ),
-    "gelu": (gelu, {"approximate": ("none", "tanh")}),
-    "silu": (silu, {"inplace": BOTH}),
-    "hardsigmoid": (hardsigmoid, {"inplace": BOTH}),
+    "gelu": (gelu, dict(approximate=("none", "tanh"))),
+    "silu": (silu, dict(inplace=BOTH)),
+    "hardsigmoid": (hardsigmoid, dict(inplace=BOTH)),
     "softmax": (
         softmax,
-        {"spelling": ("F", "torch", "Tensor"), "dim": (-1, 1, 0), "dtype": (None, "float64")},
+        dict(spelling=("F", "torch", "Tensor"), dim=(-1, 1, 0), dtype=(None, "float64")),
     ),
     "glu": (glu, {}),
-    "normalize": (normalize, {"p": (2.0, 2.0, 3.0), "dim": (-1, 1)}),
-    "recurrent": (recurrent, {"kind": ("lstm", "gru", "rnn_tanh"), "bias": BOTH}),
-    "gated": (gated, {"name": ("swiglu", "geglu", "geglu_tanh")}),
-}
+    "normalize": (normalize, dict(p=(2.0, 2.0, 3.0), dim=(-1, 1))),
+    "recurrent": (recurrent, dict(kind=("lstm", "gru", "rnn_tanh"), bias=BOTH)),
+    "gated": (gated, dict(name=("swiglu", "geglu", "geglu_tanh"))),
+}  # fmt: skip
