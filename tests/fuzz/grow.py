@@ -41,7 +41,7 @@ NODES = {
     "seq": (8, 0),
     "jvp": (6, 1),
     "dual_level": (4, 1),
-    "torch_linearize": (2, 1),
+    "torch_linearize": (6, 1),
     "linearize": (3, 1),
     "vjp": (4, 1),
     "grad": (5, 1),
@@ -54,6 +54,7 @@ NODES = {
     "detach": (2, 0),
     "in_place": (4, 0),
     "view": (4, 0),
+    "autocast": (12, 0),  # of float32, in programs that may
 }
 ENDS = {
     "value": (4, 0),
@@ -95,19 +96,23 @@ NOT_DIFFERENTIABLE = {"torch_linearize": FORWARD | REVERSE | {*ENDS} - {"value"}
 REENTRANT_REFUSED = FORWARD | {end for end in ENDS if end.startswith("gradient_")}
 
 
+PRECISIONS = [(torch.float64,)] * 8 + [(torch.float32,)] + [(torch.float32, "may cast")] * 3
+OFTEN = {"attention": 3, "multi_head_attention": 2, "layer_norm": 2}
+
+
 def grow(seed: int) -> Program:
     """The program of this number."""
     draw = Random(seed)
     end = draw.choices(list(ENDS), [weight for weight, _ in ENDS.values()])[0]
-    double, single = torch.float64, torch.float32
-    dtype, cast = draw.choice([*[(double, False)] * 4, (single, False), (single, True)])
-    around = {end, "careless"} if draw.random() < 0.05 else {end}
-    root = _tree(draw, draw.randint(1, 6), 3 - ENDS[end][1], around)
-    return Program(seed, dtype, end, Node("autocast", (), (root,)) if cast else root)
+    dtype, *rules = draw.choice(PRECISIONS)
+    if draw.random() < 0.05:
+        rules.append("careless")
+    root = _tree(draw, draw.randint(1, 6), 3 - ENDS[end][1], {end, *rules})
+    return Program(seed, dtype, end, root)
 
 
 def _tree(draw: Random, size: int, orders: int, around: Set[str]) -> Node:
-    """``around``: kinds of the nodes around this one, and the end."""
+    """``around``: kinds of the nodes around this one, the end, and what is special here."""
     if size <= 1:
         return _op(draw, around)
     fitting = [kind for kind, (_, order) in NODES.items() if order <= orders and _may(kind, around)]
@@ -131,11 +136,14 @@ def _tree(draw: Random, size: int, orders: int, around: Set[str]) -> Node:
 def _may(kind: str, around: Set[str]) -> bool:
     if around & NOT_DIFFERENTIABLE.get(kind, set()):
         return False
+    if kind == "autocast":
+        return "may cast" in around
     return "careless" in around or not around & REFUSED.get(kind, set())
 
 
 def _op(draw: Random, around: Set[str]) -> Node:
-    name = draw.choice([name for name in OPS if _may(name, around)])
+    fitting = [name for name in OPS if _may(name, around)]
+    name = draw.choices(fitting, [OFTEN.get(name, 1) for name in fitting])[0]
     options = tuple((key, draw.choice(values)) for key, values in OPS[name][1].items())
     count = 1 + len(case(Node(name, options)).shapes)
     live = tuple(draw.random() < 0.7 for _ in range(count))

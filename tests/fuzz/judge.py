@@ -15,17 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tangent_ops import fused_forward_ad
 from tangent_ops.errors import TangentOpsError
 from tests.fuzz.grow import Program
-from tests.fuzz.nodes import (
-    Env,
-    Node,
-    deltas,
-    make_model,
-    make_models,
-    pattern,
-    pushed_forward,
-    run,
-    weighted_sum,
-)
+from tests.fuzz.models import deltas, make_model, make_models, pushed_forward
+from tests.fuzz.nodes import Env, Node, pattern, run, weighted_sum
 from tests.fuzz.ops import SHAPE
 
 Function = Callable[[Tensor], Tensor]

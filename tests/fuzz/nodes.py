@@ -11,13 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from tangent_ops import linearize
-from tests.fuzz.ops import OPS, SHAPE, Case
+from tests.fuzz.ops import OPS, Case
 
 
 @dataclass(frozen=True)
@@ -46,13 +44,16 @@ class Env:
         mode: "ours", this library; "plain", PyTorch alone; "exact", float64 and elementary
             operations, with no checkpoint, autocast, dual_level or change in place.
         noise: "exact" alone: outputs of ops change by this, relatively.
+        rounded: how many outputs did.
+        no_grad_is_constant: to forward mode, too.
+        models: what stands for a "linearize".
     """
 
     mode: Literal["ours", "plain", "exact"]
     noise: float = 0.0
     rounded: int = 0
     no_grad_is_constant: bool = False
-    models: dict[Node, nn.Module] = field(default_factory=dict)
+    models: dict[Node, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     @property
     def exact(self) -> bool:
@@ -179,8 +180,12 @@ def _hessian(env, node, f, x):
     return x * weighted_sum(torch.func.hessian(lambda c: weighted_sum(h(c)))(where))
 
 
-def _checkpoint(env, node, f, x, reentrant):
+def repeated(env, f, x, reentrant):
     return f(x) if env.exact else checkpoint(f, x, use_reentrant=reentrant)
+
+
+def _checkpoint(env, node, f, x, reentrant):
+    return repeated(env, f, x, reentrant)
 
 
 def _no_grad(env, node, f, x):
@@ -228,12 +233,8 @@ def _view(env, node, f, x, how):
 
 
 def _linearize(env, node, f, x):
-    """This library's, of a module whose parameters are a scale and a shift of the input."""
-    model = env.models[node]
-    if env.mode == "ours":
-        return model(x)
-    y, y_t = pushed_forward(model, x, deltas(model))
-    return y + y_t
+    """This library's, of a module around f."""
+    return env.models[node](x)
 
 
 KINDS: dict[str, Callable[..., Tensor]] = {
@@ -255,67 +256,3 @@ KINDS: dict[str, Callable[..., Tensor]] = {
     "in_place": _in_place,
     "view": _view,
 }
-
-
-class Affine(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        like = torch.empty((), dtype=torch.float64)
-        self.scale = nn.Parameter(1.0 + 0.2 * pattern(SHAPE[-1:], like, 1.0))
-        self.shift = nn.Parameter(0.2 * pattern(SHAPE[-1:], like, 2.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale + self.shift
-
-
-class Layer(nn.Module):
-    """A tree behind parameters; a checkpoint at its root is around them, and its input plain."""
-
-    def __init__(self, node: Node, env: Env) -> None:
-        super().__init__()
-        self.affine = Affine()
-        self.node, self.env = node, env
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.node.kind != "checkpoint":
-            return run(self.node, self.env, self.affine(x))
-        (child,) = self.node.children
-        within = lambda x: run(child, self.env, self.affine(x))  # noqa: E731
-        return _checkpoint(self.env, self.node, within, x, **dict(self.node.options))
-
-
-def make_model(env: Env, dtype: torch.dtype, *trees: Node) -> nn.Module:
-    """A layer for each tree; this library's linearized model in "ours"."""
-    model = nn.Sequential(*(Layer(tree, env) for tree in trees)).to(dtype)
-    if env.mode != "ours":
-        return model
-    tangent = linearize(model)
-    tangent.load_delta_dict(deltas(model))
-    return tangent
-
-
-def make_models(env: Env, dtype: torch.dtype, root: Node) -> None:
-    """Those that the tree calls, innermost first."""
-    for node in reversed(list(root.nodes())):
-        if node.kind == "linearize":
-            env.models[node] = make_model(env, dtype, *node.children)
-
-
-def deltas(model: nn.Module) -> dict[str, Tensor]:
-    named = enumerate(model.named_parameters())
-    return {name: pattern(p.shape, p, 3.0 + i) for i, (name, p) in named}
-
-
-def pushed_forward(model: Any, x: Tensor, directions: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """f(x; w) and J(x) Δw by torch.func.jvp.
-
-    What a model computes under no_grad is a constant to its J: so it is to ordinary training.
-    """
-    env = model[0].env
-    before, env.no_grad_is_constant = env.no_grad_is_constant, env.exact
-    try:
-        weights = {name: p.detach() for name, p in model.named_parameters()}
-        call = functools.partial(functional_call, model)
-        return torch.func.jvp(lambda w: call(w, (x,)), (weights,), (directions,))
-    finally:
-        env.no_grad_is_constant = before

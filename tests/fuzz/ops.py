@@ -348,7 +348,9 @@ OPS: dict[str, tuple[Callable[..., Case], dict[str, tuple]]] = {
     "linear": (linear, dict(bias=BOTH, one_row=BOTH)),
     "convolution": (
         convolution,
-        dict(spatial=(1, 2, 3), bias=BOTH, groups=(1, 3), dilation=(1, 2), padding=("same", "sizes")),
+        dict(
+            spatial=(1, 2, 3), bias=BOTH, groups=(1, 3), dilation=(1, 2), padding=("same", "sizes")
+        ),
     ),
     "layer_norm": (
         layer_norm,

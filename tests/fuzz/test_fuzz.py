@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from tangent_ops import forward_ad
-from tests.fuzz.grow import Program, grow
+from tests.fuzz.grow import ENDS, NODES, Program, grow
 from tests.fuzz.judge import FAILURES, outcome, smallest
 from tests.fuzz.nodes import Node
+from tests.fuzz.ops import OPS
 
 ALWAYS = 150
 
@@ -40,16 +41,22 @@ def failures(seeds, record_property) -> str:
 
 
 def test_program(seed: int, record_property) -> None:
-    found = failures([seed], record_property)
-    assert not found, found
+    if found := failures([seed], record_property):
+        pytest.fail(found, pytrace=False)
 
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("hundred", range(50))
 def test_a_hundred_programs(hundred: int, record_property) -> None:
     start = ALWAYS + 100 * hundred
-    found = failures(range(start, start + 100), record_property)
-    assert not found, found
+    if found := failures(range(start, start + 100), record_property):
+        pytest.fail(found, pytrace=False)
+
+
+def test_few_programs_use_everything() -> None:
+    programs = [grow(seed) for seed in range(ALWAYS)]
+    assert {program.end for program in programs} == {*ENDS}
+    assert set().union(*(program.kinds for program in programs)) == {*OPS, *NODES}
 
 
 GELU = Node("gelu", (("approximate", "none"), ("live", (True,))))
