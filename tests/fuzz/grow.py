@@ -86,13 +86,18 @@ REVERSE = {"vjp", "grad", "jacrev", "hessian"}
 LEVELS = {"dual_level", *ENDS} - {"value", "gradient", "gradient_twice"}
 # What PyTorch refuses, a node inside others or of an end; one program in 20 tries it all the same.
 REFUSED: dict[str, set[str]] = {
-    **dict.fromkeys(FORWARD, LEVELS),
+    **dict.fromkeys(FORWARD, LEVELS | {"torch_linearize"}),
     "dual_level": FORWARD | LEVELS | {"vmap"},
     "checkpoint": REVERSE | {"vmap"},
     "recurrent": {"vmap", "jacfwd", "jacrev", "hessian"},
 }
-# Its function is a constant of x.
-NOT_DIFFERENTIABLE = {"torch_linearize": FORWARD | REVERSE | {*ENDS} - {"value"}}
+# What PyTorch gets wrong, plain operations too: to torch.func.linearize a jacrev is a constant, and
+# what it returns is one to everything around it.
+WRONG: dict[str, set[str]] = {
+    "torch_linearize": FORWARD | REVERSE | {*ENDS} - {"value"},
+    "jacrev": {"torch_linearize"},
+    "hessian": {"torch_linearize"},
+}
 REENTRANT_REFUSED = FORWARD | {end for end in ENDS if end.startswith("gradient_")}
 
 
@@ -134,7 +139,7 @@ def _tree(draw: Random, size: int, orders: int, around: Set[str]) -> Node:
 
 
 def _may(kind: str, around: Set[str]) -> bool:
-    if around & NOT_DIFFERENTIABLE.get(kind, set()):
+    if around & WRONG.get(kind, set()):
         return False
     if kind == "autocast":
         return "may cast" in around

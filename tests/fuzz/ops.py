@@ -122,7 +122,7 @@ def convolution(spatial, bias, groups, dilation, padding):
     pad = "same" if padding == "same" else dilation
 
     def call(x, weight, shift=None):
-        y = function(x.unflatten(2, sizes), weight, shift, 1, pad, dilation, groups)
+        y = function(x.unflatten(2, sizes), 0.3 * weight, shift, 1, pad, dilation, groups)
         return y.flatten(2)
 
     def exact(x, weight, shift=None):
@@ -278,9 +278,10 @@ def glu():
 
 def normalize(p, dim):
     def exact(x):
-        if p == 2.0:
-            return x / (x * x).sum(dim, keepdim=True).sqrt()
-        return x / (x.abs() ** p).sum(dim, keepdim=True) ** (1 / p)
+        powers = x * x if p == 2.0 else x.abs() ** p
+        total = powers.sum(dim, keepdim=True)
+        nothing = total == 0  # where the root has no slope
+        return x / torch.where(nothing, 1e-12, torch.where(nothing, 1.0, total) ** (1 / p))
 
     return Case([], lambda x: F.normalize(x, p, dim), exact)
 
