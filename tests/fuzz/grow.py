@@ -38,7 +38,7 @@ class Program:
 
 # How often a node or end is drawn, and how many derivatives of the three allowed it takes.
 NODES = {
-    "seq": (8, 0),
+    "seq": (16, 0),
     "jvp": (6, 1),
     "dual_level": (4, 1),
     "torch_linearize": (6, 1),
@@ -57,13 +57,13 @@ NODES = {
     "autocast": (12, 0),  # of float32, in programs that may
 }
 ENDS = {
-    "value": (4, 0),
-    "gradient": (4, 1),
+    "value": (3, 0),
+    "gradient": (3, 1),
     "gradient_twice": (2, 2),
-    "gradient_by_tangent": (3, 1),
+    "gradient_by_tangent": (6, 1),
     "gradient_by_tangent_and_input": (3, 2),
     "gradient_in_level": (2, 2),
-    "training": (4, 1),
+    "training": (6, 1),
     "training_with_blocks_checkpointed": (2, 1),
     "training_and_gradient": (3, 2),
 }
@@ -112,7 +112,7 @@ def grow(seed: int) -> Program:
     dtype, *rules = draw.choice(PRECISIONS)
     if draw.random() < 0.05:
         rules.append("careless")
-    root = _tree(draw, draw.randint(1, 6), 3 - ENDS[end][1], {end, *rules})
+    root = _tree(draw, draw.randint(2, 8), 3 - ENDS[end][1], {end, *rules})
     return Program(seed, dtype, end, root)
 
 

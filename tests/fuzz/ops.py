@@ -356,7 +356,7 @@ OPS: dict[str, tuple[Callable[..., Case], dict[str, tuple]]] = {
     "layer_norm": (
         layer_norm,
         dict(
-            spelling=("F", "torch", "native", "add_layer_norm"),
+            spelling=("F", "F", "torch", "native", "add_layer_norm"),
             dims=(1, 2), weight=BOTH, bias=BOTH, one_row=BOTH,
         ),
     ),
