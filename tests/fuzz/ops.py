@@ -129,12 +129,10 @@ def convolution(spatial, bias, groups, dilation, padding):
         x = F.pad(x.unflatten(2, sizes), [dilation] * (2 * spatial))
         total: Any = 0.0
         for place in torch.cartesian_prod(*[torch.arange(3)] * spatial).reshape(-1, spatial):
-            taps = [
-                slice(int(i) * dilation, int(i) * dilation + n)
-                for i, n in zip(place, sizes, strict=True)
-            ]
-            part = x[(slice(None), slice(None), *taps)].flatten(2)
-            tap = weight[(slice(None), slice(None), *place.tolist())]
+            tap, part = 0.3 * weight, x
+            for axis, (at, size) in enumerate(zip(place.tolist(), sizes, strict=True), 2):
+                tap, part = tap.select(2, at), part.narrow(axis, at * dilation, size)
+            part = part.flatten(2)
             if groups == 1:
                 total = total + (tap[None, :, :, None] * part[:, None]).sum(2)
             else:  # a channel each
