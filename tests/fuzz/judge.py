@@ -163,7 +163,7 @@ def outcome(program: Program) -> Outcome:
             if by_pytorch == float("inf"):
                 return Outcome("refused by PyTorch", "NaN")
             allowed = max(allowed, 2 * by_pytorch)
-    ill = allowed > 100 * roundings(program) * max(1.0, size)
+    ill = error > 1e6 or allowed > 100 * roundings(program) * max(1.0, size)
     if error > allowed and ill and program.dtype == torch.float32:
         return outcome(replace(program, dtype=torch.float64))  # nothing is left of float32
     seen = f"{error:.1e} off, {allowed:.1e} allowed, largest {size:.1e}"
