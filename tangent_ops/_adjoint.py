@@ -31,6 +31,7 @@ from tangent_ops._threads import backward, is_compiling
 from tangent_ops.checkpointing import find_blocks
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.functional._backend import in_forward_ad
+from tangent_ops.functional._checkpoint_guard import saved_tensors_hook
 
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 Vectors = dict[str, Tensor]
@@ -101,7 +102,7 @@ def check_adjoint(
     devices = {p.device for p in anchor.parameters() if p.is_cuda}
     with (
         torch.random.fork_rng(devices),
-        torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is),
+        _no_hooks(),
         torch.enable_grad(),
     ):
         side = functools.partial(_Side, anchor, tuple(names), kept, blocks)
@@ -353,9 +354,11 @@ def _norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
-    """No hook of others (a checkpoint around this call, say) sees what is saved here."""
-    return tensor
+def _no_hooks() -> contextlib.AbstractContextManager[Any]:
+    """A context in which no hook of others, of a checkpoint around the call, say, sees tensors."""
+    if saved_tensors_hook() is None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 def _few(names: list[str]) -> str:

@@ -113,9 +113,14 @@ class _Checkpointed:
         if not torch.is_grad_enabled() or any(x.requires_grad for x in inputs):
             return self.forward(*args, **kwargs)
         versions, random_state = [x._version for x in inputs], _random_state(inputs)
-        # Not no_grad(), which would be taken for the model's own, and switch tangents off.
-        with torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
-            output = self.forward(*args, **kwargs)
+        try:
+            # Not no_grad(), which would be taken for the model's own, and switch tangents off.
+            with torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
+                output = self.forward(*args, **kwargs)
+        except RuntimeError as error:
+            if "support saved tensor hooks" not in str(error):
+                raise
+            return self.forward(*args, **kwargs)  # it uses torch.func.grad itself
         name = type(self.block).__name__
         if [x._version for x in inputs] != versions:
             raise UnsupportedError(

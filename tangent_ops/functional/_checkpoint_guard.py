@@ -32,7 +32,7 @@ class CheckpointGuard:
     """Watches the functions that are called within one ``fused_forward_ad`` context."""
 
     def __init__(self) -> None:
-        self._allowed = None if is_compiling() else _saved_tensors_hook()
+        self._allowed = None if is_compiling() else saved_tensors_hook()
 
     def check(self, func: Callable[..., Any]) -> None:
         """Call it with every function of PyTorch, before the function runs.
@@ -40,7 +40,7 @@ class CheckpointGuard:
         Raises:
             UnsupportedError: a checkpoint that began within the level is active.
         """
-        hook = _saved_tensors_hook()
+        hook = saved_tensors_hook()
         if hook is not None and hook is not self._allowed:
             named = hook.__qualname__.startswith("_checkpoint_hook")
             if named and _in_a_level() and _began_within_the_level():
@@ -55,7 +55,7 @@ def _in_a_level() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _saved_tensors_hook() -> Any:
+def saved_tensors_hook() -> Any:
     """What autograd does with saved tensors now; None where it just keeps them."""
     autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
     hooks = autograd._top_saved_tensors_default_hooks(False)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from tangent_ops._threads import is_compiling
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.functional._backend import (
-    in_plain_dual_level,
+    in_forward_ad,
     may_be_dual,
     reverse_mode_reaches,
 )
@@ -84,17 +84,18 @@ class _NothingInPlace(TorchDispatchMode):
 def out_of_place(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """PyTorch's ``function``, whose tangent can be differentiated by its inputs.
 
-    In a plain dual level the rules of softmax, logsumexp and the 1-norm overwrite what the
-    backward pass by a tracked primal needs, and that raises ("modified by an inplace operation").
+    In a dual level, also under ``torch.func.grad`` in it, the rules of softmax, logsumexp and the
+    1-norm overwrite what the backward pass by a tracked primal needs, and that raises ("modified by
+    an inplace operation").
     """
-    if in_plain_dual_level() and _tracked(args, kwargs):
+    if in_forward_ad() and not is_compiling() and _tracked(args, kwargs):
         with _NothingInPlace():
             return function(*args, **kwargs)
     return function(*args, **kwargs)
 
 
 def _tracked(*values: Any) -> bool:
-    return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(values))
+    return reverse_mode_reaches(*(x for x in tree_leaves(values) if isinstance(x, Tensor)))
 
 
 def may_be_differentiated(input: Tensor, *others: Tensor | None) -> bool:
