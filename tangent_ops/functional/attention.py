@@ -18,6 +18,7 @@ from tangent_ops.functional._backend import (
     in_plain_dual_level,
     is_traced,
     may_be_dual,
+    no_autocast,
     reverse_mode_reaches,
     tangents_are_hidden,
 )
@@ -88,6 +89,19 @@ def scaled_dot_product_attention(
 
     if choose_backend(backend, query, why_not_fused(query, value)) == "triton":
         return fused_attention(query, key, value, attn_mask, *options)
+    with no_autocast(query.device.type):  # the operands are cast already
+        return _by_formulas(operands, *options)
+
+
+def _by_formulas(
+    operands: tuple[Tensor, ...],
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    query, key, value, *mask = operands
+    options = (dropout_p, is_causal, scale, enable_gqa)
     if (
         tangents_are_hidden()
         or is_compiling()
@@ -95,7 +109,7 @@ def scaled_dot_product_attention(
         or not any(may_be_dual(operand) for operand in operands)
     ):
         # PyTorch's own rules carry the tangent: slower, and right however transforms nest.
-        return attention(query, key, value, attn_mask, *options)
+        return attention(query, key, value, mask[0] if mask else None, *options)
     (query, query_t), (key, key_t), (value, value_t), *mask = map(forward_ad.unpack_dual, operands)
     attn_mask, attn_mask_t = mask[0] if mask else (None, None)
     primals, tangents = (query, key, value), (query_t, key_t, value_t)
