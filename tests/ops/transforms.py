@@ -231,8 +231,8 @@ REASONS = {
         "",
         "The backward pass recomputes the checkpoint after its forward-mode level is left, "
         "without tangents. Put the checkpoint around the level, `checkpoint(jvp(f))`, and "
-        "`fused_forward_ad()` inside it: a backward pass runs without the context that it is called "
-        "in.",
+        "`fused_forward_ad()` inside it: a backward pass runs without the context that it is "
+        "called in.",
     ),
     "hooks": Reason(
         RuntimeError,
