@@ -321,7 +321,7 @@ TO_GRAPHS = {
 @pytest.mark.parametrize("way", TO_GRAPHS)
 def test_becomes_a_graph_as_timms_does(way, kind, fused):
     original = attention(**KINDS[kind]).eval()
-    original.fused_attn = fused
+    original.fused_attn = fused  # pyright: ignore[reportAttributeAccessIssue]
     module = TangentAttention.from_timm(original)
     assert_near(TO_GRAPHS[way](module)(tokens()), original(tokens()), 1e-6)
 

@@ -246,7 +246,7 @@ class Factored(nn.Linear):
     def __init__(self, size: int, out: int) -> None:
         super().__init__(size, out)
         direction = self.weight
-        del self.weight
+        del self.weight  # pyright: ignore[reportAttributeAccessIssue]
         self.direction, self.length = direction, nn.Parameter(torch.ones(out, 1))
 
     @property
