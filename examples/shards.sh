@@ -14,7 +14,15 @@ say tangent-ops finetune "$private" --public "$public" --out "$out/run" --shards
     --executor "$executor" --workers 2 --retries 20 "$@" &
 training=$!
 
-# As soon as a shard is done, the next two workers that are at one are killed.
+descendants() {
+    local child
+    for child in $(pgrep -P "$1"); do
+        echo "$child"
+        descendants "$child"
+    done
+}
+
+# As soon as a shard is done, the next two workers of this run that are at one are killed.
 [ "$executor" = ray ] && worker=ray::attempt || worker=tangent_ops.shards.worker
 until compgen -G "$out/run/deltas/*.safetensors" > /dev/null; do
     kill -0 $training
@@ -22,7 +30,9 @@ until compgen -G "$out/run/deltas/*.safetensors" > /dev/null; do
 done
 killed=0
 while [ $killed -lt 2 ] && kill -0 $training 2> /dev/null; do
-    if pkill -9 -n -f "$worker"; then killed=$((killed + 1)) && echo "killed a worker"; fi
+    ours=$(descendants $training)
+    victim=$(pgrep -f "$worker" | grep -Fx "$ours" | tail -n 1) || continue
+    if kill -9 "$victim" 2> /dev/null; then killed=$((killed + 1)) && echo "killed a worker"; fi
     sleep 0.3
 done
 wait $training

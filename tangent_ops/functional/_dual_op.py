@@ -83,9 +83,9 @@ def dual_outputs(
 ) -> tuple[Tensor, ...] | None:
     """The op's dual outputs; None if PyTorch's own rules must carry the tangent.
 
-    They must in compiled and traced code and inside ``torch.func`` transforms, where rules have to
-    nest; but a single ``torch.func.jvp`` is for the kernels, with gradients by primals and
-    tangents.
+    They must in compiled code and inside ``torch.func`` transforms, where rules have to nest; but a
+    single ``torch.func.jvp`` is for the kernels, with gradients of primals and tangents. What is
+    traced (``make_fx``, ``torch.func.linearize``) is computed by the formulas.
 
     Args:
         op: the op.
@@ -97,7 +97,7 @@ def dual_outputs(
     Raises:
         UnsupportedError: ``backend="triton"`` and the kernels cannot compute the call.
     """
-    if not in_forward_ad() or is_compiling() or is_traced():
+    if not in_forward_ad() or is_compiling():
         return None
     plain = in_plain_dual_level()
     if not plain and not _in_a_single_jvp():
@@ -112,7 +112,8 @@ def dual_outputs(
     # In a plain level the gradient of a tracked primal has a tangent itself.
     if plain and any(x.requires_grad for x in given):
         return None
-    if op.triton is None or isinstance(given[0], FakeTensor):  # nothing to launch on
+    # Nothing to launch on, or a launch that a trace would not record.
+    if op.triton is None or isinstance(given[0], FakeTensor) or is_traced():
         chosen = "reference"
     else:
         chosen = choose_backend(backend, given[0], why_not_fused)

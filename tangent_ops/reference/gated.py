@@ -26,9 +26,9 @@ def gated_jvp(
     # The activation's derivative along v is f'(x) v.
     activated, slope = _activation_jvp(gate, value, name)
     output = activated * value
-    output_t = None if gate_t is None else slope.mul_(gate_t)
+    output_t = None if gate_t is None else slope * gate_t
     if value_t is not None:
-        moved = activated.mul_(value_t)
+        moved = activated * value_t
         output_t = moved if output_t is None else output_t.add_(moved)
     assert output_t is not None
     return output, output_t

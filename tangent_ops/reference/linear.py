@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -44,8 +45,9 @@ def linear_jvp(
         return output, bias_t.expand_as(output).clone()
     output_t = F.linear(_rows(input), weight_t, bias_t)
     if input_t is not None:
-        # out= for addmm_, which PyTorch's FlopCounterMode does not count.
-        torch.addmm(output_t, _rows(input_t), weight.T, out=output_t)
+        # out= for addmm_, which PyTorch's FlopCounterMode does not count. A trace would lose it.
+        out = None if get_proxy_mode() else output_t
+        output_t = torch.addmm(output_t, _rows(input_t), weight.T, out=out)
     return output, _no_view(output_t, output.shape)
 
 
