@@ -165,20 +165,24 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
             )
         self.backend: Backend | None = backend
         self._guard = CheckpointGuard()
+        self._turns = 0  # that this context has taken: Dynamo leaves some that it has not entered
 
     def __enter__(self):
         if is_compiling():
             return super().__enter__()
         enter_block()
+        self._turns += 1
         try:
             return super().__enter__()
         except BaseException:
+            self._turns -= 1
             leave_block()
             raise
 
     def __exit__(self, *exception):
         super().__exit__(*exception)
-        if not is_compiling():
+        if self._turns:
+            self._turns -= 1
             leave_block()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

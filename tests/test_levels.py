@@ -149,6 +149,17 @@ def test_errors_leave_nothing(error: type[BaseException]) -> None:
         fail()
 
 
+def test_a_block_that_dynamo_leaves_was_not_entered() -> None:
+    def call(x: Tensor) -> Tensor:
+        with fused_forward_ad():
+            return torch.nn.functional.linear(x, x[:, :3])  # shapes that do not fit
+
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError):
+        torch.compile(call, backend="eager")(torch.ones(4, 5))
+    assert (_threads._block, _threads._depth) == (None, 0)
+
+
 def test_interrupts_at_any_moment_leave_no_level() -> None:
     tangent, x, primal, primal_t = small()
     me, interrupts = threading.main_thread().ident, 0
