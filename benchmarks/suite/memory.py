@@ -91,8 +91,8 @@ def measure(case: Case, provider: str, device: torch.device) -> Memory:
 def _tensors_there() -> list[torch.Tensor]:
     """What is there anyway, parameters above all, and so is not saved by a call."""
     found = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
-    # The compiler leaves some of its tracing behind, which have no storage.
-    return [x for x in found if not is_functorch_wrapped_tensor(x)]
+    # What the compiler leaves of its tracing, and other layouts (oneDNN's), have no storage.
+    return [x for x in found if not is_functorch_wrapped_tensor(x) and x.layout is torch.strided]
 
 
 def main() -> None:
