@@ -65,6 +65,7 @@ def setting() -> dict[str, Any]:
         tangent_ops.fit_exact(tangent, shard, l2=10.0, progress=False)
         shard_deltas[name] = tangent.delta_dict()
     return {
+        "model": model,
         "tangent": tangent,
         "tangent_ops": tangent_ops,
         "train_set": train_set,

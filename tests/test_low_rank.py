@@ -382,7 +382,7 @@ def test_a_file_of_low_rank_without_its_basis_is_refused(tmp_path, monkeypatch):
     meta = linearize(nn.Linear(4, 5), rank=2).delta_dict().meta
     monkeypatch.setattr("tangent_ops.delta._metadata", lambda _: {**_header(meta), "rank": "two"})
     save_delta({"weight": torch.zeros(5, 2)}, path, meta=meta)
-    with pytest.raises(DeltaFileError, match=r"rank 'two' in its header, no positive number"):
+    with pytest.raises(DeltaFileError, match=r"rank 'two' in its header, not a number from 1 up"):
         load_delta(path)
 
 

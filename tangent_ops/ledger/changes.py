@@ -7,6 +7,7 @@ the files of a change under way stay. Other people's files are left alone: see `
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -60,14 +61,23 @@ class Folder:
     def check_erasable(self, path: Path, transaction: Transaction) -> None:
         """Raise LedgerError for what is no regular file, or has a name that is still in use."""
         check_file(path)
-        if not path.exists() or path.stat().st_nlink == 1:
+        own = _identity(path)
+        if own is None or own.st_nlink == 1:
             return
         for other in self.named(transaction) - {path}:
-            if other.exists() and path.samefile(other):
+            found = _identity(other)
+            if found is not None and os.path.samestat(own, found):
                 raise LedgerError(
                     f"{path} and {other} are one file (hard links), so erasing one would erase "
                     "both: remove the first, or put a copy in its place"
                 )
+
+
+def _identity(path: Path) -> os.stat_result | None:
+    """None if it is gone: another process may erase it at any moment."""
+    with suppress(FileNotFoundError):
+        return path.stat()
+    return None
 
 
 class Change:

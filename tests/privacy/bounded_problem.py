@@ -33,7 +33,7 @@ def anchor() -> nn.Module:
 
 
 def tangent() -> LinearizedModel:
-    return linearize(anchor())
+    return linearize(anchor(), example=samples(1).tensors[:1])
 
 
 def samples(count: int = N, scale: float = 1.0, seed: int = 1) -> TensorDataset:

@@ -328,7 +328,7 @@ def test_bad_canaries_are_refused() -> None:
             target = tangent(inputs)
         canary_score(tangent, inputs, target, nn.MSELoss())
     nn.init.zeros_(tangent.anchor.get_parameter("2.weight"))
-    headless = linearize(tangent.anchor, r"^0\.")
+    headless = linearize(tangent.anchor, r"^0\.", check=False)
     with pytest.raises(ArgumentError, match="gradient of inputs is zero"):
         make_canary(headless, inputs, 1.0)
 
