@@ -74,7 +74,7 @@ def linearize(
         example: an input of the model, or a tuple of its inputs, on which the check below is made
             now rather than at the first call. A timm model's is known.
         check: compare J with the ordinary model's gradients, on one sample. It finds a derivative
-            that would get lost (:mod:`tangent_ops._adjoint`), and costs about four training steps
+            that would get lost (docs/promises/derivatives.md), and costs about two training steps
             of that sample.
 
     A delta is float32 where its parameter is float16 or bfloat16, which would swallow small
