@@ -151,7 +151,7 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
         UnsupportedError: in torch.inference_mode(), where PyTorch makes all tangents zero. On
             entry: another thread stays in such a block for a minute, or is in a torch.func.jvp
             outside of one. Within: where a derivative would be wrong, and at a
-            ``torch.utils.checkpoint`` that begins within the level.
+            ``torch.utils.checkpoint`` with forward mode around it or in it.
     """
 
     def __init__(self, backend: Backend | None = None):

@@ -1,4 +1,4 @@
-"""torch.utils.checkpoint and forward mode: right around a level, refused within one."""
+"""torch.utils.checkpoint and forward mode: right around the context, refused within it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_within_a_level_of_the_caller(how, reentrant):
                 call(forward_ad.make_dual(X, V))
     # Reentrant ones are a Function, which PyTorch refuses on its own where its operands are dual.
     refused_by_torch = reentrant and not isinstance(raised.value, UnsupportedError)
-    assert refused_by_torch or "checkpoint within a forward-mode level" in str(raised.value)
+    assert refused_by_torch or "within fused_forward_ad" in str(raised.value)
     assert forward_ad._current_level == -1 and torch.is_grad_enabled()
 
 
@@ -52,29 +52,47 @@ def test_a_reentrant_one_without_a_dual_operand():
         def call(x):
             return torch.func.functional_call(model, weights, (x,))
 
-        with pytest.raises(UnsupportedError, match="within a forward-mode level"):
+        with pytest.raises(UnsupportedError, match="within fused_forward_ad"):
             checkpoint(call, X, use_reentrant=True)
+        call(X)  # what follows is as ever
 
 
-@pytest.mark.parametrize("context_outside", [True, False])
-def test_around_a_level(context_outside):
+def tangent(x: torch.Tensor) -> torch.Tensor:
+    return torch.func.jvp(layer(), (x,), (V,))[1]
+
+
+def test_around_the_context():
     """The level is opened anew when the function is repeated."""
-    model = layer()
 
-    def tangent(x):
-        if context_outside:
-            return torch.func.jvp(model, (x,), (V,))[1]
+    def within(x):
         with fused_forward_ad():
-            return torch.func.jvp(model, (x,), (V,))[1]
+            return tangent(x)
 
     x = X.clone().requires_grad_()
-    exact = torch.autograd.grad(torch.func.jvp(model, (x,), (V,))[1].sum(), x)[0]
-    if context_outside:
-        with fused_forward_ad():
-            found = torch.autograd.grad(checkpoint(tangent, x, use_reentrant=False).sum(), x)[0]
-    else:
-        found = torch.autograd.grad(checkpoint(tangent, x, use_reentrant=False).sum(), x)[0]
+    exact = torch.autograd.grad(tangent(x).sum(), x)[0]
+    found = torch.autograd.grad(checkpoint(within, x, use_reentrant=False).sum(), x)[0]
     torch.testing.assert_close(found, exact)
+    loss = checkpoint(within, x, use_reentrant=True).sum()
+    loss.backward()
+    torch.testing.assert_close(x.grad, exact)
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+@pytest.mark.parametrize("level", ["func.jvp", "dual level"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_around_the_level_alone(reentrant, level, tracked):
+    """A repetition, or a level within the reentrant one, would be without a word of us."""
+
+    def in_a_dual_level(x):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(layer()(forward_ad.make_dual(x, V))).tangent
+
+    x = X.clone().requires_grad_(tracked)
+    call = tangent if level == "func.jvp" else in_a_dual_level
+    with fused_forward_ad():
+        with pytest.raises(UnsupportedError, match="inside of the function"):
+            checkpoint(call, x, use_reentrant=reentrant)
+        torch.testing.assert_close(tangent(x), torch.func.jvp(layer(), (x,), (V,))[1])
 
 
 def test_without_gradients_a_checkpoint_does_nothing():

@@ -1,12 +1,13 @@
-"""Refuses ``torch.utils.checkpoint`` within a forward-mode level.
+"""Refuses ``torch.utils.checkpoint`` that begins within ``fused_forward_ad`` and has a level.
 
-It repeats its function in the backward pass, when the level is over: without tangents. With
-``use_reentrant=True`` the function's own parameters get no tangent in the first place.
+It repeats its function in the backward pass, where PyTorch switches function modes off: without the
+context, and without a level that was opened around it. Gradients would be PyTorch's own, where it
+has them. With ``use_reentrant=True`` tangents of the function's parameters are dropped already in
+the forward pass.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -19,12 +20,12 @@ from torch.utils import checkpoint
 from tangent_ops._threads import is_compiling
 from tangent_ops.errors import UnsupportedError
 
-_CHECKPOINT = inspect.unwrap(checkpoint.checkpoint).__code__
 _REENTRANT = checkpoint.CheckpointFunction.forward.__code__
 _MESSAGE = (
-    "torch.utils.checkpoint within a forward-mode level: it repeats its function when the level is "
-    "over, without tangents. Switch checkpointing off in the model; a linearized model has its "
-    "own, set_grad_checkpointing()"
+    "torch.utils.checkpoint, with forward mode around it or in it, within fused_forward_ad(): its "
+    "function is repeated without that context and level. Put `with fused_forward_ad():` and the "
+    "level inside of the function; or switch checkpointing off in the model: a linearized model "
+    "has its own, set_grad_checkpointing()"
 )
 
 
@@ -33,26 +34,26 @@ class CheckpointGuard:
 
     def __init__(self) -> None:
         self._allowed = None if is_compiling() else saved_tensors_hook()
+        self._in_reentrant = False
 
     def check(self, func: Callable[..., Any]) -> None:
         """Call it with every function of PyTorch, before the function runs.
 
         Raises:
-            UnsupportedError: a checkpoint that began within the level is active.
+            UnsupportedError: forward mode is on, and a checkpoint that began in the context.
         """
+        if func is torch._C._set_grad_enabled:
+            self._in_reentrant = _begins_reentrant(self._in_reentrant)
         hook = saved_tensors_hook()
         if hook is not None and hook is not self._allowed:
-            named = hook.__qualname__.startswith("_checkpoint_hook")
-            if named and _in_a_level() and _began_within_the_level():
-                raise UnsupportedError(_MESSAGE)
-            self._allowed = hook
-        if func is torch._C._set_grad_enabled and _in_a_level() and _in_reentrant_forward():
+            repeats = hook.__qualname__.startswith("_checkpoint_hook")
+        else:
+            repeats = self._in_reentrant
+        # The level itself: tangents are off in the forward method of a Function.
+        if repeats and forward_ad._current_level >= 0:
+            if func is torch._C._set_grad_enabled:
+                self._in_reentrant = False  # it does not begin
             raise UnsupportedError(_MESSAGE)
-
-
-def _in_a_level() -> bool:
-    """Also where tangents are switched off, as in the forward method of a Function."""
-    return forward_ad._current_level >= 0
 
 
 def saved_tensors_hook() -> Any:
@@ -62,23 +63,15 @@ def saved_tensors_hook() -> Any:
     return None if hooks is None else hooks[0]
 
 
-def _began_within_the_level() -> bool:
-    """Whether the active checkpoint did. A ``dual_level()`` leaves no trace: then it is assumed."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code is _CHECKPOINT:
-            return True
-        if frame.f_globals.get("__name__") == "torch._functorch.eager_transforms":
-            return False
-        frame = frame.f_back
-    return True
-
-
-def _in_reentrant_forward() -> bool:
-    """Whether the reentrant checkpoint is what switches gradients off."""
+def _begins_reentrant(before: bool) -> bool:
+    """Whether the reentrant checkpoint switches gradients off now; ``before`` if it is another."""
     frame: FrameType | None = sys._getframe(3)
-    for _ in range(3):  # no_grad.__enter__ and set_grad_enabled.__init__ come first
-        if frame is None or frame.f_code is _REENTRANT:
+    names = set()
+    for _ in range(4):  # no_grad.__enter__ or __exit__, and set_grad_enabled.__init__, come first
+        if frame is None:
             break
+        if frame.f_code is _REENTRANT:
+            return "__exit__" not in names
+        names.add(frame.f_code.co_name)
         frame = frame.f_back
-    return frame is not None and frame.f_code is _REENTRANT
+    return before

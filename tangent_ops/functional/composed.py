@@ -6,6 +6,7 @@ float32 at least and rounded once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,14 +46,15 @@ def normalize(
     input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Tensor | None = None
 ) -> Tensor:
     """``F.normalize``; in PyTorch derivatives of its tangent are NaN at zeros (padding)."""
-    if p != 2.0 or out is not None or input.is_complex():
+    if not 1.0 < p < math.inf or out is not None or input.is_complex():
         return out_of_place(F.normalize, input, p, dim, eps, out)
 
     def words() -> Tensor:
         wide = _wide(input)
-        total = wide.square().sum(dim, keepdim=True)
+        total = (wide.square() if p == 2.0 else wide.abs().pow(p)).sum(dim, keepdim=True)
         nothing = total == 0  # where the root has no slope
-        norm = total.masked_fill(nothing, 1.0).sqrt().masked_fill(nothing, 0.0)
+        root = total.masked_fill(nothing, 1.0)
+        norm = (root.sqrt() if p == 2.0 else root.pow(1 / p)).masked_fill(nothing, 0.0)
         return wide / norm.clamp_min(eps)
 
     return with_value_of(F.normalize, words, input, p, dim, eps)
