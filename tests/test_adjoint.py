@@ -291,6 +291,10 @@ def test_a_checkpoint_inside_the_model_is_refused(reentrant, trained):
         tangent(X)
     with pytest.raises(UnsupportedError, match=r"set_grad_checkpointing\(\)"):
         linearize(Model(call), trained)(X)
+    blocks = linearize(nn.Sequential(nn.Sequential(Model(call))), "b", check=False)
+    blocks.set_grad_checkpointing()
+    with pytest.raises(UnsupportedError, match=r"set_grad_checkpointing\(\)"):
+        blocks(X)
 
 
 def test_a_model_that_uses_forward_mode_itself():

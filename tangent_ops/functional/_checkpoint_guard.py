@@ -44,11 +44,9 @@ class CheckpointGuard:
         """
         if func is torch._C._set_grad_enabled:
             self._in_reentrant = _begins_reentrant(self._in_reentrant)
-        hook = saved_tensors_hook()
+        hook, repeats = saved_tensors_hook(), self._in_reentrant
         if hook is not None and hook is not self._allowed:
-            repeats = hook.__qualname__.startswith("_checkpoint_hook")
-        else:
-            repeats = self._in_reentrant
+            repeats |= hook.__qualname__.startswith("_checkpoint_hook")
         # The level itself: tangents are off in the forward method of a Function.
         if repeats and forward_ad._current_level >= 0:
             if func is torch._C._set_grad_enabled:
