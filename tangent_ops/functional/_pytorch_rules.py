@@ -104,9 +104,13 @@ def may_be_differentiated(input: Tensor, *others: Tensor | None) -> bool:
     Reverse over forward or forward over forward: a rule that takes for constants what was computed
     of the input (mean and deviation, a factorization) is then wrong, without a word.
     """
-    return any(map(may_be_dual, (input, *others))) and (
-        is_compiling() or reverse_mode_reaches(input) or len(_derivatives()) > 1
-    )
+    if not any(map(may_be_dual, (input, *others))):
+        return False
+    if is_compiling() or reverse_mode_reaches(input):
+        return True
+    derivatives = _derivatives()
+    in_dual_level = TransformType.Jvp not in derivatives
+    return len(derivatives) + in_dual_level > 1
 
 
 def refuse_factorizations(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
