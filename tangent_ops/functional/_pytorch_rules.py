@@ -132,6 +132,11 @@ def refuse_factorizations(function: Callable[..., Any], *args: Any, **kwargs: An
         )
 
 
+def are_nested() -> bool:
+    """Whether more than one ``torch.func`` transform that differentiates is active."""
+    return len(_derivatives()) > 1
+
+
 def _derivatives() -> list[TransformType]:
     """The ``torch.func`` transforms that differentiate, from the outside in."""
     keys = [transform.key() for transform in get_interpreter_stack() or ()]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from tangent_ops._threads import is_compiling
-from tangent_ops.functional._pytorch_rules import out_of_place
+from tangent_ops.functional._pytorch_rules import are_nested, out_of_place
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
@@ -76,8 +76,8 @@ def with_value_of(
     found = function(*args, **kwargs)
     value, *rest = found if isinstance(found, tuple) else (found,)
     same = words().to(value.dtype)
-    # Dynamo does not trace a Function with a jvp.
-    output = same if is_compiling() else _ValueOf.apply(value, same)
+    # Dynamo does not trace a Function with a jvp; nested, functorch's own are not always right.
+    output = same if is_compiling() or are_nested() else _ValueOf.apply(value, same)
     return (output, *rest) if isinstance(found, tuple) else output
 
 
@@ -100,7 +100,7 @@ class _ValueOf(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, value_t: Tensor | None, words_t: Tensor) -> Tensor:
-        return words_t
+        return words_t.clone()  # what a model changes in place is its own
 
 
 def _wide(tensor: Tensor) -> Tensor:

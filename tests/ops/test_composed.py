@@ -162,3 +162,20 @@ def test_compiled() -> None:
     for one, right in zip(compiled(x, x_t), exact, strict=True):
         # float32 products and sums of size 4, a handful of them
         assert float((one - right).abs().max()) <= 16 * torch.finfo(torch.float32).eps
+
+
+def test_an_output_changed_in_place_under_nested_transforms() -> None:
+    """Refused as in elementary operations, where it gave wrong third derivatives."""
+    x = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def words(x):
+        return x / x.square().sum(1, keepdim=True).sqrt()
+
+    def routed(x):
+        with fused_forward_ad():
+            return F.normalize(x, dim=1)
+
+    for function in (words, routed):
+        changed = torch.func.jacfwd(lambda x, f=function: f(x).add_(x))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.func.hessian(changed)(x)
