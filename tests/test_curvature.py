@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from small_models import generator
 from torch import Tensor, nn
 
-from tangent_ops._curvature import Loss, MeanOfSamples, check_convex, made_up
+from tangent_ops.curvature import Loss, MeanOfSamples, check_convex, made_up
 from tangent_ops.errors import ArgumentError
 from tangent_ops.losses import RescaledSquareLoss
 
