@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+import tangent_ops
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
@@ -131,3 +136,13 @@ def test_make_creates_the_environment_it_uses(target: str, tmp_path: Path) -> No
     steps = [f"-m venv {environment}", f"{environment}/bin/python -m pip install"]
     places = [plan.find(step) for step in steps]
     assert -1 not in places and places == sorted(places), plan
+
+
+def test_no_public_name_hides_a_module() -> None:
+    """`tangent_ops.fit` is a function, so no module may be called `tangent_ops/fit.py`."""
+    modules = list(pkgutil.walk_packages(tangent_ops.__path__, "tangent_ops."))
+    assert len(modules) > 100
+    for module in modules:
+        package, _, name = module.name.rpartition(".")
+        found = vars(importlib.import_module(package)).get(name)
+        assert found is None or isinstance(found, ModuleType), module.name

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tangent_ops.composition.least_squares import LeastSquaresWeights
-from tangent_ops.curvature import Loss
+from tangent_ops.data import Data
 from tangent_ops.delta import (
     Delta,
     DeltaLike,
@@ -24,7 +24,7 @@ from tangent_ops.delta import (
     open_delta,
 )
 from tangent_ops.errors import ArgumentError, DeltaError
-from tangent_ops.evaluate import Data
+from tangent_ops.losses import Loss
 from tangent_ops.model.linearize import LinearizedModel
 
 
@@ -50,8 +50,8 @@ def compose(
         weights: one finite number per delta; None for the mean; or "least-squares" for those that
             fit ``data`` best. These are chosen anew for the deltas at hand, since weights chosen
             when a forgotten shard was there leak it; files are then opened once more for every
-            batch. :class:`tangent_ops.composition.least_squares.LeastSquaresWeights` can be kept instead, and
-            solves again without data.
+            batch. A :class:`~tangent_ops.composition.least_squares.LeastSquaresWeights` can be kept
+            instead, and solves again without data.
         tangent: for least squares: the tangent model; it stays as it is.
         data: for least squares: validation data, a Dataset of (input, target) or a DataLoader.
         loss: for least squares: a convex quadratic one; None for `RescaledSquareLoss()`.

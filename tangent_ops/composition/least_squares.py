@@ -11,14 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tangent_ops.curvature import (
-    Loss,
-    MeanOfSamples,
-    at_least_single,
-    is_quadratic,
-    loss_gradient,
-    loss_product,
-)
+from tangent_ops.data import Data, as_loader, unpack
 from tangent_ops.delta import (
     DeltaLike,
     check_anchor,
@@ -29,8 +22,15 @@ from tangent_ops.delta import (
     open_delta,
 )
 from tangent_ops.errors import ArgumentError, NonFiniteLossError
-from tangent_ops.evaluate import Data, as_loader, unpack
-from tangent_ops.losses import RescaledSquareLoss
+from tangent_ops.losses import (
+    Loss,
+    MeanOfSamples,
+    RescaledSquareLoss,
+    at_least_single,
+    is_quadratic,
+    loss_gradient,
+    loss_product,
+)
 from tangent_ops.model.linearize import LinearizedModel
 from tangent_ops.ops.levels import functional_call
 

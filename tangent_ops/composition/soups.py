@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from tangent_ops.data import Data
 from tangent_ops.errors import ArgumentError
-from tangent_ops.evaluate import Data, accuracy
+from tangent_ops.evaluate import accuracy
 from tangent_ops.model.linearize import LinearizedModel
 
 State = Mapping[str, Tensor]

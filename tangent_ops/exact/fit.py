@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
-from tangent_ops.curvature import Loss
+from tangent_ops.data import Data, check_integer
 from tangent_ops.errors import ArgumentError, NotConvergedWarning
-from tangent_ops.evaluate import Data, check_integer
 from tangent_ops.exact.checkpoint import Checkpoint, check_path
 from tangent_ops.exact.layout import norm
 from tangent_ops.exact.nystrom import check_rank, default_rank, preconditioner
 from tangent_ops.exact.problem import Problem
 from tangent_ops.exact.search import Search, identity
 from tangent_ops.exact.tangent_kernel import solve_dual
+from tangent_ops.losses import Loss
 from tangent_ops.model.linearize import LinearizedModel
 
 METHODS = ("cg", "dual")

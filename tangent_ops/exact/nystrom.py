@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tangent_ops.evaluate import check_integer
+from tangent_ops.data import check_integer
 from tangent_ops.exact.conjugate import Product, unpreconditioned
 from tangent_ops.exact.problem import Problem
 

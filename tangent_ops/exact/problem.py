@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from tangent_ops.curvature import (
+from tangent_ops.data import Data, as_loader, place, unpack
+from tangent_ops.errors import ArgumentError, NonFiniteLossError
+from tangent_ops.exact.jacobian import Jacobian
+from tangent_ops.exact.layout import Layout, dot
+from tangent_ops.files import add_tensor
+from tangent_ops.losses import (
     Loss,
     MeanOfSamples,
+    RescaledSquareLoss,
     check_convex,
     is_quadratic,
     loss_gradient,
     loss_product,
     made_up,
 )
-from tangent_ops.errors import ArgumentError, NonFiniteLossError
-from tangent_ops.evaluate import Data, as_loader, place, unpack
-from tangent_ops.exact.jacobian import Jacobian
-from tangent_ops.exact.layout import Layout, dot
-from tangent_ops.files import add_tensor
-from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.model.features import Trunk, cache_features
 from tangent_ops.model.linearize import LinearizedModel
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from tqdm import tqdm
 
-from tangent_ops.curvature import loss_gradient
 from tangent_ops.exact.checkpoint import Checkpoint
 from tangent_ops.exact.conjugate import Product, State
 from tangent_ops.exact.layout import dot, norm
 from tangent_ops.exact.problem import Problem
 from tangent_ops.files import bytes_of
+from tangent_ops.losses import loss_gradient
 
 SAFETY = 0.8  # of the tolerance, for the residual by recurrence: the true one is a little larger
 HALVINGS = 30

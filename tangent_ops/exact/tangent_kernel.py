@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tangent_ops.curvature import loss_gradient, loss_hessians
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.exact.problem import Problem
+from tangent_ops.losses import loss_gradient, loss_hessians
 
 MAX_ROWS = 20_000  # N C: the matrix has 3.2 GB, and a decomposition takes minutes
 MEMORY = 2 << 30  # bytes of rows of J that are held at a time

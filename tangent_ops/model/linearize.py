@@ -225,7 +225,7 @@ class LinearizedModel(nn.Module):
         """Trade time for memory: blocks keep their inputs alone, and run again in backward.
 
         A block is an element of an nn.Sequential, nn.ModuleList or nn.ModuleDict, of
-        ``model.blocks``, say (:func:`tangent_ops.model.checkpointing.find_blocks`). It is repeated as the
+        ``model.blocks``, say (see `find_blocks`). It is repeated as the
         anchor's ordinary forward pass, so a step costs 6 forward passes of the anchor instead of 5,
         and keeps what ordinary checkpointing keeps. It is on from the start if it was on in the
         linearized model (timm's ``set_grad_checkpointing``), and may be switched on by the

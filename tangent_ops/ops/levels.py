@@ -156,6 +156,7 @@ def enter_block() -> None:
 
 
 def leave_block() -> None:
+    """End a thread's block; the last one to leave frees the turn."""
     global _block, _depth
     with _LOCK:
         _depth -= 1

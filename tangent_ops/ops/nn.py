@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
-from tangent_ops.functional import scaled_dot_product_attention
+from tangent_ops.ops.attention.api import scaled_dot_product_attention
 
 # What timm's Attention is made of; the norms are Identity and the gate None where unused.
 _PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}

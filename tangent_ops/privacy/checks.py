@@ -19,8 +19,8 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from tangent_ops.data import unpack
 from tangent_ops.errors import ArgumentError, UnsupportedError
-from tangent_ops.evaluate import unpack
 from tangent_ops.files import add_tensor
 from tangent_ops.model.features import CachedFeatures
 from tangent_ops.model.linearize import LinearizedModel

@@ -15,11 +15,10 @@ from torch import distributed
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from tangent_ops.curvature import Loss, MeanOfSamples
+from tangent_ops.data import check_integer, place, unpack
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError
-from tangent_ops.evaluate import check_integer, place, unpack
-from tangent_ops.losses import RescaledSquareLoss
+from tangent_ops.losses import Loss, MeanOfSamples, RescaledSquareLoss
 from tangent_ops.model.features import cache_features
 from tangent_ops.model.linearize import LinearizedModel
 from tangent_ops.privacy.accounting import Phase, noise_multiplier_for

@@ -13,8 +13,8 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
+from tangent_ops.data import check_integer
 from tangent_ops.errors import ArgumentError
-from tangent_ops.evaluate import check_integer
 from tangent_ops.files import to_json
 
 _CHUNK = 1 << 18  # entries whose random bytes are held at once

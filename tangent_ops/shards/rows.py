@@ -16,6 +16,7 @@ Rows = list[tuple[str, str, int, str | None]]  # shard, id, class index, label
 
 
 def check_names(assignment: Mapping[str, Sequence[str]]) -> None:
+    """Raise ArgumentError unless shards have valid names and at least one has samples."""
     if not assignment or not any(assignment.values()):
         raise ArgumentError("assignment has no samples: there is nothing to train")
     for name, ids in assignment.items():
@@ -35,6 +36,7 @@ def rows_of(
     labels: Mapping[str, str],
     classes: int,
 ) -> Rows:
+    """Pair every assigned id with its class index and label; refuse ids and classes not known."""
     targets = dict(zip(samples.ids, samples.targets, strict=True))
     rows: Rows = []
     for shard, ids in assignment.items():
@@ -52,10 +54,12 @@ def rows_of(
 
 
 def digest(rows: Rows) -> str:
+    """SHA-256 of the rows, in hex."""
     return hashlib.sha256(to_json(rows).encode()).hexdigest()
 
 
 def hashed(samples: Samples, rows: Rows, progress: bool) -> Iterator[tuple[str, Sample]]:
+    """Read each row's sample; give its shard, and the sample with the hash of its content."""
     places = {id: index for index, id in enumerate(samples.ids)}
     contents: dict[str, str] = {}
     for shard, id, target, label in tqdm(

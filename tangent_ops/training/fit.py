@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from tangent_ops.data import Data, as_loader, check_integer, place, unpack
 from tangent_ops.delta import fingerprint
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
-from tangent_ops.evaluate import Data, as_loader, check_integer, place, unpack
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.model.features import cache_features
 from tangent_ops.model.linearize import LinearizedModel

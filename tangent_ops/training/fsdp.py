@@ -30,7 +30,7 @@ def shard_anchor(tangent: LinearizedModel, mesh: DeviceMesh | None = None) -> No
     """Divide the frozen parameters of the anchor's blocks among the processes of a group.
 
     For an anchor too large for one device. A block (an element of ``model.blocks``, say; see
-    :func:`tangent_ops.model.checkpointing.find_blocks`) is whole while it runs, forward and backward, and
+    `find_blocks`) is whole while it runs, forward and backward, and
     in parts at all other times. Deltas, the primal values of trained parameters, buffers, and what
     lies outside of blocks or in several stays whole in each process.
 

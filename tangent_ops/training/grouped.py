@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from tangent_ops.data import Data, as_loader, place, unpack
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
-from tangent_ops.evaluate import Data, as_loader, place, unpack
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.model.linearize import LinearizedModel
 from tangent_ops.ops.attention.frozen import frozen_attention

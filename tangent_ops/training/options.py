@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tangent_ops.data import check_integer
 from tangent_ops.errors import ArgumentError
-from tangent_ops.evaluate import check_integer
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

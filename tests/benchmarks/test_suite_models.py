@@ -48,7 +48,7 @@ def test_every_provider_is_right(monkeypatch, group, dtype) -> None:
     ],
 )
 def test_a_fault_is_found(monkeypatch, group, op, fault, index) -> None:
-    module = importlib.import_module(f"tangent_ops.functional.{op}")
+    module = importlib.import_module(f"tangent_ops.ops.{op}")
     monkeypatch.setattr(module, fault, scaled(getattr(module, fault), 1.01, index))
     found = errors(WORKLOAD, tiny(group))
     wrong = {name for name, error in found.items() if error is None or error > 1}

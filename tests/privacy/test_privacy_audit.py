@@ -380,7 +380,7 @@ def test_fits_with_and_without_the_canary_differ_in_nothing_else(monkeypatch) ->
         return fit_private(tangent, dataset, **options)
 
     # The package exports a function of the module's name.
-    module = importlib.import_module("tangent_ops.privacy.audit_fit")
+    module = importlib.import_module("tangent_ops.privacy.auditing.audit_fit")
     monkeypatch.setattr(module, "fit_private", spy)
     found = audit_fit(*problem(), runs=40, **SAMPLED)
     assert found.consistent and found.family_lower_bound <= found.claimed

@@ -52,7 +52,7 @@ class Ledger:
     made completely or not at all, through crashes and power cuts, and by any number of processes
     and threads. Nothing stays open between calls.
 
-    The terms w δ are added as multiples of 2^-40 (see `tangent_ops.composition.ledger.fixed_point`): the mean
+    The terms w δ are added as multiples of 2^-40 (see `fixed_point`): the mean
     of n shards of total weight W is within n / W · 4.6e-13 + A · 4.5e-16 of the exact one, before
     it is rounded to the deltas' dtype, where A is the weighted mean of |δ|. Weight times largest
     value, summed over the shards, may reach 2^23.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 
+from tangent_ops.data import check_integer
 from tangent_ops.errors import ArgumentError
-from tangent_ops.evaluate import check_integer
 from tangent_ops.model.linearize import LinearizedModel
 from tangent_ops.privacy.auditing.audit import Audit, audit, check_runs
 from tangent_ops.privacy.auditing.canary import canary_score, make_canary

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from tangent_ops.data import unpack
 from tangent_ops.errors import ArgumentError, UnsupportedError
-from tangent_ops.evaluate import unpack
 from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.problem import Problem, check_l2, check_tangent
 from tangent_ops.model.linearize import LinearizedModel

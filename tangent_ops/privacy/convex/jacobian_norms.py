@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from tangent_ops.data import Data, place, unpack
 from tangent_ops.errors import ArgumentError
-from tangent_ops.evaluate import Data, place, unpack
 from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.problem import check_tangent, in_order
 from tangent_ops.model.features import cache_features

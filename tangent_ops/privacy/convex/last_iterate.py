@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from tangent_ops.data import Data, check_integer
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError
-from tangent_ops.evaluate import Data, check_integer
 from tangent_ops.exact.problem import check_l2, in_order
 from tangent_ops.model.linearize import LinearizedModel
 from tangent_ops.privacy.accounting import Phase
@@ -70,7 +70,7 @@ def fit_last_iterate(
 ) -> LastIterate:
     """Fit a tangent model privately: Δ <- Δ - η(∇F(Δ) + ν Z), T times from Δ = 0, over all samples.
 
-    F(Δ) = (1/E) Σ_i ℓ_i(Δ) + l2/2 ‖Δ‖² with the bounded losses of `tangent_ops.privacy.convex.bounded`:
+    F(Δ) = (1/E) Σ_i ℓ_i(Δ) + l2/2 ‖Δ‖² with the bounded losses of `bounded`:
     residuals of norm above B are clipped, and Jacobians of norm above R scaled down. With m = l2
     and M = l2 + (N + 1) R²/E the steps φ, φ' of two neighbours are c-contractive,
     c = max(|1 - η m|, |1 - η M|), and never further apart than s = η R B / E. The last iterate is

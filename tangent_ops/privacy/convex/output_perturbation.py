@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tangent_ops.data import Data, check_integer
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError, ConvergenceError
-from tangent_ops.evaluate import Data, check_integer
 from tangent_ops.exact import certify
 from tangent_ops.exact.layout import norm
 from tangent_ops.exact.nystrom import preconditioner
@@ -69,7 +69,7 @@ def perturb_output(
 ) -> PerturbedOutput:
     """Fit a tangent model privately: Gaussian noise on the minimum of F.
 
-    F(Δ) = (1/E) Σ_i ℓ_i(Δ) + l2/2 ‖Δ‖² with the bounded losses of `tangent_ops.privacy.convex.bounded`.
+    F(Δ) = (1/E) Σ_i ℓ_i(Δ) + l2/2 ‖Δ‖² with the bounded losses of `bounded`.
     A neighbour's F' differs by one ℓ_i/E, so at F's minimum ‖∇F'‖ = ‖∇ℓ_i‖/E <= R B / E; and F' is
     l2-strongly convex, so its own minimum is within that over l2:
 

@@ -23,8 +23,8 @@ from opacus.grad_sample import GradSampleModule
 from opacus.grad_sample.functorch import ft_compute_per_sample_gradient, prepare_layer
 from torch import Tensor, nn
 
-from tangent_ops.curvature import at_least_single
 from tangent_ops.errors import UnsupportedError
+from tangent_ops.losses import at_least_single
 from tangent_ops.model.low_rank import matrix_shape
 
 CHUNK = 1 << 22  # entries of per-sample gradients in memory at a time, where only norms are wanted

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
-from tangent_ops.curvature import at_least_single
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.exact.jacobian import Pair
+from tangent_ops.losses import at_least_single
 from tangent_ops.model.linearize import LinearizedModel
 from tangent_ops.ops.levels import functional_call, in_turn
 
