@@ -35,7 +35,7 @@ def check_last_one(
 ) -> str:
     """Forgetting all shards but one leaves that shard's model, bit for bit."""
     left = compose([paths[kept - 1]])
-    alone = load_delta(paths[kept - 1], anchor=tangent)
+    alone = load_delta(paths[kept - 1], anchor=tangent.fingerprint)
     tangent.load_delta_dict(left)
     same_weights = all(torch.equal(left[name], alone[name]) for name in alone)
     same_outputs = torch.equal(predict(tail, scored), logits[kept - 1])

@@ -14,7 +14,7 @@ from tangent_ops.cli.config import Config
 from tangent_ops.cli.messages import errors, hidden, say
 
 if TYPE_CHECKING:
-    from tangent_ops.model.linearize import LinearizedModel
+    from tangent_ops.model.linearized import LinearizedModel
     from tangent_ops.shards import Plan
 
 
@@ -77,7 +77,7 @@ def composed(plan: Plan, delta: Path | None, anchor_only: bool) -> tuple[Lineari
     if anchor_only:
         what = "the anchor"
     elif delta is not None:
-        tangent.load_delta_dict(load_delta(delta, anchor=tangent))
+        tangent.load_delta_dict(load_delta(delta, anchor=tangent.fingerprint))
         what = str(delta)
     else:
         ledger = check_settled(plan)

@@ -1,8 +1,8 @@
-"""What a model in eval mode keeps from call to call: tensors that must not outlive a call here.
+"""Clears what models cache in eval mode; a stale entry would drop the tangent.
 
-A tensor that a forward pass computes of the weights and keeps (LeViT's gathered attention biases, a
-transposed or a normalized weight) has the tangent of that call. In the next call it has none, and
-its part of the derivative would be missing without a word.
+Some forward passes compute a tensor from the weights and keep it: LeViT's gathered attention
+biases, a transposed or a normalized weight. It carries the tangent of that call. A later call would
+find it without a tangent, and silently lose its part of the derivative.
 """
 
 from __future__ import annotations
@@ -26,11 +26,8 @@ _OPAQUE += (FunctionType, MethodType, ModuleType)
 _OF_TORCH = frozenset(vars(nn.Module())) - {"_buffers"}
 
 
-def forget(model: nn.Module) -> None:
-    """Has the modules that do more in ``train()`` than most (LeViT's) forget what they keep.
-
-    Every mode stays as it is.
-    """
+def clear_caches(model: nn.Module) -> None:
+    """Clear the caches of modules that clear them in ``train()`` (LeViT's); modes stay as set."""
     for module in [m for m in model.modules() if type(m).train is not nn.Module.train]:
         modes = [(each, each.training) for each in module.modules()]
         module.train(module.training)

@@ -661,6 +661,23 @@ def test_summary_adds_up(capsys):
     assert total[0] == block + head + norm
 
 
+def test_zero_makes_the_model_its_anchor_again():
+    tangent, x = moved(linearize(vit(), "blocks")), images()
+    fresh = linearize(tangent.anchor, "blocks")(x)
+    assert not torch.equal(tangent(x), fresh)
+    assert tangent.zero_() is tangent
+    assert torch.equal(tangent(x), fresh)
+    assert not any(delta.count_nonzero() for delta in tangent.deltas().values())
+
+
+def test_repr_says_in_a_line_what_is_trained():
+    tangent = linearize(vit(), "head", rank=2)
+    assert repr(tangent).startswith("LinearizedModel(VisionTransformer, trainable='head', rank=2: ")
+    assert repr(tangent.delta_dict()).startswith("Delta(2 tensors, ")
+    assert "\n" not in repr(tangent) + repr(tangent.delta_dict())
+    assert repr(Delta({"w": torch.ones(3)})) == "Delta(1 tensors, 3 values: no meta)"
+
+
 def test_nothing_that_the_model_keeps_in_eval_mode_is_believed():
     """LeViT keeps its gathered attention biases; kept ones have no tangent."""
     options = {"embed_dim": (32,), "num_heads": (2,), "key_dim": 16, "depth": (2,)}

@@ -322,7 +322,7 @@ def test_file_round_trip(tmp_path):
     tangent = moved(linearize(model, rank=3, basis=5))
     save_delta(tangent.delta_dict(), path)
     twin = linearize(model, rank=3, basis=5)
-    delta = load_delta(path, anchor=twin)
+    delta = load_delta(path, anchor=twin.fingerprint)
     assert delta.meta is not None
     assert (delta.meta.rank, delta.meta.basis) == (3, tangent.basis_fingerprint)
     twin.load_delta_dict(compose([path]))
@@ -348,7 +348,7 @@ def test_deltas_of_another_kind_or_basis_are_refused(tmp_path):
         save_delta(alien.delta_dict(), path)
         for attempt in (
             lambda: own.load_delta_dict(alien.delta_dict()),  # noqa: B023
-            lambda: load_delta(path, anchor=own),  # noqa: B023
+            lambda: own.load_delta_dict(load_delta(path)),  # noqa: B023
             lambda: compose([own.delta_dict(), path]),  # noqa: B023
         ):
             with pytest.raises(DeltaError, match=message):

@@ -136,7 +136,7 @@ def test_the_statement_travels_with_the_delta(tmp_path):
     model = tangent()
     found = perturb_output(model, samples(), L2, target_epsilon=1.0, **OPTIONS)
     save_delta(found.delta, tmp_path / "delta.safetensors")
-    loaded = load_delta(tmp_path / "delta.safetensors", anchor=model)
+    loaded = load_delta(tmp_path / "delta.safetensors", anchor=model.fingerprint)
     assert statement_of(loaded) == found.statement
     text = " ".join(found.statement.assumes)
     assert f"the number of samples, {N}, and the normalizer, {N}, are public" in text

@@ -25,7 +25,7 @@ from tangent_ops.errors import ArgumentError, LedgerError
 from tangent_ops.files import sync_folder
 
 if TYPE_CHECKING:
-    from tangent_ops.model.linearize import LinearizedModel
+    from tangent_ops.model.linearized import LinearizedModel
 
 DATABASE = "ledger.sqlite"
 LONGEST_ID = 200
@@ -89,6 +89,9 @@ class Ledger:
         self._open(create)
         if rules is not None:
             self._fix(rules)
+
+    def __repr__(self) -> str:
+        return f"Ledger({str(self.path)!r})"
 
     def add(
         self,
