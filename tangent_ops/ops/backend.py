@@ -102,8 +102,8 @@ def why_not_in_rows(tensor: Tensor, width: int) -> str | None:
 def save_for_tangents(ctx: Any, output: Tensor, *saved: Tensor | None) -> None:
     """In the forward of a Function that is differentiable by tangents: (output, output_t)."""
     ctx.save_for_backward(*saved)
-    # The output depends on no tangent. Unsaid, it would seem to, and the next layer would take its
-    # primal operand for one that is trained.
+    # Without this mark autograd would treat the output as depending on the tangents, and the next
+    # layer would treat its primal operand as trained.
     ctx.mark_non_differentiable(output)
     ctx.set_materialize_grads(False)
 

@@ -8,20 +8,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tangent_ops.errors import ArgumentError
-from tangent_ops.ops.attention.autograd import fused_attention, why_not_fused
-from tangent_ops.ops.attention.eager import AttentionInParts, batch_and_heads_agree
-from tangent_ops.ops.backend import (
-    Backend,
-    autocast,
-    choose_backend,
-    in_plain_dual_level,
-    is_traced,
-    may_be_dual,
-    no_autocast,
-    reverse_mode_reaches,
-    tangents_are_hidden,
-)
-from tangent_ops.ops.levels import is_compiling
+from tangent_ops.ops.attention.autograd import fused_attention
+from tangent_ops.ops.attention.eager import AttentionInParts
+from tangent_ops.ops.attention.path import Path, decide
+from tangent_ops.ops.backend import Backend, autocast, no_autocast
 from tangent_ops.ops.reference.attention import attention, attention_jvp
 
 
@@ -82,44 +72,38 @@ def scaled_dot_product_attention(
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     options = (dropout_p, is_causal, scale, enable_gqa)
     operands = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    if backend is None and not any(may_be_dual(operand) for operand in operands):
+    path = decide(operands, dropout_p, backend)
+    if path is Path.PYTORCH:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-
-    if choose_backend(backend, query, why_not_fused(query, value)) == "triton":
-        return fused_attention(query, key, value, attn_mask, *options)
+    if path is Path.KERNELS or path is Path.KERNELS_RULE:
+        unpack = path is Path.KERNELS
+        return fused_attention(query, key, value, attn_mask, *options, unpack=unpack)
     with no_autocast(query.device.type):  # the operands are cast already
-        return _by_formulas(operands, *options)
+        if path is Path.FORMULA:
+            return attention(query, key, value, attn_mask, *options)
+        return _from_unpacked(path, operands, *options)
 
 
-def _by_formulas(
+def _from_unpacked(
+    path: Path,
     operands: tuple[Tensor, ...],
     dropout_p: float,
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
-    query, key, value, *mask = operands
-    options = (dropout_p, is_causal, scale, enable_gqa)
-    if (
-        tangents_are_hidden()
-        or is_compiling()
-        or reverse_mode_reaches(*operands)
-        or not any(may_be_dual(operand) for operand in operands)
-    ):
-        # PyTorch's own rules carry the tangent: slower, and right however transforms nest.
-        return attention(query, key, value, mask[0] if mask else None, *options)
     (query, query_t), (key, key_t), (value, value_t), *mask = map(forward_ad.unpack_dual, operands)
     attn_mask, attn_mask_t = mask[0] if mask else (None, None)
     primals, tangents = (query, key, value), (query_t, key_t, value_t)
-    plain = attn_mask is None and not dropout_p and not is_traced()
-    if plain and in_plain_dual_level() and batch_and_heads_agree(*primals):
+    if path is Path.BLOCKS:
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         pair = AttentionInParts.apply(*primals, *tangents, factor, is_causal)
-        return forward_ad.make_dual(*pair)
-    output, output_t = attention_jvp(*primals, *tangents, attn_mask, attn_mask_t, *options)
-    return forward_ad.make_dual(output, output_t)
+    else:
+        options = (dropout_p, is_causal, scale, enable_gqa)
+        pair = attention_jvp(*primals, *tangents, attn_mask, attn_mask_t, *options)
+    return forward_ad.make_dual(*pair)
 
 
 def _check(

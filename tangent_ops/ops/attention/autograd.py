@@ -32,25 +32,10 @@ from torch.autograd import forward_ad
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.ops.attention import operators as ops
 from tangent_ops.ops.attention.third_order import eager_second_vjp, second_derivative
-from tangent_ops.ops.backend import in_forward_ad, in_plain_dual_level, tangents_are_hidden
+from tangent_ops.ops.backend import in_forward_ad
 from tangent_ops.ops.levels import is_compiling
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-HEAD_DIMS = range(8, 257, 8)
-
 Optional = Tensor | None
-
-
-def why_not_fused(query: Tensor, value: Tensor) -> str | None:
-    """Why the kernels cannot compute this call, in words for an error; None if they can."""
-    if query.dtype not in DTYPES:
-        return f"dtype {query.dtype} is not one of float16, bfloat16, float32"
-    for name, tensor in (("query", query), ("value", value)):
-        if tensor.shape[-1] not in HEAD_DIMS:
-            return f"{name}'s head_dim {tensor.shape[-1]} is not a multiple of 8 from 8 to 256"
-    if is_compiling() and eager_transforms.JVP_NESTING > 1:
-        return "compiled forward mode over forward mode is not in the kernels"
-    return None
 
 
 def fused_attention(
@@ -62,8 +47,13 @@ def fused_attention(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
+    unpack: bool,
 ) -> Tensor:
-    """(..., H, N, Dv), dual where an operand is; arguments checked by the caller."""
+    """(..., H, N, Dv), dual where an operand is; arguments checked by the caller.
+
+    ``unpack``: compute value and tangent from unpacked operands, in one pass. Otherwise the rule of
+    `_Jvp` carries the tangents. See :func:`tangent_ops.ops.attention.path.decide`.
+    """
     options = (query.shape[-1] ** -0.5 if scale is None else scale, dropout_p, is_causal)
     lead, operands = _with_heads(query, key, value, attn_mask, enable_gqa)
     seed = None
@@ -72,7 +62,7 @@ def fused_attention(
         size = (lead[:-1].numel(),)
         seed = torch.randint(2**63 - 1, size, dtype=torch.int64, device=query.device)
     apply = ops.attention_jvp if is_compiling() else _Jvp.apply
-    if _may_unpack(operands):
+    if unpack:
         pairs = [(None, None) if x is None else forward_ad.unpack_dual(x) for x in operands]
         tangents = [None if t is None else t.unsqueeze(0) for _, t in pairs]
         primals = [p for p, _ in pairs]
@@ -84,20 +74,6 @@ def fused_attention(
     else:  # _Jvp's own rule carries the tangents
         output = apply(*operands, seed, None, None, None, None, *options)[0]
     return output if len(lead) == 2 else output.reshape(*lead, *output.shape[-2:])
-
-
-def _may_unpack(operands: Sequence[Optional]) -> bool:
-    """Whether output and tangent may be computed from unpacked operands, in one pass.
-
-    Not where tangents are hidden, and not in a plain dual level where reverse mode tracks a
-    primal: its gradient has a tangent of its own there.
-    """
-    if is_compiling():
-        return True
-    if tangents_are_hidden():
-        return False
-    tracked = any(x is not None and x.requires_grad for x in operands)
-    return not (tracked and in_plain_dual_level() and any(map(_is_dual, operands)))
 
 
 def _refuse_hidden_duals() -> None:
@@ -170,8 +146,8 @@ def _save_jvp(ctx, inputs, output, dual=False):
         ctx.save_for_backward(*operands, value, tangent, lse, mu)
     constant = [lse, mu]
     if ctx.frozen:
-        # The output depends on no tangent. Unsaid, it would seem to, and the next layer would be
-        # asked for gradients of its primal operands.
+        # Without this mark autograd would treat the output as depending on the tangents, and the
+        # next layer would compute gradients of its primal operands.
         constant.append(value)
     if not ctx.tangents:
         constant.append(tangent)
