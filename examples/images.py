@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,32 @@ def stratified(targets: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]
         position[members[order]] = (torch.arange(len(members)) + jitter) / len(members)
     line = position.argsort()
     return list(line[: sum(sizes)].split(list(sizes)))
+
+
+def owner_of(index: int, classes: int, owners: int) -> int:
+    """The owner, from 0, of whose own classes `index` is one: consecutive classes share one."""
+    return index * owners // classes
+
+
+def by_owner(targets: Tensor, owners: int, own: float) -> list[Tensor]:
+    """Deal samples out to owners who have more samples of their own classes than others have.
+
+    Args:
+        targets: Class indices, (count,) int64.
+        owners: Number of parts.
+        own: Share of each class that goes to its owner before all owners, in turns, get the rest:
+            0 deals every class out evenly, 1 gives each owner nothing but own classes.
+
+    Returns:
+        One int64 index tensor per owner; together they hold each sample once.
+    """
+    parts: list[list[int]] = [[] for _ in range(owners)]
+    classes = int(targets.max()) + 1
+    turns = cycle(parts)
+    for index in range(classes):
+        members = (targets == index).nonzero().flatten().tolist()
+        first = round(own * len(members))
+        parts[owner_of(index, classes, owners)] += members[:first]
+        for member in members[first:]:
+            next(turns).append(member)
+    return [torch.tensor(part, dtype=torch.int64) for part in parts]
