@@ -30,8 +30,8 @@ from tangent_ops import (
     predict,
 )
 from tangent_ops.errors import TangentOpsError
-from tangent_ops.features import split_model
 from tangent_ops.losses import RescaledSquareLoss
+from tangent_ops.model.features import split_model
 
 LOSS = RescaledSquareLoss()
 PROBE: dict[str, Any] = {"epochs": 30, "lr": 1e-2}
