@@ -14,7 +14,7 @@ KEEP_MEMORY = MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592
 installed = $(VENV)/.tangent-ops-$(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo private-demo study test lint format bench bench-compiled gpu-bench publish compile-check gpu-check clean
+.PHONY: help demo exact-demo private-demo study test lint format bench bench-compiled gpu-bench publish compile-check gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -23,8 +23,11 @@ help: ## list the targets
 	@echo '  ARGS="..."   passed on to the demo, pytest or the suite'
 	@echo '  OUT=folder   where bench, gpu-bench, compile-check and gpu-check write their results'
 
-demo: $(call installed,demo) ## fine-tune, compose and forget with a real ViT; results in out/
-	$(RUN) examples/shards_demo.py $(ARGS)
+demo: $(call installed,demo) ## fine-tune on shards, compose them, forget one, with a real ViT; a picture in out/
+	$(KEEP_MEMORY) $(RUN) examples/demo.py $(ARGS)
+
+exact-demo: $(call installed,demo) ## optima, certificates and influences on a few of its images; minutes
+	$(KEEP_MEMORY) $(RUN) examples/exact_demo.py $(ARGS)
 
 private-demo: $(call installed,private-demo) ## fine-tune with differential privacy, and say what that promises
 	$(KEEP_MEMORY) $(RUN) examples/private_demo.py $(ARGS)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.cluster_arithmetic import table as cluster_table
-from benchmarks.demo_table import demo_table, read_demos
 from benchmarks.grouped import grouped_table
 from benchmarks.precision_table import precision_table, read_precision
 from benchmarks.privacy_table import accuracy_table, read_accuracy, read_speed, speed_table
@@ -37,7 +36,6 @@ PAGES = (
     *(ROOT / "docs" / name for name in PUBLISHED),
 )
 OTHERS: dict[str, Callable[[], str]] = {  # of files that are not the suite's
-    "demo": lambda: demo_table(read_demos()),
     "study": lambda: study_table(read_study()),
     "precision": lambda: precision_table(read_precision()),
     "privacy-speed": lambda: speed_table(read_speed()),

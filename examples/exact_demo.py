@@ -1,0 +1,188 @@
+"""Show what linearity gives exactly, on the demo's model and a few real images; takes minutes.
+
+    python examples/exact_demo.py --help
+
+With a square loss and an l2 penalty the fine-tuning of a tangent model is ridge regression. So its
+optimum is found to a known tolerance, the optima of shards compose without loss, samples are
+forgotten with a certificate, and the influence of each sample is known without a refit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from assets import DemoError
+from common import (
+    Part,
+    Prepared,
+    console,
+    deal,
+    load,
+    model_name,
+    parser_of,
+    prepare,
+    run,
+    step,
+)
+from picture import Row, print_table
+from torch import Tensor
+from torch.utils.data import ConcatDataset
+
+from tangent_ops import LinearizedModel, accuracy, compose
+from tangent_ops.delta import Delta
+from tangent_ops.exact import (
+    Influence,
+    ShardCurvature,
+    compose_lossless,
+    fit_exact,
+    forget_samples,
+)
+from tangent_ops.exact.influence_grid import influence_grid
+
+T = TypeVar("T")
+L2S = (3.0, 10.0, 30.0, 100.0)  # leave-one-out cross-validation chooses among them
+OPTIONS: dict[str, Any] = {"rank": 32, "tol": 0.02}  # a small preconditioner: there are few images
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Run the demo; write ``influence.png`` and ``certificate.json`` to the output folder."""
+    model, images = load(options)
+    prepared = prepare(model, deal(images, options), options.seed)
+    tail, shards = prepared.tail, [part.tokens for part in prepared.shards]
+    union: Any = ConcatDataset(shards)
+    zero = tail.delta_dict()
+    facts: list[str] = []
+    rows: list[Row] = []
+
+    def score(kind: str, name: str, count: int, seconds: float) -> None:
+        found = accuracy(tail, prepared.scored.tokens, progress=False)
+        rows.append(Row(kind, name, count + len(prepared.public), found, seconds))
+
+    score("anchor", "head only, public images", 0, prepared.seconds)
+    step(f"Choose l2 on {len(union)} images by leave-one-out, without a refit")
+    influence = Influence(tail, union, L2S[0])
+    validation, seconds = timed(lambda: influence.cross_validate(L2S))
+    l2 = influence.l2 = min(validation, key=lambda row: row.loss).l2
+    facts.append(
+        f"Leave-one-out on {len(union)} images chose l2 = {l2:g}: the losses of {len(L2S)} times "
+        f"{len(union)} fits, none of which was run, in {seconds:.0f} s."
+    )
+
+    step(f"Fit all {len(union)} images to the optimum, by conjugate gradients")
+    report = fit_exact(tail, union, l2, **OPTIONS)
+    score("exact", f"exact fit of {len(union)} images", len(union), report.seconds)
+    whole = tail.delta_dict()
+    facts += explain(influence, prepared, options)
+
+    step("Fit every shard to its optimum, and compose without loss")
+    deltas = []
+    began = time.perf_counter()
+    for shard in shards:
+        tail.load_delta_dict(zero)
+        fit_exact(tail, shard, l2, tol=0.01, method="dual", progress=False)
+        deltas.append(tail.delta_dict())
+    mean = compose(deltas)
+    tail.load_delta_dict(mean)
+    score("exact", f"mean of {len(shards)} exact fits", len(union), time.perf_counter() - began)
+    began = time.perf_counter()
+    curvatures = [ShardCurvature(tail, shard, l2, progress=False) for shard in shards]
+    lossless = compose_lossless(deltas, curvatures, tol=1e-3)
+    tail.load_delta_dict(lossless)
+    score("exact", "their lossless composition", len(union), time.perf_counter() - began)
+    facts.append(
+        "The lossless composition of the shards' exact fits is "
+        f"{distance(lossless, whole):.1%} from the exact fit of their union (both are solved to a "
+        f"tolerance), their mean {distance(mean, whole):.0%}."
+    )
+
+    step(f"Forget the images of shard {options.forget}, with a certificate")
+    tail.load_delta_dict(whole)
+    gone = shards[options.forget - 1]
+    rest = ConcatDataset([shard for shard in shards if shard is not gone])
+    (delta, certificate), seconds = timed(lambda: forget_samples(tail, rest, l2, **OPTIONS))
+    score("forgotten", f"{len(gone)} images forgotten", len(rest), seconds)
+    certificate.verify(progress=False)
+    (options.out / "certificate.json").write_text(certificate.to_json() + "\n", encoding="utf-8")
+    first = prepared.scored.tokens[0][0][None]
+    facts.append(
+        f"Certificate: the delta is at most {certificate.distance_bound / norm(delta):.1%} of ‖Δ‖ "
+        "from that of retraining without the forgotten images, and no logit of the first image "
+        f"is off by more than {float(certificate.logit_bound(tail, first).max()):.2g}; verified."
+    )
+    setting = f"{images.name}: {len(shards)} shards of {len(gone)} images, seed {options.seed}"
+    print_table(model_name(model), setting, rows, facts, console)
+    console.print(f"\n  wrote influence.png and certificate.json to {options.out}")
+
+
+def explain(influence: Influence, prepared: Prepared, options: argparse.Namespace) -> list[str]:
+    """Draw what helped and what harmed the first image that the model gets wrong."""
+    tail, scored, shards = prepared.tail, prepared.scored, prepared.shards
+    names = scored.images.classes
+    wrong, logits = first_wrong(tail, scored)
+    tokens, target = scored.tokens[wrong]
+    target, taken = int(target), int(logits.argmax())
+    scores = influence.loss_change(tokens[None], torch.tensor([target]))[:, 0]
+    private: Any = ConcatDataset([shard.images.data for shard in shards])
+
+    def sample(index: int) -> tuple[Tensor, str]:
+        image, label = private[index]
+        return image, names[int(label)]
+
+    caption = f"{names[target]}, taken for {names[taken]}"
+    figure = influence_grid((scored.images.data[wrong][0], caption), sample, scores)
+    figure.savefig(options.out / "influence.png", dpi=150)
+    # Twice the leave-one-out loss per output estimates the variance of the noise.
+    (validation,) = influence.cross_validate([influence.l2])
+    noise = 2 * validation.loss / logits.numel()
+    sure = influence.covariance(tokens[None], noise)[0].diagonal().sqrt()
+    said = " and ".join(f"{logits[c]:.1f} ± {sure[c]:.1f} for {names[c]}" for c in (taken, target))
+    worst = int(scores.argmin())
+    return [
+        f"Of {len(scores)} training images, {int((scores > 0).sum())} helped one image that is "
+        f"taken for a {names[taken]}; without the most harmful one, a {sample(worst)[1]}, its loss "
+        f"would be {-float(scores[worst]):.2g} lower: exactly, without training again.",
+        f"The model's logits for that image: {said} (one posterior standard deviation).",
+    ]
+
+
+def first_wrong(tail: LinearizedModel, scored: Part) -> tuple[int, Tensor]:
+    """Find the first scored image that the model gets wrong; give its index and logits."""
+    with torch.no_grad():
+        for index in range(len(scored)):
+            tokens, target = scored.tokens[index]
+            logits = tail(tokens[None])[0]
+            if int(logits.argmax()) != int(target):
+                return index, logits
+    raise DemoError("the model gets every image right: there is nothing to explain")
+
+
+def timed(work: Callable[[], T]) -> tuple[T, float]:
+    """Do some work; give its result and the seconds."""
+    began = time.perf_counter()
+    return work(), time.perf_counter() - began
+
+
+def norm(delta: Delta) -> float:
+    """‖Δ‖."""
+    return float(sum(value.double().square().sum() for value in delta.values())) ** 0.5
+
+
+def distance(delta: Delta, other: Delta) -> float:
+    """‖Δ - Δ'‖ / ‖Δ'‖."""
+    return norm(Delta({name: delta[name] - other[name] for name in other}, None)) / norm(other)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo from the command line; return the exit status."""
+    about = "Fit, compose, forget and explain exactly, on a few images."
+    parser = parser_of(about, private=80, shards=5)
+    return run(demo, parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
