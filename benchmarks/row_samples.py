@@ -59,8 +59,8 @@ def launches(
         ),
     }
     for name in activation.ACTIVATIONS:
-        plans[name] = lambda name=name: activation.plan_jvp(*operands, name)
+        plans[name] = lambda name=name: activation.plan_jvp(rows(), rows(), name)
         plans[f"{name}, second order"] = lambda name=name: activation.plan_backward(
-            operands, (rows(), rows()), (True,) * 4, name
+            rows(), rows(), (rows(), rows()), (True, True), name
         )
     return {name: plan()[-1] for name, plan in plans.items()}

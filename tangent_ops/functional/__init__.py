@@ -17,7 +17,6 @@ Attention alone goes further: see :func:`scaled_dot_product_attention`.
 
 from tangent_ops.functional.attention import scaled_dot_product_attention
 from tangent_ops.functional.convolution import convolution
-from tangent_ops.functional.gated import geglu, swiglu
 from tangent_ops.functional.gelu import gelu
 from tangent_ops.functional.layer_norm import add_layer_norm, layer_norm
 from tangent_ops.functional.linear import linear
@@ -28,7 +27,6 @@ from tangent_ops.functional.softmax import softmax
 __all__ = [
     "add_layer_norm",
     "convolution",
-    "geglu",
     "gelu",
     "layer_norm",
     "linear",
@@ -36,5 +34,4 @@ __all__ = [
     "scaled_dot_product_attention",
     "silu",
     "softmax",
-    "swiglu",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from tangent_ops.functional._activation_maps import activation_maps
+from tangent_ops.functional._activation_maps import ACTIVATION_MAPS
 from tangent_ops.functional._backend import Backend, why_not_in_float
 from tangent_ops.functional._dual_op import DualOp, Maps, dual_outputs
 from tangent_ops.reference.gelu import gelu_jvp, gelu_vjp
@@ -54,5 +54,5 @@ _OP = DualOp(
             gelu_vjp(saved[0], grads[0], APPROXIMATE[options[0]]),
         ),
     ),
-    triton=activation_maps(gated=False),
+    triton=ACTIVATION_MAPS,
 )

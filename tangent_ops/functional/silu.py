@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from tangent_ops.functional._activation_maps import activation_maps
+from tangent_ops.functional._activation_maps import ACTIVATION_MAPS
 from tangent_ops.functional._backend import Backend, why_not_in_float
 from tangent_ops.functional._dual_op import DualOp, Maps, dual_outputs
 from tangent_ops.reference.silu import silu_jvp, silu_vjp
@@ -49,5 +49,5 @@ _OP = DualOp(
         save=lambda primals, outputs, statistics: primals,
         vjp=lambda saved, grads, needs, options: (silu_vjp(saved[0], grads[0]),),
     ),
-    triton=activation_maps(gated=False),
+    triton=ACTIVATION_MAPS,
 )

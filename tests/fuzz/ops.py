@@ -319,20 +319,6 @@ def recurrent(kind, bias):
     return Case([(1, 2, 8), (1, 2, 8), *weights], call, exact)
 
 
-def gated(name):
-    ours = functional.swiglu if name == "swiglu" else functional.geglu
-    if name == "swiglu":
-        act, exact_act = F.silu, lambda x: x * exact_sigmoid(x)
-    else:
-        approximate = "tanh" if name == "geglu_tanh" else "none"
-        act = functools.partial(F.gelu, approximate=approximate)
-        exact_act = functools.partial(exact_gelu, approximate=approximate)
-        ours = functools.partial(ours, approximate=approximate)
-    return Case(
-        [SHAPE], ours, lambda x, value: exact_act(x) * value, lambda x, value: act(x) * value
-    )
-
-
 BOTH = (False, True)
 # Of each: its options' values.
 OPS: dict[str, tuple[Callable[..., Case], dict[str, tuple]]] = {
@@ -373,5 +359,4 @@ OPS: dict[str, tuple[Callable[..., Case], dict[str, tuple]]] = {
     "glu": (glu, {}),
     "normalize": (normalize, dict(p=(2.0, 2.0, 3.0), dim=(-1, 1))),
     "recurrent": (recurrent, dict(kind=("lstm", "gru", "rnn_tanh"), bias=BOTH)),
-    "gated": (gated, dict(name=("swiglu", "geglu", "geglu_tanh"))),
 }  # fmt: skip

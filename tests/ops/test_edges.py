@@ -97,11 +97,8 @@ SHAPES = [(), (3,), (0,), (2, 3), (2, 0), (0, 3), (2, 1, 2, 1, 3)]
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_activations(shape) -> None:
-    x, value = draw(*shape), draw(*shape).sin()
-    assert_right(functional.gelu, erf_gate, [x])
-    assert_right(functional.silu, sigmoid_gate, [x])
-    assert_right(functional.swiglu, lambda x, v: sigmoid_gate(x) * v, [x, value])
-    assert_right(functional.geglu, lambda x, v: erf_gate(x) * v, [x, value])
+    assert_right(functional.gelu, erf_gate, [draw(*shape)])
+    assert_right(functional.silu, sigmoid_gate, [draw(*shape)])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
