@@ -18,14 +18,13 @@ Attention alone goes further: see :func:`scaled_dot_product_attention`.
 from tangent_ops.functional.attention import scaled_dot_product_attention
 from tangent_ops.functional.convolution import convolution
 from tangent_ops.functional.gelu import gelu
-from tangent_ops.functional.layer_norm import add_layer_norm, layer_norm
+from tangent_ops.functional.layer_norm import layer_norm
 from tangent_ops.functional.linear import linear
 from tangent_ops.functional.rms_norm import rms_norm
 from tangent_ops.functional.silu import silu
 from tangent_ops.functional.softmax import softmax
 
 __all__ = [
-    "add_layer_norm",
     "convolution",
     "gelu",
     "layer_norm",

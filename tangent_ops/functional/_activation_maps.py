@@ -11,25 +11,24 @@ from tangent_ops.functional._dual_op import Maps
 def _jvp(primals, tangents, options):
     from tangent_kernels import activation
 
-    output, output_t = activation.activation_jvp(primals[0], tangents[0], *options)
-    return (output,), (output_t,), ()
+    return *activation.activation_jvp(primals[0], tangents[0], *options), ()
 
 
-def _vjp(saved, grads, needs, options):
+def _vjp(saved, grad, needs, options):
     from tangent_kernels import activation
 
-    return (activation.activation_vjp(saved[0], grads[0], *options),)
+    return (activation.activation_vjp(saved[0], grad, *options),)
 
 
-def _second_vjp(primals, tangents, saved, grads, grads_t, needs, needs_t, options):
+def _second_vjp(primals, tangents, saved, grad, grad_t, needs, needs_t, options):
     from tangent_kernels import activation
 
-    both, wanted = (grads[0], grads_t[0]), (*needs, *needs_t)
+    both, wanted = (grad, grad_t), (*needs, *needs_t)
     x, x_t = activation.activation_second_vjp(primals[0], tangents[0], both, wanted, *options)
     return (x,), (x_t,)
 
 
-def _save(primals, outputs, statistics):
+def _save(primals, output, statistics):
     return primals
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tangent_ops.functional._backend import autocast, in_forward_ad
-from tangent_ops.functional._dual_op import DualOp, Maps, dual_outputs
+from tangent_ops.functional._dual_op import DualOp, Maps, dual_output
 from tangent_ops.reference.convolution import Geometry, convolution_jvp, convolution_vjp
 
 Sizes = int | tuple[int, ...]
@@ -58,8 +58,10 @@ def convolution(
     operands = autocast(input.device.type, input, weight, bias)
     each = functools.partial(_each, spatial=weight.ndim - 2)
     geometry = Geometry(each(stride), each(padding), each(dilation), groups)
-    found = dual_outputs(_OP, operands, (geometry,))
-    return found[0] if found else function(input, weight, bias, stride, padding, dilation, groups)
+    found = dual_output(_OP, operands, (geometry,))
+    if found is None:
+        return function(input, weight, bias, stride, padding, dilation, groups)
+    return found
 
 
 def _each(sizes: Sizes, spatial: int) -> list[int]:
@@ -70,22 +72,20 @@ def _each(sizes: Sizes, spatial: int) -> list[int]:
 
 
 def _jvp(primals, tangents, options):
-    output, output_t = convolution_jvp(*primals, *tangents, *options)
-    return (output,), (output_t,), ()
+    return *convolution_jvp(*primals, *tangents, *options), ()
 
 
 def _function(primals, options):
     stride, padding, dilation, groups = options[0]
     none = [0] * len(stride)
-    return (torch.convolution(*primals, stride, padding, dilation, False, none, groups),)
+    return torch.convolution(*primals, stride, padding, dilation, False, none, groups)
 
 
 _OP = DualOp(
     function=_function,
-    outputs=1,
     reference=Maps(
         jvp=_jvp,
-        save=lambda primals, outputs, statistics: primals[:2],
-        vjp=lambda saved, grads, needs, options: convolution_vjp(*saved, grads[0], *options, needs),
+        save=lambda primals, output, statistics: primals[:2],
+        vjp=lambda saved, grad, needs, options: convolution_vjp(*saved, grad, *options, needs),
     ),
 )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tangent_ops.functional._backend import Backend, why_not_in_rows
-from tangent_ops.functional._dual_op import DualOp, Maps, dual_outputs
+from tangent_ops.functional._dual_op import DualOp, Maps, dual_output
 from tangent_ops.functional._norm_maps import norm_maps
 from tangent_ops.functional.layer_norm import is_left_to_pytorch, shapes_fit
 from tangent_ops.reference.rms_norm import rms_norm_jvp, rms_norm_vjp
@@ -56,32 +56,31 @@ def rms_norm(
         added = torch.finfo(wide).eps if eps is None else eps
         why_not = why_not_in_rows(input, math.prod(shape))
         op = _OP if len(shape) == 1 else _OF_SEVERAL
-        found = dual_outputs(op, (input, weight), (shape, added), backend, why_not)
-    return found[0] if found else F.rms_norm(input, list(shape), weight, eps)
+        found = dual_output(op, (input, weight), (shape, added), backend, why_not)
+    return F.rms_norm(input, list(shape), weight, eps) if found is None else found
 
 
 def _function(primals, options):
     shape, eps = options
-    return (F.rms_norm(primals[0], shape, primals[1], eps),)
+    return F.rms_norm(primals[0], shape, primals[1], eps)
 
 
 def _jvp(primals, tangents, options):
     output, output_t, rstd = rms_norm_jvp(*primals, options[1], *tangents)
-    return (output,), (output_t,), (rstd,)
+    return output, output_t, (rstd,)
 
 
-def _save(primals, outputs, statistics):
+def _save(primals, output, statistics):
     return *primals, *statistics
 
 
 _OP = DualOp(
     function=_function,
-    outputs=1,
     reference=Maps(
         jvp=_jvp,
         save=_save,
-        vjp=lambda saved, grads, needs, options: rms_norm_vjp(grads[0], *saved, needs),
+        vjp=lambda saved, grad, needs, options: rms_norm_vjp(grad, *saved, needs),
     ),
     triton=norm_maps(_save, centered=False),
 )
-_OF_SEVERAL = DualOp(_function, 1, reference=None, triton=norm_maps(_save, centered=False))
+_OF_SEVERAL = DualOp(_function, reference=None, triton=norm_maps(_save, centered=False))
