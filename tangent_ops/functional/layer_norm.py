@@ -63,7 +63,7 @@ def layer_norm(
         found = dual_output(op, (input, weight, bias), (shape, eps), backend, why_not)
     if found is not None:
         return found
-    if may_be_differentiated(input, weight, bias):
+    if _needs_words(input, weight, bias):
         # Nor can Dynamo trace PyTorch's own for a dual input with plain weights.
         return reference.layer_norm(input, shape, weight, bias, eps)
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
@@ -78,10 +78,19 @@ def native_layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``torch.native_layer_norm``: the norm, and mean and 1/deviation, which have no tangents."""
     arguments = (input, normalized_shape, weight, bias, eps)
-    if not may_be_differentiated(input, weight, bias):
+    if not _needs_words(input, weight, bias):
         return torch.native_layer_norm(*arguments)
     words = functools.partial(reference.layer_norm, *arguments)
     return with_value_of(torch.native_layer_norm, words, *arguments)
+
+
+def _needs_words(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether PyTorch's rules may give wrong derivatives of the tangent.
+
+    By the input they do at the first order; by a bias without a weight at the second.
+    """
+    alone = weight is None and bias is not None and may_be_differentiated(bias, input)
+    return alone or may_be_differentiated(input, weight, bias)
 
 
 def shapes_fit(input: Tensor, shape: tuple[int, ...], *lines: Tensor | None) -> bool:
