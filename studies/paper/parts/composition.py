@@ -16,12 +16,12 @@ from studies.paper.parts.dealing import (
     fit_shards,
     mean_logits,
     reset,
+    uniform_soup,
 )
 from studies.paper.presets import Preset
 from tangent_ops import compose, compose_lossless, fit_exact, linearize
 from tangent_ops.errors import NotConvergedWarning
 from tangent_ops.exact import ShardCurvature
-from tangent_ops.soups import uniform_soup
 
 PART = "composition"
 TUNED_ON = 0
