@@ -58,7 +58,7 @@ class Maps:
 
 @dataclass(frozen=True)
 class DualOp:
-    """An op, by every backend.
+    """An op and its maps by backend.
 
     Attributes:
         function: PyTorch's own: (primals, options) -> output.
@@ -107,10 +107,10 @@ def dual_output(
         return None
     if not all(x.dtype.is_floating_point for x in given):
         return None
-    # In a plain level the gradient of a tracked primal has a tangent itself.
+    # In a plain level the gradient by a tracked primal has a tangent, too.
     if plain and any(x.requires_grad for x in given):
         return None
-    # Nothing to launch on, or a launch that a trace would not record.
+    # A fake tensor has no data to launch a kernel on, and a trace would not record the launch.
     if op.triton is None or isinstance(given[0], FakeTensor) or is_traced():
         chosen = "reference"
     else:
@@ -169,7 +169,8 @@ class _Dual(torch.autograd.Function):
                 maps = ctx.op.reference
                 if maps is None:
                     raise UnsupportedError(
-                        "a second derivative by the tangents of this op: pass backend='reference'"
+                        "this op's Triton kernel has no second derivative by the tangents: "
+                        "pass backend='reference'"
                     )
             found = maps.vjp(ctx.saved_tensors, grad_t, needs_t, ctx.options)
             return (None, None, None, *nothing, *found)

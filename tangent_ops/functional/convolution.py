@@ -1,4 +1,4 @@
-"""Convolution for plain and dual tensors."""
+"""Convolutions of one to three dimensions for plain and dual tensors."""
 
 # Operands come in tuples, whose lengths pyright does not know.
 # pyright: reportCallIssue=false
@@ -31,23 +31,23 @@ def convolution(
     dilation: Sizes = 1,
     groups: int = 1,
 ) -> Tensor:
-    """``F.conv1d``, ``F.conv2d`` or ``F.conv3d`` without products that an absent tangent makes 0.
+    """``F.conv1d``, ``F.conv2d`` or ``F.conv3d``, without the products of absent tangents.
 
         y = x ∗ W + b        y_t = x_t ∗ W + x ∗ W_t + b_t
 
-    The gradients of the tangents are the ordinary ones, and primals alone are kept for them. What
-    is computed here and what is left to PyTorch's own function is in
-    :mod:`tangent_ops.functional`.
+    The gradients of the tangents are the ordinary ones, and only primals are kept for them.
+    :mod:`tangent_ops.functional` says which calls are computed here and which by PyTorch's own
+    function.
 
     Args:
-        function: which of the three it is.
-        input: (B, K, *spatial), plain or dual; without B, or elements, it is PyTorch's own.
+        function: one of the three.
+        input: (B, K, *spatial), plain or dual; without B, or empty, PyTorch computes the call.
         weight: (C, K / groups, *kernel), plain or dual.
         bias: (C,), plain or dual, or None.
         stride: of the kernel.
-        padding: zeros around the input; "same" and "valid" are PyTorch's own.
+        padding: zeros around the input; PyTorch computes "same" and "valid".
         dilation: of the kernel.
-        groups: that channels fall into.
+        groups: of channels.
 
     Returns:
         (B, C, *spatial), dual if an input is.

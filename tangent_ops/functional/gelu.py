@@ -19,9 +19,9 @@ def gelu(input: Tensor, approximate: str = "none", *, backend: Backend | None = 
 
         y = x Φ(x)        y_t = (Φ(x) + x φ(x)) x_t
 
-    Where x is frozen no tangent is kept for the backward pass: PyTorch's own rule keeps x_t beside
-    x, for derivatives by x that a frozen x does not have. What is computed here and what is left
-    to PyTorch's own function is in :mod:`tangent_ops.functional`.
+    Where x is frozen no tangent is kept for the backward pass; PyTorch's own rule keeps x_t beside
+    x, for derivatives by x. :mod:`tangent_ops.functional` says which calls are computed here and
+    which by PyTorch's own function.
 
     Args:
         input: any shape, plain or dual.

@@ -34,8 +34,8 @@ def layer_norm(
 
     Where x, w and b are frozen the gradients of the tangents are the ordinary ones, and no tangent
     is kept for them. Under autocast, with mixed dtypes, and where :mod:`tangent_ops.functional`
-    says so, it is PyTorch's own function; or plain operations, where derivatives of the tangent by
-    x may be asked for, because PyTorch's own gets them wrong in silence.
+    says so, PyTorch's own function computes the call. Plain operations do where derivatives of the
+    tangent by x, or by b without w, may be needed: PyTorch's rules are silently wrong there.
 
     Args:
         input: (..., *normalized_shape), plain or dual.
@@ -53,10 +53,10 @@ def layer_norm(
     """
     shape = tuple(normalized_shape)
     if not shapes_fit(input, shape, weight, bias):
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # which says why not
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # raises PyTorch's error
     found = None
     if not is_left_to_pytorch(input, weight, bias):
-        # PyTorch's backward pass with a bias alone is not differentiable once more.
+        # PyTorch's backward pass with a bias alone cannot be differentiated again.
         bias_alone = weight is None and bias is not None
         op = _OF_BIAS_ALONE if bias_alone else _OP
         why_not = why_not_in_rows(input, math.prod(shape))
@@ -64,7 +64,7 @@ def layer_norm(
     if found is not None:
         return found
     if _needs_words(input, weight, bias):
-        # Nor can Dynamo trace PyTorch's own for a dual input with plain weights.
+        # Dynamo needs them, too: it cannot trace PyTorch's own of a dual input and plain weights.
         return reference.layer_norm(input, shape, weight, bias, eps)
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
@@ -76,7 +76,7 @@ def native_layer_norm(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``torch.native_layer_norm``: the norm, and mean and 1/deviation, which have no tangents."""
+    """``torch.native_layer_norm``: the norm, and mean and 1/deviation without tangents."""
     arguments = (input, normalized_shape, weight, bias, eps)
     if not _needs_words(input, weight, bias):
         return torch.native_layer_norm(*arguments)
@@ -94,13 +94,13 @@ def _needs_words(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> b
 
 
 def shapes_fit(input: Tensor, shape: tuple[int, ...], *lines: Tensor | None) -> bool:
-    """Whether PyTorch takes such shapes; the formulas broadcast others, the kernels read beyond."""
+    """Whether PyTorch accepts the shapes; with others the kernels would read out of bounds."""
     whole = len(shape) > 0 and input.shape[-len(shape) :] == shape
     return whole and all(line is None or line.shape == shape for line in lines)
 
 
 def is_left_to_pytorch(input: Tensor, *others: Tensor | None) -> bool:
-    """Whether a normalization's dtypes are for PyTorch's own function to sort out."""
+    """Whether PyTorch's own function computes a normalization: autocast or mixed dtypes."""
     mixed = any(x is not None and x.dtype != input.dtype for x in others)
     return mixed or autocast_is_on(input.device.type)
 

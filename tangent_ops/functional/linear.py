@@ -20,14 +20,15 @@ def linear(
 
         y = x Wᵀ + b        y_t = x_t Wᵀ + x W_tᵀ + b_t
 
-    On every device these are PyTorch's own products, three, the tangent's two added in place;
-    ``backend="triton"`` is one launch that reads x once (kernels/README.md compares them). What is
-    computed here and what is left to PyTorch's own function is in :mod:`tangent_ops.functional`.
+    On every device PyTorch computes the three products, and the tangent's two are added in place;
+    ``backend="triton"`` is one launch that reads x once (kernels/README.md compares them).
+    :mod:`tangent_ops.functional` says which calls are computed here and which by PyTorch's own
+    function.
 
     Args:
         input: (..., K), plain or dual.
         weight: (C, K), plain or dual.
-        bias: (C,), plain or dual, or None; of another shape the call is PyTorch's.
+        bias: (C,), plain or dual, or None; PyTorch computes a call with another shape.
         backend: None for PyTorch's products; "triton" or "reference" insists.
 
     Returns:

@@ -33,7 +33,7 @@ def rms_norm(
 
     Where x and w are frozen no tangent is kept for the backward pass. Under autocast, with mixed
     dtypes, over several dimensions at once on a CPU, and where :mod:`tangent_ops.functional` says
-    so, it is PyTorch's own function.
+    so, PyTorch's own function computes the call.
 
     Args:
         input: (..., *normalized_shape), plain or dual.
@@ -51,7 +51,7 @@ def rms_norm(
     shape = tuple(normalized_shape)
     found = None
     if shapes_fit(input, shape, weight) and not is_left_to_pytorch(input, weight):
-        # PyTorch computes 16-bit operands in float32, whose eps it takes then.
+        # PyTorch computes 16-bit operands in float32 and takes the eps of float32.
         wide = torch.promote_types(input.dtype, torch.float32)
         added = torch.finfo(wide).eps if eps is None else eps
         why_not = why_not_in_rows(input, math.prod(shape))

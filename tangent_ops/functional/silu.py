@@ -16,12 +16,12 @@ def silu(input: Tensor, inplace: bool = False, *, backend: Backend | None = None
 
         y = x σ(x)        y_t = σ(x) (1 + x (1 - σ(x))) x_t
 
-    What is computed here and what is left to PyTorch's own function is in
-    :mod:`tangent_ops.functional`.
+    :mod:`tangent_ops.functional` says which calls are computed here and which by PyTorch's own
+    function.
 
     Args:
         input: any shape, plain or dual.
-        inplace: overwrite ``input``; PyTorch's own function does that.
+        inplace: overwrite ``input``; PyTorch's own function computes such a call.
         backend: None chooses by device; "triton" or "reference" insists.
 
     Returns:

@@ -22,13 +22,13 @@ def softmax(
 
         y = softmax(x)        y_t = y∘(x_t - Σ y∘x_t)
 
-    Where x is frozen y alone is kept for the backward pass. Under autocast, and where
-    :mod:`tangent_ops.functional` says so, it is PyTorch's own function.
+    Where x is frozen only y is kept for the backward pass. Under autocast, and where
+    :mod:`tangent_ops.functional` says so, PyTorch's own function computes the call.
 
     Args:
         input: any shape, plain or dual.
-        dim: that sums to 1; on CUDA the kernel takes the last.
-        dtype: to cast ``input`` to first.
+        dim: the dimension that sums to 1; the Triton kernel computes the last only.
+        dtype: ``input`` is cast to it first.
         backend: None chooses by device; "triton" or "reference" insists.
 
     Returns:
