@@ -1,0 +1,136 @@
+"""Layer normalization for plain and dual tensors."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tangent_ops.ops.backend import Backend, autocast_is_on, why_not_in_rows
+from tangent_ops.ops.composed import with_value_of
+from tangent_ops.ops.dual_op import DualOp, Maps, dual_output
+from tangent_ops.ops.norm_maps import norm_maps
+from tangent_ops.ops.pytorch_rules import may_be_differentiated
+from tangent_ops.ops.reference import layer_norm as reference
+from tangent_ops.ops.reference.layer_norm import layer_norm_jvp, layer_norm_vjp
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """``torch.nn.functional.layer_norm`` with its tangent: one pass on CUDA, three elsewhere.
+
+        y = w∘x̂ + b        y_t = w∘(J x_t) + w_t∘x̂ + b_t        J = ∂x̂/∂x
+
+    Where x, w and b are frozen the gradients of the tangents are the ordinary ones, and no tangent
+    is kept for them. Under autocast, with mixed dtypes, and where :mod:`tangent_ops.functional`
+    says so, PyTorch's own function computes the call. Plain operations do where derivatives of the
+    tangent by x, or by b without w, may be needed: PyTorch's rules are silently wrong there.
+
+    Args:
+        input: (..., *normalized_shape), plain or dual.
+        normalized_shape: the trailing dimensions that are normalized together.
+        weight: normalized_shape, plain or dual, or None for ones.
+        bias: normalized_shape, plain or dual, or None for zeros.
+        eps: added to the variance.
+        backend: None chooses by device; "triton" or "reference" insists.
+
+    Returns:
+        As ``input``, dual if an input is.
+
+    Raises:
+        UnsupportedError: ``backend="triton"`` and the kernels do not compute this call.
+    """
+    shape = tuple(normalized_shape)
+    if not shapes_fit(input, shape, weight, bias):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # raises PyTorch's error
+    found = None
+    if not is_left_to_pytorch(input, weight, bias):
+        # PyTorch's backward pass with a bias alone cannot be differentiated again.
+        bias_alone = weight is None and bias is not None
+        op = _OF_BIAS_ALONE if bias_alone else _OP
+        why_not = why_not_in_rows(input, math.prod(shape))
+        found = dual_output(op, (input, weight, bias), (shape, eps), backend, why_not)
+    if found is not None:
+        return found
+    if _needs_words(input, weight, bias):
+        # Dynamo needs them, too: it cannot trace PyTorch's own of a dual input and plain weights.
+        return reference.layer_norm(input, shape, weight, bias, eps)
+    return F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def native_layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``torch.native_layer_norm``: the norm, and mean and 1/deviation without tangents."""
+    arguments = (input, normalized_shape, weight, bias, eps)
+    if not _needs_words(input, weight, bias):
+        return torch.native_layer_norm(*arguments)
+    words = functools.partial(reference.layer_norm, *arguments)
+    return with_value_of(torch.native_layer_norm, words, *arguments)
+
+
+def _needs_words(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether PyTorch's rules may give wrong derivatives of the tangent.
+
+    By the input they do at the first order; by a bias without a weight at the second.
+    """
+    alone = weight is None and bias is not None and may_be_differentiated(bias, input)
+    return alone or may_be_differentiated(input, weight, bias)
+
+
+def shapes_fit(input: Tensor, shape: tuple[int, ...], *lines: Tensor | None) -> bool:
+    """Whether PyTorch accepts the shapes; with others the kernels would read out of bounds."""
+    whole = len(shape) > 0 and input.shape[-len(shape) :] == shape
+    return whole and all(line is None or line.shape == shape for line in lines)
+
+
+def is_left_to_pytorch(input: Tensor, *others: Tensor | None) -> bool:
+    """Whether PyTorch's own function computes a normalization: autocast or mixed dtypes."""
+    mixed = any(x is not None and x.dtype != input.dtype for x in others)
+    return mixed or autocast_is_on(input.device.type)
+
+
+def _jvp(primals, tangents, options):
+    shape, eps = options
+    input, weight, bias = primals
+    output, output_t, mean, rstd = layer_norm_jvp(input, shape, weight, bias, eps, *tangents)
+    return output, output_t, (mean, rstd)
+
+
+def _vjp(saved, grad, needs, options):
+    input, weight, mean, rstd = saved
+    # PyTorch's pass reads no bias; it wants one where the bias's gradient is needed.
+    bias = weight if needs[2] else None
+    return layer_norm_vjp(grad, input, options[0], weight, bias, mean, rstd, needs)
+
+
+def _save(primals, output, statistics):
+    return primals[0], primals[1], *statistics
+
+
+def _function(primals, options):
+    shape, eps = options
+    return reference.layer_norm(primals[0], shape, primals[1], primals[2], eps)
+
+
+_OP = DualOp(
+    function=_function,
+    reference=Maps(_jvp, _save, _vjp),
+    triton=norm_maps(_save),
+)
+_OF_BIAS_ALONE = DualOp(_function, reference=None, triton=norm_maps(_save))
