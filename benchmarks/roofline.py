@@ -67,11 +67,9 @@ class RowOp:
 
 ROW_OPS = {
     "layer_norm": RowOp(1, 2, 1, 1, 2, (7, 11, 13)),
-    "add_layer_norm": RowOp(2, 2, 2, 1, 2, (8, 12, 14)),  # both inputs' gradients are one
     "rms_norm": RowOp(1, 1, 1, 1, 1, (4, 8, 9)),
     "gelu": RowOp(1, 0, 1, 1, 0, (5, 7, 11)),
     "silu": RowOp(1, 0, 1, 1, 0, (4, 5, 8)),
-    "swiglu": RowOp(2, 0, 2, 2, 0, (5, 8, 11)),
     "softmax": RowOp(1, 0, 1, 1, 0, (5, 4, 4)),
 }
 
@@ -255,12 +253,6 @@ class Figures:
     gigabytes: float
     percent: float | None
     bound: Literal["memory", "arithmetic"] | None
-
-
-def floor_seconds(row: Row, ceilings: Mapping[str, float]) -> float | None:
-    """The time that the row's least work takes at the machine's limits; None if not known."""
-    times = _floors(row, ceilings)
-    return None if times is None else max(times)
 
 
 def figures(row: Row, ceilings: Mapping[str, float]) -> Figures | None:

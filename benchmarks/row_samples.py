@@ -32,18 +32,17 @@ def launches(
     def statistic() -> torch.Tensor:
         return torch.ones(count, device=device)
 
-    forward = [rows(), rows(), line(), line(), rows(), rows(), line(), line()]
+    forward = [rows(), line(), line(), rows(), line(), line()]
     needs = (True, True, True)
     normalized = (rows(), line(), statistic(), statistic())
-    operands = (rows(), rows(), rows(), rows())
     none = (None, None)
     plans: dict[str, Callable] = {
         "layer norm": lambda: layer_norm.plan_jvp(*forward, 1e-6, True),
         "layer norm, first order": lambda: layer_norm.plan_backward(
-            normalized, none, (None, rows(), None, rows()), (False,) * 3, needs
+            normalized, none, (None, rows()), (False,) * 3, needs
         ),
         "layer norm, second order": lambda: layer_norm.plan_backward(
-            normalized, (rows(), line()), operands, needs, needs
+            normalized, (rows(), line()), (rows(), rows()), needs, needs
         ),
         "softmax": lambda: softmax.plan_jvp(rows(), rows()),
         "softmax, second order": lambda: softmax.plan_backward(
@@ -59,8 +58,8 @@ def launches(
         ),
     }
     for name in activation.ACTIVATIONS:
-        plans[name] = lambda name=name: activation.plan_jvp(*operands, name)
+        plans[name] = lambda name=name: activation.plan_jvp(rows(), rows(), name)
         plans[f"{name}, second order"] = lambda name=name: activation.plan_backward(
-            operands, (rows(), rows()), (True,) * 4, name
+            rows(), rows(), (rows(), rows()), (True, True), name
         )
     return {name: plan()[-1] for name, plan in plans.items()}

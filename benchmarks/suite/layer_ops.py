@@ -1,4 +1,4 @@
-"""The single layers of the suite: as PyTorch writes them, fused, and spelled out for a compiler."""
+"""The single layers of the suite: as PyTorch writes them, and spelled out for a compiler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from benchmarks.roofline import linear_cost, row_cost
 from benchmarks.suite.case import Cost
-from tangent_ops import functional
 
 Tensors = tuple[Tensor, ...]
 Pair = tuple[Tensor, Tensor]  # output and tangent
@@ -31,14 +30,12 @@ class Layer:
         formula: output and tangent of operands and tangents, as one would write them.
         draw: operands of (rows, width, *outer), by a source of random numbers.
         cost: of a question, rows, width, *outer and the bytes of an element.
-        fused: as ``plain``, where this library has a function that PyTorch lacks.
     """
 
     plain: Callable[..., Tensor]
     formula: Callable[[Tensors, Tensors], Pair]
     draw: Callable[..., Tensors]
     cost: Callable[..., Cost]
-    fused: Callable[..., Tensor] | None = None
 
 
 # --- as PyTorch writes them ------------------------------------------------------------------
@@ -48,31 +45,12 @@ def layer_norm(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(input, weight.shape, weight, bias, EPS)
 
 
-def add_layer_norm(input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.layer_norm(input + residual, weight.shape, weight, bias, EPS)
-
-
 def rms_norm(input: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(input, weight.shape, weight, EPS)
 
 
 def softmax(input: Tensor) -> Tensor:
     return F.softmax(input, -1)
-
-
-def swiglu(gate: Tensor, value: Tensor) -> Tensor:
-    return F.silu(gate) * value
-
-
-# --- and fused: looked up when called, as `benchmarks.compare` runs commits that lack them --------
-
-
-def fused_add_layer_norm(input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return functional.add_layer_norm(input, residual, tuple(weight.shape), weight, bias, EPS)[0]
-
-
-def fused_swiglu(gate: Tensor, value: Tensor) -> Tensor:
-    return functional.swiglu(gate, value)
 
 
 # --- spelled out, in float32 -----------------------------------------------------------------
@@ -93,11 +71,6 @@ def layer_norm_formula(primals: Tensors, tangents: Tensors) -> Pair:
     output = weight * normed + bias
     output_t = weight * rstd * moved + weight_t * normed + bias_t
     return output.to(dtype), output_t.to(dtype)
-
-
-def add_layer_norm_formula(primals: Tensors, tangents: Tensors) -> Pair:
-    (x, residual, *parameters), (x_t, residual_t, *parameters_t) = primals, tangents
-    return layer_norm_formula((x + residual, *parameters), (x_t + residual_t, *parameters_t))
 
 
 def rms_norm_formula(primals: Tensors, tangents: Tensors) -> Pair:
@@ -124,15 +97,6 @@ def silu_formula(primals: Tensors, tangents: Tensors) -> Pair:
     return (x * sigmoid).to(dtype), (sigmoid * (1 + x * (1 - sigmoid)) * x_t).to(dtype)
 
 
-def swiglu_formula(primals: Tensors, tangents: Tensors) -> Pair:
-    dtype = primals[0].dtype
-    (x, value), (x_t, value_t) = _float(primals), _float(tangents)
-    sigmoid = torch.sigmoid(x)
-    output = x * sigmoid
-    moved = sigmoid * (1 + x * (1 - sigmoid)) * x_t
-    return (output * value).to(dtype), (moved * value + output * value_t).to(dtype)
-
-
 def softmax_formula(primals: Tensors, tangents: Tensors) -> Pair:
     dtype = primals[0].dtype
     (x,), (x_t,) = _float(primals), _float(tangents)
@@ -149,14 +113,14 @@ def linear_formula(primals: Tensors, tangents: Tensors) -> Pair:
 # --- operands --------------------------------------------------------------------------------
 
 
-def _of_inputs(inputs: int) -> Callable[..., Tensors]:
-    return lambda normal, rows, width: tuple(normal(rows, width) for _ in range(inputs))
+def _of_input(normal: Normal, rows: int, width: int) -> Tensors:
+    return (normal(rows, width),)
 
 
-def _of_norm(inputs: int, bias: bool) -> Callable[..., Tensors]:
+def _of_norm(bias: bool) -> Callable[..., Tensors]:
     def draw(normal: Normal, rows: int, width: int) -> Tensors:
         parameters = (1 + 0.1 * normal(width), normal(width))
-        return *(normal(rows, width) for _ in range(inputs)), *parameters[: 1 + bias]
+        return normal(rows, width), *parameters[: 1 + bias]
 
     return draw
 
@@ -165,23 +129,15 @@ def _of_linear(normal: Normal, rows: int, inner: int, outer: int) -> Tensors:
     return normal(rows, inner), inner**-0.5 * normal(outer, inner), normal(outer)
 
 
-def _rows(name: str, plain, formula, draw, fused=None) -> Layer:
-    return Layer(plain, formula, draw, partial(row_cost, name), fused)
+def _rows(name: str, plain, formula, draw) -> Layer:
+    return Layer(plain, formula, draw, partial(row_cost, name))
 
 
 LAYERS = {
-    "layer_norm": _rows("layer_norm", layer_norm, layer_norm_formula, _of_norm(1, True)),
-    "add_layer_norm": _rows(
-        "add_layer_norm",
-        add_layer_norm,
-        add_layer_norm_formula,
-        _of_norm(2, True),
-        fused_add_layer_norm,
-    ),
-    "rms_norm": _rows("rms_norm", rms_norm, rms_norm_formula, _of_norm(1, False)),
-    "gelu": _rows("gelu", F.gelu, gelu_formula, _of_inputs(1)),
-    "silu": _rows("silu", F.silu, silu_formula, _of_inputs(1)),
-    "swiglu": _rows("swiglu", swiglu, swiglu_formula, _of_inputs(2), fused_swiglu),
-    "softmax": _rows("softmax", softmax, softmax_formula, _of_inputs(1)),
+    "layer_norm": _rows("layer_norm", layer_norm, layer_norm_formula, _of_norm(True)),
+    "rms_norm": _rows("rms_norm", rms_norm, rms_norm_formula, _of_norm(False)),
+    "gelu": _rows("gelu", F.gelu, gelu_formula, _of_input),
+    "silu": _rows("silu", F.silu, silu_formula, _of_input),
+    "softmax": _rows("softmax", softmax, softmax_formula, _of_input),
     "linear": Layer(F.linear, linear_formula, _of_linear, linear_cost),
 }

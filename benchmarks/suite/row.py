@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from benchmarks.suite.case import Case, Provider
@@ -54,9 +54,6 @@ class Row:
         """The median that stands for it: the device's own where a graph shows it."""
         best = self.graph or self.timing
         return None if best is None else best.median
-
-    def with_memory(self, peak_bytes: int | None, saved_bytes: int | None) -> Row:
-        return replace(self, peak_bytes=peak_bytes, saved_bytes=saved_bytes)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,9 +1,8 @@
-"""Activations, plain or as the gate of a product, with tangents.
+"""Activations with tangents: GELU (exact and tanh) and SiLU.
 
     y = f(x)        y_t = f'(x) x_t
-    y = f(x) v      y_t = f'(x) x_t v + f(x) v_t        (GEGLU, SwiGLU: x the gate, v the value)
 
-Never y / x times something: derivatives near x = 0 are as accurate as elsewhere.
+No formula divides by x, so derivatives near x = 0 are as accurate as elsewhere.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ Optional = Tensor | None
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Size and launch options of a kernel that goes element by element."""
+    """Block size and launch options of an elementwise kernel."""
 
     block: int
     num_warps: int
 
     def keywords(self) -> dict[str, Any]:
-        """As the kernel is called with them."""
+        """The kernel's keyword arguments."""
         return {"BLOCK": self.block, "num_warps": self.num_warps, "num_stages": 1}
 
 
@@ -89,12 +88,10 @@ def _store(operand, index, width, value, inside):
 
 @triton.jit
 def activation_kernel(
-    x,  # (rows, width), stride; the same for all that follow
-    value,  # v, or None; the same for the next two
+    x,  # (rows, width) and its row stride; the same for the next three
     x_t,
-    value_t,
     y,
-    y_t,  # None without any tangent
+    y_t,
     size,
     width,
     NAME: tl.constexpr,
@@ -104,151 +101,101 @@ def activation_kernel(
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
     zeroth, first, _ = _derivatives(_load(x, index, width, inside), NAME)
-    output = zeroth
-    if value is not None:
-        factor = _load(value, index, width, inside)
-        output *= factor
-    _store(y, index, width, output, inside)
-    if y_t is not None:
-        tangent = tl.zeros_like(zeroth)
-        if x_t is not None:
-            tangent += first * _load(x_t, index, width, inside)
-            if value is not None:
-                tangent *= factor
-        if value_t is not None:
-            tangent += zeroth * _load(value_t, index, width, inside)
-        _store(y_t, index, width, tangent, inside)
+    _store(y, index, width, zeroth, inside)
+    _store(y_t, index, width, first * _load(x_t, index, width, inside), inside)
 
 
 @triton.jit
 def activation_backward_kernel(
-    x,  # (rows, width), stride; the same for all that follow
-    value,  # v, or None; the same for the next three
-    x_t,
-    value_t,
-    grad,  # G, cotangent of y
+    x,  # (rows, width) and its row stride; the same for the next five
+    x_t,  # None if grad_x is None
+    grad,  # G, cotangent of y, or None
     grad_t,  # H, cotangent of y_t
-    grad_x,  # or None where not needed; the same for all that follow
-    grad_value,
-    grad_x_t,
-    grad_value_t,
+    grad_x,  # or None
+    grad_x_t,  # or None
     size,
     width,
     NAME: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradients of G·y + H·y_t by x and v and by their tangents."""
+    """Gradients of G·y + H·y_t by x and x_t."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
-    zeroth, first, second = _derivatives(_load(x, index, width, inside), NAME)
+    _, first, second = _derivatives(_load(x, index, width, inside), NAME)
     cotangent_t = _load(grad_t, index, width, inside)
-    if grad_value_t is not None:
-        _store(grad_value_t, index, width, zeroth * cotangent_t, inside)
-    scaled = cotangent_t  # v∘H
-    if value is not None and (grad_x is not None or grad_x_t is not None):
-        factor = _load(value, index, width, inside)
-        scaled *= factor
     if grad_x_t is not None:
-        _store(grad_x_t, index, width, first * scaled, inside)
-
-    if grad_x is not None or grad_value is not None:
-        by_x = tl.zeros_like(zeroth)
-        by_value = tl.zeros_like(zeroth)
+        _store(grad_x_t, index, width, first * cotangent_t, inside)
+    if grad_x is not None:
+        by_x = second * _load(x_t, index, width, inside) * cotangent_t
         if grad is not None:
-            cotangent = _load(grad, index, width, inside)
-            by_value += zeroth * cotangent
-            by_x += first * cotangent
-            if value is not None and grad_x is not None:
-                by_x *= factor
-        if x_t is not None:
-            direction = _load(x_t, index, width, inside)
-            by_x += second * direction * scaled
-            by_value += first * direction * cotangent_t
-        if value_t is not None:
-            by_x += first * _load(value_t, index, width, inside) * cotangent_t
-        if grad_x is not None:
-            _store(grad_x, index, width, by_x, inside)
-        if grad_value is not None:
-            _store(grad_value, index, width, by_value, inside)
+            by_x += first * _load(grad, index, width, inside)
+        _store(grad_x, index, width, by_x, inside)
 
 
 # --- launches ------------------------------------------------------------------------------
 
 
-def activation_jvp(
-    x: Tensor, value: Optional, x_t: Optional, value_t: Optional, name: str
-) -> tuple[Tensor, Optional]:
-    """f(x), or f(x) v, and its tangent (None without any).
+def activation_jvp(x: Tensor, x_t: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """f(x) and its tangent.
 
     Args:
         x: any shape.
-        value: v, as ``x``, or None.
-        x_t: tangent of ``x``, or None for zero.
-        value_t: tangent of ``value``, or None for zero.
+        x_t: tangent of ``x``, same shape.
         name: f, one of ACTIVATIONS.
     """
-    results, launch = plan_jvp(x, value, x_t, value_t, name)
+    results, launch = plan_jvp(x, x_t, name)
     with device_of(x):
         launch.run()
     return results
 
 
-def plan_jvp(x, value, x_t, value_t, name) -> tuple[tuple[Tensor, Optional], Launch]:
+def plan_jvp(x, x_t, name) -> tuple[tuple[Tensor, Tensor], Launch]:
     """Empty results of :func:`activation_jvp` and the launch that fills them."""
-    dual = x_t is not None or value_t is not None
-    y, y_t = _empty(x), _empty(x) if dual else None
-    named = {"x": x, "value": value, "x_t": x_t, "value_t": value_t, "y": y, "y_t": y_t}
-    return (y, y_t), _launch(activation_kernel, named, name)
+    y, y_t = _empty(x), _empty(x)
+    return (y, y_t), _launch(activation_kernel, {"x": x, "x_t": x_t, "y": y, "y_t": y_t}, name)
 
 
-def activation_vjp(
-    x: Tensor, value: Optional, grad: Tensor, needs: Sequence[bool], name: str
-) -> tuple[Optional, Optional]:
-    """Gradients of y by x and v; of y_t by their tangents, which are the same map.
+def activation_vjp(x: Tensor, grad: Tensor, name: str) -> Tensor:
+    """Gradient of y by x; of y_t by x_t, which is the same map.
 
     Args:
         x: any shape.
-        value: v, as ``x``, or None.
         grad: cotangent of y (or y_t), as ``x``.
-        needs: which of the two gradients to compute; the other is None.
         name: f, one of ACTIVATIONS.
     """
-    found = _backward((x, value, None, None), (None, grad), (False, False, *needs), name)
-    return found[2], found[3]
+    found = activation_second_vjp(x, None, (None, grad), (False, True), name)[1]
+    assert found is not None
+    return found
 
 
 def activation_second_vjp(
-    operands: tuple[Tensor, Optional, Optional, Optional],
+    x: Tensor,
+    x_t: Optional,
     grads: tuple[Optional, Tensor],
     needs: Sequence[bool],
     name: str,
-) -> tuple[Optional, ...]:
-    """Gradients of G·y + H·y_t by x, v, x_t and v_t.
+) -> tuple[Optional, Optional]:
+    """Gradients of G·y + H·y_t by x and x_t.
 
     Args:
-        operands: x, v or None, and their tangents or None.
+        x: any shape.
+        x_t: tangent of ``x``; may be None if the gradient by x is not needed.
         grads: G or None, and H.
-        needs: which of the four gradients to compute; the others are None.
+        needs: which of the two gradients to compute; the other is None.
         name: f, one of ACTIVATIONS.
     """
-    return _backward(operands, grads, needs, name)
-
-
-def _backward(operands, grads, needs, name) -> tuple[Optional, ...]:
-    results, launch = plan_backward(operands, grads, needs, name)
-    with device_of(operands[0]):
+    results, launch = plan_backward(x, x_t, grads, needs, name)
+    with device_of(x):
         launch.run()
     return results
 
 
-def plan_backward(operands, grads, needs, name) -> tuple[tuple[Optional, ...], Launch]:
+def plan_backward(x, x_t, grads, needs, name) -> tuple[tuple[Optional, Optional], Launch]:
     """Empty gradients and the launch that fills them."""
-    results = tuple(_empty(operands[0]) if need else None for need in needs)
-    names = ("x", "value", "x_t", "value_t", "grad", "grad_t")
-    named = dict(zip(names, (*operands, *grads), strict=True))
-    wanted = ("grad_x", "grad_value", "grad_x_t", "grad_value_t")
-    named |= dict(zip(wanted, results, strict=True))
-    return results, _launch(activation_backward_kernel, named, name)
+    grad_x, grad_x_t = (_empty(x) if need else None for need in needs)
+    named = {"x": x, "x_t": x_t, "grad": grads[0], "grad_t": grads[1]}
+    named |= {"grad_x": grad_x, "grad_x_t": grad_x_t}
+    return (grad_x, grad_x_t), _launch(activation_backward_kernel, named, name)
 
 
 def _empty(like: Tensor) -> Tensor:

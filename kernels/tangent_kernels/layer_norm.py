@@ -1,4 +1,4 @@
-"""Layer and RMS normalization with tangents, optionally of a sum with a residual.
+"""Layer and RMS normalization with tangents.
 
 With x̂ = (x - m) r, m = mean(x) (0 for RMS), r = 1/√(mean((x - m)²) + ε), K elements in a row:
 
@@ -41,18 +41,14 @@ def _project(vector, normal, rstd, inside, width, CENTER: tl.constexpr):
 
 @triton.jit
 def layer_norm_kernel(
-    x,  # (rows, K), stride; the same for the next three, and the outputs
-    residual,  # or None
-    x_t,  # or None
-    residual_t,  # or None
-    weight,  # (K,) or None; the same for the next three
+    x,  # (rows, K) and its row stride; the same for x_t, y and y_t
+    weight,  # (K,) or None; the same for bias and their tangents
     bias,
+    x_t,  # or None
     weight_t,
     bias_t,
     y,
-    y_t,  # None without any tangent
-    total,  # x + residual, or None
-    total_t,  # its tangent, or None
+    y_t,
     mean,  # (rows,) float32, or None for RMS
     rstd,  # (rows,) float32
     rows,
@@ -69,11 +65,6 @@ def layer_norm_kernel(
     inside = (row < rows) & (cols < width)
 
     value = load_row(x, row, cols, inside)
-    if residual is not None:
-        value += load_row(residual, row, cols, inside)
-        # What follows starts from the sum as it is kept, as a model without the fusion would.
-        value = value.to(total[0].dtype.element_ty).to(tl.float32)
-        store_row(total, row, cols, value, inside)
     if CENTER:
         center = tl.sum(value, 1)[:, None] / width
         tl.store(mean + row, center, mask=row < rows)
@@ -90,35 +81,25 @@ def layer_norm_kernel(
         output += _vector(bias, tl.arange(0, WIDTH), width)
     store_row(y, row, cols, output, inside)
 
-    if y_t is not None:
-        tangent = tl.zeros_like(normal)
-        if x_t is not None or residual_t is not None:
-            direction = tl.zeros_like(normal)
-            if x_t is not None:
-                direction += load_row(x_t, row, cols, inside)
-            if residual_t is not None:
-                direction += load_row(residual_t, row, cols, inside)
-            if total_t is not None:
-                direction = direction.to(total_t[0].dtype.element_ty).to(tl.float32)
-                store_row(total_t, row, cols, direction, inside)
-            tangent = _project(direction, normal, scale, inside, width, CENTER)
-            if weight is not None:
-                tangent *= gain
-        if weight_t is not None:
-            tangent += normal * _vector(weight_t, tl.arange(0, WIDTH), width)
-        if bias_t is not None:
-            tangent += _vector(bias_t, tl.arange(0, WIDTH), width)
-        store_row(y_t, row, cols, tangent, inside)
+    tangent = tl.zeros_like(normal)
+    if x_t is not None:
+        direction = load_row(x_t, row, cols, inside)
+        tangent = _project(direction, normal, scale, inside, width, CENTER)
+        if weight is not None:
+            tangent *= gain
+    if weight_t is not None:
+        tangent += normal * _vector(weight_t, tl.arange(0, WIDTH), width)
+    if bias_t is not None:
+        tangent += _vector(bias_t, tl.arange(0, WIDTH), width)
+    store_row(y_t, row, cols, tangent, inside)
 
 
 @triton.jit
 def layer_norm_backward_kernel(
-    x,  # (rows, K), stride: what was normalized; the same for the next six
+    x,  # (rows, K) and its row stride; the same for the next five
     x_t,  # or None
     grad,  # G, cotangent of y, or None
     grad_t,  # H, cotangent of y_t
-    grad_total,  # cotangent of x + residual, or None
-    grad_total_t,  # that of its tangent, or None
     grad_x,  # or None where not needed; the same for all that follow
     grad_x_t,
     weight,  # (K,)
@@ -166,10 +147,7 @@ def layer_norm_backward_kernel(
         if grad_x_t is not None or grad_x is not None:
             pulled = _project(into, normal, scale, inside, width, CENTER)  # J a
         if grad_x_t is not None:
-            result_t = pulled
-            if grad_total_t is not None:
-                result_t += load_row(grad_total_t, row, cols, inside)
-            store_row(grad_x_t, row, cols, result_t, inside)
+            store_row(grad_x_t, row, cols, pulled, inside)
 
         if x_t is not None and (grad_x is not None or grad_weight is not None):
             direction = load_row(x_t, row, cols, inside)
@@ -198,8 +176,6 @@ def layer_norm_backward_kernel(
                 both = tl.sum(into * pushed, 1)[:, None]
                 curved = both * normal + beta * pulled + alpha * pushed
                 result -= scale / width * curved
-            if grad_total is not None:
-                result += load_row(grad_total, row, cols, inside)
             store_row(grad_x, row, cols, result, inside)
 
     keep = line < width
@@ -219,74 +195,61 @@ def layer_norm_backward_kernel(
 
 def layer_norm_jvp(
     x: Tensor,
-    residual: Optional,
     weight: Optional,
     bias: Optional,
     x_t: Optional,
-    residual_t: Optional,
     weight_t: Optional,
     bias_t: Optional,
     eps: float,
     centered: bool,
-) -> tuple[Tensor, Optional, Optional, Optional, Optional, Tensor]:
-    """Normalization of x, or of x + residual, and its tangent; an absent tangent is None.
+) -> tuple[Tensor, Tensor, Optional, Tensor]:
+    """Normalization of x and its tangent; an absent tangent is None.
 
     Args:
         x: (..., K), K = weight.numel() or, without one, x.shape[-1]; at most MAX_WIDTH.
-        residual: as ``x``, or None.
         weight: K elements, or None for ones.
         bias: K elements, or None for zeros.
-        x_t: tangent of ``x``; the same for the next three.
-        residual_t: tangent of ``residual``.
+        x_t: tangent of ``x``; the same for the next two.
         weight_t: tangent of ``weight``.
         bias_t: tangent of ``bias``.
         eps: added under the root.
         centered: layer normalization; False for RMS.
 
     Returns:
-        y, y_t, x + residual, its tangent, each as ``x`` and contiguous, or None;
-        mean (None for RMS) and 1/deviation of each row, float32.
+        y and y_t, each as ``x`` and contiguous; mean (None for RMS) and 1/deviation of each row,
+        float32.
     """
-    results, launch = plan_jvp(
-        x, residual, weight, bias, x_t, residual_t, weight_t, bias_t, eps, centered
-    )
+    results, launch = plan_jvp(x, weight, bias, x_t, weight_t, bias_t, eps, centered)
     with device_of(x):
         launch.run()
     return results
 
 
 def plan_jvp(
-    x, residual, weight, bias, x_t, residual_t, weight_t, bias_t, eps, centered
-) -> tuple[tuple, Launch]:
+    x, weight, bias, x_t, weight_t, bias_t, eps, centered
+) -> tuple[tuple[Tensor, Tensor, Optional, Tensor], Launch]:
     """Empty results of :func:`layer_norm_jvp` and the launch that fills them."""
     width = x.shape[-1]
     rows = x.numel() // width
-    moves = x_t is not None or residual_t is not None
-    dual = moves or weight_t is not None or bias_t is not None
 
-    def empty(wanted=True):
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None
+    def empty():
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
     def statistic():
         return torch.empty(rows, dtype=torch.float32, device=x.device)
 
-    fused = residual is not None
-    y, y_t, total, total_t = empty(), empty(dual), empty(fused), empty(fused and moves)
+    y, y_t = empty(), empty()
     mean, rstd = statistic() if centered else None, statistic()
     config = row_config(width, 16)
     arguments = {
         "x": row_operand(x, width),
-        "residual": row_operand(residual, width),
-        "x_t": row_operand(x_t, width),
-        "residual_t": row_operand(residual_t, width),
         "weight": weight,
         "bias": bias,
+        "x_t": row_operand(x_t, width),
         "weight_t": weight_t,
         "bias_t": bias_t,
         "y": row_operand(y, width),
         "y_t": row_operand(y_t, width),
-        "total": row_operand(total, width),
-        "total_t": row_operand(total_t, width),
         "mean": mean,
         "rstd": rstd,
         "rows": rows,
@@ -295,8 +258,7 @@ def plan_jvp(
         "CENTER": centered,
     }
     grid = (triton.cdiv(rows, config.rows),)
-    launch = Launch(layer_norm_kernel, grid, arguments, config)
-    return (y, y_t, total, total_t, mean, rstd), launch
+    return (y, y_t, mean, rstd), Launch(layer_norm_kernel, grid, arguments, config)
 
 
 def layer_norm_vjp(
@@ -305,7 +267,6 @@ def layer_norm_vjp(
     mean: Optional,
     rstd: Tensor,
     grad: Tensor,
-    grad_total: Optional,
     needs: Sequence[bool],
 ) -> tuple[Optional, Optional, Optional]:
     """Gradients of y by x, weight and bias; of y_t by their tangents, which are the same map.
@@ -316,12 +277,10 @@ def layer_norm_vjp(
         mean: as :func:`layer_norm_jvp` returned it, None for RMS.
         rstd: as :func:`layer_norm_jvp` returned it.
         grad: cotangent of y (or y_t), as ``x``.
-        grad_total: added to the gradient of ``x``, or None.
         needs: which of the three gradients to compute; the others are None.
     """
-    found = _backward(
-        (x, weight, mean, rstd), (None, None), (None, grad, None, grad_total), (False,) * 3, needs
-    )
+    primals = (x, weight, mean, rstd)
+    found = _backward(primals, (None, None), (None, grad), (False,) * 3, needs)
     return found[3], found[4], found[5]
 
 
@@ -332,7 +291,7 @@ def layer_norm_second_vjp(
     rstd: Tensor,
     x_t: Optional,
     weight_t: Optional,
-    grads: tuple[Optional, Tensor, Optional, Optional],
+    grads: tuple[Optional, Tensor],
     needs: Sequence[bool],
     needs_t: Sequence[bool],
 ) -> tuple[Optional, ...]:
@@ -345,7 +304,7 @@ def layer_norm_second_vjp(
         rstd: as :func:`layer_norm_jvp` returned it.
         x_t: tangent of ``x``, or None.
         weight_t: tangent of ``weight``, or None.
-        grads: G or None, H, and what is added to the gradients of x and x_t, or None.
+        grads: G or None, and H.
         needs: which of the gradients by x, weight, bias to compute; the others are None.
         needs_t: the same of their tangents.
     """
@@ -359,17 +318,17 @@ def _backward(primals, tangents, grads, needs, needs_t) -> tuple[Optional, ...]:
     dtype = primals[0].dtype if primals[1] is None else primals[1].dtype
     x, weight, bias, x_t, weight_t, bias_t = results
 
-    def total(parts):
+    def summed(parts):
         return None if parts is None else parts.sum(0).to(dtype)
 
-    return x, total(weight), total(bias), x_t, total(weight_t), total(bias_t)
+    return x, summed(weight), summed(bias), x_t, summed(weight_t), summed(bias_t)
 
 
 def plan_backward(primals, tangents, grads, needs, needs_t) -> tuple[tuple, Launch]:
     """Empty results, the sums of weights and biases in parts, and the launch that fills them."""
     x, weight, mean, rstd = primals
     x_t, weight_t = tangents
-    grad, grad_t, grad_total, grad_total_t = grads
+    grad, grad_t = grads
     width = x.shape[-1]
     rows = x.numel() // width
     second = x_t is not None or weight_t is not None or grad is not None
@@ -390,8 +349,6 @@ def plan_backward(primals, tangents, grads, needs, needs_t) -> tuple[tuple, Laun
         "x_t": row_operand(x_t, width),
         "grad": row_operand(grad, width),
         "grad_t": row_operand(grad_t, width),
-        "grad_total": row_operand(grad_total, width),
-        "grad_total_t": row_operand(grad_total_t, width),
         "grad_x": row_operand(primal[0], width),
         "grad_x_t": row_operand(tangent[0], width),
         "weight": weight,

@@ -1,43 +1,35 @@
-"""The activation kernels as maps of a dual op: of one operand x, or of a gate x and a value v."""
+"""The activation kernels as maps of a dual op.
 
-# Operands come in tuples, whose lengths pyright does not know.
-# pyright: reportCallIssue=false
+The options are ``(name,)``, one of ``tangent_kernels.activation.ACTIVATIONS``.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 from tangent_ops.ops.dual_op import Maps
 
 
-def activation_maps(gated: bool) -> Maps:
-    """Maps whose options are ``(name,)``, one of ``tangent_kernels.activation.ACTIVATIONS``."""
+def _jvp(primals, tangents, options):
+    from tangent_kernels import activation
 
-    def jvp(primals, tangents, options):
-        from tangent_kernels import activation
+    return *activation.activation_jvp(primals[0], tangents[0], *options), ()
 
-        y, y_t = activation.activation_jvp(*_pair(primals), *_pair(tangents), *options)
-        return (y,), (y_t,), ()
 
-    def vjp(saved, grads, needs, options):
-        from tangent_kernels import activation
+def _vjp(saved, grad, needs, options):
+    from tangent_kernels import activation
 
-        found = activation.activation_vjp(*_pair(saved), grads[0], _needs(needs), *options)
-        return found if gated else found[:1]
+    return (activation.activation_vjp(saved[0], grad, *options),)
 
-    def second_vjp(primals, tangents, saved, grads, grads_t, needs, needs_t, options):
-        from tangent_kernels import activation
 
-        operands = (*_pair(primals), *_pair(tangents))
-        wanted = (*_needs(needs), *_needs(needs_t))
-        both = (grads[0], grads_t[0])
-        x, value, x_t, value_t = activation.activation_second_vjp(operands, both, wanted, *options)
-        return ((x, value), (x_t, value_t)) if gated else ((x,), (x_t,))
+def _second_vjp(primals, tangents, saved, grad, grad_t, needs, needs_t, options):
+    from tangent_kernels import activation
 
-    def _pair(operands) -> Any:
-        return operands if gated else (*operands, None)
+    both, wanted = (grad, grad_t), (*needs, *needs_t)
+    x, x_t = activation.activation_second_vjp(primals[0], tangents[0], both, wanted, *options)
+    return (x,), (x_t,)
 
-    def _needs(needs) -> Any:
-        return needs if gated else (*needs, False)
 
-    return Maps(jvp, lambda primals, outputs, statistics: primals, vjp, second_vjp)
+def _save(primals, output, statistics):
+    return primals
+
+
+ACTIVATION_MAPS = Maps(_jvp, _save, _vjp, _second_vjp)

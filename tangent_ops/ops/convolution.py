@@ -1,4 +1,4 @@
-"""Convolution for plain and dual tensors."""
+"""Convolutions of one to three dimensions for plain and dual tensors."""
 
 # Operands come in tuples, whose lengths pyright does not know.
 # pyright: reportCallIssue=false
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tangent_ops.ops.backend import autocast, in_forward_ad
-from tangent_ops.ops.dual_op import DualOp, Maps, dual_outputs
+from tangent_ops.ops.dual_op import DualOp, Maps, dual_output
 from tangent_ops.ops.reference.convolution import Geometry, convolution_jvp, convolution_vjp
 
 Sizes = int | tuple[int, ...]
@@ -31,23 +31,23 @@ def convolution(
     dilation: Sizes = 1,
     groups: int = 1,
 ) -> Tensor:
-    """``F.conv1d``, ``F.conv2d`` or ``F.conv3d`` without products that an absent tangent makes 0.
+    """``F.conv1d``, ``F.conv2d`` or ``F.conv3d``, without the products of absent tangents.
 
         y = x ∗ W + b        y_t = x_t ∗ W + x ∗ W_t + b_t
 
-    The gradients of the tangents are the ordinary ones, and primals alone are kept for them. What
-    is computed here and what is left to PyTorch's own function is in
-    :mod:`tangent_ops.functional`.
+    The gradients of the tangents are the ordinary ones, and only primals are kept for them.
+    :mod:`tangent_ops.functional` says which calls are computed here and which by PyTorch's own
+    function.
 
     Args:
-        function: which of the three it is.
-        input: (B, K, *spatial), plain or dual; without B, or elements, it is PyTorch's own.
+        function: one of the three.
+        input: (B, K, *spatial), plain or dual; without B, or empty, PyTorch computes the call.
         weight: (C, K / groups, *kernel), plain or dual.
         bias: (C,), plain or dual, or None.
         stride: of the kernel.
-        padding: zeros around the input; "same" and "valid" are PyTorch's own.
+        padding: zeros around the input; PyTorch computes "same" and "valid".
         dilation: of the kernel.
-        groups: that channels fall into.
+        groups: of channels.
 
     Returns:
         (B, C, *spatial), dual if an input is.
@@ -58,8 +58,10 @@ def convolution(
     operands = autocast(input.device.type, input, weight, bias)
     each = functools.partial(_each, spatial=weight.ndim - 2)
     geometry = Geometry(each(stride), each(padding), each(dilation), groups)
-    found = dual_outputs(_OP, operands, (geometry,))
-    return found[0] if found else function(input, weight, bias, stride, padding, dilation, groups)
+    found = dual_output(_OP, operands, (geometry,))
+    if found is None:
+        return function(input, weight, bias, stride, padding, dilation, groups)
+    return found
 
 
 def _each(sizes: Sizes, spatial: int) -> list[int]:
@@ -70,22 +72,20 @@ def _each(sizes: Sizes, spatial: int) -> list[int]:
 
 
 def _jvp(primals, tangents, options):
-    output, output_t = convolution_jvp(*primals, *tangents, *options)
-    return (output,), (output_t,), ()
+    return *convolution_jvp(*primals, *tangents, *options), ()
 
 
 def _function(primals, options):
     stride, padding, dilation, groups = options[0]
     none = [0] * len(stride)
-    return (torch.convolution(*primals, stride, padding, dilation, False, none, groups),)
+    return torch.convolution(*primals, stride, padding, dilation, False, none, groups)
 
 
 _OP = DualOp(
     function=_function,
-    outputs=1,
     reference=Maps(
         jvp=_jvp,
-        save=lambda primals, outputs, statistics: primals[:2],
-        vjp=lambda saved, grads, needs, options: convolution_vjp(*saved, grads[0], *options, needs),
+        save=lambda primals, output, statistics: primals[:2],
+        vjp=lambda saved, grad, needs, options: convolution_vjp(*saved, grad, *options, needs),
     ),
 )

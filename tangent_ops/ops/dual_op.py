@@ -1,15 +1,15 @@
-"""Operations whose primal and tangent are computed together, as one differentiable Function.
+"""Operations that compute their output and its tangent together, as one differentiable Function.
 
-An op is described once for each backend, by three maps of its primals p and their tangents t (None
-where absent), each the derivative of another:
+Three maps describe an op, once for each backend. They take primals p and tangents t (None where
+absent), and each is the derivative of another:
 
-    jvp(p, t)                  outputs and their tangents
+    jvp(p, t)                  the output y and its tangent y_t
     vjp(p, H)                  gradients of H·y by p: of H·y_t by t, too
     second_vjp(p, t, G, H)     gradients of G·y + H·y_t by p and t
 
-Where primals are frozen, as in a linearized model, the backward pass is vjp, and what it needs of
-the primals is all that is saved. Otherwise it is second_vjp. Derivatives of the backward pass
-itself are left to PyTorch's rules.
+Where primals are frozen, as in a linearized model, the backward pass is vjp, and only what it
+needs of the primals is saved. Otherwise it is second_vjp. PyTorch's rules give the derivatives of
+the backward pass itself.
 """
 
 from __future__ import annotations
@@ -34,58 +34,56 @@ from tangent_ops.ops.backend import (
 )
 from tangent_ops.ops.levels import is_compiling
 
-Tensors = Any  # a tuple of tensors, None where absent; how many, the op knows
+Tensors = Any  # a tuple of tensors, None where absent, as many as the op has operands
 
 
 @dataclass(frozen=True)
 class Maps:
-    """What one backend computes of an op. ``options`` are the op's, other than tensors.
+    """One backend's maps of an op. ``options`` are the op's arguments other than tensors.
 
     Attributes:
-        jvp: (primals, tangents, options) -> outputs, their tangents, and statistics of the primals.
-        save: (primals, outputs, statistics) -> what vjp wants beside a cotangent.
-        vjp: (saved, cotangents of the outputs, needs, options) -> gradients by the primals.
-        second_vjp: (primals, tangents, saved, cotangents of the outputs, those of the tangents,
-            needs of the primals, needs of the tangents, options) -> gradients by both; None
-            where the backend has none.
+        jvp: (primals, tangents, options) -> output, its tangent, and statistics of the primals.
+        save: (primals, output, statistics) -> what vjp takes beside a cotangent.
+        vjp: (saved, cotangent of the output, needs, options) -> gradients by the primals.
+        second_vjp: (primals, tangents, saved, cotangent of the output, that of the tangent, needs
+            of the primals, needs of the tangents, options) -> gradients by both; None where the
+            backend has none.
     """
 
-    jvp: Callable[[Tensors, Tensors, Any], tuple[Tensors, Tensors, Tensors]]
-    save: Callable[[Tensors, Tensors, Tensors], Tensors]
-    vjp: Callable[[Tensors, Tensors, Sequence[bool], Any], Tensors]
+    jvp: Callable[[Tensors, Tensors, Any], tuple[Tensor, Tensor, Tensors]]
+    save: Callable[[Tensors, Tensor, Tensors], Tensors]
+    vjp: Callable[[Tensors, Tensor, Sequence[bool], Any], Tensors]
     second_vjp: Callable[..., tuple[Tensors, Tensors]] | None = None
 
 
 @dataclass(frozen=True)
 class DualOp:
-    """An op, by every backend.
+    """An op and its maps by backend.
 
     Attributes:
-        function: PyTorch's own: (primals, options) -> outputs, a tuple.
-        outputs: how many there are.
-        reference: by eager formulas, its vjp differentiable by the cotangents; None to leave
+        function: PyTorch's own: (primals, options) -> output.
+        reference: by eager formulas, its vjp differentiable by the cotangent; None to leave
             primals on a CPU to PyTorch's rules.
         triton: by kernels; saves what ``reference`` does.
     """
 
-    function: Callable[[Tensors, Any], tuple[Tensor, ...]]
-    outputs: int
+    function: Callable[[Tensors, Any], Tensor]
     reference: Maps | None
     triton: Maps | None = None
 
 
-def dual_outputs(
+def dual_output(
     op: DualOp,
     primals: Tensors,
     options: Any,
     backend: Backend | None = None,
     why_not_fused: str | None = None,
-) -> tuple[Tensor, ...] | None:
-    """The op's dual outputs; None if PyTorch's own rules must carry the tangent.
+) -> Tensor | None:
+    """The op's dual output; None if PyTorch's own rules must carry the tangent.
 
-    They must in compiled code and inside ``torch.func`` transforms, where rules have to nest; but a
-    single ``torch.func.jvp`` is for the kernels, with gradients of primals and tangents. What is
-    traced (``make_fx``, ``torch.func.linearize``) is computed by the formulas.
+    They must in compiled code and inside ``torch.func`` transforms, where rules have to nest; but
+    the kernels compute a single ``torch.func.jvp``, with gradients of primals and tangents. The
+    formulas compute what is traced (``make_fx``, ``torch.func.linearize``).
 
     Args:
         op: the op.
@@ -109,10 +107,10 @@ def dual_outputs(
         return None
     if not all(x.dtype.is_floating_point for x in given):
         return None
-    # In a plain level the gradient of a tracked primal has a tangent itself.
+    # In a plain level the gradient by a tracked primal has a tangent, too.
     if plain and any(x.requires_grad for x in given):
         return None
-    # Nothing to launch on, or a launch that a trace would not record.
+    # A fake tensor has no data to launch a kernel on, and a trace would not record the launch.
     if op.triton is None or isinstance(given[0], FakeTensor) or is_traced():
         chosen = "reference"
     else:
@@ -121,12 +119,8 @@ def dual_outputs(
         return None
     unpacked = tuple(pair[0] for pair in pairs)
     function = _InPlainLevel if plain else _Dual
-    results = function.apply(op, chosen, options, *unpacked, *tangents)
-    count = op.outputs
-    return tuple(
-        y if y_t is None else forward_ad.make_dual(y, y_t)
-        for y, y_t in zip(results[:count], results[count : 2 * count], strict=True)
-    )
+    output, output_t, *_ = function.apply(op, chosen, options, *unpacked, *tangents)
+    return forward_ad.make_dual(output, output_t)
 
 
 def _in_a_single_jvp() -> bool:
@@ -135,64 +129,61 @@ def _in_a_single_jvp() -> bool:
 
 
 class _Dual(torch.autograd.Function):
-    """Outputs, tangents and statistics, differentiable by primals and tangents."""
+    """Output, tangent and statistics, differentiable by primals and tangents."""
 
     @staticmethod
     def forward(op, chosen, options, *operands):
         primals, tangents = _halves(operands)
-        outputs, outputs_t, statistics = getattr(op, chosen).jvp(primals, tangents, options)
-        return *outputs, *outputs_t, *statistics
+        output, output_t, statistics = getattr(op, chosen).jvp(primals, tangents, options)
+        return output, output_t, *statistics
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx, inputs, results):
         op, chosen, options, *operands = inputs
         primals, tangents = _halves(operands)
-        count = op.outputs
-        outputs, outputs_t = output[:count], output[count : 2 * count]
-        statistics = output[2 * count :]
+        output, output_t, *statistics = results
         frozen = not any(_halves(ctx.needs_input_grad[3:])[0])
-        saved = getattr(op, chosen).save(primals, outputs, statistics)
+        saved = getattr(op, chosen).save(primals, output, statistics)
         ctx.op, ctx.chosen, ctx.options = op, chosen, options
         ctx.sizes = None if frozen else (len(primals), len(saved))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved, *(() if frozen else (*primals, *tangents)))
-        constant = list(statistics)
+        constant = statistics
         if frozen:
-            # Unsaid, outputs would seem to depend on tangents, and the next layer would take its
-            # primal operand for one that is trained.
-            constant += outputs
+            # Without this mark autograd would treat the output as depending on the tangents, and
+            # the next layer would take its primal operand for one that is trained.
+            constant = [*constant, output]
         if not any(ctx.needs_input_grad):
-            constant += outputs_t
-        ctx.mark_non_differentiable(*(x for x in constant if x is not None))
+            constant = [*constant, output_t]
+        ctx.mark_non_differentiable(*constant)
 
     @staticmethod
-    def backward(ctx, *grads):
-        count = ctx.op.outputs
-        outer, inner = grads[:count], grads[count : 2 * count]
+    def backward(ctx, grad, grad_t, *_):
         needs, needs_t = _halves(ctx.needs_input_grad[3:])
         nothing = (None,) * len(needs)
         maps = getattr(ctx.op, ctx.chosen)
         if ctx.sizes is None:
-            if all(grad is None for grad in inner):
+            if grad_t is None:
                 return (None, None, None, *nothing, *nothing)
             if torch.is_grad_enabled():
                 maps = ctx.op.reference
                 if maps is None:
                     raise UnsupportedError(
-                        "a second derivative by the tangents of this op: pass backend='reference'"
+                        "this op's Triton kernel has no second derivative by the tangents: "
+                        "pass backend='reference'"
                     )
-            found = maps.vjp(ctx.saved_tensors, inner, needs_t, ctx.options)
+            found = maps.vjp(ctx.saved_tensors, grad_t, needs_t, ctx.options)
             return (None, None, None, *nothing, *found)
         primal_count, saved_count = ctx.sizes
         saved, operands = ctx.saved_tensors[:saved_count], ctx.saved_tensors[saved_count:]
         primals, tangents = operands[:primal_count], operands[primal_count:]
         if torch.is_grad_enabled() or maps.second_vjp is None:
             found = _by_pytorch(
-                ctx.op, primals, tangents, outer, inner, needs, needs_t, ctx.options
+                ctx.op, primals, tangents, grad, grad_t, needs, needs_t, ctx.options
             )
         else:
             found = _by_kernels(
-                maps, primals, tangents, saved, outer, inner, needs, needs_t, ctx.options
+                maps, primals, tangents, saved, grad, grad_t, needs, needs_t, ctx.options
             )
         return (None, None, None, *found[0], *found[1])
 
@@ -202,33 +193,32 @@ class _Dual(torch.autograd.Function):
 
 
 class _InPlainLevel(torch.autograd.Function):
-    """The same outside of ``torch.func``, where the old form of a Function does.
+    """The same outside of ``torch.func``, in the old form of a Function, which is faster.
 
-    With a ``setup_context`` PyTorch works out the signature of ``forward`` at every call, which
-    takes longer than all else that Python does for it.
+    With a ``setup_context`` PyTorch inspects the signature of ``forward`` at every call, which
+    takes longer than all other Python code of the call.
     """
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _Dual.forward(*inputs)
-        _Dual.setup_context(ctx, inputs, output)
-        return output
+        results = _Dual.forward(*inputs)
+        _Dual.setup_context(ctx, inputs, results)
+        return results
 
     backward = _Dual.backward
     jvp = _Dual.jvp
 
 
-def _by_kernels(maps, primals, tangents, saved, outer, inner, needs, needs_t, options):
-    """Gradients through outputs and tangents."""
-    if all(grad is None for grad in inner):
+def _by_kernels(maps, primals, tangents, saved, grad, grad_t, needs, needs_t, options):
+    """Gradients through the output and its tangent."""
+    if grad_t is None:
         nothing = (None,) * len(needs_t)
-        if all(grad is None for grad in outer):
-            return nothing, nothing
-        return maps.vjp(saved, outer, needs, options), nothing
-    return maps.second_vjp(primals, tangents, saved, outer, inner, needs, needs_t, options)
+        found = nothing if grad is None else maps.vjp(saved, grad, needs, options)
+        return found, nothing
+    return maps.second_vjp(primals, tangents, saved, grad, grad_t, needs, needs_t, options)
 
 
-def _by_pytorch(op, primals, tangents, outer, inner, needs, needs_t, options):
+def _by_pytorch(op, primals, tangents, grad, grad_t, needs, needs_t, options):
     """The same by PyTorch's rules, differentiable once more."""
     with torch.enable_grad():
         moving = [
@@ -241,15 +231,15 @@ def _by_pytorch(op, primals, tangents, outer, inner, needs, needs_t, options):
                 operands[i] = x
             return op.function(tuple(operands), options)
 
-        outputs, outputs_t, *_ = torch.func.jvp(
+        results: Any = torch.func.jvp(
             function,
             tuple(primals[i] for i in moving),
             tuple(tangents[i] for i in moving),
         )
         pairs = [
-            (y, grad)
-            for y, grad in zip((*outputs, *outputs_t), (*outer, *inner), strict=True)
-            if grad is not None
+            (y, cotangent)
+            for y, cotangent in zip(results, (grad, grad_t), strict=True)
+            if cotangent is not None
         ]
         operands, needed = (*primals, *tangents), (*needs, *needs_t)
         wanted = [x for x, need in zip(operands, needed, strict=True) if need]
@@ -257,7 +247,7 @@ def _by_pytorch(op, primals, tangents, outer, inner, needs, needs_t, options):
             torch.autograd.grad(
                 [y for y, _ in pairs],
                 wanted,
-                [grad for _, grad in pairs],
+                [cotangent for _, cotangent in pairs],
                 create_graph=torch.is_grad_enabled(),
                 allow_unused=True,
             )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from tangent_ops.ops.activation_maps import activation_maps
+from tangent_ops.ops.activation_maps import ACTIVATION_MAPS
 from tangent_ops.ops.backend import Backend, why_not_in_float
-from tangent_ops.ops.dual_op import DualOp, Maps, dual_outputs
+from tangent_ops.ops.dual_op import DualOp, Maps, dual_output
 from tangent_ops.ops.reference.gelu import gelu_jvp, gelu_vjp
 
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -19,9 +19,9 @@ def gelu(input: Tensor, approximate: str = "none", *, backend: Backend | None = 
 
         y = x Φ(x)        y_t = (Φ(x) + x φ(x)) x_t
 
-    Where x is frozen no tangent is kept for the backward pass: PyTorch's own rule keeps x_t beside
-    x, for derivatives by x that a frozen x does not have. What is computed here and what is left
-    to PyTorch's own function is in :mod:`tangent_ops.functional`.
+    Where x is frozen no tangent is kept for the backward pass; PyTorch's own rule keeps x_t beside
+    x, for derivatives by x. :mod:`tangent_ops.functional` says which calls are computed here and
+    which by PyTorch's own function.
 
     Args:
         input: any shape, plain or dual.
@@ -35,24 +35,24 @@ def gelu(input: Tensor, approximate: str = "none", *, backend: Backend | None = 
         UnsupportedError: ``backend="triton"`` and the kernels do not compute this call.
     """
     name = _NAMES.get(approximate)
-    found = name and dual_outputs(_OP, (input,), (name,), backend, why_not_in_float(input))
-    return found[0] if found else F.gelu(input, approximate=approximate)
+    found = None
+    if name is not None:
+        found = dual_output(_OP, (input,), (name,), backend, why_not_in_float(input))
+    return F.gelu(input, approximate=approximate) if found is None else found
 
 
 def _jvp(primals, tangents, options):
-    output, output_t = gelu_jvp(primals[0], tangents[0], APPROXIMATE[options[0]])
-    return (output,), (output_t,), ()
+    return *gelu_jvp(primals[0], tangents[0], APPROXIMATE[options[0]]), ()
 
 
 _OP = DualOp(
-    function=lambda primals, options: (F.gelu(primals[0], approximate=APPROXIMATE[options[0]]),),
-    outputs=1,
+    function=lambda primals, options: F.gelu(primals[0], approximate=APPROXIMATE[options[0]]),
     reference=Maps(
         jvp=_jvp,
-        save=lambda primals, outputs, statistics: primals,
-        vjp=lambda saved, grads, needs, options: (
-            gelu_vjp(saved[0], grads[0], APPROXIMATE[options[0]]),
+        save=lambda primals, output, statistics: primals,
+        vjp=lambda saved, grad, needs, options: (
+            gelu_vjp(saved[0], grad, APPROXIMATE[options[0]]),
         ),
     ),
-    triton=activation_maps(gated=False),
+    triton=ACTIVATION_MAPS,
 )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tangent_ops.ops.backend import Backend, autocast, in_forward_ad, why_not_in_float
-from tangent_ops.ops.dual_op import DualOp, Maps, dual_outputs
+from tangent_ops.ops.dual_op import DualOp, Maps, dual_output
 from tangent_ops.ops.reference.linear import linear_jvp, linear_second_vjp, linear_vjp
 
 
@@ -20,14 +20,15 @@ def linear(
 
         y = x Wᵀ + b        y_t = x_t Wᵀ + x W_tᵀ + b_t
 
-    On every device these are PyTorch's own products, three, the tangent's two added in place;
-    ``backend="triton"`` is one launch that reads x once (kernels/README.md compares them). What is
-    computed here and what is left to PyTorch's own function is in :mod:`tangent_ops.functional`.
+    On every device PyTorch computes the three products, and the tangent's two are added in place;
+    ``backend="triton"`` is one launch that reads x once (kernels/README.md compares them).
+    :mod:`tangent_ops.functional` says which calls are computed here and which by PyTorch's own
+    function.
 
     Args:
         input: (..., K), plain or dual.
         weight: (C, K), plain or dual.
-        bias: (C,), plain or dual, or None; of another shape the call is PyTorch's.
+        bias: (C,), plain or dual, or None; PyTorch computes a call with another shape.
         backend: None for PyTorch's products; "triton" or "reference" insists.
 
     Returns:
@@ -43,37 +44,34 @@ def linear(
     if any(x is not None and x.dtype != operands[0].dtype for x in operands):
         return F.linear(input, weight, bias)
     why_not = why_not_in_float(operands[0]) or why_not_in_float(operands[1])
-    found = dual_outputs(_OP, operands, (), backend or "reference", why_not)
-    return found[0] if found else F.linear(input, weight, bias)
+    found = dual_output(_OP, operands, (), backend or "reference", why_not)
+    return F.linear(input, weight, bias) if found is None else found
 
 
 def _jvp(primals, tangents, options):
-    output, output_t = linear_jvp(*primals, *tangents)
-    return (output,), (output_t,), ()
+    return *linear_jvp(*primals, *tangents), ()
 
 
 def _triton_jvp(primals, tangents, options):
     from tangent_kernels import linear as kernels
 
-    output, output_t = kernels.linear_jvp(*primals, *tangents)
-    return (output,), (output_t,), ()
+    return *kernels.linear_jvp(*primals, *tangents), ()
 
 
-def _save(primals, outputs, statistics):
+def _save(primals, output, statistics):
     return primals[:2]
 
 
-def _vjp(saved, grads, needs, options):
-    return linear_vjp(*saved, grads[0], needs)
+def _vjp(saved, grad, needs, options):
+    return linear_vjp(*saved, grad, needs)
 
 
-def _second_vjp(primals, tangents, saved, grads, grads_t, needs, needs_t, options):
-    return linear_second_vjp(*saved, *tangents[:2], grads[0], grads_t[0], needs, needs_t)
+def _second_vjp(primals, tangents, saved, grad, grad_t, needs, needs_t, options):
+    return linear_second_vjp(*saved, *tangents[:2], grad, grad_t, needs, needs_t)
 
 
 _OP = DualOp(
-    function=lambda primals, options: (F.linear(*primals),),
-    outputs=1,
+    function=lambda primals, options: F.linear(*primals),
     reference=Maps(_jvp, _save, _vjp),
     triton=Maps(_triton_jvp, _save, _vjp, _second_vjp),
 )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tangent_ops.ops.backend import Backend, why_not_in_rows
-from tangent_ops.ops.dual_op import DualOp, Maps, dual_outputs
+from tangent_ops.ops.dual_op import DualOp, Maps, dual_output
 from tangent_ops.ops.layer_norm import is_left_to_pytorch, shapes_fit
 from tangent_ops.ops.norm_maps import norm_maps
 from tangent_ops.ops.reference.rms_norm import rms_norm_jvp, rms_norm_vjp
@@ -33,7 +33,7 @@ def rms_norm(
 
     Where x and w are frozen no tangent is kept for the backward pass. Under autocast, with mixed
     dtypes, over several dimensions at once on a CPU, and where :mod:`tangent_ops.functional` says
-    so, it is PyTorch's own function.
+    so, PyTorch's own function computes the call.
 
     Args:
         input: (..., *normalized_shape), plain or dual.
@@ -51,37 +51,36 @@ def rms_norm(
     shape = tuple(normalized_shape)
     found = None
     if shapes_fit(input, shape, weight) and not is_left_to_pytorch(input, weight):
-        # PyTorch computes 16-bit operands in float32, whose eps it takes then.
+        # PyTorch computes 16-bit operands in float32 and takes the eps of float32.
         wide = torch.promote_types(input.dtype, torch.float32)
         added = torch.finfo(wide).eps if eps is None else eps
         why_not = why_not_in_rows(input, math.prod(shape))
         op = _OP if len(shape) == 1 else _OF_SEVERAL
-        found = dual_outputs(op, (input, weight), (shape, added), backend, why_not)
-    return found[0] if found else F.rms_norm(input, list(shape), weight, eps)
+        found = dual_output(op, (input, weight), (shape, added), backend, why_not)
+    return F.rms_norm(input, list(shape), weight, eps) if found is None else found
 
 
 def _function(primals, options):
     shape, eps = options
-    return (F.rms_norm(primals[0], shape, primals[1], eps),)
+    return F.rms_norm(primals[0], shape, primals[1], eps)
 
 
 def _jvp(primals, tangents, options):
     output, output_t, rstd = rms_norm_jvp(*primals, options[1], *tangents)
-    return (output,), (output_t,), (rstd,)
+    return output, output_t, (rstd,)
 
 
-def _save(primals, outputs, statistics):
+def _save(primals, output, statistics):
     return *primals, *statistics
 
 
 _OP = DualOp(
     function=_function,
-    outputs=1,
     reference=Maps(
         jvp=_jvp,
         save=_save,
-        vjp=lambda saved, grads, needs, options: rms_norm_vjp(grads[0], *saved, needs),
+        vjp=lambda saved, grad, needs, options: rms_norm_vjp(grad, *saved, needs),
     ),
     triton=norm_maps(_save, centered=False),
 )
-_OF_SEVERAL = DualOp(_function, 1, reference=None, triton=norm_maps(_save, centered=False))
+_OF_SEVERAL = DualOp(_function, reference=None, triton=norm_maps(_save, centered=False))

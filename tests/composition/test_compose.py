@@ -82,15 +82,17 @@ def test_the_order_does_not_matter(data, count):
         assert torch.allclose(one[name], other[name], rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("weights", [None, [1.0]])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", [None, [1.0], [-1.0]])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_one_delta_comes_back_bit_for_bit(weights, dtype):
     (delta,) = some_deltas(1, dtype)
     delta["head.bias"][:2] = torch.tensor([-0.0, 0.0])
     found = compose([delta], weights)
     for name, value in delta.items():
-        assert torch.equal(found[name].signbit(), value.signbit())
-        assert torch.equal(found[name], value)
+        expected = -value if weights == [-1.0] else value
+        assert found[name].dtype == dtype
+        assert torch.equal(found[name].signbit(), expected.signbit())
+        assert torch.equal(found[name], expected)
         assert found[name].data_ptr() != value.data_ptr()
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tangent_ops import functional, scaled_dot_product_attention
+from tangent_ops import scaled_dot_product_attention
 
 SHAPE = (2, 3, 8)  # images, tokens, channels; convolutions take the tokens for channels
 HEADS = 2
@@ -149,7 +149,7 @@ def exact_norm(x: Tensor, dims, eps: float, centered: bool = True) -> Tensor:
 
 
 def layer_norm(spelling, dims, weight, bias, one_row):
-    dims = 1 if one_row or spelling == "add_layer_norm" else dims
+    dims = 1 if one_row else dims
     shape = SHAPE[-dims:]
     every = tuple(range(-dims, 0))
 
@@ -158,29 +158,18 @@ def layer_norm(spelling, dims, weight, bias, one_row):
         return rest.pop(0) if weight else None, rest.pop(0) if bias else None
 
     def call(x, *rest):
-        if spelling == "add_layer_norm":
-            y, total = functional.add_layer_norm(x, x.flip(0), shape, *operands(rest))
-            return y + 0.5 * total
         if spelling == "native":
             return torch.native_layer_norm(x, shape, *operands(rest), 1e-5)[0]
         return (F if spelling == "F" else torch).layer_norm(x, shape, *operands(rest))
 
-    def plain(x, *rest):
-        if spelling != "add_layer_norm":
-            return call(x, *rest)
-        total = x + x.flip(0)
-        return F.layer_norm(total, shape, *operands(rest)) + 0.5 * total
-
     def exact(x, *rest):
-        total = x + x.flip(0) if spelling == "add_layer_norm" else x
         scale, shift = operands(rest)
-        y = exact_norm(total, every, 1e-5)
+        y = exact_norm(x, every, 1e-5)
         y = y if scale is None else y * scale
-        y = y if shift is None else y + shift
-        return y + 0.5 * total if spelling == "add_layer_norm" else y
+        return y if shift is None else y + shift
 
     wrap = on_one_row if one_row else lambda f: f
-    return Case([shape] * (weight + bias), wrap(call), wrap(exact), wrap(plain))
+    return Case([shape] * (weight + bias), wrap(call), wrap(exact))
 
 
 def rms_norm(spelling, dims, weight, one_row):
@@ -319,20 +308,6 @@ def recurrent(kind, bias):
     return Case([(1, 2, 8), (1, 2, 8), *weights], call, exact)
 
 
-def gated(name):
-    ours = functional.swiglu if name == "swiglu" else functional.geglu
-    if name == "swiglu":
-        act, exact_act = F.silu, lambda x: x * exact_sigmoid(x)
-    else:
-        approximate = "tanh" if name == "geglu_tanh" else "none"
-        act = functools.partial(F.gelu, approximate=approximate)
-        exact_act = functools.partial(exact_gelu, approximate=approximate)
-        ours = functools.partial(ours, approximate=approximate)
-    return Case(
-        [SHAPE], ours, lambda x, value: exact_act(x) * value, lambda x, value: act(x) * value
-    )
-
-
 BOTH = (False, True)
 # Of each: its options' values.
 OPS: dict[str, tuple[Callable[..., Case], dict[str, tuple]]] = {
@@ -354,7 +329,7 @@ OPS: dict[str, tuple[Callable[..., Case], dict[str, tuple]]] = {
     "layer_norm": (
         layer_norm,
         dict(
-            spelling=("F", "F", "torch", "native", "add_layer_norm"),
+            spelling=("F", "F", "torch", "native"),
             dims=(1, 2), weight=BOTH, bias=BOTH, one_row=BOTH,
         ),
     ),
@@ -373,5 +348,4 @@ OPS: dict[str, tuple[Callable[..., Case], dict[str, tuple]]] = {
     "glu": (glu, {}),
     "normalize": (normalize, dict(p=(2.0, 2.0, 3.0), dim=(-1, 1))),
     "recurrent": (recurrent, dict(kind=("lstm", "gru", "rnn_tanh"), bias=BOTH)),
-    "gated": (gated, dict(name=("swiglu", "geglu", "geglu_tanh"))),
 }  # fmt: skip

@@ -28,6 +28,7 @@ from small_models import (
     oracle,
     vit,
 )
+from timm.layers.mlp import GluMlp, SwiGLUPacked
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,6 +45,12 @@ FAMILIES = {
     "registers": ("vit_small_patch16_224", {**VIT, "reg_tokens": 2, "global_pool": "map"}, 16),
     "distilled": ("deit_tiny_distilled_patch16_224", VIT, 16),
     "rope": ("eva02_tiny_patch14_224", {**VIT, "depth": 2}, 16),
+    "GEGLU": ("vit_small_patch16_224", {**VIT, "mlp_layer": GluMlp, "act_layer": nn.GELU}, 16),
+    "SwiGLU": (
+        "vit_small_patch16_224",
+        {**VIT, "mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU},
+        16,
+    ),
     "bias": ("beit_base_patch16_224", {**VIT, "depth": 2}, 16),
     "windows": (
         "swin_tiny_patch4_window7_224",

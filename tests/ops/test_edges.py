@@ -76,10 +76,6 @@ def without_weight(norm, x, bias):
     return norm(x, None, bias)
 
 
-def of_sum(norm, x, y, weight):
-    return norm(x + y, weight)
-
-
 def sigmoid_gate(x):
     return x / (1 + (-x).exp())
 
@@ -97,11 +93,8 @@ SHAPES = [(), (3,), (0,), (2, 3), (2, 0), (0, 3), (2, 1, 2, 1, 3)]
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_activations(shape) -> None:
-    x, value = draw(*shape), draw(*shape).sin()
-    assert_right(functional.gelu, erf_gate, [x])
-    assert_right(functional.silu, sigmoid_gate, [x])
-    assert_right(functional.swiglu, lambda x, v: sigmoid_gate(x) * v, [x, value])
-    assert_right(functional.geglu, lambda x, v: erf_gate(x) * v, [x, value])
+    assert_right(functional.gelu, erf_gate, [draw(*shape)])
+    assert_right(functional.silu, sigmoid_gate, [draw(*shape)])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -143,9 +136,6 @@ def test_norms(shape) -> None:
         def rms_norm(x, weight=None, last=last):
             return functional.rms_norm(x, last, weight, eps)
 
-        def added(x, y, weight, last=last):
-            return functional.add_layer_norm(x, y, last, weight, None, eps)[0]
-
         centered = functools.partial(spelled, centered=True)
         for primals in ([x, weight, bias], [x]):
             assert_right(layer_norm, centered, primals)
@@ -154,7 +144,6 @@ def test_norms(shape) -> None:
             functools.partial(without_weight, centered),
             [x, bias],
         )
-        assert_right(added, functools.partial(of_sum, centered), [x, x.sin(), weight])
         for primals in ([x, weight], [x]):
             assert_right(rms_norm, functools.partial(spelled, centered=False), primals)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
 from tangent_ops.ops.dual_op import _Dual
-from tangent_ops.ops.layer_norm import layer_norm
+from tangent_ops.ops.layer_norm import layer_norm, native_layer_norm
 from tests.ops import oracle
 
 PRESENT = [flags for flags in itertools.product([True, False], repeat=3) if any(flags)]
@@ -125,6 +125,26 @@ def test_low_precision(dtype) -> None:
     for one, own in zip(grads, torch.autograd.grad(ordinary, leaves, cotangent), strict=True):
         assert one.dtype == dtype
         assert torch.equal(one, own)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_second_derivatives_of_the_tangent_by_a_bias_without_a_weight(native) -> None:
+    """PyTorch's own are wrong in silence."""
+    (x, _, bias), (_, _, bias_t) = operands(weight=False)
+
+    def second(norm):
+        leaf = bias.clone().requires_grad_()
+        _, output_t = torch.func.jvp(lambda b: norm(b).square(), (leaf,), (bias_t,))
+        (grad,) = torch.autograd.grad(output_t.sin().sum(), leaf, create_graph=True)
+        return torch.autograd.grad(grad.sin().sum(), leaf)
+
+    def ours(b):
+        if native:
+            return native_layer_norm(x, (5,), None, b, 1e-5)[0]
+        return layer_norm(x, (5,), None, b)
+
+    right = second(lambda b: F.layer_norm(x, (5,)) + b)
+    torch.testing.assert_close(second(ours), right, rtol=1e-11, atol=1e-12)
 
 
 def test_forward_over_reverse_is_pytorchs(own_calls) -> None:

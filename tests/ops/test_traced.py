@@ -62,8 +62,7 @@ CASES = {
     ),
     "gelu": (functional.gelu, F.gelu, (X,)),
     "softmax": (lambda x: functional.softmax(x, -1), lambda x: x.softmax(-1), (X,)),
-    "swiglu": (functional.swiglu, lambda x, v: F.silu(x) * v, (X, X.sin())),
-    "geglu by value": (lambda v: functional.geglu(X, v), lambda v: F.gelu(X) * v, (X.sin(),)),
+    "silu": (functional.silu, F.silu, (X,)),
     "conv2d": (conv2d, F.conv2d, (X, KERNEL, B)),
     "conv2d by bias": (lambda b: conv2d(X, KERNEL, b), lambda b: F.conv2d(X, KERNEL, b), (B,)),
 }

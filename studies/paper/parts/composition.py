@@ -16,10 +16,10 @@ from studies.paper.parts.dealing import (
     fit_shards,
     mean_logits,
     reset,
+    uniform_soup,
 )
 from studies.paper.presets import Preset
 from tangent_ops import compose, compose_lossless, fit_exact, linearize
-from tangent_ops.composition.soups import uniform_soup
 from tangent_ops.errors import NotConvergedWarning
 from tangent_ops.exact import ShardCurvature
 
