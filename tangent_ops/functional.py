@@ -16,13 +16,11 @@ computes output and tangent together:
 covers more cases: see :func:`scaled_dot_product_attention`.
 """
 
+from tangent_ops.ops.activation import gelu, silu
 from tangent_ops.ops.attention.api import scaled_dot_product_attention
 from tangent_ops.ops.convolution import convolution
-from tangent_ops.ops.gelu import gelu
-from tangent_ops.ops.layer_norm import layer_norm
 from tangent_ops.ops.linear import linear
-from tangent_ops.ops.rms_norm import rms_norm
-from tangent_ops.ops.silu import silu
+from tangent_ops.ops.norm import layer_norm, rms_norm
 from tangent_ops.ops.softmax import softmax
 
 __all__ = [

@@ -28,7 +28,7 @@ def test_taft_1_is_right(dtype) -> None:
 
 
 def test_a_fault_is_found(monkeypatch) -> None:
-    module = importlib.import_module("tangent_ops.ops.gelu")
+    module = importlib.import_module("tangent_ops.ops.activation")
     monkeypatch.setattr(module, "gelu_jvp", scaled(module.gelu_jvp, 1.1, 1))
     found = errors(WORKLOAD, tiny("fp32"))
     wrong = [name for name, error in found.items() if error is not None and error > 1]

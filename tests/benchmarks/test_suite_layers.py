@@ -40,7 +40,7 @@ def test_every_provider_is_right(group, op, shape, suffix, dtype) -> None:
 
 @pytest.mark.parametrize(("suffix", "fault"), [("", "gelu_jvp"), (STEP, "gelu_vjp")])
 def test_a_fault_is_found(monkeypatch, suffix, fault) -> None:
-    module = importlib.import_module("tangent_ops.ops.gelu")
+    module = importlib.import_module("tangent_ops.ops.activation")
     index = 1 if fault == "gelu_jvp" else None
     monkeypatch.setattr(module, fault, scaled(getattr(module, fault), 1.001, index))
     found = errors(WORKLOAD, Case(ELEMENTWISE, "gelu" + suffix, (7, 48), "fp32"))

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
+from tangent_ops.ops.activation import gelu
 from tangent_ops.ops.dual_op import _Dual
-from tangent_ops.ops.gelu import gelu
 from tests.ops import oracle
 
 APPROXIMATE = ["none", "tanh"]

@@ -1,4 +1,7 @@
-"""Layer normalization for plain and dual tensors."""
+"""Layer and RMS normalization for plain and dual tensors."""
+
+# Operands come in tuples, whose lengths pyright does not know.
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from tangent_ops.ops.norm_maps import norm_maps
 from tangent_ops.ops.pytorch_rules import may_be_differentiated
 from tangent_ops.ops.reference import layer_norm as reference
 from tangent_ops.ops.reference.layer_norm import layer_norm_jvp, layer_norm_vjp
+from tangent_ops.ops.reference.rms_norm import rms_norm_jvp, rms_norm_vjp
 
 
 def layer_norm(
@@ -58,7 +62,7 @@ def layer_norm(
     if not is_left_to_pytorch(input, weight, bias):
         # PyTorch's backward pass with a bias alone cannot be differentiated again.
         bias_alone = weight is None and bias is not None
-        op = _OF_BIAS_ALONE if bias_alone else _OP
+        op = _LAYER_OF_BIAS_ALONE if bias_alone else _LAYER
         why_not = why_not_in_rows(input, math.prod(shape))
         found = dual_output(op, (input, weight, bias), (shape, eps), backend, why_not)
     if found is not None:
@@ -67,6 +71,47 @@ def layer_norm(
         # Dynamo needs them, too: it cannot trace PyTorch's own of a dual input and plain weights.
         return reference.layer_norm(input, shape, weight, bias, eps)
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """``torch.nn.functional.rms_norm`` with its tangent (Zhang, Sennrich, arXiv:1910.07467).
+
+        y = w∘x̂        y_t = w∘(J x_t) + w_t∘x̂        x̂ = x / √(mean(x²) + ε)
+
+    Where x and w are frozen no tangent is kept for the backward pass. Under autocast, with mixed
+    dtypes, over several dimensions at once on a CPU, and where :mod:`tangent_ops.functional` says
+    so, PyTorch's own function computes the call.
+
+    Args:
+        input: (..., *normalized_shape), plain or dual.
+        normalized_shape: the trailing dimensions that are normalized together.
+        weight: normalized_shape, plain or dual, or None for ones.
+        eps: added under the root; None for the dtype's own.
+        backend: None chooses by device; "triton" or "reference" insists.
+
+    Returns:
+        As ``input``, dual if an input is.
+
+    Raises:
+        UnsupportedError: ``backend="triton"`` and the kernels do not compute this call.
+    """
+    shape = tuple(normalized_shape)
+    found = None
+    if shapes_fit(input, shape, weight) and not is_left_to_pytorch(input, weight):
+        # PyTorch computes 16-bit operands in float32 and takes the eps of float32.
+        wide = torch.promote_types(input.dtype, torch.float32)
+        added = torch.finfo(wide).eps if eps is None else eps
+        why_not = why_not_in_rows(input, math.prod(shape))
+        op = _RMS if len(shape) == 1 else _RMS_OF_SEVERAL
+        found = dual_output(op, (input, weight), (shape, added), backend, why_not)
+    return F.rms_norm(input, list(shape), weight, eps) if found is None else found
 
 
 def native_layer_norm(
@@ -105,32 +150,58 @@ def is_left_to_pytorch(input: Tensor, *others: Tensor | None) -> bool:
     return mixed or autocast_is_on(input.device.type)
 
 
-def _jvp(primals, tangents, options):
+def _layer_jvp(primals, tangents, options):
     shape, eps = options
     input, weight, bias = primals
     output, output_t, mean, rstd = layer_norm_jvp(input, shape, weight, bias, eps, *tangents)
     return output, output_t, (mean, rstd)
 
 
-def _vjp(saved, grad, needs, options):
+def _layer_vjp(saved, grad, needs, options):
     input, weight, mean, rstd = saved
     # PyTorch's pass reads no bias; it wants one where the bias's gradient is needed.
     bias = weight if needs[2] else None
     return layer_norm_vjp(grad, input, options[0], weight, bias, mean, rstd, needs)
 
 
-def _save(primals, output, statistics):
+def _layer_save(primals, output, statistics):
     return primals[0], primals[1], *statistics
 
 
-def _function(primals, options):
+def _layer_function(primals, options):
     shape, eps = options
     return reference.layer_norm(primals[0], shape, primals[1], primals[2], eps)
 
 
-_OP = DualOp(
-    function=_function,
-    reference=Maps(_jvp, _save, _vjp),
-    triton=norm_maps(_save),
+_LAYER = DualOp(
+    function=_layer_function,
+    reference=Maps(_layer_jvp, _layer_save, _layer_vjp),
+    triton=norm_maps(_layer_save),
 )
-_OF_BIAS_ALONE = DualOp(_function, reference=None, triton=norm_maps(_save))
+_LAYER_OF_BIAS_ALONE = DualOp(_layer_function, reference=None, triton=norm_maps(_layer_save))
+
+
+def _rms_function(primals, options):
+    shape, eps = options
+    return F.rms_norm(primals[0], shape, primals[1], eps)
+
+
+def _rms_jvp(primals, tangents, options):
+    output, output_t, rstd = rms_norm_jvp(*primals, options[1], *tangents)
+    return output, output_t, (rstd,)
+
+
+def _rms_save(primals, output, statistics):
+    return *primals, *statistics
+
+
+_RMS = DualOp(
+    function=_rms_function,
+    reference=Maps(
+        jvp=_rms_jvp,
+        save=_rms_save,
+        vjp=lambda saved, grad, needs, options: rms_norm_vjp(grad, *saved, needs),
+    ),
+    triton=norm_maps(_rms_save, centered=False),
+)
+_RMS_OF_SEVERAL = DualOp(_rms_function, reference=None, triton=norm_maps(_rms_save, centered=False))
