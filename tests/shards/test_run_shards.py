@@ -134,9 +134,9 @@ def _command(pid: int) -> bytes:
 
 def test_local_workers_killed_at_random(setting: Path) -> None:
     plan = make_plan(setting, shards=4, run="killed", **SLOW)
-    with killing(b"tangent_ops.shards.worker", most=5, servers=True) as killed:
+    with killing(b"tangent_ops.shards.worker", most=3, servers=True) as killed:
         report = run_shards(plan, workers=2, retries=50, progress=False)
-    assert len(killed) >= 2  # as many as there was time for
+    assert len(killed) >= 2  # each costs the imports of a new worker
     assert set(report.trained) == {shard.name for shard in plan.shards()}
     assert not report.failed
     assert bits(plan) == bits(Plan.open(setting / "reference"))
@@ -148,7 +148,7 @@ def test_local_workers_killed_at_random(setting: Path) -> None:
 def test_ray_workers_killed_at_random(setting: Path) -> None:
     pytest.importorskip("ray", reason="the extra distributed is not installed")
     plan = make_plan(setting, shards=4, run="ray", **SLOW)
-    with killing(b"ray::attempt", most=3) as killed:
+    with killing(b"ray::attempt", most=2) as killed:
         report = run_shards(plan, "ray", workers=2, retries=50, progress=False)
     assert len(killed) >= 2
     assert set(report.trained) == {shard.name for shard in plan.shards()}
@@ -224,7 +224,7 @@ def test_one_bad_shard_keeps_no_other_from_its_end(tmp_path: Path) -> None:
     )
     shutil.copy(images / "class3" / "4.png", images / "class3" / "5.png")
     events = {}
-    report = run_shards(plan, workers=2, progress=False, on_done=events.__setitem__)
+    report = run_shards(plan, workers=1, progress=False, on_done=events.__setitem__)
     assert set(report.trained) == {"single", "good"}
     assert report.empty == ("empty",)
     assert report.failed.keys() == {"poisoned", "changed"}
