@@ -116,7 +116,7 @@ def run_tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], 
         patch.setattr("studies.paper.tokens.load_model", _model)
         patch.setattr(context, "load_model", _model)
         patch.setattr(cells, "ProcessPoolExecutor", ThisProcess)
-        # Nothing here is worth a wide tolerance, and an image of three hundred must not change sides.
+        # Tighter: not one image of three hundred may change sides.
         patch.setattr(composition, "FIT_TOLERANCE", 1e-3)
         patch.setattr(composition, "COMPOSE_TOLERANCE", 1e-4)
         yield run
