@@ -25,6 +25,8 @@ from two_processes import results
 pytest.importorskip("opacus", reason="the extra for privacy is not installed")
 pytest.importorskip("dp_accounting", reason="the extra for privacy is not installed")
 
+from statements import a_statement
+
 from tangent_ops import Delta, last_blocks, linearize, load_delta, save_delta
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.losses import RescaledSquareLoss
@@ -35,7 +37,7 @@ from tangent_ops.privacy.accounting import Phase, epsilon
 from tangent_ops.privacy.fit import PrivateFit, fit_private
 from tangent_ops.privacy.gradients import per_sample_gradients
 from tangent_ops.privacy.noise import NoiseSource
-from tangent_ops.privacy.statement import make_statement, statement_of
+from tangent_ops.privacy.statement import statement_of
 
 COUNT = 30
 
@@ -521,15 +523,7 @@ def test_a_sample_that_is_not_finite_stops_it():
 
 def test_a_statement_of_other_samples_does_not_vanish():
     """What was spent before counts at the delta of this fit."""
-    spent = make_statement(
-        mechanism="by hand",
-        phases=(Phase(0.7, 1.0, 1),),
-        clip=1.0,
-        delta=1e-6,
-        sampling="all",
-        noise="drawn",
-        assumes=(),
-    )
+    spent = a_statement(Phase(0.7, 1.0, 1), delta=1e-6)
     found = run(moved(a_tangent()), start=spent).statement
     assert found.delta == 1e-3
     assert found.epsilon > spent.epsilon_at(1e-3)
