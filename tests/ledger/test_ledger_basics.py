@@ -13,7 +13,7 @@ from fractions import Fraction
 import pytest
 import torch
 from ledger_helpers import META, assert_is, assert_same, assert_tidy, refused, some_delta, tree
-from timm.models.vision_transformer import VisionTransformer
+from small_models import tiny_vit
 
 import tangent_ops
 from tangent_ops import Delta, DeltaMeta, Ledger, load_delta, save_delta
@@ -28,11 +28,7 @@ from tangent_ops.ledger import Event, Verified
 
 
 def tiny_model(seed=0, **options):
-    torch.manual_seed(seed)
-    model = VisionTransformer(
-        img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=3, num_classes=5
-    )
-    return tangent_ops.linearize(model, "head", **options)
+    return tangent_ops.linearize(tiny_vit(seed, depth=1), "head", **options)
 
 
 # What it gives

@@ -56,19 +56,9 @@ def test_a_delta_is_what_fit_gives(setting: Path) -> None:
     images = [prepare(Image.open(setting / "images" / s.id).convert("RGB")) for s in data.samples]
     targets = [int(s.id[len("class")]) for s in data.samples]
     tangent = tangent_ops.linearize(model.eval(), tangent_ops.last_blocks(model, 1))
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        tangent_ops.fit(
-            tangent,
-            TensorDataset(torch.stack(images), torch.tensor(targets)),
-            epochs=30,
-            lr=1e-3,
-            batch_size=4,
-            progress=False,
-        )
-    finally:
-        torch.set_num_threads(threads)
+    samples = TensorDataset(torch.stack(images), torch.tensor(targets))
+    tangent_ops.fit(tangent, samples, epochs=30, lr=1e-3, batch_size=4, progress=False)
     found = tangent_ops.load_delta(plan.delta_path(data.hash))
     assert found.keys() == tangent.deltas().keys()
     for name, expected in tangent.deltas().items():
@@ -187,7 +177,6 @@ def test_killed_at_the_renaming(setting: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     assert ended.stdout.split() == [str(-signal.SIGKILL.value)] * 2
     reference = bits(Plan.open(setting / "reference"))
-    threads = torch.get_num_threads()
     for moment, plan in plans.items():
         shard = plan.shards()[1]
         assert shard.done == (moment == "after")
@@ -197,7 +186,6 @@ def test_killed_at_the_renaming(setting: Path, monkeypatch: pytest.MonkeyPatch) 
             assert "error" not in job.attempt(str(plan.path), shard.name)
         name = plan.delta_path(shard.job or "").name
         assert bits(plan)[name] == reference[name]
-    torch.set_num_threads(threads)
 
 
 def test_one_bad_shard_keeps_no_other_from_its_end(tmp_path: Path) -> None:
@@ -281,10 +269,8 @@ def test_a_full_disk_and_a_read_only_one(tmp_path: Path) -> None:
             run_shards(plan, workers=1, progress=False)
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
         filler.unlink()
-        threads = torch.get_num_threads()
         for shard in plan.shards():
             assert "error" not in job.attempt(str(plan.path), shard.name)
-        torch.set_num_threads(threads)
         assert all(shard.done for shard in plan.shards())
 
 

@@ -78,12 +78,11 @@ def test_the_commands_of_the_script(folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("COLUMNS", "200")
     out = folder / "local"
     out.mkdir()
-    printed, threads = "", torch.get_num_threads()
+    printed = ""
     for words in commands(folder, "local"):
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, result.output
         printed += result.stdout
-    torch.set_num_threads(threads)
     program = torch.export.load(out / "model.pt2").module()
     check(printed, out, program(IMAGES))
 
