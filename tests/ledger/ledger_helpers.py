@@ -115,12 +115,16 @@ def ended(child: int) -> int:
 
 def delta_file(ledger: Ledger, shard: str) -> Path:
     with ledger._records.reading() as transaction:
-        return ledger.path / "deltas" / transaction.shard(shard).seal.name
+        row = transaction.shard(shard)
+    assert row is not None
+    return ledger.path / "deltas" / row.seal.name
 
 
 def sum_file(ledger: Ledger) -> Path:
     with ledger._records.reading() as transaction:
-        return ledger.path / "sums" / transaction.sum().name
+        row = transaction.sum()
+    assert row is not None
+    return ledger.path / "sums" / row.name
 
 
 def edit_database(ledger: Ledger, *statements: str) -> None:
