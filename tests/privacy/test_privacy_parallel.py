@@ -20,7 +20,7 @@ from statements import a_statement
 from tangent_ops import Delta, DeltaMeta, Ledger
 from tangent_ops.errors import ArgumentError, CertificateError, LedgerError, UnsupportedError
 from tangent_ops.privacy.accounting import Phase
-from tangent_ops.privacy.parallel import ledger_privacy, parallel
+from tangent_ops.privacy.parallel_composition import ledger_privacy, parallel
 from tangent_ops.privacy.statement import PrivacyStatement, attach
 
 META = DeltaMeta("a" * 64, "tiny", "head")
