@@ -45,6 +45,26 @@ def vit(**options) -> VisionTransformer:
     return model
 
 
+class Computes(nn.Module):
+    """Layers and parameters by name, and what `call(module, x)` makes of them."""
+
+    def __init__(self, call: Callable[[Any, Tensor], Any], **parts: nn.Module | nn.Parameter):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.call = call
+
+    def forward(self, x: Tensor) -> Any:
+        return self.call(self, x)
+
+
+def tiny_vit(seed: int = 0, **options) -> VisionTransformer:
+    """As timm makes it, with weights of that seed."""
+    torch.manual_seed(seed)
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    return VisionTransformer(**{**sizes, "num_classes": 5, **options})
+
+
 def family(name: str, **options) -> nn.Module:
     """A timm architecture, small, with random weights."""
     torch.manual_seed(0)

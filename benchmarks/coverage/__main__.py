@@ -28,7 +28,6 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
     parser.add_argument("--write", action="store_true", help="measure nothing, write the page")
     options = parser.parse_args()
-    stop_by_exception()
     try:
         path = folder_for(options.out) / STORED.name
         rows = read_rows(path)
@@ -45,4 +44,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    stop_by_exception()
     sys.exit(main())

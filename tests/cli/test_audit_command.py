@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
 import pytest
@@ -71,11 +70,8 @@ def test_bad_options_are_refused(words: str, message: str) -> None:
     assert result.stderr.count("\n") == 1
 
 
-def test_a_missing_extra(monkeypatch) -> None:
-    own = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "opacus" else own(name)
-    )
+def test_a_missing_extra(not_installed) -> None:
+    not_installed("opacus")
     result = run(*QUICK)
     assert result.exit_code == 2
     assert 'this needs opacus: pip install "tangent-ops[privacy]"' in result.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -28,20 +27,27 @@ def test_the_version_is_the_packages() -> None:
     assert result.stdout == f"tangent-ops {installed}\n"
 
 
-def test_help_lists_the_commands() -> None:
-    result = CliRunner().invoke(app, ["--help"])
+COMMANDS = ["finetune", "compose", "evaluate", "forget", "ledger", "profile", "export", "privacy"]
+IN_HELP = {
+    "": [*COMMANDS, "--install-completion"],
+    "finetune": ["--public", "Examples"],
+    "ledger": ["add", "forget", "list", "verify", "export"],
+}
+
+
+@pytest.mark.parametrize(("command", "words"), IN_HELP.items())
+def test_help_says_where_to_begin(command: str, words: list[str]) -> None:
+    """Without an extra: whoever misses it reads this first."""
+    result = CliRunner().invoke(app, [*command.split(), "--help"])
     assert result.exit_code == 0
-    assert "profile" in result.stdout
+    assert [word for word in words if word not in result.stdout] == []
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich", "jinja2"])
 def test_without_its_extra_it_says_how_to_get_it(
-    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    missing: str, not_installed, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == missing else find(name)
-    )
+    not_installed(missing)
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 1

@@ -284,12 +284,3 @@ def test_losses_for_tensorboard(images: Path, tmp_path: Path) -> None:
     assert events.Tags()["scalars"] == ["loss/shard-0", "lr/shard-0"]
     assert [event.step for event in events.Scalars("loss/shard-0")] == [0, 1]
     assert events.Scalars("lr/shard-0")[0].value == pytest.approx(1e-3)
-
-
-def test_the_help_says_where_to_begin() -> None:
-    text = run("--help").stdout
-    for command in ("finetune", "compose", "evaluate", "forget", "ledger", "profile", "export"):
-        assert command in text
-    text = run("finetune", "--help").stdout
-    assert "--public" in text and "Examples" in text
-    assert "--install-completion" in run("--help").stdout

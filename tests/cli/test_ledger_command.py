@@ -156,10 +156,3 @@ def test_only_add_makes_a_ledger(command: str, tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert "holds no ledger" in result.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def test_help_names_the_commands() -> None:
-    result = run("--help")
-    assert result.exit_code == 0
-    for command in ("add", "forget", "list", "verify", "export"):
-        assert command in result.stdout

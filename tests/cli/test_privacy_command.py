@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +13,11 @@ from typer.testing import CliRunner, Result
 pytest.importorskip("opacus")
 pytest.importorskip("dp_accounting")
 
+from statements import a_statement
+
 from tangent_ops import Delta, DeltaMeta, Ledger, save_delta
 from tangent_ops.cli.app import app
-from tangent_ops.privacy.accounting import Phase
-from tangent_ops.privacy.statement import PrivacyStatement, attach, make_statement
+from tangent_ops.privacy.statement import PrivacyStatement, attach
 
 PLAIN = Delta({"w": torch.tensor([1.0])}, DeltaMeta("a" * 64, "tiny", "head"))
 
@@ -28,15 +28,7 @@ def run(*words: object) -> Result:
 
 @pytest.fixture(scope="module")
 def statement() -> PrivacyStatement:
-    return make_statement(
-        mechanism="Gaussian [sic]",
-        phases=(Phase(1, 1.0, 1),),
-        clip=1.0,
-        delta=1e-5,
-        sampling="all",
-        noise="dice",
-        assumes=("the anchor is public",),
-    )
+    return a_statement(mechanism="Gaussian [sic]")
 
 
 @pytest.fixture
@@ -111,17 +103,8 @@ def test_bad_input_exits_with_2(file: Path, tmp_path: Path) -> None:
     assert run(file).exit_code == 2
 
 
-def test_without_the_extra_it_says_how_to_get_it(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "opacus" else find(name)
-    )
+def test_without_the_extra_it_says_how_to_get_it(file: Path, not_installed) -> None:
+    not_installed("opacus")
     result = run(file)
     assert result.exit_code == 2
     assert 'needs opacus: pip install "tangent-ops[privacy]"' in result.stderr
-
-
-def test_the_other_commands_do_without_the_extra() -> None:
-    assert "privacy" in CliRunner().invoke(app, ["--help"]).stdout

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.models.vision_transformer import VisionTransformer
+from small_models import tiny_vit
 
 import tangent_ops
 from tangent_ops.composition.compose import compose
@@ -123,10 +123,7 @@ def test_weights_may_be_numbers_of_any_kind():
 
 @pytest.fixture(scope="module")
 def tangent():
-    torch.manual_seed(0)
-    model = VisionTransformer(
-        img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5
-    )
+    model = tiny_vit()
     return tangent_ops.linearize(model.double(), tangent_ops.last_blocks(model, 1))
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +20,12 @@ from torch.utils.data import (
     Subset,
     TensorDataset,
 )
+from two_processes import results
 
 pytest.importorskip("opacus", reason="the extra for privacy is not installed")
 pytest.importorskip("dp_accounting", reason="the extra for privacy is not installed")
+
+from statements import a_statement
 
 from tangent_ops import Delta, last_blocks, linearize, load_delta, save_delta
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
@@ -36,7 +37,7 @@ from tangent_ops.privacy.fit import PrivateFit, fit_private
 from tangent_ops.privacy.noise import NoiseSource
 from tangent_ops.privacy.per_sample.gradients import per_sample_gradients
 from tangent_ops.privacy.sampling import PoissonBatches
-from tangent_ops.privacy.statement import make_statement, statement_of
+from tangent_ops.privacy.statement import statement_of
 
 COUNT = 30
 
@@ -298,33 +299,14 @@ def test_poisson_sampling():
     assert list(PoissonBatches(count, rate, 50, (3, 1), start=20)) == whole[20:]
 
 
-WORKER = """
-import sys, torch
-from torch import distributed
-sys.path[:0] = {paths!r}
-from test_fit_private import run, flat
-torch.set_num_threads(1)
-rank = int(sys.argv[1])
-distributed.init_process_group(
-    "gloo", init_method="file://{folder}/meet", rank=rank, world_size=2
-)
-found = run(noise_multiplier=2.0, expected_batch_size=3, steps=6, physical_batch_size=2, {options})
-torch.save((flat(found.delta), found.statement.to_json()), f"{folder}/{{rank}}.pt")
-distributed.destroy_process_group()
-"""
+def work(rank: int, folder: Path) -> tuple[Tensor, str]:
+    found = run(noise_multiplier=2.0, expected_batch_size=3, steps=6, physical_batch_size=2)
+    return flat(found.delta), found.statement.to_json()
 
 
-@pytest.mark.slow
 def test_processes_of_a_group_train_what_one_would(tmp_path):
     """Batches that are empty on one process, or on both, are among them; noise comes once."""
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    script = WORKER.format(paths=paths, folder=tmp_path, options="seed=0")
-    workers = [
-        subprocess.Popen([sys.executable, "-W", "ignore", "-c", script, str(rank)])
-        for rank in range(2)
-    ]
-    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
-    (one, said), (other, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (one, said), (other, _) = results("test_fit_private", tmp_path)
     right = run(noise_multiplier=2.0, expected_batch_size=3, steps=6)
     assert torch.equal(one, other)
     assert float((one - flat(right.delta)).norm()) <= 1e-5 * float(one.norm())
@@ -541,15 +523,7 @@ def test_a_sample_that_is_not_finite_stops_it():
 
 def test_a_statement_of_other_samples_does_not_vanish():
     """What was spent before counts at the delta of this fit."""
-    spent = make_statement(
-        mechanism="by hand",
-        phases=(Phase(0.7, 1.0, 1),),
-        clip=1.0,
-        delta=1e-6,
-        sampling="all",
-        noise="drawn",
-        assumes=(),
-    )
+    spent = a_statement(Phase(0.7, 1.0, 1), delta=1e-6)
     found = run(moved(a_tangent()), start=spent).statement
     assert found.delta == 1e-3
     assert found.epsilon > spent.epsilon_at(1e-3)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import exact_vjp, images, moved, vit
+from small_models import Computes, exact_vjp, images, moved, vit
 from torch import Tensor, nn
 
 pytest.importorskip("opacus", reason="the extra for privacy is not installed")
@@ -337,36 +337,25 @@ class Tied(nn.Module):
         return self.other(x).sum(1)
 
 
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(torch.tanh(self.layer(x))).sum(1)
+def twice():
+    return Computes(lambda m, x: m.layer(torch.tanh(m.layer(x))).sum(1), layer=nn.Linear(6, 6))
 
 
-@pytest.mark.parametrize("model", [lambda: Tied(1), lambda: Tied(2), Twice])
+@pytest.mark.parametrize("model", [lambda: Tied(1), lambda: Tied(2), twice])
 def test_tied_layers_and_layers_that_are_called_twice(model):
     torch.manual_seed(0)
     inputs = torch.randn(4, 3, 6, dtype=torch.float64)
     check(moved(linearize(model().double())), inputs, 1e-9)
 
 
-class Attention(nn.Module):
-    """PyTorch's attention uses its out_proj's weight without calling it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x, x, x, need_weights=False)[0].sum(1)
-
-
 def test_parameters_that_are_used_without_their_layer():
+    """PyTorch's attention uses its out_proj's weight without calling it."""
     torch.manual_seed(0)
-    check(moved(linearize(Attention().double())), torch.randn(3, 4, 6, dtype=torch.float64), 1e-9)
+    model = Computes(
+        lambda m, x: m.attention(x, x, x, need_weights=False)[0].sum(1),
+        attention=nn.MultiheadAttention(6, 2, batch_first=True),
+    )
+    check(moved(linearize(model.double())), torch.randn(3, 4, 6, dtype=torch.float64), 1e-9)
 
 
 class Keeping(nn.Module):
@@ -392,48 +381,30 @@ def test_a_model_that_keeps_what_it_computes_of_its_weights(checked):
     assert tangent.anchor.kept is None
 
 
-class Centred(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x - x.mean(0))
-
-
-class TwiceUsed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) + x @ self.layer.weight.T
-
-
 @pytest.mark.filterwarnings("ignore:no gradient in the ordinary model:UserWarning")
-@pytest.mark.parametrize("model", [Centred, TwiceUsed])
-def test_what_layers_do_not_tell_is_found_out(model):
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, x: m.layer(x - x.mean(0)),  # centred by the batch
+        lambda m, x: m.layer(x) + x @ m.layer.weight.T,  # the weight is used twice
+    ],
+)
+def test_what_layers_do_not_tell_is_found_out(call):
     torch.manual_seed(0)
-    tangent = linearize(model())
+    tangent = linearize(Computes(call, layer=nn.Linear(6, 3)))
     with pytest.raises(UnsupportedError, match="layer"):
         PerSampleGradients(tangent, torch.randn(2, 6))
 
 
-class Branching(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.token = nn.Parameter(torch.ones(6))
-        self.layer = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.token
-        return self.layer(x if float(x.detach().sum()) < 1e9 else -x)
-
-
 def test_parameters_that_functorch_cannot_reach_are_named():
+    def branching(m, x):
+        x = x + m.token
+        return m.layer(x if float(x.detach().sum()) < 1e9 else -x)
+
+    model = Computes(branching, token=nn.Parameter(torch.ones(6)), layer=nn.Linear(6, 3))
     with pytest.raises(UnsupportedError, match=r"of token need functorch.*Leave them out"):
-        PerSampleGradients(linearize(Branching()), torch.randn(2, 6))
-    PerSampleGradients(linearize(Branching(), "layer"), torch.randn(2, 6))  # the way out
+        PerSampleGradients(linearize(model), torch.randn(2, 6))
+    PerSampleGradients(linearize(model, "layer"), torch.randn(2, 6))  # the way out
 
 
 def test_refused():

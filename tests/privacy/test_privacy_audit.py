@@ -19,6 +19,7 @@ pytest.importorskip("opacus", reason="the extra for privacy is not installed")
 pytest.importorskip("dp_accounting", reason="the extra for privacy is not installed")
 
 from scipy.stats import binomtest
+from statements import a_statement
 
 from tangent_ops import linearize
 from tangent_ops.errors import ArgumentError, CertificateError, DeltaError, UnsupportedError
@@ -30,22 +31,9 @@ from tangent_ops.privacy.auditing.trade_off import TradeOff, largest_noise, scal
 from tangent_ops.privacy.fit import fit_private
 from tangent_ops.privacy.noise import NoiseSource
 from tangent_ops.privacy.per_sample import gradients
-from tangent_ops.privacy.statement import PrivacyStatement, make_statement
 
 NORMAL = NormalDist()
 DELTA = 1e-5
-
-
-def claimed(*phases: Phase) -> PrivacyStatement:
-    return make_statement(
-        mechanism="simulated",
-        phases=phases,
-        clip=1.0,
-        delta=DELTA,
-        sampling="Poisson",
-        noise="numpy",
-        assumes=(),
-    )
 
 
 def mechanism(phase: Phase, seed: int, noise: float = 1.0, clip: float = 1.0):
@@ -61,7 +49,7 @@ def mechanism(phase: Phase, seed: int, noise: float = 1.0, clip: float = 1.0):
 
 
 def run(phase: Phase, runs: int, seed: int = 0, **wrong: float) -> Audit:
-    return audit(mechanism(phase, seed, **wrong), claimed(phase), runs=runs, progress=False)
+    return audit(mechanism(phase, seed, **wrong), a_statement(phase), runs=runs, progress=False)
 
 
 @pytest.mark.parametrize("hits", [0, 1, 7, 30])
@@ -174,7 +162,7 @@ def test_a_broken_mechanism_is_refuted(phase: Phase, wrong: dict[str, float]) ->
 def test_a_perfect_attack_by_hand() -> None:
     found = audit(
         lambda with_canary, _: torch.tensor([3.0]) if with_canary else 1,
-        claimed(Phase(10.0, 1.0, 1)),
+        a_statement(Phase(10.0, 1.0, 1)),
         runs=80,
         confidence=0.9,
         progress=False,
@@ -196,7 +184,7 @@ def test_a_perfect_attack_by_hand() -> None:
 
 @pytest.mark.parametrize("score", [lambda *_: 1.0, lambda inside, _: -float(inside)])
 def test_a_useless_attack_shows_nothing(score) -> None:
-    found = audit(score, claimed(Phase(1.0, 1.0, 1)), runs=40, progress=False)
+    found = audit(score, a_statement(), runs=40, progress=False)
     assert found.consistent and found.noise_ratio is None
     assert (found.lower_bound, found.family_lower_bound) == (0, 0)
 
@@ -205,13 +193,13 @@ def test_runs_that_chose_the_threshold_are_not_counted() -> None:
     def train(with_canary: bool, run: int) -> float:
         return float(with_canary) if run < 20 else 0.0
 
-    found = audit(train, claimed(Phase(1.0, 1.0, 1)), runs=80, progress=False)
+    found = audit(train, a_statement(), runs=80, progress=False)
     assert (found.counted, found.tpr, found.fpr) == (30, 0, 0)
 
 
 def test_each_run_is_asked_for_once_half_of_them_with_the_canary() -> None:
     asked = []
-    audit(lambda *of: asked.append(of) or 0, claimed(Phase(1.0, 1.0, 1)), runs=42, progress=False)
+    audit(lambda *of: asked.append(of) or 0, a_statement(), runs=42, progress=False)
     assert sorted(run for _, run in asked) == [*range(42)]
     assert sum(with_canary for with_canary, _ in asked) == 21
 
@@ -232,20 +220,20 @@ BAD_AUDITS = {
     "train must return one number, got None in run 0": {"train": lambda *_: None},
     "train must return one number, got tensor": {"train": lambda *_: torch.ones(2)},
     "claim promises nothing: its epsilon is inf at delta 1e-05": {
-        "claim": claimed(Phase(0.0, 1.0, 1))
+        "claim": a_statement(Phase(0.0, 1.0, 1))
     },
 }
 
 
 @pytest.mark.parametrize(("message", "wrong"), BAD_AUDITS.items(), ids=BAD_AUDITS)
 def test_bad_arguments_are_refused(message: str, wrong: dict) -> None:
-    good = {"train": lambda *_: 0.0, "claim": claimed(Phase(1.0, 1.0, 1)), "progress": False}
+    good = {"train": lambda *_: 0.0, "claim": a_statement(), "progress": False}
     with pytest.raises(ArgumentError, match=message):
         audit(**{**good, **wrong})
 
 
 def test_other_claims_are_refused() -> None:
-    claim = claimed(Phase(1.0, 1.0, 1))
+    claim = a_statement()
     with pytest.raises(UnsupportedError, match="another adjacency: 'replace one sample'"):
         audit(lambda *_: 0.0, replace(claim, adjacency="replace one sample"))
     with pytest.raises(CertificateError, match="claims epsilon"):

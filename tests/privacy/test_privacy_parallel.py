@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,29 +15,19 @@ pytest.importorskip("opacus")
 pytest.importorskip("dp_accounting")
 
 from gaussian_oracle import gaussian_epsilon
+from statements import a_statement
 
 from tangent_ops import Delta, DeltaMeta, Ledger
 from tangent_ops.errors import ArgumentError, CertificateError, LedgerError, UnsupportedError
 from tangent_ops.privacy.accounting import Phase
 from tangent_ops.privacy.parallel_composition import ledger_privacy, parallel
-from tangent_ops.privacy.statement import PrivacyStatement, attach, make_statement
+from tangent_ops.privacy.statement import PrivacyStatement, attach
 
 META = DeltaMeta("a" * 64, "tiny", "head")
 
 
-def make(sigma: float, delta: float = 1e-5, **changes: str) -> PrivacyStatement:
-    return make_statement(
-        **{
-            "mechanism": "Gaussian",
-            "phases": (Phase(sigma, 1.0, 1),),
-            "clip": 1.0,
-            "delta": delta,
-            "sampling": "all",
-            "noise": "dice",
-            "assumes": ("the anchor is public",),
-            **changes,
-        }
-    )
+def make(sigma: float, **changes: Any) -> PrivacyStatement:
+    return a_statement(Phase(sigma, 1.0, 1), **changes)
 
 
 def a_delta(value: float, statement: PrivacyStatement | None) -> Delta:
@@ -149,15 +140,7 @@ def test_statements_at_several_deltas() -> None:
 def test_at_each_delta_the_largest_there() -> None:
     # Curves that cross: a Gaussian, and a rare sample under little noise.
     gaussian = make(8)
-    rare = make_statement(
-        mechanism="one step",
-        phases=(Phase(0.5, 1e-3, 1),),
-        clip=1.0,
-        delta=1e-5,
-        sampling="Poisson",
-        noise="dice",
-        assumes=(),
-    )
+    rare = a_statement(Phase(0.5, 1e-3, 1))
     found = parallel({"gaussian": gaussian, "rare": rare})
     high, low = 1e-3, 1e-9
     assert gaussian.epsilon_at(high) > rare.epsilon_at(high)

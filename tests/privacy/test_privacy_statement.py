@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ import torch
 pytest.importorskip("opacus")
 pytest.importorskip("dp_accounting")
 
+from statements import a_statement
+
 from tangent_ops import Delta, DeltaMeta, compose, load_delta, save_delta
 from tangent_ops.errors import ArgumentError, CertificateError
 from tangent_ops.privacy.accounting import Phase
 from tangent_ops.privacy.statement import (
     PrivacyStatement,
     attach,
-    make_statement,
     plain,
     statement_of,
 )
@@ -27,17 +29,9 @@ from tangent_ops.privacy.statement import (
 META = DeltaMeta("a" * 64, "tiny", "head", loss="square", extra={"note": "kept"})
 
 
-def make(*phases: Phase, delta: float = 1e-5, clip: float = 1.5, **changes) -> PrivacyStatement:
-    arguments = {
-        "mechanism": "DP-SGD: Poisson-subsampled Gaussian",
-        "phases": phases or (Phase(4, 0.01, 10_000),),
-        "clip": clip,
-        "delta": delta,
-        "sampling": "Poisson",
-        "noise": "dice",
-        "assumes": ("the anchor is public",),
-    }
-    return make_statement(**{**arguments, **changes})
+def make(*phases: Phase, **changes: Any) -> PrivacyStatement:
+    given = {"mechanism": "DP-SGD: Poisson-subsampled Gaussian", "clip": 1.5, "sampling": "Poisson"}
+    return a_statement(*phases or (Phase(4, 0.01, 10_000),), **{**given, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -56,19 +56,9 @@ def test_a_delta_is_what_fit_gives(setting: Path) -> None:
     images = [prepare(Image.open(setting / "images" / s.id).convert("RGB")) for s in data.samples]
     targets = [int(s.id[len("class")]) for s in data.samples]
     tangent = tangent_ops.linearize(model.eval(), tangent_ops.last_blocks(model, 1))
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        tangent_ops.fit(
-            tangent,
-            TensorDataset(torch.stack(images), torch.tensor(targets)),
-            epochs=30,
-            lr=1e-3,
-            batch_size=4,
-            progress=False,
-        )
-    finally:
-        torch.set_num_threads(threads)
+    samples = TensorDataset(torch.stack(images), torch.tensor(targets))
+    tangent_ops.fit(tangent, samples, epochs=30, lr=1e-3, batch_size=4, progress=False)
     found = tangent_ops.load_delta(plan.delta_path(data.hash))
     assert found.keys() == tangent.deltas().keys()
     for name, expected in tangent.deltas().items():
@@ -134,9 +124,9 @@ def _command(pid: int) -> bytes:
 
 def test_local_workers_killed_at_random(setting: Path) -> None:
     plan = make_plan(setting, shards=4, run="killed", **SLOW)
-    with killing(b"tangent_ops.shards.worker", most=5, servers=True) as killed:
+    with killing(b"tangent_ops.shards.worker", most=3, servers=True) as killed:
         report = run_shards(plan, workers=2, retries=50, progress=False)
-    assert len(killed) >= 2  # as many as there was time for
+    assert len(killed) >= 2  # each costs the imports of a new worker
     assert set(report.trained) == {shard.name for shard in plan.shards()}
     assert not report.failed
     assert bits(plan) == bits(Plan.open(setting / "reference"))
@@ -148,7 +138,7 @@ def test_local_workers_killed_at_random(setting: Path) -> None:
 def test_ray_workers_killed_at_random(setting: Path) -> None:
     pytest.importorskip("ray", reason="the extra distributed is not installed")
     plan = make_plan(setting, shards=4, run="ray", **SLOW)
-    with killing(b"ray::attempt", most=3) as killed:
+    with killing(b"ray::attempt", most=2) as killed:
         report = run_shards(plan, "ray", workers=2, retries=50, progress=False)
     assert len(killed) >= 2
     assert set(report.trained) == {shard.name for shard in plan.shards()}
@@ -187,7 +177,6 @@ def test_killed_at_the_renaming(setting: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     assert ended.stdout.split() == [str(-signal.SIGKILL.value)] * 2
     reference = bits(Plan.open(setting / "reference"))
-    threads = torch.get_num_threads()
     for moment, plan in plans.items():
         shard = plan.shards()[1]
         assert shard.done == (moment == "after")
@@ -197,7 +186,6 @@ def test_killed_at_the_renaming(setting: Path, monkeypatch: pytest.MonkeyPatch) 
             assert "error" not in job.attempt(str(plan.path), shard.name)
         name = plan.delta_path(shard.job or "").name
         assert bits(plan)[name] == reference[name]
-    torch.set_num_threads(threads)
 
 
 def test_one_bad_shard_keeps_no_other_from_its_end(tmp_path: Path) -> None:
@@ -224,7 +212,7 @@ def test_one_bad_shard_keeps_no_other_from_its_end(tmp_path: Path) -> None:
     )
     shutil.copy(images / "class3" / "4.png", images / "class3" / "5.png")
     events = {}
-    report = run_shards(plan, workers=2, progress=False, on_done=events.__setitem__)
+    report = run_shards(plan, workers=1, progress=False, on_done=events.__setitem__)
     assert set(report.trained) == {"single", "good"}
     assert report.empty == ("empty",)
     assert report.failed.keys() == {"poisoned", "changed"}
@@ -281,10 +269,8 @@ def test_a_full_disk_and_a_read_only_one(tmp_path: Path) -> None:
             run_shards(plan, workers=1, progress=False)
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
         filler.unlink()
-        threads = torch.get_num_threads()
         for shard in plan.shards():
             assert "error" not in job.attempt(str(plan.path), shard.name)
-        torch.set_num_threads(threads)
         assert all(shard.done for shard in plan.shards())
 
 

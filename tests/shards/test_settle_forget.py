@@ -34,13 +34,6 @@ from tangent_ops.shards import (
 )
 
 
-@pytest.fixture(autouse=True)
-def same_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def trained(plan: Plan) -> Plan:
     for shard in plan.shards():
         if shard.job is not None and not shard.done:

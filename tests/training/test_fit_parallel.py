@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,18 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_models import images, oracle, vit
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from two_processes import results
 
 from tangent_ops import fit, fit_head, linearize, predict
 from tangent_ops.delta import fingerprint
 from tangent_ops.errors import ArgumentError, TangentOpsError
 from tangent_ops.privacy.fit import fit_private
 from tangent_ops.training.fsdp import shard_anchor
-
-pytestmark = pytest.mark.slow  # two processes to start
 
 COUNT, SIZE = 11, 5  # batches of 5, 5 and 1: the second process has no part of the last
 EPOCHS, LR, L2 = 2, 0.02, 0.1
@@ -115,11 +109,6 @@ def fitted(model, data=None, **options) -> tuple[dict[str, Tensor], list[float]]
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}, (
         history.loss
     )
-
-
-def trained(model, **options):
-    fitted(model, **options)
-    return {name: delta.detach() for name, delta in model.deltas().items()}
 
 
 def refusal(call: Callable[[], Any]) -> str:
@@ -236,41 +225,17 @@ def refusals(rank: int) -> dict[str, str]:
     return {f"refused: {name}": words for name, words in found.items()}
 
 
-def work(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    meet = f"file://{folder}/meet"
-    distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
+def work(rank: int, folder: Path) -> dict[str, Any]:
     found = fits(rank, folder / "cache") | sharded(folder)
     found |= {"own loop": own_loop(rank, False), "own loop, checkpointing": own_loop(rank, True)}
-    torch.save(found | refusals(rank), folder / f"{rank}.pt")
-    distributed.destroy_process_group()
-
-
-SCRIPT = """
-import os, sys
-sys.path[:0] = {paths!r}
-from pathlib import Path
-from test_fit_parallel import work
-other = os.fork()  # imports take longer than all the rest: they are done once
-work(int(other == 0), Path(sys.argv[1]))
-sys.exit(other and os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))
-"""
+    return found | refusals(rank)
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory) -> list[dict[str, Any]]:
     """What each of the two processes found."""
     folder = tmp_path_factory.mktemp("group")
-    script = SCRIPT.format(paths=[str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # no pool of threads to lose in the fork
-    command = [sys.executable, "-W", "ignore", "-c", script, str(folder)]
-    worker = subprocess.Popen(command, env=one_thread, start_new_session=True)
-    try:
-        assert worker.wait(timeout=200) == 0
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(worker.pid, signal.SIGKILL)
-    found = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    found = results("test_fit_parallel", folder)
     found[0]["files"] = sorted(str(f.relative_to(folder)) for f in folder.rglob("*.bin"))
     return found
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import shaken, vit
+from small_models import Computes, shaken, vit
 from timm.models.convnext import ConvNeXt
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
@@ -136,21 +136,15 @@ def test_blocks_that_are_repeated_in_separate_fits():
     check(tangent, shards(8, 7), optimizer="sgd")
 
 
-class Root(nn.Module):
-    """Not finite on most noise."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(5)
-        self.head = nn.Linear(6, 5)
-
-    def forward(self, x):
-        return self.head(x.sqrt())
+def head_of(call) -> nn.Module:
+    """A linear head, and what `call(module, x)` makes of it."""
+    torch.manual_seed(5)
+    return Computes(call, head=nn.Linear(6, 5))
 
 
 def test_what_noise_makes_not_finite_is_no_reason_to_refuse():
     data = {n: TensorDataset(s[:][0].square(), s[:][1]) for n, s in vectors(8, 6).items()}
-    check(tangent_of(Root()), data, optimizer="sgd")
+    check(tangent_of(head_of(lambda m, x: m.head(x.sqrt()))), data, optimizer="sgd")
 
 
 def test_autocast_reaches_the_grouped_products():
@@ -169,18 +163,6 @@ def test_autocast_reaches_the_grouped_products():
     assert_equal(found, expected, start, tolerance=16 * torch.finfo(torch.bfloat16).eps)
 
 
-class Mixing(nn.Module):
-    """Every row sees the mean of its batch."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(5)
-        self.head = nn.Linear(6, 5)
-
-    def forward(self, x):
-        return self.head((x - x.mean(0)).tanh())
-
-
 def vectors(*sizes: int) -> dict[str, TensorDataset]:
     noise = torch.Generator().manual_seed(6)
 
@@ -197,7 +179,8 @@ def linear_tangent():
 
 
 def test_rows_that_see_their_batch_see_their_own_shard_alone():
-    tangent = tangent_of(Mixing(), check=False)  # of one sample alone nothing is left
+    mixing = head_of(lambda m, x: m.head((x - x.mean(0)).tanh()))
+    tangent = tangent_of(mixing, check=False)  # of one sample alone nothing is left
     check(tangent, vectors(8, 7, 4), optimizer="sgd")
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import sqlite3
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import pytest
 import torch
 
 from tangent_ops import Delta, DeltaMeta, Ledger
+from tangent_ops.errors import LedgerError
 
 META = DeltaMeta("a" * 64, "tiny", "head", loss="square")
 SHAPES = {"head.weight": (3, 4), "head.bias": (3,), "scale": ()}
@@ -28,6 +32,9 @@ def some_delta(seed: int, meta: DeltaMeta | None = META) -> Delta:
         exponents = torch.randint(-44, 8, shape, generator=generator).double()
         values[name] = (torch.randn(shape, generator=generator) * exponents.exp2()).to(DTYPES[name])
     return Delta(values, meta and replace(meta, shard=str(seed)))
+
+
+SHARDS = {"a": (some_delta(1), 1.0), "b": (some_delta(2), 2.5)}
 
 
 def assert_same(found: Delta, expected: Delta) -> None:
@@ -104,6 +111,41 @@ def fork(work: Callable[[], object]) -> int:
 def ended(child: int) -> int:
     """Wait for a child: its exit code, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def delta_file(ledger: Ledger, shard: str) -> Path:
+    with ledger._records.reading() as transaction:
+        row = transaction.shard(shard)
+    assert row is not None
+    return ledger.path / "deltas" / row.seal.name
+
+
+def sum_file(ledger: Ledger) -> Path:
+    with ledger._records.reading() as transaction:
+        row = transaction.sum()
+    assert row is not None
+    return ledger.path / "sums" / row.name
+
+
+def edit_database(ledger: Ledger, *statements: str) -> None:
+    with closing(sqlite3.connect(ledger.path / "ledger.sqlite")) as connection, connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+def refused(
+    where: Ledger | Path,
+    message: str,
+    *works: Callable[[], object],
+    error: type[Exception] = LedgerError,
+) -> None:
+    """Each of the works raises the error and changes no file."""
+    path = where.path if isinstance(where, Ledger) else where
+    before = tree(path)
+    for work in works:
+        with pytest.raises(error, match=message):
+            work()
+        assert tree(path) == before
 
 
 def kill_oneself() -> None:

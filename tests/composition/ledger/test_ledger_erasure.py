@@ -40,26 +40,34 @@ def marked(seed):
     return delta, weight, {"text": "meta" + word}, patterns
 
 
+@pytest.fixture
+def ledger(folder):
+    return Ledger(folder)
+
+
+@pytest.fixture
+def patterns(ledger):
+    """What the shard "gone", which is added, leaves in files."""
+    *values, patterns = marked(1)
+    ledger.add("gone", *values)
+    return patterns
+
+
 @pytest.mark.parametrize("rebuild", [False, True])
 @pytest.mark.parametrize("others", [0, 3])
-def test_values_terms_and_meta_are_gone(others, rebuild, tmp_path):
-    path = tmp_path / "ledger"
-    ledger = Ledger(path)
-    delta, weight, meta, patterns = marked(1)
-    ledger.add("gone", delta, weight, meta)
+def test_values_terms_and_meta_are_gone(others, rebuild, ledger, patterns):
+    path = ledger.path
     assert occurrences(path, patterns) == 5
     for seed in range(others):
-        delta, weight, meta, _ = marked(2 + seed)
-        ledger.add(str(seed), delta, weight, meta)
+        ledger.add(str(seed), *marked(2 + seed)[:3])
     assert occurrences(path, patterns) == (4 if others else 5)  # the sum is not its terms any more
     ledger.forget("gone", rebuild=rebuild)
     assert occurrences(path, patterns) == 0
     assert occurrences(path, [b"gone"]) == 1  # the history's
 
 
-def test_gone_even_while_another_process_has_the_database_open(tmp_path):
-    path = tmp_path / "ledger"
-    ledger = Ledger(path)
+def test_gone_even_while_another_process_has_the_database_open(ledger):
+    path = ledger.path
     delta, weight, meta, patterns = marked(1)
     reader = sqlite3.connect(path / "ledger.sqlite", isolation_level=None)
     reader.execute("SELECT count(*) FROM shards").fetchone()
@@ -72,10 +80,9 @@ def test_gone_even_while_another_process_has_the_database_open(tmp_path):
     reader.close()
 
 
-def test_gone_after_many_have_come_and_gone(tmp_path):
+def test_gone_after_many_have_come_and_gone(ledger):
     """SQLite moves rows between pages, and can leave copies of those deleted later."""
-    path = tmp_path / "ledger"
-    ledger = Ledger(path)
+    path = ledger.path
     dice, present, forgotten = random.Random(0), {}, []
     for number in range(250):
         if len(present) > 60 or (present and dice.random() < 0.3):
@@ -92,10 +99,8 @@ def test_gone_after_many_have_come_and_gone(tmp_path):
     assert occurrences(path, kept) == 4 * len(present)
 
 
-def test_hashes_left_in_the_database_tell_nothing(tmp_path):
+def test_hashes_left_in_the_database_tell_nothing(ledger):
     """The same delta has another hash each time: nobody can check a guess against it."""
-    path = tmp_path / "ledger"
-    ledger = Ledger(path)
     delta, weight, meta, _ = marked(1)
     seals = set()
     for _ in range(3):
@@ -108,11 +113,8 @@ def test_hashes_left_in_the_database_tell_nothing(tmp_path):
     assert len(seals) == 6
 
 
-def test_gone_at_the_next_opening_after_a_crash(tmp_path):
-    path = tmp_path / "ledger"
-    ledger = Ledger(path)
-    delta, weight, meta, patterns = marked(1)
-    ledger.add("gone", delta, weight, meta)
+def test_gone_at_the_next_opening_after_a_crash(ledger, patterns):
+    path = ledger.path
 
     def die():
         import tangent_ops.composition.ledger.changes as changes
@@ -127,12 +129,9 @@ def test_gone_at_the_next_opening_after_a_crash(tmp_path):
     assert occurrences(path, patterns) == 0
 
 
-def test_files_are_overwritten_before_they_are_removed(tmp_path):
+def test_files_are_overwritten_before_they_are_removed(ledger, patterns, tmp_path):
     """Whoever still has them open, or another name for them, finds zeros."""
-    path = tmp_path / "ledger"
-    ledger = Ledger(path)
-    delta, weight, meta, patterns = marked(1)
-    ledger.add("gone", delta, weight, meta)
+    path = ledger.path
     (tmp_path / "links").mkdir()
     for file in [*(path / "deltas").iterdir(), *(path / "sums").iterdir()]:
         os.link(file, tmp_path / "links" / file.name)
@@ -142,9 +141,8 @@ def test_files_are_overwritten_before_they_are_removed(tmp_path):
     assert len(contents) == 2 and all(len(c) > 2000 and not any(c) for c in contents)
 
 
-def test_a_refused_delta_leaves_nothing(tmp_path):
-    path = tmp_path / "ledger"
-    ledger = Ledger(path)
+def test_a_refused_delta_leaves_nothing(ledger):
+    path = ledger.path
     delta, weight, meta, patterns = marked(1)
     ledger.add("a", marked(2)[0])
     with pytest.raises(LedgerError, match="already"):

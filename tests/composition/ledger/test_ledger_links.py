@@ -9,23 +9,22 @@ import socket
 from pathlib import Path
 
 import pytest
-from ledger_helpers import assert_is, assert_tidy, some_delta, tree
+from ledger_helpers import (
+    SHARDS,
+    assert_is,
+    assert_tidy,
+    delta_file,
+    some_delta,
+    sum_file,
+    tree,
+)
 
 from tangent_ops import Ledger
 from tangent_ops.composition.ledger.own_files import new_name
 from tangent_ops.errors import ArgumentError, LedgerError
 from tangent_ops.files import erase, opened
 
-SHARDS = {"a": (some_delta(1), 1.0), "b": (some_delta(2), 2.5)}
 LOOKS_LIKE_OURS = ["0" * 32 + ".safetensors", "0123456789abcdef" * 2 + ".safetensors"]
-
-
-@pytest.fixture
-def ledger(tmp_path):
-    ledger = Ledger(tmp_path / "ledger")
-    for shard, (delta, weight) in SHARDS.items():
-        ledger.add(shard, delta, weight)
-    return ledger
 
 
 @pytest.fixture
@@ -48,16 +47,6 @@ def at_once():
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
-
-
-def file_of(ledger, shard):
-    with ledger._records.reading() as transaction:
-        return ledger.path / "deltas" / transaction.shard(shard).seal.name
-
-
-def sum_file(ledger):
-    with ledger._records.reading() as transaction:
-        return ledger.path / "sums" / transaction.sum().name
 
 
 def leftover_name(ledger):
@@ -131,7 +120,7 @@ def test_a_link_in_place_of_a_folder(ledger, tmp_path, place):
 
 def test_a_link_in_place_of_a_shards_file(ledger, precious):
     """Not even to the file itself: it could not be erased there."""
-    file = file_of(ledger, "a")
+    file = delta_file(ledger, "a")
     shutil.move(file, precious.parent / "moved")
     file.symlink_to(precious.parent / "moved")
     before = tree(precious.parent)
@@ -227,7 +216,7 @@ def test_a_file_that_looks_like_the_ledgers_own_is_not_erased(ledger, place, nam
 def test_a_copy_of_another_ledgers_file_is_not_erased(ledger, tmp_path):
     other = Ledger(tmp_path / "other")
     other.add("x", some_delta(5))
-    file = file_of(other, "x")
+    file = delta_file(other, "x")
     shutil.copy(file, ledger.path / "deltas")
     Ledger(ledger.path)
     assert (ledger.path / "deltas" / file.name).read_bytes() == file.read_bytes()
@@ -260,7 +249,7 @@ def test_what_is_no_file_is_left_alone(ledger, at_once, make, ours):
 
 @pytest.mark.parametrize("make", OTHERS)
 def test_what_is_no_file_in_place_of_a_shards_file_or_the_sum(ledger, at_once, make):
-    for file in (file_of(ledger, "a"), sum_file(ledger)):
+    for file in (delta_file(ledger, "a"), sum_file(ledger)):
         content = file.read_bytes()
         file.unlink()
         make(file)
@@ -299,7 +288,7 @@ def test_what_is_no_folder_in_place_of_a_folder(ledger, at_once, make):
 
 @pytest.mark.parametrize("place", ["deltas", "sums"])
 def test_another_name_of_a_file_in_use_does_not_erase_it(ledger, place):
-    file = file_of(ledger, "a")
+    file = delta_file(ledger, "a")
     os.link(file, ledger.path / place / LOOKS_LIKE_OURS[0])
     Ledger(ledger.path)  # it is not the ledger's name
     os.link(file, ledger.path / place / leftover_name(ledger))
@@ -310,7 +299,7 @@ def test_another_name_of_a_file_in_use_does_not_erase_it(ledger, place):
 
 
 def test_two_shards_in_one_file(ledger):
-    file, other = file_of(ledger, "a"), file_of(ledger, "b")
+    file, other = delta_file(ledger, "a"), delta_file(ledger, "b")
     content = file.read_bytes()
     file.unlink()
     os.link(other, file)
@@ -328,7 +317,7 @@ def test_a_backup_of_hard_links_ends_with_the_shard(ledger, tmp_path):
     shutil.copytree(ledger.path, backup, copy_function=os.link)
     (backup / "ledger.sqlite").unlink()
     shutil.copy(ledger.path / "ledger.sqlite", backup)
-    file, total = file_of(ledger, "a"), sum_file(ledger)
+    file, total = delta_file(ledger, "a"), sum_file(ledger)
     ledger.forget("a")
     assert not any((backup / "deltas" / file.name).read_bytes())
     assert not any((backup / "sums" / total.name).read_bytes())

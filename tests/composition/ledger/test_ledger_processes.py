@@ -15,6 +15,13 @@ from tangent_ops import Ledger
 from tangent_ops.errors import LedgerError
 
 
+@pytest.fixture
+def one_shard(folder):
+    ledger = Ledger(folder)
+    ledger.add("a", some_delta(1))
+    return ledger
+
+
 def come_and_go(path, who, steps, seed):
     """Add and forget shards of one's own; those left are the ones with even numbers."""
     dice = random.Random(seed)
@@ -85,10 +92,8 @@ def test_readers_see_one_state_or_the_other(tmp_path):
     assert_tidy(Ledger(path))
 
 
-def test_opening_leaves_the_files_of_a_change_under_way(tmp_path):
-    path = tmp_path / "ledger"
-    ledger = Ledger(path)
-    ledger.add("a", some_delta(1))
+def test_opening_leaves_the_files_of_a_change_under_way(one_shard):
+    ledger, path = one_shard, one_shard.path
     ours, theirs = os.pipe()
 
     def slowly():
@@ -113,10 +118,8 @@ def test_opening_leaves_the_files_of_a_change_under_way(tmp_path):
     assert_is(again.composed(), [(some_delta(1), 1), (some_delta(2), 1)])
 
 
-def test_a_process_that_dies_does_not_lock_the_others_out(tmp_path):
-    path = tmp_path / "ledger"
-    ledger = Ledger(path)
-    ledger.add("a", some_delta(1))
+def test_a_process_that_dies_does_not_lock_the_others_out(one_shard):
+    ledger = one_shard
 
     def die():
         with ledger._records.writing() as transaction:
@@ -151,10 +154,8 @@ def test_one_of_two_that_add_the_same_id_is_refused(tmp_path):
         Ledger(path).forget("same")
 
 
-def test_verify_keeps_writers_out_and_lets_readers_in(tmp_path, monkeypatch):
-    path = tmp_path / "ledger"
-    ledger = Ledger(path)
-    ledger.add("a", some_delta(1))
+def test_verify_keeps_writers_out_and_lets_readers_in(one_shard, monkeypatch):
+    ledger, path = one_shard, one_shard.path
     before = tree(path)
     monkeypatch.setattr("tangent_ops.composition.ledger.records.BUSY_SECONDS", 0.05)
     with ledger._records.writing():  # as verify does
