@@ -1,4 +1,4 @@
-"""Every pair of transforms on a CPU: right, or it raises by name, as docs/nestings.md says."""
+"""Every pair of transforms: right, or it raises by name, as docs/nestings.md says of a CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tangent_ops.functional._backend import interpreting
 from tests.ops import oracle
+from tests.ops.backends import backends, device_of
 from tests.ops.transforms import CELLS, SHAPE, outcome, plain_cell, title, value
 from tests.ops.write_nestings import check
 
@@ -18,13 +20,21 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=title)
-@pytest.mark.parametrize("backend", ["default", "reference"])
+@pytest.mark.parametrize("backend", backends("default", "reference", "triton"))
 def test_right_or_raises_by_name(backend, cell) -> None:
-    found = check(cell, backend, torch.float64, "cpu")
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    found = check(cell, backend, dtype, device_of(backend))
     if backend == "reference" and found not in ("right", "pytorch"):
         assert found == outcome(cell, oracle.math_attention)  # the limit is PyTorch's own
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", CELLS, ids=title)
+def test_the_default_on_a_gpu(cell) -> None:
+    check(cell, "default", torch.float32, "cuda")
+
+
+@pytest.mark.skipif(interpreting(), reason="knows no backend")
 @pytest.mark.parametrize("cell", sorted({plain_cell(cell) for cell in CELLS}), ids=title)
 def test_the_oracle_agrees_with_attention_spelled_out(cell) -> None:
     def spelled_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
