@@ -10,12 +10,12 @@ torch.set_num_threads(1)
 
 
 # Files of minutes, started first where files are shared out over processes (`make test`).
-LONG = ("test_interpreted.py", "test_study_quick.py", "test_transcript.py")
+LONG = ("test_interpreted_", "test_study_quick.py", "test_transcript.py")
 
 
 @pytest.hookimpl(trylast=True)  # after the folders' own hooks, which add the marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONG)
+    items.sort(key=lambda item: not item.path.name.startswith(LONG))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -21,7 +21,7 @@ attention = functools.partial(tangent_ops.scaled_dot_product_attention, backend=
 def inputs(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[torch.Tensor, ...]:
     """q, k, v, their tangents, and two weights, drawn anew from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
-    drawn = (torch.randn(2, 2, 5, 16, generator=generator) for _ in range(8))
+    drawn = (torch.randn(1, 2, 3, 8, generator=generator) for _ in range(8))
     return tuple(x.to(device, dtype) for x in drawn)
 
 
@@ -34,7 +34,7 @@ def agree(found, exact) -> None:
 def test_derivatives_of_a_bias(transform, device) -> None:
     """A bias shared by batch and heads, and its derivatives alone: sums over what it reaches."""
     q, k, v, *_, w, _ = inputs(device=device)
-    bias, along = (torch.randn(5, 5, generator=torch.Generator().manual_seed(s)) for s in (4, 5))
+    bias, along = (torch.randn(3, 3, generator=torch.Generator().manual_seed(s)) for s in (4, 5))
 
     def answer(op, q, k, v, w, bias, along):
         q, k, v, w = (x[:1, :1] for x in (q, k, v, w))
@@ -109,7 +109,7 @@ def test_compiled_training_step(compiler, device) -> None:
 def test_compiled_with_a_bias(device) -> None:
     torch._dynamo.reset()
     q, k, v, q_t, k_t, v_t, w, _ = inputs(device=device)
-    bias, bias_t = (x.requires_grad_() for x in torch.randn(2, 1, 2, 5, 5, device=device).unbind())
+    bias, bias_t = (x.requires_grad_() for x in torch.randn(2, 1, 2, 3, 3, device=device).unbind())
 
     def run(op, bias, bias_t):
         pair = jvp(lambda *a: op(*a), (q, k, v, bias), (q_t, k_t, v_t, bias_t))
@@ -196,17 +196,17 @@ def test_plain_tensors_by_the_named_backend(device) -> None:
     agree(grads, oracle.attention_vjp(oracle.double([q, k, v]), w.double()))
 
 
-@pytest.mark.parametrize("lead", [(), (3,), (2, 1, 3)])
-@pytest.mark.parametrize("mask", [None, (7, 7), (1, 7), (1,), "whole", "outer"])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 1, 2)])
+@pytest.mark.parametrize("mask", [None, (4, 4), (1, 4), (1,), "whole", "outer"])
 def test_any_number_of_leading_dimensions(lead, mask, device) -> None:
     torch.manual_seed(0)
-    primals = list(torch.randn(3, *lead, 7, 16, device=device).unbind())
-    shapes = {"whole": (*lead, 7, 7), "outer": (*lead[:1], *(1 for _ in lead[1:]), 7, 7)}
+    primals = list(torch.randn(3, *lead, 4, 8, device=device).unbind())
+    shapes = {"whole": (*lead, 4, 4), "outer": (*lead[:1], *(1 for _ in lead[1:]), 4, 4)}
     if mask is not None:
         primals.append(torch.randn(shapes.get(mask, mask), device=device))
     tangents = [torch.randn_like(p).requires_grad_() for p in primals]
     found = jvp(attention, tuple(primals), tuple(tangents))
-    assert found[0].shape == found[1].shape == (*lead, 7, 16)
+    assert found[0].shape == found[1].shape == (*lead, 4, 8)
     right = [t.detach().double().requires_grad_() for t in tangents]
     exact = oracle.attention_jvp(oracle.double(primals), right)
     agree(found, exact)
@@ -218,7 +218,7 @@ def test_any_number_of_leading_dimensions(lead, mask, device) -> None:
 
 def test_heads_that_broadcast(device) -> None:
     torch.manual_seed(0)
-    primals = [torch.randn(2, 3, 7, 16, device=device), *torch.randn(2, 1, 3, 5, 16, device=device)]
+    primals = [torch.randn(1, 3, 4, 8, device=device), *torch.randn(2, 1, 3, 5, 8, device=device)]
     tangents = [torch.randn_like(p).requires_grad_() for p in primals]
     found = jvp(attention, tuple(primals), tuple(tangents))
     right = [t.detach().double().requires_grad_() for t in tangents]
@@ -235,8 +235,8 @@ def test_operators_obey_their_schema(device) -> None:
     q, k, v, *tangents, w, u = inputs(device=device)
     ops, options = torch.ops.tangent_ops, (0.25, 0.0, False)
     check = functools.partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
-    packed = torch.randn(2, 5, 3, 2, 16, device=device)[:, :, 0].transpose(1, 2)
-    bias = torch.randn(1, 2, 5, 5, device=device)
+    packed = torch.randn(1, 3, 3, 2, 8, device=device)[:, :, 0].transpose(1, 2)
+    bias = torch.randn(1, 2, 3, 3, device=device)
     tangents = [torch.stack([t, -t]) for t in tangents]
     bias_t = torch.randn(2, *bias.shape, device=device)
     grad, grad_t = w, torch.stack([w, u])
@@ -293,11 +293,11 @@ def test_a_model_s_hessian_vector_product(device) -> None:
     """Parameters, not operands: what a user of NTKs, Laplace or influence functions calls."""
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(
-        32, 2, 64, dropout=0.0, batch_first=True, activation="gelu"
+        16, 2, 32, dropout=0.0, batch_first=True, activation="gelu"
     ).to(device)
     weights = dict(layer.named_parameters())
     along = {n: torch.randn_like(p) for n, p in weights.items()}
-    x = torch.randn(2, 6, 32, device=device)
+    x = torch.randn(1, 4, 16, device=device)
 
     def hvp(layer, weights, along, x, mode):
         def loss(weights):
@@ -317,7 +317,7 @@ def test_a_model_s_hessian_vector_product(device) -> None:
 
 
 @settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
@@ -326,17 +326,15 @@ def test_a_model_s_hessian_vector_product(device) -> None:
     seed=st.integers(0, 2**31),
     mapped=st.lists(st.booleans(), min_size=9, max_size=9).filter(any),
     dims=st.lists(st.integers(0, 2), min_size=9, max_size=9),
-    mask=st.sampled_from([(2, 2, 3, 5), (1, 2, 3, 5), (1, 1, 1, 5), (3, 5), "boolean"]),
+    mask=st.sampled_from([(2, 2, 3, 4), (1, 2, 3, 4), (1, 1, 1, 4), (3, 4), "boolean"]),
     what=st.sampled_from(["jvp", "gradient of the tangent", "hvp"]),
 )
 def test_vmap_over_any_operands(seed, mapped, dims, mask, what, device) -> None:
     """Any subset of operands, tangents and cotangent, mapped along any axis: as a loop does."""
     torch.manual_seed(seed)
     boolean = mask == "boolean"
-    shapes = [(2, 4, 3, 16), (2, 2, 5, 16), (2, 2, 5, 16), (1, 4, 3, 5) if boolean else mask]
-    if shapes[3][1] == 2 and len(shapes[3]) == 4:
-        shapes[3] = (shapes[3][0], 4, *shapes[3][2:])
-    shapes = [*shapes, *shapes, (2, 4, 3, 16)]
+    shapes = [(2, 2, 3, 8), (2, 1, 4, 8), (2, 1, 4, 8), (1, 2, 3, 4) if boolean else mask]
+    shapes = [*shapes, *shapes, (2, 2, 3, 8)]
 
     def value(shape, is_mapped, dim, i):
         full = list(shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,8 +11,8 @@ from torch import Tensor
 from tangent_ops.functional._backend import interpreting
 from tests.ops import oracle
 from tests.ops.backends import backends, device_of
-from tests.ops.transforms import CELLS, SHAPE, outcome, plain_cell, title, value
-from tests.ops.write_nestings import check
+from tests.ops.transforms import CELLS, DEEP, SHAPE, outcome, plain_cell, title, value
+from tests.ops.write_nestings import BACKENDS, acceptable, check
 
 # torch's own: vmap loops where its fast attention has no batching rule; linearize folds constants.
 pytestmark = [
@@ -26,6 +28,20 @@ def test_right_or_raises_by_name(backend, cell) -> None:
     found = check(cell, backend, dtype, device_of(backend))
     if backend == "reference" and found not in ("right", "pytorch"):
         assert found == outcome(cell, oracle.math_attention)  # the limit is PyTorch's own
+
+
+@pytest.mark.parametrize("pair", [*itertools.product(DEEP, repeat=2)], ids=title)
+@pytest.mark.parametrize("backend", backends("default", "triton"))
+def test_compiled_pairs(backend, pair) -> None:
+    """Dynamo does not trace some, and compiled code cannot see tangents under vmap or grad."""
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    found = outcome(("compile", *pair), BACKENDS[backend], dtype, device_of(backend))
+    assert acceptable(found), found
+    assert found == "right" or pair in HIDING, found
+
+
+# An inner vmap or grad hides tangents; no grad around a custom operator is traced.
+HIDING = [("jvp", "vmap"), ("jvp", "grad")]
 
 
 @pytest.mark.gpu
