@@ -44,7 +44,12 @@ def strided_last(batch: int, heads: int, rows: int, dim: int, **kind) -> Tensor:
     return torch.randn(batch, heads, rows, 2 * dim, **kind)[..., ::2]
 
 
-LAYOUTS = [packed, contiguous, one_batch_for_all, strided_last]
+def ragged(batch: int, heads: int, rows: int, dim: int, **kind) -> Tensor:
+    """Strides that are no multiples of 8."""
+    return torch.randn(batch, heads, rows, dim + 3, **kind)[..., :dim]
+
+
+LAYOUTS = [packed, contiguous, one_batch_for_all, strided_last, ragged]
 
 
 def make_mask(name: str, shape: tuple[int, ...], **kind) -> Tensor | None:
@@ -278,8 +283,8 @@ def test_a_bias_that_shifts_whole_rows(name, device) -> None:
     """Softmax does not notice it: its gradient is a sum of terms that cancel."""
     torch.manual_seed(0)
     kind: dict[str, Any] = {"device": device}
-    q, grad = (contiguous(2, 2, 18, 8, **kind) for _ in range(2))
-    k, v = (contiguous(2, 2, 17, 8, **kind) for _ in range(2))
+    q, grad = (ragged(2, 2, 18, 8, **kind) for _ in range(2))
+    k, v = (ragged(2, 2, 17, 8, **kind) for _ in range(2))
     bias = make_mask(name, (2, 2, 18, 17), dtype=torch.float32, **kind)
     assert bias is not None
     tangents = tangents_like((q, k, v, bias), 2, (True,) * 4)
