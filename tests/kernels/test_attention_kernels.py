@@ -162,7 +162,7 @@ several_tiles = pytest.mark.usefixtures("small_tiles")
     seed=st.integers(0, 2**31),
     dtype=st.sampled_from(DRAWN_DTYPES),
     batch=st.integers(1, 2),
-    heads=st.sampled_from([(1, 1), (2, 2), (2, 1)]),
+    heads=st.sampled_from([(1, 1), (2, 2), (2, 1), (4, 2)]),
     queries=st.integers(1, 34),
     keys=st.integers(2, 34),
     dims=st.tuples(st.sampled_from([8, 16, 24, 40]), st.sampled_from([8, 16, 24])),
@@ -204,13 +204,13 @@ def test_home_shapes(dtype, rows, device) -> None:
     check(make_call(q, k, v), tangents, grad, grad_t[None])
 
 
-@pytest.mark.parametrize("dims", [(256, 136), (136, 256), (72, 80)])
-def test_wide_heads(dims, device) -> None:
+@pytest.mark.parametrize("dims", [(256, 136), (72, 256)])
+def test_wide_heads_in_two_groups(dims, device) -> None:
     torch.manual_seed(0)
     kind: dict[str, Any] = {"dtype": torch.float16, "device": device}
-    shapes = [(5, dims[0]), (7, dims[0]), (7, dims[1])]
-    operands = [packed(1, 1, *shape, **kind) for shape in shapes]
-    grad = contiguous(1, 1, 5, dims[1], **kind)
+    shapes = [(4, 5, dims[0]), (2, 7, dims[0]), (2, 7, dims[1])]
+    operands = [packed(1, *shape, **kind) for shape in shapes]
+    grad = contiguous(1, 4, 5, dims[1], **kind)
     tangents = tangents_like((*operands, None), 1, (True,) * 4)
     check(make_call(*operands), tangents, grad, torch.randn_like(grad)[None])
 
