@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tangent_ops.functional._backend import interpreting
+from tangent_ops.ops.backend import interpreting
 
 HERE = Path(__file__).parent
 ANYWHERE = ("test_interpreted_", "test_resources.py")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tangent_ops.functional._backend import interpreting
+from tangent_ops.ops.backend import interpreting
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tangent_ops.functional._backend import interpreting
+from tangent_ops.ops.backend import interpreting
 
 
 def backends(*names: str) -> list[Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tangent_ops.functional._backend import interpreting
+from tangent_ops.ops.backend import interpreting
 from tests.ops import oracle
 from tests.ops.backends import backends, device_of
 from tests.ops.transforms import CELLS, DEEP, SHAPE, outcome, plain_cell, title, value

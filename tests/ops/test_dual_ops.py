@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from tangent_ops.errors import UnsupportedError
-from tangent_ops.functional._dual_op import _Dual
+from tangent_ops.ops.dual_op import _Dual
 from tests.ops import nestings, oracle
 from tests.ops.backends import backends, device_of
 from tests.ops.contract import CLOSE, check, derivatives, pushed, single

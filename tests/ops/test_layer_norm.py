@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tangent_ops.ops.norm import layer_norm
 
-from tangent_ops.functional.layer_norm import layer_norm
 from tests.ops import oracle
 from tests.ops.contract import check
 from tests.ops.dual_ops import OPS, norm
