@@ -1,7 +1,7 @@
 """Random programs of ops and transforms, against float64 and elementary operations.
 
     pytest tests/fuzz                       150 programs, as `make test`
-    pytest -m fuzz                          5,000
+    pytest tests/fuzz -m long               5,000
     pytest tests/fuzz --fuzz-seed 4711      one
 
 Of a failure the message shows the program and what is left of it with all taken out that does not
@@ -45,7 +45,7 @@ def test_program(seed: int, record_property) -> None:
         pytest.fail(found, pytrace=False)
 
 
-@pytest.mark.fuzz
+@pytest.mark.long
 @pytest.mark.parametrize("hundred", range(50))
 def test_a_hundred_programs(hundred: int, record_property) -> None:
     start = ALWAYS + 100 * hundred

@@ -8,23 +8,21 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from torch._dynamo.exc import TorchDynamoException
-from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 import tangent_ops
 from tangent_ops.errors import UnsupportedError
-from tests.ops import nestings, oracle
+from tests.ops import oracle
 
 attention = functools.partial(tangent_ops.scaled_dot_product_attention, backend="triton")
-name = lambda case: case.__name__  # noqa: E731
 
-CASES = nestings.FIRST_ORDER + nestings.HIGHER_ORDER
-# Dynamo traces no torch.autograd.grad, no torch.func.grad around a custom operator, and compiled
-# code sees no tangents under vmap or grad inside a forward-mode level.
-COMPILED = [c for c in nestings.FIRST_ORDER if "grad" not in name(c) and "backward" not in name(c)]
-NOT_COMPILED = [case for case in CASES if case not in COMPILED and "backward" not in name(case)]
+
+def inputs(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[torch.Tensor, ...]:
+    """q, k, v, their tangents, and two weights, drawn anew from a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = (torch.randn(1, 2, 3, 8, generator=generator) for _ in range(8))
+    return tuple(x.to(device, dtype) for x in drawn)
 
 
 def agree(found, exact) -> None:
@@ -32,66 +30,11 @@ def agree(found, exact) -> None:
         torch.testing.assert_close(one.double(), right, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name)
-def test_nestings(case, device) -> None:
-    found = case(attention, *nestings.inputs(device=device))
-    agree(found, case(oracle.math_attention, *nestings.inputs(torch.float64, device)))
-
-
-@pytest.mark.parametrize("case", COMPILED, ids=name)
-def test_compiled_is_right(case, device) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda *a: case(attention, *a), fullgraph=True, backend="aot_eager")
-    found = compiled(*nestings.inputs(device=device))
-    agree(found, case(oracle.math_attention, *nestings.inputs(torch.float64, device)))
-
-
-@pytest.mark.parametrize("case", NOT_COMPILED, ids=name)
-def test_the_rest_does_not_compile(case, device) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda *a: case(attention, *a), fullgraph=True, backend="aot_eager")
-    with pytest.raises((TorchDynamoException, NotImplementedError)):
-        compiled(*nestings.inputs(device=device))
-
-
-SOME = torch.rand(2, 1, 5, 5, generator=torch.Generator().manual_seed(3)) > 0.4
-OPTIONS = {
-    "bias": {},
-    "causal": {"is_causal": True},
-    "boolean": {"attn_mask": SOME},
-    "scale": {"scale": -0.3},
-}  # fmt: skip
-
-
-def with_bias(case, option: str, device: str, dtype=torch.float32):
-    """The case's op and inputs; under "bias" the key's first head is the bias, tangent and all."""
-    options = {k: v.to(device) if torch.is_tensor(v) else v for k, v in OPTIONS[option].items()}
-    if option == "boolean":
-        options["attn_mask"][..., 0] = True
-
-    def bound(op):
-        if option != "bias":
-            return lambda q, k, v: op(q, k, v, **options)
-        return lambda q, k, v: op(q, k, v, attn_mask=(k[:1, :, :, :5]).sin())
-
-    return bound, nestings.inputs(dtype, device)
-
-
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("case", CASES, ids=name)
-def test_nestings_with_masks(case, option, device) -> None:
-    bound, inputs = with_bias(case, option, device)
-    if "vmap" in name(case) and option == "boolean":
-        pytest.skip("the case maps over the batch that the mask belongs to")
-    _, wide = with_bias(case, option, device, torch.float64)
-    agree(case(bound(attention), *inputs), case(bound(oracle.math_attention), *wide))
-
-
 @pytest.mark.parametrize("transform", ["hessian", "jacrev", "vmap_of_hvp", "third"])
 def test_derivatives_of_a_bias(transform, device) -> None:
     """A bias shared by batch and heads, and its derivatives alone: sums over what it reaches."""
-    q, k, v, *_, w, _ = nestings.inputs(device=device)
-    bias, along = (torch.randn(5, 5, generator=torch.Generator().manual_seed(s)) for s in (4, 5))
+    q, k, v, *_, w, _ = inputs(device=device)
+    bias, along = (torch.randn(3, 3, generator=torch.Generator().manual_seed(s)) for s in (4, 5))
 
     def answer(op, q, k, v, w, bias, along):
         q, k, v, w = (x[:1, :1] for x in (q, k, v, w))
@@ -107,53 +50,6 @@ def test_derivatives_of_a_bias(transform, device) -> None:
 
     given = [q, k, v, w, bias.to(device), along.to(device)]
     agree(answer(attention, *given), answer(oracle.math_attention, *oracle.double(given)))
-
-
-@pytest.mark.parametrize("order", [1, 2])
-def test_gradients_of_a_shared_bias_for_each_sample(order, device) -> None:
-    """Mapped over the query, a bias that the batch shares has a gradient for each sample."""
-    q, k, v, q_t, *_, w, _ = nestings.inputs(device=device)
-    bias, along = torch.randn(2, 1, 2, 5, 5, device=device).unbind()
-
-    def answer(op, q, k, v, w, bias, along, x):
-        def loss(bias):
-            pair = jvp(lambda b: op(x, k, v, attn_mask=b), (bias,), (along,))
-            return (pair[order - 1] * w).sum()
-
-        return grad(loss)(bias)
-
-    given_ = [q, k, v, w, bias, along]
-    stack = torch.stack([q, q_t])
-    found = vmap(lambda x: answer(attention, *given_, x))(stack)
-    exact = [answer(oracle.math_attention, *oracle.double([*given_, x])) for x in stack]
-    agree(found, torch.stack(exact))
-
-
-def test_the_value_of_frozen_operands_needs_no_gradient(device) -> None:
-    """Or the next layer would take it for an operand that is trained."""
-    q, k, v, q_t, *_ = nestings.inputs(device=device)
-    leaf = q_t.clone().requires_grad_()
-    with forward_ad.dual_level():
-        output = attention(forward_ad.make_dual(q, leaf), k, v)
-        value, tangent = forward_ad.unpack_dual(output)
-        assert not value.requires_grad and tangent is not None and tangent.requires_grad
-    value, tangent, *_ = jvp(lambda x: attention(x, k, v), (q,), (leaf,))
-    assert not value.requires_grad and tangent.requires_grad
-
-
-def test_second_derivatives_of_grouped_heads_and_another_value_dimension(device) -> None:
-    torch.manual_seed(0)
-    shapes = [(2, 4, 7, 16), (2, 2, 9, 16), (2, 2, 9, 24)]
-    primals, tangents = ([torch.randn(s, device=device) for s in shapes] for _ in range(2))
-
-    def answer(op, primals, tangents):
-        attend = functools.partial(op, enable_gqa=True)
-        hvp = jvp(grad(lambda p: attend(*p).sin().sum()), (tuple(primals),), (tuple(tangents),))
-        through = grad(lambda p: jvp(attend, p, tuple(tangents))[1].sin().sum())(tuple(primals))
-        return hvp, through
-
-    found = answer(attention, primals, tangents)
-    agree(found, answer(oracle.math_attention, oracle.double(primals), oracle.double(tangents)))
 
 
 @pytest.fixture
@@ -173,7 +69,7 @@ def launched(monkeypatch):
 
 
 def test_vmap_over_tangents_is_one_launch_of_many(launched, device) -> None:
-    q, k, v, q_t, *_ = nestings.inputs(device=device)
+    q, k, v, q_t, *_ = inputs(device=device)
     stack = torch.stack([q_t, 2 * q_t, -q_t])
     vmap(lambda t: jvp(lambda x: attention(x, k, v), (q,), (t,))[1])(stack)
     assert launched == [[3, q.shape]]
@@ -191,7 +87,7 @@ def test_vmap_over_tangents_is_one_launch_of_many(launched, device) -> None:
 def test_compiled_training_step(compiler, device) -> None:
     """Forward and backward of a compiled function, by tangents, primals, and both at once."""
     torch._dynamo.reset()
-    q, k, v, q_t, k_t, v_t, w, u = nestings.inputs(device=device)
+    q, k, v, q_t, k_t, v_t, w, u = inputs(device=device)
 
     def run(op, q, k, v, q_t, k_t, v_t, w, u):
         output, output_t = jvp(op, (q, k, v), (q_t, k_t, v_t))
@@ -212,8 +108,8 @@ def test_compiled_training_step(compiler, device) -> None:
 
 def test_compiled_with_a_bias(device) -> None:
     torch._dynamo.reset()
-    q, k, v, q_t, k_t, v_t, w, _ = nestings.inputs(device=device)
-    bias, bias_t = (x.requires_grad_() for x in torch.randn(2, 1, 2, 5, 5, device=device).unbind())
+    q, k, v, q_t, k_t, v_t, w, _ = inputs(device=device)
+    bias, bias_t = (x.requires_grad_() for x in torch.randn(2, 1, 2, 3, 3, device=device).unbind())
 
     def run(op, bias, bias_t):
         pair = jvp(lambda *a: op(*a), (q, k, v, bias), (q_t, k_t, v_t, bias_t))
@@ -232,7 +128,7 @@ def test_compiled_with_a_bias(device) -> None:
 
 def test_dropout_is_reproducible_and_one_mask_for_all(device) -> None:
     """Its derivative is that of the function with the mask held: central differences agree."""
-    q, k, v, q_t, k_t, v_t, w, _ = nestings.inputs(device=device)
+    q, k, v, q_t, k_t, v_t, w, _ = inputs(device=device)
 
     def loss(step):
         torch.manual_seed(1)
@@ -255,7 +151,7 @@ def test_dropout_is_reproducible_and_one_mask_for_all(device) -> None:
 def test_dropout_in_second_derivatives_and_under_checkpointing(device) -> None:
     from torch.utils.checkpoint import checkpoint
 
-    q, k, v, q_t, k_t, _, w, _ = nestings.inputs(device=device)
+    q, k, v, q_t, k_t, _, w, _ = inputs(device=device)
     dropped = functools.partial(attention, dropout_p=0.4)
 
     def hvp():
@@ -280,7 +176,7 @@ def test_dropout_in_second_derivatives_and_under_checkpointing(device) -> None:
 
 
 def test_dropout_under_vmap_draws_as_it_is_told(device) -> None:
-    q, k, v, q_t, *_ = nestings.inputs(device=device)
+    q, k, v, q_t, *_ = inputs(device=device)
     one = lambda x, t: jvp(lambda y: attention(y, k, v, dropout_p=0.4), (x,), (t,))  # noqa: E731
     stack, stack_t = torch.stack([q, q]), torch.stack([q_t, q_t])
     output, output_t = vmap(one, randomness="same")(stack, stack_t)
@@ -292,7 +188,7 @@ def test_dropout_under_vmap_draws_as_it_is_told(device) -> None:
 
 
 def test_plain_tensors_by_the_named_backend(device) -> None:
-    q, k, v, *_, w, _ = nestings.inputs(device=device)
+    q, k, v, *_, w, _ = inputs(device=device)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     output = attention(*leaves)
     agree(output, oracle.math_attention(*oracle.double([q, k, v])))
@@ -300,17 +196,17 @@ def test_plain_tensors_by_the_named_backend(device) -> None:
     agree(grads, oracle.attention_vjp(oracle.double([q, k, v]), w.double()))
 
 
-@pytest.mark.parametrize("lead", [(), (3,), (2, 1, 3)])
-@pytest.mark.parametrize("mask", [None, (7, 7), (1, 7), (1,), "whole", "outer"])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 1, 2)])
+@pytest.mark.parametrize("mask", [None, (4, 4), (1, 4), (1,), "whole", "outer"])
 def test_any_number_of_leading_dimensions(lead, mask, device) -> None:
     torch.manual_seed(0)
-    primals = list(torch.randn(3, *lead, 7, 16, device=device).unbind())
-    shapes = {"whole": (*lead, 7, 7), "outer": (*lead[:1], *(1 for _ in lead[1:]), 7, 7)}
+    primals = list(torch.randn(3, *lead, 4, 8, device=device).unbind())
+    shapes = {"whole": (*lead, 4, 4), "outer": (*lead[:1], *(1 for _ in lead[1:]), 4, 4)}
     if mask is not None:
         primals.append(torch.randn(shapes.get(mask, mask), device=device))
     tangents = [torch.randn_like(p).requires_grad_() for p in primals]
     found = jvp(attention, tuple(primals), tuple(tangents))
-    assert found[0].shape == found[1].shape == (*lead, 7, 16)
+    assert found[0].shape == found[1].shape == (*lead, 4, 8)
     right = [t.detach().double().requires_grad_() for t in tangents]
     exact = oracle.attention_jvp(oracle.double(primals), right)
     agree(found, exact)
@@ -322,7 +218,7 @@ def test_any_number_of_leading_dimensions(lead, mask, device) -> None:
 
 def test_heads_that_broadcast(device) -> None:
     torch.manual_seed(0)
-    primals = [torch.randn(2, 3, 7, 16, device=device), *torch.randn(2, 1, 3, 5, 16, device=device)]
+    primals = [torch.randn(1, 3, 4, 8, device=device), *torch.randn(2, 1, 3, 5, 8, device=device)]
     tangents = [torch.randn_like(p).requires_grad_() for p in primals]
     found = jvp(attention, tuple(primals), tuple(tangents))
     right = [t.detach().double().requires_grad_() for t in tangents]
@@ -336,11 +232,11 @@ def test_heads_that_broadcast(device) -> None:
 
 def test_operators_obey_their_schema(device) -> None:
     """torch's own checks of schema, fake kernels (shapes, strides) and autograd registration."""
-    q, k, v, *tangents, w, u = nestings.inputs(device=device)
+    q, k, v, *tangents, w, u = inputs(device=device)
     ops, options = torch.ops.tangent_ops, (0.25, 0.0, False)
     check = functools.partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
-    packed = torch.randn(2, 5, 3, 2, 16, device=device)[:, :, 0].transpose(1, 2)
-    bias = torch.randn(1, 2, 5, 5, device=device)
+    packed = torch.randn(1, 3, 3, 2, 8, device=device)[:, :, 0].transpose(1, 2)
+    bias = torch.randn(1, 2, 3, 3, device=device)
     tangents = [torch.stack([t, -t]) for t in tangents]
     bias_t = torch.randn(2, *bias.shape, device=device)
     grad, grad_t = w, torch.stack([w, u])
@@ -397,11 +293,11 @@ def test_a_model_s_hessian_vector_product(device) -> None:
     """Parameters, not operands: what a user of NTKs, Laplace or influence functions calls."""
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(
-        32, 2, 64, dropout=0.0, batch_first=True, activation="gelu"
+        16, 2, 32, dropout=0.0, batch_first=True, activation="gelu"
     ).to(device)
     weights = dict(layer.named_parameters())
     along = {n: torch.randn_like(p) for n, p in weights.items()}
-    x = torch.randn(2, 6, 32, device=device)
+    x = torch.randn(1, 4, 16, device=device)
 
     def hvp(layer, weights, along, x, mode):
         def loss(weights):
@@ -421,7 +317,7 @@ def test_a_model_s_hessian_vector_product(device) -> None:
 
 
 @settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
@@ -430,17 +326,15 @@ def test_a_model_s_hessian_vector_product(device) -> None:
     seed=st.integers(0, 2**31),
     mapped=st.lists(st.booleans(), min_size=9, max_size=9).filter(any),
     dims=st.lists(st.integers(0, 2), min_size=9, max_size=9),
-    mask=st.sampled_from([(2, 2, 3, 5), (1, 2, 3, 5), (1, 1, 1, 5), (3, 5), "boolean"]),
+    mask=st.sampled_from([(2, 2, 3, 4), (1, 2, 3, 4), (1, 1, 1, 4), (3, 4), "boolean"]),
     what=st.sampled_from(["jvp", "gradient of the tangent", "hvp"]),
 )
 def test_vmap_over_any_operands(seed, mapped, dims, mask, what, device) -> None:
     """Any subset of operands, tangents and cotangent, mapped along any axis: as a loop does."""
     torch.manual_seed(seed)
     boolean = mask == "boolean"
-    shapes = [(2, 4, 3, 16), (2, 2, 5, 16), (2, 2, 5, 16), (1, 4, 3, 5) if boolean else mask]
-    if shapes[3][1] == 2 and len(shapes[3]) == 4:
-        shapes[3] = (shapes[3][0], 4, *shapes[3][2:])
-    shapes = [*shapes, *shapes, (2, 4, 3, 16)]
+    shapes = [(2, 2, 3, 8), (2, 1, 4, 8), (2, 1, 4, 8), (1, 2, 3, 4) if boolean else mask]
+    shapes = [*shapes, *shapes, (2, 2, 3, 8)]
 
     def value(shape, is_mapped, dim, i):
         full = list(shape)

@@ -1,209 +1,156 @@
-"""Ways to nest derivatives of attention; each takes the op, so an oracle can take its place."""
+"""Ways to nest derivatives, each a function of (op, primals, tangents, other directions).
+
+Operands are tuples; the op returns one tensor. An oracle can take the op's place.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jvp, vmap
 
-Op = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-SHAPE = (2, 2, 5, 16)
+from tests.ops.transforms import pattern
 
 
-def inputs(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, ...]:
-    """q, k, v, their tangents, and two weights, drawn anew from a fixed seed."""
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(SHAPE, generator=generator).to(device, dtype) for _ in range(8))
+def weighed(y, phase: float = 0.5):
+    """A weighted sum, linear in y."""
+    return (y * pattern(y.shape, y, phase)).sum()
 
 
-def jvp_of_attention(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    return jvp(op, (q, k, v), (q_t, k_t, v_t))
+def curved(y):
+    return weighed(y.sin())
 
 
-def dual_level(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    with forward_ad.dual_level():
-        dual = map(forward_ad.make_dual, (q, k, v), (q_t, k_t, v_t))
-        return tuple(forward_ad.unpack_dual(op(*dual)))
+def along(op, p, t):
+    return jvp(op, p, t)[1]
 
 
-def partial_tangents(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    return (
-        jvp(lambda x: op(x, k, v), (q,), (q_t,)),
-        jvp(lambda x: op(q, x, v), (k,), (k_t,)),
-        jvp(lambda x: op(q, k, x), (v,), (v_t,)),
+def stacked(*several):
+    """Tuples of operands as one tuple of stacks."""
+    return tuple(torch.stack(each) for each in zip(*several, strict=True))
+
+
+def of_two_coefficients(op, p, t, u):
+    """The op at p + c0 t + c1 u, few enough numbers for a whole Jacobian."""
+    return lambda c: op(*(x + c[0] * y + c[1] * z for x, y, z in zip(p, t, u, strict=True)))
+
+
+def jvp_of_jvp(op, p, t, u):
+    return jvp(lambda *p: along(op, p, t), p, u)
+
+
+def jvp_of_jvp_by_tangents(op, p, t, u):
+    return jvp(lambda *t: along(op, p, t), t, u)
+
+
+def grad_of_jvp(op, p, t, u):
+    """By primals and tangents, through output and tangent."""
+
+    def loss(p, t):
+        output, output_t = jvp(op, p, t)
+        return curved(output) + curved(output_t)
+
+    return grad(loss, (0, 1))(p, t)
+
+
+def grad_of_jvp_by_tangents(op, p, t, u):
+    """The training step of a tangent model."""
+    return grad(lambda t: curved(along(op, p, t)))(t)
+
+
+def jvp_of_grad(op, p, t, u):
+    """A Hessian-vector product."""
+    return jvp(grad(lambda p: curved(op(*p))), (p,), (t,))
+
+
+def jvp_of_grad_of_a_linear_loss(op, p, t, u):
+    """Here only the saved tensors carry a tangent."""
+    return jvp(grad(lambda p: weighed(op(*p))), (p,), (t,))
+
+
+def jvp_of_grad_of_vmap(op, p, t, u):
+    gradient = grad(lambda *p: curved(vmap(op)(*p)), tuple(range(len(p))))
+    return jvp(gradient, stacked(p, u), stacked(t, t))
+
+
+def grad_of_jvp_of_grad(op, p, t, u):
+    """A third derivative."""
+    by_p = grad(lambda p: curved(op(*p)))
+    return grad(lambda p: sum(map(weighed, jvp(by_p, (p,), (t,))[1])))(p)
+
+
+def jacfwd_of_op(op, p, t, u):
+    return jacfwd(of_two_coefficients(op, p, t, u))(pattern((2,), p[0], 0.5))
+
+
+def jacfwd_of_jvp(op, p, t, u):
+    return jacfwd(of_two_coefficients(lambda *t: along(op, p, t), t, u, p))(
+        pattern((2,), p[0], 0.5)
     )
 
 
-def grad_of_tangents(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    """The training step of a tangent model, by torch.func.grad."""
-
-    def loss(tangents):
-        output, output_t = jvp(op, (q, k, v), tangents)
-        return (output_t * w).sum() + (output * u).sum()
-
-    return grad(loss)((q_t, k_t, v_t))
+def vmap_of_jvp_over_tangents(op, p, t, u):
+    return vmap(lambda *t: along(op, p, t))(*stacked(t, u, t))
 
 
-def backward_to_tangents(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    """The same by autograd."""
-    leaves = [x.detach().clone().requires_grad_() for x in (q_t, k_t, v_t)]
-    _, output_t = jvp(op, (q, k, v), tuple(leaves))
-    return torch.autograd.grad((output_t * w).sum(), leaves)
+def vmap_of_jvp_over_the_first_operand(op, p, t, u):
+    """The primal mapped over its second dimension, the tangent over its last."""
+    first = torch.stack([p[0], u[0]], min(1, p[0].ndim)), torch.stack([t[0], p[0]], -1)
+
+    def one(x, x_t):
+        return jvp(op, (x, *p[1:]), (x_t, *t[1:]))
+
+    return vmap(one, (min(1, p[0].ndim), -1))(*first)
 
 
-def backward_to_tangents_of_two_layers(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    """The first output is the second layer's query: a primal that needs no gradient."""
-    leaves = [x.detach().clone().requires_grad_() for x in (q_t, k_t, v_t)]
-    _, output_t = jvp(lambda *p: op(op(*p), *p[1:]), (q, k, v), tuple(leaves))
-    return torch.autograd.grad((output_t * w).sum(), leaves)
+def vmap_of_grad_of_jvp(op, p, t, u):
+    return vmap(grad(lambda t: curved(along(op, p, t))))(stacked(t, u))
 
 
-def backward_after_a_dual_level_of_two_layers(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    leaves = [x.detach().clone().requires_grad_() for x in (q_t, k_t, v_t)]
+def vmap_of_grad_by_operands_that_are_not_mapped(op, p, t, u):
+    """Gradients of each sample by what the samples share."""
+
+    def one(x):
+        return grad(lambda *rest: curved(along(op, (x, *rest), t)), tuple(range(len(p) - 1)))(
+            *p[1:]
+        )
+
+    return vmap(one)(torch.stack([p[0], u[0]])) if len(p) > 1 else ()
+
+
+def grad_of_vmap_of_jvp(op, p, t, u):
+    return grad(lambda t: curved(vmap(lambda *t: along(op, p, t))(*t)))(stacked(t, u))
+
+
+def jvp_of_vmap(op, p, t, u):
+    return jvp(vmap(op), stacked(p, u), stacked(t, t))
+
+
+def backward_in_a_dual_level(op, p, t, u):
+    """Forward over reverse where the primals are tracked."""
     with forward_ad.dual_level():
-        dual = [forward_ad.make_dual(p, t) for p, t in zip((q, k, v), leaves, strict=True)]
-        _, output_t = forward_ad.unpack_dual(op(op(*dual), *dual[1:]))
-    return torch.autograd.grad((output_t * w).sum(), leaves)
+        leaves = [x.detach().clone().requires_grad_() for x in p]
+        dual = [forward_ad.make_dual(x, x_t) for x, x_t in zip(leaves, t, strict=True)]
+        grads = torch.autograd.grad(curved(op(*dual)), dual)
+        return [forward_ad.unpack_dual(g).tangent for g in grads]
 
 
-def grad_of_tangents_of_two_layers(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    two = lambda *p: op(op(*p), *p[1:])  # noqa: E731
-    return grad(lambda t: (jvp(two, (q, k, v), t)[1] * w).sum())((q_t, k_t, v_t))
-
-
-def backward_to_primals_through_value(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    output, _ = jvp(op, tuple(leaves), (q_t, k_t, v_t))
-    return torch.autograd.grad((output * w).sum(), leaves)
-
-
-def grad_of_primals_through_value(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    return grad(lambda p: (jvp(op, p, (q_t, k_t, v_t))[0] * w).sum())((q, k, v))
-
-
-def grad_of_primals_through_tangent(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    return grad(lambda p: (jvp(op, p, (q_t, k_t, v_t))[1] * w).sum())((q, k, v))
-
-
-def forward_over_reverse(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    """A Hessian-vector product; the loss is linear, so only the saved tensors carry a tangent."""
-    gradient = grad(lambda p: (op(*p) * w).sum())
-    return jvp(lambda *p: gradient(p), (q, k, v), (q_t, k_t, v_t))
-
-
-def forward_over_reverse_of_square(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    gradient = grad(lambda p: (op(*p) * w).square().sum())
-    return jvp(lambda *p: gradient(p), (q, k, v), (q_t, k_t, v_t))
-
-
-def forward_over_reverse_of_vmap(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    gradient = grad(lambda p: (vmap(op)(*(x[:, None] for x in p)).squeeze(1) * w).sum())
-    return jvp(lambda *p: gradient(p), (q, k, v), (q_t, k_t, v_t))
-
-
-def backward_inside_dual_level(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    with forward_ad.dual_level():
-        leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-        dual = [forward_ad.make_dual(p, t) for p, t in zip(leaves, (q_t, k_t, v_t), strict=True)]
-        grads = torch.autograd.grad((op(*dual) * w).sum(), dual)
-        return tuple(forward_ad.unpack_dual(g).tangent for g in grads)
-
-
-def jvp_of_jvp(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    inner = lambda *p: jvp(op, p, (q_t, k_t, v_t))[1]  # noqa: E731
-    return jvp(inner, (q, k, v), (w, u, w))
-
-
-def jvp_of_jvp_by_tangents(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    inner = lambda *t: jvp(op, (q, k, v), t)[1]  # noqa: E731
-    return jvp(inner, (q_t, k_t, v_t), (w, u, w))
-
-
-def jacfwd_of_attention(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    return jacfwd(lambda row: (op(q * row[:, None], k, v) * w).sum((0, 1, 2)))(u[0, 0, :, 0])
-
-
-def jacfwd_of_jvp(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    def inner(row):
-        return (jvp(lambda x: op(x, k, v), (q,), (q_t * row[:, None],))[1] * w).sum((0, 1, 2))
-
-    return jacfwd(inner)(u[0, 0, :, 0])
-
-
-def vmap_of_jvp_over_tangents(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    stacks = (torch.stack([t, 2 * t, w]) for t in (q_t, k_t, v_t))
-    return vmap(lambda *t: jvp(op, (q, k, v), t)[1])(*stacks)
-
-
-def vmap_of_jvp_over_data(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    one = lambda x, t: jvp(lambda y: op(y, k, v), (x,), (t,))[1]  # noqa: E731
-    return vmap(one, (1, 2), 1)(torch.stack([q, w], 1), torch.stack([q_t, u], 2))
-
-
-def vmap_of_grad_of_jvp(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    one = grad(lambda t: (jvp(lambda x: op(x, k, v), (q,), (t,))[1] * w).sum())
-    return vmap(one)(torch.stack([q_t, u]))
-
-
-def grad_of_vmap_of_jvp(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    one = lambda t: jvp(lambda x: op(x, k, v), (q,), (t,))[1]  # noqa: E731
-    return grad(lambda stack: (vmap(one)(stack) * w).sum())(torch.stack([q_t, u]))
-
-
-def jvp_of_vmap(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    mapped = vmap(lambda x: op(x, k, v))
-    return jvp(mapped, (torch.stack([q, w]),), (torch.stack([q_t, u]),))
-
-
-def double_backward(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    leaves = [x.detach().clone().requires_grad_() for x in (q_t, k_t, v_t)]
-    weight = w.detach().clone().requires_grad_()
-    _, output_t = jvp(op, (q, k, v), tuple(leaves))
-    grads = torch.autograd.grad((output_t * weight).sum(), leaves, create_graph=True)
-    return torch.autograd.grad(sum((g * u).sum() for g in grads), weight)
-
-
-def double_backward_after_a_dual_level(op: Op, q, k, v, q_t, k_t, v_t, w, u):
-    leaves = [x.detach().clone().requires_grad_() for x in (q_t, k_t, v_t)]
-    with forward_ad.dual_level():
-        dual = [forward_ad.make_dual(p, t) for p, t in zip((q, k, v), leaves, strict=True)]
-        _, output_t = forward_ad.unpack_dual(op(*dual))
-    grads = torch.autograd.grad((output_t * w).square().sum(), leaves, create_graph=True)
-    return torch.autograd.grad(sum((g * u).sum() for g in grads), leaves)
-
-
-FIRST_ORDER = [
-    jvp_of_attention,
-    dual_level,
-    partial_tangents,
-    grad_of_tangents,
-    backward_to_tangents,
-    backward_to_tangents_of_two_layers,
-    backward_after_a_dual_level_of_two_layers,
-    grad_of_tangents_of_two_layers,
-    backward_to_primals_through_value,
-    grad_of_primals_through_value,
-    jacfwd_of_attention,
-    vmap_of_jvp_over_tangents,
-    vmap_of_jvp_over_data,
-    vmap_of_grad_of_jvp,
-    grad_of_vmap_of_jvp,
-]
-
-HIGHER_ORDER = [
-    grad_of_primals_through_tangent,
-    forward_over_reverse,
-    forward_over_reverse_of_square,
-    forward_over_reverse_of_vmap,
-    backward_inside_dual_level,
+CASES = [
     jvp_of_jvp,
     jvp_of_jvp_by_tangents,
+    grad_of_jvp,
+    grad_of_jvp_by_tangents,
+    jvp_of_grad,
+    jvp_of_grad_of_a_linear_loss,
+    jvp_of_grad_of_vmap,
+    grad_of_jvp_of_grad,
+    jacfwd_of_op,
     jacfwd_of_jvp,
+    vmap_of_jvp_over_tangents,
+    vmap_of_jvp_over_the_first_operand,
+    vmap_of_grad_of_jvp,
+    vmap_of_grad_by_operands_that_are_not_mapped,
+    grad_of_vmap_of_jvp,
     jvp_of_vmap,
-    double_backward,
-    double_backward_after_a_dual_level,
+    backward_in_a_dual_level,
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -45,6 +46,29 @@ def double(value):
     return tree_map(
         lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, value
     )
+
+
+@contextmanager
+def poison() -> Iterator[None]:
+    """Fills memory that ``torch.empty`` and its kin return with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(2, 3).new_empty(4).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def of_some(function: Callable[..., Any], operands: Sequence[Any], moving: Sequence[int]):
+    """The function of the operands with indices ``moving``; the others are held."""
+
+    def of(*some):
+        every = list(operands)
+        for i, x in zip(moving, some, strict=True):
+            every[i] = x
+        return function(*every)
+
+    return of
 
 
 def pushforward(op: Callable[..., Tensor], primals, tangents) -> tuple[Any, Any]:
@@ -102,12 +126,7 @@ def attention_derivatives(
     copies = (None if t is None else t.detach().clone().requires_grad_() for t in tangents)
     given: list[Any] = list(copies)
 
-    def op(*some):
-        operands = list(leaves)
-        for i, x in zip(moving, some, strict=True):
-            operands[i] = x
-        return math_attention(*operands, **options)
-
+    op = of_some(functools.partial(math_attention, **options), leaves, moving)
     pairs = []
     for r in range(len(grad_t)):
         along = [torch.zeros_like(leaves[i]) if given[i] is None else given[i][r] for i in moving]

@@ -20,10 +20,8 @@ PRESENT = [flags for flags in itertools.product([True, False], repeat=3) if any(
 
 @pytest.fixture(autouse=True)
 def uninitialized_memory_is_nan():
-    torch.use_deterministic_algorithms(True)  # which also fills torch.empty
-    assert torch.ones(3).new_empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+    with oracle.poison():
+        yield
 
 
 @pytest.fixture(

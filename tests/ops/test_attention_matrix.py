@@ -1,14 +1,18 @@
-"""Every pair of transforms on a CPU: right, or it raises by name, as docs/nestings.md says."""
+"""Every pair of transforms: right, or it raises by name, as docs/nestings.md says of a CPU."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
 from torch import Tensor
 
+from tangent_ops.ops.backend import interpreting
 from tests.ops import oracle
-from tests.ops.transforms import CELLS, SHAPE, outcome, plain_cell, title, value
-from tests.ops.write_nestings import check
+from tests.ops.backends import backends, device_of
+from tests.ops.transforms import CELLS, DEEP, SHAPE, outcome, plain_cell, title, value
+from tests.ops.write_nestings import BACKENDS, acceptable, check
 
 # torch's own: vmap loops where its fast attention has no batching rule; linearize folds constants.
 pytestmark = [
@@ -18,13 +22,40 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=title)
-@pytest.mark.parametrize("backend", ["default", "reference"])
+@pytest.mark.parametrize("backend", backends("default", "reference", "triton"))
 def test_right_or_raises_by_name(backend, cell) -> None:
-    found = check(cell, backend, torch.float64, "cpu")
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    found = check(cell, backend, dtype, device_of(backend))
     if backend == "reference" and found not in ("right", "pytorch"):
         assert found == outcome(cell, oracle.math_attention)  # the limit is PyTorch's own
 
 
+PAIRS = [*itertools.product(DEEP, repeat=2)]
+# Under a jvp, compiled code cannot see what is dual in a vmap or grad; Dynamo traces no grad around
+# a custom operator, and no jvp of its jvp.
+HIDING = [("jvp", "vmap"), ("jvp", "grad")]
+NOT_COMPILED = {
+    "default": [*HIDING, ("grad", "grad")],  # the last without a tangent, so PyTorch's own
+    "triton": [*HIDING, ("jvp", "jvp"), *(pair for pair in PAIRS if "grad" in pair)],
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=title)
+@pytest.mark.parametrize("backend", backends("default", "triton"))
+def test_compiled_pairs(backend, pair) -> None:
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    found = outcome(("compile", *pair), BACKENDS[backend], dtype, device_of(backend))
+    assert acceptable(found), found
+    assert found == "right" or pair in NOT_COMPILED[backend], found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cell", CELLS, ids=title)
+def test_the_default_on_a_gpu(cell) -> None:
+    check(cell, "default", torch.float32, "cuda")
+
+
+@pytest.mark.skipif(interpreting(), reason="knows no backend")
 @pytest.mark.parametrize("cell", sorted({plain_cell(cell) for cell in CELLS}), ids=title)
 def test_the_oracle_agrees_with_attention_spelled_out(cell) -> None:
     def spelled_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

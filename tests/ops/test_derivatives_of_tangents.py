@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tangent_ops import fused_forward_ad, linearize
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.functional import softmax
-from tests.ops.oracle import pushforward
+from tests.ops.oracle import of_some, pushforward
 
 # A central difference errs by h²/6 times a third derivative, 1e-11 times at most hundreds here,
 # and by the tangent's rounding over h, 1e-10.
@@ -48,13 +48,7 @@ def orders(op: Op, primals, tangents, direction: Tensor) -> dict[str, Tensor]:
 
     def by_jvp(x):
         operands = [x, *rest]
-
-        def function(*some):
-            given = list(operands)
-            for i, value in zip(moving, some, strict=True):
-                given[i] = value
-            return op(*given)
-
+        function = of_some(op, operands, moving)
         along = tuple(tangents[i] for i in moving)
         return torch.func.jvp(function, tuple(operands[i] for i in moving), along)[1].sin().sum()
 

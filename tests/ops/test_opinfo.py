@@ -90,15 +90,7 @@ class Call:
         return output[0] if isinstance(output, tuple) else output
 
     def of(self, moving):
-        """The function of some operands alone."""
-
-        def f(*some):
-            operands = list(self.primals)
-            for i, x in zip(moving, some, strict=True):
-                operands[i] = x
-            return self(*operands)
-
-        return f
+        return oracle.of_some(self, self.primals, moving)
 
     def subsets(self) -> set[tuple[int, ...]]:
         """Which operands have a tangent: all, and each alone."""

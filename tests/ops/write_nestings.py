@@ -62,8 +62,7 @@ three.
 rounding. A word says why the cell raises; see [why a cell raises](#why-a-cell-raises). No cell is
 wrong in silence but those marked *pytorch*: there PyTorch's `torch.func.linearize` is wrong for any
 function, elementwise ones too, and `torch.func.jvp` is the way out.
-`tests/ops/test_attention_matrix.py` and `tests/kernels/test_attention_nesting_matrix.py` evaluate
-each.
+`tests/ops/test_attention_matrix.py` evaluates each.
 """
 
 
