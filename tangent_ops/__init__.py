@@ -12,8 +12,11 @@ from tangent_ops.model.gradient_basis import gradient_basis
 from tangent_ops.model.linearize import LinearizedModel, last_blocks, linearize
 from tangent_ops.ops.forward_ad import fused_forward_ad
 from tangent_ops.ops.nn import TangentAttention
-from tangent_ops.training.fit import History, fit, fit_head
+from tangent_ops.training.fit import fit
 from tangent_ops.training.grouped import fit_grouped
+from tangent_ops.training.head import fit_head
+from tangent_ops.training.loop import History
+from tangent_ops.training.options import Recipe
 
 __all__ = [
     "CachedFeatures",
@@ -23,6 +26,7 @@ __all__ = [
     "Influence",
     "Ledger",
     "LinearizedModel",
+    "Recipe",
     "TangentAttention",
     "accuracy",
     "cache_features",

@@ -19,7 +19,7 @@ from tangent_ops.errors import ArgumentError, TangentOpsError
 from tangent_ops.files import to_json
 from tangent_ops.shards import ImageData, Recipe, Samples, read_anchor, save_anchor
 from tangent_ops.shards.plan import ANCHOR
-from tangent_ops.training.fit import fit_head
+from tangent_ops.training.head import fit_head
 
 
 @dataclass(frozen=True)

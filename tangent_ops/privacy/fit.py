@@ -41,7 +41,7 @@ from tangent_ops.privacy.statement import (
     check_adjacency,
     make_statement,
 )
-from tangent_ops.training.fit import SCHEDULES
+from tangent_ops.training.options import SCHEDULES
 
 # Their steps are of noisy gradients; no data are read to make them.
 OPTIMIZERS = {

@@ -16,7 +16,10 @@ from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedErr
 from tangent_ops.evaluate import accuracy, predict
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.model.linearize import last_blocks, linearize
-from tangent_ops.training.fit import SCHEDULES, History, fit, fit_head
+from tangent_ops.training.fit import fit
+from tangent_ops.training.head import fit_head
+from tangent_ops.training.loop import History
+from tangent_ops.training.options import SCHEDULES
 
 
 def quiet(*args, **options) -> History:
@@ -549,7 +552,10 @@ def test_refuses_data(data, message):
         ({"lr": float("nan")}, "lr must be positive"),
         ({"l2": -1e-3}, "l2 must be finite and not negative"),
         ({"batch_size": 0}, "batch_size must be"),
-        ({"optimizer": "adam"}, r"optimizer must be one of \['adamw', 'sgd'\], got 'adam'"),
+        (
+            {"optimizer": "adam"},
+            r"optimizer must be one of \['adamw', 'sgd', .*got 'adam'",
+        ),
         ({"schedule": "linear"}, "schedule must be one of .*'step'.*, got 'linear'"),
         ({"loss": nn.MSELoss(reduction="none")}, r"a scalar tensor, got shape \(8, 3\)"),
         ({"loss": lambda logits, targets: None}, "a scalar tensor, got None"),
