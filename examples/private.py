@@ -31,6 +31,7 @@ from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.model.features import split_model
 from tangent_ops.privacy.accounting import Phase, epsilon, noise_multiplier_for
 from tangent_ops.privacy.fit import PrivateFit, fit_private
+from tangent_ops.privacy.options import Privacy
 
 FAILURE = 1e-5  # the δ of (ε, δ)
 LOSS = RescaledSquareLoss()
@@ -120,10 +121,7 @@ def train_tangent(
 ) -> tuple[float, PrivateFit]:
     """TAFT-1: the last block, norm and head of the tangent model; its accuracy."""
     _zero(prepared.tail)
-    options = {"delta": FAILURE, "loss": LOSS, **TANGENT, **options}
-    fitted = fit_private(
-        prepared.tail, prepared.private, target_epsilon=target, seed=seed, **options
-    )
+    fitted = _fitted(prepared.tail, prepared.private, target, seed, **{**TANGENT, **options})
     return accuracy(prepared.tail, prepared.scored), fitted
 
 
@@ -132,11 +130,33 @@ def train_probe(
 ) -> tuple[float, PrivateFit]:
     """The head alone, which is linear as it is."""
     head = linearize(prepared.anchor.head)
-    options = {"delta": FAILURE, "loss": LOSS, **PROBE, **options}
-    fitted = fit_private(
-        head, prepared.private_features, target_epsilon=target, seed=seed, **options
-    )
+    options = {**PROBE, **options}
+    fitted = _fitted(head, prepared.private_features, target, seed, **options)
     return accuracy(head, prepared.scored_features), fitted
+
+
+def _fitted(
+    model: LinearizedModel,
+    data: Dataset,
+    target: float,
+    seed: int | None,
+    *,
+    delta: float = FAILURE,
+    max_grad_norm: float,
+    expected_batch_size: float,
+    steps: int,
+    **options: Any,
+) -> PrivateFit:
+    privacy = Privacy(
+        delta=delta,
+        target_epsilon=target,
+        max_grad_norm=max_grad_norm,
+        expected_batch_size=expected_batch_size,
+        steps=steps,
+        seed=seed,
+    )
+    options = {"loss": LOSS, **options}
+    return fit_private(model, data, privacy, **options)
 
 
 def train_ordinary(
