@@ -14,10 +14,8 @@ import torch
 from tangent_ops.delta import Delta, save_delta
 from tangent_ops.errors import TangentOpsError
 from tangent_ops.exact import fit_exact
-from tangent_ops.model.linearize import LinearizedModel
 from tangent_ops.shards.data import Samples
 from tangent_ops.shards.plan import Job, Plan
-from tangent_ops.shards.recipe import LOSSES, Recipe
 from tangent_ops.training.fit import fit
 
 # Libraries read it when a process starts; bits of a sum depend on how it was split.
@@ -56,8 +54,22 @@ def _train(plan: Plan, job: Job, progress: bool) -> dict[str, Any]:
     tangent = plan.tangent().to(device)
     data = job_data(plan, job)
     found: dict[str, Any] = {}
-    if recipe.dp_epsilon is not None:
-        delta = _private(tangent, data, recipe, progress)
+    privacy = recipe.privacy(len(data))
+    if privacy is not None:
+        from tangent_ops.privacy import fit_private
+
+        delta = fit_private(
+            tangent,
+            data,
+            privacy,
+            loss=recipe.loss,
+            lr=recipe.lr,
+            optimizer=recipe.optimizer,
+            l2=recipe.l2,
+            schedule=recipe.schedule,
+            cache=recipe.cached,
+            progress=progress,
+        ).delta
     else:
         if recipe.method == "exact":
             fit_exact(
@@ -65,28 +77,13 @@ def _train(plan: Plan, job: Job, progress: bool) -> dict[str, Any]:
                 data,
                 recipe.l2,
                 recipe.tol,
-                loss=LOSSES[recipe.loss](),
+                loss=recipe.loss_function,
                 batch_size=recipe.batch_size,
                 cache=recipe.cached,
                 progress=progress,
             )
         else:
-            history = fit(
-                tangent,
-                data,
-                loss=LOSSES[recipe.loss](),
-                epochs=recipe.epochs,
-                lr=recipe.lr,
-                batch_size=recipe.batch_size,
-                optimizer=recipe.optimizer,
-                l2=recipe.l2,
-                schedule=recipe.schedule,
-                seed=recipe.seed,
-                amp=recipe.amp,
-                cache=recipe.cached,
-                accumulate=recipe.accumulate,
-                progress=progress,
-            )
+            history = fit(tangent, data, recipe, cache=recipe.cached, progress=progress)
             found = {"loss": history.loss, "lr": history.lr}
         delta = tangent.delta_dict()
     save(plan, job, delta)
@@ -118,28 +115,6 @@ def save(plan: Plan, job: Job, delta: Delta, **extra: str) -> Path:
     meta = replace(delta.meta, shard=job.shard, loss=plan.recipe.loss, extra=extra)
     save_delta(delta, path, meta=meta)
     return path
-
-
-def _private(tangent: LinearizedModel, data: Samples, recipe: Recipe, progress: bool) -> Delta:
-    from tangent_ops.privacy import fit_private
-
-    assert recipe.dp_delta is not None
-    return fit_private(
-        tangent,
-        data,
-        delta=recipe.dp_delta,
-        max_grad_norm=recipe.dp_clip,
-        target_epsilon=recipe.dp_epsilon,
-        expected_batch_size=min(recipe.dp_batch_size, len(data)),
-        steps=recipe.dp_steps,
-        loss=LOSSES[recipe.loss](),
-        lr=recipe.lr,
-        optimizer=recipe.optimizer,
-        l2=recipe.l2,
-        schedule=recipe.schedule,
-        cache=recipe.cached,
-        progress=progress,
-    ).delta
 
 
 def _described(error: BaseException) -> str:
