@@ -68,13 +68,33 @@ def test_losses_by_name():
             lambda: fit_grouped(linearize(nn.Linear(4, 3)), {"a": DATA}, accumulate=2),
             "fit_grouped does not use the recipe's accumulate: give a smaller batch_size",
         ),
-        (lambda: Recipe(loss="l1"), r"loss must be one of \['rsl', 'cross-entropy'\] or a func"),
-        (lambda: Recipe(lr="1"), "lr must be positive and finite, got '1'"),
-        (lambda: Recipe(l2="1"), "l2 must be finite and not negative, got '1'"),
-        (lambda: Recipe(amp="no"), "amp must be True, False or None, got 'no'"),
-        (lambda: Recipe(schedule=None), "schedule must be one of"),
     ],
 )
 def test_refusals(call, message):
     with pytest.raises(ArgumentError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"loss": "l1"}, r"loss must be one of \['rsl', 'cross-entropy'\] or a function"),
+        ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
+        ({"epochs": 1.5}, "epochs must be an integer of at least 1, got 1.5"),
+        ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
+        ({"lr": float("nan")}, "lr must be positive and finite, got nan"),
+        ({"lr": "1"}, "lr must be positive and finite, got '1'"),
+        ({"l2": -1e-3}, "l2 must be finite and not negative, got -0.001"),
+        ({"l2": "1"}, "l2 must be finite and not negative, got '1'"),
+        ({"optimizer": "adam"}, r"one of \['adamw', 'sgd', 'momentum'\], got 'adam'"),
+        ({"schedule": "linear"}, "schedule must be one of .*'step'.*, got 'linear'"),
+        ({"schedule": None}, "schedule must be one of"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({"amp": "no"}, "amp must be True, False or None, got 'no'"),
+        ({"accumulate": 0}, "accumulate must be an integer of at least 1, got 0"),
+    ],
+)
+def test_ranges(field, message):
+    with pytest.raises(ArgumentError, match=message):
+        Recipe(**field)
