@@ -1,4 +1,4 @@
-"""Fit a tangent model with differential privacy: DP-SGD on a problem that is convex."""
+"""`fit_private`: train a tangent model with differential privacy, by DP-SGD."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ ASSUMES = (
 
 @dataclass(frozen=True)
 class PrivateFit:
-    """What a private fit gave.
+    """The result of a private fit.
 
-    There is no loss or gradient norm in it: they are of the private data, and nothing pays for
-    them. Take the accuracy from public data.
+    It holds no loss or gradient norm: those reveal private data, and the guarantee does not cover
+    them. Measure the accuracy on public data.
 
     Attributes:
-        statement: what is promised.
+        statement: the guarantee.
         delta: a copy of the deltas, with the statement in its meta, where `save_delta` keeps it.
         steps: T.
         seconds: wall time, caching of features included.
@@ -110,9 +110,9 @@ def fit_private(
             not used: steps, batches and seed are of `Privacy`.
         mode: of the clipped sums; see `PerSampleGradients.clipped_sum`.
         physical_batch_size: at most so many samples are in memory at a time.
-        checkpoint: a file to go on from if it is there, and to keep up to date; removed at the end.
-            It holds the state of the noise's generator: keep it as secret as the data.
-        checkpoint_every: steps between two writings.
+        checkpoint: a file to resume from if it exists; it is kept up to date, and removed at the
+            end. It holds the state of the noise's generator: keep it as secret as the data.
+        checkpoint_every: steps between two writes.
         cache: as in `fit`.
         workers: processes that load samples.
         device: moves the model there first.
@@ -244,7 +244,7 @@ def fit_private(
 def _prepared(
     model: LinearizedModel, dataset: Dataset[Any], loss: Loss, device: torch.device
 ) -> tuple[PerSampleGradients, MeanOfSamples]:
-    """What gives the gradients, and what keeps a loss from mixing samples."""
+    """The per-sample gradients, and the check that the loss is a mean over samples."""
     few = [dataset[index] for index in range(min(4, len(dataset)))]  # pyright: ignore
     inputs, targets = unpack(default_collate(few), device)
     gradients = PerSampleGradients(model, inputs)
@@ -257,7 +257,7 @@ def _prepared(
 def _check_start(
     tangent: LinearizedModel, start: PrivacyStatement | str, goes_on: bool
 ) -> tuple[Phase, ...]:
-    """What was spent on the deltas before. A checkpoint's own replace them."""
+    """The phases that the deltas were trained in before. A checkpoint replaces the deltas."""
     if isinstance(start, PrivacyStatement):
         check_adjacency(ADD_OR_REMOVE, start.adjacency)
         return start.phases
@@ -265,14 +265,14 @@ def _check_start(
     if start == "zero" and moved and not goes_on:
         raise ArgumentError(
             f"the deltas are not zero ({moved[0]}), and may come from private data: set them to "
-            "zero; or pass start=, the PrivacyStatement that they were trained with, or "
+            "zero; or give Privacy(start=), the PrivacyStatement that they were trained with, or "
             "'public' if they depend on no private sample"
         )
     return ()
 
 
 def _key(privacy: Privacy, group: bool) -> tuple[int, ...] | None:
-    """Of the batches that are drawn; the same in all processes of a group."""
+    """The key of the batches that are drawn; the same in all processes of a group."""
     if privacy.secure_mode and not group:
         return None
     seed = privacy.seed

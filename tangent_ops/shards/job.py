@@ -1,4 +1,4 @@
-"""Train one shard: data ids, recipe and anchor in, a delta's file out."""
+"""Train one shard: from sample ids, recipe and anchor to the file of a delta."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def attempt(run: str, shard: str, progress: bool = False) -> dict[str, Any]:
     try:
         plan = Plan.open(run)
         job = plan.job(shard)
-        # It may have been killed after its end; a private fit must not be published twice.
+        # A worker may have been killed after it wrote; a private fit must not be published twice.
         found = {} if plan.delta_path(job.hash).exists() else _train(plan, job, progress)
     except (TangentOpsError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         return {"error": _described(error)}
@@ -91,7 +91,7 @@ def _train(plan: Plan, job: Job, progress: bool) -> dict[str, Any]:
 
 
 def job_data(plan: Plan, job: Job) -> Samples:
-    """A job's samples, prepared as the anchor takes them."""
+    """A job's samples, preprocessed for the anchor."""
     return plan.data.pick(
         [sample.id for sample in job.samples],
         [sample.target for sample in job.samples],
@@ -102,7 +102,7 @@ def job_data(plan: Plan, job: Job) -> Samples:
 
 
 def save(plan: Plan, job: Job, delta: Delta, **extra: str) -> Path:
-    """Let a job's delta appear in its place."""
+    """Write a job's delta to its place, atomically."""
     assert delta.meta is not None
     extra = {
         **delta.meta.extra,

@@ -174,9 +174,10 @@ class Shard:
 
 
 class _Generators:
-    """A shard's own states of every generator that is shared with others.
+    """A shard's own states of the generators that all shards share.
 
-    Made when all are seeded for it. They are left as the last shard had them.
+    Construct it while the generators are seeded for this shard. Each use leaves the generators in
+    the state of the shard that used them last.
     """
 
     def __init__(self, loader: DataLoader[Any], device: torch.device) -> None:
@@ -225,7 +226,7 @@ def _train(
 
 
 def _alike(shards: list[Shard]) -> list[list[Shard]]:
-    """Shards that go on, by what their next inputs are in."""
+    """The shards that have a batch left, grouped by the shape and dtype of its inputs."""
     groups: dict[tuple[torch.Size, torch.dtype], list[Shard]] = {}
     for shard in shards:
         if shard.batch is not None:
@@ -244,7 +245,7 @@ def step(model: LinearizedModel, group: list[Shard], device: torch.device, recip
     with torch.autocast(device.type, enabled=False):  # a caller's own would round once more
         torch.autograd.backward(values)
     norms = [shard.penalize() for shard in group]
-    # Read together: a device is waited for once.
+    # Read together, so that the device is synchronised once.
     found = torch.stack([*(v.detach().double() for v in values), *(n.double() for n in norms)])
     for shard, *pair in zip(group, *found.view(2, -1).tolist(), strict=True):
         if not all(map(math.isfinite, pair)):
@@ -292,7 +293,7 @@ def _check_vmap(model: LinearizedModel, group: list[Shard]) -> None:
     expected = [forward(model, [own], [x])[0] for own, x in zip(deltas, inputs, strict=True)]
     try:
         found = forward(model, deltas, inputs)
-    except (RuntimeError, ValueError) as error:  # vmap's words for what it cannot run
+    except (RuntimeError, ValueError) as error:  # what vmap raises where it cannot run a model
         raise UnsupportedError(
             f"{model.model_name} cannot train several shards at once, because torch.func.vmap "
             f"cannot run it: {error}. Fit one shard after the other"
@@ -305,8 +306,8 @@ def _check_vmap(model: LinearizedModel, group: list[Shard]) -> None:
         if not torch.isclose(one, right, rtol=0.0, atol=tolerance, equal_nan=True).all():
             raise UnsupportedError(
                 f"{model.model_name} cannot train several shards at once: tried on noise, its "
-                "outputs for two together are not those for one after the other, as if it kept "
-                "something from sample to sample. Fit one shard after the other"
+                "outputs for two together differ from those for one after the other, as if it kept "
+                "state from call to call. Fit one shard after the other"
             )
 
 
@@ -340,6 +341,6 @@ def _loaders(shards: Mapping[str, Data], batch_size: int) -> dict[str, DataLoade
         other = names.setdefault(id(data), name)
         if other != name:
             raise ArgumentError(
-                f"shards {other!r} and {name!r} are the same data: shards are apart"
+                f"shards {other!r} and {name!r} are the same data: give each shard its own"
             )
     return loaders

@@ -48,6 +48,11 @@ class History:
     steps: int = 0
     seconds: float = 0.0
 
+    def __repr__(self) -> str:
+        losses = f", loss {self.loss[0]:.4g} to {self.loss[-1]:.4g}" if self.loss else ""
+        epochs = f"{len(self.loss)} epochs, {self.steps} steps, {self.seconds:.1f} s"
+        return f"History({epochs}{losses})"
+
 
 def check_group(group: Group, model: nn.Module, loader: DataLoader[Any], recipe: Recipe) -> None:
     """Check that all processes of a group train the same model, with the same data and recipe.

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from tangent_ops import Recipe, fit, fit_grouped, fit_head, linearize
+from tangent_ops import History, Recipe, fit, fit_grouped, fit_head, linearize
 from tangent_ops.errors import ArgumentError
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.training.head import PROBE
@@ -33,6 +33,12 @@ def test_keywords_replace_the_recipes_fields():
     assert torch.equal(weights(recipe, epochs=1), weights(dataclasses.replace(recipe, epochs=1)))
     assert not torch.equal(weights(recipe, epochs=1), alone)
     assert recipe.epochs == 2
+
+
+def test_a_history_in_a_line():
+    history = History([4.0, 2.0, 1.0], [0.1, 0.1, 0.1], steps=9, seconds=0.25)
+    assert repr(history) == "History(3 epochs, 9 steps, 0.2 s, loss 4 to 1)"
+    assert repr(History()) == "History(0 epochs, 0 steps, 0.0 s)"
 
 
 def test_the_keywords_of_editors_are_the_fields():
