@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -136,26 +136,13 @@ def train_probe(
 
 
 def _fitted(
-    model: LinearizedModel,
-    data: Dataset,
-    target: float,
-    seed: int | None,
-    *,
-    delta: float = FAILURE,
-    max_grad_norm: float,
-    expected_batch_size: float,
-    steps: int,
-    **options: Any,
+    model: LinearizedModel, data: Dataset, target: float, seed: int | None, **options: Any
 ) -> PrivateFit:
-    privacy = Privacy(
-        delta=delta,
-        target_epsilon=target,
-        max_grad_norm=max_grad_norm,
-        expected_batch_size=expected_batch_size,
-        steps=steps,
-        seed=seed,
-    )
-    options = {"loss": LOSS, **options}
+    """`fit_private` with fields of `Privacy` and of the recipe among the options."""
+    options = {"delta": FAILURE, "loss": LOSS, **options}
+    names = {field.name for field in fields(Privacy)} & options.keys()
+    given = {name: options.pop(name) for name in names}
+    privacy = Privacy(target_epsilon=target, seed=seed, **given)
     return fit_private(model, data, privacy, **options)
 
 

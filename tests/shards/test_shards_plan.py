@@ -223,6 +223,16 @@ def test_recipes() -> None:
             ShardRecipe(**wrong)  # pyright: ignore[reportArgumentType]
 
 
+def test_what_private_shards_train_with() -> None:
+    pytest.importorskip("opacus", reason="the extra for privacy is not installed")
+    from tangent_ops.privacy import Privacy
+
+    assert ShardRecipe().privacy(9) is None
+    recipe = ShardRecipe(dp_epsilon=3.0, dp_delta=1e-5)
+    assert recipe.privacy(900) == Privacy(delta=1e-5, target_epsilon=3.0, max_grad_norm=1.0)
+    assert recipe.privacy(9) == replace(recipe.privacy(900), expected_batch_size=9)
+
+
 def test_interrupted_before_its_end(folder: Path) -> None:
     """The plan's file is the last to be written."""
     assignment = {"a": ["class0/0.png"]}
