@@ -20,7 +20,7 @@ from tangent_ops.exact.problem import Problem
 from tangent_ops.exact.search import Search, identity
 from tangent_ops.exact.tangent_kernel import solve_dual
 from tangent_ops.losses import Loss
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 
 METHODS = ("cg", "dual")
 

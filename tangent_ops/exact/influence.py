@@ -14,7 +14,7 @@ from tangent_ops.errors import ArgumentError
 from tangent_ops.exact.problem import Problem, check_l2
 from tangent_ops.exact.tangent_kernel import TangentKernel
 from tangent_ops.losses import Loss
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 
 
 class Influence:

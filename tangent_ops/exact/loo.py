@@ -16,7 +16,7 @@ from tangent_ops.exact.layout import dot, norm
 from tangent_ops.exact.nystrom import preconditioner
 from tangent_ops.exact.problem import Problem
 from tangent_ops.losses import Loss, loss_gradient
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 
 
 def first_order_scores(

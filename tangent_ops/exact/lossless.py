@@ -18,7 +18,7 @@ from tangent_ops.exact.nystrom import preconditioner
 from tangent_ops.exact.problem import Problem
 from tangent_ops.exact.search import loss_name
 from tangent_ops.losses import Loss
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 
 Curvature = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 

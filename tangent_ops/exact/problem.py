@@ -30,7 +30,7 @@ from tangent_ops.losses import (
     made_up,
 )
 from tangent_ops.model.features import Trunk, cache_features
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 
 
 class Cotangent(Protocol):

@@ -23,7 +23,7 @@ from tangent_ops.exact.layout import norm
 from tangent_ops.exact.problem import Problem, check_l2
 from tangent_ops.exact.search import loss_name
 from tangent_ops.losses import Loss
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 
 Curvature = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 

@@ -15,7 +15,7 @@ from tangent_ops.exact.layout import norm
 from tangent_ops.exact.nystrom import preconditioner
 from tangent_ops.exact.problem import Problem
 from tangent_ops.losses import Loss
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 
 
 def predictive_covariance(

@@ -11,7 +11,7 @@ from torch import nn
 
 from tangent_ops.data import Data, as_loader, place
 from tangent_ops.errors import ArgumentError
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.training.loop import History, cached_loader, check_group, train
 from tangent_ops.training.options import Recipe, RecipeOptions, recipe_of
 from tangent_ops.training.processes import Group

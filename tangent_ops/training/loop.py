@@ -20,7 +20,7 @@ from tangent_ops.data import unpack
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.losses import Loss
 from tangent_ops.model.features import cache_features
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.training.options import OPTIMIZERS, Recipe
 from tangent_ops.training.processes import (
     Batch,

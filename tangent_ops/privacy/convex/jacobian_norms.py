@@ -15,7 +15,7 @@ from tangent_ops.errors import ArgumentError
 from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.problem import check_tangent, in_order
 from tangent_ops.model.features import cache_features
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 
 _COLUMNS = 1 << 16  # of J that are in float64 at a time
 
