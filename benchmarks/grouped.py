@@ -21,9 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.record import environment, write_json
 from benchmarks.timing import interleave
 from tangent_ops import last_blocks, linearize
-from tangent_ops.losses import RescaledSquareLoss
-from tangent_ops.training.grouped import _Shard, _step
-from tangent_ops.training.options import Options
+from tangent_ops.training.grouped import Shard, step
+from tangent_ops.training.options import Recipe
 
 MODEL = "vit_tiny_patch16_224"
 CLASSES = 10
@@ -58,25 +57,24 @@ def steps(
     if blocks is not None:
         trunk, tail = tangent.split()
         inputs = torch.stack([trunk(images) for images in inputs])
-    options = Options(None, 1, 1e-4, "adamw", 0.0, "constant", 0, None, False)
+    recipe = Recipe(epochs=1, schedule="constant")
 
-    def shards() -> list[_Shard]:
+    def shards() -> list[Shard]:
         made = []
         for i, images in enumerate(inputs.cpu()):
             data = TensorDataset(images, torch.randint(CLASSES, (batch,)))
-            shard = _Shard(str(i), tangent, DataLoader(data, batch), device, options)
+            shard = Shard(str(i), tangent, DataLoader(data, batch), device, recipe)
             shard.advance()
             made.append(shard)
         return made
 
-    loss = RescaledSquareLoss()
     group, alone = shards(), shards()
 
     def separate() -> None:
         for shard in alone:
-            _step(tail, [shard], loss, device, options)
+            step(tail, [shard], device, recipe)
 
-    return {"grouped": partial(_step, tail, group, loss, device, options), "separate": separate}
+    return {"grouped": partial(step, tail, group, device, recipe), "separate": separate}
 
 
 def measure(calls: dict[str, Call], count: int, device: torch.device, budget: float) -> Row:

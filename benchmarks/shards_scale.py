@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.record import ROOT, environment, write_json
 from tangent_ops import Delta
-from tangent_ops.shards import ImageData, Plan, Recipe, check_settled, save_anchor, settle
+from tangent_ops.shards import ImageData, Plan, ShardRecipe, check_settled, save_anchor, settle
 from tangent_ops.shards.job import save
 
 SIZES = (100, 300, 1000, 3000, 10000)
@@ -76,7 +76,7 @@ def measure(shards: int, folder: Path) -> dict[str, Any]:
             folder / "run",
             anchor=anchor,
             data=ImageData(str(folder / "images")),
-            recipe=Recipe(blocks=0),
+            recipe=ShardRecipe(blocks=0),
             assignment=assignment,
             progress=False,
         ),

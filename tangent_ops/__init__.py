@@ -13,8 +13,11 @@ from tangent_ops.model.linearize import last_blocks, linearize
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.ops.forward_ad import fused_forward_ad
 from tangent_ops.ops.nn import TangentAttention
-from tangent_ops.training.fit import History, fit, fit_head
+from tangent_ops.training.fit import fit
 from tangent_ops.training.grouped import fit_grouped
+from tangent_ops.training.head import fit_head
+from tangent_ops.training.loop import History
+from tangent_ops.training.options import Recipe
 
 __all__ = [
     "CachedFeatures",
@@ -24,6 +27,7 @@ __all__ = [
     "Influence",
     "Ledger",
     "LinearizedModel",
+    "Recipe",
     "TangentAttention",
     "accuracy",
     "cache_features",

@@ -11,7 +11,7 @@ import timm
 import torch
 from PIL import Image
 
-from tangent_ops.shards import ImageData, Plan, Recipe, by_hash, job, save_anchor
+from tangent_ops.shards import ImageData, Plan, ShardRecipe, by_hash, job, save_anchor
 
 OPTIONS = {"num_classes": 4, "img_size": 32}
 FAST: dict[str, Any] = {"epochs": 1, "lr": 1e-3, "batch_size": 4}
@@ -54,7 +54,7 @@ def make_plan(folder: Path, shards: int = 3, run: str = "run", **recipe: Any) ->
         folder / run,
         anchor=anchor,
         data=data,
-        recipe=Recipe(**{**FAST, **recipe}),
+        recipe=ShardRecipe(**{**FAST, **recipe}),
         assignment=by_hash(data.open().ids, shards),
         progress=False,
     )

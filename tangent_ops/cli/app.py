@@ -14,6 +14,7 @@ from tangent_ops.cli.finetune import EXAMPLES, finetune
 from tangent_ops.cli.forget import forget
 from tangent_ops.cli.inspect import inspect
 from tangent_ops.cli.ledger import app as ledger
+from tangent_ops.cli.options import grouped
 from tangent_ops.cli.privacy import privacy
 from tangent_ops.cli.profile import profile
 from tangent_ops.cli.version import version
@@ -45,10 +46,10 @@ def _tangent_ops(
     pass  # its option is eager
 
 
-app.command(epilog=EXAMPLES)(finetune)
+app.command(epilog=EXAMPLES)(grouped(finetune))
 app.command()(compose)
 app.command()(evaluate)
-app.command()(forget)
+app.command()(grouped(forget))
 app.command()(export)
 app.command()(inspect)
 app.command()(profile)

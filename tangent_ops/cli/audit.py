@@ -44,6 +44,7 @@ def audit(
     """
     need_privacy()
 
+    from tangent_ops.privacy import Privacy
     from tangent_ops.privacy.auditing.audit_fit import audit_fit
 
     with errors():
@@ -56,15 +57,17 @@ def audit(
             tangent,
             dataset,
             canary,
+            Privacy(
+                delta=delta,
+                noise_multiplier=noise_multiplier,
+                max_grad_norm=max_grad_norm,
+                steps=steps,
+                seed=seed,
+            ),
             sample_rate=sample_rate,
-            max_grad_norm=max_grad_norm,
             lr=_LR,
             runs=runs,
             confidence=confidence,
-            seed=seed,
-            delta=delta,
-            steps=steps,
-            noise_multiplier=noise_multiplier,
             mode=mode,
         )
     if as_json:

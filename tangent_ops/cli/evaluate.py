@@ -38,7 +38,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Accuracy of a run's composition on labelled images."""
-    from tangent_ops.cli.dealing import described
+    from tangent_ops.cli.assignment import described
     from tangent_ops.data import check_integer
     from tangent_ops.errors import ArgumentError
     from tangent_ops.evaluate import accuracy

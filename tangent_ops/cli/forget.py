@@ -6,13 +6,15 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tangent_ops.cli.compose import Run
 from tangent_ops.cli.config import Config
+from tangent_ops.cli.machines import HELPS, Machines
 from tangent_ops.cli.messages import errors, fail, hidden, say
+from tangent_ops.cli.options import Group
 
 if TYPE_CHECKING:
     from tangent_ops.shards import Forgotten, Plan
@@ -21,10 +23,16 @@ GONE = (
     "the images are out of the plan; `tangent-ops compose` drops the deltas that saw them, "
     "`tangent-ops finetune` trains what is left"
 )
+WHERE = {
+    **HELPS,
+    "executor": "Where the shards concerned are trained again.",
+    "workers": "Shards at a time.",
+}
 
 
 def forget(
     run: Run,
+    machines: Annotated[Machines, Group(Machines, {None: WHERE})],
     shard: Annotated[str | None, typer.Option(help="A whole shard, by its name.")] = None,
     sample: Annotated[
         list[str] | None,
@@ -41,12 +49,6 @@ def forget(
             help="Where the run's images are now, if they have moved; those that stay are compared."
         ),
     ] = None,
-    executor: Annotated[
-        Literal["local", "ray"], typer.Option(help="Where the shards concerned are trained again.")
-    ] = "local",
-    workers: Annotated[int | None, typer.Option(help="Shards at a time.")] = None,
-    retries: Annotated[int, typer.Option(help="Of a shard whose process died.")] = 3,
-    address: Annotated[str | None, typer.Option(help="Of a Ray cluster.")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     config: Config = None,
     dry_run: Annotated[
@@ -89,10 +91,7 @@ def forget(
                 plan,
                 **which,
                 data=moved,
-                executor=executor,
-                workers=workers,
-                retries=retries,
-                address=address,
+                **vars(machines),
                 progress=not hidden(as_json),
             )
         except KeyboardInterrupt:

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.data.config import resolve_model_data_config
 from torch import nn
 
 from tangent_ops.errors import ArgumentError, TangentOpsError
 from tangent_ops.files import to_json
-from tangent_ops.shards import ImageData, Recipe, Samples, read_anchor, save_anchor
+from tangent_ops.shards import ImageData, Samples, ShardRecipe, read_anchor, save_anchor
 from tangent_ops.shards.plan import ANCHOR
-from tangent_ops.training.fit import fit_head
+from tangent_ops.training.head import fit_head
 
 
 @dataclass(frozen=True)
 class AnchorOptions:
-    """What the command line says of the anchor."""
+    """The options in the panel Anchor, and the seed of what is drawn for it."""
 
-    model: str
-    img_size: int | None
-    weights: Path | None
-    pretrained: bool
-    public: Path | None
-    file: Path | None
-    seed: int
+    model: str = "vit_base_patch16_224"
+    img_size: int | None = None
+    pretrained: bool = True
+    weights: Path | None = None
+    public: Path | None = None
+    anchor: Path | None = None
+    seed: int = 0
 
     def built(self, classes: int) -> dict[str, Any]:
         """What timm builds the model from, besides its name."""
@@ -41,14 +40,14 @@ class AnchorOptions:
 
     def check(self) -> None:
         """Raise ArgumentError for what can be seen without building anything."""
-        if self.file is not None:
+        if self.anchor is not None:
             if self.weights or self.public:
                 raise ArgumentError("--anchor is a whole model: leave --weights and --public out")
-            read_anchor(self.file)
+            read_anchor(self.anchor)
             return
-        if not timm.is_model(self.model.split(".")[0]):
-            import difflib
+        import timm
 
+        if not timm.is_model(self.model.split(".")[0]):
             close = difflib.get_close_matches(self.model, timm.list_models(), n=3, cutoff=0.5)
             hint = f": did you mean {', '.join(close)}?" if close else ""
             raise ArgumentError(f"--model {self.model}: timm has no such model{hint}")
@@ -63,10 +62,12 @@ class AnchorOptions:
             raise ArgumentError(f"--public {self.public}: there is no such folder")
 
 
-def check_model(options: AnchorOptions, recipe: Recipe, classes: int) -> None:
+def check_model(options: AnchorOptions, recipe: ShardRecipe, classes: int) -> None:
     """Raise ArgumentError if timm cannot build the model, or it lacks the blocks to be trained."""
-    if options.file is not None:
-        info = read_anchor(options.file)
+    import timm
+
+    if options.anchor is not None:
+        info = read_anchor(options.anchor)
         name, built = info.name, info.options
     else:
         name, built = options.model.split(".")[0], options.built(classes)
@@ -98,8 +99,8 @@ def make_anchor(
     Raises:
         ArgumentError: weights that do not fit; the run's anchor was made from something else.
     """
-    if options.file is not None:
-        return options.file, f"the anchor is {options.file}"
+    if options.anchor is not None:
+        return options.anchor, f"the anchor is {options.anchor}"
     public = None if options.public is None else ImageData(str(options.public)).open()
     if public is not None:
         public.check_classes(f"--public {options.public}")
@@ -120,6 +121,8 @@ def make_anchor(
     words = f"its head is {'that of the weights, for as many classes' if fetched else 'random'}: "
     words += "images that never have to be forgotten (--public) make a better one"
     if public is not None:
+        from timm.data.config import resolve_model_data_config
+
         config = dict(resolve_model_data_config(model))
         if options.img_size is not None:
             config["input_size"] = (3, options.img_size, options.img_size)
@@ -149,6 +152,8 @@ def _origin(options: AnchorOptions, classes: Sequence[str], public: Samples | No
 
 def _built(options: AnchorOptions, built: dict[str, Any]) -> tuple[nn.Module, bool]:
     """The model, and whether its head came with its weights."""
+    import timm
+
     if options.weights is None:
         try:
             model = timm.create_model(options.model, pretrained=options.pretrained, **built).eval()

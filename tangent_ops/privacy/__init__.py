@@ -16,23 +16,27 @@ from tangent_ops.privacy.accounting import Phase, epsilon, failure, noise_multip
 from tangent_ops.privacy.auditing.audit import Audit, audit
 from tangent_ops.privacy.auditing.audit_fit import audit_fit
 from tangent_ops.privacy.auditing.canary import canary_score, make_canary
+from tangent_ops.privacy.convex.bounded import Bounds
 from tangent_ops.privacy.convex.jacobian_norms import jacobian_norms
 from tangent_ops.privacy.convex.last_iterate import LastIterate, fit_last_iterate
 from tangent_ops.privacy.convex.output_perturbation import PerturbedOutput, perturb_output
 from tangent_ops.privacy.fit import PrivateFit, fit_private
 from tangent_ops.privacy.noise import NoiseSource
+from tangent_ops.privacy.options import Privacy
 from tangent_ops.privacy.parallel_composition import LedgerPrivacy, ledger_privacy, parallel
 from tangent_ops.privacy.per_sample.gradients import PerSampleGradients, per_sample_gradients
 from tangent_ops.privacy.statement import PrivacyStatement, attach, make_statement, statement_of
 
 __all__ = [
     "Audit",
+    "Bounds",
     "LastIterate",
     "LedgerPrivacy",
     "NoiseSource",
     "PerSampleGradients",
     "PerturbedOutput",
     "Phase",
+    "Privacy",
     "PrivacyStatement",
     "PrivateFit",
     "attach",

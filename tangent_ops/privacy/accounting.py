@@ -26,6 +26,7 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from opacus.accountants import PRVAccountant
 
+from tangent_ops.data import check_choice
 from tangent_ops.errors import ArgumentError
 
 ACCOUNTANTS = ("pld", "prv", "rdp")
@@ -88,8 +89,7 @@ def epsilon(phases: Sequence[Phase], delta: float, accountant: str = "pld") -> f
     """
     phases = check_phases(phases)
     check_delta(delta)
-    if accountant not in ACCOUNTANTS:
-        raise ArgumentError(f"accountant must be one of {ACCOUNTANTS}, got {accountant!r}")
+    check_choice("accountant", accountant, ACCOUNTANTS)
     if _is_bare(phases):
         return math.inf
     if accountant == "rdp":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -105,24 +104,6 @@ def check_model(tangent: object) -> None:
                 "sample's gradient is not its own. Call tangent.anchor.eval(), or replace it by a "
                 "group norm in a new anchor"
             )
-
-
-def check_failure(delta: float, samples: int) -> None:
-    """Raise ArgumentError unless 0 < delta < 1/N."""
-    if not 0 < delta < 1:
-        raise ArgumentError(f"delta must be between 0 and 1, got {delta}")
-    if delta >= 1 / samples:
-        raise ArgumentError(
-            f"delta={delta:g} is not below 1/N = {1 / samples:.3g}: publishing {samples} samples' "
-            "data outright, one in N at random, would pass as private. 1e-5 or 1/(10 N) are usual"
-        )
-
-
-def check_positive(**values: float) -> None:
-    """Raise ArgumentError, naming it, for a value that is not finite and positive."""
-    for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ArgumentError(f"{name} must be positive and finite, got {value}")
 
 
 def _identities(dataset: Any, count: int) -> Iterable[tuple[int, int]]:

@@ -13,7 +13,7 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
-from tangent_ops.data import check_integer
+from tangent_ops.data import check_integer, check_not_negative
 from tangent_ops.errors import ArgumentError
 from tangent_ops.files import to_json
 
@@ -24,20 +24,20 @@ _TERMS = 4  # Gaussian draws summed for an entry of secure noise
 class NoiseSource:
     """Draws independent Gaussian noise for a private mechanism.
 
-    A generator's whole output hangs on its seed: who guesses it takes the noise off again. So the
-    CPU's is numpy's, with 128 bits of seed: torch's own uses 32 bits of what it is given. CUDA
-    devices draw on their own, by torch's Philox, with a seed of 63 bits.
+    A generator's whole output follows from its seed: whoever guesses the seed can subtract the
+    noise. So on the CPU numpy draws, with a seed of 128 bits: torch's generator uses 32 bits of
+    its seed. On CUDA devices torch's Philox draws, with a seed of 63 bits.
 
-    All draws are made in float64, scaled, and rounded once to the dtype asked for. Floating point
-    has gaps that can tell one mean from another (Mironov, "On significance of the least
+    All draws are made in float64, scaled, and rounded once to the requested dtype. The gaps of
+    floating point can distinguish one mean from another (Mironov, "On significance of the least
     significant bits for differential privacy", CCS 2012). ``secure`` closes them in practice, not
     provably: a sum of four draws hides which doubles each of them can be (Holohan, Braghin,
     "Secure random sampling in differential privacy", ESORICS 2021).
 
     Args:
         seed: for noise that can be drawn again, in tests: no privacy against anyone who knows it.
-            None for a seed that the operating system draws, and nobody keeps.
-        secure: no generator: every bit from ``os.urandom``, made on the CPU, some ten times slower.
+            None for a seed that the operating system draws and that is not kept.
+        secure: no generator: every bit from ``os.urandom``, on the CPU, about ten times slower.
 
     Attributes:
         words: a sentence for a privacy statement: where the noise comes from.
@@ -85,8 +85,7 @@ class NoiseSource:
         Raises:
             ArgumentError: std or dtype are not so.
         """
-        if not (math.isfinite(std) and std >= 0):
-            raise ArgumentError(f"std must be finite and not negative, got {std}")
+        check_not_negative(std=std)
         if not dtype.is_floating_point:
             raise ArgumentError(f"dtype must be floating point, got {dtype}")
         where = torch.device(device)
@@ -101,7 +100,7 @@ class NoiseSource:
         return torch.from_numpy(entries).mul_(std).to(dtype).reshape(tuple(shape)).to(where)
 
     def state(self) -> str:
-        """Of the generators: who has it can draw the same noise, and take it off."""
+        """The generators' state: whoever has it can draw the same noise and subtract it."""
         cuda = {str(where): g.get_state().tolist() for where, g in self._cuda.items()}
         return to_json({"numpy": self._numpy.bit_generator.state, "cuda": cuda})
 

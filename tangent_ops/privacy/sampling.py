@@ -14,10 +14,10 @@ Key = tuple[int, ...]
 class PoissonBatches(Sampler[list[int]]):
     """The batches of steps, as indices; one may be empty.
 
-    A step's batch depends on the key and the step alone, so that a run that goes on later draws
-    what it would have drawn, and the processes of a group share a batch without talking: each takes
-    every world-th of its samples. Opacus' distributed sampler draws for each process apart, and
-    leaves empty batches out, after which its processes no longer take the same steps.
+    A step's batch depends on the key and the step alone. So a resumed run draws the batches that an
+    uninterrupted one would have drawn, and the processes of a group need no communication to share
+    a batch: each takes every world-th of its samples. Opacus' distributed sampler draws separately
+    in each process and skips empty batches, after which its processes take different steps.
 
     Args:
         samples: N.

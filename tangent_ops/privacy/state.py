@@ -1,4 +1,4 @@
-"""How far a private fit is, and its file: what it needs to go on as if it had not been stopped."""
+"""The state of a private fit between two steps, and the checkpoint file that resumes it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class State:
 
     Args:
         parameters: the deltas by name.
-        optimizer: theirs.
-        noise: its source.
+        optimizer: of these parameters.
+        noise: the source of the noise.
         key: of the batches that are drawn.
 
     Attributes:
@@ -49,7 +49,7 @@ class State:
         self._writes = not group or distributed.get_rank() == 0
 
     def keep(self, path: str | os.PathLike[str], every: int, identity: dict[str, str]) -> None:
-        """Go on from a file, if it is there, and keep it up to date.
+        """Resume from a file if it exists, and keep it up to date.
 
         Raises:
             ArgumentError: it is damaged, something else, or of another fit.
@@ -82,7 +82,7 @@ class State:
             )
 
     def advance(self) -> None:
-        """A step is done."""
+        """Count a step, and write the file if it is due."""
         self.step += 1
         if self._file is not None and self._writes and self.step % self._every == 0:
             tensors: dict[str, Tensor] = {}

@@ -5,7 +5,7 @@ from tangent_ops.shards.assignment import by_class, by_column, by_hash
 from tangent_ops.shards.data import ImageData, Samples
 from tangent_ops.shards.forgetting import Forgotten, find, forget
 from tangent_ops.shards.plan import Job, Plan, Shard
-from tangent_ops.shards.recipe import Recipe
+from tangent_ops.shards.recipe import ShardRecipe
 from tangent_ops.shards.run import Report, run_shards
 from tangent_ops.shards.settling import Settled, check_settled, settle
 
@@ -15,11 +15,11 @@ __all__ = [
     "ImageData",
     "Job",
     "Plan",
-    "Recipe",
     "Report",
     "Samples",
     "Settled",
     "Shard",
+    "ShardRecipe",
     "by_class",
     "by_column",
     "by_hash",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from tangent_ops.errors import ArgumentError
 from tangent_ops.shards.data import Samples
 from tangent_ops.shards.manifest import Sample
-from tangent_ops.shards.recipe import Recipe
+from tangent_ops.shards.recipe import ShardRecipe
 
 
 def check_disjoint(shards: Mapping[str, Sequence[Sample]]) -> None:
@@ -37,7 +37,7 @@ def check_public(public: Samples, shards: Mapping[str, Sequence[Sample]]) -> Non
 
 
 def check_private(
-    recipe: Recipe, shards: Mapping[str, Sequence[Sample]], allow_overlap: bool
+    recipe: ShardRecipe, shards: Mapping[str, Sequence[Sample]], allow_overlap: bool
 ) -> None:
     """Raise ArgumentError if what private fits promise would not hold for these shards."""
     if allow_overlap:

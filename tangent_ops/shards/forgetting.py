@@ -14,7 +14,6 @@ from tangent_ops.shards.anchor import load_anchor
 from tangent_ops.shards.data import ImageData
 from tangent_ops.shards.job import job_data, save
 from tangent_ops.shards.plan import Plan
-from tangent_ops.shards.recipe import LOSSES
 from tangent_ops.shards.rows import difference
 from tangent_ops.shards.run import Report, check_executor, train
 from tangent_ops.shards.settling import settle_locked
@@ -183,7 +182,7 @@ def _solved(
             job_data(plan, job),
             recipe.l2,
             recipe.tol,
-            loss=LOSSES[recipe.loss](),
+            loss=recipe.loss_function,
             batch_size=recipe.batch_size,
             cache=recipe.cached,
             progress=progress,

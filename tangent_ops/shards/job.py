@@ -1,4 +1,4 @@
-"""Train one shard: data ids, recipe and anchor in, a delta's file out."""
+"""Train one shard: from sample ids, recipe and anchor to the file of a delta."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ import torch
 from tangent_ops.delta import Delta, save_delta
 from tangent_ops.errors import TangentOpsError
 from tangent_ops.exact import fit_exact
-from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.shards.data import Samples
 from tangent_ops.shards.plan import Job, Plan
-from tangent_ops.shards.recipe import LOSSES, Recipe
 from tangent_ops.training.fit import fit
 
 # Libraries read it when a process starts; bits of a sum depend on how it was split.
@@ -40,7 +38,7 @@ def attempt(run: str, shard: str, progress: bool = False) -> dict[str, Any]:
     try:
         plan = Plan.open(run)
         job = plan.job(shard)
-        # It may have been killed after its end; a private fit must not be published twice.
+        # A worker may have been killed after it wrote; a private fit must not be published twice.
         found = {} if plan.delta_path(job.hash).exists() else _train(plan, job, progress)
     except (TangentOpsError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         return {"error": _described(error)}
@@ -56,8 +54,22 @@ def _train(plan: Plan, job: Job, progress: bool) -> dict[str, Any]:
     tangent = plan.tangent().to(device)
     data = job_data(plan, job)
     found: dict[str, Any] = {}
-    if recipe.dp_epsilon is not None:
-        delta = _private(tangent, data, recipe, progress)
+    privacy = recipe.privacy(len(data))
+    if privacy is not None:
+        from tangent_ops.privacy import fit_private
+
+        delta = fit_private(
+            tangent,
+            data,
+            privacy,
+            loss=recipe.loss,
+            lr=recipe.lr,
+            optimizer=recipe.optimizer,
+            l2=recipe.l2,
+            schedule=recipe.schedule,
+            cache=recipe.cached,
+            progress=progress,
+        ).delta
     else:
         if recipe.method == "exact":
             fit_exact(
@@ -65,28 +77,13 @@ def _train(plan: Plan, job: Job, progress: bool) -> dict[str, Any]:
                 data,
                 recipe.l2,
                 recipe.tol,
-                loss=LOSSES[recipe.loss](),
+                loss=recipe.loss_function,
                 batch_size=recipe.batch_size,
                 cache=recipe.cached,
                 progress=progress,
             )
         else:
-            history = fit(
-                tangent,
-                data,
-                loss=LOSSES[recipe.loss](),
-                epochs=recipe.epochs,
-                lr=recipe.lr,
-                batch_size=recipe.batch_size,
-                optimizer=recipe.optimizer,
-                l2=recipe.l2,
-                schedule=recipe.schedule,
-                seed=recipe.seed,
-                amp=recipe.amp,
-                cache=recipe.cached,
-                accumulate=recipe.accumulate,
-                progress=progress,
-            )
+            history = fit(tangent, data, recipe, cache=recipe.cached, progress=progress)
             found = {"loss": history.loss, "lr": history.lr}
         delta = tangent.delta_dict()
     save(plan, job, delta)
@@ -94,7 +91,7 @@ def _train(plan: Plan, job: Job, progress: bool) -> dict[str, Any]:
 
 
 def job_data(plan: Plan, job: Job) -> Samples:
-    """A job's samples, prepared as the anchor takes them."""
+    """A job's samples, preprocessed for the anchor."""
     return plan.data.pick(
         [sample.id for sample in job.samples],
         [sample.target for sample in job.samples],
@@ -105,7 +102,7 @@ def job_data(plan: Plan, job: Job) -> Samples:
 
 
 def save(plan: Plan, job: Job, delta: Delta, **extra: str) -> Path:
-    """Let a job's delta appear in its place."""
+    """Write a job's delta to its place, atomically."""
     assert delta.meta is not None
     extra = {
         **delta.meta.extra,
@@ -118,28 +115,6 @@ def save(plan: Plan, job: Job, delta: Delta, **extra: str) -> Path:
     meta = replace(delta.meta, shard=job.shard, loss=plan.recipe.loss, extra=extra)
     save_delta(delta, path, meta=meta)
     return path
-
-
-def _private(tangent: LinearizedModel, data: Samples, recipe: Recipe, progress: bool) -> Delta:
-    from tangent_ops.privacy import fit_private
-
-    assert recipe.dp_delta is not None
-    return fit_private(
-        tangent,
-        data,
-        delta=recipe.dp_delta,
-        max_grad_norm=recipe.dp_clip,
-        target_epsilon=recipe.dp_epsilon,
-        expected_batch_size=min(recipe.dp_batch_size, len(data)),
-        steps=recipe.dp_steps,
-        loss=LOSSES[recipe.loss](),
-        lr=recipe.lr,
-        optimizer=recipe.optimizer,
-        l2=recipe.l2,
-        schedule=recipe.schedule,
-        cache=recipe.cached,
-        progress=progress,
-    ).delta
 
 
 def _described(error: BaseException) -> str:

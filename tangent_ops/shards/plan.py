@@ -22,7 +22,7 @@ from tangent_ops.shards.anchor import AnchorInfo, load_anchor, read_anchor
 from tangent_ops.shards.data import ImageData, Samples
 from tangent_ops.shards.disjoint import check_disjoint, check_private, check_public
 from tangent_ops.shards.manifest import Manifest, Sample
-from tangent_ops.shards.recipe import Recipe
+from tangent_ops.shards.recipe import ShardRecipe
 from tangent_ops.shards.rows import Rows, check_names, difference, digest, hashed, rows_of
 
 WEIGHTS = ("uniform", "samples")
@@ -77,7 +77,7 @@ class Plan:
         *,
         anchor: str | os.PathLike[str],
         data: ImageData,
-        recipe: Recipe,
+        recipe: ShardRecipe,
         assignment: Mapping[str, Sequence[str]],
         labels: Mapping[str, str] | None = None,
         public: ImageData | None = None,
@@ -182,10 +182,10 @@ class Plan:
         return read_anchor(self.anchor_path)
 
     @cached_property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> ShardRecipe:
         values = self._value("recipe")
         try:
-            return Recipe.from_dict(values)
+            return ShardRecipe.from_dict(values)
         except (ArgumentError, TypeError, AttributeError) as error:
             raise PlanError(f"{self.path} has a damaged recipe: {error}") from error
 
@@ -363,7 +363,7 @@ class Plan:
 
     def check_same(
         self,
-        recipe: Recipe,
+        recipe: ShardRecipe,
         samples: Samples,
         assignment: Mapping[str, Sequence[str]],
         labels: Mapping[str, str],
@@ -413,7 +413,7 @@ def _foreign(path: Path) -> bool:
     return not (empty or path.name == ANCHOR or path.suffix == ".tmp")
 
 
-def job_hash(shard: str, samples: Iterable[Sample], anchor: AnchorInfo, recipe: Recipe) -> str:
+def job_hash(shard: str, samples: Iterable[Sample], anchor: AnchorInfo, recipe: ShardRecipe) -> str:
     """SHA-256 of what determines a shard's delta, in hexadecimal."""
     head = {
         "format": 1,

@@ -1,47 +1,44 @@
-"""`Recipe`: how each shard is trained. With the anchor and the samples it determines a delta."""
+"""`ShardRecipe`: how each shard is trained. With anchor and samples it determines a delta."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from torch import nn
 
-from tangent_ops.data import check_integer
+from tangent_ops.data import check_choice, check_integer, check_positive, did_you_mean
 from tangent_ops.errors import ArgumentError
-from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.model.linearize import last_blocks
-from tangent_ops.training.fit import OPTIMIZERS, SCHEDULES
+from tangent_ops.training.options import Recipe
 
-LOSSES = {"rsl": RescaledSquareLoss, "cross-entropy": nn.CrossEntropyLoss}
-METHODS = ("gradient", "exact")
+if TYPE_CHECKING:
+    from tangent_ops.privacy import Privacy
+
+_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """The options of a shard's training; plain values, which are written into the plan.
+class ShardRecipe(Recipe):
+    """A `Recipe` of plain values, which are written into the plan, and what else shards need.
 
     Attributes:
+        loss: "rsl", the rescaled square loss, which is quadratic; or "cross-entropy".
+        amp: bfloat16 autocast.
         blocks: train the last so many blocks, norm and head; None for every parameter.
         rank: of low-rank deltas, as in `linearize`; None for full ones.
         basis: seed of their fixed factors.
         method: "gradient", by `fit`; or "exact", by `fit_exact`, which needs l2 > 0.
-        loss: "rsl", the rescaled square loss, which is quadratic; or "cross-entropy".
-        epochs, lr, batch_size, optimizer, schedule, l2, accumulate: as in `fit`.
         tol: of "exact", as in `fit_exact`.
         augment: timm's training transforms in place of those for inference. They are drawn anew in
             every epoch, so nothing is cached.
-        seed: of everything that is drawn, but for what privacy needs to stay secret.
-        grad_checkpointing: blocks run again in the backward pass, for memory.
-        amp: bfloat16 autocast.
+        grad_checkpointing: compute blocks again in the backward pass, to save memory.
         threads: of a shard's process. Sums are split by them, so they are part of the recipe.
-        cache: run the frozen blocks below the first trained one once a sample.
-        dp_epsilon: ε of a private fit by `fit_private`; None for none. Then lr, l2, optimizer and
-            schedule are its; epochs and batch_size are not used.
+        cache: run the frozen blocks below the first trained one once per sample.
+        dp_epsilon: ε of a private fit by `fit_private`; None for none. `fit_private` uses loss, lr,
+            l2, optimizer and schedule; epochs, batch_size and seed are not used.
         dp_delta: its δ, below one over the number of samples in the largest shard.
         dp_clip: its max_grad_norm.
         dp_batch_size: its expected_batch_size; a smaller shard takes all its samples in each step.
@@ -51,23 +48,15 @@ class Recipe:
         ArgumentError: a value out of range, or two that exclude each other.
     """
 
+    loss: Literal["rsl", "cross-entropy"] = "rsl"
+    amp: bool = False
     blocks: int | None = 1
     rank: int | None = None
     basis: int = 0
-    method: str = "gradient"
-    loss: str = "rsl"
-    epochs: int = 15
-    lr: float = 1e-4
-    batch_size: int = 32
-    optimizer: str = "adamw"
-    schedule: str = "cosine"
-    l2: float = 0.0
-    accumulate: int = 1
+    method: Literal["gradient", "exact"] = "gradient"
     tol: float = 1e-3
     augment: bool = False
-    seed: int = 0
     grad_checkpointing: bool = False
-    amp: bool = False
     threads: int = 1
     cache: bool = True
     dp_epsilon: float | None = None
@@ -77,26 +66,19 @@ class Recipe:
     dp_steps: int = 100
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            self._check_type(field.name, str(field.type))
-        for name in ("epochs", "batch_size", "accumulate", "threads", "dp_steps"):
+        for name, hint in get_type_hints(type(self)).items():
+            self._check_type(name, hint)
+        super().__post_init__()
+        for name in ("threads", "dp_steps"):
             check_integer(name, getattr(self, name), 1)
-        for name in ("basis", "seed"):
-            check_integer(name, getattr(self, name), 0)
+        check_integer("basis", self.basis, 0)
         if self.blocks is not None:
             check_integer("blocks", self.blocks, 0)
         if self.rank is not None:
             check_integer("rank", self.rank, 1)
-        for name in ("lr", "dp_clip", "dp_batch_size"):
-            self._check_positive(name)
-        if not (math.isfinite(self.l2) and self.l2 >= 0):
-            raise ArgumentError(f"l2 must be finite and not negative, got {self.l2}")
+        check_positive(dp_clip=self.dp_clip, dp_batch_size=self.dp_batch_size)
         if not 0 < self.tol < 1:
             raise ArgumentError(f"tol must be between 0 and 1, got {self.tol}")
-        self._check_choice("loss", LOSSES)
-        self._check_choice("method", METHODS)
-        self._check_choice("optimizer", OPTIMIZERS)
-        self._check_choice("schedule", SCHEDULES)
         if self.method == "exact":
             self._check_exact()
         if self.dp_epsilon is not None:
@@ -106,8 +88,22 @@ class Recipe:
 
     @property
     def cached(self) -> bool:
-        """Whether the frozen blocks run once a sample."""
+        """Whether the frozen blocks run once per sample."""
         return self.cache and not self.augment and self.blocks is not None
+
+    def privacy(self, samples: int) -> Privacy | None:
+        """What `fit_private` is given for a shard of so many samples; None for an ordinary fit."""
+        if self.dp_epsilon is None or self.dp_delta is None:
+            return None
+        from tangent_ops.privacy import Privacy
+
+        return Privacy(
+            delta=self.dp_delta,
+            target_epsilon=self.dp_epsilon,
+            max_grad_norm=self.dp_clip,
+            expected_batch_size=min(self.dp_batch_size, samples),
+            steps=self.dp_steps,
+        )
 
     def trainable(self, model: nn.Module) -> str | None:
         """The pattern of the trained parameters, for `linearize`."""
@@ -118,46 +114,29 @@ class Recipe:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """What `to_dict` gave.
+    def from_dict(cls, values: Mapping[str, Any]) -> ShardRecipe:
+        """The recipe that `to_dict` was called on.
 
         Raises:
-            ArgumentError: an unknown name, or as in `Recipe`.
+            ArgumentError: an unknown name, or as in `ShardRecipe`.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                hint = f": did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
-                raise ArgumentError(f"a recipe has no {name!r}{hint}")
+                raise ArgumentError(f"a recipe has no {name!r}{did_you_mean(str(name), known)}")
         return cls(**values)
 
-    def _check_type(self, name: str, annotation: str) -> None:
-        value = getattr(self, name)
-        if value is None and annotation.endswith("None"):
+    def _check_type(self, name: str, hint: Any) -> None:
+        """Only plain values of one form: they are written into the plan, and hashed."""
+        value, kinds = getattr(self, name), get_args(hint) or (hint,)
+        if value is None and type(None) in kinds:
             return
-        kind = annotation.split(" ")[0]
-        fits = {
-            "int": type(value) is int,
-            "float": type(value) in (int, float),
-            "bool": type(value) is bool,
-            "str": type(value) is str,
-        }
-        if not fits[kind]:
-            names = {"int": "an integer", "float": "a number", "bool": "true or false"}
-            raise ArgumentError(f"{name} must be {names.get(kind, 'a string')}, got {value!r}")
-        if kind == "float" and type(value) is int:  # 1 and 1.0 are one recipe
+        if isinstance(kinds[0], str):
+            check_choice(name, value, kinds)
+        elif kinds[0] is float and type(value) is int:  # 1 and 1.0 are one recipe
             object.__setattr__(self, name, float(value))
-
-    def _check_positive(self, name: str) -> None:
-        value = getattr(self, name)
-        if not (math.isfinite(value) and value > 0):
-            raise ArgumentError(f"{name} must be positive and finite, got {value}")
-
-    def _check_choice(self, name: str, choices: Any) -> None:
-        value = getattr(self, name)
-        if value not in choices:
-            raise ArgumentError(f"{name} must be one of {[*choices]}, got {value!r}")
+        elif type(value) is not kinds[0]:
+            raise ArgumentError(f"{name} must be {_NAMES[kinds[0]]}, got {value!r}")
 
     def _check_exact(self) -> None:
         if self.l2 <= 0:
@@ -169,7 +148,7 @@ class Recipe:
             raise ArgumentError("dp_epsilon is for method 'gradient': fit_private is DP-SGD")
 
     def _check_private(self) -> None:
-        self._check_positive("dp_epsilon")
+        check_positive(dp_epsilon=self.dp_epsilon)  # pyright: ignore[reportArgumentType]
         if self.dp_delta is None or not 0 < self.dp_delta < 1:
             raise ArgumentError(
                 f"dp_epsilon needs dp_delta between 0 and 1, got {self.dp_delta}: take less than "

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tangent_ops.data import check_integer
+from tangent_ops.data import check_choice, check_integer
 from tangent_ops.errors import ArgumentError
 from tangent_ops.shards.local import run_local
 from tangent_ops.shards.on_ray import need_ray, run_on_ray
@@ -91,8 +91,7 @@ def check_executor(
     executor: str, workers: int | None, retries: int = 3, address: str | None = None
 ) -> None:
     """Raise what `run_shards` says of these arguments."""
-    if executor not in EXECUTORS:
-        raise ArgumentError(f"executor must be one of {[*EXECUTORS]}, got {executor!r}")
+    check_choice("executor", executor, EXECUTORS)
     if workers is not None:
         check_integer("workers", workers, 1)
     check_integer("retries", retries, 0)

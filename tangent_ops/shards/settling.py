@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tangent_ops.composition.ledger import Ledger
+from tangent_ops.data import check_choice
 from tangent_ops.delta import load_delta
-from tangent_ops.errors import ArgumentError, DeltaError, LedgerError, PlanError
+from tangent_ops.errors import DeltaError, LedgerError, PlanError
 from tangent_ops.files import erase
 from tangent_ops.shards.plan import WEIGHTS, Plan
 
@@ -48,8 +49,8 @@ def settle(plan: Plan, *, weights: str | None = None) -> Settled:
             link.
         LedgerError: the ledger is damaged.
     """
-    if weights is not None and weights not in WEIGHTS:
-        raise ArgumentError(f"weights must be one of {[*WEIGHTS]}, got {weights!r}")
+    if weights is not None:
+        check_choice("weights", weights, WEIGHTS)
     with plan.locked():
         return settle_locked(plan, weights)
 

@@ -1,8 +1,8 @@
-"""An anchor in parts: each process of a group keeps its part of the frozen parameters.
+"""`shard_anchor`: FSDP of the anchor; each process keeps a part of the frozen parameters.
 
-`torch.distributed.fsdp.fully_shard` gathers a block's parameters while it runs forward. It does not
-see a backward pass through a tangent: what it watches, the primals, need no gradient there. Without
-what is added here such a pass would read memory that is freed already.
+`torch.distributed.fsdp.fully_shard` gathers a block's parameters while it runs forward. It misses a
+backward pass through a tangent, because it watches the primals, which need no gradient there. Hooks
+added here gather the parameters for that pass, which would otherwise read freed memory.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from tangent_ops.training.processes import Group
 def shard_anchor(tangent: LinearizedModel, mesh: DeviceMesh | None = None) -> None:
     """Divide the frozen parameters of the anchor's blocks among the processes of a group.
 
-    For an anchor too large for one device. A block (an element of ``model.blocks``, say; see
-    `find_blocks`) is whole while it runs, forward and backward, and
-    in parts at all other times. Deltas, the primal values of trained parameters, buffers, and what
-    lies outside of blocks or in several stays whole in each process.
+    For an anchor too large for one device. A block (such as an element of ``model.blocks``; see
+    `find_blocks`) is whole while it runs, forward and backward, and in parts at all other times.
+    Deltas, the primals of trained parameters, buffers, and parameters outside of blocks or in
+    several of them stay whole in each process.
 
-    Outputs, gradients, `fit`, `predict` and ``delta_dict`` give what they did; from now on all
-    processes have to call the model together, equally often, as these functions do. A loop of one's
-    own averages the deltas' gradients itself: DistributedDataParallel takes no sharded parameters.
-    Move, cast and load the model before this. It divides weights, not activations: for those there
-    is ``tangent.set_grad_checkpointing()``.
+    Outputs, gradients, `fit`, `predict` and ``delta_dict`` stay the same; from now on all processes
+    have to call the model together, equally often, as these functions do. Your own loop has to
+    average the deltas' gradients: DistributedDataParallel takes no sharded parameters. Move, cast
+    and load the model before this. It divides weights, not activations: for those use
+    ``tangent.set_grad_checkpointing()``.
 
     Args:
         tangent: the same in every process.
@@ -86,7 +86,7 @@ def shard_anchor(tangent: LinearizedModel, mesh: DeviceMesh | None = None) -> No
 
 
 def _outside_of_one(blocks: list[nn.Module], anchor: nn.Module) -> set[nn.Parameter]:
-    """Parameters that are not one block's own."""
+    """Parameters that lie outside of all blocks or in several."""
     uses = Counter(parameter for block in blocks for parameter in set(block.parameters()))
     inside = Counter(
         parameter
@@ -103,7 +103,7 @@ class _Gathering:
     def __init__(self, block: nn.Module) -> None:
         self.block: Any = block
         self.inputs: list[Tensor] = []
-        self.calls: set[object] = set()  # that the backward pass is in
+        self.calls: set[object] = set()  # calls whose backward pass has begun and not ended
 
     def before(self, _block: nn.Module, args: Any, kwargs: Any) -> None:
         functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -144,7 +144,7 @@ class _Gathering:
 
 
 def _tracked(leaves: list[Any]) -> Iterator[Tensor]:
-    """The tangents that a gradient will flow into."""
+    """The tangents that need a gradient."""
     for leaf in leaves if forward_ad._current_level >= 0 else []:
         if isinstance(leaf, Tensor):
             tangent = forward_ad.unpack_dual(leaf).tangent

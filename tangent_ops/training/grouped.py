@@ -1,4 +1,4 @@
-"""Train several shards at once: the anchor runs once for all, each delta on its own rows."""
+"""`fit_grouped`: train several shards at once; the anchor runs once for all of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -20,32 +20,32 @@ from tqdm import tqdm
 from tangent_ops.data import Data, as_loader, place, unpack
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
-from tangent_ops.losses import RescaledSquareLoss
+from tangent_ops.losses import Loss
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.ops.attention.frozen import frozen_attention
 from tangent_ops.ops.levels import functional_call
-from tangent_ops.training.fit import _cached, _seeded
-from tangent_ops.training.options import OPTIMIZERS, SCHEDULES, Loss, Options
+from tangent_ops.training.loop import (
+    cached_loader,
+    check_precision,
+    loss_of,
+    own_generators,
+    penalized_norm,
+    seeded,
+)
+from tangent_ops.training.options import OPTIMIZERS, Recipe, RecipeOptions, recipe_of
 
 
 def fit_grouped(
     tangent: LinearizedModel,
     shards: Mapping[str, Data],
+    recipe: Recipe | None = None,
     *,
-    loss: Loss | None = None,
-    epochs: int = 15,
-    lr: float = 1e-4,
-    batch_size: int = 32,
-    optimizer: str = "adamw",
-    l2: float = 0.0,
-    schedule: str = "cosine",
-    seed: int = 0,
-    amp: bool | None = None,
     cache: bool = False,
     device: str | torch.device | None = None,
     progress: bool = True,
+    **options: Unpack[RecipeOptions],
 ) -> dict[str, Delta]:
-    """Train a delta for each shard, all of them in one process, in steps that they take together.
+    """Train one delta per shard, all in one process, in common steps.
 
     A step runs the batches of G shards of b samples as one: products with the anchor's weights
     are over all G b rows, those with the deltas, of each shard with its own rows, are batched
@@ -53,62 +53,57 @@ def fit_grouped(
     the losses gives each its own gradient. It pays where b is small. Activations are kept of all
     G b rows, and blocks are not repeated in the backward pass (``grad_checkpointing``).
 
-    Each shard takes the batches, steps and learning rates that ``fit(tangent, shard, ...)`` takes
-    with the same options, so deltas are those of separate fits up to rounding. Batches of unequal
+    Each shard takes the batches, steps and learning rates that ``fit(tangent, shard, recipe)``
+    takes, so deltas are those of separate fits up to rounding. Batches of unequal
     shapes, an epoch's last, say, run apart; a shard that has taken all its steps leaves.
 
     Args:
         tangent: where each shard starts; its own deltas stay as they are.
         shards: name -> data as in `fit`: a Dataset of (input, target), or a DataLoader.
-        loss: as in `fit`; called for each shard.
-        epochs: passes of each shard over its own data.
-        lr: as in `fit`.
-        batch_size: of each shard's Dataset; a DataLoader has its own.
-        optimizer: as in `fit`.
-        l2: as in `fit`, of each shard's own delta.
-        schedule: as in `fit`, over each shard's own steps.
-        seed: as in `fit`, of each shard: what one draws is no other's business.
-        amp: as in `fit`.
+        recipe: how to train each shard, over its own steps and from its own seed; None for
+            `Recipe()`. accumulate is not used.
         cache: compute what the frozen blocks below the first trained one give once a sample, and
             keep it in memory for all shards; for inputs without random augmentation.
         device: as in `fit`.
         progress: show a progress bar, of the steps of all shards.
+        options: fields of the `Recipe`, which replace those of `recipe`.
 
     Returns:
         Name -> delta, on the model's device, with the name as ``meta.shard``.
 
     Raises:
-        ArgumentError: an argument out of range; no shards, an empty one, or one under two names;
-            a parameter of the anchor requires a gradient; a loss that does not depend on deltas.
+        ArgumentError: an argument out of range, or an unknown one; no shards, an empty one, or one
+            under two names; a parameter of the anchor requires a gradient; a loss that does not
+            depend on deltas.
         UnsupportedError: cache, for a model that cannot be split; float16; a model that
             `torch.func.vmap` cannot run, found out on noise before its first step in a group.
         NonFiniteLossError: the loss of a shard or its gradient is NaN or infinite.
     """
-    options = Options(loss, epochs, lr, optimizer, l2, schedule, seed, amp, progress)
+    unused = {"accumulate": "give a smaller batch_size, or fit one shard after the other"}
+    recipe = recipe_of(fit_grouped, recipe, options, unused=unused)
     _check_model(tangent)
     if not isinstance(cache, bool):
         raise ArgumentError(f"cache must be True or False, got {cache!r}: it is kept in memory")
-    loaders = _loaders(shards, batch_size)
+    loaders = _loaders(shards, recipe.batch_size)
     where = place(tangent, device)
-    if torch.float16 in (options.precision(where), *(p.dtype for p in tangent.parameters())):
-        raise UnsupportedError(
-            "fit_grouped in float16: it scales no loss, and small gradients would vanish. Use "
-            "bfloat16"
-        )
+    check_precision("fit_grouped", tangent, where, recipe)
     model = tangent
     if cache:
         trunk, model = tangent.split()
-        loaders = {n: _cached(trunk, x, None, where, options) for n, x in loaders.items()}
+        loaders = {
+            name: cached_loader(trunk, loader, None, where, recipe, progress)
+            for name, loader in loaders.items()
+        }
     with ExitStack() as generators:
         for loader in loaders.values():
-            generators.enter_context(_seeded(seed, where, loader))
-        running = [_Shard(n, tangent, loader, where, options) for n, loader in loaders.items()]
-        _train(model, running, where, options)
+            generators.enter_context(seeded(recipe.seed, where, loader))
+        running = [Shard(n, tangent, loader, where, recipe) for n, loader in loaders.items()]
+        _train(model, running, where, recipe, progress)
     return {shard.name: shard.delta(tangent) for shard in running}
 
 
-class _Shard:
-    """One shard's training: what it draws, its delta and optimizer, and where it stands."""
+class Shard:
+    """The training of one shard: its delta, optimizer, generators and batches."""
 
     def __init__(
         self,
@@ -116,7 +111,7 @@ class _Shard:
         tangent: LinearizedModel,
         loader: DataLoader[Any],
         device: torch.device,
-        options: Options,
+        recipe: Recipe,
     ) -> None:
         self.name = name
         self.parameters = {
@@ -126,9 +121,9 @@ class _Shard:
         }
         self.batch: tuple[Tensor, Tensor] | None = None
         self.done = 0
-        self.steps = options.epochs * len(loader)
-        self._options = options
-        self._optimizer = OPTIMIZERS[options.optimizer]([*self.parameters.values()], options.lr)
+        self.steps = recipe.epochs * len(loader)
+        self._recipe = recipe
+        self._optimizer = OPTIMIZERS[recipe.optimizer]([*self.parameters.values()], recipe.lr)
         self._device = device
         self._generators = _Generators(loader, device)
         self._batches = self._read(loader)
@@ -141,28 +136,15 @@ class _Shard:
         except ArgumentError as error:
             raise ArgumentError(f"shard {self.name!r}: {error}") from error
 
-    def loss(self, loss: Loss, outputs: Any) -> Tensor:
-        if isinstance(outputs, Tensor) and outputs.dtype in (torch.float16, torch.bfloat16):
-            outputs = outputs.float()
+    def loss(self, outputs: Any, loss: Loss) -> Tensor:
+        """Of the outputs for this shard's batch."""
         assert self.batch is not None
         with self._generators.own():
-            value = loss(outputs, self.batch[1])
-        if not isinstance(value, Tensor) or value.ndim != 0:
-            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ArgumentError(f"loss must return a scalar tensor, got {got}")
-        if not value.requires_grad:
-            raise ArgumentError("loss does not depend on any trainable delta of the model")
-        return value
+            return loss_of(outputs, self.batch[1], loss)
 
     def penalize(self) -> Tensor:
         """Add the penalty's gradient; return the norm of the sum, not finite if any of it is."""
-        for parameter in self.parameters.values():
-            if self._options.l2:
-                penalty = self._options.l2 * parameter.detach()
-                parameter.grad = penalty if parameter.grad is None else parameter.grad + penalty
-        return nn.utils.get_total_norm(
-            [p.grad for p in self.parameters.values() if p.grad is not None]
-        )
+        return penalized_norm([*self.parameters.values()], self._recipe.l2)
 
     def step(self) -> None:
         for group in self._optimizer.param_groups:
@@ -173,7 +155,7 @@ class _Shard:
 
     @property
     def lr(self) -> float:
-        return self._options.lr * SCHEDULES[self._options.schedule](self.done / self.steps)
+        return self._recipe.lr_at(self.done / self.steps)
 
     def delta(self, tangent: LinearizedModel) -> Delta:
         start = tangent.delta_dict()
@@ -182,7 +164,7 @@ class _Shard:
         return Delta({**start, **trained}, replace(start.meta, shard=self.name))
 
     def _read(self, loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-        for _ in range(self._options.epochs):
+        for _ in range(self._recipe.epochs):
             empty = True
             for batch in loader:
                 empty = False
@@ -192,15 +174,14 @@ class _Shard:
 
 
 class _Generators:
-    """A shard's own states of every generator that is shared with others.
+    """A shard's own states of the generators that all shards share.
 
-    Made when all are seeded for it. They are left as the last shard had them.
+    Construct it while the generators are seeded for this shard. Each use leaves the generators in
+    the state of the shard that used them last.
     """
 
     def __init__(self, loader: DataLoader[Any], device: torch.device) -> None:
-        owners = (loader, getattr(loader, "sampler", None))
-        own = [getattr(owner, "generator", None) for owner in owners]
-        self._torch = [torch.default_generator, *(g for g in own if g is not None)]
+        self._torch = [torch.default_generator, *own_generators(loader)]
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
             self._torch.append(torch.cuda.default_generators[index])
@@ -222,28 +203,31 @@ class _Generators:
 
 
 def _train(
-    model: LinearizedModel, shards: list[_Shard], device: torch.device, options: Options
+    model: LinearizedModel,
+    shards: list[Shard],
+    device: torch.device,
+    recipe: Recipe,
+    progress: bool,
 ) -> None:
-    loss = options.loss or RescaledSquareLoss()
     total = sum(shard.steps for shard in shards)
     checked = False
     for shard in shards:
         shard.advance()
-    with tqdm(total=total, desc="fit", unit="step", disable=not options.progress) as bar:
+    with tqdm(total=total, desc="fit", unit="step", disable=not progress) as bar:
         while groups := _alike(shards):
             for group in groups:
                 if len(group) > 1 and not checked:
                     _check_vmap(model, group)
                     checked = True
-                _step(model, group, loss, device, options)
+                step(model, group, device, recipe)
                 for shard in group:
                     shard.advance()
                 bar.update(len(group))
 
 
-def _alike(shards: list[_Shard]) -> list[list[_Shard]]:
-    """Shards that go on, by what their next inputs are in."""
-    groups: dict[tuple[torch.Size, torch.dtype], list[_Shard]] = {}
+def _alike(shards: list[Shard]) -> list[list[Shard]]:
+    """The shards that have a batch left, grouped by the shape and dtype of its inputs."""
+    groups: dict[tuple[torch.Size, torch.dtype], list[Shard]] = {}
     for shard in shards:
         if shard.batch is not None:
             inputs = shard.batch[0]
@@ -251,21 +235,17 @@ def _alike(shards: list[_Shard]) -> list[list[_Shard]]:
     return [*groups.values()]
 
 
-def _step(
-    model: LinearizedModel,
-    group: list[_Shard],
-    loss: Loss,
-    device: torch.device,
-    options: Options,
-) -> None:
+def step(model: LinearizedModel, group: list[Shard], device: torch.device, recipe: Recipe) -> None:
+    """One step of shards whose batches have the same shape and dtype."""
+    loss = recipe.loss_function
     inputs = [shard.batch[0] for shard in group if shard.batch is not None]
-    with options.autocast(device):
-        outputs = _forward(model, [shard.parameters for shard in group], inputs)
-    values = [shard.loss(loss, own) for shard, own in zip(group, outputs, strict=True)]
+    with recipe.autocast(device):
+        outputs = forward(model, [shard.parameters for shard in group], inputs)
+    values = [shard.loss(own, loss) for shard, own in zip(group, outputs, strict=True)]
     with torch.autocast(device.type, enabled=False):  # a caller's own would round once more
         torch.autograd.backward(values)
     norms = [shard.penalize() for shard in group]
-    # Read together: a device is waited for once.
+    # Read together, so that the device is synchronised once.
     found = torch.stack([*(v.detach().double() for v in values), *(n.double() for n in norms)])
     for shard, *pair in zip(group, *found.view(2, -1).tolist(), strict=True):
         if not all(map(math.isfinite, pair)):
@@ -278,7 +258,7 @@ def _step(
         shard.step()
 
 
-def _forward(
+def forward(
     model: LinearizedModel, deltas: list[dict[str, nn.Parameter]], inputs: list[Tensor]
 ) -> list[Any]:
     """The outputs for each shard's inputs with its deltas."""
@@ -298,7 +278,7 @@ def _forward(
 
 
 @torch.no_grad()
-def _check_vmap(model: LinearizedModel, group: list[_Shard]) -> None:
+def _check_vmap(model: LinearizedModel, group: list[Shard]) -> None:
     """Compare two shards together with one after the other, on noise."""
     noise = torch.Generator().manual_seed(0)
 
@@ -310,10 +290,10 @@ def _check_vmap(model: LinearizedModel, group: list[_Shard]) -> None:
     if inputs[0].is_floating_point():
         inputs = [like(batch, 1.0) for batch in inputs]
     deltas = [{n: like(p, 0.1) for n, p in shard.parameters.items()} for shard in group[:2]]
-    expected = [_forward(model, [own], [x])[0] for own, x in zip(deltas, inputs, strict=True)]
+    expected = [forward(model, [own], [x])[0] for own, x in zip(deltas, inputs, strict=True)]
     try:
-        found = _forward(model, deltas, inputs)
-    except (RuntimeError, ValueError) as error:  # vmap's words for what it cannot run
+        found = forward(model, deltas, inputs)
+    except (RuntimeError, ValueError) as error:  # what vmap raises where it cannot run a model
         raise UnsupportedError(
             f"{model.model_name} cannot train several shards at once, because torch.func.vmap "
             f"cannot run it: {error}. Fit one shard after the other"
@@ -326,8 +306,8 @@ def _check_vmap(model: LinearizedModel, group: list[_Shard]) -> None:
         if not torch.isclose(one, right, rtol=0.0, atol=tolerance, equal_nan=True).all():
             raise UnsupportedError(
                 f"{model.model_name} cannot train several shards at once: tried on noise, its "
-                "outputs for two together are not those for one after the other, as if it kept "
-                "something from sample to sample. Fit one shard after the other"
+                "outputs for two together differ from those for one after the other, as if it kept "
+                "state from call to call. Fit one shard after the other"
             )
 
 
@@ -361,6 +341,6 @@ def _loaders(shards: Mapping[str, Data], batch_size: int) -> dict[str, DataLoade
         other = names.setdefault(id(data), name)
         if other != name:
             raise ArgumentError(
-                f"shards {other!r} and {name!r} are the same data: shards are apart"
+                f"shards {other!r} and {name!r} are the same data: give each shard its own"
             )
     return loaders

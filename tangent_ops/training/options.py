@@ -1,22 +1,36 @@
-"""What `fit` can be told: its checked options, optimizers and schedules."""
+"""`Recipe`: the options of a training, with their defaults and ranges."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tangent_ops.data import check_integer
+from tangent_ops.data import (
+    check_choice,
+    check_integer,
+    check_not_negative,
+    check_positive,
+    did_you_mean,
+)
 from tangent_ops.errors import ArgumentError
+from tangent_ops.losses import Loss, RescaledSquareLoss
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+LOSSES: dict[str, Callable[[], Loss]] = {
+    "rsl": RescaledSquareLoss,
+    "cross-entropy": nn.CrossEntropyLoss,
+}
+MakeOptimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
 
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, MakeOptimizer] = {
     "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
     "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
+    "momentum": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
 }
 
 # Factor of the learning rate after this fraction of all steps.
@@ -27,33 +41,88 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-@dataclass(frozen=True)
-class Options:
-    """The checked options of `fit`."""
+class RecipeOptions(TypedDict, total=False):
+    """The fields of a `Recipe` as keywords, for editors and type checkers."""
 
-    loss: Loss | None
+    loss: Loss | str | None
     epochs: int
     lr: float
     optimizer: str
     l2: float
     schedule: str
+    batch_size: int
     seed: int
     amp: bool | None
-    progress: bool
+    accumulate: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: what `fit`, `fit_head`, `fit_grouped`, `fit_private` and plans of shards share.
+
+    Each of these functions takes a recipe, or its fields as keywords, or both; then the keywords
+    replace the recipe's fields.
+
+    Attributes:
+        loss: (logits, targets) -> scalar mean over the batch; or "rsl", the default, for
+            `RescaledSquareLoss()`, or "cross-entropy". None is "rsl". Logits of 16-bit models are
+            passed in float32.
+        epochs: passes over the data.
+        lr: learning rate at the start.
+        optimizer: "adamw" (weight decay 0), "sgd" or "momentum" (both SGD with momentum 0.9; in
+            `fit_private` "sgd" has no momentum).
+        l2: weight of the squared norm; its gradient l2 * p is added to the loss's.
+        schedule: of the learning rate, per step: "cosine" to 0, "step" (times 0.1 after 1/2 and
+            again after 3/4 of the steps) or "constant".
+        batch_size: of a Dataset; a DataLoader has its own.
+        seed: of the order of the samples, dropout and random augmentation.
+        amp: bfloat16 autocast; None: on CUDA devices that have it, or as the caller's own
+            ``with torch.autocast(...)`` says.
+        accumulate: number of parts, as equal as possible, that a batch is run in to save memory;
+            there is one step per batch. With a loss that is a mean over samples, the step is that
+            of the whole batch except for the order of sums; a loss that compares the samples of a
+            batch sees only those of a part.
+
+    Raises:
+        ArgumentError: a value out of range.
+    """
+
+    loss: Loss | str | None = "rsl"
+    epochs: int = 15
+    lr: float = 1e-4
+    optimizer: str = "adamw"
+    l2: float = 0.0
+    schedule: str = "cosine"
+    batch_size: int = 32
+    seed: int = 0
+    amp: bool | None = None
     accumulate: int = 1
 
     def __post_init__(self) -> None:
-        check_integer("epochs", self.epochs, 1)
+        if self.loss is None:
+            object.__setattr__(self, "loss", "rsl")  # one form, so that equal recipes are equal
+        if not callable(self.loss):
+            check_choice("loss", self.loss, LOSSES, " or a function of logits and targets")
+        for name in ("epochs", "batch_size", "accumulate"):
+            check_integer(name, getattr(self, name), 1)
         check_integer("seed", self.seed, 0)
-        check_integer("accumulate", self.accumulate, 1)
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ArgumentError(f"lr must be positive and finite, got {self.lr}")
-        if not (math.isfinite(self.l2) and self.l2 >= 0):
-            raise ArgumentError(f"l2 must be finite and not negative, got {self.l2}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ArgumentError(f"optimizer must be one of {[*OPTIMIZERS]}, got {self.optimizer!r}")
-        if self.schedule not in SCHEDULES:
-            raise ArgumentError(f"schedule must be one of {[*SCHEDULES]}, got {self.schedule!r}")
+        check_positive(lr=self.lr)
+        check_not_negative(l2=self.l2)
+        if not (self.amp is None or isinstance(self.amp, bool)):
+            raise ArgumentError(f"amp must be True, False or None, got {self.amp!r}")
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("schedule", self.schedule, SCHEDULES)
+
+    @property
+    def loss_function(self) -> Loss:
+        """The loss as a function of logits and targets."""
+        if callable(self.loss):
+            return self.loss
+        return LOSSES[self.loss or "rsl"]()
+
+    def lr_at(self, done: float) -> float:
+        """The learning rate after this fraction of all steps."""
+        return self.lr * SCHEDULES[self.schedule](done)
 
     def precision(self, device: torch.device) -> torch.dtype | None:
         """Autocast's dtype; None for no autocast."""
@@ -63,5 +132,44 @@ class Options:
         return torch.bfloat16 if (by_default if self.amp is None else self.amp) else None
 
     def autocast(self, device: torch.device) -> torch.autocast:
+        """The context that a model's forward pass runs in."""
         dtype = self.precision(device)
         return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def recipe_of(
+    function: Callable[..., Any],
+    recipe: Recipe | None,
+    options: Mapping[str, Any],
+    default: Recipe | None = None,
+    unused: Mapping[str, str] | None = None,
+) -> Recipe:
+    """The recipe of one call: the given or the default one, its fields replaced by keywords.
+
+    Args:
+        function: the called one, for error messages.
+        recipe: its argument, if given.
+        options: its other keywords.
+        default: what None stands for; None for ``Recipe()``.
+        unused: fields that the function does not use -> the way out. They keep their defaults.
+
+    Raises:
+        ArgumentError: recipe is no Recipe; a keyword that is no field of it; a field that the
+            function does not use; a value out of range.
+    """
+    name = function.__name__
+    known = [field.name for field in fields(Recipe) if field.name not in (unused or {})]
+    for option in options:
+        if option not in RecipeOptions.__annotations__:
+            own = [p.name for p in inspect.signature(function).parameters.values()]
+            known += [parameter for parameter in own if parameter not in ("recipe", "options")]
+            raise ArgumentError(f"{name} has no option {option!r}{did_you_mean(option, known)}")
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise ArgumentError(
+            f"recipe must be a Recipe, got {recipe!r}: pass Recipe(...) or keywords"
+        )
+    made = replace(recipe or default or Recipe(), **options)
+    for option, way_out in (unused or {}).items():
+        if option in options or getattr(made, option) != getattr(Recipe, option):
+            raise ArgumentError(f"{name} does not use the recipe's {option}: {way_out}")
+    return made

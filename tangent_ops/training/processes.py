@@ -1,9 +1,9 @@
-"""The processes that train one model together: `torch.distributed`'s default group.
+"""`Group`: the processes that train one model together, `torch.distributed`'s default group.
 
-Each reads all batches, and takes its part of every one. Gradients are summed by a single all-reduce
-of all of them in a row: exact for parts of any size, for parameters that some processes do not
-reach, and for several backward passes a step. `DistributedDataParallel` would hide communication
-behind the backward pass, but takes the plain mean over processes.
+Each process reads all batches, and takes its part of every one. One all-reduce of all gradients,
+concatenated, sums them: this is exact for parts of any size, for parameters that some processes do
+not reach, and for several backward passes per step. `DistributedDataParallel` would overlap
+communication with the backward pass, but takes the plain mean over processes.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class Group:
         unlike = [name for name, one in zip(values, self._unlike(numbers), strict=True) if one]
         if unlike:
             raise ArgumentError(
-                f"the processes of the group were given different {', '.join(unlike)}: they train "
-                "one model together, and each needs the same"
+                f"the processes of the group were given different {', '.join(unlike)}: give each "
+                "the same, as they train one model together"
             )
 
     def checked(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Give the batches; raise ArgumentError, in every process, at one that differs."""
+        """Yield the batches; raise ArgumentError, in every process, at one that differs."""
         if self.world == 1:
             yield from batches
             return
@@ -92,7 +92,7 @@ class Group:
 
     @contextmanager
     def own_draws(self, seed: int, step: int) -> Iterator[None]:
-        """What the model draws is this process's own; the order of the data is drawn apart."""
+        """Seed what the model draws in this process; the order of the data stays the same."""
         if self.world == 1:
             yield
             return
@@ -106,7 +106,7 @@ class Group:
             yield
 
     def broadcast(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Set them to what they are in the first process."""
+        """Set the parameters to those of the first process."""
         if self.world == 1:
             return
         with torch.no_grad():
@@ -118,8 +118,8 @@ class Group:
     def sum(self, parameters: list[nn.Parameter], value: float) -> float:
         """Set gradients to their sums over the processes; return the sum of `value`.
 
-        A gradient that is None in all of them stays None. What is not finite in one of them is not
-        in any of them afterwards.
+        A gradient that is None in all processes stays None. A gradient that is not finite in one
+        process is not finite in any of them afterwards.
         """
         if self.world == 1:
             return value
@@ -140,7 +140,7 @@ class Group:
         return total
 
     def _unlike(self, numbers: Tensor) -> list[bool]:
-        """Which of these numbers are not the same in all processes."""
+        """Tell which of these numbers differ between processes."""
         both = torch.cat([numbers, -numbers])
         distributed.all_reduce(both, distributed.ReduceOp.MAX)
         high, low = both.chunk(2)
@@ -165,14 +165,15 @@ def check_module(model: nn.Module) -> None:
 
 
 def check_statistics(model: nn.Module) -> None:
-    """Raise UnsupportedError if a batch norm normalises by the batch: it would see parts of one."""
+    """Raise UnsupportedError if a batch norm normalises by the batch, as it would see a part."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
             module.training or module.running_mean is None
         ):
             raise UnsupportedError(
-                f"{name} is a batch norm that normalises by the batch, of which accumulate > 1 and "
-                "groups of processes give it a part. Put it in eval mode, or train whole batches"
+                f"{name} is a batch norm that normalises by the batch, but with accumulate > 1, or "
+                "in a group of processes, it sees a part of one. Put it in eval mode, or train "
+                "whole batches"
             )
 
 
@@ -183,7 +184,7 @@ def layout(model: nn.Module) -> list[object]:
 
 
 def frozen_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of what is not trained, buffers included."""
+    """SHA-256 of the parameters that are not trained and of the buffers."""
     named = model.named_parameters(remove_duplicate=False)
     trained = {name for name, parameter in named if parameter.requires_grad}
     state = model.state_dict()

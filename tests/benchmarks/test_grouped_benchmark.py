@@ -25,10 +25,10 @@ def test_it_writes_a_ratio_for_each_number_of_shards(tmp_path):
 @pytest.mark.parametrize("blocks", grouped.BLOCKS.values())
 def test_both_sides_take_one_step_of_every_shard(blocks, monkeypatch):
     taken = []
-    step = grouped._step
-    monkeypatch.setattr(grouped, "_step", lambda model, group, *rest: taken.append(len(group)))
+    step = grouped.step
+    monkeypatch.setattr(grouped, "step", lambda model, group, *rest: taken.append(len(group)))
     calls = grouped.steps("test_vit", 32, blocks, 3, 2, torch.device("cpu"))
     calls["separate"]()
     assert taken == [1, 1, 1]
-    monkeypatch.setattr(grouped, "_step", step)
+    monkeypatch.setattr(grouped, "step", step)
     calls["grouped"]()

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from tangent_ops import Ledger
 from tangent_ops.cli.app import app
-from tangent_ops.cli.dealing import described
+from tangent_ops.cli.assignment import described
 from tangent_ops.errors import ArgumentError
 from tangent_ops.shards import ImageData, Plan, job
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+from dataclasses import fields
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +13,14 @@ from torch.func import functional_call, jacrev
 from torch.utils.data import TensorDataset
 
 from tangent_ops import LinearizedModel, linearize
+from tangent_ops.privacy.convex.bounded import Bounds
 from tangent_ops.privacy.noise import NoiseSource
+from tangent_ops.privacy.options import Privacy
 
 N, CLASSES, INPUTS = 9, 3, 4
 R, B, M, L2 = 2.0, 2.0, 4.0, 0.4
 QUIET = {"progress": False, "batch_size": 4}
-BOUNDS = {"jacobian_bound": R, "residual_bound": B, "target": M}
+BOUNDS = {"jacobian": R, "residual": B, "target": M}
 
 
 class Silent(NoiseSource):
@@ -25,6 +29,18 @@ class Silent(NoiseSource):
     def normal(self, shape, std, dtype, device):
         assert std > 0
         return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def private(fit, tangent, data, l2=L2, source: NoiseSource | None = None, **options):
+    """`fit_last_iterate` or `perturb_output`, of flat options, with noise from `source`."""
+    groups = []
+    for kind in (Privacy, Bounds):
+        names = {field.name for field in fields(kind)} & options.keys()
+        groups.append(kind(**{name: options.pop(name) for name in names}))
+    if source is None:
+        return fit(tangent, data, l2, *groups, **options)
+    with patch.object(Privacy, "noise_source", lambda self: source):
+        return fit(tangent, data, l2, *groups, **options)
 
 
 def anchor() -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,11 +35,14 @@ from tangent_ops.privacy.accounting import Phase, epsilon
 from tangent_ops.privacy.checks import check_contents
 from tangent_ops.privacy.fit import PrivateFit, fit_private
 from tangent_ops.privacy.noise import NoiseSource
+from tangent_ops.privacy.options import Privacy
 from tangent_ops.privacy.per_sample.gradients import per_sample_gradients
 from tangent_ops.privacy.sampling import PoissonBatches
 from tangent_ops.privacy.statement import statement_of
+from tangent_ops.training.options import Recipe
 
 COUNT = 30
+FIELDS = {field.name for field in fields(Privacy)}
 
 
 def a_tangent(dtype=torch.float32):
@@ -62,8 +65,9 @@ def run(tangent=None, dataset=None, **options) -> PrivateFit:
         "progress": False,
         **options,
     }
+    privacy = Privacy(**{name: options.pop(name) for name in FIELDS & options.keys()})
     dataset = data() if dataset is None else dataset
-    return fit_private(tangent or a_tangent(), dataset, **options)
+    return fit_private(tangent or a_tangent(), dataset, privacy, **options)
 
 
 def flat(delta) -> Tensor:
@@ -467,10 +471,14 @@ def test_reading_the_contents_takes_what_differs_and_draws_no_random_numbers():
         ({"optimizer": "lion"}, "optimizer must be one of"),
         ({"schedule": "up"}, "schedule must be one of"),
         ({"start": "somewhere"}, "start must be one of"),
-        ({"l2": -1.0}, "l2 must not be negative"),
+        ({"l2": -1.0}, "l2 must be finite and not negative"),
         ({"seed": 0, "secure_mode": True}, "seed and secure"),
         ({"loss": nn.CrossEntropyLoss(reduction="sum")}, "mean of the samples"),
         ({"checkpoint": "/nowhere/fit"}, "does not exist"),
+        ({"max_grad_norm": None}, r"give Privacy\(max_grad_norm="),
+        ({"epochs": 15}, r"does not use the recipe's epochs: give Privacy\(steps="),
+        ({"recipe": Recipe(seed=1)}, r"recipe's seed: give Privacy\(seed="),
+        ({"rate": 0.1}, "fit_private has no option 'rate'; there are loss, .*checkpoint"),
     ],
 )
 def test_refuses_options(options, message):

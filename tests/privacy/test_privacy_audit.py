@@ -30,6 +30,7 @@ from tangent_ops.privacy.auditing.canary import canary_score, make_canary
 from tangent_ops.privacy.auditing.trade_off import TradeOff, largest_noise, scaled
 from tangent_ops.privacy.fit import fit_private
 from tangent_ops.privacy.noise import NoiseSource
+from tangent_ops.privacy.options import Privacy
 from tangent_ops.privacy.per_sample import gradients
 
 NORMAL = NormalDist()
@@ -332,24 +333,27 @@ def test_the_canary_gives_itself_away_as_much_as_analysis_assumes() -> None:
         done = fit_private(
             problem()[0],
             samples,
-            delta=1e-3,
-            max_grad_norm=2.0,
-            noise_multiplier=1e-3,
-            expected_batch_size=len(samples),
-            steps=5,
+            Privacy(
+                delta=1e-3,
+                max_grad_norm=2.0,
+                noise_multiplier=1e-3,
+                expected_batch_size=len(samples),
+                steps=5,
+                seed=0,
+            ),
             loss=nn.MSELoss(),
             lr=1e-5 * len(samples),
             optimizer="sgd",
-            seed=0,
             progress=False,
         )
         scores.append(score(done.delta))
     assert scores[1] - scores[0] == pytest.approx(5 * 1e-5 * 2.0, rel=0.01)
 
 
-FIT = {"max_grad_norm": 0.5, "lr": 0.1, "seed": 0, "delta": DELTA, "progress": False}
-SAMPLED = {**FIT, "sample_rate": 0.5, "steps": 4, "noise_multiplier": 1.0}
-ALL = {**FIT, "sample_rate": 1.0, "steps": 4, "noise_multiplier": 1.0}
+PRIVACY = Privacy(delta=DELTA, max_grad_norm=0.5, noise_multiplier=1.0, steps=4, seed=0)
+FIT = {"privacy": PRIVACY, "lr": 0.1, "progress": False}
+SAMPLED = {**FIT, "sample_rate": 0.5}
+ALL = {**FIT, "sample_rate": 1.0}
 
 
 def test_fit_private_is_what_it_claims() -> None:
@@ -363,9 +367,9 @@ def test_fit_private_is_what_it_claims() -> None:
 def test_fits_with_and_without_the_canary_differ_in_nothing_else(monkeypatch) -> None:
     asked = []
 
-    def spy(tangent, dataset, **options):
-        asked.append({"samples": len(dataset), **options})
-        return fit_private(tangent, dataset, **options)
+    def spy(tangent, dataset, privacy, **options):
+        asked.append({"samples": len(dataset), **vars(privacy), **options})
+        return fit_private(tangent, dataset, privacy, **options)
 
     # The package exports a function of the module's name.
     module = importlib.import_module("tangent_ops.privacy.auditing.audit_fit")
@@ -400,10 +404,9 @@ def test_skipped_clipping_is_caught(monkeypatch) -> None:
 BAD_FITS = {
     r"sample_rate must be from 1/8 .* got 0.1": {"sample_rate": 0.1},
     "runs must be even": {"runs": 41},
-    "max_grad_norm must be positive": {"max_grad_norm": 0.0},
+    r"give Privacy\(max_grad_norm=\)": {"privacy": replace(PRIVACY, max_grad_norm=None)},
     "loss is not an option of an audit": {"loss": nn.MSELoss()},
-    "start is not an option of an audit": {"start": "public"},
-    "seed must be an integer": {"seed": -1},
+    "audit_fit does not use start": {"privacy": replace(PRIVACY, start="public")},
 }
 
 

@@ -202,7 +202,7 @@ def test_refuses_samples_and_models_that_no_bound_holds_for():
 
 @pytest.mark.parametrize("name", [*BOUNDS, "normalizer"])
 def test_refuses_bounds_that_are_none(name):
-    values = {"jacobian_bound": R, "residual_bound": B, "target": M, "normalizer": None}
+    values = {"jacobian": R, "residual": B, "target": M, "normalizer": None}
     for value in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ArgumentError, match=f"{name} must be positive and finite"):
             Bounds(*(values | {name: value}).values())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from bounded_problem import samples, tangent
+from bounded_problem import private, samples, tangent
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -18,14 +20,16 @@ from tangent_ops.privacy.convex.output_perturbation import perturb_output
 
 OPTIONS = {
     "l2": 1.0,
-    "jacobian_bound": 2.0,
-    "residual_bound": 3.0,
+    "jacobian": 2.0,
+    "residual": 3.0,
     "delta": 1e-5,
     "noise_multiplier": 1.0,
     "progress": False,
 }
-FITS = [lambda *of, **more: fit_last_iterate(*of, steps=2, **OPTIONS, **more)]
-FITS.append(lambda *of, **more: perturb_output(*of, **OPTIONS, **more))
+FITS = [
+    partial(private, fit_last_iterate, steps=2, **OPTIONS),
+    partial(private, perturb_output, **OPTIONS),
+]
 
 
 @pytest.mark.parametrize("fit", FITS)
@@ -57,3 +61,10 @@ def test_a_batch_norm_that_uses_its_batch(fit):
     x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with pytest.raises(UnsupportedError, match="batch norm"):
         fit(mixing, TensorDataset(x, torch.arange(6) % 2))
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_fields_of_privacy_that_it_does_not_use(fit):
+    for field, value in {"max_grad_norm": 1.0, "expected_batch_size": 8, "start": "public"}.items():
+        with pytest.raises(ArgumentError, match=f"does not use {field}"):
+            fit(tangent(), samples(), **{field: value})

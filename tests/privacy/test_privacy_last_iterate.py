@@ -19,6 +19,7 @@ from bounded_problem import (
     Written,
     flat,
     outliers,
+    private,
     samples,
     tangent,
 )
@@ -100,7 +101,8 @@ def test_steps_contract_and_neighbours_steps_are_near(data, share):
 def test_noise_fits_the_theorem(share, normalizer):
     size = normalizer or N
     smooth = L2 + (N + 1) * R**2 / size
-    found = fit_last_iterate(
+    found = private(
+        fit_last_iterate,
         tangent(),
         samples(),
         L2,
@@ -125,8 +127,8 @@ def test_noise_fits_the_theorem(share, normalizer):
 def test_it_is_noisy_gradient_descent():
     """The same noise on the gradients written out gives the same iterate."""
     model, data = tangent(), outliers()
-    found = fit_last_iterate(
-        model, data, L2, noise_multiplier=2.0, source=NoiseSource(3), **OPTIONS
+    found = private(
+        fit_last_iterate, model, data, L2, noise_multiplier=2.0, source=NoiseSource(3), **OPTIONS
     )
     written, noise = Written(data, len(data)), NoiseSource(3)
     assert mu(found, len(data)) == pytest.approx(1 / 2.0, rel=1e-9)
@@ -142,7 +144,7 @@ def test_it_is_noisy_gradient_descent():
 def test_without_noise_it_arrives_at_the_optimum():
     model, data = tangent(), samples()
     options = {**OPTIONS, "steps": 200}
-    fit_last_iterate(model, data, L2, noise_multiplier=1.0, source=Silent(), **options)
+    private(fit_last_iterate, model, data, L2, noise_multiplier=1.0, source=Silent(), **options)
     exact = Written(data, N).minimum()
     assert float((flat(model.deltas()) - exact).norm()) <= 1e-6 * float(exact.norm())
 
@@ -174,11 +176,15 @@ def test_simulated_neighbours_are_no_further_apart_than_stated():
 def test_refuses_steps_that_do_not_contract():
     model = tangent()
     with pytest.raises(ArgumentError, match=f"below 2/M = {2 / SMOOTH:.6g}"):
-        fit_last_iterate(model, samples(), L2, target_epsilon=1.0, lr=2 / SMOOTH, **OPTIONS)
+        private(
+            fit_last_iterate, model, samples(), L2, target_epsilon=1.0, lr=2 / SMOOTH, **OPTIONS
+        )
     # 2/M of N samples, not of a neighbour's N + 1, is too much, too.
     alone = L2 + R**2
     with pytest.raises(ArgumentError, match="do not contract"):
-        fit_last_iterate(model, samples(), L2, target_epsilon=1.0, lr=1.99 / alone, **OPTIONS)
+        private(
+            fit_last_iterate, model, samples(), L2, target_epsilon=1.0, lr=1.99 / alone, **OPTIONS
+        )
     assert not flat(model.deltas()).any()
 
 
@@ -187,7 +193,7 @@ def test_refuses_deltas_that_are_not_zero():
     with torch.no_grad():
         next(iter(model.deltas().values()))[0, 0] = 1e-30
     with pytest.raises(ArgumentError, match="not zero"):
-        fit_last_iterate(model, samples(), L2, target_epsilon=1.0, **OPTIONS)
+        private(fit_last_iterate, model, samples(), L2, target_epsilon=1.0, **OPTIONS)
 
 
 def test_refuses():
@@ -200,10 +206,11 @@ def test_refuses():
         ({"lr": math.nan}, "lr must be positive"),
         ({"l2": 0.0}, "l2 must be positive"),
         ({"noise_multiplier": 1.0}, "one of target_epsilon"),
-        ({"residual_bound": 0.0}, "residual_bound must be positive"),
+        ({"residual": 0.0}, "residual must be positive"),
     ):
         with pytest.raises(ArgumentError, match=match):
-            fit_last_iterate(
+            private(
+                fit_last_iterate,
                 tangent(),
                 samples(),
                 **{"l2": L2, "target_epsilon": 1.0, **OPTIONS} | options,
@@ -217,13 +224,20 @@ def test_a_failure_on_the_way_releases_nothing():
 
     model = tangent()
     with pytest.raises(NonFiniteLossError):
-        fit_last_iterate(model, samples(), L2, noise_multiplier=1.0, source=Broken(), **OPTIONS)
+        private(
+            fit_last_iterate, model, samples(), L2, noise_multiplier=1.0, source=Broken(), **OPTIONS
+        )
     assert not flat(model.deltas()).any()
 
 
 def test_nothing_of_the_way_is_shown(capsys):
-    fit_last_iterate(
-        tangent(), samples(), L2, target_epsilon=1.0, **OPTIONS | {"progress": True, "steps": 3}
+    private(
+        fit_last_iterate,
+        tangent(),
+        samples(),
+        L2,
+        target_epsilon=1.0,
+        **OPTIONS | {"progress": True, "steps": 3},
     )
     shown = capsys.readouterr().err
     assert "private fit" in shown

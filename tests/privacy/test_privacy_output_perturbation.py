@@ -20,6 +20,7 @@ from bounded_problem import (
     Written,
     flat,
     outliers,
+    private,
     samples,
     tangent,
 )
@@ -79,7 +80,8 @@ def test_without_noise_it_is_the_optimum(data, normalizer):
     with torch.no_grad():
         for value in model.deltas().values():
             value.add_(0.3)
-    found = perturb_output(
+    found = private(
+        perturb_output,
         model,
         data,
         L2,
@@ -103,8 +105,14 @@ def test_noise_has_the_standard_deviation_stated():
     drawn = []
     for seed in range(4):
         model = tangent()
-        found = perturb_output(
-            model, data, L2, noise_multiplier=3.0, source=NoiseSource(seed), **OPTIONS
+        found = private(
+            perturb_output,
+            model,
+            data,
+            L2,
+            noise_multiplier=3.0,
+            source=NoiseSource(seed),
+            **OPTIONS,
         )
         drawn.append(flat(model.deltas()) - exact)
         assert torch.equal(flat(found.delta), flat(model.deltas()))
@@ -119,7 +127,7 @@ def test_noise_has_the_standard_deviation_stated():
 @pytest.mark.parametrize("epsilon", [0.3, 1.0, 5.0])
 def test_the_noise_for_a_target_is_that_of_the_analytic_gaussian_mechanism(epsilon):
     """Balle, Wang 2018, theorem 8: δ(ε) = Φ(Δ/2σ - εσ/Δ) - e^ε Φ(-Δ/2σ - εσ/Δ)."""
-    found = perturb_output(tangent(), samples(), L2, target_epsilon=epsilon, **OPTIONS)
+    found = private(perturb_output, tangent(), samples(), L2, target_epsilon=epsilon, **OPTIONS)
     ratio = found.sigma / found.sensitivity
 
     def failure(s):
@@ -134,7 +142,7 @@ def test_the_noise_for_a_target_is_that_of_the_analytic_gaussian_mechanism(epsil
 
 def test_the_statement_travels_with_the_delta(tmp_path):
     model = tangent()
-    found = perturb_output(model, samples(), L2, target_epsilon=1.0, **OPTIONS)
+    found = private(perturb_output, model, samples(), L2, target_epsilon=1.0, **OPTIONS)
     save_delta(found.delta, tmp_path / "delta.safetensors")
     loaded = load_delta(tmp_path / "delta.safetensors", anchor=model.fingerprint)
     assert statement_of(loaded) == found.statement
@@ -143,7 +151,10 @@ def test_the_statement_travels_with_the_delta(tmp_path):
 
 
 def test_default_noise_is_the_systems():
-    found = [perturb_output(tangent(), samples(), L2, target_epsilon=1.0, **OPTIONS) for _ in "ab"]
+    found = [
+        private(perturb_output, tangent(), samples(), L2, target_epsilon=1.0, **OPTIONS)
+        for _ in "ab"
+    ]
     assert not torch.equal(flat(found[0].delta), flat(found[1].delta))
     assert "operating system" in found[0].statement.noise
 
@@ -151,7 +162,8 @@ def test_default_noise_is_the_systems():
 def test_a_solver_that_did_not_arrive_releases_nothing():
     model = tangent()
     with pytest.raises(ConvergenceError, match=r"within .* was allowed"):
-        perturb_output(
+        private(
+            perturb_output,
             model,
             samples(),
             1e-4,
@@ -165,25 +177,29 @@ def test_a_solver_that_did_not_arrive_releases_nothing():
 
 def test_refuses():
     def run(**options):
-        return perturb_output(tangent(), samples(), **{"l2": L2, "target_epsilon": 1.0} | options)
+        return private(
+            perturb_output, tangent(), samples(), **{"l2": L2, "target_epsilon": 1.0} | options
+        )
 
     for options, match in (
-        ({"delta": 1 / N}, "delta must be above 0 and below 1/N = 0.111"),
-        ({"delta": 0.0}, "delta must be above 0"),
+        ({"delta": 1 / N}, "not below 1/N = 0.111"),
+        ({"delta": 0.0}, "delta must be between 0 and 1"),
         ({"noise_multiplier": 1.0}, "one of target_epsilon and noise_multiplier"),
         ({"target_epsilon": None}, "one of target_epsilon and noise_multiplier"),
-        ({"target_epsilon": -1.0}, "epsilon must be a positive number"),
+        ({"target_epsilon": -1.0}, "target_epsilon must be positive"),
         ({"target_epsilon": None, "noise_multiplier": 0.0}, "noise_multiplier must be positive"),
         ({"inexactness": 0.0}, "inexactness must be above 0"),
         ({"inexactness": 2.0}, "inexactness must be above 0"),
         ({"max_iterations": 0}, "max_iterations must be an integer"),
         ({"l2": 0.0}, "l2 must be positive"),
-        ({"jacobian_bound": -1.0}, "jacobian_bound must be positive"),
+        ({"jacobian": -1.0}, "jacobian must be positive"),
     ):
         with pytest.raises(ArgumentError, match=match):
             run(**OPTIONS | options)
     with pytest.raises(ArgumentError, match="LinearizedModel"):
-        perturb_output(torch.nn.Linear(INPUTS, 2), samples(), L2, target_epsilon=1.0, **OPTIONS)
+        private(
+            perturb_output, torch.nn.Linear(INPUTS, 2), samples(), L2, target_epsilon=1.0, **OPTIONS
+        )
     with pytest.raises(UnsupportedError, match="blocks"):
         run(**OPTIONS | {"cache": True})
 
@@ -198,12 +214,13 @@ def test_a_vision_transformer_in_single_precision_with_cached_features(fit):
         data = TensorDataset(images(8).to(dtype), torch.arange(8) % 5)
         median = 4.64  # of the Jacobian norms, some below and some above
         options = {"steps": 20} if fit is fit_last_iterate else {}
-        found = fit(
+        found = private(
+            fit,
             model,
             data,
             median**2 / 20,
-            jacobian_bound=median,
-            residual_bound=5.0,
+            jacobian=median,
+            residual=5.0,
             delta=1e-3,
             noise_multiplier=1.0,
             source=Silent(),

@@ -25,7 +25,7 @@ from torch.utils.data import TensorDataset
 
 import tangent_ops
 from tangent_ops.errors import ArgumentError, PlanError, UnsupportedError
-from tangent_ops.shards import ImageData, Plan, Recipe, find, job, run_shards
+from tangent_ops.shards import ImageData, Plan, ShardRecipe, find, job, run_shards
 
 MOMENTS = ("before", "after")
 SLOW = {"epochs": 30, "cache": False}  # long enough to be killed on the way
@@ -206,7 +206,7 @@ def test_one_bad_shard_keeps_no_other_from_its_end(tmp_path: Path) -> None:
         tmp_path / "run",
         anchor=anchor,
         data=data,
-        recipe=Recipe(epochs=1, batch_size=4),
+        recipe=ShardRecipe(epochs=1, batch_size=4),
         assignment=assignment,
         progress=False,
     )
@@ -324,7 +324,7 @@ def test_other_images_in_two_shards(tmp_path: Path) -> None:
     shutil.copy(images / "class0" / "0.png", images / "class0" / "copy.png")
     data = ImageData(str(images))
     shards = {"a": ["class0/0.png", "class1/0.png"], "b": ["class0/copy.png"]}
-    options = {"anchor": anchor, "data": data, "recipe": Recipe(), "progress": False}
+    options = {"anchor": anchor, "data": data, "recipe": ShardRecipe(), "progress": False}
     with pytest.raises(ArgumentError, match=r"copy\.png.*same content.*0\.png.*allow overlap"):
         Plan.create(tmp_path / "run", assignment=shards, **options)
     assert not (tmp_path / "run").exists()

@@ -23,8 +23,8 @@ from tangent_ops.exact.certificate import Certificate
 from tangent_ops.shards import (
     ImageData,
     Plan,
-    Recipe,
     Settled,
+    ShardRecipe,
     by_column,
     by_hash,
     check_settled,
@@ -145,7 +145,7 @@ def test_a_forgotten_sample_was_never_there(tmp_path: Path) -> None:
         tmp_path / "never",
         anchor=tmp_path / "anchor.safetensors",
         data=data,
-        recipe=Recipe(**FAST),
+        recipe=ShardRecipe(**FAST),
         assignment=without,
         progress=False,
     )
@@ -161,7 +161,7 @@ def test_customers(tmp_path: Path) -> None:
     data = ImageData(str(images))
     ids = data.open().ids
     customers = {id: f"customer-{index % 5}" for index, id in enumerate(ids)}
-    options = {"anchor": anchor, "data": data, "recipe": Recipe(**FAST, method="gradient")}
+    options = {"anchor": anchor, "data": data, "recipe": ShardRecipe(**FAST, method="gradient")}
     by_customer = Plan.create(
         tmp_path / "run", assignment=by_column(ids, customers), labels=customers,
         progress=False, **options,
@@ -297,7 +297,7 @@ def test_images_that_have_moved(tmp_path: Path, monkeypatch) -> None:
         tmp_path / "never",
         anchor=tmp_path / "anchor.safetensors",
         data=data,
-        recipe=Recipe(**FAST),
+        recipe=ShardRecipe(**FAST),
         assignment=by_hash(ids, 3),
         progress=False,
     )
@@ -320,7 +320,7 @@ def test_a_plan_goes_on_with_images_that_have_moved(tmp_path: Path) -> None:
     images, other = tmp_path / "images", image_folder(tmp_path / "other", seed=5)
     options = {
         "anchor": tmp_path / "anchor.safetensors",
-        "recipe": Recipe(**FAST),
+        "recipe": ShardRecipe(**FAST),
         "assignment": by_hash(plan.data.open().ids, 2),
         "progress": False,
     }

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from shard_runs import OPTIONS, anchor_file, image_folder, make_plan
 
 from tangent_ops.errors import ArgumentError, PlanError, SampleError
-from tangent_ops.shards import ImageData, Plan, Recipe, load_anchor, read_anchor, save_anchor
+from tangent_ops.shards import ImageData, Plan, ShardRecipe, load_anchor, read_anchor, save_anchor
 from tangent_ops.shards.job import job_data
 from tangent_ops.shards.plan import job_hash
 
@@ -30,7 +30,7 @@ def create(folder: Path, assignment, **options) -> Plan:
         folder / options.pop("run", "run"),
         anchor=folder / "anchor.safetensors",
         data=ImageData(str(folder / "images")),
-        recipe=options.pop("recipe", Recipe()),
+        recipe=options.pop("recipe", ShardRecipe()),
         assignment=assignment,
         progress=False,
         **options,
@@ -44,7 +44,7 @@ def test_a_plan_of_a_relative_folder_works_elsewhere(folder: Path, tmp_path, mon
         "relative",
         anchor="anchor.safetensors",
         data=data,
-        recipe=Recipe(),
+        recipe=ShardRecipe(),
         assignment={"a": data.open().ids[:2]},
         progress=False,
     )
@@ -148,7 +148,7 @@ def test_a_sample_that_cannot_be_read(folder: Path) -> None:
 
 
 def test_private_plans(folder: Path) -> None:
-    private = Recipe(dp_epsilon=3.0, dp_delta=1e-5)
+    private = ShardRecipe(dp_epsilon=3.0, dp_delta=1e-5)
     ids = ["class0/0.png", "class0/1.png"]
     shutil.copy(folder / "images" / "class0" / "0.png", folder / "images" / "class0" / "1.png")
     with pytest.raises(ArgumentError, match=r"1\.png' is a copy of 'class0/0\.png'"):
@@ -208,10 +208,10 @@ def test_an_anchor_comes_back(folder: Path) -> None:
 
 
 def test_recipes() -> None:
-    recipe = Recipe(rank=4, l2=1)
-    assert recipe == Recipe.from_dict(recipe.to_dict()) == Recipe(rank=4, l2=1.0)
+    recipe = ShardRecipe(rank=4, l2=1)
+    assert recipe == ShardRecipe.from_dict(recipe.to_dict()) == ShardRecipe(rank=4, l2=1.0)
     with pytest.raises(ArgumentError, match="did you mean epochs"):
-        Recipe.from_dict({"epoch": 3})
+        ShardRecipe.from_dict({"epoch": 3})
     for wrong in (
         {"epochs": 0}, {"epochs": 1.5}, {"epochs": True}, {"lr": float("nan")}, {"lr": "1"},
         {"loss": "l1"}, {"method": "exact"}, {"seed": -1}, {"rank": 0}, {"augment": 1},
@@ -220,7 +220,17 @@ def test_recipes() -> None:
         {"dp_epsilon": 1.0, "dp_delta": 1e-5, "accumulate": 2},
     ):  # fmt: skip
         with pytest.raises(ArgumentError):
-            Recipe(**wrong)  # pyright: ignore[reportArgumentType]
+            ShardRecipe(**wrong)  # pyright: ignore[reportArgumentType]
+
+
+def test_what_private_shards_train_with() -> None:
+    pytest.importorskip("opacus", reason="the extra for privacy is not installed")
+    from tangent_ops.privacy import Privacy
+
+    assert ShardRecipe().privacy(9) is None
+    recipe = ShardRecipe(dp_epsilon=3.0, dp_delta=1e-5)
+    assert recipe.privacy(900) == Privacy(delta=1e-5, target_epsilon=3.0, max_grad_norm=1.0)
+    assert recipe.privacy(9) == replace(recipe.privacy(900), expected_batch_size=9)
 
 
 def test_interrupted_before_its_end(folder: Path) -> None:

@@ -1,64 +1,34 @@
+"""`fit`: the problem it solves, batches, schedules, seeds, precision, caching."""
+
 import copy
 import math
 import random
 
 import numpy as np
 import pytest
-import small_models
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from training_cases import (
+    assert_equal,
+    generator_states,
+    images,
+    linear,
+    parameters_of,
+    quiet,
+    tiny_vit,
+    vectors,
+)
 
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
-from tangent_ops.evaluate import accuracy, predict
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.model.linearize import last_blocks, linearize
-from tangent_ops.training.fit import SCHEDULES, History, fit, fit_head
-
-
-def quiet(*args, **options) -> History:
-    return fit(*args, progress=False, **options)
-
-
-def tiny_vit(**options):
-    model = small_models.tiny_vit(depth=3, **options)
-    with torch.no_grad():  # timm's start is so small that every image looks the same
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(5)
-    return model
-
-
-def images(count=20, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(1)
-    targets = torch.arange(count) % 5
-    inputs = torch.randn(count, 3, 16, 16, generator=generator, dtype=dtype)
-    return TensorDataset(inputs + 0.1 * targets[:, None, None, None], targets)
-
-
-def vectors(count=12, classes=3, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(2)
-    inputs = torch.randn(count, 4, generator=generator, dtype=dtype)
-    return TensorDataset(inputs, torch.arange(count) % classes)
-
-
-def linear(**options):
-    torch.manual_seed(3)
-    return nn.Linear(4, 3, **options).double()
-
-
-def parameters_of(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_equal(found, expected):
-    assert found.keys() == expected.keys()
-    for name in expected:
-        assert torch.equal(found[name], expected[name]), name
-
+from tangent_ops.training.fit import fit
+from tangent_ops.training.head import fit_head
+from tangent_ops.training.options import SCHEDULES
 
 # The problem it solves
 
@@ -269,10 +239,6 @@ class Noisy(Dataset):
         return (noise + index).double(), index % 3
 
 
-def generator_states():
-    return torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())
-
-
 def noisy_run(seed, data):
     torch.manual_seed(5)
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)).double()
@@ -447,127 +413,6 @@ def test_cache_is_for_tangent_models_and_batches():
         quiet(linearize(tiny_vit()), images(), cache=True)
 
 
-# What stops it
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_loss_that_is_not_finite_stops_before_the_step(optimizer):
-    inputs, targets = (tensor.clone() for tensor in vectors(count=6).tensors)
-    clean = TensorDataset(inputs[:4].clone(), targets[:4])
-    inputs[4] = float("nan")
-    options = {"optimizer": optimizer, "schedule": "constant", "lr": 0.01, "epochs": 1}
-    expected, model = linear(), linear()
-    quiet(expected, DataLoader(clean, batch_size=2), **options)
-    message = r"epoch 1 of 1, step 3 of 3, at lr=0\.01; .*inputs for NaN.* lower lr"
-    with pytest.raises(NonFiniteLossError, match=message):
-        quiet(model, DataLoader(TensorDataset(inputs, targets), batch_size=2), **options)
-    assert_equal(parameters_of(model), parameters_of(expected))
-    assert model.weight.grad is None
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [
-        lambda logits, targets: (0 * logits).sum().sqrt(),  # 0, its gradient NaN
-        lambda logits, targets: logits.sum() + math.inf,  # its gradient finite
-    ],
-)
-def test_either_of_loss_and_gradient_stops_it(loss):
-    model = linear()
-    before = parameters_of(model)
-    with pytest.raises(NonFiniteLossError, match="loss or its gradient"):
-        quiet(model, vectors(), loss=loss)
-    assert_equal(parameters_of(model), before)
-
-
-class Endless(IterableDataset):
-    def __iter__(self):
-        while True:
-            yield torch.zeros(4), 0
-
-
-class Promising(IterableDataset):
-    def __len__(self):
-        return 5
-
-    def __iter__(self):
-        return iter(())
-
-
-class Images(Dataset):
-    """Yields what a careless dataset may yield."""
-
-    def __init__(self, item):
-        self.item = item
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        return self.item
-
-
-def uneven(items):
-    return torch.zeros(len(items), 4).double(), torch.zeros(len(items) + 1, dtype=torch.int64)
-
-
-def none_of_them(items):
-    return torch.zeros(0, 4).double(), torch.zeros(0, dtype=torch.int64)
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (DataLoader(vectors(), 4, collate_fn=none_of_them), "a batch without samples"),
-        (TensorDataset(torch.zeros(0, 4), torch.zeros(0)), "data is empty$"),
-        (DataLoader(vectors(count=3), batch_size=4, drop_last=True), "empty: .*drop_last"),
-        (DataLoader(Promising()), "yielded no batch"),
-        (Endless(), "must have a length, this Endless has none"),
-        (DataLoader(Endless()), "must have a length, this DataLoader has none"),
-        (vectors().tensors, "data must be a DataLoader or a Dataset .* got a tuple"),
-        (Images(torch.zeros(4)), r"\(input, target\) batches, got a Tensor"),
-        (Images((torch.zeros(4), 1, 2)), r"got a (list|tuple) of 3: \(Tensor, Tensor, Tensor\)"),
-        (Images((torch.zeros(4), "cat")), r"must be tensors, got .*\(Tensor, (list|tuple)\)"),
-        (DataLoader(vectors(), 4, collate_fn=uneven), r"got shapes \(4, 4\) and \(5,\)"),
-    ],
-)
-def test_refuses_data(data, message):
-    with pytest.raises(ArgumentError, match=message):
-        quiet(linear(), data)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
-        ({"epochs": 1.5}, "epochs must be"),
-        ({"seed": -1}, "seed must be"),
-        ({"accumulate": 0}, "accumulate must be an integer of at least 1, got 0"),
-        ({"lr": 0.0}, "lr must be positive"),
-        ({"lr": float("nan")}, "lr must be positive"),
-        ({"l2": -1e-3}, "l2 must be finite and not negative"),
-        ({"batch_size": 0}, "batch_size must be"),
-        ({"optimizer": "adam"}, r"optimizer must be one of \['adamw', 'sgd'\], got 'adam'"),
-        ({"schedule": "linear"}, "schedule must be one of .*'step'.*, got 'linear'"),
-        ({"loss": nn.MSELoss(reduction="none")}, r"a scalar tensor, got shape \(8, 3\)"),
-        ({"loss": lambda logits, targets: None}, "a scalar tensor, got None"),
-        ({"loss": lambda logits, targets: torch.zeros(())}, "does not depend on any trainable"),
-    ],
-)
-def test_refuses_options(options, message):
-    model = linear()
-    before = parameters_of(model)
-    data = TensorDataset(torch.zeros(8, 4).double(), torch.zeros(8, 3).double())
-    with pytest.raises(ArgumentError, match=message):
-        quiet(model, data, **options)
-    assert_equal(parameters_of(model), before)
-
-
-def test_refuses_a_model_without_trainable_parameters():
-    with pytest.raises(ArgumentError, match="no trainable parameters"):
-        quiet(linear().requires_grad_(False), vectors())
-
-
 # Progress and devices
 
 
@@ -594,111 +439,3 @@ def test_moves_model_and_batches(cache):
     assert history.loss == pytest.approx(
         quiet(expected, images(), lr=1e-3, epochs=2).loss, rel=5e-2
     )
-
-
-# Linear probe
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"global_pool": "token"},
-        {"global_pool": "avg"},
-        {"global_pool": "avg", "fc_norm": False},
-        {"global_pool": "token", "reg_tokens": 2, "drop_rate": 0.5},
-    ],
-)
-def test_a_probe_is_a_linear_model_on_the_pooled_features(options):
-    model, data = tiny_vit(**options), images()
-    state = copy.deepcopy(model.state_dict())
-    training = {"epochs": 3, "batch_size": 8, "lr": 0.05, "seed": 7, "l2": 0.01}
-    probe, history = fit_head(model, data, progress=False, **training)
-
-    backbone = tiny_vit(**options)
-    backbone.reset_classifier(0)  # now the model's output is the pooled features
-    features = predict(backbone, data)
-    head = nn.Linear(24, 5)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    expected = quiet(head, TensorDataset(features, data.tensors[1]), **training)
-
-    assert history.loss == pytest.approx(expected.loss, rel=1e-5)
-    assert history.loss[-1] < history.loss[0]
-    with torch.no_grad():
-        assert torch.allclose(predict(probe, data), head(features), atol=1e-4)
-    assert not probe.training
-    assert_equal(model.state_dict(), state)
-    for name, value in probe.state_dict().items():
-        assert name.startswith("head.") or torch.equal(value, state[name])
-
-
-def test_a_probe_starts_from_zero():
-    probe, history = fit_head(tiny_vit(), images(), lr=1e-12, epochs=1, progress=False)
-    assert probe.get_parameter("head.weight").abs().max() < 1e-9
-    assert history.loss == pytest.approx([15**2 / 5])
-
-
-def test_a_probe_computes_features_once():
-    def forwards(epochs):
-        model, count = tiny_vit(), []
-        model.patch_embed.register_forward_hook(lambda *args: count.append(1))
-        fit_head(model, images(), epochs=epochs, progress=False)
-        return len(count)
-
-    assert forwards(epochs=5) == forwards(epochs=1) > 0
-
-
-def test_a_probe_may_have_other_classes():
-    data = images()
-    data = TensorDataset(data.tensors[0], data.tensors[1] % 2)
-    probe, _ = fit_head(tiny_vit(), data, num_classes=2, epochs=1, progress=False)
-    assert probe(data.tensors[0]).shape == (20, 2)
-    headless = tiny_vit()
-    headless.reset_classifier(0)
-    probe, _ = fit_head(headless, data, num_classes=2, epochs=1, progress=False)
-    assert probe(data.tensors[0]).shape == (20, 2)
-    with pytest.raises(ArgumentError, match="pass num_classes"):
-        fit_head(headless, data)
-    with pytest.raises(ArgumentError, match="class indices from 0 to 1"):
-        fit_head(tiny_vit(), images(), num_classes=2, progress=False)
-
-
-def test_a_frozen_model_gets_a_probe():
-    model = tiny_vit().requires_grad_(False)
-    probe, history = fit_head(model, images(), epochs=2, progress=False)
-    assert history.loss[1] < history.loss[0]
-    trained = {name for name, p in probe.named_parameters() if p.requires_grad}
-    assert trained == {"head.weight", "head.bias"}
-
-
-def test_a_probe_leaves_the_callers_generators_alone():
-    model = tiny_vit()
-    before = generator_states()
-    fit_head(model, images(), num_classes=5, epochs=1, progress=False)
-    assert generator_states() == before
-
-
-@pytest.mark.parametrize("options", [{"epochs": 0}, {"num_classes": -1}, {"num_classes": 2.0}])
-def test_a_probe_refuses_options_before_any_work(options):
-    model = tiny_vit()
-    model.patch_embed.register_forward_pre_hook(lambda *args: pytest.fail("it ran"))
-    with pytest.raises(ArgumentError, match=next(iter(options))):
-        fit_head(model, images(), **options)
-
-
-def test_a_probe_needs_a_timm_model_with_one_linear_classifier():
-    with pytest.raises(UnsupportedError, match=r"Linear lacks \['forward_features'"):
-        fit_head(nn.Linear(4, 3), vectors())
-    model = tiny_vit()
-    model.set_submodule("head", nn.Sequential(nn.Linear(24, 5)))
-    with pytest.raises(UnsupportedError, match=r"one nn\.Linear .* this is a Sequential"):
-        fit_head(model, images())
-
-
-def test_the_recipe_probe_first_then_the_last_block():
-    data = images()
-    probe, _ = fit_head(tiny_vit(), data, epochs=10, progress=False)
-    tangent = linearize(probe, last_blocks(probe, 1))
-    history = quiet(tangent, data, epochs=20, lr=1e-2, cache=True)
-    assert history.loss[-1] < 0.8 * history.loss[0]
-    assert accuracy(tangent, data) > accuracy(probe, data)

@@ -21,7 +21,7 @@ from two_processes import results
 from tangent_ops import fit, fit_head, linearize, predict
 from tangent_ops.delta import fingerprint
 from tangent_ops.errors import ArgumentError, TangentOpsError
-from tangent_ops.privacy.fit import fit_private
+from tangent_ops.privacy import Privacy, fit_private
 from tangent_ops.training.fsdp import shard_anchor
 
 COUNT, SIZE = 11, 5  # batches of 5, 5 and 1: the second process has no part of the last
@@ -165,7 +165,9 @@ def sharded(folder: Path) -> dict[str, Any]:
     for call, name in ((lambda: shard_anchor(model), "twice"), (model.float, "cast")):
         found[f"refused: sharded {name}"] = refusal(call)
     found["refused: private"] = refusal(
-        lambda: fit_private(model, samples(), delta=0.01, max_grad_norm=1.0, noise_multiplier=1.0)
+        lambda: fit_private(
+            model, samples(), Privacy(delta=0.01, max_grad_norm=1.0, noise_multiplier=1.0)
+        )
     )
     few = {f"delta.{name}": delta.detach() for name, delta in model.deltas().items()}
     x = images(1).double()

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tangent_ops import last_blocks, linearize
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.training.fit import fit
-from tangent_ops.training.grouped import _forward, fit_grouped
+from tangent_ops.training.grouped import fit_grouped, forward
 
 CROSS_ENTROPY = nn.CrossEntropyLoss()
 
@@ -260,7 +260,7 @@ def test_the_anchor_runs_once_for_all_shards():
     tangent = tangent_of(model, last_blocks(model, 1))
     deltas = [dict(tangent.deltas()) for _ in range(3)]
     with torch.no_grad(), Products() as products:
-        _forward(tangent, deltas, [x for x, _ in (s[:4] for s in shards(4, 4, 4).values())])
+        forward(tangent, deltas, [x for x, _ in (s[:4] for s in shards(4, 4, 4).values())])
     rows, width = 3 * 4 * 17, 48
     frozen, trained = 2, 1
     # qkv, proj and fc1 take the width; fc2 four times that. Tangents' products are batched.
@@ -285,9 +285,9 @@ def test_no_product_is_computed_twice():
         return counter.get_total_flops()
 
     one_by_one = flops(
-        lambda d=d, x=x: _forward(tangent, [d], [x]) for d, x in zip(deltas, inputs, strict=True)
+        lambda d=d, x=x: forward(tangent, [d], [x]) for d, x in zip(deltas, inputs, strict=True)
     )
-    together = flops([lambda: _forward(tangent, deltas, inputs)])
+    together = flops([lambda: forward(tangent, deltas, inputs)])
     assert 0 < together == one_by_one
 
 

@@ -21,8 +21,8 @@ from studies.paper.presets import Preset
 from studies.paper.tail import ClassTokenTail
 from studies.paper.tokens import FEATURES
 from tangent_ops import CachedFeatures, linearize
+from tangent_ops.privacy import Privacy, fit_private
 from tangent_ops.privacy.accounting import Phase, epsilon, noise_multiplier_for
-from tangent_ops.privacy.fit import fit_private
 
 PART = "privacy"
 TUNED_ON = 0
@@ -95,15 +95,17 @@ def _tangent(
     fitted = fit_private(
         model,
         data,
-        delta=arguments["failure"],
-        max_grad_norm=CLIP,
-        target_epsilon=arguments["epsilon"],
-        expected_batch_size=arguments["private"] / 2 if probe else arguments["expected"],
-        steps=PROBE_STEPS if probe else arguments["steps"],
+        Privacy(
+            delta=arguments["failure"],
+            max_grad_norm=CLIP,
+            target_epsilon=arguments["epsilon"],
+            expected_batch_size=arguments["private"] / 2 if probe else arguments["expected"],
+            steps=PROBE_STEPS if probe else arguments["steps"],
+            seed=arguments["seed"],  # a study: to be repeated; no secret is kept
+        ),
         loss=LOSSES[LOSS](),
         lr=arguments["rate"],
         physical_batch_size=1000 if probe else PHYSICAL_BATCH,
-        seed=arguments["seed"],  # a study: to be repeated; no secret is kept
         progress=False,
     )
     return model, fitted.statement.epsilon

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from tangent_ops.data import check_positive
 from tangent_ops.delta import check_layout
 from tangent_ops.errors import ArgumentError
 from tangent_ops.losses import Loss, RescaledSquareLoss
@@ -39,8 +40,7 @@ def make_canary(
     Raises:
         ArgumentError: more than one sample, a norm that is not positive, or a zero gradient.
     """
-    if not (math.isfinite(gradient_norm) and gradient_norm > 0):
-        raise ArgumentError(f"gradient_norm must be positive and finite, got {gradient_norm}")
+    check_positive(gradient_norm=gradient_norm)
     _check_one(inputs)
     with torch.no_grad():
         output, _ = tangent.primal_and_tangent(inputs)

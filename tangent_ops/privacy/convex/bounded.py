@@ -14,7 +14,6 @@ u_i comes from x_i alone: no other sample changes it. Where nothing is clipped a
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from tangent_ops.data import unpack
+from tangent_ops.data import check_positive, unpack
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.problem import Problem, check_l2, check_tangent
@@ -63,30 +62,25 @@ class BoundedSquareLoss(nn.Module):
 
 @dataclass(frozen=True)
 class Bounds:
-    """What holds for every possible sample, chosen without looking at these.
+    """Bounds that hold for every possible sample, chosen without looking at these; all positive.
 
     Attributes:
-        jacobian: R, of ‖u J(x)‖₂, in logits per unit of Δ.
-        residual: B, of what a sample's logits are pulled with.
-        target: M, what the target class's logit is drawn to.
-        normalizer: E, which the sum over samples is divided by; None for their number.
+        jacobian: R, bound of ‖u J(x)‖₂, in logits per unit of Δ.
+        residual: B, bound of the residual of a sample's logits.
+        target: M, the value that the target class's logit is drawn to.
+        normalizer: E, which the sum over samples is divided by, public; None for their number,
+            which is then public.
     """
 
     jacobian: float
     residual: float
-    target: float
-    normalizer: float | None
+    target: float = 15.0
+    normalizer: float | None = None
 
     def __post_init__(self) -> None:
-        named = {
-            "jacobian_bound": self.jacobian,
-            "residual_bound": self.residual,
-            "target": self.target,
-            "normalizer": 1.0 if self.normalizer is None else self.normalizer,
-        }
-        for name, value in named.items():
-            if not (math.isfinite(value) and value > 0):
-                raise ArgumentError(f"{name} must be positive and finite, got {value}")
+        check_positive(jacobian=self.jacobian, residual=self.residual, target=self.target)
+        if self.normalizer is not None:
+            check_positive(normalizer=self.normalizer)
 
     @property
     def gradient(self) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from tangent_ops.data import Data, check_integer
+from tangent_ops.data import Data
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError
 from tangent_ops.exact.problem import check_l2, in_order
@@ -21,8 +21,7 @@ from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.privacy.accounting import Phase
 from tangent_ops.privacy.checks import check_contents, check_dataset, check_model
 from tangent_ops.privacy.convex.bounded import Bounds, Objective
-from tangent_ops.privacy.convex.budget import release_noise
-from tangent_ops.privacy.noise import NoiseSource
+from tangent_ops.privacy.options import Privacy
 from tangent_ops.privacy.statement import PrivacyStatement, attach, make_statement
 
 
@@ -51,21 +50,13 @@ def fit_last_iterate(
     tangent: LinearizedModel,
     data: Data,
     l2: float,
+    privacy: Privacy,
+    bounds: Bounds,
     *,
-    jacobian_bound: float,
-    residual_bound: float,
-    steps: int,
-    delta: float,
-    target_epsilon: float | None = None,
-    noise_multiplier: float | None = None,
     lr: float | None = None,
-    target: float = 15.0,
-    normalizer: float | None = None,
     batch_size: int = 64,
     cache: bool | str | os.PathLike[str] = False,
     device: str | torch.device | None = None,
-    source: NoiseSource | None = None,
-    public_preprocessing: bool = False,
     progress: bool = True,
 ) -> LastIterate:
     """Fit a tangent model privately: Δ <- Δ - η(∇F(Δ) + ν Z), T times from Δ = 0, over all samples.
@@ -91,20 +82,13 @@ def fit_last_iterate(
         data: a Dataset of (input, class), or a DataLoader, which is read in order, whole; without
             random augmentation.
         l2: m, positive.
-        jacobian_bound: R, in logits per unit of Δ; `jacobian_norms` of public data shows the size.
-        residual_bound: B, in logits.
-        steps: T.
-        delta: δ of the statement, below 1/N.
-        target_epsilon: gives the noise that keeps ε at that δ, by PLD. This, or
-        noise_multiplier: 1/μ.
+        privacy: the guarantee and the noise; steps is T, noise_multiplier 1/μ. max_grad_norm,
+            expected_batch_size and start are not used.
+        bounds: R, B, the target and E; `jacobian_norms` of public data shows the size of R.
         lr: η, below 2/M; None for 1/M.
-        target: value the target class's logit is drawn to.
-        normalizer: E, public; None for N, which is then public.
         batch_size: of a Dataset; a DataLoader has its own. No part of the mechanism.
         cache: as in `fit`: keep what enters the first trained block.
         device: moves the model there first.
-        source: of the noise; None for `NoiseSource()`.
-        public_preprocessing: as in `fit_private`.
         progress: show bars; they show no loss.
 
     Returns:
@@ -118,12 +102,13 @@ def fit_last_iterate(
         NonFiniteLossError: a gradient is NaN or infinite; the deltas are zero as before.
     """
     check_model(tangent)
+    privacy.check_unused("fit_last_iterate", "max_grad_norm", "expected_batch_size", "start")
     check_l2(l2)
-    check_integer("steps", steps, 1)
-    bounds = Bounds(jacobian_bound, residual_bound, target, normalizer)
+    steps = privacy.steps
     loader = in_order(data, batch_size)
-    samples = check_dataset(loader.dataset, public_preprocessing)
-    multiplier = release_noise(samples, delta, target_epsilon, noise_multiplier)
+    samples = check_dataset(loader.dataset, privacy.public_preprocessing)
+    privacy.check_failure(samples)
+    multiplier = privacy.multiplier(1.0, 1)
     smoothness = bounds.smoothness(l2, samples)
     lr = 1 / smoothness if lr is None else lr
     gap = contraction_gap(lr, l2, smoothness)
@@ -137,7 +122,7 @@ def fit_last_iterate(
         tangent, loader, l2, bounds, cache=cache, device=device, progress=progress
     )
     noise = objective.sensitivity * multiplier * last_iterate_growth(gap, steps)
-    source = NoiseSource() if source is None else source
+    source = privacy.noise_source()
     layout = objective.problem.layout
     iterate = layout.zeros()
     for _ in tqdm(range(steps), "private fit", unit="step", disable=not progress):
@@ -151,7 +136,7 @@ def fit_last_iterate(
         ),
         phases=(Phase(multiplier, 1.0, 1),),
         clip=bounds.gradient,
-        delta=delta,
+        delta=privacy.delta,
         sampling="none: every sample in every step",
         noise=source.words,
         assumes=(*objective.assumes, "no iterate but the last gets out"),

@@ -22,8 +22,7 @@ from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.privacy.accounting import Phase
 from tangent_ops.privacy.checks import check_contents, check_dataset, check_model
 from tangent_ops.privacy.convex.bounded import Bounds, Objective
-from tangent_ops.privacy.convex.budget import release_noise
-from tangent_ops.privacy.noise import NoiseSource
+from tangent_ops.privacy.options import Privacy
 from tangent_ops.privacy.statement import PrivacyStatement, attach, make_statement
 
 _SHARE = 0.5  # of the solver's allowance: the rest is for the rounding that float64 finds
@@ -50,21 +49,14 @@ def perturb_output(
     tangent: LinearizedModel,
     data: Data,
     l2: float,
+    privacy: Privacy,
+    bounds: Bounds,
     *,
-    jacobian_bound: float,
-    residual_bound: float,
-    delta: float,
-    target_epsilon: float | None = None,
-    noise_multiplier: float | None = None,
     inexactness: float = 0.01,
     max_iterations: int = 1000,
-    target: float = 15.0,
-    normalizer: float | None = None,
     batch_size: int = 64,
     cache: bool | str | os.PathLike[str] = False,
     device: str | torch.device | None = None,
-    source: NoiseSource | None = None,
-    public_preprocessing: bool = False,
     progress: bool = True,
 ) -> PerturbedOutput:
     """Fit a tangent model privately: Gaussian noise on the minimum of F.
@@ -85,20 +77,14 @@ def perturb_output(
         tangent: its deltas are where the solver starts, of no consequence, and are set at the end.
         data: as in `fit_last_iterate`.
         l2: positive.
-        jacobian_bound: R, as in `fit_last_iterate`.
-        residual_bound: B, as in `fit_last_iterate`.
-        delta: δ of the statement, below 1/N.
-        target_epsilon: as in `fit_last_iterate`. This, or
-        noise_multiplier: the noise's standard deviation over the sensitivity.
+        privacy: the guarantee and the noise; max_grad_norm, expected_batch_size, steps and start
+            are not used.
+        bounds: as in `fit_last_iterate`.
         inexactness: τ in units of R B / (E l2), above 0 and up to 1.
         max_iterations: of conjugate gradients, in all.
-        target: as in `fit_last_iterate`.
-        normalizer: as in `fit_last_iterate`.
         batch_size: of a Dataset; a DataLoader has its own.
         cache: as in `fit`: keep what enters the first trained block.
         device: moves the model there first.
-        source: of the noise; None for `NoiseSource()`.
-        public_preprocessing: as in `fit_private`.
         progress: show bars.
 
     Returns:
@@ -113,11 +99,12 @@ def perturb_output(
         NonFiniteLossError: the objective is NaN or infinite; the deltas are as before.
     """
     check_model(tangent)
+    privacy.check_unused("perturb_output", "max_grad_norm", "expected_batch_size", "start", "steps")
     check_integer("max_iterations", max_iterations, 1)
-    bounds = Bounds(jacobian_bound, residual_bound, target, normalizer)
     loader = in_order(data, batch_size)
-    samples = check_dataset(loader.dataset, public_preprocessing)
-    multiplier = release_noise(samples, delta, target_epsilon, noise_multiplier)
+    samples = check_dataset(loader.dataset, privacy.public_preprocessing)
+    privacy.check_failure(samples)
+    multiplier = privacy.multiplier(1.0, 1)
     if not 0 < inexactness <= 1:
         raise ArgumentError(f"inexactness must be above 0 and at most 1, got {inexactness}")
     check_contents(loader)
@@ -130,8 +117,8 @@ def perturb_output(
     solution = _minimise(objective, start, allowed, max_iterations, progress)
     sensitivity = exact_sensitivity + 2 * allowed
     sigma = sensitivity * multiplier
-    source = NoiseSource() if source is None else source
     layout = objective.problem.layout
+    source = privacy.noise_source()
     noise = source.normal(solution.shape, sigma, torch.float64, layout.device)
     statement = make_statement(
         mechanism=(
@@ -141,7 +128,7 @@ def perturb_output(
         ),
         phases=(Phase(multiplier, 1.0, 1),),
         clip=bounds.gradient,
-        delta=delta,
+        delta=privacy.delta,
         sampling="none: every sample counts",
         noise=source.words,
         assumes=objective.assumes,

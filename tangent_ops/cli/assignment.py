@@ -1,4 +1,4 @@
-"""Which image goes to which shard of ``tangent-ops finetune``, and what it is forgotten by."""
+"""Which image goes to which shard in ``tangent-ops finetune``, and its label for ``forget``."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 from tangent_ops.errors import ArgumentError
 from tangent_ops.shards import Samples, by_class, by_column, by_hash
 
-Assignment = dict[str, list[str]]
 _SHOWN = 50  # classes
 
 
 @dataclass(frozen=True)
-class Dealing:
-    """What the command line says of the shards."""
+class Assignment:
+    """How samples are dealt to shards: the options in the panel Shards."""
 
-    shards: int
-    proportions: str | None
-    by: str
-    table: Path | None
-    label: str | None
+    shards: int = 1
+    proportions: str | None = None
+    by: str = "hash"
+    table: Path | None = None
+    label: str | None = None
+    allow_overlap: bool = False
 
-    def deal(self, samples: Samples) -> tuple[Assignment, dict[str, str]]:
+    def deal(self, samples: Samples) -> tuple[dict[str, list[str]], dict[str, str]]:
         """Shard -> ids, and id -> label.
 
         Raises:

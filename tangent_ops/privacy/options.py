@@ -1,0 +1,101 @@
+"""`Privacy`: what a private training promises, and how it draws samples and noise."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tangent_ops.data import check_choice, check_integer, check_positive
+from tangent_ops.errors import ArgumentError
+from tangent_ops.privacy.accounting import Phase, noise_multiplier_for
+from tangent_ops.privacy.noise import NoiseSource
+from tangent_ops.privacy.statement import PrivacyStatement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Privacy:
+    """What a private training promises, and how it draws samples and noise.
+
+    `fit_private`, `fit_last_iterate` and `perturb_output` take one. Two data sets are neighbours if
+    one has one sample more than the other.
+
+    Attributes:
+        delta: the δ of (ε, δ), below one over the number of samples N.
+        target_epsilon: ε; the noise is the smallest that reaches it. Either this or:
+        noise_multiplier: σ, the noise's standard deviation over the sensitivity; positive.
+        max_grad_norm: C, the norm that each sample's gradient is clipped to, over all deltas
+            together; of `fit_private`, which needs it.
+        expected_batch_size: E, from 1 to N: in each step every sample is drawn with probability
+            E/N; of `fit_private`.
+        steps: T; of `fit_private` and `fit_last_iterate`.
+        start: of `fit_private`: "zero": the deltas are zeros. A statement: they were trained on
+            these samples with that guarantee, which is added. "public": they depend on no private
+            sample.
+        seed: for runs that are repeated bit for bit, in tests: whoever knows it can subtract the
+            noise. None: the operating system draws one, and it is forgotten.
+        secure_mode: sampling and noise from the operating system, without a generator, and noise
+            that rounding does not reveal; see `NoiseSource`.
+        public_preprocessing: state that whatever the data set's preprocessing was fitted to is
+            public.
+
+    Raises:
+        ArgumentError: a value out of range; not exactly one of target_epsilon and noise_multiplier;
+            seed and secure_mode together.
+    """
+
+    delta: float
+    target_epsilon: float | None = None
+    noise_multiplier: float | None = None
+    max_grad_norm: float | None = None
+    expected_batch_size: float = 256
+    steps: int = 100
+    start: PrivacyStatement | Literal["zero", "public"] = "zero"
+    seed: int | None = None
+    secure_mode: bool = False
+    public_preprocessing: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.delta < 1:
+            raise ArgumentError(f"delta must be between 0 and 1, got {self.delta}")
+        if (self.target_epsilon is None) == (self.noise_multiplier is None):
+            raise ArgumentError("give one of target_epsilon and noise_multiplier, and not both")
+        for name in ("target_epsilon", "noise_multiplier", "max_grad_norm"):
+            if (value := getattr(self, name)) is not None:
+                check_positive(**{name: value})
+        check_positive(expected_batch_size=self.expected_batch_size)
+        check_integer("steps", self.steps, 1)
+        if not isinstance(self.start, PrivacyStatement):
+            check_choice("start", self.start, ("zero", "public"), " or a PrivacyStatement")
+        self.noise_source()  # checks seed and secure_mode
+
+    def noise_source(self) -> NoiseSource:
+        """A new source of the noise."""
+        return NoiseSource(self.seed, self.secure_mode)
+
+    def check_failure(self, samples: int) -> None:
+        """Raise ArgumentError unless delta is below 1/N."""
+        if self.delta >= 1 / samples:
+            raise ArgumentError(
+                f"delta={self.delta:g} is not below 1/N = {1 / samples:.3g}: publishing the data "
+                f"of one in {samples} samples at random would pass as private. 1e-5 or 1/(10 N) "
+                "are usual"
+            )
+
+    def multiplier(self, sample_rate: float, steps: int, before: Sequence[Phase] = ()) -> float:
+        """σ as given, or the smallest that reaches the target after so many steps."""
+        if self.noise_multiplier is not None:
+            return self.noise_multiplier
+        assert self.target_epsilon is not None
+        return noise_multiplier_for(
+            self.target_epsilon, self.delta, sample_rate=sample_rate, steps=steps, before=before
+        )
+
+    def check_unused(self, function: str, *names: str) -> None:
+        """Raise ArgumentError if a field that the function does not use is not its default."""
+        for field in dataclasses.fields(self):
+            if field.name in names and getattr(self, field.name) != field.default:
+                raise ArgumentError(
+                    f"{function} does not use {field.name}: leave it out of Privacy"
+                )
