@@ -20,8 +20,8 @@ from tangent_ops.privacy import Privacy, fit_private
 # Chosen on the validation images of seed 0, which are public here, at ε = 3, from the rates 1e-4,
 # 3e-4, 1e-3 and 2e-3 of AdamW; the test images had no say.
 LR = 1e-3
-BATCHES: dict[str, int] = {"expected_batch_size": 250, "steps": 20}
-QUICK: dict[str, int] = {"expected_batch_size": 40, "steps": 4}
+EXPECTED, STEPS = 250, 20
+QUICK = 40, 4
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -31,12 +31,14 @@ def demo(options: argparse.Namespace) -> None:
     tail, scored, private = prepared.tail, prepared.scored.tokens, prepared.shards[0].tokens
     console.print(f"\n{len(prepared.public)} public images, {len(private)} private ones")
     before = accuracy(tail, scored)
+    expected, steps = QUICK if options.quick else (EXPECTED, STEPS)
     privacy = Privacy(
         target_epsilon=options.epsilon,
         delta=1e-5,
         max_grad_norm=1.0,
         secure_mode=options.secure,
-        **(QUICK if options.quick else BATCHES),
+        expected_batch_size=expected,
+        steps=steps,
     )
     fitted = fit_private(tail, private, privacy, loss=LOSS, lr=LR, mode=options.mode)
     path = options.out / "private.safetensors"
