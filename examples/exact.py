@@ -21,7 +21,7 @@ from tangent_ops.delta import Delta
 from tangent_ops.exact import (
     Certificate,
     Influence,
-    ShardCurvature,
+    Problem,
     compose_lossless,
     fit_exact,
     forget_samples,
@@ -92,10 +92,12 @@ def run_exact(
 
     step(f"Exactly, on {size} images of each shard: what l2? Leave-one-out, without a refit")
     began = time.perf_counter()
-    influence = Influence(tail, union, L2S[0])
+    problem = Problem(tail, union, L2S[0])
+    influence = Influence(problem)
     validation = influence.cross_validate(L2S)
     best = min(validation, key=lambda row: row.loss)
     influence.l2 = best.l2
+    problem = problem.with_l2(best.l2)
     results.facts.append(
         f"Leave-one-out on {total} images chose l2 = {best.l2:g}: {len(L2S)} times {total} fits, "
         f"none of them run, in {time.perf_counter() - began:.0f} s."
@@ -103,7 +105,7 @@ def run_exact(
 
     step(f"The optimum on all {total} images, by conjugate gradients")
     _reset(tangent)
-    report = fit_exact(tail, union, best.l2, tol=0.02, **options)
+    report = fit_exact(problem, tol=0.02, **options)
     score("exact", f"exact fit, {total} images", total, report.seconds)
     whole = tangent.delta_dict()
     explain(influence, tail, scored, test, images, results)
@@ -111,16 +113,17 @@ def run_exact(
     step("The optimum of every shard, and their composition without loss")
     deltas = []
     began = time.perf_counter()
-    for part in parts:
+    problems = [Problem(tail, part, best.l2, progress=False) for part in parts]
+    for of_shard in problems:
         _reset(tangent)
-        fit_exact(tail, part, best.l2, tol=0.01, method="dual", progress=False)
+        fit_exact(of_shard, tol=0.01, method="dual")
         deltas.append(tangent.delta_dict())
     seconds = time.perf_counter() - began
     mean = compose(deltas)
     tangent.load_delta_dict(mean)
     score("composed", f"mean of {len(parts)} exact fits of {size}", total, seconds)
     began = time.perf_counter()
-    curvatures = [ShardCurvature(tail, part, best.l2, progress=False) for part in parts]
+    curvatures = [of_shard.curvature() for of_shard in problems]
     lossless = compose_lossless(deltas, curvatures, tol=1e-3)
     tangent.load_delta_dict(lossless)
     score("lossless", "their lossless composition", total, time.perf_counter() - began)
@@ -132,13 +135,13 @@ def run_exact(
 
     step(f"Forget shard {results.settings.forget}'s images, with a certificate")
     tangent.load_delta_dict(whole)
-    rest = [part for k, part in enumerate(parts, start=1) if k != results.settings.forget]
+    first = (results.settings.forget - 1) * size
     began = time.perf_counter()
-    delta, certificate = forget_samples(tail, ConcatDataset(rest), best.l2, tol=0.02, **options)
+    delta, certificate = forget_samples(problem, range(first, first + size), tol=0.02, **options)
     seconds = time.perf_counter() - began
     score("forgotten", f"{size} images forgotten", total - size, seconds)
     results.facts.append(certified(certificate, delta, tail, scored))
-    certificate.verify(progress=False)
+    certificate.verify()
     path = results.settings.out / "certificate.json"
     path.write_text(certificate.to_json() + "\n", encoding="utf-8")
 

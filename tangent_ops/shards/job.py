@@ -13,7 +13,7 @@ import torch
 
 from tangent_ops.delta import Delta, save_delta
 from tangent_ops.errors import TangentOpsError
-from tangent_ops.exact import fit_exact
+from tangent_ops.exact import Problem, fit_exact
 from tangent_ops.model.linearize import LinearizedModel
 from tangent_ops.shards.data import Samples
 from tangent_ops.shards.plan import Job, Plan
@@ -60,16 +60,7 @@ def _train(plan: Plan, job: Job, progress: bool) -> dict[str, Any]:
         delta = _private(tangent, data, recipe, progress)
     else:
         if recipe.method == "exact":
-            fit_exact(
-                tangent,
-                data,
-                recipe.l2,
-                recipe.tol,
-                loss=LOSSES[recipe.loss](),
-                batch_size=recipe.batch_size,
-                cache=recipe.cached,
-                progress=progress,
-            )
+            fit_exact(job_problem(tangent, data, recipe, progress), recipe.tol)
         else:
             history = fit(
                 tangent,
@@ -91,6 +82,19 @@ def _train(plan: Plan, job: Job, progress: bool) -> dict[str, Any]:
         delta = tangent.delta_dict()
     save(plan, job, delta)
     return found
+
+
+def job_problem(tangent: LinearizedModel, data: Samples, recipe: Recipe, progress: bool) -> Problem:
+    """What a job with the method "exact" solves."""
+    return Problem(
+        tangent,
+        data,
+        recipe.l2,
+        loss=LOSSES[recipe.loss](),
+        batch_size=recipe.batch_size,
+        cache=recipe.cached,
+        progress=progress,
+    )
 
 
 def job_data(plan: Plan, job: Job) -> Samples:

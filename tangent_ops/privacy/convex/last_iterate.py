@@ -7,16 +7,15 @@ early steps are forgotten, and the price stays finite however long the descent g
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
-from tangent_ops.data import Data, check_integer
+from tangent_ops.data import Data, check_integer, in_order
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError
-from tangent_ops.exact.problem import check_l2, in_order
+from tangent_ops.exact.problem import Cache, check_l2
 from tangent_ops.model.linearize import LinearizedModel
 from tangent_ops.privacy.accounting import Phase
 from tangent_ops.privacy.checks import check_contents, check_dataset, check_model
@@ -62,7 +61,7 @@ def fit_last_iterate(
     target: float = 15.0,
     normalizer: float | None = None,
     batch_size: int = 64,
-    cache: bool | str | os.PathLike[str] = False,
+    cache: Cache = False,
     device: str | torch.device | None = None,
     source: NoiseSource | None = None,
     public_preprocessing: bool = False,
@@ -138,7 +137,7 @@ def fit_last_iterate(
     )
     noise = objective.sensitivity * multiplier * last_iterate_growth(gap, steps)
     source = NoiseSource() if source is None else source
-    layout = objective.problem.layout
+    layout = objective.passes.layout
     iterate = layout.zeros()
     for _ in tqdm(range(steps), "private fit", unit="step", disable=not progress):
         iterate.sub_(objective.gradient(iterate), alpha=lr)
