@@ -156,7 +156,7 @@ def certify(problem: Problem, delta: Mapping[str, Tensor] | None = None) -> Cert
     check_problem(problem)
     tangent = problem.tangent
     kept = tangent.delta_dict() if delta is None else Delta(_copied(delta))
-    problem.flat(kept)  # the model is where it was, and the delta fits it
+    problem.flat(kept)  # raises unless the delta fits
     size = gradient_in_double(problem.passes, kept)
     return Certificate(
         distance_bound=size / problem.l2,

@@ -64,7 +64,7 @@ class Problem:
     """
 
     tangent: LinearizedModel
-    passes: Passes  # used by the other modules of this package
+    _passes: Passes
     _source: DataLoader
     _trunk: Trunk | None
     _digests: tuple[bytes, ...] | None  # of the samples that were cached
@@ -100,7 +100,7 @@ class Problem:
             digests = tuple(reading.digests)
         vars(self).update(
             tangent=tangent,
-            passes=passes,
+            _passes=passes,
             _source=source,
             _trunk=trunk,
             _digests=digests,
@@ -108,34 +108,48 @@ class Problem:
         )
 
     @property
+    def passes(self) -> Passes:
+        """Passes over the data, for the other modules of this package.
+
+        Raises:
+            ArgumentError: the model has been moved, cast or loaded since the problem was built.
+        """
+        moved = Layout.of(self.tangent) != self._passes.layout
+        if moved or (self.cached and self._anchor != self.tangent.fingerprint):
+            raise ArgumentError(
+                "tangent was moved, cast or loaded after this Problem was built: build a new one"
+            )
+        return self._passes
+
+    @property
     def l2(self) -> float:
         """The penalty's weight."""
-        return self.passes.l2
+        return self._passes.l2
 
     @property
     def loss(self) -> Loss:
         """The loss of logits and targets."""
-        return self.passes.loss
+        return self._passes.loss
 
     @property
     def quadratic(self) -> bool:
         """Whether the loss is quadratic in the logits."""
-        return self.passes.quadratic
+        return self._passes.quadratic
 
     @property
     def samples(self) -> int:
         """N, the number of samples."""
-        return self.passes.samples
+        return self._passes.samples
 
     @property
     def outputs(self) -> int:
         """C, the number of the model's outputs to a sample."""
-        return self.passes.outputs
+        return self._passes.outputs
 
     @property
     def parameters(self) -> int:
         """P, the number of entries of a delta."""
-        return self.passes.layout.size
+        return self._passes.layout.size
 
     @property
     def cached(self) -> bool:
@@ -148,14 +162,14 @@ class Problem:
 
         Of the data that were cached; without a cache the data are read for it.
         """
-        return self.read_sha256() if self._digests is None else _joined(self._digests)
+        return self.read_sha256() if self._digests is None else _sha256(self._digests)
 
     def read_sha256(self) -> str:
         """As `data_sha256`, of the data as they are now: they are read again."""
         reading = _Hashed(self._source)
         for _ in reading:
             pass
-        return _joined(reading.digests)
+        return _sha256(reading.digests)
 
     def without(self, ids: Sequence[int]) -> Problem:
         """The same problem without some of the samples; nothing is read or computed again.
@@ -172,7 +186,7 @@ class Problem:
         kept = [index for index in range(self.samples) if index not in gone]
         digests = self._digests
         return self._changed(
-            passes=self.passes.take(kept),
+            _passes=self.passes.take(kept),
             _source=subset(self._source, kept),
             _digests=None if digests is None else tuple(digests[index] for index in kept),
         )
@@ -189,21 +203,21 @@ class Problem:
         if isinstance(data, DataLoader):
             raise ArgumentError("data must be a Dataset of new samples, got a DataLoader")
         added = in_order(self._source, 1, in_order(data, 1).dataset)
-        more = Passes(Jacobian(self.tangent), added, self.l2, self.loss, self.passes.progress)
-        parts, digests = [self.passes.loader.dataset, added.dataset], self._digests
+        passes = self.passes
+        more = Passes(Jacobian(self.tangent), added, self.l2, self.loss, passes.progress)
+        entering, digests = added.dataset, self._digests
         if self._trunk is not None and digests is not None:
             reading = _Hashed(added)
-            parts[1] = cache_features(self._trunk, reading, progress=more.progress)
+            entering = cache_features(self._trunk, reading, progress=more.progress)
             digests = (*digests, *reading.digests)
-        whole = ConcatDataset([self._source.dataset, added.dataset])
         return self._changed(
-            passes=self.passes.changed(
-                loader=in_order(self.passes.loader, 1, ConcatDataset(parts)),
+            _passes=passes.changed(
+                loader=_joined(passes.loader, entering),
                 samples=self.samples + more.samples,
                 quadratic=self.quadratic and more.quadratic,
                 _read_once=False,
             ),
-            _source=in_order(self._source, 1, whole),
+            _source=_joined(self._source, added.dataset),
             _digests=digests,
         )
 
@@ -214,7 +228,7 @@ class Problem:
             ArgumentError: l2 is not positive.
         """
         check_l2(l2)
-        return self._changed(passes=self.passes.changed(l2=float(l2)))
+        return self._changed(_passes=self.passes.changed(l2=float(l2)))
 
     def curvature(self) -> ShardCurvature:
         """Products with the Hessian, as `compose_lossless` and `forget_without_data` take them.
@@ -241,16 +255,9 @@ class Problem:
         """A delta, or the model's present one, as a vector of its own.
 
         Raises:
-            ArgumentError: the model has been moved, cast or loaded since the problem was built.
             DeltaError: the delta does not fit the model.
         """
-        layout = self.passes.layout
-        same_anchor = self._anchor in (None, self.tangent.fingerprint)
-        if Layout.of(self.tangent) != layout or not same_anchor:
-            raise ArgumentError(
-                "tangent was moved, cast or loaded after this Problem was built: build a new one"
-            )
-        return layout.flat(self.tangent.deltas() if delta is None else delta)
+        return self.passes.layout.flat(self.tangent.deltas() if delta is None else delta)
 
     def entering(self, inputs: Tensor) -> Tensor:
         """What passes have in place of these inputs: what enters the cached model, or they."""
@@ -348,5 +355,9 @@ class _Hashed:
             yield batch
 
 
-def _joined(digests: Sequence[bytes]) -> str:
+def _joined(loader: DataLoader, dataset: Dataset[Any]) -> DataLoader:
+    return in_order(loader, 1, ConcatDataset([loader.dataset, dataset]))
+
+
+def _sha256(digests: Sequence[bytes]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()

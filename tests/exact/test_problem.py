@@ -69,6 +69,7 @@ def test_the_frozen_part_runs_once(dense: Dense, through_trunk: list[int], where
     problem = dense.problem(L2, cache=True if where == "memory" else tmp_path)
     assert problem.cached and sum(through_trunk) == SAMPLES
     fit_exact(problem, tol=1e-11)
+    assert close(dense.delta, dense.optimum(L2))
     certify(problem)
     Influence(problem).cross_validate([L2, 1.0])
     fit_exact(problem.with_l2(1.0))
@@ -86,11 +87,14 @@ def test_the_frozen_part_runs_once(dense: Dense, through_trunk: list[int], where
     assert sum(through_trunk) == SAMPLES + 3 * len(inputs)  # other inputs, and no sample again
 
 
-def test_only_new_samples_are_computed(dense: Dense, through_trunk: list[int]) -> None:
-    problem = dense.problem(L2, dense.kept(*STAY), cache=True)
+@pytest.mark.parametrize("cache", [False, True])
+def test_only_new_samples_are_computed(dense: Dense, through_trunk: list[int], cache) -> None:
+    dense.set(dense.optimum(L2, keep=STAY))
+    problem = dense.problem(L2, dense.kept(*STAY), cache=cache)
     delta, certificate = add_samples(problem, dense.kept(*GO), tol=1e-11)
     assert close(flat(delta), dense.optimum(L2))
-    assert sum(through_trunk) == SAMPLES
+    assert sum(through_trunk) == (SAMPLES if cache else 0)
+    assert certificate.samples == SAMPLES
     assert certificate.data == dense.problem(L2).data_sha256
     whole = problem.plus(dense.kept(*GO))
     assert whole.without(STAY).data_sha256 == dense.problem(L2, dense.kept(*GO)).data_sha256
@@ -149,8 +153,9 @@ def test_a_changed_model_or_data_are_noticed() -> None:
     with torch.no_grad():
         state = {name: value + 0.1 for name, value in dense.tangent.state_dict().items()}
     dense.tangent.load_state_dict(state)
-    with pytest.raises(ArgumentError, match="moved, cast or loaded"):
-        certify(problem)
+    for method in (fit_exact, certify, Influence, lambda p: p.curvature()({})):
+        with pytest.raises(ArgumentError, match="moved, cast or loaded"):
+            method(problem)
     certify(plain)  # keeps nothing of the model
     dense.tangent.float()
     with pytest.raises(ArgumentError, match="moved, cast or loaded"):

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import SAMPLES, Dense, flat, make
+from dense import Dense, flat, make
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -24,7 +24,6 @@ from tangent_ops.errors import (
 )
 from tangent_ops.exact import (
     Certificate,
-    add_samples,
     certify,
     fit_exact,
     forget_samples,
@@ -75,16 +74,6 @@ def test_the_bounds_hold_when_the_solve_is_loose(dense: Dense, loose: int) -> No
     assert (moved <= bounds).all() and (moved > 0).all()
     lengths = dense.rows(inputs).norm(dim=2)
     torch.testing.assert_close(bounds, certificate.distance_bound * lengths)
-
-
-def test_adding_samples_is_training_on_them(dense: Dense) -> None:
-    dense.set(dense.optimum(L2, keep=STAY))
-    delta, certificate = add_samples(
-        dense.problem(L2, dense.kept(*STAY)), dense.kept(*GO), tol=1e-11
-    )
-    exact = dense.optimum(L2)
-    assert size(flat(delta) - exact) <= 1e-10 * size(exact)
-    assert certificate.samples == SAMPLES
 
 
 def test_certificates_of_other_convex_losses(dense: Dense) -> None:
