@@ -155,7 +155,8 @@ def certify(problem: Problem, delta: Mapping[str, Tensor] | None = None) -> Cert
     """
     check_problem(problem)
     tangent = problem.tangent
-    kept = tangent.delta_dict() if delta is None else Delta(_copied(delta))
+    delta = tangent.delta_dict() if delta is None else delta
+    kept = Delta({name: value.detach().clone() for name, value in delta.items()})
     problem.flat(kept)  # raises unless the delta fits
     size = gradient_in_double(problem.passes, kept)
     return Certificate(
@@ -182,7 +183,3 @@ def gradient_in_double(passes: Passes, delta: Mapping[str, Tensor]) -> float:
     double = passes.in_double()
     _, gradient, _ = double.gradient(double.layout.flat(delta))
     return norm(gradient)
-
-
-def _copied(delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in delta.items()}

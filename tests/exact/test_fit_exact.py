@@ -24,17 +24,6 @@ from tangent_ops.exact.passes import Passes
 from tangent_ops.losses import RescaledSquareLoss
 
 
-@pytest.fixture(scope="module")
-def shared() -> Dense:
-    return make()
-
-
-@pytest.fixture
-def dense(shared: Dense) -> Dense:
-    shared.set(torch.zeros_like(shared.delta))
-    return shared
-
-
 def relative(found: Tensor, exact: Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 

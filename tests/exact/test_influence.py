@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import CLASSES, SAMPLES, Dense, make, softmax_hessians
+from dense import CLASSES, SAMPLES, Dense, softmax_hessians
 from small_models import images
 from torch import Tensor
 
@@ -27,11 +27,10 @@ EACH = RescaledSquareLoss(reduction="none")
 
 
 @pytest.fixture(scope="module")
-def dense() -> Dense:
+def dense(shared: Dense) -> Dense:
     """At the optimum of all samples."""
-    made = make()
-    made.set(made.optimum(L2))
-    return made
+    shared.set(shared.optimum(L2))
+    return shared
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ PARTS = [[0, 1, 2], [3, 4, 5, 6, 7], [8, 9, 10, 11]]  # unequal, and of unequal 
 
 
 @pytest.fixture(scope="module")
-def dense() -> Dense:
-    return make()
+def dense(shared: Dense) -> Dense:
+    return shared
 
 
 @pytest.fixture(scope="module")

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-from dense import CLASSES, SAMPLES, Dense, make
+from dense import CLASSES, SAMPLES, Dense
 
 from tangent_ops.exact import fit_exact
 from tangent_ops.exact.nystrom import Nystrom, default_rank, sketch_samples
 
 L2 = 1e-3
-
-
-@pytest.fixture(scope="module")
-def dense() -> Dense:
-    return make()
 
 
 def test_it_inverts_the_leading_part_of_the_hessian(dense: Dense) -> None:

@@ -36,14 +36,8 @@ STAY, GO = list(range(9)), [9, 10, 11]
 
 @pytest.fixture(scope="module")
 def shared() -> Dense:
+    """Of the last norm and the head."""
     return make(trainable=r"^(norm|head)\.")
-
-
-@pytest.fixture
-def dense(shared: Dense) -> Dense:
-    """Of the last norm and the head; at zero."""
-    shared.set(torch.zeros_like(shared.delta))
-    return shared
 
 
 @pytest.fixture

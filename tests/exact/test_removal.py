@@ -35,11 +35,6 @@ L2 = 0.05
 STAY, GO = list(range(9)), [9, 10, 11]
 
 
-@pytest.fixture(scope="module")
-def shared() -> Dense:
-    return make()
-
-
 @pytest.fixture
 def dense(shared: Dense) -> Dense:
     """At the optimum of all samples."""
