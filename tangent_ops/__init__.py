@@ -9,7 +9,8 @@ from tangent_ops.exact import Influence, compose_lossless, fit_exact, forget_sam
 from tangent_ops.functional import scaled_dot_product_attention
 from tangent_ops.model.features import CachedFeatures, cache_features
 from tangent_ops.model.gradient_basis import gradient_basis
-from tangent_ops.model.linearize import LinearizedModel, last_blocks, linearize
+from tangent_ops.model.linearize import last_blocks, linearize
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.ops.forward_ad import fused_forward_ad
 from tangent_ops.ops.nn import TangentAttention
 from tangent_ops.training.fit import History, fit, fit_head

@@ -35,7 +35,7 @@ from tangent_ops.files import (
 )
 
 if TYPE_CHECKING:
-    from tangent_ops.model.linearize import LinearizedModel
+    from tangent_ops.model.linearized import LinearizedModel
 
 FORMAT = "tangent-ops delta"
 FORMAT_VERSIONS = ("1", "2")  # 2: of low rank; a release that knows full deltas alone refuses it

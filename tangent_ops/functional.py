@@ -15,14 +15,13 @@ is left is computed here, primal and tangent together:
 Attention alone goes further: see :func:`scaled_dot_product_attention`.
 """
 
+from tangent_ops.ops.activation import gelu, silu
 from tangent_ops.ops.attention.api import scaled_dot_product_attention
 from tangent_ops.ops.convolution import convolution
 from tangent_ops.ops.gated import geglu, swiglu
-from tangent_ops.ops.gelu import gelu
-from tangent_ops.ops.layer_norm import add_layer_norm, layer_norm
+from tangent_ops.ops.layer_norm import add_layer_norm
 from tangent_ops.ops.linear import linear
-from tangent_ops.ops.rms_norm import rms_norm
-from tangent_ops.ops.silu import silu
+from tangent_ops.ops.norm import layer_norm, rms_norm
 from tangent_ops.ops.softmax import softmax
 
 __all__ = [

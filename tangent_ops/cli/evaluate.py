@@ -14,7 +14,7 @@ from tangent_ops.cli.config import Config
 from tangent_ops.cli.messages import errors, hidden, say
 
 if TYPE_CHECKING:
-    from tangent_ops.model.linearize import LinearizedModel
+    from tangent_ops.model.linearized import LinearizedModel
     from tangent_ops.shards import Plan
 
 

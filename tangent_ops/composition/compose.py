@@ -25,7 +25,7 @@ from tangent_ops.delta import (
 )
 from tangent_ops.errors import ArgumentError, DeltaError
 from tangent_ops.losses import Loss
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 
 
 def compose(

@@ -31,7 +31,7 @@ from tangent_ops.losses import (
     loss_gradient,
     loss_product,
 )
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.ops.levels import functional_call
 
 

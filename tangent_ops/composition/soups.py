@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tangent_ops.data import Data
 from tangent_ops.errors import ArgumentError
 from tangent_ops.evaluate import accuracy
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 
 State = Mapping[str, Tensor]
 

@@ -17,7 +17,7 @@ from tangent_ops.exact.layout import norm
 from tangent_ops.exact.passes import Passes
 from tangent_ops.exact.problem import Problem, check_problem
 from tangent_ops.losses import loss_name
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 
 METHOD = "gradient over the data, in float64"
 CACHED = "; what enters the first trained block was computed in the model's precision"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.exact.layout import Layout
 from tangent_ops.losses import at_least_single
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.ops.levels import functional_call
 
 

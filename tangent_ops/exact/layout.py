@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tangent_ops.delta import check_layout, check_values
 from tangent_ops.errors import ArgumentError
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from tangent_ops.exact.passes import Passes, subset
 from tangent_ops.files import add_tensor
 from tangent_ops.losses import Loss, RescaledSquareLoss, loss_name
 from tangent_ops.model.features import Trunk, cache_features
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 
 Cache = bool | str | os.PathLike[str]
 

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.files import write_atomically, write_safetensors
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.ops.forward_ad import fused_calls
 from tangent_ops.ops.levels import in_own_level
 from tangent_ops.ops.reference.attention import attention, attention_jvp

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tangent_ops.data import Data, as_loader, place, unpack
 from tangent_ops.errors import ArgumentError, NonFiniteLossError
 from tangent_ops.losses import RescaledSquareLoss
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.model.low_rank import check_rank, delta_dtype, has_low_rank, matrix_shape
 from tangent_ops.model.trainable import Trainable, choose
 

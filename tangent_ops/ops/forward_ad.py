@@ -14,24 +14,22 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.ops.activation import gelu, silu
 from tangent_ops.ops.attention.api import scaled_dot_product_attention
 from tangent_ops.ops.backend import Backend, in_forward_ad, may_be_dual
 from tangent_ops.ops.batch_norm import NORMS, normalize_channels
 from tangent_ops.ops.checkpoint_guard import CheckpointGuard
 from tangent_ops.ops.composed import glu, hardsigmoid, normalize
 from tangent_ops.ops.convolution import convolution
-from tangent_ops.ops.gelu import gelu
-from tangent_ops.ops.layer_norm import layer_norm, native_layer_norm
 from tangent_ops.ops.levels import enter_block, is_compiling, leave_block
 from tangent_ops.ops.linear import linear
+from tangent_ops.ops.norm import layer_norm, native_layer_norm, rms_norm
 from tangent_ops.ops.pytorch_rules import (
     FACTORIZING,
     OVERWRITING,
     out_of_place,
     refuse_factorizations,
 )
-from tangent_ops.ops.rms_norm import rms_norm
-from tangent_ops.ops.silu import silu
 from tangent_ops.ops.softmax import softmax
 
 

@@ -23,7 +23,7 @@ from tangent_ops.data import unpack
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.files import add_tensor
 from tangent_ops.model.features import CachedFeatures
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 
 STANDARD = 1e-4  # closer than this to mean 0 and deviation 1 no data come by chance
 WHITENING = ("LinearTransformation",)  # torchvision's: its matrix is made from data

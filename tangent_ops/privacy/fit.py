@@ -20,7 +20,7 @@ from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError
 from tangent_ops.losses import Loss, MeanOfSamples, RescaledSquareLoss
 from tangent_ops.model.features import cache_features
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.privacy.accounting import Phase, noise_multiplier_for
 from tangent_ops.privacy.checks import (
     check_contents,

@@ -14,7 +14,7 @@ import torch
 from tangent_ops.delta import Delta, save_delta
 from tangent_ops.errors import TangentOpsError
 from tangent_ops.exact import Problem, fit_exact
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.shards.data import Samples
 from tangent_ops.shards.plan import Job, Plan
 from tangent_ops.shards.recipe import LOSSES, Recipe

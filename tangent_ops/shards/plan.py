@@ -16,7 +16,8 @@ from typing import Any
 
 from tangent_ops.errors import ArgumentError, PlanError
 from tangent_ops.files import to_json, write_atomically
-from tangent_ops.model.linearize import LinearizedModel, linearize
+from tangent_ops.model.linearize import linearize
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.shards.anchor import AnchorInfo, load_anchor, read_anchor
 from tangent_ops.shards.data import ImageData, Samples
 from tangent_ops.shards.disjoint import check_disjoint, check_private, check_public

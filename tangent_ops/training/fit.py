@@ -23,7 +23,7 @@ from tangent_ops.delta import fingerprint
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.model.features import cache_features
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.training.head import PreLogits, zero_head
 from tangent_ops.training.options import OPTIMIZERS, SCHEDULES, Loss, Options
 from tangent_ops.training.processes import (

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.model.checkpointing import find_blocks
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.ops.levels import is_compiling
 from tangent_ops.training.processes import Group
 

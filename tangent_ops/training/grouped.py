@@ -21,7 +21,7 @@ from tangent_ops.data import Data, as_loader, place, unpack
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.losses import RescaledSquareLoss
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.ops.attention.frozen import frozen_attention
 from tangent_ops.ops.levels import functional_call
 from tangent_ops.training.fit import _cached, _seeded

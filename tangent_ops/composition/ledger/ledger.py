@@ -25,7 +25,7 @@ from tangent_ops.errors import ArgumentError, LedgerError
 from tangent_ops.files import sync_folder
 
 if TYPE_CHECKING:
-    from tangent_ops.model.linearize import LinearizedModel
+    from tangent_ops.model.linearized import LinearizedModel
 
 DATABASE = "ledger.sqlite"
 LONGEST_ID = 200

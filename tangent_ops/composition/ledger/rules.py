@@ -15,7 +15,7 @@ from tangent_ops.errors import ArgumentError, DeltaError
 from tangent_ops.files import dtype_name, to_json
 
 if TYPE_CHECKING:
-    from tangent_ops.model.linearize import LinearizedModel
+    from tangent_ops.model.linearized import LinearizedModel
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 

@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 
 from tangent_ops.data import check_integer
 from tangent_ops.errors import ArgumentError
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.privacy.auditing.audit import Audit, audit, check_runs
 from tangent_ops.privacy.auditing.canary import canary_score, make_canary
 from tangent_ops.privacy.checks import check_dataset, check_model, check_positive

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tangent_ops.delta import check_layout
 from tangent_ops.errors import ArgumentError
 from tangent_ops.losses import Loss, RescaledSquareLoss
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.ops.levels import functional_call
 
 

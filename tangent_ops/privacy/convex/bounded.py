@@ -28,7 +28,7 @@ from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.passes import Passes
 from tangent_ops.exact.problem import Cache, check_l2, check_tangent
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.privacy.convex.jacobian_norms import batch_norms, entering, norms_bar
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

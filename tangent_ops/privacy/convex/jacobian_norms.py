@@ -13,7 +13,7 @@ from tangent_ops.data import Data, in_order, place, unpack
 from tangent_ops.errors import ArgumentError
 from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.problem import Cache, cached, check_tangent
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 
 _COLUMNS = 1 << 16  # of J that are in float64 at a time
 

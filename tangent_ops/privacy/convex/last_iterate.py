@@ -16,7 +16,7 @@ from tangent_ops.data import Data, check_integer, in_order
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError
 from tangent_ops.exact.problem import Cache, check_l2
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.privacy.accounting import Phase
 from tangent_ops.privacy.checks import check_contents, check_dataset, check_model
 from tangent_ops.privacy.convex.bounded import Bounds, Objective

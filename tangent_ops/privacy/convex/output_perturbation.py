@@ -17,7 +17,7 @@ from tangent_ops.exact.layout import norm
 from tangent_ops.exact.nystrom import preconditioner
 from tangent_ops.exact.problem import Cache
 from tangent_ops.exact.search import Search
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.privacy.accounting import Phase
 from tangent_ops.privacy.checks import check_contents, check_dataset, check_model
 from tangent_ops.privacy.convex.bounded import Bounds, Objective

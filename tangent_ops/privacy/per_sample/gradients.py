@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.losses import Loss, MeanOfSamples, RescaledSquareLoss, loss_gradient
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.privacy.per_sample.layers import Layer, make_layer
 from tangent_ops.privacy.per_sample.taps import Pass
 from tangent_ops.privacy.per_sample.whole import Whole

@@ -18,7 +18,7 @@ from torch.autograd.function import FunctionCtx
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.exact.jacobian import Pair
 from tangent_ops.losses import at_least_single
-from tangent_ops.model.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.ops.levels import functional_call, in_turn
 
 
