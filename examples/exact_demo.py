@@ -37,7 +37,7 @@ from tangent_ops import LinearizedModel, accuracy, compose
 from tangent_ops.delta import Delta
 from tangent_ops.exact import (
     Influence,
-    ShardCurvature,
+    Problem,
     compose_lossless,
     fit_exact,
     forget_samples,
@@ -55,7 +55,6 @@ def demo(options: argparse.Namespace) -> None:
     prepared = prepare(model, deal(images, options), options.seed)
     tail, shards = prepared.tail, [part.tokens for part in prepared.shards]
     union: Any = ConcatDataset(shards)
-    zero = tail.delta_dict()
     facts: list[str] = []
     rows: list[Row] = []
 
@@ -65,7 +64,7 @@ def demo(options: argparse.Namespace) -> None:
 
     score("anchor", "head only, public images", 0, prepared.seconds)
     step(f"Choose l2 on {len(union)} images by leave-one-out, without a refit")
-    influence = Influence(tail, union, L2S[0])
+    influence = Influence(Problem(tail, union, L2S[0]))
     validation, seconds = timed(lambda: influence.cross_validate(L2S))
     l2 = influence.l2 = min(validation, key=lambda row: row.loss).l2
     facts.append(
@@ -74,7 +73,8 @@ def demo(options: argparse.Namespace) -> None:
     )
 
     step(f"Fit all {len(union)} images to the optimum, by conjugate gradients")
-    report = fit_exact(tail, union, l2, **OPTIONS)
+    problem = Problem(tail, union, l2)
+    report = fit_exact(problem, **OPTIONS)
     score("exact", f"exact fit of {len(union)} images", len(union), report.seconds)
     whole = tail.delta_dict()
     facts += explain(influence, prepared, options)
@@ -82,16 +82,16 @@ def demo(options: argparse.Namespace) -> None:
     step("Fit every shard to its optimum, and compose without loss")
     deltas = []
     began = time.perf_counter()
-    for shard in shards:
-        tail.load_delta_dict(zero)
-        fit_exact(tail, shard, l2, tol=0.01, method="dual", progress=False)
+    problems = [Problem(tail, shard, l2, progress=False) for shard in shards]
+    for one in problems:
+        tail.zero_()
+        fit_exact(one, tol=0.01, method="dual")
         deltas.append(tail.delta_dict())
     mean = compose(deltas)
     tail.load_delta_dict(mean)
     score("exact", f"mean of {len(shards)} exact fits", len(union), time.perf_counter() - began)
     began = time.perf_counter()
-    curvatures = [ShardCurvature(tail, shard, l2, progress=False) for shard in shards]
-    lossless = compose_lossless(deltas, curvatures, tol=1e-3)
+    lossless = compose_lossless(deltas, [one.curvature() for one in problems], tol=1e-3)
     tail.load_delta_dict(lossless)
     score("exact", "their lossless composition", len(union), time.perf_counter() - began)
     facts.append(
@@ -103,10 +103,11 @@ def demo(options: argparse.Namespace) -> None:
     step(f"Forget the images of shard {options.forget}, with a certificate")
     tail.load_delta_dict(whole)
     gone = shards[options.forget - 1]
-    rest = ConcatDataset([shard for shard in shards if shard is not gone])
-    (delta, certificate), seconds = timed(lambda: forget_samples(tail, rest, l2, **OPTIONS))
-    score("forgotten", f"{len(gone)} images forgotten", len(rest), seconds)
-    certificate.verify(progress=False)
+    first_of_gone = sum(len(shard) for shard in shards[: options.forget - 1])
+    ids = range(first_of_gone, first_of_gone + len(gone))
+    (delta, certificate), seconds = timed(lambda: forget_samples(problem, ids, **OPTIONS))
+    score("forgotten", f"{len(gone)} images forgotten", len(union) - len(gone), seconds)
+    certificate.verify(problem.without(ids), delta)
     (options.out / "certificate.json").write_text(certificate.to_json() + "\n", encoding="utf-8")
     first = prepared.scored.tokens[0][0][None]
     facts.append(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from tangent_ops.errors import ArgumentError
 
@@ -39,6 +39,33 @@ def as_loader(data: Data, batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
     # generator keeps the loader from drawing a worker seed from the caller's.
     generator = None if shuffle else torch.Generator()
     return DataLoader(data, batch_size=batch_size, shuffle=shuffle, generator=generator)
+
+
+def in_order(data: Data, batch_size: int, dataset: Dataset[Any] | None = None) -> DataLoader[Any]:
+    """Give a loader that yields every sample, in the data set's own order.
+
+    Args:
+        data: a Dataset with indices, or a DataLoader, whose batch size, workers and collation are
+            kept.
+        batch_size: of a Dataset.
+        dataset: read instead of the data's own, in the same batches.
+
+    Raises:
+        ArgumentError: as `as_loader`; or a data set that is a stream.
+    """
+    loader = as_loader(data, batch_size, shuffle=False)
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+        raise ArgumentError(
+            "data must be a Dataset with indices, or a DataLoader of one that makes batches: "
+            "the samples are read in order, many times"
+        )
+    return DataLoader(
+        loader.dataset if dataset is None else dataset,
+        batch_size=loader.batch_size or batch_size,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        generator=torch.Generator(),  # else the loader would draw from the caller's
+    )
 
 
 def check_integer(name: str, value: object, low: int) -> None:

@@ -7,6 +7,7 @@ and that is tested on the loss alone, with a few numbers per sample.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 import torch
@@ -100,6 +101,12 @@ def _one_hot(targets: Tensor, classes: int) -> Tensor:
         raise ArgumentError(
             f"targets must be class indices from 0 to {classes - 1}: {error}"
         ) from error
+
+
+def loss_name(loss: object) -> str:
+    """A loss in words that are the same in another process."""
+    name = getattr(loss, "__qualname__", None)
+    return name or re.sub(r" at 0x[0-9a-f]+", "", repr(loss))
 
 
 def at_least_single(logits: Tensor) -> Tensor:

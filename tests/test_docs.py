@@ -13,6 +13,7 @@ from small_models import images, vit
 from torch.utils.data import Subset, TensorDataset
 
 import tangent_ops
+from tangent_ops.exact import Problem
 from tangent_ops.ops.backend import interpreting
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -62,7 +63,7 @@ def setting() -> dict[str, Any]:
     for name, shard in shards.items():
         for delta in tangent.deltas().values():
             delta.data.zero_()
-        tangent_ops.fit_exact(tangent, shard, l2=10.0, progress=False)
+        tangent_ops.fit_exact(Problem(tangent, shard, l2=10.0, progress=False))
         shard_deltas[name] = tangent.delta_dict()
     return {
         "model": model,

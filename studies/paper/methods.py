@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from studies.paper.tail import ClassTokenTail
 from tangent_ops import CachedFeatures, LinearizedModel, fit, fit_exact, linearize
 from tangent_ops.errors import NotConvergedWarning
+from tangent_ops.exact import Problem
 from tangent_ops.losses import RescaledSquareLoss
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
@@ -111,7 +112,7 @@ def exact(start: Start, l2: float) -> nn.Module:
     model = linearize(start.tail)
     with warnings.catch_warnings():
         warnings.simplefilter("error", NotConvergedWarning)
-        fit_exact(model, start.train, l2, EXACT_TOLERANCE, batch_size=128, progress=False)
+        fit_exact(Problem(model, start.train, l2, batch_size=128, progress=False), EXACT_TOLERANCE)
     return model
 
 

@@ -1,15 +1,18 @@
-"""What linearity buys, exactly: fits with a bound, lossless composition, removal, influence.
+"""Exact methods for tangent models: fits with a bound, lossless composition, removal, influence.
 
-With a quadratic loss, fine-tuning a tangent model is ridge regression with the features J(x): what
-is a heuristic elsewhere is a theorem here. Nothing forms J, unless it says so: an iteration is one
-jvp and one vjp over the data, in O(P) memory.
+All take a `Problem`: a model, data, a loss and a penalty. With a quadratic loss, fine-tuning a
+tangent model is ridge regression with the features J(x), and what is a heuristic for other models
+is a theorem. J is formed only where the docstring says so: an iteration is one jvp and one vjp over
+the data, in O(P) memory.
 """
 
 from tangent_ops.exact.certificate import Certificate, certify
+from tangent_ops.exact.curvature import ShardCurvature
 from tangent_ops.exact.fit import ExactFit, fit_exact
 from tangent_ops.exact.influence import CrossValidation, Influence
 from tangent_ops.exact.loo import first_order_scores, leave_one_out
-from tangent_ops.exact.lossless import ShardCurvature, compose_lossless
+from tangent_ops.exact.lossless import compose_lossless
+from tangent_ops.exact.problem import Problem
 from tangent_ops.exact.removal import (
     Noised,
     add_samples,
@@ -25,6 +28,7 @@ __all__ = [
     "ExactFit",
     "Influence",
     "Noised",
+    "Problem",
     "ShardCurvature",
     "add_samples",
     "certify",

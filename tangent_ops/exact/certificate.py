@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tangent_ops.data import Data
 from tangent_ops.delta import Delta, fingerprint
 from tangent_ops.errors import ArgumentError, CertificateError
 from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.layout import norm
-from tangent_ops.exact.problem import Problem
-from tangent_ops.exact.search import loss_name
-from tangent_ops.losses import Loss
+from tangent_ops.exact.passes import Passes
+from tangent_ops.exact.problem import Problem, check_problem
+from tangent_ops.losses import loss_name
 from tangent_ops.model.linearized import LinearizedModel
 
 METHOD = "gradient over the data, in float64"
@@ -42,11 +40,11 @@ class Certificate:
         l2: the penalty's weight.
         samples: N.
         loss: the loss, in words.
-        method: how the gradient was had.
+        method: how the gradient was computed.
         assumes: what has to be true for the bound to hold.
         anchor: `fingerprint` of the anchor.
         delta: `fingerprint` of the delta.
-        data: SHA-256 of inputs and targets in order; None if they were not here.
+        data: `Problem.data_sha256`; None if the data were not at hand.
     """
 
     distance_bound: float
@@ -59,7 +57,8 @@ class Certificate:
     anchor: str
     delta: str
     data: str | None
-    _made_of: _MadeOf | None = field(default=None, repr=False, compare=False)
+    _problem: Problem | None = field(default=None, repr=False, compare=False)
+    _kept: Delta | None = field(default=None, repr=False, compare=False)
 
     def logit_bound(self, tangent: LinearizedModel, inputs: Tensor) -> Tensor:
         """How far each logit of each input can be from the optimum's: ‖J(x)ᵀ e_c‖ times the bound.
@@ -79,51 +78,36 @@ class Certificate:
         return self.distance_bound * torch.stack(bounds)
 
     def verify(
-        self,
-        tangent: LinearizedModel | None = None,
-        data: Data | None = None,
-        delta: Mapping[str, Tensor] | None = None,
-        *,
-        loss: Loss | None = None,
-        batch_size: int = 64,
-        cache: bool | str | os.PathLike[str] | None = None,
-        progress: bool = True,
+        self, problem: Problem | None = None, delta: Mapping[str, Tensor] | None = None
     ) -> Certificate:
         """Compute the bound anew, in float64, and compare, but for rounding: 1e-9 ‖Δ‖.
 
-        Without arguments, with what the certificate was made of; one that was read from JSON needs
-        them. `cache` is that of `certify`, and has to be the same.
+        The data are read again, and have to be the same. What a problem has cached is not computed
+        again: pass a new `Problem` to check that, too.
+
+        Args:
+            problem: what the certificate is about, with `cache` as it was.
+            delta: what the certificate is about. Both may be left out where the certificate was
+                made; one that was read from JSON needs them.
 
         Returns:
             The new certificate.
 
         Raises:
             ArgumentError: arguments are missing.
-            CertificateError: another anchor, delta, data or loss, or a larger bound.
+            CertificateError: another anchor, delta, data, loss or l2, or a larger bound.
         """
-        if self._made_of is not None:
-            made = self._made_of
-            tangent = made.tangent if tangent is None else tangent
-            data = made.data if data is None else data
-            delta = made.delta if delta is None else delta
-            loss = made.loss if loss is None else loss
-            cache = made.cache if cache is None else cache
-        if tangent is None or data is None or delta is None:
+        problem = self._problem if problem is None else problem
+        delta = self._kept if delta is None else delta
+        if problem is None or delta is None:
             raise ArgumentError(
-                "verify needs tangent, data and delta, for a certificate that was read from JSON, "
-                "or that was made without the data"
+                "verify needs problem and delta, for a certificate that was read from JSON, or "
+                "that was made without the data"
             )
-        fresh = certify(
-            tangent,
-            data,
-            self.l2,
-            delta,
-            loss=loss,
-            batch_size=batch_size,
-            cache=cache or False,
-            progress=progress,
-        )
-        for name in ("anchor", "delta", "loss", "samples", "data", "method"):
+        fresh = certify(problem, delta)
+        if problem.cached:
+            fresh = replace(fresh, data=problem.read_sha256())
+        for name in ("anchor", "delta", "loss", "l2", "samples", "data", "method"):
             claimed, found = getattr(self, name), getattr(fresh, name)
             if claimed is not None and claimed != found:
                 raise CertificateError(f"the certificate is for another {name}: {claimed}, {found}")
@@ -137,9 +121,8 @@ class Certificate:
         return fresh
 
     def to_json(self) -> str:
-        """Everything but what it was made of."""
-        record = asdict(replace(self, _made_of=None))
-        del record["_made_of"]
+        """Give all that is public, as JSON."""
+        record = {item.name: getattr(self, item.name) for item in fields(self) if item.compare}
         return json.dumps(record, indent=2, ensure_ascii=False)
 
     @classmethod
@@ -156,63 +139,47 @@ class Certificate:
             raise ArgumentError(f"text is no certificate's JSON: {error}") from error
 
 
-@dataclass(frozen=True)
-class _MadeOf:
-    tangent: LinearizedModel
-    data: Data
-    delta: Delta
-    loss: Loss | None
-    cache: bool | str | os.PathLike[str]
+def certify(problem: Problem, delta: Mapping[str, Tensor] | None = None) -> Certificate:
+    """Bound the distance of a delta from the problem's optimum, that of `fit_exact`.
 
-
-def certify(
-    tangent: LinearizedModel,
-    data: Data,
-    l2: float,
-    delta: Mapping[str, Tensor] | None = None,
-    *,
-    loss: Loss | None = None,
-    batch_size: int = 64,
-    cache: bool | str | os.PathLike[str] = False,
-    progress: bool = True,
-) -> Certificate:
-    """Bound the distance of a delta from the optimum of `fit_exact`'s problem on these data.
-
-    One pass over the data in float64, with a copy of the model.
+    One pass over the data in float64, with a copy of the model; what was cached stays in the
+    model's own precision.
 
     Args:
-        tangent: the model.
-        data: as in `fit_exact`.
-        l2: as in `fit_exact`.
+        problem: model, data, loss and penalty.
         delta: the delta; None for the model's own.
-        loss: as in `fit_exact`.
-        batch_size: of a Dataset.
-        cache: as in `fit_exact`; the cached part is computed in the model's own precision.
-        progress: show a bar while features are cached.
 
     Raises:
-        ArgumentError: as in `fit_exact`.
+        ArgumentError: problem is no `Problem`, or its model was moved.
         DeltaError: the delta does not fit the model.
     """
+    check_problem(problem)
+    tangent = problem.tangent
     delta = tangent.delta_dict() if delta is None else delta
-    own = Problem(tangent, data, l2, loss, batch_size=batch_size, cache=cache, progress=progress)
-    problem = own.in_double()
-    _, gradient, _ = problem.gradient(problem.layout.flat(delta))
-    size = norm(gradient)
     kept = Delta({name: value.detach().clone() for name, value in delta.items()})
+    problem.flat(kept)  # raises unless the delta fits
+    size = gradient_in_double(problem.passes, kept)
     return Certificate(
         distance_bound=size / problem.l2,
         gradient_norm=size,
         l2=problem.l2,
         samples=problem.samples,
         loss=loss_name(problem.loss),
-        method=METHOD if cache is False else METHOD + CACHED,
+        method=METHOD + CACHED if problem.cached else METHOD,
         assumes=(
             "the loss is convex in the logits",
             "the anchor does not depend on data that are not among these",
         ),
         anchor=tangent.fingerprint,
         delta=fingerprint(kept),
-        data=own.data_sha256,
-        _made_of=_MadeOf(tangent, data, kept, loss, cache),
+        data=problem.data_sha256,
+        _problem=problem,
+        _kept=kept,
     )
+
+
+def gradient_in_double(passes: Passes, delta: Mapping[str, Tensor]) -> float:
+    """‖∇F(Δ)‖, computed in float64 with a copy of the model."""
+    double = passes.in_double()
+    _, gradient, _ = double.gradient(double.layout.flat(delta))
+    return norm(gradient)

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
-from tangent_ops.data import Data, check_integer
+from tangent_ops.data import check_integer
 from tangent_ops.errors import ArgumentError, NotConvergedWarning
 from tangent_ops.exact.checkpoint import Checkpoint, check_path
 from tangent_ops.exact.layout import norm
 from tangent_ops.exact.nystrom import check_rank, default_rank, preconditioner
-from tangent_ops.exact.problem import Problem
-from tangent_ops.exact.search import Search, identity
+from tangent_ops.exact.problem import Problem, check_problem, check_tolerance
+from tangent_ops.exact.search import Search
 from tangent_ops.exact.tangent_kernel import solve_dual
-from tangent_ops.losses import Loss
-from tangent_ops.model.linearized import LinearizedModel
+from tangent_ops.files import bytes_of
+from tangent_ops.losses import loss_name
 
 METHODS = ("cg", "dual")
 
@@ -56,23 +57,16 @@ class ExactFit:
 
 
 def fit_exact(
-    tangent: LinearizedModel,
-    data: Data,
-    l2: float,
+    problem: Problem,
     tol: float = 1e-3,
     *,
-    loss: Loss | None = None,
     method: str = "cg",
-    batch_size: int = 64,
     max_iterations: int = 1000,
     rank: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 10,
-    cache: bool | str | os.PathLike[str] = False,
-    device: str | torch.device | None = None,
-    progress: bool = True,
 ) -> ExactFit:
-    """Move the deltas to the minimum of mean loss + l2/2 ‖Δ‖², from where they are.
+    """Move the model's deltas to the minimum of mean loss + l2/2 ‖Δ‖², from where they are.
 
     The objective is that of `fit`. With a quadratic loss it is a ridge regression: conjugate
     gradients, one jvp and one vjp over the data to an iteration, in O(P) memory. With another
@@ -81,44 +75,35 @@ def fit_exact(
     the distance to the optimum (Boyd, Vandenberghe, "Convex Optimization", 2004, eq. 9.11).
 
     Args:
-        tangent: its deltas are where it starts, and are set at the end.
-        data: as in `fit`, read in the data set's own order; without random augmentation.
-        l2: positive.
+        problem: model, data, loss and penalty. The present deltas are the start.
         tol: ends with ‖Δ - Δ*‖ <= tol ‖Δ*‖, guaranteed by that bound.
-        loss: the mean over a batch of a convex loss of each sample; None for
-            `RescaledSquareLoss()`.
         method: "cg"; or "dual": the kernel solution by the N C x N C matrix J Jᵀ, the empirical
             neural tangent kernel, for quadratic losses and N C up to some thousands, wherever the
             deltas are; what rounding leaves of it is removed by conjugate gradients.
-        batch_size: of a Dataset; a DataLoader has its own.
         max_iterations: of conjugate gradients, in all.
         rank: of the Nyström preconditioner (`tangent_ops.exact.nystrom`); None for up to 64, as
             far as 1 GiB holds it; 0 for none.
-        checkpoint: a file to go on from if it is there, and to keep up to date: after an
+        checkpoint: a file to go on from if it exists, and to keep up to date: after an
             interruption the result is the same, bit for bit on a CPU. It is removed at the end.
         checkpoint_every: iterations between two writings.
-        cache: as in `fit`.
-        device: moves the model there first.
-        progress: show a progress bar.
 
     Returns:
         How it ended; see `ExactFit.converged`.
 
     Raises:
-        ArgumentError: an argument other than these; a loss that is not convex, or not the mean of
-            the samples' own, as class weights and ignored targets make it; a checkpoint of another
-            problem.
-        UnsupportedError: cache, for a model that cannot be split; dual, for another loss.
+        ArgumentError: an argument out of range; targets of which the loss is not the mean; a
+            checkpoint of another problem.
+        UnsupportedError: dual, for a loss that is not quadratic.
         NonFiniteLossError: the objective is NaN or infinite; the deltas are as before.
 
     Warns:
         NotConvergedWarning: the iterations were spent, or rounding ended the progress.
     """
     began = time.perf_counter()
+    check_problem(problem)
     if method not in METHODS:
         raise ArgumentError(f"method must be one of {[*METHODS]}, got {method!r}")
-    if not 0 < tol < 1:
-        raise ArgumentError(f"tol must be between 0 and 1, got {tol}")
+    check_tolerance(tol)
     check_integer("max_iterations", max_iterations, 1)
     check_integer("checkpoint_every", checkpoint_every, 1)
     check_rank(rank)
@@ -126,31 +111,22 @@ def fit_exact(
         check_path(checkpoint)
         if method == "dual":
             raise ArgumentError("checkpoint is for method='cg': the dual solution is one solve")
-    problem = Problem(
-        tangent,
-        data,
-        l2,
-        loss,
-        batch_size=batch_size,
-        cache=cache,
-        device=device,
-        progress=progress,
-    )
-    start = problem.layout.flat(tangent.deltas(), "the start")
+    passes = problem.passes
+    start = problem.flat()
     file = None
     if method == "dual":
-        start, rank = solve_dual(problem), 0
+        start, rank = solve_dual(passes), 0
     else:
-        rank = default_rank(problem) if rank is None else min(rank, problem.layout.size)
-    make = functools.partial(preconditioner, problem, rank)
-    search = Search(problem, start, tol, max_iterations, make)
+        rank = default_rank(passes) if rank is None else min(rank, passes.layout.size)
+    make = functools.partial(preconditioner, passes, rank)
+    search = Search(passes, start, tol, max_iterations, make)
     if checkpoint is not None:
-        file = Checkpoint(Path(checkpoint), identity(problem, start, rank))
+        file = Checkpoint(Path(checkpoint), _identity(problem, start, rank))
         search.keep(file, checkpoint_every)
     delta = search.run()
-    value, gradient, _ = problem.gradient(delta)
+    value, gradient, _ = passes.gradient(delta)
     size, bound = norm(delta), norm(gradient) / problem.l2
-    tangent.load_delta_dict(problem.layout.named(delta))
+    problem.tangent.load_delta_dict(passes.layout.named(delta))
     if file is not None:
         file.remove()
     report = ExactFit(
@@ -173,3 +149,19 @@ def fit_exact(
             stacklevel=2,
         )
     return report
+
+
+def _identity(problem: Problem, start: Tensor, rank: int) -> dict[str, str]:
+    """What a solve's states depend on; a solve with another tolerance may go on from them."""
+    tangent, passes = problem.tangent, problem.passes
+    return {
+        "anchor": tangent.fingerprint,
+        "basis": str(tangent.basis_fingerprint),
+        "trained parameters": repr({n: [*s] for n, s in passes.layout.shapes.items()}),
+        "data": problem.data_sha256,
+        "loss": loss_name(problem.loss),
+        "l2": problem.l2.hex(),
+        "start": hashlib.sha256(bytes_of(start)).hexdigest(),
+        "rank": str(rank),
+        "batches": str(passes.loader.batch_size),
+    }

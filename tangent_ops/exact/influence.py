@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tangent_ops.data import Data
 from tangent_ops.errors import ArgumentError
-from tangent_ops.exact.problem import Problem, check_l2
+from tangent_ops.exact.problem import Problem, check_l2, check_problem
 from tangent_ops.exact.tangent_kernel import TangentKernel
-from tangent_ops.losses import Loss
-from tangent_ops.model.linearized import LinearizedModel
 
 
 class Influence:
@@ -31,38 +27,32 @@ class Influence:
     C N² P products once, and (N C)³ / 3.
 
     Args:
-        tangent: the model; its deltas do not matter: all fits are from the data.
-        data: as in `fit_exact`; at most 20,000 samples times outputs.
-        l2: as in `fit_exact`.
-        loss: as in `fit_exact`, quadratic.
-        batch_size: as in `fit_exact`.
-        cache: as in `fit_exact`; inputs then go through the frozen part, too.
-        progress: show progress bars.
+        problem: model, data, loss and penalty: a quadratic loss, and at most 20,000 samples times
+            outputs. The model's deltas do not matter: all fits are from the data.
 
     Raises:
-        ArgumentError: as in `fit_exact`; a single sample; too many.
-        UnsupportedError: the loss is not quadratic, or cache for a model that cannot be split.
+        ArgumentError: a single sample; too many.
+        UnsupportedError: the loss is not quadratic.
     """
 
-    def __init__(
-        self,
-        tangent: LinearizedModel,
-        data: Data,
-        l2: float,
-        *,
-        loss: Loss | None = None,
-        batch_size: int = 64,
-        cache: bool | str | os.PathLike[str] = False,
-        progress: bool = True,
-    ) -> None:
-        self.l2 = l2
-        self._problem = Problem(
-            tangent, data, l2, loss, batch_size=batch_size, cache=cache, progress=progress
-        )
-        if self._problem.samples == 1:
+    def __init__(self, problem: Problem) -> None:
+        check_problem(problem)
+        if problem.samples == 1:
             raise ArgumentError("data has a single sample: nothing is left without it")
-        self._kernel = TangentKernel(self._problem)
+        self._l2 = problem.l2
+        self._problem = problem
+        self._kernel = TangentKernel(problem.passes)
         self._values, self._vectors = torch.linalg.eigh(self._kernel.whitened)
+
+    @property
+    def l2(self) -> float:
+        """The penalty's weight in the fits compared: the problem's, until another one is set."""
+        return self._l2
+
+    @l2.setter
+    def l2(self, value: float) -> None:
+        check_l2(value)
+        self._l2 = float(value)
 
     def left_out(self) -> Tensor:
         """(N, C): the logits of each sample by the fit without it."""
@@ -93,7 +83,7 @@ class Influence:
         return torch.stack([across @ weights for weights in self._weight_changes()])
 
     def classical(self, inputs: Tensor) -> Tensor:
-        """What the classical influence function makes of `change`: without the factor (I - h_ii)⁻¹.
+        """`change` by the classical influence function: without the factor (I - h_ii)⁻¹.
 
         (Koh, Liang: "Understanding Black-box Predictions via Influence Functions", ICML 2017,
         section 2.2, for removing one sample.) For comparison: it is not exact.
@@ -115,7 +105,7 @@ class Influence:
         problem, kernel = self._problem, self._kernel
         entering = problem.entering(inputs)
         targets = targets.to(entering.device)
-        anchored, _ = problem.jacobian.outputs(None, entering)
+        anchored, _ = problem.passes.jacobian.outputs(None, entering)
         across = kernel.cross(entering)
         full = anchored.flatten(1).double() + across @ self._weights(kernel.samples * self.l2)
         changed = full + torch.stack([across @ weights for weights in self._weight_changes()])
@@ -129,7 +119,7 @@ class Influence:
         return torch.stack([each(after) - before for after in changed])
 
     def covariance(self, inputs: Tensor, noise_variance: float = 1.0) -> Tensor:
-        """What `predictive_covariance` gives, from the kernel: (M, C, C) in float64.
+        """As `predictive_covariance`, from the kernel: (M, C, C) in float64.
 
         By Woodbury's identity, σ² / (N l2) (J(x) J(x)ᵀ - k M kᵀ) with k = J(x) Jᵀ L.
         """
@@ -143,7 +133,7 @@ class Influence:
     def _validation(self, l2: float) -> CrossValidation:
         problem, left_out = self._problem, self._left_out(l2)
         total, start, correct = 0.0, 0, 0
-        for inputs, targets in problem.batches():
+        for inputs, targets in problem.passes.batches():
             logits = left_out[start : start + len(inputs)]  # (n, C)
             start += len(inputs)
             total += len(inputs) * float(problem.loss(logits, targets))

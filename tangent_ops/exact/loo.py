@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tangent_ops.data import Data, check_integer
-from tangent_ops.errors import ArgumentError, UnsupportedError
-from tangent_ops.exact.conjugate import solve
-from tangent_ops.exact.layout import dot, norm
-from tangent_ops.exact.nystrom import preconditioner
-from tangent_ops.exact.problem import Problem
-from tangent_ops.losses import Loss, loss_gradient
-from tangent_ops.model.linearized import LinearizedModel
+from tangent_ops.exact.curvature import require_quadratic
+from tangent_ops.exact.inverse import Inverse
+from tangent_ops.exact.layout import dot
+from tangent_ops.exact.problem import Problem, check_problem
+from tangent_ops.losses import loss_gradient
 
 
 def first_order_scores(
-    tangent: LinearizedModel,
-    data: Data,
-    l2: float,
+    problem: Problem,
     inputs: Tensor,
     targets: Tensor,
     *,
-    loss: Loss | None = None,
     tol: float = 1e-3,
-    batch_size: int = 64,
     max_iterations: int = 1000,
     rank: int | None = None,
-    cache: bool | str | os.PathLike[str] = False,
-    progress: bool = True,
 ) -> Tensor:
     """What leaving out each sample does to the loss of each input, to first order.
 
@@ -41,47 +31,36 @@ def first_order_scores(
     `Influence` that of all where N C is small.
 
     Args:
-        tangent: the model, at the optimum of `fit_exact` for these data and l2.
-        data: as in `fit_exact`.
-        l2: as in `fit_exact`.
+        problem: model, data, loss and penalty; the model at the optimum, as `fit_exact` leaves it.
         inputs: (M, ...), a batch.
         targets: (M, ...), theirs.
-        loss: as in `fit_exact`.
         tol: of a solve: ‖residual‖ <= tol ‖right-hand side‖.
-        batch_size: as in `fit_exact`.
         max_iterations: of each solve.
-        rank: as in `fit_exact`.
-        cache: as in `fit_exact`; inputs then go through the frozen part, too.
-        progress: show progress bars.
+        rank: of the preconditioner, as in `fit_exact`.
 
     Returns:
         (N, M): float64. Positive: the sample helped, the loss is higher without it.
 
     Raises:
-        ArgumentError: as in `fit_exact`; or the model is not at that optimum.
+        ArgumentError: an argument out of range; the model is not at that optimum.
         ConvergenceError: a solve did not reach tol.
     """
-    problem = Problem(
-        tangent, data, l2, loss, batch_size=batch_size, cache=cache, progress=progress
-    )
-    delta = problem.layout.flat(tangent.deltas())
-    logits = _at_optimum(problem, delta)
-    at = None if problem.quadratic else logits
-    precondition = preconditioner(problem, rank)
+    inverse = Inverse(problem, tol, max_iterations, rank)
+    inverse.check_optimum()
+    passes, delta = problem.passes, inverse.delta
     scores = []
     for one, target in zip(problem.entering(inputs)[:, None], targets[:, None], strict=True):
 
         def cotangent(primal: Tensor, tangent: Tensor, target: Tensor = target) -> Tensor:
             return loss_gradient(problem.loss, primal + tangent, target.to(primal.device))[1]
 
-        parts = problem.jacobian.pull_back(delta, one, cotangent)
-        right = torch.cat([part.reshape(-1) for part in parts])
-        solved = solve(lambda v: problem.product(v, at), right, tol, max_iterations, precondition)
+        parts = passes.jacobian.pull_back(delta, one, cotangent)
+        solved = inverse(torch.cat([part.reshape(-1) for part in parts]))
         # The penalty weighs N - 1 samples then: the gradient of l2/2 ‖Δ‖² goes with the sample.
-        own = l2 * dot(solved, delta)
+        own = problem.l2 * dot(solved, delta)
         found = []
         for (_, labels), before, move in zip(
-            problem.batches(), logits, problem.tangents(solved), strict=True
+            passes.batches(), inverse.logits, passes.tangents(solved), strict=True
         ):
             _, gradient = loss_gradient(problem.loss, before, labels)
             found.append((len(before) * gradient * move).flatten(1).double().sum(dim=1))
@@ -90,74 +69,44 @@ def first_order_scores(
 
 
 def leave_one_out(
-    tangent: LinearizedModel,
-    data: Data,
-    l2: float,
-    indices: Sequence[int],
+    problem: Problem,
+    ids: Sequence[int],
     inputs: Tensor,
     *,
-    loss: Loss | None = None,
     tol: float = 1e-4,
-    batch_size: int = 64,
     max_iterations: int = 1000,
     rank: int | None = None,
-    cache: bool | str | os.PathLike[str] = False,
-    progress: bool = True,
 ) -> Tensor:
     """f₋ᵢ(x) - f(x), exactly, for a few samples i: one solve each, at any size of the model.
 
     Args:
-        tangent: the model, at the optimum of `fit_exact` for these data and l2.
-        data: as in `fit_exact`.
-        l2: as in `fit_exact`; also of the fits without a sample.
-        indices: which samples to leave out, one at a time.
+        problem: as in `first_order_scores`, with a quadratic loss. Fits without a sample have the
+            same l2.
+        ids: which samples to leave out, one at a time: indices in the data set.
         inputs: (M, ...), a batch.
-        loss: as in `fit_exact`, quadratic.
-        tol: of a solve: ‖residual‖ <= tol ‖right-hand side‖.
-        batch_size: as in `fit_exact`.
-        max_iterations: of each solve.
-        rank: as in `fit_exact`.
-        cache: as in `fit_exact`; inputs then go through the frozen part, too.
-        progress: show progress bars.
+        tol: as in `first_order_scores`.
+        max_iterations: as in `first_order_scores`.
+        rank: as in `first_order_scores`.
 
     Returns:
-        (len(indices), M, ...): float64, each shaped as the model's output.
+        (len(ids), M, ...): float64, each shaped as the model's output.
 
     Raises:
-        ArgumentError: as in `fit_exact`; the model is not at that optimum; an index that is out of
-            range, or a single sample.
+        ArgumentError: an argument out of range; a single sample; the model is not at the optimum.
         UnsupportedError: the loss is not quadratic.
         ConvergenceError: a solve did not reach tol.
     """
-    problem = Problem(
-        tangent, data, l2, loss, batch_size=batch_size, cache=cache, progress=progress
-    )
-    if not problem.quadratic:
-        raise UnsupportedError("leave_one_out needs a quadratic loss: use forget_samples")
-    for index in indices:
-        check_integer("each index", index, 0)
-        if index >= problem.samples:
-            raise ArgumentError(f"index {index}: data has {problem.samples} samples")
-    delta = problem.layout.flat(tangent.deltas())
-    rests = [problem.without(index) for index in indices]
-    _at_optimum(problem, delta)
-    precondition = preconditioner(problem, rank)
+    check_problem(problem)
+    require_quadratic(problem, "leave_one_out", "forget_samples")
+    problem.check_ids(ids)
+    rests = [problem.without([index]).passes for index in ids]
+    inverse = Inverse(problem, tol, max_iterations, rank)
+    inverse.check_optimum()
     inputs = problem.entering(inputs)
     changes = []
-    for rest in tqdm(rests, "leave one out", delay=2, leave=False, disable=not progress):
-        _, gradient, _ = rest.gradient(delta)
-        step = solve(rest.product, gradient.neg_(), tol, max_iterations, precondition)
-        changes.append(problem.jacobian.outputs(step, inputs)[1].double())
+    bar = tqdm(rests, "leave one out", delay=2, leave=False, disable=not problem.passes.progress)
+    for rest in bar:
+        _, gradient, _ = rest.gradient(inverse.delta)
+        step = inverse(gradient.neg_(), rest)
+        changes.append(rest.jacobian.outputs(step, inputs)[1].double())
     return torch.stack(changes)
-
-
-def _at_optimum(problem: Problem, delta: Tensor) -> list[Tensor]:
-    """The logits of every batch; raises ArgumentError if the fit is not at its optimum."""
-    _, gradient, logits = problem.gradient(delta)
-    bound, size = norm(gradient) / problem.l2, norm(delta)
-    if bound > 0.1 * size:
-        raise ArgumentError(
-            f"the model may be {bound:.3g} from the optimum for these data and l2={problem.l2:g}, "
-            f"with ‖Δ‖ = {size:.3g}: effects would be against another fit. Use fit_exact first"
-        )
-    return logits

@@ -2,80 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 from tqdm import tqdm
 
 from tangent_ops.composition.compose import DeltaLike, compose
-from tangent_ops.data import Data, check_integer
+from tangent_ops.data import check_integer
 from tangent_ops.delta import Delta, DeltaMeta, check_anchor, load_delta
-from tangent_ops.errors import ArgumentError, ConvergenceError, UnsupportedError
+from tangent_ops.errors import ArgumentError, ConvergenceError
 from tangent_ops.exact.conjugate import State, unpreconditioned
+from tangent_ops.exact.curvature import Curvature, ShardCurvature
 from tangent_ops.exact.layout import Layout, norm
-from tangent_ops.exact.nystrom import preconditioner
-from tangent_ops.exact.problem import Problem
-from tangent_ops.exact.search import loss_name
-from tangent_ops.losses import Loss
-from tangent_ops.model.linearized import LinearizedModel
-
-Curvature = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-
-
-class ShardCurvature:
-    """v -> H v with H = Σ_i J_iᵀ A_i J_i + N l2 I over one shard's N samples.
-
-    What a shard gives to `compose_lossless` and `forget_without_data`: products, never data. It
-    may be called here, in another process, or on another machine.
-
-    Args:
-        tangent: the model; its deltas do not matter.
-        data: the shard's, as in `fit_exact`.
-        l2: of the shard's own fit; the same in all shards.
-        loss: as in `fit_exact`, but quadratic: only then H is the same everywhere.
-        batch_size: as in `fit_exact`.
-        cache: as in `fit_exact`.
-        progress: show bars.
-
-    Raises:
-        ArgumentError: as in `fit_exact`.
-        UnsupportedError: the loss is not quadratic.
-    """
-
-    def __init__(
-        self,
-        tangent: LinearizedModel,
-        data: Data,
-        l2: float,
-        *,
-        loss: Loss | None = None,
-        batch_size: int = 64,
-        cache: bool | str | os.PathLike[str] = False,
-        progress: bool = True,
-    ) -> None:
-        self.problem = Problem(
-            tangent, data, l2, loss, batch_size=batch_size, cache=cache, progress=progress
-        )
-        if not self.problem.quadratic:
-            raise UnsupportedError(
-                "a shard's curvature stands for the shard only if the loss is quadratic: use "
-                "RescaledSquareLoss"
-            )
-
-    @property
-    def samples(self) -> int:
-        return self.problem.samples
-
-    def __call__(self, direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """H v, named and shaped as v."""
-        layout = self.problem.layout
-        product = self.problem.product(layout.flat(direction, "the direction"))
-        return layout.named(product.mul_(self.samples))
-
-    def preconditioner(self, rank: int | None = None) -> Callable[[Tensor], Tensor]:
-        """An approximate inverse for all shards that are like this one, up to a factor."""
-        return preconditioner(self.problem, rank)
+from tangent_ops.exact.problem import check_tolerance
+from tangent_ops.losses import loss_name
 
 
 def compose_lossless(
@@ -95,8 +35,8 @@ def compose_lossless(
 
     Args:
         deltas: the shards' optima, by `fit_exact`, or paths of their files.
-        curvatures: of each shard v -> H_s v, as `ShardCurvature`. If the first is one, it gives
-            the preconditioner.
+        curvatures: of each shard v -> H_s v, as `Problem.curvature` gives them. The first gives the
+            preconditioner, if it is a `ShardCurvature`.
         tol: ends with ‖Σ H_s (Δ - Δ_s)‖ <= tol ‖Σ H_s Δ_s‖.
         max_iterations: of conjugate gradients.
         progress: show a progress bar.
@@ -112,8 +52,7 @@ def compose_lossless(
         ConvergenceError: the tolerance was not reached.
     """
     check_integer("max_iterations", max_iterations, 1)
-    if not 0 < tol < 1:
-        raise ArgumentError(f"tol must be between 0 and 1, got {tol}")
+    check_tolerance(tol)
     deltas = list(deltas)
     if len(curvatures) != len(deltas):
         raise ArgumentError(f"{len(curvatures)} curvatures for {len(deltas)} deltas")
@@ -121,7 +60,7 @@ def compose_lossless(
     _check_shards([c for c in curvatures if isinstance(c, ShardCurvature)], mean.meta)
     first = curvatures[0]
     if isinstance(first, ShardCurvature):
-        layout, precondition = first.problem.layout, first.preconditioner()
+        layout, precondition = first.problem.passes.layout, first.preconditioner()
     else:
         layout, precondition = Layout.of_delta(mean), unpreconditioned
 
@@ -165,7 +104,7 @@ def compose_lossless(
 
 def _check_shards(shards: Sequence[ShardCurvature], meta: DeltaMeta | None) -> None:
     for shard in shards:
-        whole = shard.problem.whole
+        whole = shard.problem.tangent
         check_anchor(meta, whole.fingerprint, whole.model_name, "the shards' composition")
     for what, found in (
         ("l2", {shard.problem.l2 for shard in shards}),

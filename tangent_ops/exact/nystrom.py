@@ -8,17 +8,17 @@ from tqdm import tqdm
 
 from tangent_ops.data import check_integer
 from tangent_ops.exact.conjugate import Product, unpreconditioned
-from tangent_ops.exact.problem import Problem
+from tangent_ops.exact.passes import Passes
 
 MAX_RANK = 64
 MAX_BYTES = 1 << 30  # of the factor that is kept; three times as much while it is made
 
 
-def preconditioner(problem: Problem, rank: int | None = None) -> Product:
-    """An approximate inverse of a problem's Hessian, up to a factor; rank 0 is none."""
+def preconditioner(passes: Passes, rank: int | None = None) -> Product:
+    """An approximate inverse of the Hessian, up to a factor; none if the rank is 0."""
     check_rank(rank)
-    rank = default_rank(problem) if rank is None else min(rank, problem.layout.size)
-    return Nystrom(problem, rank) if rank else unpreconditioned
+    rank = default_rank(passes) if rank is None else min(rank, passes.layout.size)
+    return Nystrom(passes, rank) if rank else unpreconditioned
 
 
 def check_rank(rank: int | None) -> None:
@@ -27,10 +27,10 @@ def check_rank(rank: int | None) -> None:
         check_integer("rank", rank, 0)
 
 
-def default_rank(problem: Problem) -> int:
+def default_rank(passes: Passes) -> int:
     """As many directions as `MAX_RANK` and `MAX_BYTES` allow."""
-    size, width = problem.layout.size, problem.layout.dtype.itemsize
-    return min(MAX_RANK, MAX_BYTES // (size * width), size, problem.samples)
+    size, width = passes.layout.size, passes.layout.dtype.itemsize
+    return min(MAX_RANK, MAX_BYTES // (size * width), size, passes.samples)
 
 
 def sketch_samples(samples: int) -> int:
@@ -47,15 +47,15 @@ class Nystrom:
     passes.
 
     Args:
-        problem: whose Hessian it is.
+        passes: over the data; their Hessian is approximated.
         rank: r.
         seed: of the samples and of the test matrix.
     """
 
-    def __init__(self, problem: Problem, rank: int, seed: int = 0) -> None:
-        part = problem.subset(sketch_samples(problem.samples), seed)
+    def __init__(self, passes: Passes, rank: int, seed: int = 0) -> None:
+        part = _sample(passes, sketch_samples(passes.samples), seed)
         logits = None if part.quadratic else part.logits(part.layout.zeros())
-        layout = problem.layout
+        layout = passes.layout
         noise = torch.Generator().manual_seed(seed)
         # One column after the other: the same numbers on every device.
         test = torch.empty(layout.size, rank, dtype=layout.dtype, device=layout.device)
@@ -82,9 +82,17 @@ class Nystrom:
         self.basis = image @ (vectors / values.sqrt()).to(layout.dtype)
         self.values = (values - shift).clamp_min(0)
         least = float(self.values[0]) if len(self.values) else 0.0
-        ratio = (least + problem.l2) / (self.values + problem.l2)
+        ratio = (least + passes.l2) / (self.values + passes.l2)
         self._less = (1 - ratio).to(layout.dtype)
 
     def __call__(self, vector: Tensor) -> Tensor:
         """The preconditioner's inverse times a vector, up to a common factor."""
         return vector - self.basis @ (self._less * (self.basis.T @ vector))
+
+
+def _sample(passes: Passes, count: int, seed: int) -> Passes:
+    """The same objective over some of the samples, drawn without replacement."""
+    if count == passes.samples:
+        return passes
+    drawn = torch.randperm(passes.samples, generator=torch.Generator().manual_seed(seed))
+    return passes.take(drawn[:count].tolist())

@@ -1,273 +1,303 @@
-"""The objective of a fit over a whole data set: its gradient and Hessian products, in passes."""
+"""`Problem`: a model, data, a loss and a penalty, that the exact methods share."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from tangent_ops.data import Data, as_loader, place, unpack
-from tangent_ops.errors import ArgumentError, NonFiniteLossError
+from tangent_ops.data import Data, check_integer, in_order, place, unpack
+from tangent_ops.errors import ArgumentError
+from tangent_ops.exact.curvature import ShardCurvature
 from tangent_ops.exact.jacobian import Jacobian
-from tangent_ops.exact.layout import Layout, dot
+from tangent_ops.exact.layout import Layout
+from tangent_ops.exact.passes import Passes, subset
 from tangent_ops.files import add_tensor
-from tangent_ops.losses import (
-    Loss,
-    MeanOfSamples,
-    RescaledSquareLoss,
-    check_convex,
-    is_quadratic,
-    loss_gradient,
-    loss_product,
-    made_up,
-)
+from tangent_ops.losses import Loss, RescaledSquareLoss, loss_name
 from tangent_ops.model.features import Trunk, cache_features
 from tangent_ops.model.linearized import LinearizedModel
 
-
-class Cotangent(Protocol):
-    """Of a batch's outputs, given f, J v, the targets and the batch's number."""
-
-    def __call__(
-        self, primal: Tensor, tangent: Tensor, /, targets: Tensor, number: int
-    ) -> Tensor: ...
+Cache = bool | str | os.PathLike[str]
 
 
+@dataclass(frozen=True, init=False, repr=False, eq=False)
 class Problem:
-    """F(Δ) = (1/N) Σ_i loss(f(x_i) + J(x_i) Δ, y_i) + l2/2 ‖Δ‖².
+    """min F(Δ) = (1/N) Σ_i loss(f(x_i) + J(x_i) Δ, y_i) + l2/2 ‖Δ‖², over the data x_i, y_i.
 
-    A pass over the data gives the gradient, or the Hessian (1/N) Σ J_iᵀ A_i J_i + l2 I times a
-    vector, where A_i is the Hessian of the loss by the logits: exact, since the model is linear in
-    Δ. Vectors are flat, see `Layout`. Passes see the samples in the data set's own order.
+    Built once, and passed to `fit_exact`, `certify`, `Influence`, `leave_one_out`,
+    `first_order_scores`, `predictive_covariance`, `forget_samples` and `add_samples`.
+
+    What is read when: with `cache` the data are read and pass through the frozen part of the model
+    here, once. Without it every pass reads the data anew. The model's deltas are read at each call
+    and are no part of the problem: residuals and gradients are never kept between two calls.
 
     Args:
-        tangent: the model; its deltas are neither read nor changed.
-        data: a Dataset of (input, target), or a DataLoader, which is read in order, whole.
-        l2: positive.
-        loss: a mean over the batch of each sample's own loss, convex in the logits; tried on all
-            classes, and on other targets in the first pass; None for `RescaledSquareLoss()`.
+        tangent: the model. Only `fit_exact` and what is built on it change its deltas.
+        data: a Dataset of (input, target), or a DataLoader; all samples are read, in the data
+            set's own order. Without random augmentation.
+        l2: the penalty's weight, positive.
+        loss: a mean over the batch of each sample's own loss, convex in the logits; None for
+            `RescaledSquareLoss()`. Tried on up to 1,024 classes here, and on other targets as they
+            are first read.
         batch_size: of a Dataset; a DataLoader has its own.
-        cache: as in `fit`: keep what enters the first trained block.
-        device: moves the model there first.
-        progress: whether the caching shows a bar.
+        cache: True keeps what enters the first trained block in memory, a path in a file in that
+            folder.
+        device: the model is moved there first.
+        progress: show bars, here and in all that the problem is passed to.
+
+    Attributes:
+        tangent: the model.
 
     Raises:
-        ArgumentError: an argument other than these; data that differ between two readings.
+        ArgumentError: an argument other than these; a loss that is not convex, or not the mean of
+            the samples' own, as class weights and ignored targets make it; data that are empty, a
+            stream, or differ between two readings of the first batch.
         UnsupportedError: cache, for a model that cannot be split.
     """
+
+    tangent: LinearizedModel
+    _passes: Passes
+    _source: DataLoader
+    _trunk: Trunk | None
+    _digests: tuple[bytes, ...] | None  # of the samples that were cached
+    _anchor: str | None  # fingerprint of the anchor whose features were cached
 
     def __init__(
         self,
         tangent: LinearizedModel,
         data: Data,
         l2: float,
-        loss: Loss | None = None,
         *,
+        loss: Loss | None = None,
         batch_size: int = 64,
-        cache: bool | str | os.PathLike[str] = False,
+        cache: Cache = False,
         device: str | torch.device | None = None,
         progress: bool = True,
     ) -> None:
         check_tangent(tangent)
         check_l2(l2)
-        self.whole = tangent
-        self.l2 = float(l2)
-        self.loss: Loss = RescaledSquareLoss() if loss is None else loss
-        self.progress = progress
-        loader = in_order(data, batch_size)
-        place(tangent, device)
-        self._source = loader
-        self._trunk: Trunk | None = None
-        if cache is not False:
-            self._trunk, tangent = tangent.split()
-            features = cache_features(
-                self._trunk, loader, None if cache is True else cache, progress=progress
+        if loss is not None and not callable(loss):
+            raise ArgumentError(
+                f"loss must be a function of logits and targets, got a {type(loss).__name__}"
             )
-            loader = DataLoader(features, batch_size=loader.batch_size)
-        self.double = False
-        self.loader = loader
-        self.samples = len(loader.dataset)  # pyright: ignore[reportArgumentType]
-        self.jacobian = Jacobian(tangent)
-        self._data_sha256: str | None = None
-        self._read_once = False
-        self.quadratic = self._look_at_first_batch()
+        source = in_order(data, batch_size)
+        place(tangent, device)
+        loss = RescaledSquareLoss() if loss is None else loss
+        passes = Passes(Jacobian(tangent), source, l2, loss, progress)
+        trunk = digests = anchor = None
+        if cache is not False:
+            anchor, reading = tangent.fingerprint, _Hashed(source)
+            trunk, tail, loader = cached(tangent, reading, cache, progress)
+            passes = passes.changed(jacobian=Jacobian(tail), loader=loader)
+            digests = tuple(reading.digests)
+        vars(self).update(
+            tangent=tangent,
+            _passes=passes,
+            _source=source,
+            _trunk=trunk,
+            _digests=digests,
+            _anchor=anchor,
+        )
 
     @property
-    def layout(self) -> Layout:
-        return self.jacobian.layout
-
-    def in_double(self) -> Problem:
-        """The same problem in float64, with a copy of the model."""
-        double = copy.copy(self)
-        double.double = True
-        double.jacobian = self.jacobian.in_double()
-        return double
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of inputs and targets, on the model's device."""
-        seen = 0
-        for batch in self.loader:
-            inputs, targets = unpack(batch, self.jacobian.device)
-            if not self._read_once:
-                self._mean.check(targets)
-            if self.double:
-                inputs, targets = _double(inputs), _double(targets)
-            seen += len(inputs)
-            yield inputs, targets
-        if seen != self.samples:
-            raise ArgumentError(f"data has {self.samples} samples, but yielded {seen}")
-        self._read_once = True
-
-    def entering(self, inputs: Tensor) -> Tensor:
-        """Inputs, or what the cached part makes of them, as batches have them."""
-        inputs = inputs.to(self.jacobian.device)
-        inputs = inputs if self._trunk is None else self._trunk(inputs)
-        return _double(inputs) if self.double else inputs
-
-    def subset(self, count: int, seed: int = 0) -> Problem:
-        """The same objective over some of the samples, drawn without replacement."""
-        if count >= self.samples:
-            return self
-        drawn = torch.randperm(self.samples, generator=torch.Generator().manual_seed(seed))
-        return self._of(drawn[:count].tolist())
-
-    def without(self, index: int) -> Problem:
-        """The same objective over all samples but one."""
-        if self.samples == 1:
-            raise ArgumentError("data has a single sample: nothing is left without it")
-        return self._of([*range(index), *range(index + 1, self.samples)])
-
-    def _of(self, indices: list[int]) -> Problem:
-        part = copy.copy(self)
-        dataset = Subset(self.loader.dataset, indices)
-        part.loader = _loader(dataset, self.loader.batch_size or 1, self.loader)
-        part._source = part.loader
-        part.samples = len(indices)
-        part._data_sha256 = None
-        return part
-
-    def logits(self, delta: Tensor) -> list[Tensor]:
-        """f + J Δ of every batch."""
-        pairs = (self.jacobian.outputs(delta, inputs) for inputs, _ in self.batches())
-        return [primal + tangent for primal, tangent in pairs]
-
-    def tangents(self, direction: Tensor) -> list[Tensor]:
-        """J v of every batch."""
-        return [self.jacobian.outputs(direction, inputs)[1] for inputs, _ in self.batches()]
-
-    def gradient(self, delta: Tensor) -> tuple[float, Tensor, list[Tensor]]:
-        """F(Δ), its gradient, and the logits of every batch, in one pass.
+    def passes(self) -> Passes:
+        """Passes over the data, for the other modules of this package.
 
         Raises:
-            NonFiniteLossError: a value or the gradient is NaN or infinite.
+            ArgumentError: the model has been moved, cast or loaded since the problem was built.
         """
-        logits: list[Tensor] = []
-        total = 0.0
-
-        def cotangent(primal: Tensor, tangent: Tensor, /, targets: Tensor, number: int) -> Tensor:
-            nonlocal total
-            logits.append(primal + tangent)
-            value, gradient = loss_gradient(self.loss, logits[-1], targets)
-            share = len(targets) / self.samples
-            total += share * value
-            return share * gradient
-
-        gradient = self.pull_back(delta, cotangent)
-        value = total + self.l2 / 2 * dot(delta, delta)
-        gradient.add_(delta, alpha=self.l2)
-        if not (math.isfinite(value) and gradient.isfinite().all()):
-            raise NonFiniteLossError(
-                "the objective or its gradient is not finite: check the inputs for NaN, and a "
-                "16-bit model for overflow"
+        moved = Layout.of(self.tangent) != self._passes.layout
+        if moved or (self.cached and self._anchor != self.tangent.fingerprint):
+            raise ArgumentError(
+                "tangent was moved, cast or loaded after this Problem was built: build a new one"
             )
-        return value, gradient, logits
+        return self._passes
 
-    def product(
-        self, direction: Tensor, at: Sequence[Tensor] | None = None, *, penalty: bool = True
-    ) -> Tensor:
-        """The Hessian times a direction, in one pass.
+    @property
+    def l2(self) -> float:
+        """The penalty's weight."""
+        return self._passes.l2
 
-        Args:
-            direction: flat.
-            at: logits of every batch, where the Hessian is taken; None for a quadratic loss, whose
-                Hessian is the same everywhere.
-            penalty: False leaves l2 I out.
-        """
+    @property
+    def loss(self) -> Loss:
+        """The loss of logits and targets."""
+        return self._passes.loss
 
-        def cotangent(primal: Tensor, tangent: Tensor, /, targets: Tensor, number: int) -> Tensor:
-            where = primal if at is None else at[number]
-            product = loss_product(self.loss, where, targets, tangent)
-            return len(targets) / self.samples * product
+    @property
+    def quadratic(self) -> bool:
+        """Whether the loss is quadratic in the logits."""
+        return self._passes.quadratic
 
-        product = self.pull_back(direction, cotangent)
-        return product.add_(direction, alpha=self.l2) if penalty else product
+    @property
+    def samples(self) -> int:
+        """N, the number of samples."""
+        return self._passes.samples
+
+    @property
+    def outputs(self) -> int:
+        """C, the number of the model's outputs to a sample."""
+        return self._passes.outputs
+
+    @property
+    def parameters(self) -> int:
+        """P, the number of entries of a delta."""
+        return self._passes.layout.size
+
+    @property
+    def cached(self) -> bool:
+        """Whether what enters the first trained block is kept."""
+        return self._trunk is not None
 
     @property
     def data_sha256(self) -> str:
-        """Of all inputs and targets as they were given, in order; read once, at first use."""
-        if self._data_sha256 is None:
-            digest = hashlib.sha256()
-            for batch in self._source:
-                # Sample by sample: the size of the batches does not matter.
-                for sample in zip(*unpack(batch, torch.device("cpu")), strict=True):
-                    for tensor in sample:
-                        add_tensor(digest, tensor)
-            self._data_sha256 = digest.hexdigest()
-        return self._data_sha256
+        """SHA-256 over the SHA-256 of each sample's input and target, in order.
 
-    def pull_back(self, direction: Tensor, cotangent: Cotangent) -> Tensor:
-        """Σ_b J_bᵀ cotangent(f_b, J_b v, y_b, b): one jvp and one vjp over the data."""
-        total = self.layout.zeros()
-        sums = self.layout.views(total)
-        for number, (inputs, targets) in enumerate(self.batches()):
-            of_batch = functools.partial(cotangent, targets=targets, number=number)
-            for part, added in zip(
-                sums, self.jacobian.pull_back(direction, inputs, of_batch), strict=True
-            ):
-                part.add_(added)
-        return total
+        Of the data that were cached; without a cache the data are read for it.
+        """
+        return self.read_sha256() if self._digests is None else _sha256(self._digests)
 
-    def _look_at_first_batch(self) -> bool:
-        readings = [next(iter(self.loader)) for _ in range(2)]
-        (inputs, targets), again = (unpack(batch, self.jacobian.device) for batch in readings)
-        same = [torch.equal(a, b) for a, b in zip((inputs, targets), again, strict=True)]
-        if not all(same):
-            raise ArgumentError(
-                "data differ between two readings of their first batch: an exact fit goes over the "
-                "same samples again and again. Use it without random augmentation"
-            )
-        logits, _ = self.jacobian.outputs(None, inputs[:4])
-        self._mean = MeanOfSamples(self.loss, logits, targets)
-        tries = [(logits, targets[:4])]
-        for start in range(0, len(self._mean.classes), 64):
-            some = self._mean.classes[start : start + 64]
-            tries.append((made_up(logits, len(some)), some))
-        for few in tries:
-            check_convex(self.loss, *few)
-        return all([is_quadratic(self.loss, *few) for few in tries])
+    def read_sha256(self) -> str:
+        """As `data_sha256`, of the data as they are now: they are read again."""
+        reading = _Hashed(self._source)
+        for _ in reading:
+            pass
+        return _sha256(reading.digests)
+
+    def without(self, ids: Sequence[int]) -> Problem:
+        """The same problem without some of the samples; nothing is read or computed again.
+
+        Args:
+            ids: the samples' indices in the data set.
+
+        Raises:
+            ArgumentError: an id that is no index; no id; no sample is left.
+        """
+        gone = self.check_ids(ids)
+        if len(gone) == self.samples:
+            raise ArgumentError(f"data has {self.samples} samples: nothing is left without them")
+        kept = [index for index in range(self.samples) if index not in gone]
+        digests = self._digests
+        return self._changed(
+            _passes=self.passes.take(kept),
+            _source=subset(self._source, kept),
+            _digests=None if digests is None else tuple(digests[index] for index in kept),
+        )
+
+    def plus(self, data: Dataset[Any]) -> Problem:
+        """The same problem with more samples, after these; only the new ones are computed.
+
+        Args:
+            data: the new samples, batched and collated as the problem's own.
+
+        Raises:
+            ArgumentError: as in `Problem`; a DataLoader.
+        """
+        if isinstance(data, DataLoader):
+            raise ArgumentError("data must be a Dataset of new samples, got a DataLoader")
+        added = in_order(self._source, 1, in_order(data, 1).dataset)
+        passes = self.passes
+        more = Passes(Jacobian(self.tangent), added, self.l2, self.loss, passes.progress)
+        entering, digests = added.dataset, self._digests
+        if self._trunk is not None and digests is not None:
+            reading = _Hashed(added)
+            entering = cache_features(self._trunk, reading, progress=more.progress)
+            digests = (*digests, *reading.digests)
+        return self._changed(
+            _passes=passes.changed(
+                loader=_joined(passes.loader, entering),
+                samples=self.samples + more.samples,
+                quadratic=self.quadratic and more.quadratic,
+                _read_once=False,
+            ),
+            _source=_joined(self._source, added.dataset),
+            _digests=digests,
+        )
+
+    def with_l2(self, l2: float) -> Problem:
+        """The same problem with another weight of the penalty; nothing is computed again.
+
+        Raises:
+            ArgumentError: l2 is not positive.
+        """
+        check_l2(l2)
+        return self._changed(_passes=self.passes.changed(l2=float(l2)))
+
+    def curvature(self) -> ShardCurvature:
+        """Products with the Hessian, as `compose_lossless` and `forget_without_data` take them.
+
+        Raises:
+            UnsupportedError: the loss is not quadratic.
+        """
+        return ShardCurvature(self)
+
+    def check_ids(self, ids: Sequence[int]) -> set[int]:
+        """Give the ids as a set; raise ArgumentError if there is none, or one is no index."""
+        for index in ids:
+            check_integer("each id", index, 0)
+            if index >= self.samples:
+                raise ArgumentError(
+                    f"id {index} is out of range: data has {self.samples} samples, 0 to "
+                    f"{self.samples - 1}"
+                )
+        if not len(ids):
+            raise ArgumentError("ids is empty: name at least one sample")
+        return set(ids)
+
+    def flat(self, delta: Mapping[str, Tensor] | None = None) -> Tensor:
+        """A delta, or the model's present one, as a vector of its own.
+
+        Raises:
+            DeltaError: the delta does not fit the model.
+        """
+        return self.passes.layout.flat(self.tangent.deltas() if delta is None else delta)
+
+    def entering(self, inputs: Tensor) -> Tensor:
+        """What passes have in place of these inputs: what enters the cached model, or they."""
+        inputs = inputs.to(self.passes.layout.device)
+        return inputs if self._trunk is None else self._trunk(inputs)
+
+    def __repr__(self) -> str:
+        kind = "quadratic" if self.quadratic else "not quadratic"
+        return (
+            "Problem(\n"
+            f"  samples: {self.samples:,}\n"
+            f"  outputs: {self.outputs:,}\n"
+            f"  parameters: {self.parameters:,}\n"
+            f"  l2: {self.l2:g}\n"
+            f"  loss: {loss_name(self.loss).splitlines()[0]}, {kind}\n"
+            f"  cached: {'yes' if self.cached else 'no'}\n"
+            ")"
+        )
+
+    def _changed(self, **fields: Any) -> Problem:
+        other = copy.copy(self)
+        vars(other).update(fields)
+        return other
 
 
-def in_order(data: Data, batch_size: int) -> DataLoader:
-    """Give a loader that yields every sample, in the data set's own order.
+def cached(
+    tangent: LinearizedModel, loader: DataLoader | _Hashed, cache: Cache, progress: bool
+) -> tuple[Trunk, LinearizedModel, DataLoader]:
+    """Split a model, and run its frozen part over the data once.
+
+    Returns:
+        The frozen part, the rest, and a loader of what enters the rest.
 
     Raises:
-        ArgumentError: as `as_loader`; or a data set that is a stream.
+        UnsupportedError: the model cannot be split.
     """
-    loader = as_loader(data, batch_size, shuffle=False)
-    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
-        raise ArgumentError(
-            "data must be a Dataset with indices, or a DataLoader of one that makes batches: "
-            "the samples are read in order, many times"
-        )
-    return _loader(loader.dataset, loader.batch_size or batch_size, loader)
+    trunk, tail = tangent.split()
+    folder = None if isinstance(cache, bool) else cache
+    features = cache_features(trunk, loader, folder, progress=progress)
+    return trunk, tail, in_order(features, loader.batch_size or 1)
 
 
 def check_l2(l2: float) -> None:
@@ -279,6 +309,21 @@ def check_l2(l2: float) -> None:
         )
 
 
+def check_problem(problem: object) -> None:
+    """Raise ArgumentError unless it is a Problem."""
+    if not isinstance(problem, Problem):
+        raise ArgumentError(
+            f"problem must be a Problem, got a {type(problem).__name__}: build one with "
+            "tangent_ops.exact.Problem(tangent, data, l2)"
+        )
+
+
+def check_tolerance(tol: float) -> None:
+    """Raise ArgumentError unless the tolerance is between 0 and 1."""
+    if not 0 < tol < 1:
+        raise ArgumentError(f"tol must be between 0 and 1, got {tol}")
+
+
 def check_tangent(tangent: object) -> None:
     """Raise ArgumentError unless it is a LinearizedModel."""
     if not isinstance(tangent, LinearizedModel):
@@ -288,16 +333,31 @@ def check_tangent(tangent: object) -> None:
         )
 
 
-def _loader(dataset, batch_size: int, like: DataLoader) -> DataLoader:
-    # Its own generator keeps the loader from drawing a worker seed from the caller's.
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=like.num_workers,
-        collate_fn=like.collate_fn,
-        generator=torch.Generator(),
-    )
+class _Hashed:
+    """The batches of a loader; the SHA-256 of each sample is kept as they are read."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+        self.batch_size = loader.batch_size
+        self.digests: list[bytes] = []
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            # Sample by sample: the size of the batches does not matter.
+            for sample in zip(*unpack(batch, torch.device("cpu")), strict=True):
+                digest = hashlib.sha256()
+                for tensor in sample:
+                    add_tensor(digest, tensor)
+                self.digests.append(digest.digest())
+            yield batch
 
 
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
+def _joined(loader: DataLoader, dataset: Dataset[Any]) -> DataLoader:
+    return in_order(loader, 1, ConcatDataset([loader.dataset, dataset]))
+
+
+def _sha256(digests: Sequence[bytes]) -> str:
+    return hashlib.sha256(b"".join(digests)).hexdigest()

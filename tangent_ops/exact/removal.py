@@ -1,101 +1,91 @@
-"""Take samples out of a fit, or put some in: exactly, with a certificate."""
+"""Takes samples out of a fit, or adds some: exactly, with a certificate."""
 
 from __future__ import annotations
 
 import math
-import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from tangent_ops.data import Data, check_integer
+from tangent_ops.data import check_integer
 from tangent_ops.delta import Delta, fingerprint
-from tangent_ops.errors import ArgumentError, ConvergenceError, UnsupportedError
+from tangent_ops.errors import ArgumentError, ConvergenceError
 from tangent_ops.exact.certificate import Certificate, certify
 from tangent_ops.exact.conjugate import solve, unpreconditioned
+from tangent_ops.exact.curvature import Curvature, require_quadratic
 from tangent_ops.exact.fit import fit_exact
 from tangent_ops.exact.layout import norm
-from tangent_ops.exact.problem import Problem, check_l2
-from tangent_ops.exact.search import loss_name
-from tangent_ops.losses import Loss
-from tangent_ops.model.linearized import LinearizedModel
-
-Curvature = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+from tangent_ops.exact.problem import Problem, check_problem, check_tolerance
+from tangent_ops.losses import loss_name
 
 
 def forget_samples(
-    tangent: LinearizedModel,
-    retain: Data,
-    l2: float,
-    tol: float = 1e-3,
-    *,
-    loss: Loss | None = None,
-    batch_size: int = 64,
-    cache: bool | str | os.PathLike[str] = False,
-    progress: bool = True,
-    **options: Any,
+    problem: Problem, ids: Sequence[int], tol: float = 1e-3, **options: Any
 ) -> tuple[Delta, Certificate]:
     """Move a fit to the optimum of the samples that stay, and bound what is left of the others.
 
     Conjugate gradients from the present deltas, which are near, to the minimum that a fit without
     the forgotten samples has: unique, so that nothing of them is in it. The certificate rests on
-    the gradient over the retained samples alone; how good the start was does not matter.
+    the gradient over the retained samples alone; how good the start was does not matter. Where the
+    forgotten samples are gone already, `fit_exact` and `certify` on a `Problem` of the others do
+    the same.
 
     Args:
-        tangent: fitted with these samples among others; its deltas are moved in place.
-        retain: the samples that stay, as in `fit_exact`.
-        l2: as in `fit_exact`; that of the fit.
+        problem: of all samples. The model's deltas are moved in place.
+        ids: the samples to forget: indices in the data set.
         tol: as in `fit_exact`.
-        loss: as in `fit_exact`; that of the fit.
-        batch_size: as in `fit_exact`.
-        cache: as in `fit_exact`.
-        progress: show progress bars.
         options: max_iterations, rank and checkpoint, as in `fit_exact`.
 
     Returns:
-        The new delta, and its certificate, in float64.
+        The new delta, and its certificate, in float64. Later calls need the problem that is left:
+        ``problem.without(ids)``.
 
     Raises:
-        ArgumentError: as in `fit_exact`.
+        ArgumentError: as in `fit_exact`; an id that is no index; no sample is left.
 
     Warns:
         NotConvergedWarning: as in `fit_exact`; the certificate's bound is then large, but holds.
     """
-    shared: dict[str, Any] = {"loss": loss, "batch_size": batch_size, "cache": cache}
-    shared["progress"] = progress
-    fit_exact(tangent, retain, l2, tol, **shared, **options)
-    delta = tangent.delta_dict()
-    return delta, certify(tangent, retain, l2, delta, **shared)
+    check_problem(problem)
+    return _moved(problem.without(ids), tol, options)
 
 
 def add_samples(
-    tangent: LinearizedModel, everything: Data, l2: float, tol: float = 1e-3, **options: Any
+    problem: Problem, data: Dataset[Any], tol: float = 1e-3, **options: Any
 ) -> tuple[Delta, Certificate]:
-    """Move a fit to the optimum of more samples: the old and the new ones, ``everything``.
+    """Move a fit to the optimum of its samples and new ones; the way there does not matter.
 
-    Takes, does and returns what `forget_samples` does; the optimum does not depend on the way.
+    Args:
+        problem: of the samples so far. The model's deltas are moved in place.
+        data: the new samples. Later calls need ``problem.plus(data)``.
+        tol: as in `fit_exact`.
+        options: as in `forget_samples`.
+
+    Returns, raises and warns as `forget_samples`.
     """
-    return forget_samples(tangent, everything, l2, tol, **options)
+    check_problem(problem)
+    return _moved(problem.plus(data), tol, options)
+
+
+def _moved(problem: Problem, tol: float, options: Mapping[str, Any]) -> tuple[Delta, Certificate]:
+    fit_exact(problem, tol, **options)
+    return problem.tangent.delta_dict(), certify(problem)
 
 
 def forget_without_data(
-    tangent: LinearizedModel,
-    forget: Data,
-    l2: float,
+    forgotten: Problem,
     curvature: Curvature,
     samples: int,
     start: Certificate,
     tol: float = 1e-3,
     *,
-    loss: Loss | None = None,
-    batch_size: int = 64,
     max_iterations: int = 1000,
-    progress: bool = True,
 ) -> tuple[Delta, Certificate]:
     """Forget samples where the retained ones are not at hand, only products with their Hessian.
 
@@ -107,46 +97,43 @@ def forget_without_data(
     with g the gradient at the start, all in sums over samples, and λ_R = N_R l2.
 
     Args:
-        tangent: fitted to all samples; its deltas are moved in place.
-        forget: the samples to forget.
-        l2: as in `fit_exact`; that of the fit.
+        forgotten: the problem of the samples to forget, with the loss and l2 of the fit to all
+            samples. The model's deltas are moved in place.
         curvature: v -> H_R v, over the retained samples, penalty included: a `ShardCurvature`, or
             the sum of several.
         samples: N_R, how many are retained.
         start: of the fit to all samples, whose gradient norm counts.
         tol: ends with ‖g_S - H_R d‖ <= tol ‖g_S‖.
-        loss: as in `fit_exact`, quadratic.
-        batch_size: as in `fit_exact`.
         max_iterations: of conjugate gradients.
-        progress: show progress bars.
 
     Returns:
         The new delta, and a certificate, computed in the model's precision, that cannot be
         verified without the retained data.
 
     Raises:
-        ArgumentError: as in `fit_exact`; start is of another delta, l2, loss or number of samples.
+        ArgumentError: an argument out of range; start is of another delta, l2, loss or number of
+            samples.
         UnsupportedError: the loss is not quadratic.
         ConvergenceError: the tolerance was not reached; the deltas are as before.
     """
-    check_l2(l2)
+    check_problem(forgotten)
     check_integer("samples", samples, 1)
     check_integer("max_iterations", max_iterations, 1)
-    problem = Problem(tangent, forget, l2, loss, batch_size=batch_size, progress=progress)
-    if not problem.quadratic:
-        raise UnsupportedError("forget_without_data needs a quadratic loss: use forget_samples")
-    total = samples + problem.samples
-    expected = (fingerprint(tangent.delta_dict()), l2, loss_name(problem.loss), total)
+    check_tolerance(tol)
+    require_quadratic(forgotten, "forget_without_data", "forget_samples")
+    tangent, passes, l2 = forgotten.tangent, forgotten.passes, forgotten.l2
+    total, loss = samples + forgotten.samples, loss_name(forgotten.loss)
+    expected = (fingerprint(tangent.delta_dict()), l2, loss, total)
     names = ("delta", "l2", "loss", "samples")
     for name, value in zip(names, expected, strict=True):
         if getattr(start, name) != value:
             raise ArgumentError(
                 f"start is for another {name}: {getattr(start, name)}, here it is {value}"
             )
-    layout = problem.layout
-    delta = layout.flat(tangent.deltas())
-    _, gradient, _ = problem.gradient(delta)
-    right = gradient.mul_(problem.samples)
+    layout = passes.layout
+    delta = forgotten.flat()
+    _, gradient, _ = passes.gradient(delta)
+    right = gradient.mul_(forgotten.samples)
 
     def product(vector: Tensor) -> Tensor:
         return layout.flat(curvature(layout.named(vector)), "the product")
@@ -166,7 +153,7 @@ def forget_without_data(
         gradient_norm=bound * l2,
         l2=l2,
         samples=samples,
-        loss=loss_name(problem.loss),
+        loss=loss,
         method="gradient at the start, less that over the forgotten samples; residual of the step",
         assumes=(
             *start.assumes,
@@ -187,7 +174,7 @@ class Noised:
     Attributes:
         delta: the noisy one. Publish this one alone.
         sigma: standard deviation of the noise in every entry.
-        epsilon: as asked for.
+        epsilon: ε, as given.
         failure: the δ of (ε, δ).
     """
 

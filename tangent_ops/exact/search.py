@@ -1,10 +1,8 @@
-"""The way to the optimum: Newton's method, of which a quadratic loss needs one step."""
+"""Newton's method by conjugate gradients; a quadratic loss needs one step."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import re
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -13,8 +11,7 @@ from tqdm import tqdm
 from tangent_ops.exact.checkpoint import Checkpoint
 from tangent_ops.exact.conjugate import Product, State
 from tangent_ops.exact.layout import dot, norm
-from tangent_ops.exact.problem import Problem
-from tangent_ops.files import bytes_of
+from tangent_ops.exact.passes import Passes
 from tangent_ops.losses import loss_gradient
 
 SAFETY = 0.8  # of the tolerance, for the residual by recurrence: the true one is a little larger
@@ -22,10 +19,10 @@ HALVINGS = 30
 
 
 class Search:
-    """Minimises a problem from a start; every state between two iterations can be saved.
+    """Minimises an objective from a start; every state between two iterations can be saved.
 
     Args:
-        problem: what to minimise.
+        passes: over the data; their objective is minimised.
         start: flat.
         tol: ends where ‖∇F‖ / l2 <= tol (‖Δ‖ - ‖∇F‖ / l2).
         max_iterations: of conjugate gradients, in all.
@@ -33,20 +30,20 @@ class Search:
             when the first step begins.
 
     Attributes:
-        delta: where it is.
-        iterations: of conjugate gradients, done.
-        steps: of Newton's method, begun.
+        delta: the present one, flat.
+        iterations: of conjugate gradients that are done.
+        steps: of Newton's method that have begun.
     """
 
     def __init__(
         self,
-        problem: Problem,
+        passes: Passes,
         start: Tensor,
         tol: float,
         max_iterations: int,
         make_preconditioner: Callable[[], Product],
     ) -> None:
-        self.problem = problem
+        self.passes = passes
         self.delta = start.clone()
         self.tol = tol
         self.max_iterations = max_iterations
@@ -77,26 +74,26 @@ class Search:
 
     def run(self) -> Tensor:
         """Search until the bound holds, the iterations are spent or rounding ends the progress."""
-        bar = tqdm(desc="exact fit", unit="iteration", disable=not self.problem.progress)
+        bar = tqdm(desc="exact fit", unit="iteration", disable=not self.passes.progress)
         with bar:
             bar.update(self.iterations)
             while True:
-                value, gradient, logits = self.problem.gradient(self.delta)
+                value, gradient, logits = self.passes.gradient(self.delta)
                 size, slope = norm(self.delta), norm(gradient)
-                bar.set_postfix(bound=f"{slope / self.problem.l2:.2g}", refresh=False)
+                bar.set_postfix(bound=f"{slope / self.passes.l2:.2g}", refresh=False)
                 resumed = self._solve is not None
                 if not resumed and self._ends(size, slope):
                     return self.delta
-                at = None if self.problem.quadratic else logits
+                at = None if self.passes.quadratic else logits
                 step = self._step(gradient.neg_(), at, bar)
-                if self.problem.quadratic:
+                if self.passes.quadratic:
                     self.delta.add_(step)
                 elif not self._line_search(step, value, gradient, logits):
                     return self.delta
                 self._save()
 
     def _ends(self, size: float, slope: float) -> bool:
-        bound = slope / self.problem.l2
+        bound = slope / self.passes.l2
         reached = bound <= self.tol * (size - bound) or slope == 0
         # After a solve of a quadratic problem what is left is rounding: another one removes that,
         # until no digit is gained.
@@ -113,13 +110,13 @@ class Search:
         size = norm(right)
         while self.iterations < self.max_iterations:
             left = solve.residual_norm
-            bar.set_postfix(bound=f"{left / self.problem.l2:.2g}", refresh=False)
+            bar.set_postfix(bound=f"{left / self.passes.l2:.2g}", refresh=False)
             # Where the next step has another Hessian, this one need not be exact (Dembo,
             # Eisenstat, Steihaug: "Inexact Newton Methods", 1982).
-            inexact = 0.0 if self.problem.quadratic else 0.1 * size
+            inexact = 0.0 if self.passes.quadratic else 0.1 * size
             if left <= max(self._goal(solve), inexact):
                 break
-            solve.advance(lambda v: self.problem.product(v, at), self._precondition())
+            solve.advance(lambda v: self.passes.product(v, at), self._precondition())
             self.iterations += 1
             bar.update()
             if self._every and self.iterations % self._every == 0:
@@ -131,25 +128,25 @@ class Search:
         """The residual at which the bound holds for Δ + x."""
         x, delta = solve.x, self.delta
         size = (dot(delta, delta) + 2 * dot(delta, x) + dot(x, x)) ** 0.5
-        return SAFETY * self.problem.l2 * size * self.tol / (1 + self.tol)
+        return SAFETY * self.passes.l2 * size * self.tol / (1 + self.tol)
 
     def _line_search(
         self, step: Tensor, value: float, right: Tensor, logits: Sequence[Tensor]
     ) -> bool:
         """Move along the step as far as F decreases enough (Armijo); False if it does not."""
-        moves = self.problem.tangents(step)
+        moves = self.passes.tangents(step)
         slope = -dot(right, step)
         squares = [dot(self.delta, self.delta), dot(self.delta, step), dot(step, step)]
         rounding = 1e-14 * abs(value) if step.element_size() == 8 else 1e-6 * abs(value)
         length = 1.0
         for _ in range(HALVINGS):
             penalty = squares[0] + 2 * length * squares[1] + length**2 * squares[2]
-            found = self.problem.l2 / 2 * penalty
+            found = self.passes.l2 / 2 * penalty
             for (_, targets), before, move in zip(
-                self.problem.batches(), logits, moves, strict=True
+                self.passes.batches(), logits, moves, strict=True
             ):
-                loss, _ = loss_gradient(self.problem.loss, before + length * move, targets)
-                found += len(targets) / self.problem.samples * loss
+                loss, _ = loss_gradient(self.passes.loss, before + length * move, targets)
+                found += len(targets) / self.passes.samples * loss
             if found <= value + 1e-4 * length * slope + rounding:
                 self.delta.add_(step, alpha=length)
                 self._gained = found < value - rounding
@@ -168,24 +165,3 @@ class Search:
             tensors |= {"x": solve.x, "residual": solve.residual, "search": solve.search}
             numbers |= {"rz": solve.rz.hex(), "inner": str(solve.iterations)}
         self._checkpoint.write(tensors, numbers)
-
-
-def identity(problem: Problem, start: Tensor, rank: int) -> dict[str, str]:
-    """What a solve's states depend on; another tolerance may go on from them."""
-    return {
-        "anchor": problem.whole.fingerprint,
-        "basis": str(problem.whole.basis_fingerprint),
-        "trained parameters": repr({n: [*s] for n, s in problem.layout.shapes.items()}),
-        "data": problem.data_sha256,
-        "loss": loss_name(problem.loss),
-        "l2": problem.l2.hex(),
-        "start": hashlib.sha256(bytes_of(start)).hexdigest(),
-        "rank": str(rank),
-        "batches": str(problem.loader.batch_size),
-    }
-
-
-def loss_name(loss: object) -> str:
-    """A loss in words that are the same in another process."""
-    name = getattr(loss, "__qualname__", None)
-    return name or re.sub(r" at 0x[0-9a-f]+", "", repr(loss))

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
-from tangent_ops.exact.problem import Problem
+from tangent_ops.exact.passes import Passes
 from tangent_ops.losses import loss_gradient, loss_hessians
 
 MAX_ROWS = 20_000  # N C: the matrix has 3.2 GB, and a decomposition takes minutes
@@ -24,7 +24,7 @@ class TangentKernel:
     The loss of a sample is ½ ‖Lᵀ(f - y)‖² up to a constant: any quadratic loss has this form.
 
     Args:
-        problem: whose data, in order, and loss.
+        passes: over the data, in order.
 
     Attributes:
         gram: K.
@@ -37,22 +37,14 @@ class TangentKernel:
         UnsupportedError: the loss is not quadratic, or has no minimum in the logits.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        if not problem.quadratic:
+    def __init__(self, passes: Passes) -> None:
+        if not passes.quadratic:
             raise UnsupportedError(
                 "the kernel solution is for quadratic losses: use RescaledSquareLoss, or "
                 "fit_exact(method='cg')"
             )
-        self.problem = problem
-        logits, gradients, hessians = [], [], []
-        for inputs, targets in problem.batches():
-            found, _ = problem.jacobian.outputs(None, inputs)
-            _, gradient = loss_gradient(problem.loss, found, targets)
-            logits.append(found.flatten(1).double())
-            gradients.append(len(found) * gradient.flatten(1).double())
-            hessians.append(loss_hessians(problem.loss, found, targets).double())
-        self.anchor_logits = torch.cat(logits)
-        self.samples, self.outputs = self.anchor_logits.shape
+        self.passes = passes
+        self.samples, self.outputs = passes.samples, passes.outputs
         rows = self.samples * self.outputs
         if rows > MAX_ROWS:
             raise ArgumentError(
@@ -60,6 +52,14 @@ class TangentKernel:
                 f"{rows:,} rows, {MAX_ROWS:,} are supported. Use fewer samples, or conjugate "
                 "gradients"
             )
+        logits, gradients, hessians = [], [], []
+        for inputs, targets in passes.batches():
+            found, _ = passes.jacobian.outputs(None, inputs)
+            _, gradient = loss_gradient(passes.loss, found, targets)
+            logits.append(found.flatten(1).double())
+            gradients.append(len(found) * gradient.flatten(1).double())
+            hessians.append(loss_hessians(passes.loss, found, targets).double())
+        self.anchor_logits = torch.cat(logits)
         self.factors, self.wanted = _squares(torch.cat(hessians), torch.cat(gradients))
         self.gram = self._gram()
 
@@ -72,13 +72,13 @@ class TangentKernel:
 
     def cross(self, inputs: Tensor) -> Tensor:
         """J(x) Jᵀ of other inputs, (M, C, N C)."""
-        rows = torch.cat([self.problem.jacobian.rows(one[None]) for one in inputs])
+        rows = torch.cat([self.passes.jacobian.rows(one[None]) for one in inputs])
         found = [products(rows, block) for _, block in self._blocks(1, "kernel of the inputs")]
         return torch.cat(found, dim=1).view(len(inputs), self.outputs, -1)
 
     def own(self, inputs: Tensor) -> Tensor:
         """J(x) J(x)ᵀ of each input, (M, C, C)."""
-        rows = map(self.problem.jacobian.rows, inputs[:, None])
+        rows = map(self.passes.jacobian.rows, inputs[:, None])
         return torch.stack([products(of_one, of_one) for of_one in rows])
 
     def pull_back(self, weights: Tensor) -> Tensor:
@@ -91,12 +91,12 @@ class TangentKernel:
             start += len(primal)
             return part.view(primal.shape).to(primal.dtype)
 
-        return self.problem.pull_back(self.problem.layout.zeros(), cotangent)
+        return self.passes.pull_back(self.passes.layout.zeros(), cotangent)
 
     def _gram(self) -> Tensor:
         size = self.samples * self.outputs
-        gram = torch.zeros(size, size, dtype=torch.float64, device=self.problem.jacobian.device)
-        layout = self.problem.layout
+        gram = torch.zeros(size, size, dtype=torch.float64, device=self.passes.jacobian.device)
+        layout = self.passes.layout
         held = max(1, MEMORY // (self.outputs * layout.size * layout.dtype.itemsize))
         for first, block in self._blocks(held, "kernel"):
             end = first + len(block)
@@ -115,17 +115,17 @@ class TangentKernel:
             unit="sample",
             delay=2,
             leave=False,
-            disable=not self.problem.progress,
+            disable=not self.passes.progress,
         )
         number = 0
         rows: list[Tensor] = []
         with bar:
-            for inputs, _ in self.problem.batches():
+            for inputs, _ in self.passes.batches():
                 for one in inputs:
                     number += 1
                     if number <= skip:
                         continue
-                    rows.append(self.problem.jacobian.rows(one[None]))
+                    rows.append(self.passes.jacobian.rows(one[None]))
                     bar.update()
                     if len(rows) == held or number == self.samples:
                         block = torch.cat(rows) if len(rows) > 1 else rows[0]
@@ -133,11 +133,11 @@ class TangentKernel:
                         rows = []
 
 
-def solve_dual(problem: Problem) -> Tensor:
+def solve_dual(passes: Passes) -> Tensor:
     """The minimum of a quadratic problem by its kernel: Δ = Jᵀ L (LᵀKL + N l2 I)⁻¹ Lᵀ(y - f)."""
-    kernel = TangentKernel(problem)
+    kernel = TangentKernel(passes)
     matrix = kernel.whitened
-    matrix.diagonal().add_(kernel.samples * problem.l2)
+    matrix.diagonal().add_(kernel.samples * passes.l2)
     solved = torch.cholesky_solve(kernel.wanted.reshape(-1, 1), torch.linalg.cholesky(matrix))
     weights = kernel.factors @ solved.view(kernel.samples, kernel.outputs, 1)
     return kernel.pull_back(weights.squeeze(2))

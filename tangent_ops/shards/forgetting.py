@@ -9,10 +9,10 @@ import torch
 
 from tangent_ops.delta import load_delta
 from tangent_ops.errors import ArgumentError, SampleError, UnsupportedError
-from tangent_ops.exact import forget_samples
+from tangent_ops.exact import certify, fit_exact
 from tangent_ops.shards.anchor import load_anchor
 from tangent_ops.shards.data import ImageData
-from tangent_ops.shards.job import job_data, save
+from tangent_ops.shards.job import job_data, job_problem, save
 from tangent_ops.shards.plan import Plan
 from tangent_ops.shards.rows import difference
 from tangent_ops.shards.run import Report, check_executor, train
@@ -177,16 +177,9 @@ def _solved(
         assert tangent is not None
         job = plan.job(name)
         tangent.load_delta_dict(start)
-        delta, certificate = forget_samples(
-            tangent,
-            job_data(plan, job),
-            recipe.l2,
-            recipe.tol,
-            loss=recipe.loss_function,
-            batch_size=recipe.batch_size,
-            cache=recipe.cached,
-            progress=progress,
-        )
+        problem = job_problem(tangent, job_data(plan, job), recipe, progress)
+        fit_exact(problem, recipe.tol)
+        certificate = certify(problem)
         bounds[name] = certificate.distance_bound
-        save(plan, job, delta, certificate=certificate.to_json())
+        save(plan, job, tangent.delta_dict(), certificate=certificate.to_json())
     return bounds

@@ -13,9 +13,11 @@ import torch
 
 from tangent_ops.delta import Delta, save_delta
 from tangent_ops.errors import TangentOpsError
-from tangent_ops.exact import fit_exact
+from tangent_ops.exact import Problem, fit_exact
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.shards.data import Samples
 from tangent_ops.shards.plan import Job, Plan
+from tangent_ops.shards.recipe import ShardRecipe
 from tangent_ops.training.fit import fit
 
 # Libraries read it when a process starts; bits of a sum depend on how it was split.
@@ -72,22 +74,28 @@ def _train(plan: Plan, job: Job, progress: bool) -> dict[str, Any]:
         ).delta
     else:
         if recipe.method == "exact":
-            fit_exact(
-                tangent,
-                data,
-                recipe.l2,
-                recipe.tol,
-                loss=recipe.loss_function,
-                batch_size=recipe.batch_size,
-                cache=recipe.cached,
-                progress=progress,
-            )
+            fit_exact(job_problem(tangent, data, recipe, progress), recipe.tol)
         else:
             history = fit(tangent, data, recipe, cache=recipe.cached, progress=progress)
             found = {"loss": history.loss, "lr": history.lr}
         delta = tangent.delta_dict()
     save(plan, job, delta)
     return found
+
+
+def job_problem(
+    tangent: LinearizedModel, data: Samples, recipe: ShardRecipe, progress: bool
+) -> Problem:
+    """What a job with the method "exact" solves."""
+    return Problem(
+        tangent,
+        data,
+        recipe.l2,
+        loss=recipe.loss_function,
+        batch_size=recipe.batch_size,
+        cache=recipe.cached,
+        progress=progress,
+    )
 
 
 def job_data(plan: Plan, job: Job) -> Samples:

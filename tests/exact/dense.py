@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from small_models import exact_vjp, images, oracle, vit
@@ -10,9 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 from tangent_ops import LinearizedModel, linearize
+from tangent_ops.data import Data
+from tangent_ops.exact import Problem
 
 SAMPLES, CLASSES = 12, 5
-QUIET = {"progress": False, "batch_size": 5}
+SIZE = {"depth": 1, "embed_dim": 12, "num_heads": 2}  # of the ViT
 
 
 @dataclass
@@ -33,6 +37,17 @@ class Dense:
     anchor: Tensor
     targets: Tensor
 
+    def problem(self, l2: float, data: Data | None = None, **options: Any) -> Problem:
+        """Over all samples, or other data, without bars."""
+        data = self.data if data is None else data
+        return Problem(self.tangent, data, l2, **{"progress": False, "batch_size": 5} | options)
+
+    def in_single(self) -> Dense:
+        """The same model and data in float32; the matrices stay in float64."""
+        inputs, classes = self.data.tensors
+        tangent = linearize(copy.deepcopy(self.tangent.anchor).float())
+        return replace(self, tangent=tangent, data=TensorDataset(inputs.float(), classes))
+
     def optimum(self, l2: float, k: float = 1.0, keep: list[int] | None = None) -> Tensor:
         """Of mean RescaledSquareLoss(k) + l2/2 ‖Δ‖² over some of the samples, (P,)."""
         keep = list(range(SAMPLES)) if keep is None else keep
@@ -49,6 +64,18 @@ class Dense:
         found = 2 / CLASSES * rows.flatten(0, 1).T @ rows.flatten(0, 1)
         found.diagonal().add_(len(rows) * l2)
         return found
+
+    def solve(self, right: Tensor, penalty: float, blocks: Tensor | None = None) -> Tensor:
+        """(Σ_i J_iᵀ A_i J_i + penalty I)⁻¹ right by Woodbury's identity, for A (N, C, C).
+
+        A = 2/C I, the Hessian of `RescaledSquareLoss(k=1)`, unless given.
+        """
+        if blocks is None:
+            blocks = 2 / CLASSES * torch.eye(CLASSES).double().expand(SAMPLES, -1, -1)
+        rows, weighted = self.jacobian.flatten(0, 1), (blocks @ self.jacobian).flatten(0, 1)
+        small = weighted @ rows.T
+        small.diagonal().add_(penalty)
+        return (right - rows.T @ torch.linalg.solve(small, weighted @ right)) / penalty
 
     def rows(self, inputs: Tensor) -> Tensor:
         """J(x), (M, C, P)."""
@@ -72,6 +99,12 @@ class Dense:
         return flat(self.tangent.deltas())
 
 
+def softmax_hessians(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities, and the Hessian of each sample's cross-entropy by its logits (N, C, C)."""
+    p = logits.softmax(dim=1)
+    return p, torch.diag_embed(p) - p[:, :, None] * p[:, None]
+
+
 def flat(delta: dict[str, Tensor]) -> Tensor:
     return torch.cat([value.detach().flatten() for value in delta.values()])
 
@@ -88,7 +121,7 @@ def jacobian(model: nn.Module, names: list[str], inputs: Tensor) -> Tensor:
 
 def make(**options) -> Dense:
     """The problem in float64, from Δ = 0; options are `linearize`'s."""
-    model = vit(depth=1, embed_dim=12, num_heads=2).double().eval()
+    model = vit(**SIZE).double().eval()
     tangent = linearize(model, **options)
     inputs = images(SAMPLES).double()
     classes = torch.arange(SAMPLES) % CLASSES

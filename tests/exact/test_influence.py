@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import CLASSES, QUIET, SAMPLES, Dense, make
+from dense import CLASSES, SAMPLES, Dense, softmax_hessians
 from small_models import images
 from torch import Tensor
 
@@ -27,16 +27,15 @@ EACH = RescaledSquareLoss(reduction="none")
 
 
 @pytest.fixture(scope="module")
-def dense() -> Dense:
+def dense(shared: Dense) -> Dense:
     """At the optimum of all samples."""
-    made = make()
-    made.set(made.optimum(L2))
-    return made
+    shared.set(shared.optimum(L2))
+    return shared
 
 
 @pytest.fixture(scope="module")
 def influence(dense: Dense) -> Influence:
-    return Influence(dense.tangent, dense.data, L2, **QUIET)
+    return Influence(dense.problem(L2))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,7 @@ def retrained(dense: Dense) -> Tensor:
     """(N, P): optima without each sample, by fit_exact itself."""
     found = []
     for i in range(SAMPLES):
-        fit_exact(dense.tangent, dense.without(i), L2, tol=1e-12, **QUIET)
+        fit_exact(dense.problem(L2, dense.without(i)), tol=1e-12)
         found.append(dense.delta)
     dense.set(dense.optimum(L2))
     return torch.stack(found)
@@ -68,10 +67,10 @@ def test_exact_influence_is_retraining_and_the_classical_is_not(
 
 
 def test_the_classical_one_is_what_it_says(dense: Dense, influence: Influence) -> None:
-    inverse = dense.hessian(L2).inverse()
     residual = dense.targets - dense.anchor - dense.jacobian @ dense.optimum(L2)
     pulled = torch.einsum("ncp,nc->np", dense.jacobian, 2 / CLASSES * residual)
-    expected = -torch.einsum("mcp,pq,nq->nmc", dense.rows(INPUTS), inverse, pulled)
+    moved = dense.solve(pulled.T, SAMPLES * L2)
+    expected = -torch.einsum("mcp,pn->nmc", dense.rows(INPUTS), moved)
     torch.testing.assert_close(influence.classical(INPUTS), expected)
 
 
@@ -106,7 +105,7 @@ def test_cross_validation_without_refits(dense: Dense, influence: Influence) -> 
 
 def test_other_weights_of_the_target(dense: Dense) -> None:
     loss = RescaledSquareLoss(k=4.0)
-    found = Influence(dense.tangent, dense.data, L2, loss=loss, **QUIET).change(INPUTS)
+    found = Influence(dense.problem(L2, loss=loss)).change(INPUTS)
     rest = [j for j in range(SAMPLES) if j != 5]
     step = dense.optimum(L2, k=4.0, keep=rest) - dense.optimum(L2, k=4.0)
     assert worst(found[5], dense.rows(INPUTS) @ step) <= 1e-6
@@ -118,13 +117,13 @@ def test_rows_that_do_not_fit_into_memory(
     row = CLASSES * dense.jacobian.shape[2] * 8
     monkeypatch.setattr(kernel_module, "MEMORY", 5 * row)  # 5, 5 and 2 samples
     monkeypatch.setattr(kernel_module, "_COLUMNS", 1000)
-    parts = Influence(dense.tangent, dense.data, L2, **QUIET)
+    parts = Influence(dense.problem(L2))
     torch.testing.assert_close(parts.change(INPUTS), influence.change(INPUTS))
 
 
 def test_without_a_kernel_matrix(dense: Dense, truth: Tensor) -> None:
     few = [0, 7, 11]
-    found = leave_one_out(dense.tangent, dense.data, L2, few, INPUTS, tol=1e-9, **QUIET)
+    found = leave_one_out(dense.problem(L2), few, INPUTS, tol=1e-9)
     assert worst(found, truth[few]) <= 1e-6
 
 
@@ -133,10 +132,8 @@ def test_first_order_scores(dense: Dense, loss) -> None:
     """The derivative of the loss by the weight that a sample has, by finite differences."""
     each = EACH if loss is None else lambda z, y: F.cross_entropy(z, y, reduction="none")
     mean = loss or RescaledSquareLoss()
-    fit_exact(dense.tangent, dense.data, L2, tol=1e-12, loss=loss, **QUIET)
-    found = first_order_scores(
-        dense.tangent, dense.data, L2, INPUTS, TARGETS, loss=loss, tol=1e-10, **QUIET
-    )
+    fit_exact(dense.problem(L2, loss=loss), tol=1e-12)
+    found = first_order_scores(dense.problem(L2, loss=loss), INPUTS, TARGETS, tol=1e-10)
     rows, labels, best = dense.rows(INPUTS), dense.data.tensors[1], dense.delta
     anchor = dense.tangent.primal_and_tangent(INPUTS)[0].detach()
 
@@ -144,11 +141,12 @@ def test_first_order_scores(dense: Dense, loss) -> None:
         """By dense Newton steps, with that weight for sample 4 and its share of the penalty."""
         weights = torch.ones(SAMPLES, dtype=torch.float64)
         weights[4] = weight
+        weight_sum = float(weights.sum())
         x = best.clone().requires_grad_()
         for _ in range(4):
             logits = dense.anchor + dense.jacobian @ x
             total = (weights * each(logits, labels)).sum()
-            total = total + L2 * weights.sum() / 2 * x.square().sum()
+            total = total + L2 * weight_sum / 2 * x.square().sum()
             (gradient,) = torch.autograd.grad(total, x)
             blocks = torch.stack(
                 [
@@ -156,10 +154,8 @@ def test_first_order_scores(dense: Dense, loss) -> None:
                     for z, y in zip(logits.detach(), labels, strict=True)
                 ]
             )
-            weighted = blocks * weights[:, None, None]
-            hessian = torch.einsum("ncp,ncd,ndq->pq", dense.jacobian, weighted, dense.jacobian)
-            hessian.diagonal().add_(L2 * weights.sum())
-            x = (x - torch.linalg.solve(hessian, gradient)).detach().requires_grad_()
+            step = dense.solve(gradient, L2 * weight_sum, blocks * weights[:, None, None])
+            x = (x - step).detach().requires_grad_()
         return x.detach()
 
     step = 1e-4
@@ -171,56 +167,47 @@ def test_first_order_scores(dense: Dense, loss) -> None:
 
 def test_uncertainty_is_the_posterior(dense: Dense, influence: Influence) -> None:
     rows = dense.rows(INPUTS)
-    exact = rows @ torch.linalg.solve(dense.hessian(L2), rows.transpose(1, 2))
-    found = predictive_covariance(
-        dense.tangent, dense.data, L2, INPUTS, noise_variance=3.0, tol=1e-10, **QUIET
-    )
+    exact = torch.stack([one @ dense.solve(one.T, SAMPLES * L2) for one in rows])
+    found = predictive_covariance(dense.problem(L2), INPUTS, noise_variance=3.0, tol=1e-10)
     torch.testing.assert_close(found, 3.0 * exact)
     torch.testing.assert_close(influence.covariance(INPUTS, 3.0), 3.0 * exact)
     residual = dense.targets - dense.anchor - dense.jacobian @ dense.optimum(L2)
     variance = float((2 / CLASSES * residual.square()).mean())
-    found = predictive_covariance(dense.tangent, dense.data, L2, INPUTS[:1], tol=1e-10, **QUIET)
+    found = predictive_covariance(dense.problem(L2), INPUTS[:1], tol=1e-10)
     torch.testing.assert_close(found, variance * exact[:1])
 
 
 def test_uncertainty_of_a_classifier(dense: Dense) -> None:
-    found = predictive_covariance(
-        dense.tangent, dense.data, L2, INPUTS[:1], loss=F.cross_entropy, tol=1e-10, **QUIET
-    )
-    probability = (dense.anchor + dense.jacobian @ dense.optimum(L2)).softmax(dim=1)
-    blocks = torch.diag_embed(probability) - probability[:, :, None] * probability[:, None]
-    hessian = torch.einsum("ncp,ncd,ndq->pq", dense.jacobian, blocks, dense.jacobian)
-    hessian.diagonal().add_(SAMPLES * L2)
+    found = predictive_covariance(dense.problem(L2, loss=F.cross_entropy), INPUTS[:1], tol=1e-10)
+    _, blocks = softmax_hessians(dense.anchor + dense.jacobian @ dense.optimum(L2))
     rows = dense.rows(INPUTS[:1])[0]
-    torch.testing.assert_close(found[0], rows @ torch.linalg.solve(hessian, rows.T))
+    torch.testing.assert_close(found[0], rows @ dense.solve(rows.T, SAMPLES * L2, blocks))
 
 
 def test_refusals(dense: Dense, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedError, match="for quadratic losses"):
-        Influence(dense.tangent, dense.data, L2, loss=F.cross_entropy, **QUIET)
+        Influence(dense.problem(L2, loss=F.cross_entropy))
     with pytest.raises(UnsupportedError, match="needs a quadratic loss"):
-        leave_one_out(dense.tangent, dense.data, L2, [0], INPUTS, loss=F.cross_entropy, **QUIET)
+        leave_one_out(dense.problem(L2, loss=F.cross_entropy), [0], INPUTS)
     for off in (torch.zeros_like(dense.delta), 1.5 * dense.optimum(L2)):
         dense.set(off)
         with pytest.raises(ArgumentError, match="from the optimum for these data"):
-            leave_one_out(dense.tangent, dense.data, L2, [0], INPUTS, **QUIET)
+            leave_one_out(dense.problem(L2), [0], INPUTS)
         with pytest.raises(ArgumentError, match="from the optimum for these data"):
-            first_order_scores(dense.tangent, dense.data, L2, INPUTS, TARGETS, **QUIET)
+            first_order_scores(dense.problem(L2), INPUTS, TARGETS)
     dense.set(dense.optimum(L2))
-    with pytest.raises(ArgumentError, match="index 12: data has 12 samples"):
-        leave_one_out(dense.tangent, dense.data, L2, [12], INPUTS, **QUIET)
-    with pytest.raises(ArgumentError, match="a single sample"):
-        leave_one_out(dense.tangent, dense.kept(0), L2, [0], INPUTS, **QUIET)
+    with pytest.raises(ArgumentError, match="id 12 is out of range: data has 12 samples"):
+        leave_one_out(dense.problem(L2), [12], INPUTS)
+    with pytest.raises(ArgumentError, match="nothing is left without them"):
+        leave_one_out(dense.problem(L2, dense.kept(0)), [0], INPUTS)
     with pytest.raises(ConvergenceError, match="did not reach tol"):
-        leave_one_out(dense.tangent, dense.data, L2, [0], INPUTS, max_iterations=1, rank=0, **QUIET)
+        leave_one_out(dense.problem(L2), [0], INPUTS, max_iterations=1, rank=0)
     with pytest.raises(ArgumentError, match="noise_variance must be positive"):
-        predictive_covariance(dense.tangent, dense.data, L2, INPUTS, -1.0, **QUIET)
+        predictive_covariance(dense.problem(L2), INPUTS, -1.0)
     with pytest.raises(ConvergenceError, match="did not reach tol"):
-        predictive_covariance(
-            dense.tangent, dense.data, L2, INPUTS, max_iterations=1, rank=0, **QUIET
-        )
+        predictive_covariance(dense.problem(L2), INPUTS, max_iterations=1, rank=0)
     with pytest.raises(ArgumentError, match="a single sample"):
-        Influence(dense.tangent, dense.kept(0), L2, **QUIET)
+        Influence(dense.problem(L2, dense.kept(0)))
     monkeypatch.setattr(kernel_module, "MAX_ROWS", 59)
     with pytest.raises(ArgumentError, match="60 rows, 59 are supported"):
-        Influence(dense.tangent, dense.data, L2, **QUIET)
+        Influence(dense.problem(L2))

@@ -7,12 +7,12 @@ import multiprocessing
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import QUIET, Dense, flat, make
+from dense import Dense, flat, make
 
 from tangent_ops import compose, linearize, save_delta
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError, ConvergenceError, DeltaError, UnsupportedError
-from tangent_ops.exact import ShardCurvature, compose_lossless, fit_exact
+from tangent_ops.exact import Problem, ShardCurvature, compose_lossless, fit_exact
 from tangent_ops.losses import RescaledSquareLoss
 
 L2 = 0.05
@@ -20,8 +20,8 @@ PARTS = [[0, 1, 2], [3, 4, 5, 6, 7], [8, 9, 10, 11]]  # unequal, and of unequal 
 
 
 @pytest.fixture(scope="module")
-def dense() -> Dense:
-    return make()
+def dense(shared: Dense) -> Dense:
+    return shared
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +29,14 @@ def deltas(dense: Dense) -> list[Delta]:
     found = []
     for part in PARTS:
         dense.set(torch.zeros_like(dense.delta))
-        fit_exact(dense.tangent, dense.kept(*part), L2, tol=1e-12, **QUIET)
+        fit_exact(dense.problem(L2, dense.kept(*part)), tol=1e-12)
         found.append(dense.tangent.delta_dict())
     return found
 
 
 @pytest.fixture(scope="module")
 def curvatures(dense: Dense) -> list[ShardCurvature]:
-    return [ShardCurvature(dense.tangent, dense.kept(*part), L2, **QUIET) for part in PARTS]
+    return [dense.problem(L2, dense.kept(*part)).curvature() for part in PARTS]
 
 
 def test_it_is_the_fit_on_the_union(dense: Dense, deltas, curvatures, tmp_path) -> None:
@@ -96,23 +96,23 @@ def _serve(pipe, curvature: ShardCurvature) -> None:
 def test_refusals(dense: Dense, deltas, curvatures) -> None:
     with pytest.raises(ArgumentError, match="2 curvatures for 3 deltas"):
         compose_lossless(deltas, curvatures[:2])
-    other = ShardCurvature(dense.tangent, dense.kept(*PARTS[2]), 2 * L2, **QUIET)
+    other = dense.problem(2 * L2, dense.kept(*PARTS[2])).curvature()
     with pytest.raises(ArgumentError, match="several l2"):
         compose_lossless(deltas, [*curvatures[:2], other])
     weighted = RescaledSquareLoss(k=2.0)
-    other = ShardCurvature(dense.tangent, dense.kept(*PARTS[2]), L2, loss=weighted, **QUIET)
+    other = dense.problem(L2, dense.kept(*PARTS[2]), loss=weighted).curvature()
     with pytest.raises(ArgumentError, match="several loss"):
         compose_lossless(deltas, [*curvatures[:2], other])
     elsewhere = make().tangent.anchor
     with torch.no_grad():
         elsewhere.get_parameter("head.bias").add_(1)
-    other = ShardCurvature(linearize(elsewhere), dense.kept(*PARTS[2]), L2, **QUIET)
+    other = Problem(linearize(elsewhere), dense.kept(*PARTS[2]), L2, progress=False).curvature()
     with pytest.raises(DeltaError, match="another anchor"):
         compose_lossless(deltas, [*curvatures[:2], other])
     with pytest.raises(ArgumentError, match="tol must be"):
         compose_lossless(deltas, curvatures, tol=0)
-    with pytest.raises(UnsupportedError, match="only if the loss is quadratic"):
-        ShardCurvature(dense.tangent, dense.data, L2, loss=F.cross_entropy, **QUIET)
+    with pytest.raises(UnsupportedError, match="needs a quadratic loss"):
+        dense.problem(L2, loss=F.cross_entropy).curvature()
     with pytest.raises(ConvergenceError, match="after 1 iterations"):
         compose_lossless(deltas, curvatures, tol=1e-9, max_iterations=1, progress=False)
     with pytest.raises(DeltaError, match="the product of shard 1 does not fit"):

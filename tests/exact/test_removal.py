@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -9,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import QUIET, SAMPLES, Dense, flat, make
+from dense import Dense, flat, make
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -23,22 +24,15 @@ from tangent_ops.errors import (
 )
 from tangent_ops.exact import (
     Certificate,
-    ShardCurvature,
-    add_samples,
     certify,
+    fit_exact,
     forget_samples,
     forget_without_data,
     noised,
 )
-from tangent_ops.exact.problem import Problem
 
 L2 = 0.05
 STAY, GO = list(range(9)), [9, 10, 11]
-
-
-@pytest.fixture(scope="module")
-def shared() -> Dense:
-    return make()
 
 
 @pytest.fixture
@@ -55,7 +49,7 @@ def size(vector: Tensor) -> float:
 def test_forgetting_is_retraining(dense: Dense) -> None:
     retrained = dense.optimum(L2, keep=STAY)
     assert size(dense.delta - retrained) > 0.1 * size(retrained)
-    delta, certificate = forget_samples(dense.tangent, dense.without(*GO), L2, tol=1e-11, **QUIET)
+    delta, certificate = forget_samples(dense.problem(L2), GO, tol=1e-11)
     assert size(flat(delta) - retrained) <= 1e-10 * size(retrained)
     assert torch.equal(flat(delta), dense.delta)
     assert size(flat(delta) - retrained) <= certificate.distance_bound + 1e-12 * size(retrained)
@@ -65,9 +59,7 @@ def test_forgetting_is_retraining(dense: Dense) -> None:
 @pytest.mark.parametrize("loose", [1, 3, 6])
 def test_the_bounds_hold_when_the_solve_is_loose(dense: Dense, loose: int) -> None:
     with pytest.warns(NotConvergedWarning):
-        delta, certificate = forget_samples(
-            dense.tangent, dense.without(*GO), L2, max_iterations=loose, rank=0, **QUIET
-        )
+        delta, certificate = forget_samples(dense.problem(L2), GO, max_iterations=loose, rank=0)
     off = flat(delta) - dense.optimum(L2, keep=STAY)
     assert 1e-6 < size(off) <= certificate.distance_bound
     inputs = dense.data.tensors[0][GO]
@@ -79,29 +71,20 @@ def test_the_bounds_hold_when_the_solve_is_loose(dense: Dense, loose: int) -> No
     torch.testing.assert_close(bounds, certificate.distance_bound * lengths)
 
 
-def test_adding_samples_is_training_on_them(dense: Dense) -> None:
-    dense.set(dense.optimum(L2, keep=STAY))
-    delta, certificate = add_samples(dense.tangent, dense.data, L2, tol=1e-11, **QUIET)
-    exact = dense.optimum(L2)
-    assert size(flat(delta) - exact) <= 1e-10 * size(exact)
-    assert certificate.samples == SAMPLES
-
-
 def test_certificates_of_other_convex_losses(dense: Dense) -> None:
-    forget_samples(dense.tangent, dense.without(*GO), L2, tol=1e-10, loss=F.cross_entropy, **QUIET)
+    problem = dense.problem(L2, loss=F.cross_entropy)
+    forget_samples(problem, GO, tol=1e-10)
     best = dense.delta
     dense.set(best + 1e-3)
-    certificate = certify(dense.tangent, dense.without(*GO), L2, loss=F.cross_entropy, **QUIET)
+    certificate = certify(problem.without(GO))
     assert size(dense.delta - best) <= certificate.distance_bound
-    assert certificate.verify(progress=False).distance_bound == pytest.approx(
-        certificate.distance_bound
-    )
+    assert certificate.verify().distance_bound == pytest.approx(certificate.distance_bound)
 
 
 def test_a_certificate_is_verified(dense: Dense) -> None:
     retain = dense.without(*GO)
-    delta, certificate = forget_samples(dense.tangent, retain, L2, tol=1e-3, **QUIET)
-    fresh = certificate.verify(progress=False)
+    delta, certificate = forget_samples(dense.problem(L2), GO, tol=1e-3)
+    fresh = certificate.verify()
     assert fresh == replace(certificate, **_numbers(fresh))
     assert fresh.distance_bound == pytest.approx(certificate.distance_bound, rel=1e-9)
 
@@ -109,19 +92,20 @@ def test_a_certificate_is_verified(dense: Dense) -> None:
     read = Certificate.from_json(certificate.to_json())
     assert read == certificate
     assert json.loads(certificate.to_json())["distance_bound"] == certificate.distance_bound
-    with pytest.raises(ArgumentError, match="verify needs tangent, data and delta"):
+    with pytest.raises(ArgumentError, match="verify needs problem and delta"):
         read.verify()
-    read.verify(dense.tangent, retain, delta, progress=False)
+    read.verify(dense.problem(L2, retain), delta)
 
-    def refused(match: str, changed=read, data=retain, found=delta, **options) -> None:
+    def refused(match: str, changed=read, l2=L2, data=retain, found=delta, **options) -> None:
         with pytest.raises(CertificateError, match=match):
-            changed.verify(dense.tangent, data, found, progress=False, **options)
+            changed.verify(dense.problem(l2, data, **options), found)
 
     refused("claims a distance", replace(read, distance_bound=read.distance_bound / 2))
     refused("another delta", found=Delta({n: 1.001 * v for n, v in delta.items()}))
     refused("another data", data=dense.without(0, 1, 2))
     refused("another samples", data=dense.without(0, 1))
     refused("another loss", loss=F.cross_entropy)
+    refused("another l2", l2=2 * L2)
     refused("another anchor", replace(read, anchor="0" * 64))
     with pytest.raises(ArgumentError, match="no certificate's JSON"):
         Certificate.from_json("{}")
@@ -131,13 +115,13 @@ def test_a_certificate_on_cached_features() -> None:
     last = make(trainable=r"^(norm|head)\.")
     exact = last.optimum(L2, keep=STAY)
     retain = last.without(*GO)
-    delta, certificate = forget_samples(last.tangent, retain, L2, tol=1e-10, cache=True, **QUIET)
+    delta, certificate = forget_samples(last.problem(L2, cache=True), GO, tol=1e-10)
     assert size(flat(delta) - exact) <= 1e-9 * size(exact)
-    certificate.verify(progress=False)
+    certificate.verify()
     read = Certificate.from_json(certificate.to_json())
-    read.verify(last.tangent, retain, delta, cache=True, progress=False)
+    read.verify(last.problem(L2, retain, cache=True), delta)
     with pytest.raises(CertificateError, match="another method"):
-        read.verify(last.tangent, retain, delta, progress=False)
+        read.verify(last.problem(L2, retain), delta)
 
 
 def _numbers(certificate: Certificate) -> dict[str, float]:
@@ -146,47 +130,35 @@ def _numbers(certificate: Certificate) -> dict[str, float]:
 
 def test_a_certificate_of_a_float32_model_is_in_float64(dense: Dense) -> None:
     """Its bound goes on falling where float32 gradients are all rounding."""
-    anchor = dense.tangent.anchor
-    single = linearize(_copied(anchor).float())
-    inputs, labels = dense.data.tensors
-    data = TensorDataset(inputs.float(), labels)
-    double = linearize(_copied(single.anchor).double())
-    rounded = TensorDataset(inputs.float().double(), labels)
-    forget_samples(double, rounded, L2, tol=1e-12, **QUIET)
-    exact = flat(double.deltas())
-    single.load_delta_dict({n: v.float() for n, v in double.deltas().items()})
-    certificate = certify(single, data, L2, **QUIET)
-    off = size(flat(single.deltas()).double() - exact)
-    assert off <= certificate.distance_bound
-    # Where float32 knows no digit of the gradient any more.
-    problem = Problem(double, rounded, L2)
-    _, gradient, _ = problem.gradient(flat(single.deltas()).double())
+    single = dense.in_single()
+    inputs, labels = single.data.tensors
+    rounded = TensorDataset(inputs.double(), labels)
+    double = replace(single, tangent=linearize(copy.deepcopy(single.tangent.anchor).double()))
+    problem = double.problem(L2, rounded)
+    fit_exact(problem, tol=1e-12)
+    single.set(double.delta.float())
+    certificate = certify(single.problem(L2))
+    found = single.delta.double()
+    assert size(found - double.delta) <= certificate.distance_bound
+    # Where no digit of the float32 gradient is left.
+    _, gradient, _ = problem.passes.gradient(found)
     assert certificate.gradient_norm == pytest.approx(size(gradient), rel=1e-6)
-    _, noisy, _ = Problem(single, data, L2).gradient(flat(single.deltas()))
+    _, noisy, _ = single.problem(L2).passes.gradient(single.delta)
     assert size(noisy) != pytest.approx(size(gradient), rel=1e-2)
-
-
-def _copied(model):
-    import copy
-
-    return copy.deepcopy(model)
 
 
 @pytest.mark.parametrize("inexact", [0.0, 1e-4])
 def test_forgetting_without_the_retained_data(dense: Dense, inexact: float) -> None:
     dense.set(dense.optimum(L2) + inexact)
-    start = certify(dense.tangent, dense.data, L2, **QUIET)
-    shards = [
-        ShardCurvature(dense.tangent, dense.kept(*part), L2, **QUIET)
-        for part in (range(4), range(4, 9))
-    ]
+    start = certify(dense.problem(L2))
+    shards = [dense.problem(L2, dense.kept(*part)).curvature() for part in (range(4), range(4, 9))]
 
     def retained(direction):
         a, b = (shard(direction) for shard in shards)
         return {name: a[name] + b[name] for name in a}
 
     delta, certificate = forget_without_data(
-        dense.tangent, dense.kept(*GO), L2, retained, 9, start, tol=1e-11, **QUIET
+        dense.problem(L2, dense.kept(*GO)), retained, 9, start, tol=1e-11
     )
     exact = dense.optimum(L2, keep=STAY)
     off = size(flat(delta) - exact)
@@ -199,15 +171,14 @@ def test_forgetting_without_the_retained_data(dense: Dense, inexact: float) -> N
 
 
 def test_forgetting_without_data_asks_for_the_right_start(dense: Dense) -> None:
-    start = certify(dense.tangent, dense.data, L2, **QUIET)
-    shard = ShardCurvature(dense.tangent, dense.without(*GO), L2, **QUIET)
+    start = certify(dense.problem(L2))
+    shard = dense.problem(L2, dense.without(*GO)).curvature()
     before = dense.delta
 
     def refused(match: str, error=ArgumentError, samples=9, start=start, **options) -> None:
         with pytest.raises(error, match=match):
-            forget_without_data(
-                dense.tangent, dense.kept(*GO), L2, shard, samples, start, **options, **QUIET
-            )
+            forgotten = dense.problem(L2, dense.kept(*GO), **options)
+            forget_without_data(forgotten, shard, samples, start)
         assert torch.equal(dense.delta, before)
 
     refused("another samples: 12, here it is 11", samples=8)
@@ -219,7 +190,7 @@ def test_forgetting_without_data_asks_for_the_right_start(dense: Dense) -> None:
 
 
 def test_noise_hides_the_distance(dense: Dense) -> None:
-    delta, certificate = forget_samples(dense.tangent, dense.without(*GO), L2, tol=0.1, **QUIET)
+    delta, certificate = forget_samples(dense.problem(L2), GO, tol=0.1)
     loud = noised(delta, certificate, epsilon=0.5, failure=1e-5)
     expected = certificate.distance_bound * math.sqrt(2 * math.log(1.25e5)) / 0.5
     assert loud.sigma == pytest.approx(expected)

@@ -28,8 +28,8 @@ from small_models import images, vit
 from torch.utils.data import DataLoader, TensorDataset
 
 from tangent_ops import last_blocks, linearize
+from tangent_ops.data import in_order
 from tangent_ops.errors import ArgumentError, UnsupportedError
-from tangent_ops.exact.problem import in_order
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.privacy.convex.bounded import BoundedSquareLoss, Bounds, Objective
 from tangent_ops.privacy.convex.jacobian_norms import jacobian_norms
@@ -105,7 +105,7 @@ def test_gradient_is_the_written_one(data, normalizer):
 @pytest.mark.parametrize("index", range(0, 16, 3))
 def test_curvature_of_a_sample_is_between_0_and_the_bound(index):
     one = TensorDataset(*(column[index : index + 1] for column in outliers().tensors))
-    problem = objective(one, normalizer=1.0).problem
+    problem = objective(one, normalizer=1.0).passes
     for delta in directions(3, 1.0):
         at = problem.logits(delta)
         for direction in (*directions(3, 1.0), dense(one)[0][0, 0]):
@@ -116,7 +116,7 @@ def test_curvature_of_a_sample_is_between_0_and_the_bound(index):
 
 def test_hessian_products_are_differences_of_gradients():
     data = outliers()
-    problem = objective(data).problem
+    problem = objective(data).passes
     written = Written(data, len(data))
     for delta in directions(2, 1.0):
         at = problem.logits(delta)

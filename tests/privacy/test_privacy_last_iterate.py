@@ -25,8 +25,8 @@ from bounded_problem import (
 )
 from torch.utils.data import TensorDataset
 
+from tangent_ops.data import in_order
 from tangent_ops.errors import ArgumentError, NonFiniteLossError
-from tangent_ops.exact.problem import in_order
 from tangent_ops.privacy.convex.bounded import Bounds, Objective
 from tangent_ops.privacy.convex.last_iterate import (
     contraction_gap,

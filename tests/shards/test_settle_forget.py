@@ -19,7 +19,7 @@ from tangent_ops.errors import (
     SampleError,
     UnsupportedError,
 )
-from tangent_ops.exact.certificate import Certificate
+from tangent_ops.exact import Certificate, Problem
 from tangent_ops.shards import (
     ImageData,
     Plan,
@@ -358,7 +358,7 @@ def test_a_quadratic_shard_is_solved_from_where_it_was(tmp_path: Path) -> None:
 
     tangent = plan.tangent()
     data = job.job_data(plan, plan.job("shard-0"))
-    fit_exact(tangent, data, 1.0, 1e-5, progress=False)
+    fit_exact(Problem(tangent, data, 1.0, progress=False), 1e-5)
     optimum = tangent.deltas()
     gap = sum(((delta[n] - optimum[n]).double() ** 2).sum().item() for n in delta) ** 0.5
     moved = sum(((delta[n] - before[n]).double() ** 2).sum().item() for n in delta) ** 0.5

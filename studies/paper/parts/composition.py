@@ -21,7 +21,7 @@ from studies.paper.parts.dealing import (
 from studies.paper.presets import Preset
 from tangent_ops import compose, compose_lossless, fit_exact, linearize
 from tangent_ops.errors import NotConvergedWarning
-from tangent_ops.exact import ShardCurvature
+from tangent_ops.exact import Problem
 
 PART = "composition"
 TUNED_ON = 0
@@ -114,14 +114,14 @@ def _ordinary(dealt: Dealt, arguments: dict[str, Any]) -> dict[str, Any]:
 def _exact(dealt: Dealt, arguments: dict[str, Any]) -> dict[str, Any]:
     tangent, l2 = linearize(dealt.anchor), arguments["rate"]
     began = time.perf_counter()
+    problems = [Problem(tangent, shard, l2, progress=False) for shard in dealt.shards]
     deltas = []
     with warnings.catch_warnings():
         warnings.simplefilter("error", NotConvergedWarning)
-        for shard in dealt.shards:
+        for problem in problems:
             reset(tangent)
-            method = "dual" if len(shard) <= SMALL else "cg"
-            options: dict[str, Any] = {"method": method, "rank": 16, "progress": False}
-            fit_exact(tangent, shard, l2, FIT_TOLERANCE, **options)
+            method = "dual" if problem.samples <= SMALL else "cg"
+            fit_exact(problem, FIT_TOLERANCE, method=method, rank=16)
             deltas.append(tangent.delta_dict())
     found: dict[str, Any] = {"fit_seconds": time.perf_counter() - began}
     _score(found, "mean", tangent, compose(deltas), dealt)
@@ -129,7 +129,7 @@ def _exact(dealt: Dealt, arguments: dict[str, Any]) -> dict[str, Any]:
     if len(deltas) == 1:
         lossless = deltas[0]
     else:
-        curvatures = [ShardCurvature(tangent, shard, l2, progress=False) for shard in dealt.shards]
+        curvatures = [problem.curvature() for problem in problems]
         lossless = compose_lossless(deltas, curvatures, COMPOSE_TOLERANCE, progress=False)
     found["compose_seconds"] = time.perf_counter() - began
     _score(found, "lossless", tangent, lossless, dealt)

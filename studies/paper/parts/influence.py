@@ -17,6 +17,7 @@ from studies.paper.presets import Preset
 from studies.paper.tokens import FEATURES
 from tangent_ops import CachedFeatures, Influence, LinearizedModel, fit_exact, linearize
 from tangent_ops.errors import NotConvergedWarning
+from tangent_ops.exact import Problem
 from tangent_ops.losses import RescaledSquareLoss
 
 PART = "influence"
@@ -53,7 +54,7 @@ def run(arguments: dict[str, Any], context: Context) -> dict[str, Any]:
     )
     tangent = linearize(anchor, rank=LOW_RANK, basis=0)
     began = time.perf_counter()
-    influence = Influence(tangent, train, L2S[0], progress=False)
+    influence = Influence(Problem(tangent, train, L2S[0], progress=False))
     best = min(influence.cross_validate(L2S), key=lambda row: row.loss)
     influence.l2 = best.l2
     scores = {
@@ -110,7 +111,7 @@ def _classical(
 def _fit(tangent: LinearizedModel, data: CachedFeatures, l2: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", NotConvergedWarning)
-        fit_exact(tangent, data, l2, FIT_TOLERANCE, progress=False)
+        fit_exact(Problem(tangent, data, l2, progress=False), FIT_TOLERANCE)
 
 
 def _loss(tangent: LinearizedModel, data: CachedFeatures) -> float:

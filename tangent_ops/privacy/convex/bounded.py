@@ -14,7 +14,6 @@ u_i comes from x_i alone: no other sample changes it. Where nothing is clipped a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from tangent_ops.data import check_positive, unpack
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.exact.jacobian import Jacobian
-from tangent_ops.exact.problem import Problem, check_l2, check_tangent
+from tangent_ops.exact.passes import Passes
+from tangent_ops.exact.problem import Cache, check_l2, check_tangent
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.privacy.convex.jacobian_norms import batch_norms, entering, norms_bar
 
@@ -99,8 +99,8 @@ class Bounds:
 class Objective:
     """F(Δ) = (1/E) Σ_i ℓ_i(Δ) + l2/2 ‖Δ‖², of bounded losses.
 
-    `problem` is the same with 1/N in place of 1/E and l2 E/N in place of l2: F E/N, which has the
-    same minimum.
+    `passes` are over the same with 1/N in place of 1/E and l2 E/N in place of l2: F E/N, which has
+    the same minimum.
 
     Args:
         tangent: the model; its deltas are neither read nor changed.
@@ -131,7 +131,7 @@ class Objective:
         l2: float,
         bounds: Bounds,
         *,
-        cache: bool | str | os.PathLike[str],
+        cache: Cache,
         device: str | torch.device | None,
         progress: bool,
     ) -> None:
@@ -145,13 +145,10 @@ class Objective:
         self.loss = BoundedSquareLoss(bounds.residual, bounds.target)
         self.samples = len(self.data.dataset)  # pyright: ignore[reportArgumentType]
         self.normalizer = bounds.divisor(self.samples)
-        self.problem = Problem(self.model, self.data, self.problem_l2, self.loss, progress=progress)
-        # The look at a few samples may have met none whose residual is clipped.
-        self.problem.quadratic = False
-
-    @property
-    def problem_l2(self) -> float:
-        return self.l2 * self.normalizer / self.samples
+        l2 = self.l2 * self.normalizer / self.samples
+        self.passes = Passes(Jacobian(self.model), self.data, l2, self.loss, progress)
+        # The few samples that were tried may have no clipped residual.
+        self.passes.quadratic = False
 
     @property
     def sensitivity(self) -> float:
@@ -159,13 +156,13 @@ class Objective:
 
     def gradient(self, delta: Tensor) -> Tensor:
         """∇F(Δ), flat."""
-        _, gradient, _ = self.problem.gradient(delta)
+        _, gradient, _ = self.passes.gradient(delta)
         return gradient.mul_(self.samples / self.normalizer)
 
     @property
     def assumes(self) -> tuple[str, ...]:
         """What has to be true, besides a mechanism's own conditions."""
-        dtype = str(self.problem.layout.dtype).removeprefix("torch.")
+        dtype = str(self.passes.layout.dtype).removeprefix("torch.")
         return (
             "the anchor, a low-rank basis, and every argument (bounds, l2, target, steps, lr) do "
             "not come from these data",

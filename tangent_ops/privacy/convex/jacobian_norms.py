@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tangent_ops.data import Data, place, unpack
+from tangent_ops.data import Data, in_order, place, unpack
 from tangent_ops.errors import ArgumentError
 from tangent_ops.exact.jacobian import Jacobian
-from tangent_ops.exact.problem import check_tangent, in_order
-from tangent_ops.model.features import cache_features
+from tangent_ops.exact.problem import Cache, cached, check_tangent
 from tangent_ops.model.linearized import LinearizedModel
 
 _COLUMNS = 1 << 16  # of J that are in float64 at a time
@@ -25,7 +23,7 @@ def jacobian_norms(
     data: Data,
     *,
     batch_size: int = 64,
-    cache: bool | str | os.PathLike[str] = False,
+    cache: Cache = False,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Tensor:
@@ -60,7 +58,7 @@ def jacobian_norms(
 def entering(
     tangent: LinearizedModel,
     loader: DataLoader,
-    cache: bool | str | os.PathLike[str],
+    cache: Cache,
     device: str | torch.device | None,
     progress: bool,
 ) -> tuple[LinearizedModel, DataLoader]:
@@ -72,9 +70,8 @@ def entering(
     place(tangent, device)
     if cache is False:
         return tangent, loader
-    trunk, tail = tangent.split()
-    features = cache_features(trunk, loader, None if cache is True else cache, progress=progress)
-    return tail, in_order(features, loader.batch_size or 1)
+    _, tail, features = cached(tangent, loader, cache, progress)
+    return tail, features
 
 
 def norms_bar(loader: DataLoader, progress: bool) -> tqdm:

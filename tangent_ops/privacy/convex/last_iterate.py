@@ -7,16 +7,15 @@ early steps are forgotten, and the price stays finite however long the descent g
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
-from tangent_ops.data import Data
+from tangent_ops.data import Data, in_order
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError
-from tangent_ops.exact.problem import check_l2, in_order
+from tangent_ops.exact.problem import Cache, check_l2
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.privacy.accounting import Phase
 from tangent_ops.privacy.checks import check_contents, check_dataset, check_model
@@ -55,7 +54,7 @@ def fit_last_iterate(
     *,
     lr: float | None = None,
     batch_size: int = 64,
-    cache: bool | str | os.PathLike[str] = False,
+    cache: Cache = False,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> LastIterate:
@@ -123,7 +122,7 @@ def fit_last_iterate(
     )
     noise = objective.sensitivity * multiplier * last_iterate_growth(gap, steps)
     source = privacy.noise_source()
-    layout = objective.problem.layout
+    layout = objective.passes.layout
     iterate = layout.zeros()
     for _ in tqdm(range(steps), "private fit", unit="step", disable=not progress):
         iterate.sub_(objective.gradient(iterate), alpha=lr)

@@ -1,0 +1,57 @@
+"""`ShardCurvature`: products with a shard's Hessian, without its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from tangent_ops.errors import UnsupportedError
+from tangent_ops.exact.nystrom import preconditioner
+
+if TYPE_CHECKING:
+    from tangent_ops.exact.problem import Problem
+
+Curvature = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+class ShardCurvature:
+    """v -> H v with H = Σ_i J_iᵀ A_i J_i + N l2 I over one shard's N samples.
+
+    What a shard gives to `compose_lossless` and `forget_without_data`: products, never data. It
+    may be called here, in another process, or on another machine. Made by `Problem.curvature`.
+
+    Args:
+        problem: of the shard; its loss has to be quadratic: only then H is the same everywhere.
+
+    Raises:
+        UnsupportedError: the loss is not quadratic.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        require_quadratic(problem, "the curvature of a shard", "RescaledSquareLoss")
+        self.problem = problem
+
+    @property
+    def samples(self) -> int:
+        """N, the number of the shard's samples."""
+        return self.problem.samples
+
+    def __call__(self, direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """H v, named and shaped as v."""
+        passes = self.problem.passes
+        product = passes.product(passes.layout.flat(direction, "the direction"))
+        return passes.layout.named(product.mul_(self.samples))
+
+    def preconditioner(self, rank: int | None = None) -> Callable[[Tensor], Tensor]:
+        """An approximate inverse for all shards that are like this one, up to a factor."""
+        return preconditioner(self.problem.passes, rank)
+
+
+def require_quadratic(problem: Problem, what: str, way_out: str) -> None:
+    """Raise UnsupportedError unless the loss is quadratic in the logits."""
+    if not problem.quadratic:
+        raise UnsupportedError(
+            f"{what} needs a quadratic loss, got {problem.loss!r}: use {way_out}"
+        )

@@ -1,0 +1,19 @@
+"""The small dense problem, made once for all files here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dense import Dense, make
+
+
+@pytest.fixture(scope="session")
+def shared() -> Dense:
+    return make()
+
+
+@pytest.fixture
+def dense(shared: Dense) -> Dense:
+    """At zero."""
+    shared.set(torch.zeros_like(shared.delta))
+    return shared
