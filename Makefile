@@ -59,10 +59,10 @@ publish: $(call installed,bench) ## figures and pictures of the stored results, 
 	$(RUN) -m benchmarks.publish
 
 compile-check: $(call installed,bench) ## every kernel compiled for four GPUs, without one: registers, spills
-	$(RUN) -m benchmarks.compile_kernels $(if $(OUT),--out "$(OUT)") $(ARGS)
+	$(RUN) -m tools.kernels.compile_kernels $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 gpu-check: $(call installed,test) ## on a CUDA machine: the gpu tests, compute-sanitizer, the suite
-	$(RUN) -m benchmarks.gpu_check $(if $(OUT),--out "$(OUT)") $(ARGS)
+	$(RUN) -m tools.kernels.gpu_check $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 clean: ## remove caches and build products; keeps .venv, downloads and out/
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks

@@ -7,7 +7,7 @@ import torch
 
 from tangent_ops.functional._backend import interpreting
 from tests.ops.transforms import CELLS, title
-from tests.ops.write_nestings import check
+from tools.pages.nestings import check
 
 # torch's own: vmap loops where its fast attention has no batching rule; linearize folds constants.
 pytestmark = [

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.sanitize_kernels import launch_rows
 from tangent_ops import functional as ops
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.functional._backend import interpreting
 from tangent_ops.functional._dual_op import _Dual
 from tests.ops import oracle
+from tools.kernels.sanitize_kernels import launch_rows
 
 DEVICE = "cpu" if interpreting() else "cuda"
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.ops import oracle
 from tests.ops.transforms import CELLS, SHAPE, outcome, plain_cell, title, value
-from tests.ops.write_nestings import check
+from tools.pages.nestings import check
 
 # torch's own: vmap loops where its fast attention has no batching rule; linearize folds constants.
 pytestmark = [

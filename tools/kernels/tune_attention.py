@@ -29,8 +29,8 @@ from tqdm import tqdm
 from triton.errors import TritonError
 
 from benchmarks.record import environment
-from benchmarks.resources import Resources, resources
-from benchmarks.samples import Case, launch_of, variants_of
+from tools.kernels.resources import Resources, resources
+from tools.kernels.samples import Case, launch_of, variants_of
 
 # Batch, heads, tokens that candidates are timed on, by head dimension.
 SHAPES = {

@@ -10,11 +10,11 @@ import torch
 from tangent_kernels._launch import Config, Launch
 from tangent_kernels.attention import Call, attention_jvp, attention_vjp, configs
 
-from benchmarks.compile_kernels import default_cases, measure, problems_of, row_problems
-from benchmarks.known_spills import KNOWN_SPILLS
-from benchmarks.resources import compile_launch, specialize
-from benchmarks.samples import Case, launch_of
 from tangent_ops.functional._backend import interpreting
+from tools.kernels.compile_kernels import default_cases, measure, problems_of, row_problems
+from tools.kernels.known_spills import KNOWN_SPILLS
+from tools.kernels.resources import compile_launch, specialize
+from tools.kernels.samples import Case, launch_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,7 +29,7 @@ WARP_GROUPS = ("forward x1", "first query", "first key value", "first mask")
 
 
 def in_part(case: Case) -> bool:
-    """Whether it is compiled here: `benchmarks/compile_kernels.py` compiles all, for minutes."""
+    """Whether it is compiled here: `tools/kernels/compile_kernels.py` compiles all, for minutes."""
     kind = (case.arch, case.dim)
     if case.dtype == torch.float32:
         return kind == (80, 64)

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.coverage.answers import (
+from tangent_ops.errors import UnsupportedError
+from tools.coverage.answers import (
     Errors,
     Question,
     directions,
@@ -19,9 +20,8 @@ from benchmarks.coverage.answers import (
     pytorchs,
     shake,
 )
-from benchmarks.coverage.members import Built, Member
-from benchmarks.coverage.observe import Seen, parts, watched
-from tangent_ops.errors import UnsupportedError
+from tools.coverage.members import Built, Member
+from tools.coverage.observe import Seen, parts, watched
 
 TARGET = 1e-4
 EXACT = 1e-9  # what float64 makes of an exact formula, and of two that agree

@@ -1,7 +1,7 @@
 """Launches every kernel once, on small tensors: what compute-sanitizer is run on.
 
-    compute-sanitizer --tool memcheck python3 benchmarks/sanitize_kernels.py
-    compute-sanitizer --tool racecheck python3 benchmarks/sanitize_kernels.py
+    compute-sanitizer --tool memcheck python3 tools/kernels/sanitize_kernels.py
+    compute-sanitizer --tool racecheck python3 tools/kernels/sanitize_kernels.py
 
 Lengths end inside a tile, so an access past the end would be one past an allocation.
 """
@@ -21,7 +21,7 @@ from tangent_kernels.attention import (
 )
 from torch import Tensor
 
-from benchmarks.row_samples import launches
+from tools.kernels.row_samples import launches
 
 QUERIES, KEYS = 70, 53
 ROWS = 37

@@ -39,7 +39,7 @@ def main() -> int:
             f"--log-file={out / tool}.txt",
             sys.executable,
             "-m",
-            "benchmarks.sanitize_kernels",
+            "tools.kernels.sanitize_kernels",
         ]
     steps["suite"] = [sys.executable, "-m", "benchmarks.run", "--resume", f"--out={out}"]
     # A red test does not keep the rest from being measured; the last lines say what was red.

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.coverage import __main__ as command
-from benchmarks.coverage import page, sweep
-from benchmarks.coverage.answers import Errors
-from benchmarks.coverage.measure import (
+from benchmarks.stored import BadFile
+from tools.coverage import __main__ as command
+from tools.coverage import page, sweep
+from tools.coverage.answers import Errors
+from tools.coverage.measure import (
     FAILED,
     REFUSED,
     RIGHT,
@@ -24,9 +25,8 @@ from benchmarks.coverage.measure import (
     judge,
     measure,
 )
-from benchmarks.coverage.members import TIMM, TORCH, Member, members
-from benchmarks.coverage.sweep import in_a_process, read_rows, write_rows
-from benchmarks.stored import BadFile
+from tools.coverage.members import TIMM, TORCH, Member, members
+from tools.coverage.sweep import in_a_process, read_rows, write_rows
 
 MEMBER = Member(TORCH, "small", "one")
 ENCODER = Member(TORCH, "nn.TransformerEncoder", "norm last", {"norm_first": False})
@@ -162,11 +162,11 @@ def test_resuming_measures_what_is_missing(tmp_path, monkeypatch):
     chosen = [Member(TIMM, "vit", name) for name in ("a", "b")]
     monkeypatch.setattr(command, "members", lambda only: chosen)
     monkeypatch.setattr(sweep, "in_a_process", lambda m: asked.append(m.model) or a_row(m.model))
-    write_rows(tmp_path / "coverage.jsonl", [a_row("a"), a_row("other")])
+    write_rows(tmp_path / "rows.jsonl", [a_row("a"), a_row("other")])
     monkeypatch.setattr(sys, "argv", ["coverage", "--out", str(tmp_path), "--resume"])
     assert command.main() == 0
     assert asked == ["b"]
-    assert list(read_rows(tmp_path / "coverage.jsonl")) == ["timm a", "timm other", "timm b"]
+    assert list(read_rows(tmp_path / "rows.jsonl")) == ["timm a", "timm other", "timm b"]
     monkeypatch.setattr(sys, "argv", ["coverage", "--out", str(tmp_path)])
     assert command.main() == 0
     assert asked == ["b", "a", "b"]
@@ -174,9 +174,9 @@ def test_resuming_measures_what_is_missing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", ["no json", "[]", '{"member": {}}'])
 def test_another_file_is_refused(tmp_path, text):
-    (tmp_path / "coverage.jsonl").write_text(text)
-    with pytest.raises(BadFile, match=r"coverage\.jsonl is not a result of the coverage sweep"):
-        read_rows(tmp_path / "coverage.jsonl")
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(BadFile, match=r"rows\.jsonl is not a result of the coverage sweep"):
+        read_rows(tmp_path / "rows.jsonl")
 
 
 def test_a_family_is_right_where_all_its_members_are():
@@ -198,7 +198,7 @@ def test_members_of_a_family():
 def test_the_page_is_that_of_the_stored_rows():
     rows = read_rows(page.STORED).values()
     assert page.PAGE.read_text(encoding="utf-8") == page.page_of(rows), (
-        "`python -m benchmarks.coverage --write` writes it"
+        "`python -m tools.coverage --write` writes it"
     )
     assert not any(row.verdict == WRONG for row in rows)
     assert len({row.member["family"] for row in rows if row.member["source"] == TIMM}) > 90

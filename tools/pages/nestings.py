@@ -1,4 +1,4 @@
-"""Writes docs/nestings.md, the outcome of every nesting: python -m tests.ops.write_nestings"""
+"""Writes docs/nestings.md, the outcome of every nesting: python -m tools.pages.nestings"""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ MEANINGS = {
 INTRO = """\
 # Nestings of transforms
 
-<!-- Written by `python -m tests.ops.write_nestings`; do not edit. -->
+<!-- Written by `python -m tools.pages.nestings`; do not edit. -->
 
 What `tangent_ops.scaled_dot_product_attention` does in every pair of PyTorch's transforms, with
 torch {version}. The row is the outer transform, the column the inner one: row `grad`, column `jvp`
@@ -76,7 +76,7 @@ def run_all(backend: str) -> dict[Cell, str]:
 def run_interpreted() -> dict[Cell, str]:
     """The outcome of every cell by the Triton backend, interpreted in a process of its own."""
     code = (
-        "import json; from tests.ops.write_nestings import run_all; "
+        "import json; from tools.pages.nestings import run_all; "
         "print(json.dumps(list(run_all('triton').items())))"
     )
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -176,7 +176,7 @@ def check(cell: Cell, backend: str, dtype: torch.dtype, device: str) -> str:
     # An error that names no known reason is PyTorch's own if its attention raises the same.
     assert acceptable(found) or found == outcome(cell, MATH, dtype, device), found
     if device == "cpu" and (told := documented(backend)) is not None:
-        assert found == told[cell], "run: python -m tests.ops.write_nestings"
+        assert found == told[cell], "run: python -m tools.pages.nestings"
     return found
 
 

@@ -22,11 +22,11 @@ from rich.table import Table
 from tangent_kernels.attention.configs import DIMS, DIRECTIONS, table
 from tqdm import tqdm
 
-from benchmarks.known_spills import KNOWN_EXCESS, KNOWN_SPILLS, OTHER_TRITON, TRITON
 from benchmarks.record import environment, write_json
-from benchmarks.resources import SHARED_LIMITS, Resources, resources
-from benchmarks.row_samples import WIDTHS, launches
-from benchmarks.samples import Case, launch_of, variants_of
+from tools.kernels.known_spills import KNOWN_EXCESS, KNOWN_SPILLS, OTHER_TRITON, TRITON
+from tools.kernels.resources import SHARED_LIMITS, Resources, resources
+from tools.kernels.row_samples import WIDTHS, launches
+from tools.kernels.samples import Case, launch_of, variants_of
 
 PADDED = (8, 72, 80, 96)  # head dimensions that no tile fits exactly, on sm_90
 

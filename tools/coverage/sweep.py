@@ -13,10 +13,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.coverage.measure import FAILED, Row, measure
-from benchmarks.coverage.members import Member
 from benchmarks.record import environment
 from benchmarks.stored import BadFile
+from tools.coverage.measure import FAILED, Row, measure
+from tools.coverage.members import Member
 
 SECONDS = 400
 BYTES = 10 << 30
@@ -65,7 +65,7 @@ def in_a_process(member: Member, seconds: int = SECONDS, limit: int = BYTES) -> 
     """Its row, whatever becomes of the process."""
     # Forked from a server that has imported everything: a new interpreter takes 6 s for that.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.coverage.measure", "timm"])
+    context.set_forkserver_preload(["tools.coverage.measure", "timm"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(member, theirs, seconds, limit), daemon=True)
     process.start()

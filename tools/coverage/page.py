@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from benchmarks.coverage.measure import RIGHT, ROUNDED, WRONG, Row
-from benchmarks.coverage.members import TIMM
 from benchmarks.record import ROOT
-from benchmarks.stored import RESULTS
+from tools.coverage.measure import RIGHT, ROUNDED, WRONG, Row
+from tools.coverage.members import TIMM
 
-STORED = RESULTS / "coverage" / "coverage.jsonl"
+STORED = ROOT / "tools" / "coverage" / "rows.jsonl"
 PAGE = ROOT / "docs" / "coverage.md"
 NOTHING = "–"
 HEADINGS = (
@@ -28,7 +27,7 @@ HEADINGS = (
 
 INTRODUCTION = """# Which architectures linearize
 
-Written by `python -m benchmarks.coverage` ([how](../benchmarks/README.md#coverage)); do not edit.
+Written by `python -m tools.coverage` ([how](../benchmarks/README.md#coverage)); do not edit.
 
 A small member of every architecture family of timm, more where a family has several kinds of
 attention, and vision transformers of torchvision, Hugging Face and PyTorch itself. Weights are

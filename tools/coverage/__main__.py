@@ -1,9 +1,9 @@
 """Linearizes a small member of every architecture family and compares it with float64.
 
-    python -m benchmarks.coverage                     # all; 25 minutes on 2 cores
-    python -m benchmarks.coverage --only 'swin|eva'   # some: a regular expression
-    python -m benchmarks.coverage --resume            # those without a row
-    python -m benchmarks.coverage --write             # docs/coverage.md again, from stored rows
+    python -m tools.coverage                     # all; 25 minutes on 2 cores
+    python -m tools.coverage --only 'swin|eva'   # some: a regular expression
+    python -m tools.coverage --resume            # those without a row
+    python -m tools.coverage --write             # docs/coverage.md again, from stored rows
 
 Hugging Face's models take part where transformers is installed (`pip install transformers`).
 """
@@ -14,11 +14,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.coverage.members import members
-from benchmarks.coverage.page import PAGE, STORED, page_of
-from benchmarks.coverage.sweep import read_rows, sweep
 from benchmarks.processes import stop_by_exception
 from benchmarks.stored import BadFile, folder_for
+from tools.coverage.members import members
+from tools.coverage.page import PAGE, STORED, page_of
+from tools.coverage.sweep import read_rows, sweep
 
 
 def main() -> int:
