@@ -1,4 +1,4 @@
-"""A model's value, tangent and gradient: ours, and PyTorch's own in float32 and float64."""
+"""A model's value, tangent and gradient by tangent_ops and by PyTorch alone."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Tensors = Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Question:
-    """f(x), J Δw and Jᵀ c of a model in eval mode.
+    """A model in eval mode, x and Δw; the answer is f(x), J Δw and Jᵀ c.
 
     Attributes:
-        model: in float32, not called yet: in eval mode some keep what they computed.
-        input: of the model.
-        deltas: Δw, for every parameter.
+        model: float32, not called yet: in eval mode some models cache what they computed.
+        input: x.
+        deltas: Δw for every parameter.
     """
 
     model: nn.Module
@@ -47,8 +47,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Errors:
-    """Distances to the exact answer, each relative to the length of that: of all outputs taken
-    together, of the gradients by all parameters."""
+    """‖found − exact‖ / ‖exact‖ over all outputs, and over the gradients of all parameters."""
 
     primal: float
     tangent: float
@@ -63,8 +62,8 @@ class Errors:
 def shake(model: nn.Module, seed: int = 0) -> nn.Module:
     """The model in eval mode, with noise on every weight and statistic.
 
-    Fresh weights are zeros and ones too often: what stands behind a zero would not be seen. A
-    tenth of a weight's size, and at least 0.05 for vectors and what is (nearly) zero.
+    Many fresh weights are 0, and an error that is multiplied by 0 would not be seen. The noise is a
+    tenth of the weights' root mean square, and at least 0.05 for vectors and weights near zero.
     """
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -82,7 +81,7 @@ def shake(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def directions(model: nn.Module, seed: int = 1) -> Named:
-    """Δw: for every parameter as large as that is."""
+    """Δw, normal, with the root mean square of its parameter."""
     noise = torch.Generator().manual_seed(seed)
     return {
         name: _normal(p, noise) * p.detach().square().mean().sqrt()
@@ -95,7 +94,13 @@ def ours(
     dtype: torch.dtype = torch.float32,
     during: AbstractContextManager[None] | None = None,
 ) -> Answer:
-    """By `tangent_ops.linearize`, of a model that has been used; its second call, in `during`."""
+    """The answer of `tangent_ops.linearize`, of a model that was called before.
+
+    Args:
+        question: the model, x and Δw.
+        dtype: of model and input.
+        during: context of the linearized model's second call.
+    """
     model, x = copy.deepcopy(question.model).to(dtype), question.input.to(dtype)
     with torch.no_grad():
         model(x)
@@ -111,7 +116,7 @@ def ours(
 
 
 def pytorchs(question: Question, dtype: torch.dtype) -> Answer:
-    """By `torch.func.jvp` and ordinary reverse mode, with MATH attention."""
+    """The answer of `torch.func.jvp` and ordinary reverse mode, with MATH attention."""
     x = question.input.to(dtype)
     tangents = {name: delta.to(dtype) for name, delta in question.deltas.items()}
 
@@ -121,7 +126,7 @@ def pytorchs(question: Question, dtype: torch.dtype) -> Answer:
         return (lambda w: floats(functional_call(model, w, (x,)))), weights
 
     # nn.TransformerEncoder's fast path and oneDNN's recurrent layers have no forward derivative.
-    # Other models keep oneDNN: with other roundings than ours a ReLU may switch here alone.
+    # Other models keep oneDNN: with other rounding a ReLU could switch here and not in ours.
     recurrent = any(isinstance(module, nn.RNNBase) for module in question.model.modules())
     fast_path, onednn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
@@ -149,7 +154,7 @@ def errors(found: Answer, exact: Answer) -> Errors:
 
 
 def disagreement(question: Question, exact: Answer) -> float:
-    """Between forward and reverse mode: of (c, J Δw) and (Jᵀ c, Δw), relative to their terms."""
+    """|⟨c, J Δw⟩ − ⟨Jᵀ c, Δw⟩| over the sum of the absolute values of their terms."""
     cotangents = _cotangents(exact.tangent)
     forward = [c * t for c, t in zip(cotangents, exact.tangent, strict=True)]
     reverse = [g * question.deltas[n].double() for n, g in exact.gradient.items()]
@@ -178,7 +183,7 @@ def _cotangents(outputs: Tensors) -> list[Tensor]:
 
 
 def _normal(like: Tensor, noise: torch.Generator) -> Tensor:
-    """The same numbers in every dtype."""
+    """Normal numbers of this shape and dtype, the same in every dtype."""
     return torch.randn(like.shape, generator=noise).to(like.dtype)
 
 

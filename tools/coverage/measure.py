@@ -1,4 +1,4 @@
-"""One row of the sweep: what came of one model."""
+"""One row of the sweep: the verdict on one model."""
 
 from __future__ import annotations
 
@@ -24,31 +24,22 @@ from tools.coverage.members import Built, Member
 from tools.coverage.observe import Seen, parts, watched
 
 TARGET = 1e-4
-EXACT = 1e-9  # what float64 makes of an exact formula, and of two that agree
+EXACT = 1e-9  # rounding of float64 at most
 INPUT_SEEDS = (3, 4, 5, 6, 7)
 
-RIGHT, ROUNDED, WRONG, REFUSED, FAILED, UNKNOWN = (
-    "right",
-    "float32",
-    "wrong",
-    "refused",
-    "failed",
-    "no answer",
-)
+RIGHT, ROUNDED, WRONG = "right", "float32", "wrong"
+REFUSED, FAILED, UNKNOWN = "refused", "failed", "no answer"
 
 
 @dataclass
 class Row:
-    """A model's line.
+    """A model's line; `tools/coverage/page.py` explains the verdicts.
 
     Attributes:
-        verdict: `right`: within TARGET of float64; `float32`: PyTorch's own float32 is as far
-            from float64 as ours, and our float64 agrees with it; `wrong`: neither; `refused`: an
-            UnsupportedError; `failed`: another error; `no answer`: PyTorch has none in float64.
-        reason: in words, where there is no error to state.
-        errors: of ours in float32, input after input until one is right.
-        pytorch: of PyTorch's own in float32, likewise.
-        float64: of ours in float64, where it was asked.
+        reason: the error message, where there are no numbers.
+        errors: ours in float32, one for each input, until an input is right.
+        pytorch: PyTorch's own in float32, for the same inputs.
+        float64: ours in float64 at the last input, where float32 was not right.
     """
 
     member: dict[str, Any]
@@ -78,8 +69,8 @@ class Row:
 
 
 def measure(member: Member, built: Built | None = None) -> Row:
-    """The row of a model, built here unless given."""
-    row, start = Row(dataclasses.asdict(member)), time.monotonic()
+    """The row of a member; `built` replaces `member.build()`."""
+    row, start = Row(member.to_json()), time.monotonic()
     torch.manual_seed(0)
     model, draw = built or member.build()
     shake(model)
@@ -87,26 +78,26 @@ def measure(member: Member, built: Built | None = None) -> Row:
     for seed in INPUT_SEEDS:
         x = draw(torch.Generator().manual_seed(seed))
         row.size = list(x.shape)
-        _ask(row, Question(model, x, directions(model)))
+        _add_input(row, Question(model, x, directions(model)))
         if row.verdict != ROUNDED:
             break
     row.seconds = round(time.monotonic() - start, 1)
     return row
 
 
-def _ask(row: Row, question: Question) -> None:
-    """One input more."""
+def _add_input(row: Row, question: Question) -> None:
+    """Add the errors at one input, and set the verdict."""
     try:
         exact = pytorchs(question, torch.float64)
     except Exception as problem:
         exact = None
-        row.verdict, row.reason = UNKNOWN, f"torch.func.jvp in float64: {_line(problem)}"
+        row.verdict, row.reason = UNKNOWN, f"torch.func.jvp in float64: {first_line(problem)}"
     try:
         seen = Seen()
         found = ours(question, during=watched(seen))
     except Exception as problem:
         row.verdict = REFUSED if isinstance(problem, UnsupportedError) else FAILED
-        row.reason = _line(problem)
+        row.reason = first_line(problem)
         return
     row.fused = dict(sorted(seen.fused.items()))
     row.attention = seen.kind()
@@ -126,12 +117,12 @@ def _ask(row: Row, question: Question) -> None:
 
 
 def judge(found: Errors, pytorch: Errors, float64: Errors) -> str:
-    """Of an answer that is not right: whether float32 alone is to blame."""
+    """ROUNDED if an error above TARGET comes from float32 alone, else WRONG."""
     pairs = zip(dataclasses.astuple(found), dataclasses.astuple(pytorch), strict=True)
     as_good = all(one <= max(2 * other, TARGET) for one, other in pairs)
     return ROUNDED if as_good and float64.largest < EXACT else WRONG
 
 
-def _line(problem: BaseException) -> str:
-    """Its first line."""
+def first_line(problem: BaseException) -> str:
+    """Type and first line of an error."""
     return f"{type(problem).__name__}: {problem}".splitlines()[0]

@@ -1,4 +1,4 @@
-"""The models of the sweep: a small member of every timm family, and others' vision transformers."""
+"""The models of the sweep: small members of all timm families, and other vision transformers."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Member:
     """A model with random weights.
 
     Attributes:
-        source: the package that has it.
-        family: of timm its module in `timm.models`.
-        model: its name there.
-        options: of the model, where it is made smaller than its name says.
-        size: height and width of its images; None for its own.
+        source: the package that provides it.
+        family: for timm, its module in `timm.models`.
+        model: its name in the package.
+        options: keyword arguments that make the model smaller than its name says.
+        size: height and width of its images; None for the model's default.
     """
 
     source: str
@@ -38,12 +38,15 @@ class Member:
     def key(self) -> str:
         return f"{self.source} {self.model}"
 
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "options": dict(self.options)}
+
     def build(self) -> Built:
-        """The model, and what draws a batch of two inputs."""
+        """The model, and a function that draws a batch of two inputs."""
         return BUILDERS[self.source](self)
 
 
-# Families whose smallest member is too large for two cores: fewer blocks, or a smaller image.
+# Models too large for two cores: options with fewer blocks, and a smaller image.
 REDUCED: dict[str, tuple[dict[str, Any], int | None]] = {
     "beit_base_patch16_224": ({"depth": 4}, None),
     "deepseek_vit_412m": ({"depth": 2}, None),
@@ -61,7 +64,7 @@ REDUCED: dict[str, tuple[dict[str, Any], int | None]] = {
     "vit_medium_patch16_rope_reg1_gap_256": ({"depth": 4}, None),
 }
 
-# Beside the smallest of its family, what that one lacks.
+# Swept beside the smallest of their family, because they have what that one lacks.
 BESIDES = (
     "botnet26t_256",  # relative positions, global
     "lambda_resnet26rpt_256",
@@ -106,7 +109,7 @@ OTHERS = (
 
 
 def members(only: str = "") -> Iterator[Member]:
-    """Those whose source, family or model matches the regular expression, if it is installed."""
+    """Installed members whose "source family model" matches the regular expression."""
     matches = re.compile(only).search
 
     def chosen(one: Member) -> bool:
@@ -134,7 +137,7 @@ def _timm_families() -> dict[str, list[str]]:
 
 
 def _smallest(names: list[str]) -> str:
-    """By parameters, counted without allocating them."""
+    """The name with the fewest parameters, counted on the meta device."""
     import timm
 
     def count(name: str) -> int:

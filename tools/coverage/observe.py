@@ -1,4 +1,4 @@
-"""What a model is made of, seen while it runs: fused operations, and its attention."""
+"""Counts a model's fused calls and kinds of attention, and lists what it is made of."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from tangent_ops import forward_ad
 from tangent_ops.functional._backend import may_be_dual
 
-# As `fused_forward_ad` routes them, under the names of the page.
+# Functions that `fused_forward_ad` replaces -> their name on the page.
 ROUTED = {
     function: function.__name__
     for function in (
@@ -30,7 +30,7 @@ PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum"}
 
 
 class Seen:
-    """Counts of a linearized model's calls with tangents."""
+    """Counts a linearized model's calls with tangents."""
 
     def __init__(self):
         self.fused: Counter[str] = Counter()
@@ -60,9 +60,9 @@ class Seen:
             self.attention["products by hand"] += 1
 
     def kind(self) -> str:
-        """Of attention, in few words."""
+        """The kinds of attention that were called."""
         kinds = dict(self.attention)
-        if len(kinds) > 1:  # the scores of what is counted already, or a lesser product
+        if len(kinds) > 1:  # scores of an attention that is counted already
             kinds.pop("products by hand", None)
         return ", ".join(sorted(kinds)) or "none"
 
@@ -75,7 +75,7 @@ def _attention(bias: Tensor | None) -> str:
 
 @contextlib.contextmanager
 def watched(seen: Seen) -> Iterator[None]:
-    """Has `seen` told what linearized models call inside."""
+    """Record in `seen` what linearized models call in this context."""
     original = forward_ad.fused_forward_ad.__torch_function__
 
     def handle(mode, func, types, args=(), kwargs=None):
@@ -86,7 +86,7 @@ def watched(seen: Seen) -> Iterator[None]:
         yield
 
 
-PARTS = {  # in names of parameters
+PARTS = {  # word on the page -> parts of parameters' names
     "class token": ("cls_token", "class_token"),
     "distillation token": ("dist_token", "distillation_token"),
     "register tokens": ("reg_token", "register_token"),
@@ -99,7 +99,7 @@ PARTS = {  # in names of parameters
 
 
 def parts(model: nn.Module) -> list[str]:
-    """Words for what it has, from the names of its parameters and modules."""
+    """Words for the model's parts, from the names of its parameters and modules."""
     names = [name for name, _ in model.named_parameters()]
     found = [word for word, marks in PARTS.items() if any(m in n for m in marks for n in names)]
     modules = list(model.modules())

@@ -5,59 +5,56 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from benchmarks.record import ROOT
 from tools.coverage.measure import RIGHT, ROUNDED, WRONG, Row
 from tools.coverage.members import TIMM
+from tools.machine import ROOT
 
 STORED = ROOT / "tools" / "coverage" / "rows.jsonl"
 PAGE = ROOT / "docs" / "coverage.md"
 NOTHING = "–"
-HEADINGS = (
-    "family",
-    "model",
-    "attention",
-    "has",
-    "value",
-    "tangent",
-    "gradient",
-    "PyTorch's",
-    "fused calls",
-    "",
-)
+HEADINGS = [
+    *("family", "model", "attention", "has", "value", "tangent", "gradient"),
+    *("PyTorch's", "fused calls", ""),
+]
 
 INTRODUCTION = """# Which architectures linearize
 
-Written by `python -m tools.coverage` ([how](../benchmarks/README.md#coverage)); do not edit.
+Written by `python -m tools.coverage` ([how](../tools/README.md#coverage)); do not edit.
 
 A small member of every architecture family of timm, more where a family has several kinds of
 attention, and vision transformers of torchvision, Hugging Face and PyTorch itself. Weights are
-random, with noise on all of them and on every running statistic, so nothing hides behind a zero.
-Every parameter is trained. Each model is used once before it is linearized; two images; float32.
+random, with noise on all of them and on every running statistic, so that no zero hides an error.
+Every parameter is trained. Each model is called once before it is linearized; two images; float32.
 
 Value, tangent and gradient of the deltas are compared with float64: `torch.func.jvp` under MATH
-attention, and ordinary reverse mode, which have to agree with each other. An error is the length of
-the difference over the length of the exact answer. *PyTorch's* is the largest of the three errors
-of PyTorch's own float32.
+attention, and ordinary reverse mode, which must agree with each other. An error is
+‖found − exact‖ / ‖exact‖. *PyTorch's* is the largest of the three errors of PyTorch in float32.
 """
 
 WORDS = """
 - **right**: all three errors below 1e-4.
-- **float32**: an error above that, PyTorch's own float32 is as far away at the same input, and ours
-  in float64 agrees with float64 to 1e-9: a ReLU that float32 switches differently, or a model that
-  amplifies rounding. Then up to four more inputs are tried; "input 3" says which one was right.
-- **wrong**: an error above that without such an excuse.
-- **refused**: an `UnsupportedError` that names the operation. **failed**: any other error.
-- **no answer**: PyTorch has none in float64.
+- **float32**: an error above 1e-4, but PyTorch in float32 is as far away at the same input, and
+  ours in float64 is exact to 1e-9: a ReLU switches differently in float32, or the model amplifies
+  rounding. Up to four more inputs are tried; "input 3" says which one was right.
+- **wrong**: any other error above 1e-4.
+- **refused**: an `UnsupportedError` that names the operation. **failed**: any other exception.
+- **no answer**: PyTorch has no derivative in float64, or its two modes disagree.
 
-Models whose smallest member is too large for two cores have fewer blocks, or smaller images, as the
-second column says. *Fused calls* are those with tangents that `fused_forward_ad` takes over in one
-forward pass; *by hand* means products and softmax in the model's own code, by PyTorch's rules.
+Families whose smallest member is too large for two cores have fewer blocks or smaller images, as
+the second column says. *Fused calls* are the calls with tangents that `fused_forward_ad` replaces
+in one forward pass; *by hand* means products and softmax in the model's own code, which PyTorch
+differentiates.
 """
 
 
 def page_of(rows: Iterable[Row]) -> str:
-    """The page; rows in order of source and family."""
-    known = sorted(rows, key=lambda row: (row.member["source"] != TIMM, *_place(row)))
+    """The page, with the rows in order of source, family and model."""
+
+    def place(row: Row) -> tuple:
+        source, family, model = (row.member[name] for name in ("source", "family", "model"))
+        return source != TIMM, source, family, model
+
+    known = sorted(rows, key=place)
     sources = list(dict.fromkeys(row.member["source"] for row in known))
     parts = [INTRODUCTION, counts(known), WORDS]
     for source in sources:
@@ -71,7 +68,7 @@ def page_of(rows: Iterable[Row]) -> str:
 
 
 def counts(rows: Sequence[Row]) -> str:
-    """Families of timm that are right, and how many rows are wrong."""
+    """The sentence that counts right families of timm and wrong models."""
     families: dict[str, set[str]] = {}
     for row in rows:
         if row.member["source"] == TIMM:
@@ -83,12 +80,8 @@ def counts(rows: Sequence[Row]) -> str:
     of_models = ", ".join(f"{count} {verdict}" for verdict, count in models.most_common())
     return (
         f"\n**{right} of {len(families)} families of timm right ({share:.0f} %; all their members "
-        f"here), silently wrong: {wrong}.** Of {len(rows)} models: {of_models}.\n"
+        f"here), wrong without an error: {wrong}.** Of {len(rows)} models: {of_models}.\n"
     )
-
-
-def _place(row: Row) -> tuple[str, str, str]:
-    return row.member["source"], row.member["family"], row.member["model"]
 
 
 def _line(row: Row) -> tuple[str, ...]:
@@ -111,7 +104,7 @@ def _line(row: Row) -> tuple[str, ...]:
 
 
 def _model(row: Row) -> str:
-    """Name, what was made smaller, and the size of its image."""
+    """Name, options, and size of the images."""
     options = row.member["options"]
     smaller = ", ".join(f"{k}={v}" for k, v in options.items() if k != "img_size")
     size = f"{row.size[-1]} px" if len(row.size) == 4 else ""
@@ -138,7 +131,7 @@ def _table(lines: Iterable[Sequence[str]]) -> str:
 
 
 def _circumstances(rows: Sequence[Row]) -> str:
-    """On what it was measured: each value, or the several."""
+    """Machines, versions, commits and dates of all rows, in one line."""
     about: dict[str, list[str]] = {}
     for row in rows:
         for name, value in row.about.items():

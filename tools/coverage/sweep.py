@@ -13,21 +13,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.record import environment
-from benchmarks.stored import BadFile
-from tools.coverage.measure import FAILED, Row, measure
+from tools.coverage.measure import FAILED, Row, first_line, measure
 from tools.coverage.members import Member
+from tools.machine import about
 
 SECONDS = 400
 BYTES = 10 << 30
-ABOUT = ("cpu", "torch", "timm", "commit", "date")
 
 
 def read_rows(path: Path) -> dict[str, Row]:
-    """The rows of a file by their key; none if there is no file.
+    """The rows of a file by `Member.key`; none if there is no file.
 
     Raises:
-        BadFile: it is not of this sweep.
+        ValueError: the file does not hold rows of this sweep.
     """
     if not path.exists():
         return {}
@@ -36,25 +34,24 @@ def read_rows(path: Path) -> dict[str, Row]:
         rows = [Row.from_json(json.loads(line)) for line in lines]
         return {Member(**row.member).key: row for row in rows}
     except (KeyError, TypeError, ValueError) as problem:
-        raise BadFile(f"{path} is not a result of the coverage sweep: {problem}") from None
+        raise ValueError(f"{path} is not a result of the coverage sweep: {problem}") from None
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """All rows, one a line; whole or not at all."""
+    """Write all rows, one a line, and replace the file at the end."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(json.dumps(row.to_json()) + "\n" for row in rows), encoding="utf-8")
     partial.replace(path)
 
 
 def sweep(members: Iterable[Member], path: Path) -> dict[str, Row]:
-    """Measures each and keeps the file up to date; rows of others stay."""
-    rows = read_rows(path)
-    about = {name: value for name, value in environment().items() if name in ABOUT}
+    """Measure each member and write the file after each; rows of other members stay."""
+    rows, where = read_rows(path), about()
     bar = tqdm(list(members), unit="model")
     for member in bar:
         bar.set_postfix_str(member.model)
         row = in_a_process(member)
-        row.about = about
+        row.about = where
         rows[member.key] = row
         write_rows(path, rows.values())
         bar.write(f"{member.key}: {row.verdict} {row.reason}")
@@ -62,7 +59,7 @@ def sweep(members: Iterable[Member], path: Path) -> dict[str, Row]:
 
 
 def in_a_process(member: Member, seconds: int = SECONDS, limit: int = BYTES) -> Row:
-    """Its row, whatever becomes of the process."""
+    """The member's row, also where its process is killed or takes too long."""
     # Forked from a server that has imported everything: a new interpreter takes 6 s for that.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tools.coverage.measure", "timm"])
@@ -80,20 +77,17 @@ def in_a_process(member: Member, seconds: int = SECONDS, limit: int = BYTES) -> 
     finally:
         process.kill()
         process.join()
-    return Row(_as_json(member), FAILED, reason)
+    return Row(member.to_json(), FAILED, reason)
 
 
 def _work(member: Member, pipe: Connection, seconds: int, limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CPU, (2 * seconds, 2 * seconds))  # if nobody is left to kill
+    # The process ends by itself where its parent was killed.
+    resource.setrlimit(resource.RLIMIT_CPU, (2 * seconds, 2 * seconds))
     warnings.simplefilter("ignore")
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         row = measure(member)
     except Exception as problem:
-        row = Row(_as_json(member), FAILED, f"{type(problem).__name__}: {problem}".splitlines()[0])
+        row = Row(member.to_json(), FAILED, first_line(problem))
     pipe.send(row.to_json())
-
-
-def _as_json(member: Member) -> dict:
-    return {**vars(member), "options": dict(member.options)}
