@@ -1,4 +1,4 @@
-"""The private demo and its study, small, from end to end; the tables that pages show."""
+"""The private demo and its study, small, from end to end."""
 
 from __future__ import annotations
 
@@ -24,13 +24,6 @@ import private_demo
 import private_study
 from images import load_images
 
-from benchmarks.privacy_table import (
-    accuracy_table,
-    read_accuracy,
-    read_speed,
-    speed_table,
-)
-from benchmarks.stored import BadFile
 from tangent_ops import load_delta
 from tangent_ops.privacy.statement import statement_of
 
@@ -92,19 +85,3 @@ def test_a_study_goes_on_where_it_was(no_download, tmp_path, monkeypatch):
     assert private_study.main(options) == 0
     again = json.loads(path.read_text())["runs"]
     assert again["1/probe/1"]["accuracy"] == kept["accuracy"]  # run anew, with its seed
-    table = accuracy_table(json.loads(path.read_text()))
-    assert "| ε = 1 | ε = 4 |" in table and "2 seeds" in table and "±" in table
-
-
-def test_tables_say_what_is_stored(tmp_path):
-    rows = [{"name": "taft", "seconds": 0.2, "peak": 10e6}]
-    rows.append({"name": "ghost", "seconds": 0.3, "peak": 11e6})
-    about = {"cpu": "a CPU", "torch": "2", "commit": "abc", "date": "today"}
-    table = speed_table({"rows": {"8": rows}, "environment": about, "setting": "a model"})
-    assert "| ghost | 300 ms (1.50x) | 11 MB (1.10x) |" in table
-    assert speed_table(None) == accuracy_table(None) == "Not measured yet."
-    assert read_speed(tmp_path / "none.json") is None
-    (tmp_path / "bad.json").write_text("{}")
-    for read in (read_speed, read_accuracy):
-        with pytest.raises(BadFile):
-            read(tmp_path / "bad.json")
