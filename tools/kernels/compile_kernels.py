@@ -1,19 +1,20 @@
-"""The compile-only gate: every kernel, attention with its checked-in tiles, for every GPU.
+"""Compile every kernel for every supported GPU; attention with its tiles of `configs.json`.
 
-No GPU is needed. Fails where a kernel spills registers more than `known_spills.py` admits, where
-it admits spills that do not happen, and where a block takes more shared or
-tensor memory than the GPU has.
+    python -m tools.kernels.compile_kernels [--arch 90] [--jobs 2]
+
+No GPU is needed. Exit status 1: a kernel spills more registers than `known_spills.py` admits, an
+admitted spill does not happen, or a block takes more shared or tensor memory than the GPU has.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import multiprocessing
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, astuple
-from pathlib import Path
+from dataclasses import astuple
 
 import torch
 import triton
@@ -22,7 +23,6 @@ from rich.table import Table
 from tangent_kernels.attention.configs import DIMS, DIRECTIONS, table
 from tqdm import tqdm
 
-from benchmarks.record import environment, write_json
 from tools.kernels.known_spills import KNOWN_EXCESS, KNOWN_SPILLS, OTHER_TRITON, TRITON
 from tools.kernels.resources import SHARED_LIMITS, Resources, resources
 from tools.kernels.row_samples import WIDTHS, launches
@@ -35,29 +35,23 @@ def main() -> int:
     options = _parse()
     console = Console(width=None if sys.stdout.isatty() else 160)
     cases = default_cases(options.arch)
-    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        progress = tqdm(pool.imap(measure, cases), total=len(cases), desc="compiling")
-        found = dict(zip(cases, progress, strict=True))
-    console.print(_report(found))
-    problems = [problem for case in cases for problem in problems_of(case, found[case])]
-    problems += stale_admissions(found)
     others = row_cases(options.arch)
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        progress = tqdm(pool.imap(row_problems, others), total=len(others), desc="compiling")
-        problems += [problem for some in progress for problem in some]
+        attention = tqdm(pool.imap(measure, cases), "attention", len(cases))
+        found = dict(zip(cases, attention, strict=True))
+        rows = list(tqdm(pool.imap(row_problems, others), "rows", len(others)))
+    console.print(_report(found))
+    problems = [problem for case in cases for problem in problems_of(case, found[case])]
+    problems += [*stale_admissions(found), *itertools.chain(*rows)]
     for problem in problems:
         console.print(f"[bold red]{problem}[/]")
     count = len(cases) + sum(len(launches(*case[1:])) for case in others)
     console.print(f"{count} kernels by Triton {triton.__version__}: {len(problems)} problems")
-    if options.out:
-        kernels = [_record(case, one) for case, one in found.items()]
-        content = {"environment": environment(), "kernels": kernels, "problems": problems}
-        write_json(options.out / "kernels.json", content | {"triton": triton.__version__})
     return int(bool(problems))
 
 
 def default_cases(archs: Iterable[int] = tuple(SHARED_LIMITS)) -> list[Case]:
-    """Every kernel with its default tiles; float16 compiles to what bfloat16 does."""
+    """Every attention kernel with its default tiles; float16 compiles as bfloat16 does."""
     cases = []
     for arch in archs:
         for direction in DIRECTIONS:
@@ -71,13 +65,13 @@ def default_cases(archs: Iterable[int] = tuple(SHARED_LIMITS)) -> list[Case]:
 
 
 def row_cases(archs: Iterable[int]) -> list[tuple[int, int, torch.dtype]]:
-    """Architecture, width of rows and dtype of every set of the other kernels."""
+    """Architecture, width of rows and dtype for every run of :func:`row_problems`."""
     dtypes = (torch.bfloat16, torch.float32)
     return [(arch, width, dtype) for arch in archs for width in WIDTHS for dtype in dtypes]
 
 
 def row_problems(case: tuple[int, int, torch.dtype]) -> list[str]:
-    """What fails of the norms, activations, softmax and linear: none of them may spill."""
+    """Spills and excess of the norm, activation, softmax and linear kernels; none is admitted."""
     arch, width, dtype = case
     problems = []
     for name, launch in launches(width, dtype).items():
@@ -91,12 +85,12 @@ def row_problems(case: tuple[int, int, torch.dtype]) -> list[str]:
 
 
 def measure(case: Case) -> Resources:
-    """What the case's kernel takes."""
+    """Compile the case's kernel."""
     return resources(launch_of(case), case.arch)
 
 
 def problems_of(case: Case, found: Resources) -> list[str]:
-    """What the gate fails on."""
+    """Problems that fail the check."""
     problems = []
     admitted = admitted_spill(case)
     if found.spilled > admitted:
@@ -110,7 +104,7 @@ def problems_of(case: Case, found: Resources) -> list[str]:
 
 
 def admitted_spill(case: Case) -> int:
-    """Bytes that the case may spill: what is admitted of its tiles' head dimension."""
+    """Bytes that the case may spill, by the head dimension that its tiles are for."""
     known = KNOWN_SPILLS.get(_kind(case), {}).get(case.arch, 0)
     return known if triton.__version__.startswith(TRITON) else known + OTHER_TRITON
 
@@ -120,7 +114,7 @@ def _kind(case: Case) -> tuple[str, int, int]:
 
 
 def stale_admissions(found: dict[Case, Resources]) -> list[str]:
-    """What is admitted of these cases and does not happen, with the Triton it is known of."""
+    """Admitted spills and excess of these cases that do not happen, with Triton TRITON."""
     if not triton.__version__.startswith(TRITON):
         return []
     spilled: dict[tuple[str, int, int, int], int] = {}
@@ -144,16 +138,8 @@ def _report(found: dict[Case, Resources]) -> Table:
     report = Table(title=f"Attention kernels, compiled by Triton {triton.__version__}")
     for name in ("kernel", "rows cols warps stages"):
         report.add_column(name)
-    for name in (
-        "registers",
-        "spilled",
-        "shared KiB",
-        "tensor",
-        "HMMA",
-        "HGMMA",
-        "UTCMMA",
-        "blocks",
-    ):
+    counted = ("registers", "spilled", "shared KiB", "tensor", "HMMA", "HGMMA", "UTCMMA", "blocks")
+    for name in counted:
         report.add_column(name, justify="right")
     for case, one in found.items():
         shared = f"{one.shared / 1024:.1f}"
@@ -163,24 +149,11 @@ def _report(found: dict[Case, Resources]) -> Table:
     return report
 
 
-def _record(case: Case, found: Resources) -> dict[str, object]:
-    return {
-        "kernel": case.direction,
-        "arch": case.arch,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "dim": case.dim,
-        "variant": case.variant,
-        "tiles": list(astuple(table()[case.key])),
-        **asdict(found),
-    }
-
-
 def _parse() -> argparse.Namespace:
     archs = tuple(SHARED_LIMITS)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=archs, default=archs)
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
-    parser.add_argument("--out", type=Path, help="folder for kernels.json")
     return parser.parse_args()
 
 

@@ -1,7 +1,7 @@
-"""What the compile-only gate admits, because no tiles were found that avoid it."""
+"""Spills and excess that `compile_kernels.py` admits, because no tiles were found without them."""
 
-TRITON = "3.8"  # whose spills these are
-OTHER_TRITON = 64  # bytes that another version may spill beside: 3.6 does 8 here and there
+TRITON = "3.8"  # the version that the table below is for
+OTHER_TRITON = 64  # bytes that another version may spill beyond the table; 3.6 spills 8 in places
 
 # KNOWN_SPILLS[direction, bits, dim][arch]: the most bytes of registers spilled per thread, rounded
 # up to a multiple of 64. No 16-bit kernel for heads of up to 128 is here.

@@ -1,4 +1,4 @@
-"""What a kernel takes of a GPU, by compiling its launch for one: no GPU is needed."""
+"""Compiles a kernel's launch for a GPU, without one, and counts the resources that it takes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TENSOR_LIMIT = 512  # columns of tensor memory that a multiprocessor of sm_100 h
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes, and which matrix instructions it has."""
+    """Resources and matrix instructions of one compiled kernel."""
 
     registers: int  # per thread
     spilled: int  # bytes of stack per thread
@@ -43,7 +43,7 @@ class Resources:
         return min(by_registers, by_shared, by_tensor)
 
     def excess(self, arch: int) -> str:
-        """What the kernel takes more of than a multiprocessor has; "" if nothing."""
+        """The resource that a multiprocessor has too little of, in words; "" if there is none."""
         if self.shared > SHARED_LIMITS[arch]:
             return f"{self.shared} bytes of shared memory of {SHARED_LIMITS[arch]}"
         if self.tensor > TENSOR_LIMIT:
@@ -52,15 +52,15 @@ class Resources:
 
     @property
     def matrix(self) -> int:
-        """Matrix instructions; without any it is no kernel of ours."""
+        """Matrix instructions of all kinds."""
         return self.hmma + self.hgmma + self.utcmma
 
 
 def specialize(launch: Launch, arch: int) -> tuple[ASTSource, dict[str, Any]]:
-    """What Triton would compile for this launch on ``arch``, and its options.
+    """The source that Triton compiles for this launch on ``arch``, and its options.
 
-    It specialises the arguments as the launch itself does: without that, loads are not pipelined,
-    and registers and shared memory come out wrong.
+    The arguments are specialised as the launch itself does: otherwise loads are not pipelined, and
+    registers and shared memory come out wrong.
     """
     kernel = launch.kernel
     backend = make_backend(GPUTarget("cuda", arch, 32))

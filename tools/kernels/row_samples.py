@@ -18,7 +18,7 @@ WIDTHS = (384, 768, 1024, 3072, 4096)  # of ViT-S, B, L, the hidden layer of B, 
 def launches(
     width: int, dtype: torch.dtype, count: int = ROWS, device: str = "cpu"
 ) -> dict[str, Launch]:
-    """Every kernel with all its operands, for ``count`` rows of ``width`` elements, by name."""
+    """Name -> launch of the kernel with all its operands, on ``count`` rows of ``width``."""
 
     def filled(*shape: int) -> torch.Tensor:  # sums over a row stay in float16's range
         return torch.full(shape, 0.125, dtype=dtype, device=device)

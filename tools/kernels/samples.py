@@ -1,4 +1,4 @@
-"""Sample calls of the attention kernels, as the launches that would run: nothing is launched."""
+"""Sample calls of the attention kernels, as launches not yet run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from tangent_kernels._launch import Config, Launch
 from tangent_kernels.attention import Call, Tangents
 from tangent_kernels.attention.configs import Key, family, using
@@ -24,7 +23,7 @@ TANGENTS = {"x1": 1, "x2": 2, "x4": 4, "masked": 1}
 
 
 def variants_of(direction: str) -> tuple[str, ...]:
-    """What else than "plain" a call of this direction's kernel may have."""
+    """Variants of a call of this direction's kernel, beside "plain"."""
     if direction in ("forward x2", "forward x4"):
         return ("causal", "grouped")
     if direction == "forward masked":
@@ -41,7 +40,7 @@ def _masked(direction: str) -> bool:
 
 @dataclass(frozen=True)
 class Case:
-    """A call that one kernel is compiled, or timed, for."""
+    """A call for which one kernel is compiled or timed."""
 
     direction: str  # of configs.DIRECTIONS
     arch: int  # compute capability, 10 * major + minor
@@ -54,7 +53,7 @@ class Case:
 
     @property
     def key(self) -> Key:
-        """What its tiles are chosen by."""
+        """The entry of `configs.json` that has its tiles."""
         bits = 8 * self.dtype.itemsize
         return Key(self.direction, family(self.arch, bits), bits, class_of(self.dim))
 
@@ -65,7 +64,7 @@ class Case:
 
 
 def launch_of(case: Case, config: Config | None = None, device: str = "cpu") -> Launch:
-    """The launch of the case's kernel, with ``config`` or else the table's.
+    """The launch of the case's kernel, with ``config``, by default the one of `configs.json`.
 
     All operands have tangents, and all gradients are needed; the operands are packed as in timm's
     ViT.
@@ -106,7 +105,7 @@ def _call(case: Case, tangents: int, device: str) -> tuple[Call, Tensor | None]:
     """The primal call, and the tangent of its mask."""
     batch, heads, tokens, dim = case.batch, case.heads, case.tokens, case.dim
     packed = torch.randn(batch, tokens, 3, heads, dim, device=device).to(case.dtype)
-    query, key, value = rearrange(packed, "b n qkv h d -> qkv b h n d").unbind()
+    query, key, value = packed.permute(2, 0, 3, 1, 4)
     if case.variant == "grouped":
         key, value = key[:, ::2], value[:, ::2]
     mask = mask_t = seed = None
@@ -139,7 +138,7 @@ def _heads(*shape: int, like: Tensor) -> Tensor:
 
 
 def _results(call: Call, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What a forward pass returns: R outputs or tangents, lse, μ; random numbers."""
+    """Random results of a forward pass: R outputs or tangents, lse, μ."""
     output = _heads(count, *call.query.shape, like=call.query)
     lse = torch.randn(call.query.shape[:3], device=call.query.device) + 5
     return output, lse, torch.randn(count, *lse.shape, device=lse.device)

@@ -1,9 +1,9 @@
-"""Launches every kernel once, on small tensors: what compute-sanitizer is run on.
+"""Launch every kernel once on small tensors, for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python3 tools/kernels/sanitize_kernels.py
-    compute-sanitizer --tool racecheck python3 tools/kernels/sanitize_kernels.py
+    compute-sanitizer --tool memcheck python3 -m tools.kernels.sanitize_kernels
+    compute-sanitizer --tool racecheck python3 -m tools.kernels.sanitize_kernels
 
-Lengths end inside a tile, so an access past the end would be one past an allocation.
+Lengths end inside a tile, so that an access past the end is one past an allocation.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def launch_all(dim: int, dtype: torch.dtype, device: str, mask: str) -> None:
-    """Forward with 1 and 3 tangents, and both orders of backward, of two query heads to a key's."""
+    """Forward with 1 and 3 tangents, first and second order backward; 2 query heads to a key's."""
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device)
@@ -74,7 +74,7 @@ def launch_all(dim: int, dtype: torch.dtype, device: str, mask: str) -> None:
 
 
 def launch_rows(width: int, dtype: torch.dtype, device: str) -> None:
-    """Norms, activations, softmax and linear, in both orders, with all their operands."""
+    """Norms, activations, softmax and linear, forward and backward, with all their operands."""
     for name, launch in launches(width, dtype, ROWS, device).items():
         launch.run()
         for argument in launch.arguments.values():

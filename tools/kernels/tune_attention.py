@@ -1,9 +1,11 @@
-"""Choose the attention kernels' tiles: by compiling alone, or by timing what that leaves.
+"""Choose the tiles of the attention kernels and write `tangent_kernels/attention/configs.json`.
 
-Without a GPU, or with --screen, each kernel's candidates are compiled for each architecture; those
-that spill registers or take more shared memory than a block has are dropped, and `configs.cost`
-ranks the others. With a GPU the first few of them are timed as well, on the shapes below, for that
-GPU's architecture. The table is `tangent_kernels/attention/configs.json`.
+    python -m tools.kernels.tune_attention --screen     # compile only; no GPU is needed
+    python -m tools.kernels.tune_attention --out DIR    # on a GPU: also time; 10 minutes
+
+Each kernel's candidates are compiled for each architecture. Those that spill registers or take more
+shared memory than a block has are dropped, and `configs.cost` ranks the others. With a GPU the
+first few are also timed, on the shapes below, for that GPU's architecture.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ from tangent_kernels.attention.configs import Key
 from tqdm import tqdm
 from triton.errors import TritonError
 
-from benchmarks.record import environment
 from tools.kernels.resources import Resources, resources
 from tools.kernels.samples import Case, launch_of, variants_of
+from tools.machine import cpu
 
 # Batch, heads, tokens that candidates are timed on, by head dimension.
 SHAPES = {
@@ -38,11 +40,11 @@ SHAPES = {
     128: [(64, 6, 197), (2, 12, 4096)],
     256: [(64, 3, 197), (2, 6, 2048)],
 }
-SMALLEST = Config(16, 16, 8, 1)  # where nothing fits, not even into shared memory
+SMALLEST = Config(16, 16, 8, 1)  # used where no candidate fits into shared memory
 SURVIVORS = 2  # spill-free candidates that end the search
-LIMIT = {16: configs.TRIED, 32: 4}  # candidates compiled for a key, by bits, in any case
-# Registers differ with what a call has. These take the most, and must fit where heads are of 64.
-# Where they are of 128, those of 96 must, whose tiles are not full. Others have no room to spare.
+LIMIT = {16: configs.TRIED, 32: 4}  # bits -> candidates of a key that are compiled at most
+# The variants that take the most registers: heads of 64 must not spill with any of them. Tiles for
+# heads of 128 must not spill with heads of 96, which do not fill them.
 HUNGRY = ("additive", "boolean", "dropout", "causal")
 
 
@@ -68,9 +70,9 @@ def main() -> None:
 
 
 def screen(key: Key, wanted: int) -> list[Config]:
-    """The best candidates, first the best: those that fit, or else the one that spills least.
+    """The best candidates that fit, best first; if none fits, the one that spills least.
 
-    Several tangents in one program are an offer: without one that fits there is none.
+    Kernels of several tangents are optional: where none fits the list is empty.
     """
     measured: dict[Config, Resources] = {}
     holding: list[Config] = []
@@ -96,7 +98,7 @@ def screen(key: Key, wanted: int) -> list[Config]:
 
 
 def _holds(key: Key, config: Config) -> bool:
-    """Whether calls that take more registers do not spill, either: see HUNGRY."""
+    """Whether calls that take more registers do not spill either: see HUNGRY."""
     if key.bits == 32 or key.dim == 256:
         return True
     if key.dim == 128:
@@ -109,7 +111,7 @@ def _holds(key: Key, config: Config) -> bool:
 
 
 def _hopeless(config: Config, other: Config, found: Resources) -> bool:
-    """Whether a smaller tile of as many warps spilled so much that this one will spill, too."""
+    """Whether a smaller tile of as many warps spilled so much that this one will, too."""
     return (
         found.spilled > 64
         and config.num_warps == other.num_warps
@@ -121,7 +123,7 @@ def _hopeless(config: Config, other: Config, found: Resources) -> bool:
 def _compile(
     key: Key, config: Config, variant: str = "plain", dim: int = 0, arch: int = 0
 ) -> Resources | None:
-    """What a candidate takes; None if it does not compile or exceeds shared memory."""
+    """A candidate's resources; None if it does not compile or exceeds shared memory."""
     dtype = torch.bfloat16 if key.bits == 16 else torch.float32
     case = Case(key.direction, arch or key.arch, dtype, dim or key.dim, variant)
     try:
@@ -150,7 +152,7 @@ def time_candidates(key: Key, survivors: list[Config], rounds: int = 25) -> list
         case = replace(case, batch=batch, heads=heads, tokens=tokens)
         launches = {config: launch_of(case, config, "cuda") for config in survivors}
         times: dict[Config, list[float]] = {config: [] for config in survivors}
-        for turn in range(-3, rounds):  # in turns, so that a slow moment falls on all
+        for turn in range(-3, rounds):  # interleaved, so that drift affects all equally
             for config, launch in launches.items():
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
@@ -165,17 +167,16 @@ def time_candidates(key: Key, survivors: list[Config], rounds: int = 25) -> list
 
 
 def write_table(path: Path, keys: list[Key], chosen: dict[Key, Config], timed: bool) -> None:
-    """Write the table, its other entries as they were."""
+    """Write the table; entries of other keys stay."""
     table = json.loads(configs.TABLE.read_text(encoding="utf-8"))
     old = configs.table().items()
     entries = {key: config for key, config in old if key not in keys and not _left_out(key)}
     entries |= chosen
-    where = environment("cuda" if timed else "cpu")
     made: dict[str, Any] = table.get("made", {})
     for arch in {key.arch for key in keys}:
         made[str(arch)] = {
             "how": "timed" if timed else "compile-only screen",
-            "machine": where.get("gpu", where["cpu"]),
+            "machine": torch.cuda.get_device_name() if timed else cpu(),
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "triton": triton.__version__,
             "torch": torch.__version__,
@@ -207,7 +208,7 @@ def _keys(archs: list[int], directions: list[str], dims: list[int]) -> list[Key]
 
 
 def _left_out(key: Key) -> bool:
-    """Whether there is nothing to choose: see configs.key_of, and the sums of several tangents."""
+    """Whether no tiles are stored for the key: see `configs.key_of`."""
     if key.bits == 32 and key.arch != 80:
         return True
     several = {"forward x2": 128, "forward x4": 64}.get(key.direction)
