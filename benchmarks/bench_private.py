@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tangent_ops import LinearizedModel, last_blocks, linearize
-from tangent_ops.features import split_model
 from tangent_ops.losses import RescaledSquareLoss
+from tangent_ops.model.features import split_model
 
 opacus = pytest.importorskip("opacus", reason="the extra for privacy is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Opacus' own
@@ -47,9 +47,9 @@ def ordinary(tail: LinearizedModel, batch: Batch) -> Step:
 
 def private(tail: LinearizedModel, batch: Batch, mode: str, secure: bool = False) -> Step:
     """A step of `fit_private`."""
-    from tangent_ops.privacy._optimizer import PrivateOptimizer
-    from tangent_ops.privacy.gradients import PerSampleGradients
     from tangent_ops.privacy.noise import NoiseSource
+    from tangent_ops.privacy.optimizer import PrivateOptimizer
+    from tangent_ops.privacy.per_sample.gradients import PerSampleGradients
 
     gradients, deltas = PerSampleGradients(tail, batch.tokens), tail.deltas()
     optimizer = PrivateOptimizer(

@@ -11,7 +11,7 @@ import torch
 from tangent_kernels._launch import Config, Launch
 from tangent_kernels.attention import Call, attention_jvp, attention_vjp, configs
 
-from tangent_ops.functional._backend import interpreting
+from tangent_ops.ops.backend import interpreting
 from tools.kernels import compile_kernels
 from tools.kernels.compile_kernels import (
     admitted_spill,
