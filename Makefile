@@ -14,14 +14,14 @@ KEEP_MEMORY = MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592
 installed = $(VENV)/.tangent-ops-$(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo exact-demo private-demo study test lint format bench bench-compiled gpu-bench publish compile-check gpu-check clean
+.PHONY: help demo exact-demo private-demo study test lint format bench bench-compiled gpu-bench compile-check gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  VENV=path    use this environment instead of .venv    PYTHON=path  make .venv with this Python'
 	@echo '  ARGS="..."   passed on to the demo, pytest or the suite'
-	@echo '  OUT=folder   where bench, gpu-bench, compile-check and gpu-check write their results'
+	@echo '  OUT=folder   where bench and gpu-bench write their results'
 
 demo: $(call installed,demo) ## fine-tune on shards, compose them, forget one, with a real ViT; a picture in out/
 	$(KEEP_MEMORY) $(RUN) examples/demo.py $(ARGS)
@@ -57,19 +57,15 @@ bench-compiled: $(call installed,bench) ## whole models of every size, eager and
 gpu-bench: $(call installed,bench) ## on a CUDA machine: the suite, group by group; run again, it goes on
 	$(RUN) -m benchmarks.run --resume $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-publish: $(call installed,bench) ## figures and pictures of the stored results, into README and docs
-	$(RUN) -m benchmarks.plots --out docs/benchmarks
-	$(RUN) -m benchmarks.publish
-
 compile-check: $(call installed,bench) ## every kernel compiled for four GPUs, without one: registers, spills
-	$(RUN) -m benchmarks.compile_kernels $(if $(OUT),--out "$(OUT)") $(ARGS)
+	$(RUN) -m tools.kernels.compile_kernels $(ARGS)
 
-gpu-check: $(call installed,test) ## on a CUDA machine: the gpu tests, compute-sanitizer, the suite
-	$(RUN) -m benchmarks.gpu_check $(if $(OUT),--out "$(OUT)") $(ARGS)
+gpu-check: $(call installed,test) ## on a CUDA machine: the gpu tests, compute-sanitizer
+	$(RUN) -m tools.kernels.gpu_check
 
 clean: ## remove caches and build products; keeps .venv, downloads and out/
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
-	find tangent_ops kernels tests benchmarks examples studies -name __pycache__ -prune -exec rm -rf {} +
+	find tangent_ops kernels tests benchmarks tools examples studies -name __pycache__ -prune -exec rm -rf {} +
 
 # --no-compile: Python compiles what it imports; compiling all of torch first takes half a minute.
 $(call installed,%): pyproject.toml | $(VENV)/bin/pip

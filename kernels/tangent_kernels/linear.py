@@ -41,7 +41,7 @@ class ProductConfig:
         }
 
 
-# Two sums and four tiles: the largest that compiles without spills (benchmarks.compile_kernels).
+# Two sums and four tiles: the largest that compiles without spills (tools.kernels.compile_kernels).
 CONFIGS = {16: ProductConfig(64, 64, 64, 4, 3), 32: ProductConfig(32, 32, 16, 4, 2)}
 
 

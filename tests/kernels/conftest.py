@@ -13,14 +13,14 @@ import pytest
 from tangent_ops.ops.backend import interpreting
 
 HERE = Path(__file__).parent
-ANYWHERE = ("test_interpreted_", "test_resources.py")
+DRIVERS = "test_interpreted_"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if (
             item.path.parent == HERE
-            and not item.path.name.startswith(ANYWHERE)
+            and not item.path.name.startswith(DRIVERS)
             and not interpreting()
         ):
             item.add_marker(pytest.mark.gpu)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.sanitize_kernels import launch_rows
 from tangent_ops import functional as ops
 from tangent_ops.errors import UnsupportedError
 from tests.ops import oracle
 from tests.ops.contract import check
 from tests.ops.dual_ops import OPS
+from tools.kernels.sanitize_kernels import launch_rows
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu, tanh", "silu"])

@@ -12,7 +12,7 @@ from tangent_ops.ops.backend import interpreting
 from tests.ops import oracle
 from tests.ops.backends import backends, device_of
 from tests.ops.transforms import CELLS, DEEP, SHAPE, outcome, plain_cell, title, value
-from tests.ops.write_nestings import BACKENDS, acceptable, check
+from tools.pages.nestings import BACKENDS, acceptable, check
 
 # torch's own: vmap loops where its fast attention has no batching rule; linearize folds constants.
 pytestmark = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,7 +85,29 @@ def test_a_job_is_what_determines_its_delta(folder: Path) -> None:
     assert make_plan(folder / "moved").job("shard-0") == job
 
 
-def test_a_worker_reads_its_own_rows(folder: Path) -> None:
+def test_a_worker_reads_its_own_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite gives a job as many rows in a plan of 6 shards as in one of 24."""
+    ids = ImageData(str(folder / "images")).open().ids
+    connect, counts = sqlite3.connect, []
+    for shards in (6, 24):
+        path = create(
+            folder, {f"s-{k}": ids[k : k + 1] for k in range(shards)}, run=f"{shards}"
+        ).path
+        rows: list[tuple] = []
+
+        def counting(*args, rows=rows, **kwargs) -> sqlite3.Connection:
+            connection = connect(*args, **kwargs)
+            connection.row_factory = lambda _, row: rows.append(row) or row
+            return connection
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sqlite3, "connect", counting)
+            Plan.open(path).job(f"s-{shards - 1}")
+        counts.append(len(rows))
+    assert counts[0] == counts[1] > 1
+
+
+def test_a_job_has_its_samples_in_order(folder: Path) -> None:
     plan = make_plan(folder)
     assert [s.id for s in plan.job("shard-1").samples] == sorted(
         s.id for s in plan.job("shard-1").samples

@@ -1,1 +1,0 @@
-"""Which architectures linearize, and how exactly: `python -m benchmarks.coverage`."""

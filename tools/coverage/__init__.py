@@ -1,0 +1,1 @@
+"""Which architectures linearize, and how exactly: `python -m tools.coverage`."""

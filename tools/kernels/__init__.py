@@ -1,0 +1,1 @@
+"""Registers, spills, tiles and memory errors of the Triton kernels."""

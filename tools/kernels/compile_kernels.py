@@ -1,0 +1,161 @@
+"""Compile every kernel for every supported GPU; attention with its tiles of `configs.json`.
+
+    python -m tools.kernels.compile_kernels [--arch 90] [--jobs 2]
+
+No GPU is needed. Exit status 1: a kernel spills more registers than `known_spills.py` admits, an
+admitted spill does not happen, or a block takes more shared or tensor memory than the GPU has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import multiprocessing
+import sys
+from collections.abc import Iterable
+from dataclasses import astuple
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from tangent_kernels.attention.configs import DIMS, DIRECTIONS, table
+from tqdm import tqdm
+
+from tools.kernels.known_spills import KNOWN_EXCESS, KNOWN_SPILLS, OTHER_TRITON, TRITON
+from tools.kernels.resources import SHARED_LIMITS, Resources, resources
+from tools.kernels.row_samples import WIDTHS, launches
+from tools.kernels.samples import Case, launch_of, variants_of
+
+PADDED = (8, 72, 80, 96)  # head dimensions that no tile fits exactly, on sm_90
+
+
+def main() -> int:
+    options = _parse()
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    cases = default_cases(options.arch)
+    others = row_cases(options.arch)
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        attention = tqdm(pool.imap(measure, cases), "attention", len(cases))
+        found = dict(zip(cases, attention, strict=True))
+        rows = list(tqdm(pool.imap(row_problems, others), "rows", len(others)))
+    console.print(_report(found))
+    problems = [problem for case in cases for problem in problems_of(case, found[case])]
+    problems += [*stale_admissions(found), *itertools.chain(*rows)]
+    for problem in problems:
+        console.print(f"[bold red]{problem}[/]")
+    count = len(cases) + sum(len(launches(*case[1:])) for case in others)
+    console.print(f"{count} kernels by Triton {triton.__version__}: {len(problems)} problems")
+    return int(bool(problems))
+
+
+def default_cases(archs: Iterable[int] = tuple(SHARED_LIMITS)) -> list[Case]:
+    """Every attention kernel with its default tiles; float16 compiles as bfloat16 does."""
+    cases = []
+    for arch in archs:
+        for direction in DIRECTIONS:
+            case = functools.partial(Case, direction, arch)
+            cases += [case(torch.bfloat16, dim) for dim in DIMS]
+            if arch == 90:
+                cases += [case(torch.bfloat16, dim) for dim in PADDED]
+            cases += [case(torch.bfloat16, 64, variant) for variant in variants_of(direction)]
+            cases += [case(torch.float32, dim) for dim in DIMS]
+    return [case for case in cases if case.key in table()]
+
+
+def row_cases(archs: Iterable[int]) -> list[tuple[int, int, torch.dtype]]:
+    """Architecture, width of rows and dtype for every run of :func:`row_problems`."""
+    dtypes = (torch.bfloat16, torch.float32)
+    return [(arch, width, dtype) for arch in archs for width in WIDTHS for dtype in dtypes]
+
+
+def row_problems(case: tuple[int, int, torch.dtype]) -> list[str]:
+    """Spills and excess of the norm, activation, softmax and linear kernels; none is admitted."""
+    arch, width, dtype = case
+    problems = []
+    for name, launch in launches(width, dtype).items():
+        found = resources(launch, arch)
+        where = f"{name}, sm_{arch}, {str(dtype).removeprefix('torch.')}, rows of {width}"
+        if found.spilled:
+            problems.append(f"{where}: spills {found.spilled} bytes")
+        if found.excess(arch):
+            problems.append(f"{where}: {found.excess(arch)}")
+    return problems
+
+
+def measure(case: Case) -> Resources:
+    """Compile the case's kernel."""
+    return resources(launch_of(case), case.arch)
+
+
+def problems_of(case: Case, found: Resources) -> list[str]:
+    """Problems that fail the check."""
+    problems = []
+    admitted = admitted_spill(case)
+    if found.spilled > admitted:
+        problems.append(f"{case.name}: spills {found.spilled} bytes, admitted are {admitted}")
+    excess = found.excess(case.arch)
+    if excess and case.arch not in KNOWN_EXCESS.get(_kind(case), ()):
+        problems.append(f"{case.name}: {excess}")
+    if found.matrix == 0:
+        problems.append(f"{case.name}: compiled to no matrix instruction")
+    return problems
+
+
+def admitted_spill(case: Case) -> int:
+    """Bytes that the case may spill, by the head dimension that its tiles are for."""
+    known = KNOWN_SPILLS.get(_kind(case), {}).get(case.arch, 0)
+    return known if triton.__version__.startswith(TRITON) else known + OTHER_TRITON
+
+
+def _kind(case: Case) -> tuple[str, int, int]:
+    return case.direction, case.key.bits, case.key.dim
+
+
+def stale_admissions(found: dict[Case, Resources]) -> list[str]:
+    """Admitted spills and excess of these cases that do not happen, with Triton TRITON."""
+    if not triton.__version__.startswith(TRITON):
+        return []
+    spilled: dict[tuple[str, int, int, int], int] = {}
+    for case, one in found.items():
+        kind = (*_kind(case), case.arch)
+        spilled[kind] = max(spilled.get(kind, 0), one.spilled)
+    return [
+        f"known_spills.py: {direction}, sm_{arch}, {bits} bit, {dim} does not spill"
+        for (direction, bits, dim), by_arch in KNOWN_SPILLS.items()
+        for arch in by_arch
+        if spilled.get((direction, bits, dim, arch), 1) == 0
+    ] + [
+        f"known_spills.py: {case.name} fits into shared memory"
+        for case, one in found.items()
+        if case.arch in KNOWN_EXCESS.get(_kind(case), ()) and case.variant == "plain"
+        if not one.excess(case.arch)
+    ]
+
+
+def _report(found: dict[Case, Resources]) -> Table:
+    report = Table(title=f"Attention kernels, compiled by Triton {triton.__version__}")
+    for name in ("kernel", "rows cols warps stages"):
+        report.add_column(name)
+    counted = ("registers", "spilled", "shared KiB", "tensor", "HMMA", "HGMMA", "UTCMMA", "blocks")
+    for name in counted:
+        report.add_column(name, justify="right")
+    for case, one in found.items():
+        shared = f"{one.shared / 1024:.1f}"
+        counts = (one.registers, one.spilled, shared, one.tensor, one.hmma, one.hgmma, one.utcmma)
+        tiles = " ".join(map(str, astuple(table()[case.key])))
+        report.add_row(case.name, tiles, *map(str, counts), str(one.blocks(case.arch)))
+    return report
+
+
+def _parse() -> argparse.Namespace:
+    archs = tuple(SHARED_LIMITS)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=archs, default=archs)
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
