@@ -58,7 +58,7 @@ def _command(arguments: list[str]) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=3600,  # so much only on a busy machine
         check=False,
     )
 
