@@ -60,6 +60,12 @@ class Certificate:
     _problem: Problem | None = field(default=None, repr=False, compare=False)
     _kept: Delta | None = field(default=None, repr=False, compare=False)
 
+    def __repr__(self) -> str:
+        return (
+            f"Certificate(‖Δ - Δ*‖ <= {self.distance_bound:.4g}: gradient {self.gradient_norm:.4g}, "
+            f"l2 {self.l2:g}, {self.samples} samples, {self.loss})"
+        )
+
     def logit_bound(self, tangent: LinearizedModel, inputs: Tensor) -> Tensor:
         """How far each logit of each input can be from the optimum's: ‖J(x)ᵀ e_c‖ times the bound.
 

@@ -84,6 +84,7 @@ def test_certificates_of_other_convex_losses(dense: Dense) -> None:
 def test_a_certificate_is_verified(dense: Dense) -> None:
     retain = dense.without(*GO)
     delta, certificate = forget_samples(dense.problem(L2), GO, tol=1e-3)
+    assert repr(certificate).startswith("Certificate(‖Δ - Δ*‖ <= ")
     fresh = certificate.verify()
     assert fresh == replace(certificate, **_numbers(fresh))
     assert fresh.distance_bound == pytest.approx(certificate.distance_bound, rel=1e-9)
