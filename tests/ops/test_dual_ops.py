@@ -114,7 +114,7 @@ def test_derivatives_of_the_backward_pass(name, backend, tracked) -> None:
     operands = op.draw((3,), 8, **kind)
     exact = second(op.exact, *oracle.double(operands), tracked, False)
     if op.fused == ("triton",) and backend == "triton" and not tracked:
-        with pytest.raises(UnsupportedError, match="a second derivative by the tangents"):
+        with pytest.raises(UnsupportedError, match="no second derivative by the tangents"):
             second(ours, *operands, tracked, True)
         return
     for one, right in zip(second(ours, *operands, tracked, not tracked), exact, strict=True):
