@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.roofline import forward_flops, vit_cost
 from benchmarks.suite.case import Cost
-from tangent_ops.features import Tail, blocks_of
+from tangent_ops.model.features import Tail, blocks_of
 
 Weights = dict[str, Tensor]
 
