@@ -1,4 +1,4 @@
-"""Which parameters of a model are trained."""
+"""Chooses the parameters of a model that are trained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def choose(anchor: nn.Module, trainable: Trainable) -> set[str]:
     Raises:
         ArgumentError: there are none, or ``trainable`` is no pattern.
     """
-    # Tied parameters may be chosen by any of their names; their delta has the first.
+    # Any name of a tied parameter may match; its delta has the first name.
     first: dict[int, str] = {}
     candidates = {
         name: first.setdefault(id(parameter), name)
@@ -52,7 +52,7 @@ def choose(anchor: nn.Module, trainable: Trainable) -> set[str]:
 
 
 def pattern_text(trainable: Trainable) -> str:
-    """The choice in words, for a delta's record."""
+    """The choice as text, for a delta's metadata."""
     if trainable is None:
         return "all"
     if isinstance(trainable, str):
