@@ -390,7 +390,7 @@ def test_a_later_format_is_refused(path):
 
 def test_other_files_are_refused(path):
     safetensors.torch.save_file({"w": torch.ones(2)}, path)
-    with pytest.raises(DeltaFileError, match="no delta file"):
+    with pytest.raises(DeltaFileError, match="not a delta file"):
         load_delta(path)
     path.write_text("dear diary")
     with pytest.raises(DeltaFileError, match="no safetensors file"):

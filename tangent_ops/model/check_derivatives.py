@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tangent_ops.errors import UnsupportedError
+from tangent_ops.errors import UnsupportedError, few
 from tangent_ops.model.checkpointing import find_blocks
 from tangent_ops.model.copies import independent_copy
 from tangent_ops.model.dual_call import dual_call
@@ -309,7 +309,7 @@ def _refuse(side: _Side, lost: list[str]) -> None:
     owners = {name.rpartition(".")[0] for name in lost}
     kinds = {type(side.anchor.get_submodule(owner)).__name__ for owner in owners}
     raise UnsupportedError(
-        f"the derivative by {_few(lost)} (in {_few(sorted(kinds))}) gets lost: J(x) Δw or its "
+        f"the derivative by {few(lost)} (in {few(sorted(kinds))}) gets lost: J(x) Δw or its "
         f"gradient is not what the ordinary model's gradient says, on one sample. {_CAUSES}"
     )
 
@@ -360,7 +360,3 @@ def _no_hooks() -> contextlib.AbstractContextManager[Any]:
     if saved_tensors_hook() is None:
         return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -21,7 +21,7 @@ from tangent_ops.delta import (
     check_values,
     fingerprint,
 )
-from tangent_ops.errors import NoGradientWarning, UnsupportedError
+from tangent_ops.errors import NoGradientWarning, UnsupportedError, few
 from tangent_ops.model.check_derivatives import can_check, check_adjoint
 from tangent_ops.model.checkpointing import find_blocks, find_switches, take_flags
 from tangent_ops.model.dual_call import dual_call
@@ -109,9 +109,8 @@ class LinearizedModel(nn.Module):
         idle = check_adjoint(self.anchor, self.delta.names, self.kept, blocks, args, kwargs)
         self._unchecked = idle is None
         if idle and self._names_idle:
-            some = ", ".join(idle[:3]) + (f" and {len(idle) - 3} more" if len(idle) > 3 else "")
             warnings.warn(
-                f"no gradient in the ordinary model either, on one sample: {some}. Deltas of "
+                f"no gradient in the ordinary model either, on one sample: {few(idle)}. Deltas of "
                 "parameters that never get one have no effect",
                 NoGradientWarning,
                 stacklevel=3,

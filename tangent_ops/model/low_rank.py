@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from tangent_ops.errors import ArgumentError
+from tangent_ops.errors import ArgumentError, few
 
 Basis = int | Mapping[str, Tensor]
 
@@ -96,11 +96,11 @@ def _given(
     missing, unknown = sorted(shapes.keys() - basis.keys()), sorted(basis.keys() - known)
     if missing:
         raise ArgumentError(
-            f"basis lacks {_few(missing)}: give each low-rank parameter a ({rank}, in) tensor, "
+            f"basis lacks {few(missing)}: give each low-rank parameter a ({rank}, in) tensor, "
             "or train fewer"
         )
     if unknown:
-        raise ArgumentError(f"basis has {_few(unknown)}, which the model does not have")
+        raise ArgumentError(f"basis has {few(unknown)}, which the model does not have")
     for name, (_, columns) in shapes.items():
         value = basis[name]
         if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.float64):
@@ -119,7 +119,3 @@ def _given(
                 "identity; torch.linalg.qr(A.T).Q.T makes them so"
             )
     return {name: basis[name].detach().clone() for name in shapes}
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

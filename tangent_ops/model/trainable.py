@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from tangent_ops.errors import ArgumentError
+from tangent_ops.errors import ArgumentError, few
 
 Trainable = str | Callable[[str], bool] | None
 
@@ -46,7 +46,7 @@ def choose(anchor: nn.Module, trainable: Trainable) -> set[str]:
     if not chosen:
         raise ArgumentError(
             f"trainable={pattern_text(trainable)!r} matches no parameter; names look like "
-            f"{_some(sorted(candidates))}"
+            f"{few(sorted(candidates))}"
         )
     return chosen
 
@@ -58,7 +58,3 @@ def pattern_text(trainable: Trainable) -> str:
     if isinstance(trainable, str):
         return trainable
     return getattr(trainable, "__qualname__", repr(trainable))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -163,7 +163,7 @@ def box(m):
 def test_what_cannot_be_rebound_is_refused(kind, place):
     original = model()
     kind(original)
-    with pytest.raises(UnsupportedError, match=f"^{place} uses the Sequential of the original model"):
+    with pytest.raises(UnsupportedError, match=f"^{place} uses the Sequential of the orig"):
         linearize(original)
 
 

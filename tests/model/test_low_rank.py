@@ -339,8 +339,8 @@ def test_deltas_of_another_kind_or_basis_are_refused(tmp_path):
     full = moved(linearize(model, "qkv"))
     cases = [
         (low, other, "has another basis.*Linearize with the basis"),
-        (low, wide, r"is of rank 4, expected of rank 3: linearize\(\.\.\., rank=4\) takes it"),
-        (low, full, r"is full, expected of rank 3: linearize\(\.\.\., rank=None\)"),
+        (low, wide, r"is of rank 4, expected of rank 3: load it into linearize\(\.\.\., rank=4\)"),
+        (low, full, r"is full, expected of rank 3: load it into linearize\(\.\.\., rank=None\)"),
         (full, low, r"is of rank 3, expected full: full_delta_dict\(\)"),
     ]
     for own, alien, message in cases:
