@@ -1,4 +1,4 @@
-"""Small models for the tests of whole-model code, and the independent answer for them."""
+"""Small models for tests of whole-model code, and their independent float64 oracle."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def images(count: int = 2, size: int = 16, seed: int = 1) -> Tensor:
 
 
 def shaken(model: nn.Module, scale: float = 0.05) -> nn.Module:
-    """The model with noise on all its parameters: fresh ones are zeros and ones too often."""
+    """The model with noise on all parameters, many of which start as zeros or ones."""
     noise = generator(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -67,8 +67,8 @@ def double(value: Any) -> Any:
 
 
 class RightLayerNorm(TorchFunctionMode):
-    """F.layer_norm in words: PyTorch takes mean and deviation for constants in derivatives of its
-    tangent by x, without a word."""
+    """Recomposes F.layer_norm: PyTorch silently treats mean and deviation as constants in
+    derivatives of its tangent by x."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return (_layer_norm if func is F.layer_norm else func)(*args, **(kwargs or {}))
@@ -122,5 +122,16 @@ def assert_near(found: Any, exact: Any, tolerance: float = 2e-5) -> None:
     assert pairs
     for one, right in pairs:
         assert one.shape == right.shape
-        assert float(right.abs().max()) > 0  # two zeros would agree about nothing
+        assert float(right.abs().max()) > 0  # two zeros would always agree
         assert float((one - right).abs().max()) <= tolerance * float(right.abs().max())
+
+
+def assert_exact(tangent: LinearizedModel, model: nn.Module, x: Tensor) -> None:
+    """Value, tangent and gradients of the tangent model are those of ``model`` in float64."""
+    deltas = tangent.deltas()
+    assert_near(tangent.primal_and_tangent(x), exact_jvp(model, deltas, x))
+    output = tangent(x)
+    cotangent = torch.randn(output.shape, generator=generator(2))
+    grads = torch.autograd.grad(output, list(deltas.values()), cotangent)
+    exact = exact_vjp(model, list(deltas), cotangent, x)
+    assert_near(dict(zip(deltas, grads, strict=True)), exact)

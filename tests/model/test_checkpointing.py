@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from small_models import assert_near, exact_vjp, family, generator, images, moved, vit
-from test_linearize import saved_bytes
 from torch import nn
 
 from tangent_ops import last_blocks, linearize
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.model import checkpointing
 from tangent_ops.model.checkpointing import find_blocks
+from tangent_ops.profiling.memory import saved_bytes
 
 MODELS = {
     "vit": lambda: (vit(), images()),
@@ -123,33 +123,25 @@ def test_autocast_is_that_of_the_forward_pass() -> None:
     assert float((one - other).norm()) <= 8 * 2**-8 * float(one.norm())
 
 
-def test_a_block_that_draws_random_numbers_says_so() -> None:
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda linear, x: F.dropout(linear(x), 0.5, training=True), "draws random numbers"),
+        (lambda linear, x: linear(x.mul_(2)), "in place"),
+    ],
+)
+def test_a_block_that_cannot_be_repeated_is_refused(call, message) -> None:
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
             self.linear = nn.Linear(4, 4)
 
         def forward(self, x):
-            return F.dropout(self.linear(x), 0.5, training=True)
+            return call(self.linear, x)
 
     tangent = linearize(nn.Sequential(Block(), Block()))
     tangent.set_grad_checkpointing()
-    with pytest.raises(UnsupportedError, match="draws random numbers"):
-        tangent(torch.ones(2, 4))
-
-
-def test_a_block_that_changes_its_input_says_so() -> None:
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.linear(x.mul_(2))
-
-    tangent = linearize(nn.Sequential(Block(), Block()))
-    tangent.set_grad_checkpointing()
-    with pytest.raises(UnsupportedError, match="in place"):
+    with pytest.raises(UnsupportedError, match=message):
         tangent(torch.ones(2, 4))
 
 
@@ -227,4 +219,4 @@ def test_vit_small_keeps_what_fine_tuning_keeps(checkpointing) -> None:
             delta.fill_(0.01)
     found, ordinary = kept(tangent), kept(model)
     print(f"{found / 1e6:.1f} MB, fine-tuning {ordinary / 1e6:.1f} MB")
-    assert found <= 1.05 * ordinary
+    assert found <= 1.02 * ordinary
