@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tangent_ops.errors import ArgumentError, DeltaError, DeltaFileError, few
 from tangent_ops.files import (
+    check_target,
     content_sha256,
     dtype_name,
     opened,
@@ -145,9 +146,7 @@ def save_delta(
     if meta is None:
         raise ArgumentError("a delta without meta needs save_delta(..., meta=DeltaMeta(...))")
     path = Path(path).resolve()
-    if path.is_dir() or not path.parent.is_dir():
-        reason = "is a folder" if path.is_dir() else "is in a folder that does not exist"
-        raise ArgumentError(f"cannot save a delta as {path}: it {reason}")
+    check_target(path)
     tensors, metadata = file_content(delta, meta)
     write_atomically(path, lambda file: write_safetensors(file, tensors, metadata))
 

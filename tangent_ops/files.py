@@ -20,6 +20,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from tangent_ops.errors import ArgumentError
+
 _DTYPE_CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -77,6 +79,13 @@ def write_safetensors(
     file.write(len(encoded).to_bytes(8, "little") + encoded)
     for name in names:
         file.write(bytes_of(tensors[name]))
+
+
+def check_target(path: Path) -> None:
+    """Raise ArgumentError if `path` is a folder or its folder does not exist."""
+    if path.is_dir() or not path.parent.is_dir():
+        reason = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+        raise ArgumentError(f"cannot write {path}: it {reason}")
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:

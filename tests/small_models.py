@@ -45,6 +45,33 @@ def vit(**options) -> VisionTransformer:
     return model
 
 
+def levit() -> nn.Module:
+    """A LeViT, whose attention caches tensors in eval mode, in float64.
+
+    The gradients of its attention biases are small: float32 would leave four digits of them.
+    """
+    options = {"embed_dim": (32,), "num_heads": (2,), "key_dim": 16, "depth": (2,)}
+    return family("levit_128s", img_size=32, **options).double()
+
+
+class Mlp(nn.Module):
+    """A fast model for tests that do not depend on the architecture."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.first = nn.Linear(4, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.first(x)))
+
+
+def rows(count: int = 5) -> Tensor:
+    """Inputs for `Mlp`."""
+    return torch.randn(count, 4, generator=generator(5))
+
+
 def family(name: str, **options) -> nn.Module:
     """A timm architecture, small, with random weights."""
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
-from tangent_ops.files import write_atomically, write_safetensors
+from tangent_ops.files import check_target, write_atomically, write_safetensors
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.ops.forward_ad import fused_calls
 from tangent_ops.ops.levels import in_own_level
@@ -44,7 +44,8 @@ def export_program(
         UnsupportedError: the model cannot be exported, or not with a dynamic batch size.
         OSError: the file cannot be written.
     """
-    path = _checked_path(path)
+    path = Path(path).absolute()
+    check_target(path)
     if not input_size or not all(type(size) is int and size > 0 for size in input_size):
         raise ArgumentError(f"input_size must be positive integers, got {input_size!r}")
     program = _exported(tangent, tuple(input_size))
@@ -77,7 +78,8 @@ def save_task_vector(tangent: LinearizedModel, path: str | os.PathLike[str]) -> 
         ArgumentError: path is a folder or its folder does not exist.
         OSError: the file cannot be written.
     """
-    path = _checked_path(path)
+    path = Path(path).absolute()
+    check_target(path)
     tensors = task_vector(tangent)
     write_atomically(path, lambda file: write_safetensors(file, tensors, {"format": "pt"}))
 
@@ -169,11 +171,3 @@ def _check(program: ExportedProgram, tangent: LinearizedModel, input_size: tuple
                 f"{tangent.model_name} was traced, but the program gives other outputs than the "
                 f"model for a batch of {batch}: it cannot be exported"
             )
-
-
-def _checked_path(path: str | os.PathLike[str]) -> Path:
-    path = Path(path).absolute()
-    if path.is_dir() or not path.parent.is_dir():
-        reason = "is a folder" if path.is_dir() else "is in a folder that does not exist"
-        raise ArgumentError(f"cannot write {path}: it {reason}")
-    return path

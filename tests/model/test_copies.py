@@ -89,7 +89,7 @@ class Plain(nn.Sequential):
     """The same function of the same parameters, as a forward method of a class."""
 
     def __init__(self, call) -> None:
-        super().__init__(*model())
+        super().__init__(*model().children())
         self.call = call
 
     def forward(self, x: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def test_any_shape_of_a_matrix(rows, columns, rank, seed):
 
 
 def test_every_direction_in_the_rows_gives_what_a_full_delta_gives():
-    """Rank in - 1 of a layer whose inputs miss one direction: nothing is lost."""
+    """The inputs span 5 of 6 directions, so rank 5 is enough."""
     torch.manual_seed(2)
     layer = nn.Linear(6, 8).double()
     rows = torch.linalg.qr(torch.randn(6, 5, dtype=torch.float64)).Q.T.contiguous()
@@ -222,7 +222,7 @@ def test_drawn_rows_are_orthonormal_and_on_the_grid(rank, more, seed):
 
 
 def test_the_drawn_rows_are_those_that_files_were_written_for():
-    """Gram and Schmidt's, in numpy, of a Gaussian of that seed and name."""
+    """Gram-Schmidt, in numpy, of a Gaussian with that seed and name."""
     found = make_bases({"w": torch.zeros(9, 6)}, 3, 5, ["w"])["w"].double().numpy()
     digest = hashlib.sha256(b"5:w").digest()
     source = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
