@@ -213,7 +213,7 @@ class MeanOfSamples:
             raise ArgumentError(
                 f"loss must be the mean of the samples' own losses: it is {whole:.6g} on a batch "
                 f"whose samples have {mean:.6g} on average. Use reduction='mean', without class "
-                "weights, and remove samples whose target it ignores"
+                "weights, and leave out samples whose target it ignores"
             )
 
 

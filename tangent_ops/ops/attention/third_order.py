@@ -149,6 +149,6 @@ def _refuse_dropout(options: Options) -> None:
     if options[1] > 0.0:
         raise UnsupportedError(
             "the Triton backend of scaled_dot_product_attention does not compute derivatives of "
-            "third order, or forward mode over forward mode, with dropout: "
+            "third order, or forward mode over forward mode, with dropout; "
             "pass backend='reference', which does"
         )
