@@ -7,8 +7,7 @@ from torch import Tensor
 
 from tangent_ops.ops.backend import Backend, why_not_in_float
 from tangent_ops.ops.dual_op import DualOp, Maps, dual_output
-from tangent_ops.ops.reference.gelu import gelu_jvp, gelu_vjp
-from tangent_ops.ops.reference.silu import silu_jvp, silu_vjp
+from tangent_ops.ops.reference.activation import gelu_jvp, gelu_vjp, silu_jvp, silu_vjp
 
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 _NAMES = {approximate: name for name, approximate in APPROXIMATE.items()}
