@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tangent_ops.ops.attention.operators import empty_heads
 from tangent_ops.ops.backend import no_autocast, save_for_tangents
 from tangent_ops.ops.reference.attention_in_place import attention_jvp, attention_vjp
 
@@ -34,7 +35,7 @@ class AttentionInParts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, query_t, key_t, value_t, scale, is_causal):
-        output, output_t = (_empty_heads(query, value.shape[-1]) for _ in range(2))
+        output, output_t = (empty_heads(query, *query.shape[:3], value.shape[-1]) for _ in range(2))
         with no_autocast(query.device.type):  # the operands are cast already
             for rows, keys, causal_from in _blocks(query, key, is_causal):
                 primals = _flat(query, rows), _flat(key, keys), _flat(value, keys)
@@ -55,7 +56,7 @@ class AttentionInParts(torch.autograd.Function):
         # Gradients of keys and values are sums over blocks of rows, rounded once.
         sums = torch.promote_types(query.dtype, torch.float32)
         grads = [
-            _empty_heads(x, x.shape[-1], dtype) if need else None
+            empty_heads(x, *x.shape, dtype=dtype) if need else None
             for x, dtype, need in zip((query, key, value), (None, sums, sums), needs, strict=True)
         ]
         if ctx.is_causal:  # not every block sees every key
@@ -117,12 +118,3 @@ def _put(whole: Tensor | None, at: At, block: Tensor | None, add: bool = False) 
         place = whole[at]
         block = block.view(place.shape)
         place.add_(block) if add else place.copy_(block)
-
-
-def _empty_heads(like: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised (B, H, N, dim), laid out as (B, N, H, dim) so that merging heads is a view.
-
-    The result is not a view: a view that a Function returns cannot be changed in place.
-    """
-    shape = (*like.shape[:3], dim)
-    return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=dtype or like.dtype, device=like.device)

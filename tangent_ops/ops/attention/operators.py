@@ -120,8 +120,8 @@ def _(query, key, value, mask, seed, query_t, key_t, value_t, mask_t, *options):
     moved = count if any(t is not None for t in tangents[:3]) else 0
     dim = value.shape[-1]
     return (
-        _empty_heads(query, batch, heads, queries, dim),
-        _empty_heads(query, count, batch, heads, queries, dim),
+        empty_heads(query, batch, heads, queries, dim),
+        empty_heads(query, count, batch, heads, queries, dim),
         query.new_empty(batch, heads, queries, dtype=torch.float32),
         query.new_empty(moved, batch, heads, queries, dtype=torch.float32),
     )
@@ -142,16 +142,20 @@ def _(query, key, value, mask, seed, query_t, key_t, value_t, mask_t, output, ou
 def _fake_gradients(operands, needs, lead) -> list[Tensor]:
     query, *_, mask = operands
     fakes = [
-        _empty_heads(x, *lead, *x.shape) if need else query.new_empty(0)
+        empty_heads(x, *lead, *x.shape) if need else query.new_empty(0)
         for x, need in zip(operands[:3], needs, strict=False)
     ]
     return [*fakes, mask.new_empty(*lead, *mask.shape) if needs[3] else query.new_empty(0)]
 
 
-def _empty_heads(like: Tensor, *shape: int) -> Tensor:
+def empty_heads(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised (..., H, N, D), laid out as (..., N, H, D) so that merging heads is a view.
+
+    The result is not a view: a view that a Function returns cannot be changed in place.
+    """
     *lead, heads, rows, dim = range(len(shape))
     order = (*lead, rows, heads, dim)
-    return torch.empty_permuted(shape, order, dtype=like.dtype, device=like.device)
+    return torch.empty_permuted(shape, order, dtype=dtype or like.dtype, device=like.device)
 
 
 # --- batching rules ------------------------------------------------------------------------
