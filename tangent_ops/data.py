@@ -1,4 +1,4 @@
-"""Reads what users pass as data: datasets and loaders of (input, target), and their batches."""
+"""Checks and batches users' data: datasets and loaders of (input, target) pairs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Data = DataLoader[Any] | Dataset[Any]
 
 
 def as_loader(data: Data, batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
-    """Give `data` back if it is a DataLoader, else batch it; raise ArgumentError if it is empty."""
+    """Return a DataLoader as it is, batch a Dataset; raise ArgumentError if `data` is empty."""
     check_integer("batch_size", batch_size, 1)
     if not isinstance(data, (DataLoader, Dataset)):
         raise ArgumentError(
@@ -35,8 +35,8 @@ def as_loader(data: Data, batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
         raise ArgumentError(f"data is empty{hint if isinstance(data, DataLoader) else ''}")
     if isinstance(data, DataLoader):
         return data
-    # With shuffle the order comes from the global generator, which fit seeds; without, its own
-    # generator keeps the loader from drawing a worker seed from the caller's.
+    # With shuffle the order comes from the global generator, which fit seeds. Without it, a
+    # generator of its own keeps the loader from drawing a worker seed from the global one.
     generator = None if shuffle else torch.Generator()
     return DataLoader(data, batch_size=batch_size, shuffle=shuffle, generator=generator)
 

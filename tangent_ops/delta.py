@@ -1,22 +1,23 @@
-"""Deltas: what fine-tuning a tangent model learned, in memory and on disk.
+"""Deltas: the trained parameters of a tangent model, in memory and on disk.
 
-A file is a safetensors file whose tensors are named as the anchor's parameters. Its metadata holds
-the format's name and version, every field of `DeltaMeta`, and ``content_sha256``: the SHA-256 of
+A delta file is a safetensors file whose tensors have the names of the anchor's parameters. Its
+metadata holds the format's name and version, every field of `DeltaMeta`, and ``content_sha256``,
+the SHA-256 of
 
 1. one line of JSON (sorted keys, no spaces, ASCII, ended by a newline):
    ``{"metadata": {...}, "tensors": [[name, dtype, shape], ...]}`` with the tensors sorted by name
    and the metadata without ``content_sha256`` itself;
 2. each tensor's bytes, C order, little-endian, in the same order.
 
-The hash finds accidents and careless edits. It is no signature: whoever edits a file on purpose can
-compute it anew.
+The hash detects accidents and careless edits. It is not a signature: anybody who edits a file can
+compute a new hash.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,8 +25,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tangent_ops.errors import ArgumentError, DeltaError, DeltaFileError
+from tangent_ops.errors import ArgumentError, DeltaError, DeltaFileError, few
 from tangent_ops.files import (
+    check_target,
     content_sha256,
     dtype_name,
     opened,
@@ -34,9 +36,9 @@ from tangent_ops.files import (
 )
 
 FORMAT = "tangent-ops delta"
-FORMAT_VERSIONS = ("1", "2")  # 2: of low rank; a release that knows full deltas alone refuses it
+FORMAT_VERSIONS = ("1", "2")  # 2: low rank, which releases without low-rank deltas must not read
 
-DeltaLike = Mapping[str, Tensor] | str | os.PathLike[str]  # itself, or the path of its file
+DeltaLike = Mapping[str, Tensor] | str | os.PathLike[str]  # a delta, or the path of its file
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _CODES = ("BF16", "F16", "F32", "F64")  # the same in a file's header
@@ -46,7 +48,7 @@ _EXTRA = "extra."  # prefix of DeltaMeta.extra's keys in a file's metadata
 
 @dataclass(frozen=True)
 class DeltaMeta:
-    """Where a delta comes from. Change a field with `dataclasses.replace`.
+    """The origin of a delta. Change a field with `dataclasses.replace`.
 
     Attributes:
         anchor: `fingerprint` of the anchor's state dict, the model the delta belongs to.
@@ -54,13 +56,13 @@ class DeltaMeta:
         trainable: the pattern that chose the trained parameters.
         loss: the training loss, if any.
         shard: identifier of the part of the data the delta was trained on, if any.
-        rank: of low-rank deltas, which are the factors B of Δw = B A; None if all are full.
-        basis: `fingerprint` of their fixed factors A; None if all are full.
+        rank: rank of low-rank deltas, the factors B of Δw = B A; None if all deltas are full.
+        basis: `fingerprint` of the fixed factors A; None if all deltas are full.
         extra: anything else, as strings.
 
     Raises:
-        ArgumentError: a field is not a string, or has half a surrogate pair; rank is no positive
-            integer, or one of rank and basis is missing.
+        ArgumentError: a field is not a string or has half a surrogate pair; rank is not a positive
+            integer; or only one of rank and basis is given.
     """
 
     anchor: str
@@ -90,11 +92,11 @@ class DeltaMeta:
 
 
 class Delta(dict[str, Tensor]):
-    """A dict of tensors named as the anchor's parameters, with `meta` saying whose they are.
+    """A dict of tensors named as the anchor's parameters, with their origin in `meta`.
 
     Args:
         tensors: name -> tensor of that parameter's shape.
-        meta: where they come from; None if unknown.
+        meta: the origin; None if unknown.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], meta: DeltaMeta | None = None) -> None:
@@ -110,7 +112,8 @@ class Delta(dict[str, Tensor]):
 def fingerprint(state: Mapping[str, Tensor]) -> str:
     """Hash names, shapes, dtypes and values of a state dict.
 
-    Order of the entries, device and strides do not matter; any change of a value does.
+    The order of the entries, the device and the strides do not change the hash; any change of a
+    value does.
 
     Args:
         state: name -> dense tensor of any dtype.
@@ -127,7 +130,7 @@ def save_delta(
     """Write a delta to a safetensors file, completely or not at all.
 
     The file is written under a temporary name in the same folder, synced to disk and renamed, so
-    an existing file is replaced by a complete one only. The same content gives the same bytes.
+    only a complete file replaces an existing one. The same content gives the same bytes.
 
     Args:
         delta: name -> float64, float32, float16 or bfloat16 tensor, on any device.
@@ -137,15 +140,13 @@ def save_delta(
     Raises:
         ArgumentError: no meta; path is a folder or its folder does not exist.
         DeltaError: no tensors, an unsupported name or dtype, or a value that is not finite.
-        OSError: the folder cannot be written; what was at `path` is still there.
+        OSError: the folder cannot be written; a file at `path` is unchanged.
     """
     meta = meta if meta is not None else getattr(delta, "meta", None)
     if meta is None:
         raise ArgumentError("a delta without meta needs save_delta(..., meta=DeltaMeta(...))")
     path = Path(path).resolve()
-    if path.is_dir() or not path.parent.is_dir():
-        reason = "is a folder" if path.is_dir() else "is in a folder that does not exist"
-        raise ArgumentError(f"cannot save a delta as {path}: it {reason}")
+    check_target(path)
     tensors, metadata = file_content(delta, meta)
     write_atomically(path, lambda file: write_safetensors(file, tensors, metadata))
 
@@ -179,25 +180,25 @@ def load_delta(
 
     Args:
         path: the file.
-        anchor: a fingerprint (``tangent.fingerprint``): a delta of another anchor is refused.
+        anchor: the fingerprint (``tangent.fingerprint``) that the delta must have; None for any.
             ``tangent.load_delta_dict`` also checks rank, basis, names and shapes.
-        device: where the tensors go.
+        device: device of the returned tensors.
 
     Returns:
         The delta with its `meta`; the tensors own their memory.
 
     Raises:
-        ArgumentError: anchor is no string.
-        OSError: there is no such file, or it is a folder, a pipe or a device.
-        DeltaFileError: the file is truncated, was edited, or is no delta file.
-        DeltaError: the delta is of another anchor.
+        ArgumentError: anchor is not a string.
+        OSError: the file does not exist, or is a folder, a pipe or a device.
+        DeltaFileError: the file is truncated, was edited, or is not a delta file.
+        DeltaError: the delta belongs to another anchor.
     """
     if not (anchor is None or isinstance(anchor, str)):
         kind = type(anchor).__name__
         raise ArgumentError(
             f"anchor must be a fingerprint, got a {kind}: pass the tangent model's .fingerprint"
         )
-    with opened(path) as name:  # a missing or unreadable file is an OSError of the usual kind
+    with opened(path) as name:  # a missing or unreadable file raises an OSError
         try:
             delta = _read(path, name)
         except (DeltaFileError, MemoryError):
@@ -206,7 +207,7 @@ def load_delta(
             raise DeltaFileError(
                 f"{path} is truncated or no safetensors file: {error}. Restore it from a copy"
             ) from error
-        except Exception as error:  # torch raises what it likes of odd shapes
+        except Exception as error:  # torch raises many kinds for invalid shapes
             raise DeltaFileError(f"{path} holds no delta: {error}") from error
     if anchor is not None:
         check_anchor(delta.meta, anchor, "as given", str(path))
@@ -214,7 +215,7 @@ def load_delta(
 
 
 def open_delta(item: DeltaLike, index: int) -> tuple[Mapping[str, Tensor], str]:
-    """A delta of a list, and what to call it in messages.
+    """A delta of a list, and its name for messages.
 
     Raises:
         ArgumentError: `item` is neither a dict nor a path.
@@ -235,10 +236,10 @@ def check_several(deltas: object) -> None:
 
 
 def check_anchor(meta: DeltaMeta | None, expected: str, model: str, what: str) -> None:
-    """Raise DeltaError if `meta` names another anchor than the fingerprint `expected`.
+    """Raise DeltaError if `meta` has another anchor than the fingerprint `expected`.
 
-    Without meta the anchor is unknown and passes. `model` and `what` name the right anchor and the
-    delta in the message.
+    Without meta the anchor is unknown and passes. The message names the expected anchor by `model`
+    and the delta by `what`.
     """
     if meta is not None and meta.anchor != expected:
         raise DeltaError(
@@ -248,32 +249,32 @@ def check_anchor(meta: DeltaMeta | None, expected: str, model: str, what: str) -
 
 
 def check_kind(meta: DeltaMeta | None, rank: int | None, basis: str | None, what: str) -> None:
-    """Raise DeltaError if `meta` tells of another rank or basis than those.
+    """Raise DeltaError if `meta` has another rank or basis.
 
-    Without meta they are unknown and pass. `what` names the delta in the message.
+    Without meta they are unknown and pass. The message names the delta by `what`.
     """
     if meta is None or (meta.rank, meta.basis) == (rank, basis):
         return
     if meta.rank != rank:
         way_out = (
-            "full_delta_dict() of the model it belongs to makes it full"
+            "full_delta_dict() of its own model gives full deltas"
             if rank is None
-            else f"linearize(..., rank={meta.rank}) takes it"
+            else f"load it into linearize(..., rank={meta.rank})"
         )
         raise DeltaError(f"{what} is {_kind(meta.rank)}, expected {_kind(rank)}: {way_out}")
     raise DeltaError(
         f"{what} has another basis: {_short(meta.basis or '')}, expected {_short(basis or '')}. "
-        "Linearize with the basis (the seed, or the tensors) that it was trained in"
+        "Linearize with the basis (the seed, or the tensors) that it was trained with"
     )
 
 
 def check_layout(delta: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
-    """Raise DeltaError, naming what differs, unless names and shapes are those of `expected`."""
+    """Raise DeltaError, with the differences, unless names and shapes equal those of `expected`."""
     names = {
         "missing": expected.keys() - delta.keys(),
         "unexpected": delta.keys() - expected.keys(),
     }
-    differences = [f"{label} {_few(names[label])}" for label in names if names[label]]
+    differences = [f"{label} {few(sorted(names[label]))}" for label in names if names[label]]
     differences += [
         f"{name} has shape {tuple(delta[name].shape)}, expected {tuple(expected[name].shape)}"
         for name in sorted(expected.keys() & delta.keys())
@@ -297,11 +298,11 @@ def check_values(delta: Mapping[str, Tensor], what: str) -> None:
             raise DeltaError(f"{what}: {name} is {value.dtype}; supported are {supported}")
     broken = [name for name, value in delta.items() if not value.isfinite().all()]
     if broken:
-        raise DeltaError(f"{what} has values that are not finite in {_few(broken)}")
+        raise DeltaError(f"{what} has values that are not finite in {few(sorted(broken))}")
 
 
 def unreadable(value: Tensor) -> str | None:
-    """Why a tensor has no values to save, with the way out; None if it has."""
+    """Why a tensor cannot be saved, and the way out; None if it can."""
     if value.is_meta:
         return "is on the meta device, without values: load or initialize it first"
     if value.layout != torch.strided or value.is_nested:
@@ -311,7 +312,7 @@ def unreadable(value: Tensor) -> str | None:
 
 
 def parse_meta(metadata: Mapping[str, str]) -> DeltaMeta:
-    """What a delta file's header says of the delta."""
+    """The DeltaMeta in the header of a delta file."""
     names = ("anchor", "model", "trainable", "loss", "shard", "basis")
     extra = {
         key.removeprefix(_EXTRA): value for key, value in metadata.items() if key.startswith(_EXTRA)
@@ -333,14 +334,16 @@ def _metadata(meta: DeltaMeta) -> dict[str, str]:
 
 
 def _read(path: str | os.PathLike[str], name: str) -> Delta:
-    """The file `name`, which messages call `path`; raises DeltaFileError, or anything."""
+    """Read the open file `name`, called `path` in messages; may raise anything."""
     with safe_open(name, framework="pt") as file:
         metadata = file.metadata() or {}
         _check_format(path, metadata)
         for key in file.keys():  # noqa: SIM118
             if (code := file.get_slice(key).get_dtype()) not in _CODES:
-                raise DeltaFileError(f"{path} is no delta file: {key} is {code}, not in {_CODES}")
-        # Cloned: the file stays mapped otherwise, and changes to it would show in the tensors.
+                raise DeltaFileError(
+                    f"{path} is not a delta file: {key} is {code}, not in {_CODES}"
+                )
+        # Cloned: the tensors would otherwise be mapped from the file and change with it.
         delta = Delta({key: file.get_tensor(key).clone() for key in file.keys()})  # noqa: SIM118
     expected = metadata.pop("content_sha256")
     found = content_sha256(delta, metadata)
@@ -359,7 +362,7 @@ def _read(path: str | os.PathLike[str], name: str) -> Delta:
 
 def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
-        raise DeltaFileError(f"{path} is a safetensors file, but no delta file of tangent-ops")
+        raise DeltaFileError(f"{path} is a safetensors file, but not a delta file of tangent-ops")
     version = metadata.get("format_version")
     if version not in FORMAT_VERSIONS:
         raise DeltaFileError(
@@ -370,9 +373,11 @@ def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> 
     low_rank = {"rank", "basis"}
     missing = (needed | (low_rank if version == "2" else set())) - metadata.keys()
     if missing:
-        raise DeltaFileError(f"{path} lacks {_few(missing)} in its header")
+        raise DeltaFileError(f"{path} lacks {few(sorted(missing))} in its header")
     if version == "1" and (extra := low_rank & metadata.keys()):
-        raise DeltaFileError(f"{path} has {_few(extra)} in its header, which format 1 has not")
+        raise DeltaFileError(
+            f"{path} has {few(sorted(extra))} in its header, which format 1 does not have"
+        )
     if not _RANK.fullmatch(metadata.get("rank", "1")):
         raise DeltaFileError(
             f"{path} has rank {metadata['rank'][:20]!r} in its header, not a number from 1 up"
@@ -380,7 +385,7 @@ def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> 
 
 
 def _is_text(value: str) -> bool:
-    """Whether UTF-8 has it: half a surrogate pair would make a file that nobody can read."""
+    """Whether UTF-8 can encode it; half a surrogate pair would make the file unreadable."""
     return not re.search("[\ud800-\udfff]", value)
 
 
@@ -390,9 +395,3 @@ def _kind(rank: int | None) -> str:
 
 def _short(digest: str) -> str:
     return digest[:12]
-
-
-def _few(names: Iterable[str]) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

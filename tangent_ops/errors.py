@@ -1,8 +1,10 @@
-"""Every error and warning that tangent-ops raises on purpose.
+"""The errors and warnings that tangent-ops raises.
 
-Each also derives from the built-in class a caller would expect, so that ``except ValueError``
-keeps working without importing this module.
+Each also derives from the built-in class that fits it, so that ``except ValueError`` catches it
+without an import of this module.
 """
+
+from collections.abc import Iterable
 
 
 class TangentOpsError(Exception):
@@ -14,21 +16,21 @@ class ArgumentError(TangentOpsError, ValueError):
 
 
 class UnsupportedError(TangentOpsError, NotImplementedError):
-    """The request is meaningful, but the chosen backend or nesting does not compute it."""
+    """The call is valid, but the chosen backend or nesting does not compute it."""
 
 
 class DeltaError(TangentOpsError, ValueError):
-    """A delta does not fit: another anchor, other names, or other shapes."""
+    """A delta has another anchor, other names or other shapes than expected."""
 
 
 class DeltaFileError(DeltaError):
-    """A delta file is truncated, was edited, or is no delta file at all."""
+    """A delta file is truncated, was edited, or is not a delta file."""
 
 
 class LedgerError(TangentOpsError, ValueError):
-    """A ledger refuses an operation, or its folder is damaged.
+    """A ledger does not allow an operation, or its folder is damaged.
 
-    Nothing was changed, unless the message says so.
+    The ledger is unchanged unless the message says otherwise.
     """
 
 
@@ -37,23 +39,23 @@ class LedgerBusyError(LedgerError):
 
 
 class PlanError(TangentOpsError, ValueError):
-    """A plan of shards is damaged, was made for something else, or refuses a change."""
+    """A plan of shards is damaged, does not fit, or does not allow a change."""
 
 
 class SampleError(TangentOpsError, ValueError):
-    """A sample cannot be read, or is no longer the one that was planned with."""
+    """A sample cannot be read, or differs from the one in the plan."""
 
 
 class WorkerError(TangentOpsError, RuntimeError):
-    """A process that trains a shard died, again and again."""
+    """A process that trains a shard died repeatedly."""
 
 
 class CertificateError(TangentOpsError, ValueError):
-    """A certificate does not hold, or is for something else."""
+    """A certificate does not hold, or belongs to another fit."""
 
 
 class ConvergenceError(TangentOpsError, ArithmeticError):
-    """An iteration ended before its tolerance was reached."""
+    """An iteration ended before it reached its tolerance."""
 
 
 class NonFiniteLossError(TangentOpsError, ArithmeticError):
@@ -65,8 +67,15 @@ class ZeroHeadWarning(UserWarning):
 
 
 class NoGradientWarning(UserWarning):
-    """A parameter that is to be trained gets no gradient in the ordinary model either."""
+    """A trained parameter gets no gradient in the ordinary model either."""
 
 
 class NotConvergedWarning(UserWarning):
     """An exact fit ended before its bound fell below the tolerance."""
+
+
+def few(names: Iterable[str]) -> str:
+    """The first three names and the number of the others, for a message."""
+    names = list(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,4 +1,4 @@
-"""Run a model over a data set: logits and accuracy."""
+"""Computes a model's outputs and accuracy over a data set."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def predict(
     Args:
         model: any module of one input; its train/eval modes are restored at the end.
         data: a Dataset, or a DataLoader read in its own order, of inputs or (input, target, ...).
-        batch_size: of a Dataset; a DataLoader has its own.
-        device: moves the model there first; None for where it is.
-        progress: show a bar if it takes more than two seconds.
+        batch_size: batch size for a Dataset; a DataLoader has its own.
+        device: device to move the model to first; None to leave it.
+        progress: show a progress bar after two seconds.
 
     Returns:
         (N, ...): the outputs of all batches one after the other, on the CPU.
 
     Raises:
-        ArgumentError: data is neither, is empty, or yields something else.
+        ArgumentError: data has another type, is empty, or yields something else.
     """
     loader = as_loader(data, batch_size, shuffle=False)
     device = place(model, device)
@@ -63,15 +63,15 @@ def accuracy(
     Args:
         model: any module with logits (N, C) as output; its train/eval modes are restored.
         data: a Dataset or DataLoader of (input, target), targets int64 class indices.
-        batch_size: of a Dataset; a DataLoader has its own.
-        device: moves the model there first; None for where it is.
-        progress: show a bar if it takes more than two seconds.
+        batch_size: batch size for a Dataset; a DataLoader has its own.
+        device: device to move the model to first; None to leave it.
+        progress: show a progress bar after two seconds.
 
     Returns:
         A number from 0 to 1.
 
     Raises:
-        ArgumentError: data is neither, is empty, or yields something else; the logits are not
+        ArgumentError: data has another type, is empty, or yields something else; the logits are not
             (N, C).
     """
     loader = as_loader(data, batch_size, shuffle=False)

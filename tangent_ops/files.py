@@ -1,7 +1,7 @@
-"""Files of tensors: hashed, all or nothing, and the same bytes for the same content.
+"""Writes and reads files of tensors: hashed, atomic, and the same bytes for the same content.
 
-Opening one never waits, as a pipe in its place would have it; where a folder is ours, `own` files
-are opened and erased in it without following links.
+Opening never blocks, even if the path is a pipe. Files in a folder of this library (`own`) are
+opened and erased without following links.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import BinaryIO
 
 import torch
 from torch import Tensor
+
+from tangent_ops.errors import ArgumentError
 
 _DTYPE_CODES = {
     torch.float64: "F64",
@@ -53,14 +55,14 @@ def write_safetensors(
 ) -> None:
     """Write the format of https://huggingface.co/docs/safetensors, byte for byte repeatable.
 
-    The library's own writer orders the metadata anew in each call.
+    safetensors' own writer does not keep the order of the metadata.
 
     Args:
         file: open for writing.
         tensors: name -> float64, float32, float16, bfloat16 or int64 tensor, on any device.
         metadata: strings for the header.
     """
-    # Wide elements first: every tensor is aligned, as the format asks.
+    # Wide elements first, so that every tensor is aligned, as the format requires.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
@@ -79,11 +81,18 @@ def write_safetensors(
         file.write(bytes_of(tensors[name]))
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, sync it to disk and rename it to `path`.
+def check_target(path: Path) -> None:
+    """Raise ArgumentError if `path` is a folder or its folder does not exist."""
+    if path.is_dir() or not path.parent.is_dir():
+        reason = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+        raise ArgumentError(f"cannot write {path}: it {reason}")
 
-    Whatever `write` raises, and any OSError, comes through: what was at `path` is still there, and
-    the temporary file is not. A crash may leave the temporary file: ``.<16 hex digits>.tmp``.
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Call `write` on a temporary file beside `path`, sync it to disk and rename it to `path`.
+
+    If `write` or the file system raises, the error passes on, `path` keeps its older content, and
+    the temporary file is removed. A crash may leave the temporary file, ``.<16 hex digits>.tmp``.
     """
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
@@ -100,9 +109,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def write_new(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write` fill a new file, and sync it to disk. An error or a crash may leave a part of it.
+    """Call `write` on a new file and sync it to disk; an error or a crash may leave a part of it.
 
-    For files that nobody knows of yet: there is nothing to replace.
+    For files that nothing refers to yet.
     """
     with open(path, "xb") as file:
         write(file)
@@ -113,16 +122,17 @@ def write_new(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 @contextmanager
 def opened(path: str | os.PathLike[str], *, own: bool = False) -> Iterator[str]:
-    """Open a regular file for reading, and give another name for it, for libraries that take names.
+    """Open a regular file for reading, and yield a path of the open file for libraries.
 
-    What is read under that name is this file, whatever comes to `path` meanwhile.
+    That path leads to this file even if `path` is replaced in the meantime.
 
     Args:
         path: the file.
-        own: of a folder of ours: a link is refused, in the file's and in its folder's place.
+        own: the file is in a folder of this library: a link in its or its folder's place is an
+            error.
 
     Raises:
-        OSError: there is no such file, or no regular one.
+        OSError: the file does not exist or is not a regular file.
     """
     if own:
         path = Path(path)
@@ -137,10 +147,10 @@ def opened(path: str | os.PathLike[str], *, own: bool = False) -> Iterator[str]:
 
 
 def erase(path: Path) -> None:
-    """Overwrite a file of ours with zeros, then remove it; fine if it is gone already.
+    """Overwrite a file of this library with zeros and remove it; do nothing if it does not exist.
 
     Raises:
-        OSError: it is no regular file, or a link stands in its or its folder's place.
+        OSError: the file is not regular, or a link is in its or its folder's place.
     """
     with suppress(FileNotFoundError), _held(path.parent) as folder:
         with open(_open(path.name, os.O_WRONLY | os.O_NOFOLLOW, folder), "wb") as file:
@@ -163,7 +173,7 @@ def _held(folder: Path) -> Iterator[int]:
 
 
 def _open(path: str | os.PathLike[str], flags: int, folder: int | None = None) -> int:
-    # O_NONBLOCK: a pipe would wait for whoever writes into it.
+    # O_NONBLOCK: opening a pipe would wait for a writer.
     descriptor = os.open(path, flags | os.O_NONBLOCK, dir_fd=folder)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -175,7 +185,7 @@ def _open(path: str | os.PathLike[str], flags: int, folder: int | None = None) -
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder survive a power cut."""
+    """Sync a folder's entries to disk."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -184,7 +194,7 @@ def sync_folder(path: Path) -> None:
 
 
 def add_tensor(digest: hashlib._Hash, tensor: Tensor) -> None:
-    """Hash dtype, shape and bytes of a tensor: what tells a sample's content from others'."""
+    """Add dtype, shape and bytes of a tensor to a hash."""
     digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(bytes_of(tensor))
 

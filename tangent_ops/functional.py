@@ -1,19 +1,19 @@
-"""Operations on plain and dual tensors, one file each.
+"""The public operations on plain and dual tensors.
 
 An op checks its arguments, chooses a backend and defines the derivative for autograd. It has the
-signature of PyTorch's own function, and without a tangent it calls that function. PyTorch's rules
-also carry the tangent wherever they have to nest: in compiled code (Inductor fuses there), in what
-``make_fx`` and ``torch.func.linearize`` trace, under ``vmap`` and other ``torch.func`` transforms,
-and in a ``dual_level()`` whose primals are tracked by reverse mode. In the other cases the op
-computes output and tangent together:
+signature of PyTorch's own function, and calls that function if there is no tangent. PyTorch's rules
+also carry the tangent where rules have to nest: in compiled code (which Inductor fuses), in traces
+of ``make_fx`` and ``torch.func.linearize``, under ``vmap`` and other ``torch.func`` transforms, and
+in a ``dual_level()`` whose primals reverse mode tracks. In two cases the op computes output and
+tangent together:
 
-- plain ``dual_level()``, primals frozen (a linearized model): by the Triton kernels on CUDA, by
-  eager formulas elsewhere. The backward pass is the primal's own, and keeps no tangent.
-- a single ``torch.func.jvp``: by the Triton kernels on CUDA, with gradients by primals and
-  tangents; elsewhere PyTorch's rules carry the tangent.
+- a plain ``dual_level()`` with frozen primals (a linearized model): the Triton kernels on CUDA,
+  eager formulas elsewhere. The backward pass is the primal's own, and saves no tangent.
+- a single ``torch.func.jvp``: the Triton kernels on CUDA, with gradients by primals and tangents;
+  elsewhere PyTorch's rules carry the tangent.
 
-``backend`` chooses what computes these cases; it does not change which cases they are. Attention
-covers more cases: see :func:`scaled_dot_product_attention`.
+``backend`` chooses the code for these cases; it does not change the cases. Attention covers more
+cases: see :func:`scaled_dot_product_attention`.
 """
 
 from tangent_ops.ops.activation import gelu, silu

@@ -1,7 +1,7 @@
 """Losses that keep fine-tuning a tangent model convex, and the derivatives of any loss by logits.
 
-A tangent model is linear in its delta. So the objective is quadratic, or convex, if the loss is,
-and that is tested on the loss alone, with a few numbers per sample.
+A tangent model is linear in its delta, so the objective is quadratic or convex if the loss is. The
+loss alone is tested, on a few logits per sample.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from tangent_ops.errors import ArgumentError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-GROUP = 4  # samples that a loss is tried on together
-TRIED = 1024  # classes that it is tried on before the first batch
+GROUP = 4  # samples in each test of a loss
+TRIED = 1024  # classes that are tested before the first batch
 
 _REDUCTIONS = ("mean", "sum", "none")
 
 
 class RescaledSquareLoss(nn.Module):
-    """Square loss for classification, its target class rescaled.
+    """Square loss for classification with a rescaled target class.
 
     For logits f of one sample with C classes and target class y:
 
@@ -36,7 +36,7 @@ class RescaledSquareLoss(nn.Module):
 
     Args:
         k: weight of the target class, positive.
-        M: value the target class's logit is drawn to, positive.
+        M: regression target of the target class's logit, positive.
         reduction: over the samples: "mean", "sum" or "none".
 
     Raises:
@@ -58,7 +58,7 @@ class RescaledSquareLoss(nn.Module):
         """Compute the loss.
 
         Args:
-            logits: (N, C), floating point; 16-bit logits are computed on in float32.
+            logits: (N, C), floating point; 16-bit logits are cast to float32.
             targets: (N,), int64 class indices in [0, C).
 
         Returns:
@@ -89,7 +89,7 @@ class RescaledSquareLoss(nn.Module):
         return loss.mean() if self.reduction == "mean" else loss.sum()
 
     def extra_repr(self) -> str:
-        """Show the settings in the module's repr, which is also a fair `DeltaMeta.loss`."""
+        """The settings, for the module's repr and for `DeltaMeta.loss`."""
         return f"k={self.k:g}, M={self.M:g}, reduction={self.reduction!r}"
 
 
@@ -110,15 +110,15 @@ def loss_name(loss: object) -> str:
 
 
 def at_least_single(logits: Tensor) -> Tensor:
-    """Logits in float32, if they come in 16 bits."""
+    """The logits, in float32 if they have 16 bits."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def loss_gradient(loss: Loss, logits: Tensor, targets: Tensor) -> tuple[float, Tensor]:
-    """Value of the mean loss of a batch, and its gradient, shaped as the logits.
+    """The mean loss of a batch, and its gradient, shaped as the logits.
 
     Raises:
-        ArgumentError: the loss is no scalar tensor, or does not depend on the logits.
+        ArgumentError: the loss is not a scalar tensor, or does not depend on the logits.
     """
     value, gradient, _ = _differentiated(loss, logits, targets)
     return float(value), gradient.detach()
@@ -141,7 +141,7 @@ def loss_hessians(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         loss: a mean of the samples' losses.
-        logits: (n, ...) with C entries to a sample.
+        logits: (n, ...) with C entries per sample.
         targets: (n, ...).
 
     Returns:
@@ -158,7 +158,7 @@ def loss_hessians(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def is_quadratic(loss: Loss, logits: Tensor, targets: Tensor) -> bool:
-    """Whether the loss's gradient is affine in the logits, tried at three points of a line."""
+    """Whether the loss's gradient is affine in the logits, tested at three points of a line."""
     noise = torch.Generator().manual_seed(0)
     step = torch.randn(logits.shape, generator=noise, dtype=torch.float64)
     step = (step * (1 + logits.abs().max().double().cpu())).to(logits)
@@ -169,23 +169,23 @@ def is_quadratic(loss: Loss, logits: Tensor, targets: Tensor) -> bool:
 
 
 class MeanOfSamples:
-    """Whether a loss is the mean of the samples' own losses, tried on their targets.
+    """Tests whether a loss is the mean of the samples' own losses.
 
-    The logits are made up, as those of a new head are all alike, and show no weights. A small group
-    of samples has to have the mean of what each of them has alone. Where targets are class indices,
-    that is tried on every class at once; `check` tries other targets as they come.
+    The loss of a small group of samples must equal the mean of their separate losses. The logits
+    are random: a new head gives equal logits, which would hide class weights. If targets are class
+    indices, the constructor tests every class; `check` tests other targets.
 
     Args:
-        loss: of logits and targets.
-        logits: (n, ...), of which shape, dtype and device count.
-        targets: (n, ...), some of those to come.
+        loss: maps logits and targets to a scalar.
+        logits: (n, ...); only shape, dtype and device are used.
+        targets: (n, ...), some of the data set's targets.
 
     Attributes:
-        classes: (K, ...): a target of each class, the first `TRIED` of them; empty if targets are
-            no class indices.
+        classes: (K, ...), one target for each of the first `TRIED` classes; empty if targets are
+            not class indices.
 
     Raises:
-        ArgumentError: it is not.
+        ArgumentError: the loss is not such a mean.
     """
 
     def __init__(self, loss: Loss, logits: Tensor, targets: Tensor) -> None:
@@ -197,12 +197,12 @@ class MeanOfSamples:
         classes = _each_class(logits, targets)
         try:
             self.check(classes)
-        except IndexError:  # they are the indices of something else
+        except IndexError:  # the targets are not class indices
             return
         self.classes = classes
 
     def check(self, targets: Tensor) -> None:
-        """Raise ArgumentError unless the loss is the mean on these targets, too."""
+        """Raise ArgumentError unless the loss is such a mean on these targets."""
         if len(self.classes):
             new = (targets < 0) | (targets >= len(self.classes))
             targets = targets[new.reshape(len(new), -1).any(1)]
@@ -225,13 +225,13 @@ class MeanOfSamples:
 
 
 def made_up(logits: Tensor, count: int) -> Tensor:
-    """(count, ...): spread, and never so far that a softmax saturates in single precision."""
+    """Random logits (count, ...), small enough that a float32 softmax does not saturate."""
     noise = torch.randn((count, *logits.shape[1:]), generator=torch.Generator().manual_seed(3))
     return (2 * noise).to(at_least_single(logits))
 
 
 def check_convex(loss: Loss, logits: Tensor, targets: Tensor) -> None:
-    """Raise ArgumentError if a sample's loss curves down along a random direction of the logits."""
+    """Raise ArgumentError if a sample's loss is concave along a random direction of the logits."""
     noise = torch.Generator().manual_seed(1)
     step = torch.randn(logits.shape, generator=noise, dtype=torch.float64).to(logits)
     terms = (step * loss_product(loss, logits, targets, step)).flatten(1)
@@ -243,7 +243,7 @@ def check_convex(loss: Loss, logits: Tensor, targets: Tensor) -> None:
 
 
 def _each_class(logits: Tensor, targets: Tensor) -> Tensor:
-    """A target of each class, if targets are indices of classes in the second dimension."""
+    """One target of each class, if targets index the second dimension of the logits."""
     indices = targets.dtype == torch.int64 and targets.shape[1:] == logits.shape[2:]
     count = min(logits.shape[1], TRIED) if indices and logits.ndim > 1 else 0
     classes = torch.arange(count, device=targets.device, dtype=targets.dtype)

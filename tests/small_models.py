@@ -1,4 +1,4 @@
-"""Small models for the tests of whole-model code, and the independent answer for them."""
+"""Small models for tests of whole-model code, and their independent float64 oracle."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def images(count: int = 2, size: int = 16, seed: int = 1) -> Tensor:
 
 
 def shaken(model: nn.Module, scale: float = 0.05) -> nn.Module:
-    """The model with noise on all its parameters: fresh ones are zeros and ones too often."""
+    """The model with noise on all parameters, many of which start as zeros or ones."""
     noise = generator(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -65,6 +65,33 @@ def tiny_vit(seed: int = 0, **options) -> VisionTransformer:
     return VisionTransformer(**{**sizes, "num_classes": 5, **options})
 
 
+def levit() -> nn.Module:
+    """A LeViT, whose attention caches tensors in eval mode, in float64.
+
+    The gradients of its attention biases are small: float32 would leave four digits of them.
+    """
+    options = {"embed_dim": (32,), "num_heads": (2,), "key_dim": 16, "depth": (2,)}
+    return family("levit_128s", img_size=32, **options).double()
+
+
+class Mlp(nn.Module):
+    """A fast model for tests that do not depend on the architecture."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.first = nn.Linear(4, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.first(x)))
+
+
+def rows(count: int = 5) -> Tensor:
+    """Inputs for `Mlp`."""
+    return torch.randn(count, 4, generator=generator(5))
+
+
 def family(name: str, **options) -> nn.Module:
     """A timm architecture, small, with random weights."""
     torch.manual_seed(0)
@@ -87,8 +114,8 @@ def double(value: Any) -> Any:
 
 
 class RightLayerNorm(TorchFunctionMode):
-    """F.layer_norm in words: PyTorch takes mean and deviation for constants in derivatives of its
-    tangent by x, without a word."""
+    """Recomposes F.layer_norm: PyTorch silently treats mean and deviation as constants in
+    derivatives of its tangent by x."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return (_layer_norm if func is F.layer_norm else func)(*args, **(kwargs or {}))
@@ -142,5 +169,16 @@ def assert_near(found: Any, exact: Any, tolerance: float = 2e-5) -> None:
     assert pairs
     for one, right in pairs:
         assert one.shape == right.shape
-        assert float(right.abs().max()) > 0  # two zeros would agree about nothing
+        assert float(right.abs().max()) > 0  # two zeros would always agree
         assert float((one - right).abs().max()) <= tolerance * float(right.abs().max())
+
+
+def assert_exact(tangent: LinearizedModel, model: nn.Module, x: Tensor) -> None:
+    """Value, tangent and gradients of the tangent model are those of ``model`` in float64."""
+    deltas = tangent.deltas()
+    assert_near(tangent.primal_and_tangent(x), exact_jvp(model, deltas, x))
+    output = tangent(x)
+    cotangent = torch.randn(output.shape, generator=generator(2))
+    grads = torch.autograd.grad(output, list(deltas.values()), cotangent)
+    exact = exact_vjp(model, list(deltas), cotangent, x)
+    assert_near(dict(zip(deltas, grads, strict=True)), exact)

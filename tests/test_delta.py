@@ -364,7 +364,7 @@ def test_a_later_format_is_refused(path):
 def test_other_files_are_refused(path):
     safetensors.torch.save_file({"w": torch.ones(2)}, path)
     others = {
-        "no delta file": path.read_bytes(),
+        "not a delta file": path.read_bytes(),
         "no safetensors file": b"dear diary",
         "shard": b"",
     }

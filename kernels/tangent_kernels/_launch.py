@@ -1,4 +1,4 @@
-"""What every launcher needs: operands as kernel arguments, and launches as values."""
+"""Helpers for launchers: tile configurations, launches as values, operands as kernel arguments."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# How float32 tiles are multiplied: three tf32 products, nearly float32's accuracy on tensor cores.
-# Plain float32 (FMA) tiles spill kilobytes of registers. No effect on 16-bit tiles.
+# float32 tiles are multiplied by three tf32 products: nearly float32's accuracy, on tensor cores.
+# Plain float32 (FMA) tiles spill kilobytes of registers. 16-bit tiles ignore this.
 FLOAT32_DOT = "tf32x3"
 
-DEFAULT_ARCH = 90  # whose tiles are interpreted on a CPU
+DEFAULT_ARCH = 90  # the tiles to use in the interpreter on a CPU
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Config:
     num_stages: int
 
     def keywords(self) -> dict[str, Any]:
-        """As the kernel is called with them."""
+        """The kernel's keyword arguments."""
         return {
             "ROWS": self.rows,
             "COLS": self.cols,
@@ -43,10 +43,10 @@ class Launch:
     kernel: Any  # a triton.jit function
     grid: tuple[int, ...]
     arguments: dict[str, Any]  # by the kernel's parameter names
-    config: Any  # Config, or another that has keywords() and num_warps
+    config: Any  # Config, or another class with keywords() and num_warps
 
     def keywords(self) -> dict[str, Any]:
-        """Everything the kernel is called with."""
+        """All arguments of the kernel."""
         # enable_fp_fusion is pinned: Triton 3.10 changes the default
         return self.arguments | self.config.keywords() | {"enable_fp_fusion": True}
 
@@ -68,18 +68,18 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 def unit_last_stride(tensor: Tensor | None) -> Tensor | None:
-    """``tensor`` itself if its last dimension is dense, else a copy that is."""
+    """``tensor`` itself if its last stride is 1, else a contiguous copy."""
     if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
         return tensor
     return tensor.contiguous()
 
 
 def operand(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    """A (B, H, N, D) or (R, B, H, N, D) tensor as kernels take it.
+    """A (B, H, N, D) or (R, B, H, N, D) tensor as a kernel argument.
 
     Returns:
         The tensor, its strides over tangents (0 without that axis), batch, heads and rows, and 0 if
-        they are all multiples of 8 or else None; None for an absent tensor.
+        these are all multiples of 8, else None. None for an absent tensor.
     """
     if tensor is None:
         return None
@@ -91,7 +91,7 @@ def operand(tensor: Tensor | None) -> tuple[Any, ...] | None:
 def empty_heads(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised (..., H, N, D) whose ``transpose(-3, -2).flatten(-2)`` is a view.
 
-    It is no view itself: PyTorch's forward mode is particular about tangents of views.
+    The result itself is not a view: PyTorch's forward mode restricts tangents of views.
     """
     *lead, heads, rows, dim = range(len(shape))
     order = (*lead, rows, heads, dim)
@@ -99,5 +99,5 @@ def empty_heads(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> 
 
 
 def padded_dim(dim: int) -> int:
-    """Width of a tile in registers: ``tl.arange`` wants a power of two, ``tl.dot`` at least 16."""
+    """Width of a tile: ``tl.arange`` requires a power of two and ``tl.dot`` at least 16."""
     return max(16, 1 << (dim - 1).bit_length())

@@ -1,4 +1,4 @@
-"""Tiles of whole rows: what the kernels of norms, softmax and activations share."""
+"""Tiles of whole rows, shared by the kernels of norms, softmax and activations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RowConfig:
     num_warps: int
 
     def keywords(self) -> dict[str, Any]:
-        """As the kernel is called with them."""
+        """The kernel's keyword arguments."""
         return {
             "ROWS": self.rows,
             "WIDTH": self.width,
@@ -37,7 +37,7 @@ def row_config(width: int, held: int) -> RowConfig:
 
     Args:
         width: elements in a row.
-        held: elements of one operand that a thread should hold: fewer, the more operands there are.
+        held: elements of one operand per thread; fewer for kernels with more operands.
     """
     padded = max(16, 1 << (width - 1).bit_length())
     rows = max(1, 128 * held // padded)
@@ -52,7 +52,7 @@ def as_rows(tensor: Tensor, width: int) -> Tensor:
 
 
 def row_operand(tensor: Tensor | None, width: int) -> tuple[Any, ...] | None:
-    """A tensor as kernels take it: its (rows, width) and the stride between rows."""
+    """A tensor as a kernel argument: its (rows, width) view or copy, and the row stride."""
     if tensor is None:
         return None
     flat = as_rows(tensor, width)
@@ -61,12 +61,12 @@ def row_operand(tensor: Tensor | None, width: int) -> tuple[Any, ...] | None:
 
 @triton.jit
 def load_row(operand, row, cols, inside, other=0.0):
-    """Of an operand as kernels take it: (rows, K) and the stride between rows."""
+    """Load from an operand ((rows, K), row stride), in float32."""
     return tl.load(operand[0] + row * operand[1] + cols, mask=inside, other=other).to(tl.float32)
 
 
 @triton.jit
 def store_row(operand, row, cols, value, inside):
-    """The same way back, rounded to the operand's dtype."""
+    """Store to such an operand, rounded to its dtype."""
     pointer = operand[0] + row * operand[1] + cols
     tl.store(pointer, value.to(operand[0].dtype.element_ty), mask=inside)

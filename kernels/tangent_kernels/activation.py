@@ -41,7 +41,7 @@ CONFIG = BlockConfig(1024, 4)
 
 @triton.jit
 def _sigmoid(x):
-    # The exponential of a positive number could overflow.
+    # exp of a positive number could overflow.
     small = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, small) / (1.0 + small)
 
@@ -156,7 +156,7 @@ def plan_jvp(x, x_t, name) -> tuple[tuple[Tensor, Tensor], Launch]:
 
 
 def activation_vjp(x: Tensor, grad: Tensor, name: str) -> Tensor:
-    """Gradient of y by x; of y_t by x_t, which is the same map.
+    """Gradient of y by x, which is also the gradient of y_t by x_t.
 
     Args:
         x: any shape.

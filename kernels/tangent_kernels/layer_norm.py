@@ -19,7 +19,7 @@ from torch import Tensor
 from tangent_kernels._launch import Launch, device_of
 from tangent_kernels._rows import load_row, row_config, row_operand, store_row
 
-PARTS = 512  # programs that sum the gradients of weight and bias, each over its rows
+PARTS = 512  # most programs that sum the gradients of weight and bias, each over its own rows
 
 Optional = Tensor | None
 
@@ -32,7 +32,7 @@ def _vector(pointer, cols, width):
 
 @triton.jit
 def _project(vector, normal, rstd, inside, width, CENTER: tl.constexpr):
-    """J v, with v 0 outside of the row."""
+    """J v, where v is 0 outside of the row."""
     if CENTER:
         vector = tl.where(inside, vector - tl.sum(vector, 1)[:, None] / width, 0.0)
     along = tl.sum(normal * vector, 1)[:, None] / width
@@ -269,10 +269,10 @@ def layer_norm_vjp(
     grad: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Optional, Optional, Optional]:
-    """Gradients of y by x, weight and bias; of y_t by their tangents, which are the same map.
+    """Gradients of y by x, weight and bias, which are also those of y_t by their tangents.
 
     Args:
-        x: (..., K), what was normalized.
+        x: (..., K), the normalized operand.
         weight: K elements, or None.
         mean: as :func:`layer_norm_jvp` returned it, None for RMS.
         rstd: as :func:`layer_norm_jvp` returned it.
@@ -298,7 +298,7 @@ def layer_norm_second_vjp(
     """Gradients of G·y + H·y_t by x, weight, bias, and by their tangents.
 
     Args:
-        x: (..., K), what was normalized.
+        x: (..., K), the normalized operand.
         weight: K elements, or None.
         mean: as :func:`layer_norm_jvp` returned it, None for RMS.
         rstd: as :func:`layer_norm_jvp` returned it.
@@ -306,7 +306,7 @@ def layer_norm_second_vjp(
         weight_t: tangent of ``weight``, or None.
         grads: G or None, and H.
         needs: which of the gradients by x, weight, bias to compute; the others are None.
-        needs_t: the same of their tangents.
+        needs_t: the same for their tangents.
     """
     return _backward((x, weight, mean, rstd), (x_t, weight_t), grads, needs, needs_t)
 
@@ -325,7 +325,7 @@ def _backward(primals, tangents, grads, needs, needs_t) -> tuple[Optional, ...]:
 
 
 def plan_backward(primals, tangents, grads, needs, needs_t) -> tuple[tuple, Launch]:
-    """Empty results, the sums of weights and biases in parts, and the launch that fills them."""
+    """Empty results, with partial sums for weight and bias, and the launch that fills them."""
     x, weight, mean, rstd = primals
     x_t, weight_t = tangents
     grad, grad_t = grads

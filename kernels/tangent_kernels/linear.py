@@ -25,12 +25,12 @@ class ProductConfig:
 
     rows: int  # of x
     cols: int  # of W: output features
-    depth: int  # input features that are summed at a time
+    depth: int  # input features per step
     num_warps: int
     num_stages: int
 
     def keywords(self) -> dict[str, Any]:
-        """As the kernel is called with them."""
+        """The kernel's keyword arguments."""
         return {
             "ROWS": self.rows,
             "COLS": self.cols,
@@ -68,11 +68,11 @@ def linear_kernel(
     PRECISION: tl.constexpr,
 ):
     """A ROWS x COLS tile of y and of y_t."""
-    # Programs that follow one another share x's rows: W, the smaller, comes from L2.
+    # Consecutive programs share rows of x; W, which is smaller, is read from L2.
     across = tl.cdiv(features, COLS)
     row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(0) % across * COLS + tl.arange(0, COLS)
-    # Rows and columns beyond the last read some other one, and are not stored.
+    # Rows and columns past the end read another row or column, and are not stored.
     from_row = (row % rows).to(tl.int64)[:, None]
     from_col = (col % features).to(tl.int64)[None, :]
     depth = tl.arange(0, DEPTH)

@@ -34,7 +34,7 @@ def softmax_kernel(
     cols = tl.arange(0, WIDTH)[None, :]
     inside = (row < rows) & (cols < width)
     value = load_row(x, row, cols, inside, -float("inf"))
-    # Rows beyond the last have no maximum: 0 instead of -inf - -inf.
+    # Rows past the end have no maximum: 0 avoids -inf - -inf.
     top = tl.where(row < rows, tl.max(value, 1)[:, None], 0.0)
     weight = tl.exp(value - top)
     total = tl.where(row < rows, tl.sum(weight, 1)[:, None], 1.0)
@@ -101,7 +101,7 @@ def plan_jvp(x, x_t) -> tuple[tuple[Tensor, Tensor], Launch]:
 
 
 def softmax_vjp(y: Tensor, grad: Tensor) -> Tensor:
-    """Gradient of y by x; of y_t by x_t, which is the same map.
+    """Gradient of y by x, which is also the gradient of y_t by x_t.
 
     Args:
         y: (..., K), the softmax.

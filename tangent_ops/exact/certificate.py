@@ -62,8 +62,8 @@ class Certificate:
 
     def __repr__(self) -> str:
         return (
-            f"Certificate(‖Δ - Δ*‖ <= {self.distance_bound:.4g}: gradient {self.gradient_norm:.4g}, "
-            f"l2 {self.l2:g}, {self.samples} samples, {self.loss})"
+            f"Certificate(‖Δ - Δ*‖ <= {self.distance_bound:.4g}: gradient "
+            f"{self.gradient_norm:.4g}, l2 {self.l2:g}, {self.samples} samples, {self.loss})"
         )
 
     def logit_bound(self, tangent: LinearizedModel, inputs: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""Is J the derivative that the ordinary model has? An exact check, on one sample.
+"""Checks J against the ordinary model's gradients, exactly, on one sample.
 
 For a random cotangent H, let g_p be the ordinary gradient of ⟨H, f⟩ by parameter p at w0. Set
 
     Δ_p = s_p g_p / ‖g_p‖²          s_p = ±1 at random
 
-Then ⟨H, JΔ⟩ = Σ s_p, an integer: every parameter counts exactly ±1, so a tangent that is lost
-anywhere shows, however small the parameter's part is. And the gradient of ⟨H, JΔ⟩ by Δ_p is g_p.
+Then ⟨H, JΔ⟩ = Σ s_p, an integer. Every parameter contributes exactly ±1, so a lost tangent changes
+the sum, however small the parameter's gradient is. The gradient of ⟨H, JΔ⟩ by Δ_p is g_p.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from tangent_ops.errors import UnsupportedError
+from tangent_ops.errors import UnsupportedError, few
 from tangent_ops.model.checkpointing import find_blocks
 from tangent_ops.model.copies import independent_copy
 from tangent_ops.model.dual_call import dual_call
@@ -36,20 +36,20 @@ from tangent_ops.ops.levels import backward, is_compiling
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 Vectors = dict[str, Tensor]
 
-# A lost parameter is off by one; rounding may take half of what is left to be told from it.
+# A lost tangent changes the sum by one; rounding may change it by this much.
 _FAR = 0.25
-# Two gradients of one parameter that differ by half of it do not agree in any precision.
+# Two gradients of one parameter that differ by half of it disagree in every precision.
 _HALF = 0.5
 _CAUSES = (
     "Common causes: a tensor that depends on weights and is kept from an earlier call (in a global "
     "or a closure, say); a torch.autograd.Function whose jvp and backward differ; a function that "
-    "uses another model's parameters; a checkpointed block that finds tensors elsewhere than in "
-    "its arguments. Train other parameters (`trainable`), or pass check=False if J is right"
+    "uses another model's parameters; a checkpointed block that reads tensors that are not its "
+    "arguments. Train other parameters (`trainable`), or pass check=False if J is right"
 )
 
 
 def described_input(anchor: nn.Module) -> Tensor | None:
-    """An image as timm's ``pretrained_cfg`` describes it; None where it does not."""
+    """A random image of the size in timm's ``pretrained_cfg``; None if the model has none."""
     config = getattr(anchor, "pretrained_cfg", None)
     size = config.get("input_size") if isinstance(config, dict) else None
     weight = next((p for p in anchor.parameters() if p.is_floating_point()), None)
@@ -60,7 +60,7 @@ def described_input(anchor: nn.Module) -> Tensor | None:
 
 
 def can_check(anchor: nn.Module, inputs: Any) -> bool:
-    """Whether a call now computes, and nobody else looks on: no transform, tracer or counter."""
+    """Whether a check can run now: with values, and outside of transforms, tracers and modes."""
     tensors = [x for x in (*anchor.parameters(), *tree_leaves(inputs)) if isinstance(x, Tensor)]
     return (
         not is_compiling()
@@ -81,20 +81,21 @@ def check_adjoint(
 ) -> list[str] | None:
     """Compare J and its transpose with the ordinary model's gradients, on the first sample.
 
-    A forward and a backward pass of the ordinary model, then of the dual one, and a dual forward
-    pass that would meet what the others have left. Doubts are settled in another precision.
+    The check runs a forward and a backward pass of the ordinary model, the same of the dual model,
+    and one more dual forward pass, which would find tensors that the other passes left in a cache.
+    If rounding leaves a doubt, the check runs again in another precision.
 
     Args:
-        anchor: frozen, in eval mode; it is as it was afterwards.
-        names: of the trained parameters.
-        kept: of the anchor.
-        blocks: those that are repeated in the backward pass.
-        args: of a call of the model; their first dimension is the batch.
-        kwargs: of that call.
+        anchor: frozen, in eval mode; it does not change.
+        names: names of the trained parameters.
+        kept: the anchor's caches.
+        blocks: blocks that are repeated in the backward pass.
+        args: arguments of a call of the model; their first dimension is the batch.
+        kwargs: keyword arguments of that call.
 
     Returns:
         Names of parameters that get no gradient in the ordinary model either; None if the anchor
-        itself fails with these inputs or gives NaN: a later call shows more.
+        itself fails with these inputs or returns NaN, so that a later call has to be checked.
 
     Raises:
         UnsupportedError: a parameter's derivative gets lost, or an operation has none.
@@ -124,13 +125,13 @@ def check_adjoint(
 
 
 class _Side:
-    """The anchor in one precision, and its gradients: the ordinary ones, and those through J.
+    """The anchor in one precision, with its ordinary gradients and those through J.
 
     Attributes:
         epsilon: rounding unit of its dtype, or of autocast's.
         ordinary: g_p by name; zeros where there is none.
         sizes: ‖g_p‖ by name.
-        differences: of g_p and the gradient of ⟨H, JΔ⟩ by Δ_p, by name, after ``pull_back()``.
+        differences: ‖g_p - gradient of ⟨H, JΔ⟩ by Δ_p‖ by name, after ``pull_back()``.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class _Side:
                 parameter.requires_grad_(flag)
 
     def pull_back(self) -> None:
-        """Find the gradients of ⟨H, JΔ⟩ by Δ_p, and how far they are from the ordinary ones."""
+        """Compute the gradients of ⟨H, JΔ⟩ by Δ_p and their distances from the ordinary ones."""
         zeros = {n: torch.zeros_like(w).requires_grad_() for n, w in self.weights.items()}
         tangents = self._tangents(zeros)
         with naming_what_lacks(self.anchor):
@@ -191,7 +192,7 @@ class _Side:
             elif size:
                 expected += self.signs[name]
                 directions[name] = (gradient * (self.signs[name] / size**2)).to(weight.dtype)
-            else:  # counts nothing, whatever its direction
+            else:  # contributes nothing in any direction
                 noise = torch.randn(weight.shape, generator=generator)
                 directions[name] = noise.to(weight.device, weight.dtype)
         with torch.no_grad():
@@ -199,10 +200,10 @@ class _Side:
             return sum(float((t.double() * h.double()).sum()) for t, h in pairs) - expected
 
     def adds_up(self, names: Iterable[str]) -> bool:
-        return abs(self.counted(names)) <= _FAR  # a NaN does not
+        return abs(self.counted(names)) <= _FAR  # False for NaN
 
     def in_another_precision(self) -> _Side | None:
-        """The same of a copy in float64, or in float32 where that is its own; None if it fails."""
+        """The same for a float64 copy (float32 for a float64 anchor); None if that fails."""
         exact = self.epsilon == torch.finfo(torch.float64).eps
         dtype = torch.float32 if exact else torch.float64
         try:
@@ -214,7 +215,7 @@ class _Side:
             blocks = find_blocks(anchor) if self.blocks else []
             side = _Side(anchor, self.names, Kept(anchor), blocks, inputs)
             side.pull_back()
-        except Exception:  # operations of one dtype alone, say
+        except Exception:  # an operation may support one dtype only
             return None
         return side
 
@@ -231,7 +232,7 @@ class _Side:
         return _floating(tangent)
 
     def _again(self) -> Inputs:
-        """The inputs anew, which a model may change, and the same random numbers."""
+        """Fresh copies of the inputs, since a model may change them; the seed is set again."""
         torch.manual_seed(0)
         return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self.inputs)
 
@@ -260,14 +261,14 @@ def _judge(own: _Side) -> list[str]:
         Names of parameters that get no gradient at all.
     """
     own.pull_back()
-    # Half of the digits are rounding, at most; beyond that another precision has to decide.
+    # Rounding takes at most half of the digits; for larger differences another precision decides.
     close = 4 * own.epsilon**0.5
     doubtful = [n for n in own.names if not own.differences[n] <= close * own.sizes[n]]
     if not doubtful and own.adds_up(own.names):
         return [n for n in own.names if own.sizes[n] == 0]
     other = own.in_another_precision()
     if other is None:
-        # All that can be said: rounding is small beside the largest gradient.
+        # Only this is known without it: rounding is small compared with the largest gradient.
         largest = max(own.sizes.values())
         lost = [n for n in doubtful if not own.differences[n] <= 100 * own.epsilon * largest]
         if not lost and own.epsilon <= torch.finfo(torch.float32).eps:
@@ -278,7 +279,7 @@ def _judge(own: _Side) -> list[str]:
     largest = max(fine.sizes.values())
     lost, countable = [], []
     for name in own.names:
-        # Rounding alone: keys' biases, say, whose gradient is zero in exact arithmetic.
+        # A gradient that is only rounding, such as that of the bias of a key: exactly zero.
         apart = _norm(coarse.ordinary[name].double() - fine.ordinary[name].double())
         noise = apart > _HALF * coarse.sizes[name]
         nothing = fine.sizes[name] <= max(1e-3 * coarse.sizes[name], 1e-9 * largest)
@@ -293,7 +294,7 @@ def _judge(own: _Side) -> list[str]:
 
 
 def _find_lost(side: _Side, names: list[str]) -> list[str]:
-    """One parameter whose part of ⟨H, JΔ⟩ is missing, by halving; none if they add up."""
+    """One parameter missing from ⟨H, JΔ⟩, found by halving; none if the sum is right."""
     if not names or side.adds_up(names):
         return []
     while len(names) > 1:
@@ -308,7 +309,7 @@ def _refuse(side: _Side, lost: list[str]) -> None:
     owners = {name.rpartition(".")[0] for name in lost}
     kinds = {type(side.anchor.get_submodule(owner)).__name__ for owner in owners}
     raise UnsupportedError(
-        f"the derivative by {_few(lost)} (in {_few(sorted(kinds))}) gets lost: J(x) Δw or its "
+        f"the derivative by {few(lost)} (in {few(sorted(kinds))}) gets lost: J(x) Δw or its "
         f"gradient is not what the ordinary model's gradient says, on one sample. {_CAUSES}"
     )
 
@@ -319,13 +320,13 @@ def _first_that_runs(side: Callable[[Inputs], _Side], candidates: Iterable[Input
             return side(inputs)
         except UnsupportedError:
             raise
-        except Exception:  # whatever the model says of these inputs
+        except Exception:  # the model may raise anything
             continue
     return None
 
 
 def _samples(inputs: Inputs) -> Iterator[Inputs]:
-    """The first sample, then the whole batch for models that take no other."""
+    """The first sample, then the whole batch, for models of a fixed batch size."""
     batch = _batch_size(inputs)
     whole = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, inputs)
     if batch > 1:
@@ -355,11 +356,7 @@ def _norm(tensor: Tensor) -> float:
 
 
 def _no_hooks() -> contextlib.AbstractContextManager[Any]:
-    """A context in which no hook of others, of a checkpoint around the call, say, sees tensors."""
+    """Replaces outer hooks on saved tensors, such as those of a checkpoint around the call."""
     if saved_tensors_hook() is None:
         return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

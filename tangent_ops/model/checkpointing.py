@@ -1,9 +1,9 @@
-"""Activation checkpointing: blocks keep their inputs alone and run once more in the backward pass.
+"""Activation checkpointing: a block saves only its inputs and runs again in the backward pass.
 
-``torch.utils.checkpoint`` repeats a block after the forward-mode level is left, so without its
-tangents. Here they are not needed: the anchor is frozen, and the transpose of J is the block's
-ordinary backward pass. So a block repeats its ordinary forward pass (1F, where the dual one takes
-3F), and keeps what ordinary fine-tuning keeps: the primal of its input.
+``torch.utils.checkpoint`` repeats a block after the forward-mode level has ended, without tangents.
+Tangents are not needed here: the anchor is frozen, and the transpose of J is the block's ordinary
+backward pass. So a block repeats its ordinary forward pass (1F; the dual one takes 3F) and saves
+what checkpointed fine-tuning saves: the primal of its input.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def find_switches(model: nn.Module) -> list[nn.Module]:
 
 
 def take_flags(switches: Iterable[nn.Module]) -> bool:
-    """Whether the flag of any is on; off they are afterwards."""
+    """Whether any checkpointing flag is on; all flags are switched off."""
     on = [(m, flag) for m in switches for flag in _FLAGS if vars(m).get(flag) is True]
     for module, flag in on:
         setattr(module, flag, False)
@@ -42,11 +42,11 @@ def take_flags(switches: Iterable[nn.Module]) -> bool:
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """What is repeated: the outermost elements of containers that are no stages.
+    """The blocks to repeat: the outermost elements of containers that are not stages.
 
-    Containers are nn.Sequential, nn.ModuleList and nn.ModuleDict. An element is a block if it has
-    submodules itself, as a lone layer would keep as much as it saves. It is a stage if somewhere
-    in it a container has several elements of one class, with submodules: blocks.
+    Containers are nn.Sequential, nn.ModuleList and nn.ModuleDict. A block has submodules: repeating
+    a single layer would save no memory. A stage contains a container with several elements of one
+    class that have submodules: its blocks.
     """
     return list(_blocks(model))
 
@@ -77,13 +77,13 @@ def _is_composed(module: nn.Module) -> bool:
 def repeating(
     blocks: Sequence[nn.Module], model: nn.Module, duals: Mapping[str, Tensor], kept: Kept
 ) -> Iterator[None]:
-    """Within a ``dual_level()``, ``blocks`` of the model keep their inputs alone.
+    """Context, within a ``dual_level()``, in which ``blocks`` save only their inputs.
 
     Args:
         blocks: modules of ``model``.
         model: the frozen anchor, called within by ``functional_call``.
         duals: its dual parameters, by name.
-        kept: of the model.
+        kept: the model's caches.
     """
     pairs = {name: forward_ad.unpack_dual(dual) for name, dual in duals.items()}
     weights = {name: pair.primal for name, pair in pairs.items()}
@@ -98,7 +98,7 @@ def repeating(
 
 
 class _Checkpointed:
-    """A block's forward that records one step for the whole block."""
+    """A block's forward, recorded by autograd as a single node."""
 
     def __init__(self, block, model, weights, tangents, kept):
         self.block, self.model = block, model
@@ -114,7 +114,7 @@ class _Checkpointed:
             return self.forward(*args, **kwargs)
         versions, random_state = [x._version for x in inputs], _random_state(inputs)
         try:
-            # Not no_grad(), which would be taken for the model's own, and switch tangents off.
+            # Not no_grad(): like the model's own no_grad(), it would switch tangents off.
             with torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
                 output = self.forward(*args, **kwargs)
         except RuntimeError as error:
@@ -160,14 +160,14 @@ class _Checkpointed:
 
 @dataclass(frozen=True)
 class _Again:
-    """What it takes to run a block again, but its tensors.
+    """What is needed to run a block again, except for its tensors.
 
     Attributes:
         checkpointed: the block.
-        leaves: its arguments, flat, None where tensors were.
-        places: where tensors were.
-        spec: of the arguments.
-        moved: which outputs have a tangent.
+        leaves: its flattened arguments, with None in the place of tensors.
+        places: indices of the tensors in ``leaves``.
+        spec: structure of the arguments.
+        moved: indices of the outputs that have a tangent.
         autocast: device, dtype, and whether it was on.
     """
 
@@ -198,7 +198,7 @@ class _Again:
 
 
 class _Within(nn.Module):
-    """The model, of which a block is called: the block may read any of its parameters."""
+    """Calls a block within the model, so that the block may read any parameter of the model."""
 
     def __init__(self, model: nn.Module, call):
         super().__init__()
@@ -210,7 +210,7 @@ class _Within(nn.Module):
 
 
 class _Repeated(torch.autograd.Function):
-    """Tangents of a block's outputs, as a map of those of its inputs and of the weights."""
+    """Maps tangents of a block's inputs and weights to tangents of its outputs."""
 
     @staticmethod
     def forward(ctx, again, inputs, outputs_t, *tangents):
@@ -255,7 +255,7 @@ class _Repeated(torch.autograd.Function):
 
 
 def _nothing(_: Any) -> Any:
-    """What is saved for a backward pass that never comes."""
+    """Saves nothing: this graph has no backward pass."""
 
 
 def _random_state(inputs: list[Tensor]) -> list[Tensor]:

@@ -1,8 +1,8 @@
-"""Copies of models that share nothing with the original, functions on instances included.
+"""Copies models so that the copy shares nothing with the original, not even through functions.
 
-``copy.deepcopy`` copies no functions. A forward method kept on the instance (``m.forward =
-torch.compile(m.forward)``, a lambda, a decorated method) or a hook goes on with the module and the
-parameters that its closure holds: those of the original.
+``copy.deepcopy`` does not copy functions. A forward method set on the instance (``m.forward =
+torch.compile(m.forward)``, a lambda, a decorated method) or a hook would still use the original
+module and parameters that its closure holds.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _LEAVES += (CodeType, FrameType, ModuleType, Tensor)
 
 
 def independent_copy(model: nn.Module) -> Any:
-    """A deep copy, in whose functions the copies of modules and tensors stand for the originals.
+    """A deep copy whose functions use the copies of modules and tensors, not the originals.
 
-    Functions are looked for in attributes and hooks; what they close over, their defaults, their
-    attributes (``__wrapped__``) and the modules among their globals are followed. A compiled
-    function is copied as what it compiles. Computed tensors (old weight_norm's and pruning's
-    weights) are copied as they are.
+    Functions are searched for in attributes and hooks, and through closures, defaults, attributes
+    (``__wrapped__``) and modules among the globals of a function. A compiled function is replaced
+    by a copy of what it compiles. Computed tensors (the weights of the old weight_norm and of
+    pruning) are copied by value.
 
     Raises:
         UnsupportedError: a module is scripted or lazy, or the copy would still use something of the
-            original; the error names it.
+            original, which the error names.
     """
     for name, module in model.named_modules():
         where = f"{name or 'the model'} ({type(module).__name__})"
@@ -60,7 +60,7 @@ def independent_copy(model: nn.Module) -> Any:
 
 
 def _computed_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Attributes with a history, which deepcopy refuses."""
+    """Attributes that have a grad_fn, which deepcopy refuses."""
     for module in model.modules():
         for value in (*vars(module).values(), *module._buffers.values()):
             if isinstance(value, Tensor) and value.grad_fn is not None:
@@ -68,12 +68,12 @@ def _computed_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 class _Originals:
-    """The modules, parameters and buffers of a model, and what a deep copy made of them."""
+    """The modules, parameters and buffers of a model, and their copies."""
 
     def __init__(self, model: nn.Module, memo: dict[int, Any]) -> None:
         self.names: dict[int, str] = {}
         self.copies: dict[int, Any] = {}
-        self.kept: set[int] = set()  # what deepcopy leaves as it is
+        self.kept: set[int] = set()  # objects that deepcopy does not copy
         self.references: dict[int, Any] = {}  # id of a weak reference -> the copy of its referent
         self._globals: dict[int, bool] = {}
         named = (*model.named_modules(), *model.named_parameters(), *model.named_buffers())
@@ -87,7 +87,7 @@ class _Originals:
                     self.references[id(reference)] = memo[id(thing)]
 
     def among_globals(self, function: FunctionType) -> dict[str, Any]:
-        """What the function reads of its globals, if there is an original among those."""
+        """Globals that the function reads, if any of its module's globals is an original."""
         known = function.__globals__
         if id(known) not in self._globals:
             self._globals[id(known)] = any(id(value) in self.names for value in known.values())
@@ -98,7 +98,7 @@ class _Originals:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """Names that a function reads, and the functions that are defined in it."""
+    """Names that a function and the functions defined in it read."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -110,11 +110,11 @@ class _Rebinding:
 
     def __init__(self, originals: _Originals, fresh: set[int]) -> None:
         self._originals = originals
-        self._fresh = fresh  # ids of what deepcopy has made: nothing else may be changed
+        self._fresh = fresh  # ids of objects that deepcopy made: only these may change
         self._done: dict[int, Any] = {}
 
     def inside(self, holder: Any) -> None:
-        """In the attributes of a copied module or object, in its lists and dicts."""
+        """Replace originals in a copied object's attributes, lists and dicts."""
         if id(holder) not in self._fresh:
             return
         self._fresh.discard(id(holder))
@@ -131,7 +131,7 @@ class _Rebinding:
             self.inside(holder.__self__)
 
     def rebound(self, value: Any) -> Any:
-        """What stands for a value in the copy: itself, if it refers to no original."""
+        """The value for the copy: the same object if it refers to no original."""
         for known in (self._originals.copies, self._done):
             if id(value) in known:
                 return known[id(value)]
@@ -157,7 +157,7 @@ class _Rebinding:
         return value
 
     def _all(self, parts: dict[Any, Any]) -> dict[Any, Any]:
-        """The same dict if nothing in it changes."""
+        """A dict of rebound values; the same dict if none changes."""
         new = {key: self.rebound(part) for key, part in parts.items()}
         return parts if all(new[key] is part for key, part in parts.items()) else new
 
@@ -165,7 +165,7 @@ class _Rebinding:
         compiled = getattr(function, "_torchdynamo_orig_callable", None)
         if compiled is not None:
             return self.rebound(compiled)
-        self._done[id(function)] = function  # for what leads back here by a global name
+        self._done[id(function)] = function  # ends recursion through a global name
         names = self._originals.among_globals(function)
         bound = self._all(names)
         known = function.__globals__
@@ -177,7 +177,7 @@ class _Rebinding:
             function.__name__,
             closure=closure,
         )
-        self._done[id(function)] = new  # for what leads back here by a closure
+        self._done[id(function)] = new  # ends recursion through a closure
         parts = (
             {i: content for i, cell in enumerate(cells) for content in _contents(cell)},
             dict(enumerate(function.__defaults__ or ())),
@@ -198,7 +198,7 @@ class _Rebinding:
 
 
 def _contents(cell: CellType) -> Iterator[Any]:
-    """What is in the cell, if it is not empty."""
+    """The content of a cell, if it is not empty."""
     with contextlib.suppress(ValueError):
         yield cell.cell_contents
 
@@ -214,8 +214,8 @@ def _check_shares_nothing(anchor: nn.Module, originals: _Originals) -> None:
                 if id(value) in originals.names and id(value) not in originals.kept:
                     where = f"{name}.{attribute}".lstrip(".")
                     raise UnsupportedError(
-                        f"{where} uses {originals.names[id(value)]} of the model itself, also in a "
-                        "copy, whose weights it would not see. Let it get the module as an "
+                        f"{where} uses {originals.names[id(value)]} of the original model, also in "
+                        "a copy, and would not use the copy's weights. Pass the module to it as an "
                         "argument, or define it in the class"
                     )
                 if id(value) not in seen and not isinstance(value, _LEAVES):

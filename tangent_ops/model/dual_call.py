@@ -1,4 +1,4 @@
-"""One call of a model whose parameters are dual: (w0, Δw) in, value and JΔw out."""
+"""Calls a model with dual parameters (w0, Δw) and returns f(x; w0) and J(x) Δw."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from tangent_ops.ops.levels import in_own_level, in_transforms, is_compiling, re
 
 
 class _LikeGradients(fused_calls):
-    """Where the model switches gradients off (``torch.no_grad()``), tangents are off, too.
+    """Context in which tangents are off wherever the model switches gradients off.
 
-    PyTorch's forward mode goes on there: the value would have a derivative without a gradient. The
-    call has to begin with gradients on: what is off then cannot be told from what the model does.
+    PyTorch's forward mode continues inside ``torch.no_grad()``: the value would have a tangent
+    where it has no gradient. Gradients must be on at entry, since a ``no_grad()`` around the call
+    cannot be distinguished from one in the model.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -48,12 +49,12 @@ def dual_call(
 
     Args:
         model: called with ``args`` and ``kwargs``.
-        directions: Δw by parameter name; of any floating-point dtype.
-        kept: of the model.
-        args: of the call.
-        kwargs: of the call.
-        blocks: those of the model that are repeated in the backward pass (see
-            :mod:`tangent_ops.model.checkpointing`); they are not, inside another transform.
+        directions: Δw by parameter name, in any floating-point dtype.
+        kept: the model's caches.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        blocks: blocks to repeat in the backward pass (see
+            :mod:`tangent_ops.model.checkpointing`); ignored inside another transform.
     """
     if is_compiling():
         weights, directions = _paired(model, directions)
@@ -74,7 +75,7 @@ def _in_turn(model, directions, kept: Kept, args, kwargs, blocks) -> tuple[Any, 
         stack.enter_context(naming_what_lacks(model))
         if peek_interpreter_stack() is not None:
             return _jvp(model, weights, directions, args, kwargs, kept)
-        # The same as torch.func.jvp, without the cost of wrapping every tensor.
+        # As torch.func.jvp, without the cost of wrapping every tensor.
         dual = {n: forward_ad.make_dual(w, directions[n]) for n, w in weights.items()}
         with kept.nothing(), repeating(blocks, model, dual, kept):
             return _unpack(functional_call(model, dual, args, kwargs))
@@ -98,7 +99,7 @@ def _jvp(model, weights, directions, args, kwargs, kept: Kept | None = None) -> 
 
 
 def _untracked(value: Any) -> Any:
-    """A tensor without its history, for a call without gradients; not one of another transform."""
+    """The tensor, detached unless another transform tracks it, for a call without gradients."""
     if not isinstance(value, Tensor) or not value.requires_grad:
         return value
     if is_functorch_wrapped_tensor(value) or forward_ad.unpack_dual(value).tangent is not None:
@@ -114,8 +115,8 @@ def _unpack(output: Any) -> tuple[Any, Any]:
             return x
         if not isinstance(x, Tensor):
             raise UnsupportedError(
-                f"the model returns a {type(x).__name__}, whose tensors cannot be found: let it "
-                "return a tensor, or a tuple, list or dict of tensors"
+                f"the model returns a {type(x).__name__}, whose tensors cannot be found: return "
+                "a tensor, or a tuple, list or dict of tensors"
             )
         found = forward_ad.unpack_dual(x).tangent
         return torch.zeros_like(x) if found is None else found

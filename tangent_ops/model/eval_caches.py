@@ -1,8 +1,8 @@
 """Clears what models cache in eval mode; a stale entry would drop the tangent.
 
 Some forward passes compute a tensor from the weights and keep it: LeViT's gathered attention
-biases, a transposed or a normalized weight. It carries the tangent of that call. A later call would
-find it without a tangent, and silently lose its part of the derivative.
+biases, a transposed or a normalized weight. Its tangent ends with that call. A later call would use
+the tensor without a tangent, and the result would silently lack a part of the derivative.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ def clear_caches(model: nn.Module) -> None:
 
 
 class Kept:
-    """Where the modules of a model can keep something, and what is there between calls."""
+    """The places where modules of a model can cache tensors, and their contents between calls."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names = [name for name, _ in model.named_modules()]
         self._places = [_places(module) for module in model.modules()]
-        self._between: dict[int, list[Any]] = {}  # contents of modules that have kept something
+        self._between: dict[int, list[Any]] = {}  # contents of modules that cached a tensor
 
     @contextlib.contextmanager
     def nothing(self) -> Iterator[None]:
-        """A call, which neither finds nor leaves what depends on the weights by a derivative.
+        """Context of one call, at whose start and end no cached tensor depends on the weights.
 
         It must end before the forward-mode level does.
 
         Raises:
-            UnsupportedError: the call has changed a tensor of the model in place, and it depends on
-                the weights now: it cannot be put back.
+            UnsupportedError: the call changed a tensor of the model in place so that it depends on
+                the weights, which cannot be undone.
         """
         self.put_back()
         before = [[_content(place) for place in places] for places in self._places]
@@ -67,12 +67,12 @@ class Kept:
             if tensor._version != version and _depends(tensor):
                 raise UnsupportedError(
                     f"the forward pass changes {name} in place, and makes it depend on the trained "
-                    "parameters: the next call would take it for a constant. Let it compute a new "
-                    "tensor"
+                    "parameters: the next call would treat it as a constant. Compute a new tensor "
+                    "instead"
                 )
 
     def put_back(self) -> None:
-        """Undo what any call has left, one of the anchor alone, too."""
+        """Restore the contents from before the calls, including calls of the anchor itself."""
         for index, contents in self._between.items():
             for place, content in zip(self._places[index], contents, strict=True):
                 _put_back(place, content)

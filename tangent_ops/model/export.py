@@ -1,4 +1,4 @@
-"""Take a tangent model out of this library: as a program for plain PyTorch, as a task vector."""
+"""Exports a tangent model as a program of plain PyTorch, or as a task vector."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
-from tangent_ops.files import write_atomically, write_safetensors
+from tangent_ops.files import check_target, write_atomically, write_safetensors
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.ops.forward_ad import fused_calls
 from tangent_ops.ops.levels import in_own_level
@@ -29,22 +29,23 @@ def export_program(
 ) -> None:
     """Write f(x; w0) + J(x) Δw, with the present deltas, as a program of PyTorch's own operators.
 
-    ``torch.export.load(path).module()(images)`` runs it, without this library and without timm. The
-    cost is that of one dual forward pass, however many deltas were composed.
+    ``torch.export.load(path).module()(images)`` runs it, without this library and without timm. It
+    costs one dual forward pass, however many deltas were composed.
 
     Args:
-        tangent: a model of one tensor; it is not changed. What is written runs on the CPU; move it
-            with ``torch.export.passes.move_to_device_pass``.
+        tangent: a model with one input tensor; it does not change. The program runs on the CPU;
+            ``torch.export.passes.move_to_device_pass`` moves it.
         path: the file, which is overwritten completely or not at all; ``.pt2`` by convention.
-        input_size: of one input, (3, 224, 224) say. The batch size stays open.
+        input_size: size of one input, such as (3, 224, 224). The batch size stays dynamic.
 
     Raises:
-        ArgumentError: path is a folder or its folder does not exist; input_size is not of positive
-            integers.
-        UnsupportedError: the model cannot be exported, or not with its batch size open.
+        ArgumentError: path is a folder or its folder does not exist; input_size holds something
+            else than positive integers.
+        UnsupportedError: the model cannot be exported, or not with a dynamic batch size.
         OSError: the file cannot be written.
     """
-    path = _checked_path(path)
+    path = Path(path).absolute()
+    check_target(path)
     if not input_size or not all(type(size) is int and size > 0 for size in input_size):
         raise ArgumentError(f"input_size must be positive integers, got {input_size!r}")
     program = _exported(tangent, tuple(input_size))
@@ -52,7 +53,7 @@ def export_program(
         str(node.target)
         for node in program.graph.nodes
         if node.op == "call_function" and not str(node.target).startswith(("aten.", "<built-in"))
-    }  # the built-in ones are arithmetic of sizes
+    }  # built-in functions compute sizes
     if ours:
         raise UnsupportedError(
             f"the model uses {min(ours)}, which plain PyTorch does not have: it cannot be exported"
@@ -62,10 +63,10 @@ def export_program(
 
 
 def task_vector(tangent: LinearizedModel) -> dict[str, Tensor]:
-    """Δw, in full: name -> tensor shaped as the anchor's parameter; low-rank deltas multiplied out.
+    """The full Δw: name -> tensor shaped as the anchor's parameter; low-rank factors multiplied.
 
-    For tools that add task vectors. The sum w0 + Δw in the *ordinary* model is not the tangent
-    model, whose output is linear in Δw: the two differ in second order.
+    For tools that add task vectors. The *ordinary* model at w0 + Δw is not the tangent model, whose
+    output is linear in Δw: the two differ in second order.
     """
     return dict(tangent.full_delta_dict())
 
@@ -77,7 +78,8 @@ def save_task_vector(tangent: LinearizedModel, path: str | os.PathLike[str]) -> 
         ArgumentError: path is a folder or its folder does not exist.
         OSError: the file cannot be written.
     """
-    path = _checked_path(path)
+    path = Path(path).absolute()
+    check_target(path)
     tensors = task_vector(tangent)
     write_atomically(path, lambda file: write_safetensors(file, tensors, {"format": "pt"}))
 
@@ -86,10 +88,10 @@ _SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 
 
 class _Formulas(fused_calls):
-    """What fixes the batch size in a trace, in other words.
+    """Replaces operations that would fix the batch size in a trace.
 
-    Attention by its formula in one piece, not in blocks of rows; sums, whose rule expands the one
-    tangent to the sizes that it sees, with two.
+    Attention uses its formula for all rows at once, not for blocks of rows. Sums get two tangents:
+    PyTorch's rule for one tangent expands it to the traced sizes.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -101,7 +103,7 @@ class _Formulas(fused_calls):
 
 
 def _both_dual(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """The two, with a tangent of zeros where just one of them has a tangent."""
+    """Both operands; if only one has a tangent, the other gets a tangent of zeros."""
     pairs = [forward_ad.unpack_dual(x) for x in (one, other)]
     if (pairs[0].tangent is None) == (pairs[1].tangent is None):
         return one, other
@@ -120,7 +122,7 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
 
 
 def _exported(tangent: LinearizedModel, input_size: tuple[int, ...]) -> ExportedProgram:
-    # On the CPU, where ops are formulas in PyTorch's operators; on CUDA they are our kernels.
+    # On the CPU ops are computed by PyTorch's operators; on CUDA by our kernels.
     tangent = copy.deepcopy(tangent).cpu().requires_grad_(False)
     weights = {name: tangent.anchor.get_parameter(name) for name in tangent.deltas()}
     deltas = {n: d.detach().to(weights[n].dtype) for n, d in tangent.full_delta_dict().items()}
@@ -145,7 +147,7 @@ def _exported(tangent: LinearizedModel, input_size: tuple[int, ...]) -> Exported
             return torch.export.export(
                 graph, (example,), dynamic_shapes=({0: Dim("batch", min=1)},)
             )
-    except Exception as error:  # of many kinds
+    except Exception as error:  # torch.export raises many kinds
         raise UnsupportedError(
             f"torch.export cannot trace {tangent.model_name} with inputs of shape "
             f"{('batch', *input_size)}: {error}"
@@ -153,7 +155,7 @@ def _exported(tangent: LinearizedModel, input_size: tuple[int, ...]) -> Exported
 
 
 def _check(program: ExportedProgram, tangent: LinearizedModel, input_size: tuple[int, ...]) -> None:
-    """Compare the program with the model, on batches of other sizes than it was traced with."""
+    """Compare the program with the model, for batch sizes other than the traced one."""
     like = next(tangent.anchor.parameters())
     generator = torch.Generator().manual_seed(0)
     for batch in (1, 3):
@@ -169,11 +171,3 @@ def _check(program: ExportedProgram, tangent: LinearizedModel, input_size: tuple
                 f"{tangent.model_name} was traced, but the program gives other outputs than the "
                 f"model for a batch of {batch}: it cannot be exported"
             )
-
-
-def _checked_path(path: str | os.PathLike[str]) -> Path:
-    path = Path(path).absolute()
-    if path.is_dir() or not path.parent.is_dir():
-        reason = "is a folder" if path.is_dir() else "is in a folder that does not exist"
-        raise ArgumentError(f"cannot write {path}: it {reason}")
-    return path

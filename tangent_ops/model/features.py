@@ -1,4 +1,4 @@
-"""Split a vision transformer below its first trained block, and compute that part once."""
+"""Splits a vision transformer below its first trained block, and caches the lower part's output."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Tail(nn.Module):
 class Trunk(nn.Module):
     """The part of a model below block ``start``: model inputs in, tokens out, no gradients.
 
-    On its first batch it checks that the tail, fed with its tokens, gives what the model gives.
+    The first batch checks that the tail returns the model's output for the trunk's tokens.
     """
 
     def __init__(self, model: nn.Module, tail: Tail, start: int):
@@ -63,7 +63,7 @@ class Trunk(nn.Module):
 
     @torch.no_grad()
     def forward(self, *args) -> Tensor:
-        return alone(lambda: self._run(args))  # the model has a hook meanwhile, and another mode
+        return alone(lambda: self._run(args))  # the model temporarily has a hook and another mode
 
     def _run(self, args) -> Tensor:
         modes = {module: module.training for module in self.model.modules()}
@@ -74,7 +74,7 @@ class Trunk(nn.Module):
                 self._unchecked_tail.clear()
             return self._tokens(args)
         finally:
-            for module, mode in modes.items():  # the tail's may differ from the rest
+            for module, mode in modes.items():  # the tail's modes may differ from the others
                 module.training = mode
 
     def _tokens(self, args) -> Tensor:
@@ -147,7 +147,7 @@ def split_model(model: nn.Module, start: int) -> tuple[Trunk, Tail]:
 
     Raises:
         ArgumentError: ``start`` is out of range.
-        UnsupportedError: the model has not this shape (some of it is found at the first batch).
+        UnsupportedError: the model has another structure (found here or at the first batch).
     """
     count = len(blocks_of(model))
     if not 0 <= start <= count:
@@ -281,7 +281,7 @@ class _File:
     def append(self, features: Tensor) -> None:
         self.rows += len(features)
         self.shape, self.dtype = features.shape[1:], features.dtype
-        # Bytes, because numpy knows no bfloat16.
+        # Bytes, because numpy has no bfloat16.
         self.stream.write(features.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def finish(self) -> Tensor:
@@ -295,5 +295,5 @@ class _File:
 
     def close(self) -> None:
         self.stream.close()
-        with contextlib.suppress(FileNotFoundError):  # it has its final name
+        with contextlib.suppress(FileNotFoundError):  # it was renamed
             os.unlink(self.name)

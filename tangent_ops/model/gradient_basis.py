@@ -1,4 +1,4 @@
-"""A basis for low-rank deltas: the directions in which the anchor's gradient is largest."""
+"""Computes a basis for low-rank deltas from the largest directions of the anchor's gradient."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def gradient_basis(
 ) -> dict[str, Tensor]:
     """Fixed factors A for ``linearize(model, trainable, rank=rank, basis=...)``, from data.
 
-    A is the first right singular vectors of the mean loss's gradient G (out, in) at the anchor, so
-    that G AᵀA, the first step of gradient descent, is the best approximation of G of that rank
-    (Eckart, Young 1936). Each row's largest entry is positive. Only deltas of one basis compose:
-    compute it once, on data that may be known wherever a shard is trained.
+    The rows of A are the first right singular vectors of the mean loss's gradient G (out, in) at
+    the anchor, so that G AᵀA, the first step of gradient descent, is the best approximation of G of
+    that rank (Eckart, Young 1936). Each row's largest entry is positive. Only deltas of the same
+    basis compose: compute it once, on data that every trainer of a shard may know.
 
     Args:
-        model: what will be linearized; a copy of it runs, in eval mode.
+        model: the model to linearize; a copy of it runs, in eval mode.
         data: a Dataset of (input, target), or a DataLoader; all of it is read once.
         rank: rows of each A.
         trainable: which parameters, as in :func:`tangent_ops.linearize`.
@@ -79,8 +79,8 @@ def _leading(name: str, parameter: nn.Parameter, rank: int) -> Tensor:
     found = int((values > noise).sum())
     if found < rank:
         raise ArgumentError(
-            f"the gradient by {name} has rank {found} on these data, rank={rank} was asked for: "
-            "take more data, a smaller rank, or a random basis (basis=0)"
+            f"the gradient by {name} has rank {found} on these data, less than rank={rank}: "
+            "use more data, a smaller rank, or a random basis (basis=0)"
         )
     rows = rows[:rank]
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))

@@ -36,37 +36,37 @@ def linearize(
 
     (Liu, Golatkar, Soatto, "Tangent Transformers for Composition, Privacy and Removal", ICLR
     2024, eq. 2.) Δw starts at zero, so the result first computes what ``model`` does in eval
-    mode. The model is copied and left alone; the copy, the *anchor*, is frozen.
+    mode. The model is copied and does not change; the copy, the *anchor*, is frozen.
 
     An anchor whose head is all zeros has J = 0 for every parameter below it, so only the head
-    would learn. Train a linear probe first (:func:`tangent_ops.fit_head`), linearize there.
+    would learn. Train a linear probe first (:func:`tangent_ops.fit_head`), then linearize.
 
     Args:
         model: any module built of operations with a forward derivative.
         trainable: which parameters get a delta. None: all; a regular expression, searched for in
             parameter names (see :func:`last_blocks`); or a function from name to bool.
-        rank: None: full deltas. r: every trained parameter that is, with its first dimension
-            against all others, a matrix larger than r both ways has Δw = B A. A (r, in) is fixed;
-            B (out, r) is the delta: the model stays linear in it, and the loss as convex. Smaller
-            ones, biases and norms keep full deltas.
-        basis: of low-rank deltas. An int draws orthonormal A from that seed and the parameter's
-            name: deltas of one seed belong together, whichever parameters are trained. Or
-            name -> A, as from :func:`tangent_ops.gradient_basis`.
-        example: an input of the model, or a tuple of its inputs, on which the check below is made
-            now rather than at the first call. A timm model's is known.
-        check: compare J with the ordinary model's gradients, on one sample. It finds a derivative
-            that would get lost (docs/promises/derivatives.md), and costs about two training steps
-            of that sample.
+        rank: None: full deltas. An integer r: each trained parameter, seen as a matrix (first
+            dimension, all others) larger than r in both, has Δw = B A. A (r, in) is fixed and
+            B (out, r) is the delta: the model is linear in B, and a convex loss stays convex.
+            Smaller parameters, biases and norms keep full deltas.
+        basis: basis of low-rank deltas. An int seeds random orthonormal A, which depend on the
+            parameter's name but not on which parameters are trained: deltas of one seed compose.
+            Or name -> A, as :func:`tangent_ops.gradient_basis` returns it.
+        example: an input of the model, or a tuple of its inputs, to run the check below now instead
+            of at the first call. timm models describe their own input.
+        check: compare J with the ordinary model's gradients on one sample. The check finds
+            derivatives that would get lost (docs/promises/derivatives.md), and costs about two
+            training steps on that sample.
 
-    A delta is float32 where its parameter is float16 or bfloat16, which would swallow small
-    steps, and is cast in the forward pass. ``.to()``, ``.half()`` and the like leave it so.
+    The delta of a float16 or bfloat16 parameter is float32, since 16 bits would lose small steps;
+    the forward pass casts it. ``.to()``, ``.half()`` and the like do not change that.
 
     Raises:
         ArgumentError: no parameter matches; ``model`` is no module or linearized already; or rank
             or basis is not as above (see :func:`tangent_ops.model.low_rank.make_bases`).
         UnsupportedError: an operation of the model has no derivative, or a parameter's derivative
-            would get lost; the error names it. Or the model cannot be copied or made dual: it is
-            lazy or scripted, or a function on an instance belongs to another model.
+            would get lost (the error names it); the model is lazy or scripted; or a function on an
+            instance uses another model.
 
     Warns:
         NoGradientWarning: a parameter gets no gradient in the ordinary model either.
@@ -83,7 +83,7 @@ def linearize(
     zero_head = _warn_about_zero_head(anchor, names)
     chosen = {name: p for name, p in anchor.named_parameters() if name in names}
     if rank is None and basis != 0:
-        raise ArgumentError("basis is of low-rank deltas only: pass rank, too")
+        raise ArgumentError("basis is for low-rank deltas only: pass rank as well")
     everything = dict(anchor.named_parameters(remove_duplicate=False))
     bases = {} if rank is None else make_bases(chosen, rank, basis, everything)
     deltas = {name: nn.Parameter(_zero_delta(p, bases.get(name))) for name, p in chosen.items()}
@@ -92,7 +92,7 @@ def linearize(
     tangent = LinearizedModel(anchor, Tree(deltas), fixed, record)
     tangent.grad_checkpointing = checkpointing and bool(find_blocks(anchor))
     tangent._wants_check = tangent._unchecked = check
-    tangent._names_idle = not zero_head  # said already, of all below it
+    tangent._names_idle = not zero_head  # the warning named them already
     example = described_input(anchor) if example is None else example
     if check and example is not None:
         tangent.check_once(*(example if isinstance(example, tuple) else (example,)))

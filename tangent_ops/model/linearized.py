@@ -1,4 +1,4 @@
-"""The tangent model: an anchor, its deltas, and the two computed in one pass."""
+"""The tangent model: computes f(x; w0) + J(x) Δw from an anchor and its deltas in one pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tangent_ops.delta import (
     check_values,
     fingerprint,
 )
-from tangent_ops.errors import NoGradientWarning, UnsupportedError
+from tangent_ops.errors import NoGradientWarning, UnsupportedError, few
 from tangent_ops.model.check_derivatives import can_check, check_adjoint
 from tangent_ops.model.checkpointing import find_blocks, find_switches, take_flags
 from tangent_ops.model.dual_call import dual_call
@@ -36,20 +36,20 @@ class LinearizedModel(nn.Module):
     """f(x; w0) + J(x) Δw, with Δw as ordinary parameters. Made by :func:`linearize`.
 
     Both terms come from one forward pass in forward-mode AD: trained parameters are dual tensors
-    (w0, Δw), and everything that depends on none of them runs once, without a tangent. The
-    anchor stays in eval mode whatever ``train()`` says: dropout and stochastic depth are off,
-    batch norm uses its running statistics.
+    (w0, Δw), and operations that depend on none of them run without a tangent. The anchor stays in
+    eval mode, also after ``train()``: dropout and stochastic depth are off, and batch norm uses its
+    running statistics.
 
-    Any thread may call it. Calls take turns, whichever models they are of: PyTorch has one
-    forward-mode level for the whole process. Compiled calls do not: in threads, compile all of them
-    or none, and call each once before.
+    Any thread may call it. Calls of all models run one at a time, since PyTorch has one
+    forward-mode level per process. Compiled calls do not wait: with several threads, compile all
+    models or none, and call each once before the threads start.
 
     Attributes:
         anchor: the frozen model at w0.
         grad_checkpointing: whether blocks are repeated in the backward pass; see
             :meth:`set_grad_checkpointing`.
-        kept: undoes what a call of the anchor leaves behind.
-        rank: of its low-rank deltas; None if all are full.
+        kept: clears what calls of the anchor cache.
+        rank: rank of its low-rank deltas; None if all are full.
         trainable: the pattern that chose the trained parameters, as text.
         model_name: the anchor's name.
     """
@@ -71,10 +71,10 @@ class LinearizedModel(nn.Module):
 
         Raises:
             UnsupportedError: the output holds something else than tensors, plain values, and
-                tuples, lists and dicts of them; an operation has no derivative, or one would get
-                lost (at the first call, see :func:`linearize`); or the call cannot nest in the
-                forward-mode level that is open: a ``dual_level()`` around it, or one of another
-                thread, outside of :class:`tangent_ops.fused_forward_ad`.
+                tuples, lists and dicts of them; an operation has no derivative, or a derivative
+                would get lost (at the first call, see :func:`linearize`); or a forward-mode level
+                is open in which the call cannot nest: a ``dual_level()`` around it, or a level of
+                another thread outside of :class:`tangent_ops.fused_forward_ad`.
         """
         primal, tangent = self.primal_and_tangent(*args, **kwargs)
         return tree_map(lambda p, t: p + t if isinstance(p, Tensor) else p, primal, tangent)
@@ -82,7 +82,7 @@ class LinearizedModel(nn.Module):
     def primal_and_tangent(self, *args, **kwargs) -> tuple[Any, Any]:
         """The pair f(x; w0), J(x) Δw, each shaped as the model's own output."""
         if not is_compiling() and torch.is_inference_mode_enabled():
-            # It switches forward mode off: J(x) Δw would be 0 without a word.
+            # inference_mode switches forward mode off: J(x) Δw would silently be 0.
             with torch.inference_mode(False), torch.no_grad():
                 return self.primal_and_tangent(*args, **kwargs)
         return in_turn(lambda: self._call(args, kwargs))
@@ -93,14 +93,15 @@ class LinearizedModel(nn.Module):
         return dual_call(self.anchor, directions, self.kept, args, kwargs, self._blocks())
 
     def check_once(self, *args, **kwargs) -> None:
-        """Make :func:`linearize`'s check with these inputs, if it has not been made.
+        """Run the check of :func:`linearize` on these inputs, if it has not run yet.
 
-        Every call does. Call it first where hooks on the anchor must see no other calls.
+        Every call of the model does this. Call it first where hooks on the anchor must not see the
+        calls of the check.
 
         Raises:
             UnsupportedError: a derivative gets lost.
         """
-        if self._unchecked and not self.sharded and can_check(self.anchor, (args, kwargs)):
+        if self._unchecked and not self.uses_fsdp and can_check(self.anchor, (args, kwargs)):
             in_turn(lambda: self._check(args, kwargs))
 
     def _check(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
@@ -108,25 +109,24 @@ class LinearizedModel(nn.Module):
         idle = check_adjoint(self.anchor, self.delta.names, self.kept, blocks, args, kwargs)
         self._unchecked = idle is None
         if idle and self._names_idle:
-            some = ", ".join(idle[:3]) + (f" and {len(idle) - 3} more" if len(idle) > 3 else "")
             warnings.warn(
-                f"no gradient in the ordinary model either, on one sample: {some}. Deltas of "
+                f"no gradient in the ordinary model either, on one sample: {few(idle)}. Deltas of "
                 "parameters that never get one have no effect",
                 NoGradientWarning,
                 stacklevel=3,
             )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory: blocks keep their inputs alone, and run again in backward.
+        """Trade time for memory: blocks save only their inputs, and run again in backward.
 
-        A block is an element of an nn.Sequential, nn.ModuleList or nn.ModuleDict, of
-        ``model.blocks``, say (see `find_blocks`). It is repeated as the
-        anchor's ordinary forward pass, so a step costs 6 forward passes of the anchor instead of 5,
-        and keeps what ordinary checkpointing keeps. It is on from the start if it was on in the
-        linearized model (timm's ``set_grad_checkpointing``), and may be switched on by the
-        anchor's own. Compiled code and other transforms do without. A block has to get what depends
-        on deltas as arguments (in tuples, lists, dicts): what it finds elsewhere, in an attribute
-        that another module set, counts as a constant.
+        A block is an element of an nn.Sequential, nn.ModuleList or nn.ModuleDict, such as
+        ``model.blocks`` (see `find_blocks`). The backward pass repeats the anchor's ordinary
+        forward pass of the block, so a step costs 6 forward passes of the anchor instead of 5, and
+        saves as much as ordinary checkpointing. Checkpointing is on from the start if it was on in
+        the original model (timm's ``set_grad_checkpointing``), and the anchor's own switch turns it
+        on later. Compiled code and calls inside other transforms ignore it. Tensors that depend on
+        deltas must reach a block as arguments (also in tuples, lists, dicts): others, such as an
+        attribute that another module set, count as constants.
 
         Raises:
             UnsupportedError: the model has no blocks.
@@ -141,7 +141,7 @@ class LinearizedModel(nn.Module):
         self._unchecked |= enable and self._wants_check
 
     def _blocks(self) -> list[nn.Module]:
-        """What this call repeats in its backward pass."""
+        """The blocks that this call repeats in its backward pass."""
         if is_compiling():
             return []
         if take_flags(self._switches):
@@ -153,10 +153,10 @@ class LinearizedModel(nn.Module):
 
     def deltas(self) -> dict[str, nn.Parameter]:
         """The live delta parameters, named as the anchor's: Δw, or its B (out, rank)."""
-        return alone(self.delta.tensors)  # not what another thread has put in their place
+        return alone(self.delta.tensors)  # another thread's functional_call may replace them
 
     def delta_dict(self) -> Delta:
-        """A copy of the deltas on their device, with the record of where they belong."""
+        """A copy of the deltas on their device, with the metadata of their origin."""
         tensors = {name: delta.detach().clone() for name, delta in self.deltas().items()}
         meta = DeltaMeta(self.fingerprint, self.model_name, self.trainable)
         if self.rank is not None:
@@ -176,11 +176,11 @@ class LinearizedModel(nn.Module):
         return deltas
 
     def load_delta_dict(self, delta: Mapping[str, Tensor]) -> None:
-        """Overwrite the deltas in place; nothing changes if ``delta`` does not fit.
+        """Overwrite the deltas in place, or raise and change nothing.
 
         Raises:
-            DeltaError: another anchor, rank or basis (where ``delta`` records one), other names
-                or shapes, or values that are not finite.
+            DeltaError: ``delta`` has another anchor, rank or basis (if it records one), other
+                names or shapes, or values that are not finite.
         """
         own = self.deltas()
         meta = getattr(delta, "meta", None)
@@ -237,9 +237,9 @@ class LinearizedModel(nn.Module):
         )
 
     def summary(self) -> None:
-        """Print trained and frozen parameter counts by group (a block, or a part beside them).
+        """Print trained and frozen parameter counts by group: a block, or another child module.
 
-        Of a low-rank delta B counts as trained, and nothing as frozen.
+        A low-rank delta counts the elements of B as trained and none as frozen.
         """
         deltas = self.deltas()
         rows: dict[str, list[int]] = {}
@@ -265,13 +265,13 @@ class LinearizedModel(nn.Module):
         return self._record.fingerprint
 
     @property
-    def sharded(self) -> bool:
-        """Whether the anchor is in parts (:func:`tangent_ops.training.fsdp.shard_anchor`)."""
-        return self._record.sharded
+    def uses_fsdp(self) -> bool:
+        """Whether FSDP divides the anchor (:func:`tangent_ops.training.fsdp.fsdp_anchor`)."""
+        return self._record.uses_fsdp
 
-    def mark_sharded(self) -> None:
-        """Keep the whole anchor's fingerprint; refuse to move, cast or load it from now on."""
-        self._record.shard()
+    def mark_fsdp(self) -> None:
+        """Compute the whole anchor's fingerprint; moving, casting or loading then raises."""
+        self._record.enter_fsdp()
 
     @property
     def rank(self) -> int | None:
@@ -308,13 +308,13 @@ class LinearizedModel(nn.Module):
 
 
 class Record:
-    """Which anchor, basis and parameters the deltas belong to; a tail keeps the model's record."""
+    """The anchor, basis and parameters that deltas belong to; a tail shares the model's record."""
 
     def __init__(self, anchor: nn.Module, basis: Tree, trainable: str):
         self.anchor = anchor
         self.basis = basis
         self.trainable = trainable
-        self.sharded = False
+        self.uses_fsdp = False
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -324,16 +324,16 @@ class Record:
     def basis_fingerprint(self) -> str | None:
         return fingerprint(self.basis.tensors()) if self.basis.names else None
 
-    def shard(self) -> None:
-        """Take the fingerprints now, for good: later the anchor is in parts."""
+    def enter_fsdp(self) -> None:
+        """Compute the fingerprints now: each process has only a part of the anchor later."""
         _ = self.fingerprint, self.basis_fingerprint
-        self.sharded = True
+        self.uses_fsdp = True
 
     def anchor_changes(self) -> None:
-        if self.sharded:
+        if self.uses_fsdp:
             raise UnsupportedError(
-                "the anchor is sharded, and stays as it is: move, cast or load the model before "
-                "shard_anchor, and leave out `device`"
+                "the anchor is under FSDP, and stays as it is: move, cast or load the model before "
+                "fsdp_anchor, and leave out `device`"
             )
         for cached in ("fingerprint", "basis_fingerprint"):
             self.__dict__.pop(cached, None)

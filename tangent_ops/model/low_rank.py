@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from tangent_ops.errors import ArgumentError
+from tangent_ops.errors import ArgumentError, few
 
 Basis = int | Mapping[str, Tensor]
 
-# Entries of a drawn basis are multiples of this. The last bits of a QR differ from one processor
-# to the next; rounded away, the basis is the same on both, and so is its fingerprint.
+# Entries of a random basis are rounded to multiples of this. The last bits of a QR differ between
+# processors; without them the basis and its fingerprint are the same everywhere.
 GRID = 2.0**-20
 _ORTHONORMAL = 1e-4
 
@@ -27,15 +27,14 @@ def make_bases(
         parameters: the anchor's chosen parameters, by name.
         rank: rows of A.
         basis: a seed, or name -> (rank, in) with orthonormal rows.
-        known: names of all of the anchor's parameters; a given basis may have more than is trained.
+        known: names of all parameters of the anchor; a given basis may include untrained ones.
 
     Returns:
         name -> (rank, in) in the dtype and on the device of that parameter's delta.
 
     Raises:
         ArgumentError: rank is no positive integer; basis is neither a seed nor a mapping, lacks a
-            name or has an unknown one, or a tensor of it has a wrong shape or dtype, or rows that
-            are not orthonormal.
+            name, or has an unknown name, a wrong shape or dtype, or rows that are not orthonormal.
     """
     check_rank(rank)
     shapes = {n: matrix_shape(p) for n, p in parameters.items() if has_low_rank(p, rank)}
@@ -55,7 +54,7 @@ def make_bases(
 
 
 def check_rank(rank: object) -> None:
-    """Raise ArgumentError unless it is a positive integer."""
+    """Raise ArgumentError unless ``rank`` is a positive integer."""
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ArgumentError(f"rank={rank!r}: expected a positive integer")
 
@@ -76,13 +75,13 @@ def delta_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def product(delta: Tensor, basis: Tensor, shape: torch.Size) -> Tensor:
-    """B A as a tangent of that shape; in the factors' own dtype under autocast, too."""
+    """B A in that shape, computed in the factors' own dtype, also under autocast."""
     with torch.autocast(delta.device.type, enabled=False):
         return (delta @ basis).view(shape)
 
 
 def _drawn(name: str, rank: int, columns: int, seed: int) -> Tensor:
-    """Random orthonormal rows, the same for a name and a seed whatever else is drawn."""
+    """Random orthonormal rows that depend on the name and the seed only."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     source = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     gaussian = torch.randn(columns, rank, generator=source, dtype=torch.float64, device="cpu")
@@ -97,11 +96,11 @@ def _given(
     missing, unknown = sorted(shapes.keys() - basis.keys()), sorted(basis.keys() - known)
     if missing:
         raise ArgumentError(
-            f"basis lacks {_few(missing)}: give each low-rank parameter a ({rank}, in) tensor, "
+            f"basis lacks {few(missing)}: give each low-rank parameter a ({rank}, in) tensor, "
             "or train fewer"
         )
     if unknown:
-        raise ArgumentError(f"basis has {_few(unknown)}, which the model has not")
+        raise ArgumentError(f"basis has {few(unknown)}, which the model does not have")
     for name, (_, columns) in shapes.items():
         value = basis[name]
         if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.float64):
@@ -114,13 +113,9 @@ def _given(
         exact = value.detach().double()
         eye = torch.eye(rank, dtype=torch.float64, device=exact.device)
         distance = float((exact @ exact.T - eye).abs().max())
-        if not distance <= _ORTHONORMAL:  # a NaN is caught, too
+        if not distance <= _ORTHONORMAL:  # also for NaN
             raise ArgumentError(
                 f"basis of {name} has no orthonormal rows: A Aᵀ is {distance:.1e} from the "
                 "identity; torch.linalg.qr(A.T).Q.T makes them so"
             )
     return {name: basis[name].detach().clone() for name in shapes}
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

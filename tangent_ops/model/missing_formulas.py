@@ -1,4 +1,4 @@
-"""Says by name which operation of a model lacks a derivative."""
+"""Names the operation of a model that has no derivative, in PyTorch's error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from tangent_ops.errors import UnsupportedError
 
-# PyTorch's own words.
+# PyTorch's error messages.
 _NO_FORWARD = re.compile(r"Trying to use forward AD with (\S+) that does not support it")
 _NO_JVP = re.compile(r"must implement the jvp function for custom autograd\.Function")
 _NESTED = "Nested forward mode AD is not supported"
@@ -20,33 +20,33 @@ _NO_BACKWARD = re.compile(r"derivative for (\S+) is not implemented")
 
 @contextlib.contextmanager
 def naming_what_lacks(anchor: nn.Module) -> Iterator[None]:
-    """Turns PyTorch's error for a missing derivative into one that says where and what to do."""
+    """Turn PyTorch's error for a missing derivative into one with the place and a way out."""
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:
         if _NESTED in str(error):
             raise UnsupportedError(
-                "forward mode within forward mode: PyTorch's dual levels do not nest. Take "
-                "torch.func.jvp around a linearized model; a model that uses forward mode inside "
+                "forward mode within forward mode: PyTorch's dual levels do not nest. Use "
+                "torch.func.jvp around a linearized model; a model that uses forward mode itself "
                 "cannot be linearized"
             ) from error
         lacking = _lacking(error)
         if lacking is None:
             raise
         raise UnsupportedError(
-            f"{lacking}{_caller(error, anchor)}. Train parameters above it alone (`trainable`), "
-            "or replace it by operations that have one."
+            f"{lacking}{_caller(error, anchor)}. Train only parameters above it (`trainable`), "
+            "or replace it by operations that have a derivative."
         ) from error
 
 
 def _lacking(error: Exception) -> str | None:
-    """What is missing, in words; None where the error is about something else."""
-    words = str(error)
-    if found := _NO_FORWARD.search(words):
+    """The missing derivative, for a message; None where the error is about something else."""
+    text = str(error)
+    if found := _NO_FORWARD.search(text):
         return f"{found[1]} has no forward-mode derivative in PyTorch"
-    if found := _NO_BACKWARD.search(words):
-        return f"{found[1]}, on the way back from a tangent, has no derivative in PyTorch"
-    if _NO_JVP.search(words):
+    if found := _NO_BACKWARD.search(text):
+        return f"{found[1]}, in the backward pass of a tangent, has no derivative in PyTorch"
+    if _NO_JVP.search(text):
         owner = _frames(error)[-2].f_locals.get("self")
         name = getattr(getattr(owner, "_forward_cls", None), "__name__", "a Function")
         return f"{name}, a torch.autograd.Function, has no jvp() and so no forward-mode derivative"

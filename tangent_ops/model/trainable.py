@@ -1,4 +1,4 @@
-"""Which parameters of a model are trained."""
+"""Chooses the parameters of a model that are trained."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from tangent_ops.errors import ArgumentError
+from tangent_ops.errors import ArgumentError, few
 
 Trainable = str | Callable[[str], bool] | None
 
@@ -18,7 +18,7 @@ def choose(anchor: nn.Module, trainable: Trainable) -> set[str]:
     Raises:
         ArgumentError: there are none, or ``trainable`` is no pattern.
     """
-    # Tied parameters may be chosen by any of their names; their delta has the first.
+    # Any name of a tied parameter may match; its delta has the first name.
     first: dict[int, str] = {}
     candidates = {
         name: first.setdefault(id(parameter), name)
@@ -46,19 +46,15 @@ def choose(anchor: nn.Module, trainable: Trainable) -> set[str]:
     if not chosen:
         raise ArgumentError(
             f"trainable={pattern_text(trainable)!r} matches no parameter; names look like "
-            f"{_some(sorted(candidates))}"
+            f"{few(sorted(candidates))}"
         )
     return chosen
 
 
 def pattern_text(trainable: Trainable) -> str:
-    """The choice in words, for a delta's record."""
+    """The choice as text, for a delta's metadata."""
     if trainable is None:
         return "all"
     if isinstance(trainable, str):
         return trainable
     return getattr(trainable, "__qualname__", repr(trainable))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,4 +1,4 @@
-"""Tensors under dotted names, as nested modules: a state_dict key is the name itself."""
+"""Holds tensors under dotted names in nested modules, so that state_dict keys are the names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Tree(nn.Module):
-    """Parameters and buffers by name, never in 16 bits.
+    """Parameters and buffers by name, kept in at least 32 bits by ``.to()`` and ``.half()``.
 
     Args:
         tensors: name -> parameter, or another tensor, which becomes a buffer.

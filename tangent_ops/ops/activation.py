@@ -7,8 +7,7 @@ from torch import Tensor
 
 from tangent_ops.ops.backend import Backend, why_not_in_float
 from tangent_ops.ops.dual_op import DualOp, Maps, dual_output
-from tangent_ops.ops.reference.gelu import gelu_jvp, gelu_vjp
-from tangent_ops.ops.reference.silu import silu_jvp, silu_vjp
+from tangent_ops.ops.reference.activation import gelu_jvp, gelu_vjp, silu_jvp, silu_vjp
 
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 _NAMES = {approximate: name for name, approximate in APPROXIMATE.items()}
@@ -19,17 +18,17 @@ def gelu(input: Tensor, approximate: str = "none", *, backend: Backend | None = 
 
         y = x Φ(x)        y_t = (Φ(x) + x φ(x)) x_t
 
-    Where x is frozen no tangent is kept for the backward pass; PyTorch's own rule keeps x_t beside
-    x, for derivatives by x. :mod:`tangent_ops.functional` says which calls are computed here and
+    If x is frozen, no tangent is saved for the backward pass; PyTorch's own rule saves x_t and x,
+    for derivatives by x. :mod:`tangent_ops.functional` says which calls are computed here and
     which by PyTorch's own function.
 
     Args:
         input: any shape, plain or dual.
         approximate: "none" or "tanh".
-        backend: None chooses by device; "triton" or "reference" insists.
+        backend: "triton", "reference", or None to choose by device.
 
     Returns:
-        As ``input``, dual if that is.
+        As ``input``; dual if ``input`` is dual.
 
     Raises:
         UnsupportedError: ``backend="triton"`` and the kernels do not compute this call.
@@ -52,10 +51,10 @@ def silu(input: Tensor, inplace: bool = False, *, backend: Backend | None = None
     Args:
         input: any shape, plain or dual.
         inplace: overwrite ``input``; PyTorch's own function computes such a call.
-        backend: None chooses by device; "triton" or "reference" insists.
+        backend: "triton", "reference", or None to choose by device.
 
     Returns:
-        As ``input``, dual if that is.
+        As ``input``; dual if ``input`` is dual.
 
     Raises:
         UnsupportedError: ``backend="triton"`` and the kernels do not compute this call.

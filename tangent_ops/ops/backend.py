@@ -1,4 +1,4 @@
-"""Choice of a backend, and the forward-mode state that decides what it may do."""
+"""Chooses the backend of an op, and reads the forward-mode state that limits the choice."""
 
 from __future__ import annotations
 
@@ -29,12 +29,16 @@ _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def choose_backend(backend: Backend | None, tensor: Tensor, reason: str | None) -> Backend:
-    """The backend to run: by device, or the named one, which is never replaced in silence.
+    """Choose the backend by device, or check that the named one can compute the call.
 
     Args:
-        backend: what the caller asked for; None to choose by device.
-        tensor: one of the operands, for its device.
+        backend: the caller's choice; None to choose by device.
+        tensor: an operand, for its device.
         reason: why the Triton kernels cannot compute this call, or None if they can.
+
+    Raises:
+        ArgumentError: an unknown backend.
+        UnsupportedError: the Triton backend cannot compute the call, or Triton is not installed.
     """
     if backend not in (None, "triton", "reference"):
         raise ArgumentError(f"backend={backend!r}: expected None, 'triton' or 'reference'")
@@ -62,9 +66,10 @@ def interpreting() -> bool:
 def in_forward_ad() -> bool:
     """Whether a forward-mode level is active: ``dual_level()`` or ``torch.func.jvp``.
 
-    Not that of a linearized call in another thread, nor where forward mode is switched off.
+    False where forward mode is switched off, and for the level of a linearized call in another
+    thread.
     """
-    # Dynamo, for which no other thread is anywhere, cannot trace the questions.
+    # Dynamo cannot trace the other calls, and compiled code needs no check for other threads.
     return forward_ad._current_level >= 0 and (
         torch.compiler.is_dynamo_compiling()
         or (torch._C._is_fwd_grad_enabled() and not called_elsewhere())
@@ -77,10 +82,10 @@ def in_plain_dual_level() -> bool:
 
 
 def is_traced() -> bool:
-    """Whether ``make_fx`` records what is computed, as ``torch.func.linearize`` has it do.
+    """Whether ``make_fx`` traces the computation, as in ``torch.func.linearize``.
 
-    What a kernel launch, ``out=`` or an in-place operation writes is lost there: as a result that
-    nothing seems to use, or into what the graph holds for a constant.
+    The trace loses results of kernel launches, ``out=`` and in-place operations: it drops them as
+    unused, or writes them into constants of the graph.
     """
     return get_proxy_mode() is not None
 
@@ -93,28 +98,27 @@ def why_not_in_float(tensor: Tensor) -> str | None:
 
 
 def why_not_in_rows(tensor: Tensor, width: int) -> str | None:
-    """The same of the kernels that hold whole rows of ``width`` elements."""
+    """The same for the kernels that hold whole rows of ``width`` elements."""
     if width > MAX_WIDTH:
         return f"rows of {width} elements are longer than {MAX_WIDTH}"
     return why_not_in_float(tensor)
 
 
 def save_for_tangents(ctx: Any, output: Tensor, *saved: Tensor | None) -> None:
-    """In the forward of a Function that is differentiable by tangents: (output, output_t)."""
+    """Save tensors in the forward of a Function that is differentiable by its tangents only."""
     ctx.save_for_backward(*saved)
-    # Without this mark autograd would treat the output as depending on the tangents, and the next
-    # layer would treat its primal operand as trained.
+    # Without this mark autograd would treat the output as depending on the tangents.
     ctx.mark_non_differentiable(output)
     ctx.set_materialize_grads(False)
 
 
 def autocast_is_on(device: str) -> bool:
-    """Whether autocast casts on devices of this type; some ("meta") have no such state."""
+    """Whether autocast is on for this device type; some types ("meta") have no autocast."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def autocast(device: str, *operands: Tensor | None) -> tuple[Any, ...]:
-    """The operands in autocast's dtype where autocast is on: PyTorch's products do the same."""
+    """The operands, in autocast's dtype if autocast is on, as in PyTorch's products."""
     if not autocast_is_on(device):
         return operands
     dtype = torch.get_autocast_dtype(device)
@@ -123,14 +127,14 @@ def autocast(device: str, *operands: Tensor | None) -> tuple[Any, ...]:
 
 
 def no_autocast(device: str) -> AbstractContextManager[Any]:
-    """Context in which products are computed in their operands' dtype."""
+    """Context in which products keep their operands' dtype."""
     return torch.autocast(device, enabled=False) if autocast_is_on(device) else nullcontext()
 
 
 def tangents_are_hidden() -> bool:
     """Whether vmap or grad runs inside a forward-mode level (jvp of vmap, jvp of grad).
 
-    There PyTorch shows no tangent of a tensor, whether it has one or not.
+    PyTorch shows no tangents there, whether a tensor has one or not.
     """
     if not in_forward_ad() or is_compiling():
         return False
@@ -139,7 +143,7 @@ def tangents_are_hidden() -> bool:
 
 
 def may_be_dual(tensor: object) -> bool:
-    """Whether a value is a tensor that carries, or may carry, a tangent of the active level."""
+    """Whether a value is a tensor that has, or may have, a tangent of the active level."""
     if not isinstance(tensor, Tensor) or not in_forward_ad():
         return False
     return tangents_are_hidden() or forward_ad.unpack_dual(tensor).tangent is not None
@@ -148,8 +152,8 @@ def may_be_dual(tensor: object) -> bool:
 def reverse_mode_reaches(*tensors: Tensor | None) -> bool:
     """Whether reverse mode, at any nesting level of ``torch.func``, tracks one of the tensors.
 
-    Then derivatives of a dual tensor's primal may be asked for *inside* the forward-mode level
-    (forward over reverse), which a formula on unpacked tensors would get wrong in silence.
+    Then derivatives by a dual tensor's primal may be computed *inside* the forward-mode level
+    (forward over reverse), where a formula on unpacked tensors would be silently wrong.
     """
     for tensor in tensors:
         while tensor is not None:

@@ -14,22 +14,22 @@ from tangent_ops.ops.pytorch_rules import may_be_differentiated
 
 
 def normalize_channels(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """One of ``NORMS``, with derivatives of its tangent by the input.
+    """Call one of ``NORMS`` so that derivatives of its tangent by the input are right.
 
-    PyTorch's rules take mean and deviation for constants there, without a word: as they are with
-    running statistics, where PyTorch's own is right.
+    PyTorch's rules silently treat mean and deviation as constants there. That is right only with
+    running statistics.
 
     Args:
-        function: PyTorch's own.
+        function: PyTorch's own function.
         *args: its arguments; input (B, C, *spatial), plain or dual.
-        **kwargs: more of them.
+        **kwargs: its keyword arguments.
     """
     input, weight, bias, of_input, eps, over_batch = NORMS[function](*args, **kwargs)
     dims = [d for d in range(input.ndim) if d > 1 or (d == 0 and over_batch)]
     if not of_input or not dims or not may_be_differentiated(input, weight, bias):
         return function(*args, **kwargs)
 
-    def words() -> Tensor:
+    def formula() -> Tensor:
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         x = x - x.mean(dims, keepdim=True)
         output = x * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
@@ -38,11 +38,11 @@ def normalize_channels(function: Callable[..., Any], *args: Any, **kwargs: Any) 
             output = output * weight.view(channels)
         return output if bias is None else output + bias.view(channels)
 
-    return with_value_of(function, words, *args, **kwargs)
+    return with_value_of(function, formula, *args, **kwargs)
 
 
-# Their arguments, as (input, weight, bias, whether statistics of the input normalize it, eps,
-# whether those are over the batch).
+# (input, weight, bias, whether it is normalized by its own statistics, eps, whether these are taken
+# over the batch)
 _Arguments = tuple[Tensor, Tensor | None, Tensor | None, bool, float, bool]
 
 
@@ -93,6 +93,6 @@ NORMS: dict[Callable[..., Any], Callable[..., _Arguments]] = {
     F.batch_norm: _of_batch_norm,
     F.instance_norm: _of_instance_norm,
     **{getattr(torch, name): arguments for name, arguments in _NATIVE.items()},
-    # As exported programs call them.
+    # Exported programs call these.
     **{getattr(torch.ops.aten, name).default: arguments for name, arguments in _NATIVE.items()},
 }

@@ -35,7 +35,7 @@ def convolution(
 
         y = x ∗ W + b        y_t = x_t ∗ W + x ∗ W_t + b_t
 
-    The gradients of the tangents are the ordinary ones, and only primals are kept for them.
+    The gradients of the tangents are the ordinary ones, so only primals are saved.
     :mod:`tangent_ops.functional` says which calls are computed here and which by PyTorch's own
     function.
 
@@ -44,13 +44,13 @@ def convolution(
         input: (B, K, *spatial), plain or dual; without B, or empty, PyTorch computes the call.
         weight: (C, K / groups, *kernel), plain or dual.
         bias: (C,), plain or dual, or None.
-        stride: of the kernel.
+        stride: step of the kernel.
         padding: zeros around the input; PyTorch computes "same" and "valid".
-        dilation: of the kernel.
-        groups: of channels.
+        dilation: distance between elements of the kernel.
+        groups: number of channel groups.
 
     Returns:
-        (B, C, *spatial), dual if an input is.
+        (B, C, *spatial), dual if an input is dual.
     """
     odd = not (input.ndim == weight.ndim == _SPATIAL[function] + 2 and input.numel())
     if not in_forward_ad() or isinstance(padding, str) or odd:

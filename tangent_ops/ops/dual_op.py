@@ -1,15 +1,14 @@
-"""Operations that compute their output and its tangent together, as one differentiable Function.
+"""Runs an op that computes its output and tangent together as one differentiable Function.
 
-Three maps describe an op, once for each backend. They take primals p and tangents t (None where
-absent), and each is the derivative of another:
+Each backend describes an op by three maps of primals p and tangents t (None where absent):
 
     jvp(p, t)                  the output y and its tangent y_t
-    vjp(p, H)                  gradients of H·y by p: of H·y_t by t, too
+    vjp(p, H)                  gradients of H·y by p, which are also those of H·y_t by t
     second_vjp(p, t, G, H)     gradients of G·y + H·y_t by p and t
 
-Where primals are frozen, as in a linearized model, the backward pass is vjp, and only what it
-needs of the primals is saved. Otherwise it is second_vjp. PyTorch's rules give the derivatives of
-the backward pass itself.
+If primals are frozen, as in a linearized model, the backward pass is vjp and saves only the primals
+it needs. Otherwise the backward pass is second_vjp. PyTorch's rules give the derivatives of the
+backward pass itself.
 """
 
 from __future__ import annotations
@@ -43,11 +42,10 @@ class Maps:
 
     Attributes:
         jvp: (primals, tangents, options) -> output, its tangent, and statistics of the primals.
-        save: (primals, output, statistics) -> what vjp takes beside a cotangent.
+        save: (primals, output, statistics) -> the tensors that vjp takes besides a cotangent.
         vjp: (saved, cotangent of the output, needs, options) -> gradients by the primals.
-        second_vjp: (primals, tangents, saved, cotangent of the output, that of the tangent, needs
-            of the primals, needs of the tangents, options) -> gradients by both; None where the
-            backend has none.
+        second_vjp: (primals, tangents, saved, cotangent of the output, cotangent of the tangent,
+            needs of the primals, needs of the tangents, options) -> gradients by both; or None.
     """
 
     jvp: Callable[[Tensors, Tensors, Any], tuple[Tensor, Tensor, Tensors]]
@@ -61,10 +59,10 @@ class DualOp:
     """An op and its maps by backend.
 
     Attributes:
-        function: PyTorch's own: (primals, options) -> output.
-        reference: by eager formulas, its vjp differentiable by the cotangent; None to leave
-            primals on a CPU to PyTorch's rules.
-        triton: by kernels; saves what ``reference`` does.
+        function: PyTorch's own function: (primals, options) -> output.
+        reference: maps by eager formulas; vjp is differentiable by the cotangent. None to leave
+            operands on a CPU to PyTorch's rules.
+        triton: maps by kernels, which save the same tensors as ``reference``.
     """
 
     function: Callable[[Tensors, Any], Tensor]
@@ -81,14 +79,14 @@ def dual_output(
 ) -> Tensor | None:
     """The op's dual output; None if PyTorch's own rules must carry the tangent.
 
-    They must in compiled code and inside ``torch.func`` transforms, where rules have to nest; but
-    the kernels compute a single ``torch.func.jvp``, with gradients of primals and tangents. The
-    formulas compute what is traced (``make_fx``, ``torch.func.linearize``).
+    PyTorch's rules compute compiled code and calls inside ``torch.func`` transforms, where rules
+    have to nest. The kernels also compute a single ``torch.func.jvp``, with gradients of primals
+    and tangents. Traced calls (``make_fx``, ``torch.func.linearize``) use the formulas.
 
     Args:
         op: the op.
         primals: operands, plain or dual, or None.
-        options: of the op.
+        options: the op's arguments other than tensors.
         backend: None chooses by device.
         why_not_fused: why the kernels cannot compute this call, or None if they can.
 
@@ -107,7 +105,7 @@ def dual_output(
         return None
     if not all(x.dtype.is_floating_point for x in given):
         return None
-    # In a plain level the gradient by a tracked primal has a tangent, too.
+    # In a plain level the gradient by a tracked primal has a tangent as well.
     if plain and any(x.requires_grad for x in given):
         return None
     # A fake tensor has no data to launch a kernel on, and a trace would not record the launch.
@@ -150,8 +148,7 @@ class _Dual(torch.autograd.Function):
         ctx.save_for_backward(*saved, *(() if frozen else (*primals, *tangents)))
         constant = statistics
         if frozen:
-            # Without this mark autograd would treat the output as depending on the tangents, and
-            # the next layer would take its primal operand for one that is trained.
+            # Without this mark autograd would treat the output as depending on the tangents.
             constant = [*constant, output]
         if not any(ctx.needs_input_grad):
             constant = [*constant, output_t]
@@ -193,7 +190,7 @@ class _Dual(torch.autograd.Function):
 
 
 class _InPlainLevel(torch.autograd.Function):
-    """The same outside of ``torch.func``, in the old form of a Function, which is faster.
+    """`_Dual` outside of ``torch.func``, without ``setup_context``, which is faster.
 
     With a ``setup_context`` PyTorch inspects the signature of ``forward`` at every call, which
     takes longer than all other Python code of the call.
@@ -219,7 +216,7 @@ def _by_kernels(maps, primals, tangents, saved, grad, grad_t, needs, needs_t, op
 
 
 def _by_pytorch(op, primals, tangents, grad, grad_t, needs, needs_t, options):
-    """The same by PyTorch's rules, differentiable once more."""
+    """The same by PyTorch's rules, differentiable again."""
     with torch.enable_grad():
         moving = [
             i for i, (p, t) in enumerate(zip(primals, tangents, strict=True)) if t is not None

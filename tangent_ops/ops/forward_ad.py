@@ -1,4 +1,4 @@
-"""Routes the heavy operations of any model to their fused forward-mode versions."""
+"""Routes calls of PyTorch's functions in a model to forward-mode versions of this library."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from tangent_ops.ops.softmax import softmax
 
 
 def _multi_head_attention(backend: Backend | None) -> FunctionType:
-    """``F.multi_head_attention_forward`` (nn.MultiheadAttention) around this library's operations.
+    """A copy of ``F.multi_head_attention_forward`` that calls this library's operations.
 
-    A mode is off while it handles a function, so it would not see the calls inside that one.
+    A mode is off while it handles a function, so it does not see the calls inside the function.
     """
     original = F.multi_head_attention_forward
     ours = {
@@ -56,11 +56,11 @@ def _torch_layer_norm(
 
 
 _BACKENDS: tuple[Backend | None, ...] = (None, "triton", "reference")
-# Made once: torch.compile cannot trace the making.
+# Made once, because torch.compile cannot trace it.
 _MULTI_HEAD_ATTENTION = {backend: _multi_head_attention(backend) for backend in _BACKENDS}
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
-# PyTorch's name of an operation, as models call it, and ours.
+# PyTorch's function, as models call it -> the function of this library.
 _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: linear,
     F.layer_norm: layer_norm,
@@ -81,7 +81,7 @@ _ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def _recurrent(func, *args):
-    """Its products one by one: the fused layers of oneDNN and cuDNN have no forward derivative."""
+    """Run without the fused layers of oneDNN and cuDNN, which have no forward derivative."""
     kept: Any = dict.fromkeys(("deterministic", "allow_tf32", "fp32_precision"))  # as they are
     benchmark: Any = dict.fromkeys(("benchmark", "benchmark_limit"))
     mkldnn = torch.backends.mkldnn.flags(enabled=False, **kept)
@@ -89,7 +89,7 @@ def _recurrent(func, *args):
         return func(*args)
 
 
-# PyTorch cannot differentiate their tangents; those of the same map in other words it can.
+# PyTorch cannot differentiate the tangents of these functions, or does so wrongly.
 _COMPOSED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.hardsigmoid: hardsigmoid,
     F.glu: glu,
@@ -115,37 +115,37 @@ _TAKEN = frozenset(
 class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_grad
     """Context in which dual calls of ``F.scaled_dot_product_attention`` run fused.
 
-    PyTorch's fast attention has no forward-mode derivative and raises on dual tensors. Within
-    this context such calls go to :func:`tangent_ops.scaled_dot_product_attention`, whatever model
-    makes them; calls without a tangent stay PyTorch's. ``F.linear``, ``F.conv2d`` (1d, 3d),
-    ``F.layer_norm``, ``F.rms_norm``, ``F.gelu``, ``F.silu`` and ``F.softmax`` are routed too:
-    :mod:`tangent_ops.functional` says what is gained where. So are dual calls whose tangents
-    PyTorch does not compute, cannot differentiate, or differentiates wrongly by the input: of
+    PyTorch's fast attention has no forward-mode derivative and raises on dual tensors. Within this
+    context :func:`tangent_ops.scaled_dot_product_attention` computes dual calls of any model;
+    PyTorch computes calls without a tangent. ``F.linear``, ``F.conv2d`` (1d, 3d),
+    ``F.layer_norm``, ``F.rms_norm``, ``F.gelu``, ``F.silu`` and ``F.softmax`` are routed as well;
+    :mod:`tangent_ops.functional` says which calls are computed where. So are dual calls whose
+    tangents PyTorch does not compute, cannot differentiate, or differentiates wrongly by the input:
     ``F.hardsigmoid``, ``F.glu``, ``F.normalize``, recurrent layers, batch and instance norm, and
-    of all that has a softmax, a logsumexp or a 1-norm within. Determinants and ``linalg.solve``
+    functions that contain a softmax, a logsumexp or a 1-norm. Determinants and ``linalg.solve``
     raise where derivatives of their tangents would be wrong.
 
     Within any such context ``nn.TransformerEncoder`` and its parts take PyTorch's slow path, as
-    where gradients are wanted. In eval mode without gradients its fast path, for a padding mask,
-    returns zeros at padded places; the slow one returns numbers that mean nothing. Elsewhere both
+    they do when gradients are needed. In eval mode without gradients and with a padding mask, the
+    fast path returns zeros at padded places and the slow path meaningless numbers. Elsewhere both
     agree within rounding.
 
-    PyTorch has one forward-mode level for the whole process. So threads take turns: one is in such
-    a block at a time, and then no other is in a call of a linearized model. Keep blocks short, a
-    forward pass each, and do not wait for another thread in one.
+    PyTorch has one forward-mode level for the whole process. Only one thread at a time can be in
+    such a block, and no other thread can then be in a call of a linearized model. Keep a block as
+    short as one forward pass, and do not wait for another thread in it.
 
     Example:
         >>> with fused_forward_ad():
         ...     y, y_t = torch.func.jvp(model, (x,), (v,))
 
     Args:
-        backend: None chooses by device; "triton" or "reference" insists.
+        backend: "triton", "reference", or None to choose by device.
 
     Raises:
-        ArgumentError: there is no such backend.
-        UnsupportedError: in torch.inference_mode(), where PyTorch makes all tangents zero. On
-            entry: another thread stays in such a block for a minute, or is in a torch.func.jvp
-            outside of one. Within: where a derivative would be wrong, and at a
+        ArgumentError: an unknown backend.
+        UnsupportedError: torch.inference_mode() is on, where PyTorch makes all tangents zero;
+            another thread stays in such a block for a minute, or is in a torch.func.jvp outside of
+            one. Calls in the block raise it where a derivative would be wrong, and for a
             ``torch.utils.checkpoint`` with forward mode around it or in it.
     """
 
@@ -160,7 +160,7 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
             )
         self.backend: Backend | None = backend
         self._guard = CheckpointGuard()
-        self._turns = 0  # that this context has taken: Dynamo leaves some that it has not entered
+        self._turns = 0  # entries of this context: Dynamo exits contexts it has not entered
 
     def __enter__(self):
         if is_compiling():
@@ -184,7 +184,7 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
         kwargs = kwargs or {}
         if not torch.compiler.is_compiling():
             self._guard.check(func)
-        if func not in _TAKEN:  # a thousand calls of a ViT's forward pass, attributes too
+        if func not in _TAKEN:  # first, as a ViT makes a thousand calls, attributes included
             return func(*args, **kwargs)
         if func in _ROUTES and in_forward_ad():
             return _ROUTES[func](*args, **kwargs, backend=self.backend)
@@ -208,7 +208,7 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
 
 
 class fused_calls(fused_forward_ad):  # noqa: N801 - as above
-    """The same in a call of this library, which has the levels to itself already."""
+    """The same for calls of this library, which hold the lock on the levels already."""
 
     __enter__ = TorchFunctionMode.__enter__  # pyright: ignore[reportAssignmentType]
     __exit__ = TorchFunctionMode.__exit__  # pyright: ignore[reportAssignmentType]

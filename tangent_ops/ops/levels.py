@@ -1,9 +1,9 @@
-"""What PyTorch has once for the whole process, and threads that take turns at it.
+"""Locks PyTorch's forward-mode level, which all threads of a process share.
 
-It has one forward-mode level: what a thread opens is open in all of them, and what it leaves takes
-every thread's tangents along. Nor may two threads be in one model while it has a hook, or
-``functional_call`` has put other tensors in the place of its parameters. So calls of this library
-run one at a time, and so do blocks of ``fused_forward_ad()``, whose levels are the user's.
+A level that one thread opens is open in all threads, and its end deletes the tangents of all. Also,
+two threads must not call one model while it has a temporary hook, or while ``functional_call``
+replaces its parameters. So calls of this library run one at a time, and so do blocks of
+``fused_forward_ad()``, in which users open levels.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from tangent_ops.errors import UnsupportedError
 
 Result = TypeVar("Result")
 
-PATIENCE = 60.0  # seconds for a fused_forward_ad() of another thread to end
+PATIENCE = 60.0  # seconds to wait for another thread's fused_forward_ad() to end
 
-_LOCK = threading.RLock()  # held in a call, which ends by itself; not in a block
+_LOCK = threading.RLock()  # held during a call, but not during a block
 _BLOCK_ENDS = threading.Condition(_LOCK)
 _caller: int | None = None  # the thread in a call with a level
 _block: int | None = None  # the thread in a block
-_depth = 0  # of its nested blocks
-_lent = False  # to the threads of a backward pass that the one with the lock waits for
+_depth = 0  # number of its nested blocks
+_lent = False  # whether threads of a backward pass may run without the lock: its holder waits
 
 _OPEN = (
     "a forward-mode level is open that this call cannot nest in: PyTorch has one for the whole "
-    "process. It is a dual_level() around the call, where torch.func.jvp would nest; or another "
-    "thread's, whose forward-mode code has to run in `with tangent_ops.fused_forward_ad():`, in "
-    "which threads take turns."
+    "process. If it is a dual_level() around the call, use torch.func.jvp, which nests. If it is "
+    "another thread's, run that thread's forward-mode code in "
+    "`with tangent_ops.fused_forward_ad():`, in which threads wait for each other."
 )
 
 
@@ -48,8 +48,8 @@ def in_own_level(function: Callable[[], Result]) -> Result:
     Raises:
         UnsupportedError: a level is open, or another thread stays in a block.
     """
-    # Not a context manager: an interrupt may come between any two calls of Python, and one before
-    # __exit__ would leave the level open. For the same reason PyTorch's functions in C are called.
+    # Not a context manager: an interrupt between two Python calls, before __exit__, would leave the
+    # level open. For the same reason this calls PyTorch's C functions.
     global _caller
     me = threading.get_ident()
     with _LOCK:
@@ -67,7 +67,7 @@ def in_own_level(function: Callable[[], Result]) -> Result:
             return function()
         finally:
             if opened:
-                # First what Python sees: PyTorch takes a level that it opens meanwhile for broken.
+                # Python's state first: until then PyTorch raises if another thread opens a level.
                 forward_ad._current_level = -1
                 _caller = before
                 torch._C._exit_dual_level(level=0)  # pyright: ignore[reportAttributeAccessIssue]
@@ -77,8 +77,8 @@ def in_transforms(function: Callable[[], Result]) -> Result:
     """``function()``, which calls ``torch.func.jvp`` inside other transforms of this thread.
 
     Raises:
-        UnsupportedError: a level is open that is not of these transforms, or another thread stays
-            in a block.
+        UnsupportedError: a level is open that these transforms did not open, or another thread
+            stays in a block.
     """
     global _caller
     me = threading.get_ident()
@@ -103,7 +103,7 @@ def refuse_other_levels() -> None:
 def functional_call(
     module: nn.Module, parameters: Mapping[str, Any], args: Any, kwargs: Any = None
 ) -> Any:
-    """``torch.func.functional_call``, while no other thread is in a call of the module's."""
+    """``torch.func.functional_call``, while no other thread is in a call."""
     return in_turn(lambda: torch.func.functional_call(module, dict(parameters), args, kwargs))
 
 
@@ -113,7 +113,7 @@ def in_turn(function: Callable[[], Result]) -> Result:
     Raises:
         UnsupportedError: another thread stays in a block.
     """
-    if is_compiling():  # and compiled code has no lock
+    if is_compiling():  # compiled code takes no lock
         return function()
     with _LOCK:
         _wait_for_block()
@@ -121,9 +121,10 @@ def in_turn(function: Callable[[], Result]) -> Result:
 
 
 def alone(function: Callable[[], Result]) -> Result:
-    """The same for what opens no level, and so need not wait for blocks.
+    """``function()``, which opens no level, while no other thread is in a call.
 
-    A backward pass must not: on a GPU another thread, which may be in one, waits for it.
+    It does not wait for blocks: on a GPU a backward pass runs in a thread of its own, and the
+    thread that waits for it may be in a block.
     """
     if is_compiling() or (_lent and _in_a_backward_pass()):
         return function()
@@ -132,7 +133,7 @@ def alone(function: Callable[[], Result]) -> Result:
 
 
 def backward(function: Callable[[], Result]) -> Result:
-    """``function()``, a backward pass within a call: it may be alone in a thread of its own."""
+    """``function()``, a backward pass in a call, whose threads need not wait for the lock."""
     global _lent
     before, _lent = _lent, True
     try:
@@ -142,7 +143,7 @@ def backward(function: Callable[[], Result]) -> Result:
 
 
 def enter_block() -> None:
-    """Have the levels to oneself until :func:`leave_block`; blocks nest.
+    """Keep other threads out of the levels until :func:`leave_block`; blocks nest.
 
     Raises:
         UnsupportedError: another thread stays in a block, or is in a ``torch.func.jvp``.
@@ -156,7 +157,7 @@ def enter_block() -> None:
 
 
 def leave_block() -> None:
-    """End a thread's block; the last one to leave frees the turn."""
+    """End a block; the outermost one lets other threads continue."""
     global _block, _depth
     with _LOCK:
         _depth -= 1
@@ -166,16 +167,16 @@ def leave_block() -> None:
 
 
 def is_compiling() -> bool:
-    """``torch.compiler.is_compiling()`` in this thread: the flag is the whole process's."""
+    """``torch.compiler.is_compiling()`` for this thread; PyTorch's flag is process-wide."""
     return torch.compiler.is_dynamo_compiling() or (
         torch.compiler.is_compiling() and TracingContext.try_get() is not None
     )
 
 
 def called_elsewhere() -> bool:
-    """Whether another thread is in a call with a level, in which this one has no part.
+    """Whether another thread is in a call with a level that does not involve this thread.
 
-    A thread of PyTorch's that runs a backward pass may have: it counts as the caller's.
+    A thread in which PyTorch runs a backward pass counts as the caller's.
     """
     caller = _caller
     return caller is not None and caller != threading.get_ident() and not _in_a_backward_pass()
@@ -186,20 +187,20 @@ def _in_a_backward_pass() -> bool:
 
 
 def _wait_for_block() -> None:
-    """With the lock, which others have meanwhile."""
+    """Wait for another thread's block to end; the lock is held before and after, not meanwhile."""
     if _block is None or _block == threading.get_ident():
         return
     if not _BLOCK_ENDS.wait_for(lambda: _block is None, PATIENCE):
         raise UnsupportedError(
             f"another thread has been in `with tangent_ops.fused_forward_ad():` for more than "
             f"{PATIENCE:g} s. PyTorch has one forward-mode level for the whole process, so threads "
-            "take turns: enter that context for one forward pass at a time, and do not wait for "
-            "other threads in it."
+            "wait for each other: enter that context for one forward pass at a time, and do not "
+            "wait for other threads in it."
         )
 
 
 def _wait_for_leaving() -> None:
-    """Until a thread that left its level, not this library's, has written so."""
+    """Wait until a thread that left a level of its own has reset the Python state."""
     end = time.monotonic() + 1.0
     while forward_ad._current_level >= 0:
         if time.monotonic() > end:
@@ -208,17 +209,17 @@ def _wait_for_leaving() -> None:
 
 
 def _jvps() -> int:
-    """How many ``torch.func.jvp`` this thread is in: its stack is its own, their count is not."""
+    """The number of ``torch.func.jvp`` in this thread's stack; PyTorch's count has all threads'."""
     return sum(each.key() == TransformType.Jvp for each in get_interpreter_stack() or ())
 
 
 def _after_fork() -> None:
-    """In a child, where the other threads are gone."""
+    """Reset the state in a child process, which has no other threads."""
     global _block, _depth
     if _block != threading.get_ident():
         _block, _depth = None, 0
     _LOCK.release()
 
 
-# A child begins between two calls: no level is open, and every module has its own parameters.
+# Fork only between calls: no level is open then, and every module has its own parameters.
 os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_after_fork)

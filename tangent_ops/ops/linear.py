@@ -20,8 +20,8 @@ def linear(
 
         y = x Wᵀ + b        y_t = x_t Wᵀ + x W_tᵀ + b_t
 
-    On every device PyTorch computes the three products, and the tangent's two are added in place;
-    ``backend="triton"`` is one launch that reads x once (kernels/README.md compares them).
+    By default PyTorch computes the three products and adds the tangent's two in place.
+    ``backend="triton"`` is one launch that reads x once; kernels/README.md compares the two.
     :mod:`tangent_ops.functional` says which calls are computed here and which by PyTorch's own
     function.
 
@@ -29,10 +29,10 @@ def linear(
         input: (..., K), plain or dual.
         weight: (C, K), plain or dual.
         bias: (C,), plain or dual, or None; PyTorch computes a call with another shape.
-        backend: None for PyTorch's products; "triton" or "reference" insists.
+        backend: "triton", or "reference" or None for PyTorch's products.
 
     Returns:
-        (..., C), dual if an input is.
+        (..., C), dual if an input is dual.
 
     Raises:
         UnsupportedError: ``backend="triton"`` and the kernel does not compute this call.

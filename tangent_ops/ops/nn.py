@@ -1,4 +1,4 @@
-"""Modules to put into an existing vision transformer by hand."""
+"""An attention module for dual inputs, to replace timm's in a vision transformer."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.ops.attention.api import scaled_dot_product_attention
 
-# What timm's Attention is made of; the norms are Identity and the gate None where unused.
+# The parts of timm's Attention; an unused norm is Identity and an unused gate None.
 _PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
 
 
 class TangentAttention(nn.Module):
     """Multi-head self-attention as timm's ``Attention``, for plain and dual inputs.
 
-    It has timm's parameter names, so state dicts go both ways. A plain input in ordinary training
-    runs PyTorch's attention; a dual input, inside ``torch.func.jvp`` or a dual level, runs the
-    fused one, and needs no :class:`tangent_ops.fused_forward_ad`.
+    It has timm's parameter names, so each loads the other's state dict. PyTorch's attention
+    computes plain inputs. The fused attention computes dual inputs, inside ``torch.func.jvp`` or a
+    dual level, without :class:`tangent_ops.fused_forward_ad`.
 
     Args:
         dim: width of the tokens, a multiple of ``num_heads``.
@@ -58,7 +58,7 @@ class TangentAttention(nn.Module):
 
     @classmethod
     def from_timm(cls, attn: nn.Module) -> TangentAttention:
-        """Take over a ``timm.layers.Attention``: its submodules are shared, not copied.
+        """Make the module from a ``timm.layers.Attention``, whose submodules are shared.
 
         Parameters, their order, modes and values are the original's, with one exception: a query
         whose keys are all masked gives 0, where timm gives NaN if its ``fused_attn`` is False.
@@ -68,8 +68,8 @@ class TangentAttention(nn.Module):
             ...     block.attn = TangentAttention.from_timm(block.attn)
 
         Raises:
-            UnsupportedError: ``attn`` computes something else than timm's Attention does, or has
-                a part that this module would ignore.
+            UnsupportedError: ``attn`` does not compute what timm's Attention does, or has a part
+                that this module would ignore.
         """
         problem = _why_not_plain(attn)
         if problem:
@@ -77,7 +77,7 @@ class TangentAttention(nn.Module):
                 f"{type(attn).__name__} is no plain timm.layers.Attention: {problem}. "
                 "Leave the module as it is and use tangent_ops.fused_forward_ad()."
             )
-        module = cls.__new__(cls)  # without weights that would be drawn for nothing
+        module = cls.__new__(cls)  # without drawing random weights
         nn.Module.__init__(module)
         for name in ("num_heads", "training"):
             setattr(module, name, getattr(attn, name))
@@ -98,7 +98,7 @@ class TangentAttention(nn.Module):
             x: (B, N, dim) tokens, plain or dual.
             attn_mask: as for :func:`tangent_ops.scaled_dot_product_attention`.
             is_causal: likewise; after :meth:`from_timm` of a module whose ``fused_attn`` is False
-                it overrides ``attn_mask``, as it does there.
+                it overrides ``attn_mask``, as in timm.
 
         Returns:
             (B, N, dim).
@@ -124,7 +124,7 @@ class TangentAttention(nn.Module):
         return self.proj_drop(self.proj(out))
 
 
-@torch.fx.wrap  # its checks look at values, which a symbolic trace does not have
+@torch.fx.wrap  # its checks read values, which a symbolic trace does not have
 def _attend(
     query: Tensor,
     key: Tensor,
@@ -147,10 +147,10 @@ def _attend(
 
 
 def _why_not_plain(attn: nn.Module) -> str | None:
-    """What of a module TangentAttention would compute differently, or lose."""
+    """What TangentAttention would compute differently or lose; None if nothing."""
     from timm.layers.attention import Attention  # here, so that tangent_ops imports without timm
 
-    # A forward that was set on the instance counts.
+    # Also find a forward that was set on the instance.
     if getattr(attn.forward, "__func__", None) is not Attention.forward:
         return "its forward is another one"
     parts = (attn.named_parameters(recurse=False), attn.named_buffers(recurse=False))
@@ -158,7 +158,7 @@ def _why_not_plain(attn: nn.Module) -> str | None:
     own |= set(_hooks(attn))
     if own:
         return f"its {', '.join(sorted(own))} would be lost"
-    # timm calls this part if it is not fused; here its probability alone is asked for.
+    # timm calls this part if it is not fused; this module reads only its probability.
     drop: Any = attn.attn_drop
     if not attn.fused_attn and (type(drop) is not nn.Dropout or _hooks(drop)):
         return f"its attn_drop, a {type(drop).__name__} or with hooks, would not be called"

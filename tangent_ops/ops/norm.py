@@ -36,9 +36,9 @@ def layer_norm(
 
         y = w∘x̂ + b        y_t = w∘(J x_t) + w_t∘x̂ + b_t        J = ∂x̂/∂x
 
-    Where x, w and b are frozen the gradients of the tangents are the ordinary ones, and no tangent
-    is kept for them. Under autocast, with mixed dtypes, and where :mod:`tangent_ops.functional`
-    says so, PyTorch's own function computes the call. Plain operations do where derivatives of the
+    If x, w and b are frozen, the gradients of the tangents are the ordinary ones and no tangent is
+    saved. PyTorch's own function computes calls under autocast, with mixed dtypes, and where
+    :mod:`tangent_ops.functional` says so. Plain operations compute calls where derivatives of the
     tangent by x, or by b without w, may be needed: PyTorch's rules are silently wrong there.
 
     Args:
@@ -47,10 +47,10 @@ def layer_norm(
         weight: normalized_shape, plain or dual, or None for ones.
         bias: normalized_shape, plain or dual, or None for zeros.
         eps: added to the variance.
-        backend: None chooses by device; "triton" or "reference" insists.
+        backend: "triton", "reference", or None to choose by device.
 
     Returns:
-        As ``input``, dual if an input is.
+        As ``input``; dual if an input is dual.
 
     Raises:
         UnsupportedError: ``backend="triton"`` and the kernels do not compute this call.
@@ -67,8 +67,8 @@ def layer_norm(
         found = dual_output(op, (input, weight, bias), (shape, eps), backend, why_not)
     if found is not None:
         return found
-    if _needs_words(input, weight, bias):
-        # Dynamo needs them, too: it cannot trace PyTorch's own of a dual input and plain weights.
+    if _needs_formula(input, weight, bias):
+        # Also for Dynamo, which cannot trace PyTorch's function of a dual input and plain weights.
         return reference.layer_norm(input, shape, weight, bias, eps)
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
@@ -85,19 +85,19 @@ def rms_norm(
 
         y = w∘x̂        y_t = w∘(J x_t) + w_t∘x̂        x̂ = x / √(mean(x²) + ε)
 
-    Where x and w are frozen no tangent is kept for the backward pass. Under autocast, with mixed
-    dtypes, over several dimensions at once on a CPU, and where :mod:`tangent_ops.functional` says
-    so, PyTorch's own function computes the call.
+    If x and w are frozen, no tangent is saved for the backward pass. PyTorch's own function
+    computes calls under autocast, with mixed dtypes, over several dimensions on a CPU, and where
+    :mod:`tangent_ops.functional` says so.
 
     Args:
         input: (..., *normalized_shape), plain or dual.
         normalized_shape: the trailing dimensions that are normalized together.
         weight: normalized_shape, plain or dual, or None for ones.
-        eps: added under the root; None for the dtype's own.
-        backend: None chooses by device; "triton" or "reference" insists.
+        eps: added under the root; None for the dtype's epsilon.
+        backend: "triton", "reference", or None to choose by device.
 
     Returns:
-        As ``input``, dual if an input is.
+        As ``input``; dual if an input is dual.
 
     Raises:
         UnsupportedError: ``backend="triton"`` and the kernels do not compute this call.
@@ -105,7 +105,7 @@ def rms_norm(
     shape = tuple(normalized_shape)
     found = None
     if shapes_fit(input, shape, weight) and not is_left_to_pytorch(input, weight):
-        # PyTorch computes 16-bit operands in float32 and takes the eps of float32.
+        # PyTorch computes 16-bit operands in float32 and uses the eps of float32.
         wide = torch.promote_types(input.dtype, torch.float32)
         added = torch.finfo(wide).eps if eps is None else eps
         why_not = why_not_in_rows(input, math.prod(shape))
@@ -123,16 +123,16 @@ def native_layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``torch.native_layer_norm``: the norm, and mean and 1/deviation without tangents."""
     arguments = (input, normalized_shape, weight, bias, eps)
-    if not _needs_words(input, weight, bias):
+    if not _needs_formula(input, weight, bias):
         return torch.native_layer_norm(*arguments)
-    words = functools.partial(reference.layer_norm, *arguments)
-    return with_value_of(torch.native_layer_norm, words, *arguments)
+    formula = functools.partial(reference.layer_norm, *arguments)
+    return with_value_of(torch.native_layer_norm, formula, *arguments)
 
 
-def _needs_words(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+def _needs_formula(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether PyTorch's rules may give wrong derivatives of the tangent.
 
-    By the input they do at the first order; by a bias without a weight at the second.
+    They are wrong by the input at first order, and by a bias without a weight at second order.
     """
     alone = weight is None and bias is not None and may_be_differentiated(bias, input)
     return alone or may_be_differentiated(input, weight, bias)
@@ -159,7 +159,7 @@ def _layer_jvp(primals, tangents, options):
 
 def _layer_vjp(saved, grad, needs, options):
     input, weight, mean, rstd = saved
-    # PyTorch's pass reads no bias; it wants one where the bias's gradient is needed.
+    # PyTorch's backward pass does not read the bias, but requires one for the bias's gradient.
     bias = weight if needs[2] else None
     return layer_norm_vjp(grad, input, options[0], weight, bias, mean, rstd, needs)
 

@@ -1,7 +1,7 @@
-"""The normalization kernels as maps of a dual op.
+"""Wraps the normalization kernels as maps of a dual op.
 
-Primals are x, weight and bias for a layer norm; x and weight for an RMS norm. Options are the
-normalized shape and eps.
+The primals of a layer norm are x, weight and bias; those of an RMS norm are x and weight. The
+options are the normalized shape and eps.
 """
 
 # Operands come in tuples, whose lengths pyright does not know.
@@ -20,12 +20,12 @@ from tangent_ops.ops.dual_op import Maps
 
 
 def norm_maps(save: Callable, *, centered: bool = True) -> Maps:
-    """Maps of the kernels.
+    """The kernels' maps.
 
     Args:
-        save: as of :class:`Maps`; it returns x, the weight, the mean if it is ``centered``, and
+        save: as in :class:`Maps`; it returns x, the weight, the mean if ``centered``, and
             1/deviation.
-        centered: layer normalization, with a bias; False for RMS, without.
+        centered: True for layer normalization, with a bias; False for RMS, without.
     """
 
     def unpack(operands: Sequence[Tensor | None], shape) -> Any:
@@ -84,7 +84,7 @@ def norm_maps(save: Callable, *, centered: bool = True) -> Maps:
 
 
 def _shaped(tensor: Tensor, shape) -> Tensor:
-    """No view: a model could not change in place a view that a Function returns."""
+    """The tensor in that shape, not as a view: a view from a Function cannot change in place."""
     return torch.ops.aten._unsafe_view(tensor, shape)
 
 

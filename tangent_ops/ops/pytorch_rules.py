@@ -1,4 +1,4 @@
-"""PyTorch's own rules for tangents, where they raise or are wrong once they are differentiated."""
+"""Works around PyTorch's rules for tangents that raise or are wrong when differentiated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tangent_ops.errors import UnsupportedError
 from tangent_ops.ops.backend import in_forward_ad, may_be_dual, reverse_mode_reaches
 from tangent_ops.ops.levels import is_compiling
 
-# Where softmax, logsumexp or a 1-norm is within.
+# Functions that contain a softmax, a logsumexp or a 1-norm.
 OVERWRITING = frozenset(
     (
         F.cross_entropy,
@@ -46,10 +46,10 @@ OVERWRITING = frozenset(
         torch.special.log_softmax,
         torch.special.logsumexp,
         torch.special.softmax,
-        *filter(None, (getattr(F, "linear_cross_entropy", None),)),  # of newer versions
+        *filter(None, (getattr(F, "linear_cross_entropy", None),)),  # newer versions only
     )
 )
-# Whose derivatives use a factorization of an operand, as if that did not depend on it.
+# Functions whose derivatives treat the factorization of an operand as a constant.
 FACTORIZING = frozenset(
     (
         Tensor.det,
@@ -71,18 +71,18 @@ FACTORIZING = frozenset(
 
 
 class _NothingInPlace(TorchDispatchMode):
-    """Does nothing; where any such mode is on, PyTorch's rules write no intermediate twice."""
+    """Changes nothing; but under any dispatch mode PyTorch's rules write out of place."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
 
 def out_of_place(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """PyTorch's ``function``, whose tangent can be differentiated by its inputs.
+    """Call PyTorch's ``function`` so that its tangent can be differentiated by its inputs.
 
     In a dual level, also under ``torch.func.grad`` in it, the rules of softmax, logsumexp and the
-    1-norm overwrite what the backward pass by a tracked primal needs, and that raises ("modified by
-    an inplace operation").
+    1-norm overwrite tensors that the backward pass by a tracked primal needs, which then raises
+    ("modified by an inplace operation").
     """
     if in_forward_ad() and not is_compiling() and _tracked(args, kwargs):
         with _NothingInPlace():
@@ -95,10 +95,10 @@ def _tracked(*values: Any) -> bool:
 
 
 def may_be_differentiated(input: Tensor, *others: Tensor | None) -> bool:
-    """Whether an operand has a tangent, and derivatives of the result's by ``input`` may be wanted.
+    """Whether an operand has a tangent that may be differentiated by ``input``.
 
-    Reverse over forward or forward over forward: a rule that takes for constants what was computed
-    of the input (mean and deviation, a factorization) is then wrong, without a word.
+    In reverse over forward and forward over forward, a rule that treats functions of the input
+    (mean and deviation, a factorization) as constants is silently wrong.
     """
     if not any(map(may_be_dual, (input, *others))):
         return False
@@ -110,31 +110,31 @@ def may_be_differentiated(input: Tensor, *others: Tensor | None) -> bool:
 
 
 def refuse_factorizations(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Raise where one of ``FACTORIZING`` would be differentiated wrongly.
+    """Raise where the derivative of one of ``FACTORIZING`` would be wrong.
 
     Raises:
-        UnsupportedError: derivatives of its tangent by the operands may be wanted.
+        UnsupportedError: the tangent may be differentiated by the operands.
     """
     operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     if is_compiling() or not any(map(may_be_dual, operands)):
         return
     inside = TransformType.Jvp in _derivatives()[1:]
-    # Forward mode around torch.func.grad is right: then no tensor itself requires gradients.
+    # Forward mode around torch.func.grad is right: no tensor itself requires gradients there.
     if inside or any(map(_requires_grad_outside, operands)):
         raise UnsupportedError(
-            f"{function.__name__}: PyTorch takes its factorization for a constant in derivatives "
+            f"{function.__name__}: PyTorch treats its factorization as a constant in derivatives "
             "of the tangent, which would be wrong. Use torch.linalg.lu_factor and lu_solve, or "
-            "give it no input that requires gradients."
+            "inputs that do not require gradients."
         )
 
 
 def are_nested() -> bool:
-    """Whether more than one ``torch.func`` transform that differentiates is active."""
+    """Whether more than one differentiating ``torch.func`` transform is active."""
     return len(_derivatives()) > 1
 
 
 def _derivatives() -> list[TransformType]:
-    """The ``torch.func`` transforms that differentiate, from the outside in."""
+    """The active differentiating ``torch.func`` transforms, outermost first."""
     keys = [transform.key() for transform in get_interpreter_stack() or ()]
     return [key for key in keys if key in (TransformType.Grad, TransformType.Jvp)]
 

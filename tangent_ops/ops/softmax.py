@@ -22,17 +22,17 @@ def softmax(
 
         y = softmax(x)        y_t = y∘(x_t - Σ y∘x_t)
 
-    Where x is frozen only y is kept for the backward pass. Under autocast, and where
-    :mod:`tangent_ops.functional` says so, PyTorch's own function computes the call.
+    If x is frozen, only y is saved for the backward pass. PyTorch's own function computes calls
+    under autocast, and where :mod:`tangent_ops.functional` says so.
 
     Args:
         input: any shape, plain or dual.
-        dim: the dimension that sums to 1; the Triton kernel computes the last only.
-        dtype: ``input`` is cast to it first.
-        backend: None chooses by device; "triton" or "reference" insists.
+        dim: the dimension that sums to 1; the Triton kernel supports only the last.
+        dtype: dtype to cast ``input`` to first, or None.
+        backend: "triton", "reference", or None to choose by device.
 
     Returns:
-        As ``input``, dual if that is.
+        As ``input``; dual if ``input`` is dual.
 
     Raises:
         UnsupportedError: ``backend="triton"`` and the kernels do not compute this call.

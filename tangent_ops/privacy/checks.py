@@ -84,16 +84,16 @@ def check_contents(loader: DataLoader) -> None:
 
 
 def check_model(tangent: object) -> None:
-    """Raise if it is no tangent model, is sharded, or a batch norm takes statistics of batches."""
+    """Raise if it is no tangent model, uses FSDP, or a batch norm takes statistics of batches."""
     if not isinstance(tangent, LinearizedModel):
         raise ArgumentError(
             f"tangent must be a LinearizedModel, got a {type(tangent).__name__}: pass it through "
             "tangent_ops.linearize first"
         )
-    if tangent.sharded:
+    if tangent.uses_fsdp:
         raise UnsupportedError(
-            "the anchor is sharded, and every process would have to call it equally often: parts "
-            "of Poisson-sampled batches may be empty. Use a whole anchor"
+            "the anchor is under FSDP, and every process would have to call it equally often: "
+            "parts of Poisson-sampled batches may be empty. Use a whole anchor"
         )
     for name, module in tangent.anchor.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (

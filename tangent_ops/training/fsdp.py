@@ -1,8 +1,8 @@
-"""`shard_anchor`: FSDP of the anchor; each process keeps a part of the frozen parameters.
+"""FSDP for the anchor: each process of a group keeps its part of the frozen parameters.
 
-`torch.distributed.fsdp.fully_shard` gathers a block's parameters while it runs forward. It misses a
-backward pass through a tangent, because it watches the primals, which need no gradient there. Hooks
-added here gather the parameters for that pass, which would otherwise read freed memory.
+`torch.distributed.fsdp.fully_shard` gathers a block's parameters during its forward pass. It finds
+the backward pass by hooks on primals, which need no gradient here. The hooks of this module gather
+the parameters for a backward pass through tangents; without them it would read freed memory.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from tangent_ops.ops.levels import is_compiling
 from tangent_ops.training.processes import Group
 
 
-def shard_anchor(tangent: LinearizedModel, mesh: DeviceMesh | None = None) -> None:
+def fsdp_anchor(tangent: LinearizedModel, mesh: DeviceMesh | None = None) -> None:
     """Divide the frozen parameters of the anchor's blocks among the processes of a group.
 
-    For an anchor too large for one device. A block (such as an element of ``model.blocks``; see
-    `find_blocks`) is whole while it runs, forward and backward, and in parts at all other times.
-    Deltas, the primals of trained parameters, buffers, and parameters outside of blocks or in
-    several of them stay whole in each process.
+    Use it for an anchor too large for one device. The parameters of a block (an element of
+    ``model.blocks``, say; see `find_blocks`) are gathered while it runs, forward or backward, and
+    divided at all other times. Each process keeps whole the deltas, the primal values of trained
+    parameters, the buffers, and parameters outside of blocks or shared by several.
 
-    Outputs, gradients, `fit`, `predict` and ``delta_dict`` stay the same; from now on all processes
-    have to call the model together, equally often, as these functions do. Your own loop has to
-    average the deltas' gradients: DistributedDataParallel takes no sharded parameters. Move, cast
-    and load the model before this. It divides weights, not activations: for those use
-    ``tangent.set_grad_checkpointing()``.
+    Outputs, gradients, `fit`, `predict` and ``delta_dict`` do not change. All processes must then
+    call the model together and equally often, as these functions do. Your own training loop must
+    average the deltas' gradients itself: DistributedDataParallel does not take FSDP parameters.
+    Move, cast and load the model first. Only weights are divided;
+    ``tangent.set_grad_checkpointing()`` reduces the memory of activations.
 
     Args:
         tangent: the same in every process.
-        mesh: of the processes, as of `fully_shard`; None for all of them, on the model's device.
+        mesh: the processes, as for `fully_shard`; None for all of them, on the model's device.
 
     Raises:
-        ArgumentError: tangent is no tangent model, or not the same in all processes; there is no
-            group of them.
-        UnsupportedError: the anchor is sharded already, has no blocks, or none of its blocks has a
-            frozen parameter. When called later: a derivative by the input, torch.compile, or
-            another transform of torch.func.
+        ArgumentError: tangent is no tangent model or differs between processes, or there is no
+            process group.
+        UnsupportedError: the anchor is under FSDP already, has no blocks, or no block has a frozen
+            parameter. Later calls of the model raise it for a derivative by the input, under
+            torch.compile, and inside another transform of torch.func.
     """
     if not isinstance(tangent, LinearizedModel):
         raise ArgumentError(
@@ -62,8 +62,8 @@ def shard_anchor(tangent: LinearizedModel, mesh: DeviceMesh | None = None) -> No
             "and call torch.distributed.init_process_group() first"
         )
     anchor = tangent.anchor
-    if tangent.sharded or any(isinstance(module, FSDPModule) for module in anchor.modules()):
-        raise UnsupportedError("the anchor is sharded already")
+    if tangent.uses_fsdp or any(isinstance(module, FSDPModule) for module in anchor.modules()):
+        raise UnsupportedError("the anchor is under FSDP already")
     blocks = find_blocks(anchor)
     whole = {anchor.get_parameter(name) for name in tangent.deltas()} | _outside_of_one(
         blocks, anchor
@@ -71,11 +71,11 @@ def shard_anchor(tangent: LinearizedModel, mesh: DeviceMesh | None = None) -> No
     if all(parameter in whole for block in blocks for parameter in block.parameters()):
         raise UnsupportedError(
             f"{tangent.model_name} has no frozen parameter in a block, so there is nothing to "
-            "shard: train fewer parameters (`trainable`), such as last_blocks(model, k)"
+            "divide: train fewer parameters (`trainable`), such as last_blocks(model, k)"
         )
     device = next(anchor.parameters()).device
     Group(device).agree(tangent=(tangent.fingerprint, [*tangent.deltas()]))
-    tangent.mark_sharded()
+    tangent.mark_fsdp()
     if mesh is None:
         mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for block in blocks:
@@ -86,7 +86,7 @@ def shard_anchor(tangent: LinearizedModel, mesh: DeviceMesh | None = None) -> No
 
 
 def _outside_of_one(blocks: list[nn.Module], anchor: nn.Module) -> set[nn.Parameter]:
-    """Parameters that lie outside of all blocks or in several."""
+    """Parameters that do not belong to exactly one block."""
     uses = Counter(parameter for block in blocks for parameter in set(block.parameters()))
     inside = Counter(
         parameter
@@ -98,24 +98,24 @@ def _outside_of_one(blocks: list[nn.Module], anchor: nn.Module) -> set[nn.Parame
 
 
 class _Gathering:
-    """Keeps a block whole from the first gradient of its outputs to the last of its inputs."""
+    """Gathers a block's parameters for its backward pass, and frees them after it."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block: Any = block
         self.inputs: list[Tensor] = []
-        self.calls: set[object] = set()  # calls whose backward pass has begun and not ended
+        self.calls: set[object] = set()  # whose backward pass is running
 
     def before(self, _block: nn.Module, args: Any, kwargs: Any) -> None:
         functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
         if is_compiling() or functorch.peek_interpreter_stack() is not None:
             raise UnsupportedError(
-                "torch.compile, or a transform of torch.func, around a sharded anchor: its weights "
-                "would be freed before they are read. Use a whole anchor"
+                "torch.compile, or a transform of torch.func, around an anchor under FSDP: its "
+                "weights would be freed before they are read. Use a whole anchor"
             )
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
             raise UnsupportedError(
-                "a derivative by the input of a block of a sharded anchor. Use a whole anchor"
+                "a derivative by the input of a block of an anchor under FSDP. Use a whole anchor"
             )
         self.inputs = list(_tracked(leaves))
 
@@ -144,7 +144,7 @@ class _Gathering:
 
 
 def _tracked(leaves: list[Any]) -> Iterator[Tensor]:
-    """The tangents that need a gradient."""
+    """Tangents that require gradients."""
     for leaf in leaves if forward_ad._current_level >= 0 else []:
         if isinstance(leaf, Tensor):
             tangent = forward_ad.unpack_dual(leaf).tangent

@@ -148,7 +148,7 @@ class Group:
 
 
 def check_module(model: nn.Module) -> None:
-    """Raise UnsupportedError if a model averages gradients itself, or has sharded parameters."""
+    """Raise UnsupportedError if a model averages gradients itself, or trains under FSDP."""
     from torch.distributed.tensor import DTensor
 
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -159,8 +159,8 @@ def check_module(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise UnsupportedError(
-                f"{name} is sharded: fit in a group of processes trains whole parameters. Shard "
-                "the frozen ones of a tangent model alone, with shard_anchor"
+                f"{name} is under FSDP: fit in a group of processes trains whole parameters. Use "
+                "fsdp_anchor, which divides only the frozen parameters of a tangent model"
             )
 
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing of tangent models, and what a training step keeps."""
+"""Activation checkpointing of tangent models, and the memory of a training step."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import timm
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from small_models import assert_near, exact_vjp, family, generator, images, moved, vit
-from test_linearize import saved_bytes
+from small_models import assert_near, exact_vjp, family, generator, images, levit, moved, vit
 from torch import nn
 
 from tangent_ops import last_blocks, linearize
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.model import checkpointing
 from tangent_ops.model.checkpointing import find_blocks
+from tangent_ops.profiling.memory import saved_bytes
 
 MODELS = {
     "vit": lambda: (vit(), images()),
@@ -72,7 +72,7 @@ def test_timms_own_switch_goes_on_working() -> None:
     model, x = vit(), images()
     model.set_grad_checkpointing(True)
     tangent = moved(linearize(model))
-    assert model.grad_checkpointing  # the original is left alone
+    assert model.grad_checkpointing  # the original does not change
     assert tangent.grad_checkpointing
     right = gradients(tangent, x)
     tangent.set_grad_checkpointing(False)
@@ -119,37 +119,29 @@ def test_autocast_is_that_of_the_forward_pass() -> None:
         results.append(torch.autograd.grad(output, list(tangent.deltas().values()), cotangent))
     assert dtypes == [torch.bfloat16] * 3  # forward; forward and again
     one, other = (torch.cat([g.flatten() for g in grads]) for grads in results)
-    # Both are rounded to bfloat16 as they go: a few of its eps of 2**-8 apart.
+    # Both round intermediates to bfloat16, whose eps is 2**-8.
     assert float((one - other).norm()) <= 8 * 2**-8 * float(one.norm())
 
 
-def test_a_block_that_draws_random_numbers_says_so() -> None:
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda linear, x: F.dropout(linear(x), 0.5, training=True), "draws random numbers"),
+        (lambda linear, x: linear(x.mul_(2)), "in place"),
+    ],
+)
+def test_a_block_that_cannot_be_repeated_is_refused(call, message) -> None:
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
             self.linear = nn.Linear(4, 4)
 
         def forward(self, x):
-            return F.dropout(self.linear(x), 0.5, training=True)
+            return call(self.linear, x)
 
     tangent = linearize(nn.Sequential(Block(), Block()))
     tangent.set_grad_checkpointing()
-    with pytest.raises(UnsupportedError, match="draws random numbers"):
-        tangent(torch.ones(2, 4))
-
-
-def test_a_block_that_changes_its_input_says_so() -> None:
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.linear(x.mul_(2))
-
-    tangent = linearize(nn.Sequential(Block(), Block()))
-    tangent.set_grad_checkpointing()
-    with pytest.raises(UnsupportedError, match="in place"):
+    with pytest.raises(UnsupportedError, match=message):
         tangent(torch.ones(2, 4))
 
 
@@ -163,8 +155,7 @@ def test_compiled_code_does_without() -> None:
 
 
 def test_a_repeat_neither_finds_nor_leaves_what_a_block_keeps() -> None:
-    options = {"embed_dim": (32,), "num_heads": (2,), "key_dim": 16, "depth": (2,)}
-    model, x = family("levit_128s", img_size=32, **options).double(), images(size=32).double()
+    model, x = levit(), images(size=32).double()
     tangent = moved(linearize(model))
     cotangent = torch.randn(2, 5, generator=generator(4)).double()
     leaves = list(tangent.deltas().values())
@@ -208,7 +199,7 @@ def test_a_models_own_checkpointing_is_never_silently_wrong(reentrant) -> None:
 
 
 def kept(model: nn.Module) -> int:
-    """Bytes saved for the backward pass, the model's own parameters not counted."""
+    """Bytes saved for the backward pass, without the model's own parameters."""
 
     def forward() -> None:
         assert model(images(size=224)).requires_grad
@@ -227,4 +218,4 @@ def test_vit_small_keeps_what_fine_tuning_keeps(checkpointing) -> None:
             delta.fill_(0.01)
     found, ordinary = kept(tangent), kept(model)
     print(f"{found / 1e6:.1f} MB, fine-tuning {ordinary / 1e6:.1f} MB")
-    assert found <= 1.05 * ordinary
+    assert found <= 1.02 * ordinary

@@ -1,14 +1,24 @@
-"""Nothing that a forward pass keeps in eval mode outlives a call of the linearized model."""
+"""Tensors that a forward pass caches in eval mode do not outlive a call of the tangent model."""
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from small_models import assert_near, exact_jvp, exact_vjp, generator, moved
+from small_models import (
+    assert_exact,
+    assert_near,
+    exact_jvp,
+    exact_vjp,
+    generator,
+    images,
+    levit,
+    moved,
+)
 from torch import Tensor, nn
 
 from tangent_ops import linearize
@@ -18,7 +28,7 @@ X = torch.randn(3, 4, generator=generator(1))
 
 
 class Keeps(nn.Module):
-    """y = x (2 W) by a transposed weight, which a subclass keeps somewhere."""
+    """y = x (2 W) by a transposed weight, which a subclass caches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,20 +112,15 @@ class Plain(Keeps):
 @pytest.mark.parametrize("kind", [Attribute, Flagged, Buffer, Dict, List, Deque, Object])
 def test_kept_tensors_are_put_back(kind, known):
     tangent = moved(linearize(kind(), example=X if known else None))
-    exact = exact_jvp(Plain(), tangent.deltas(), X)
-    cotangent = torch.randn(3, 4, generator=generator(2))
-    exact_grads = exact_vjp(Plain(), list(tangent.deltas()), cotangent, X)
     for call in range(4):
-        assert_near(tangent.primal_and_tangent(X), exact)
-        grads = torch.autograd.grad(tangent(X), list(tangent.deltas().values()), cotangent)
-        assert_near(dict(zip(tangent.deltas(), grads, strict=True)), exact_grads)
+        assert_exact(tangent, Plain(), X)
         with torch.no_grad():
             if call == 1:
-                tangent.anchor(X)  # which keeps a tensor without a tangent
+                tangent.anchor(X)  # caches a tensor without a tangent
             if call == 2:
                 tangent.double().float()
     torch.func.jvp(lambda x: tangent(x), (X,), (X,))  # inside another transform
-    assert_near(tangent.primal_and_tangent(X), exact)
+    assert_exact(tangent, Plain(), X)
 
 
 def test_what_depends_on_no_weight_stays():
@@ -186,3 +191,23 @@ def test_what_is_kept_outside_of_the_model_is_refused(kind):
     KEPT_ELSEWHERE.clear()
     with pytest.raises(UnsupportedError, match=r"q\.weight .*gets lost"):
         linearize(kind(), example=X)
+
+
+def test_levit_has_no_stale_attention_biases():
+    model, x = levit().eval(), images(size=32).double()
+    exact_of_fresh = copy.deepcopy(model)
+    model(x)  # fills the caches, with gradients
+    tangent = moved(linearize(model))
+    exact = exact_jvp(exact_of_fresh, tangent.deltas(), x)
+    for run in (lambda: None, lambda: tangent.anchor(x), lambda: None):
+        run()
+        assert_near(tangent.primal_and_tangent(x), exact)
+    names = [name for name in tangent.deltas() if name.endswith("attention_biases")]
+    cotangent = images(size=32)[:, 0, 0, :5].double()
+    grads = torch.autograd.grad(tangent(x), [tangent.deltas()[n] for n in names], cotangent)
+    answers = exact_vjp(copy.deepcopy(exact_of_fresh), names, cotangent, x)
+    assert_near(grads, [answers[name] for name in names])
+    assert not model.training
+    modules = map(vars, tangent.anchor.modules())
+    kept = [m["attention_bias_cache"] for m in modules if "attention_bias_cache" in m]
+    assert kept and not any(kept)

@@ -1,4 +1,4 @@
-"""Splitting a transformer, and computing its frozen part once."""
+"""Splitting a transformer, and caching the output of its frozen part."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_trained_below_the_blocks(trainable, named):
 
 
 class BetweenBlocksAndNorm(nn.Module):
-    """Does something that neither blocks, nor norm, nor forward_head do."""
+    """Computes something outside of blocks, norm and forward_head."""
 
     def __init__(self, norm_first: bool = False):
         super().__init__()
@@ -173,7 +173,7 @@ def test_models_that_cannot_be_split():
 )
 def test_what_the_first_batch_finds(model, message):
     trunk, _ = split_model(model.train(), 1)
-    for _ in range(2):  # found again, not forgotten
+    for _ in range(2):  # the second batch raises again
         with pytest.raises(UnsupportedError, match=message):
             trunk(torch.randn(5, 3, generator=generator(6)))
         assert hooks(model) == 0
@@ -233,7 +233,7 @@ def test_trunk_leaves_modes_as_they_are():
 
 
 class Numbered(nn.Module):
-    """Features that say which input they come from."""
+    """Features that identify their input."""
 
     def __init__(self, dtype: torch.dtype = torch.float32):
         super().__init__()

@@ -101,7 +101,7 @@ def test_any_shape_of_a_matrix(rows, columns, rank, seed):
 
 
 def test_every_direction_in_the_rows_gives_what_a_full_delta_gives():
-    """Rank in - 1 of a layer whose inputs miss one direction: nothing is lost."""
+    """The inputs span 5 of 6 directions, so rank 5 is enough."""
     torch.manual_seed(2)
     layer = nn.Linear(6, 8).double()
     rows = torch.linalg.qr(torch.randn(6, 5, dtype=torch.float64)).Q.T.contiguous()
@@ -222,7 +222,7 @@ def test_drawn_rows_are_orthonormal_and_on_the_grid(rank, more, seed):
 
 
 def test_the_drawn_rows_are_those_that_files_were_written_for():
-    """Gram and Schmidt's, in numpy, of a Gaussian of that seed and name."""
+    """Gram-Schmidt, in numpy, of a Gaussian with that seed and name."""
     found = make_bases({"w": torch.zeros(9, 6)}, 3, 5, ["w"])["w"].double().numpy()
     digest = hashlib.sha256(b"5:w").digest()
     source = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -275,11 +275,11 @@ def test_gradient_basis_refuses_what_has_no_such_gradient():
         ({"rank": 0}, r"rank=0: expected a positive integer"),
         ({"rank": 2.0}, r"rank=2\.0: expected"),
         ({"rank": True}, r"rank=True: expected"),
-        ({"basis": 3}, r"basis is of low-rank deltas only: pass rank"),
-        ({"basis": {}}, r"basis is of low-rank deltas only: pass rank"),
+        ({"basis": 3}, r"basis is for low-rank deltas only: pass rank"),
+        ({"basis": {}}, r"basis is for low-rank deltas only: pass rank"),
         ({"rank": 2, "basis": "random"}, r"basis is a str: expected an int, the seed"),
         ({"rank": 2, "basis": {}}, r"basis lacks weight: give each"),
-        ({"rank": 2, "basis": {"weight": 0, "w": 0}}, r"basis has w, which the model has not"),
+        ({"rank": 2, "basis": {"weight": 0, "w": 0}}, r"basis has w, which the model does"),
         ({"rank": 2, "basis": {"weight": 0}}, r"basis of weight is a int: expected float32"),
         ({"rank": 2, "basis": {"weight": torch.eye(2, 4).half()}}, r"is a torch.float16: expected"),
         ({"rank": 2, "basis": {"weight": torch.eye(2, 3)}}, r"shape \(2, 3\): expected \(2, 4\)"),
@@ -339,8 +339,8 @@ def test_deltas_of_another_kind_or_basis_are_refused(tmp_path):
     full = moved(linearize(model, "qkv"))
     cases = [
         (low, other, "has another basis.*Linearize with the basis"),
-        (low, wide, r"is of rank 4, expected of rank 3: linearize\(\.\.\., rank=4\) takes it"),
-        (low, full, r"is full, expected of rank 3: linearize\(\.\.\., rank=None\)"),
+        (low, wide, r"is of rank 4, expected of rank 3: load it into linearize\(\.\.\., rank=4\)"),
+        (low, full, r"is full, expected of rank 3: load it into linearize\(\.\.\., rank=None\)"),
         (full, low, r"is of rank 3, expected full: full_delta_dict\(\)"),
     ]
     for own, alien, message in cases:

@@ -1,4 +1,4 @@
-"""16-bit anchors, autocast and loss scaling: as near to float64 as PyTorch's own are."""
+"""16-bit anchors, autocast and loss scaling: as close to float64 as PyTorch's own code."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def backward(tangent, precision: Precision, scaler, factor: float) -> None:
 
 
 def exact_gradients(tangent, precision: Precision) -> Tensor:
-    """Of the cross entropy, in float64."""
+    """Gradients of the cross entropy, in float64."""
     anchor, x = tangent.anchor, images(4).to(precision.anchor)
     logits = torch.add(*exact_jvp(anchor, tangent.deltas(), x)).requires_grad_()
     (cotangent,) = torch.autograd.grad(F.cross_entropy(logits, torch.arange(4)), logits)

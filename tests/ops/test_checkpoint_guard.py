@@ -90,7 +90,7 @@ def test_around_the_level_alone(reentrant, level, tracked):
     x = X.clone().requires_grad_(tracked)
     call = tangent if level == "func.jvp" else in_a_dual_level
     with fused_forward_ad():
-        with pytest.raises(UnsupportedError, match="inside of the function"):
+        with pytest.raises(UnsupportedError, match="inside the function"):
             checkpoint(call, x, use_reentrant=reentrant)
         torch.testing.assert_close(tangent(x), torch.func.jvp(layer(), (x,), (V,))[1])
 

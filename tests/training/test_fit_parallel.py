@@ -22,7 +22,7 @@ from tangent_ops import fit, fit_head, linearize, predict
 from tangent_ops.delta import fingerprint
 from tangent_ops.errors import ArgumentError, TangentOpsError
 from tangent_ops.privacy import Privacy, fit_private
-from tangent_ops.training.fsdp import shard_anchor
+from tangent_ops.training.fsdp import fsdp_anchor
 
 COUNT, SIZE = 11, 5  # batches of 5, 5 and 1: the second process has no part of the last
 EPOCHS, LR, L2 = 2, 0.02, 0.1
@@ -146,12 +146,12 @@ def fits(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def sharded(folder: Path) -> dict[str, Any]:
+def under_fsdp(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, checkpointing in (("sharded", False), ("sharded, checkpointing", True)):
+    for name, checkpointing in (("fsdp", False), ("fsdp, checkpointing", True)):
         model = tangent()
         whole = sum(p.numel() for p in model.anchor.get_submodule("blocks").parameters())
-        shard_anchor(model)
+        fsdp_anchor(model)
         model.set_grad_checkpointing(checkpointing)
         found[name] = fitted(model, accumulate=2 if checkpointing else 1)
         local = sum(
@@ -159,11 +159,11 @@ def sharded(folder: Path) -> dict[str, Any]:
             for p in model.anchor.get_submodule("blocks").parameters()
         )
         found[f"{name}: elements"] = (whole, local)
-    found["sharded: predict"] = predict(model, samples(), batch_size=4, progress=False)
+    found["fsdp: predict"] = predict(model, samples(), batch_size=4, progress=False)
     meta = model.delta_dict().meta
-    found["sharded: delta"] = meta and meta.anchor
-    for call, name in ((lambda: shard_anchor(model), "twice"), (model.float, "cast")):
-        found[f"refused: sharded {name}"] = refusal(call)
+    found["fsdp: delta"] = meta and meta.anchor
+    for call, name in ((lambda: fsdp_anchor(model), "twice"), (model.float, "cast")):
+        found[f"refused: fsdp {name}"] = refusal(call)
     found["refused: private"] = refusal(
         lambda: fit_private(
             model, samples(), Privacy(delta=0.01, max_grad_norm=1.0, noise_multiplier=1.0)
@@ -175,10 +175,10 @@ def sharded(folder: Path) -> dict[str, Any]:
         lambda: torch.func.vjp(lambda d: torch.func.functional_call(model, d, x), few)
     )
     found["refused: input"] = refusal(lambda: model(x.requires_grad_()))
-    found["refused: nothing frozen"] = refusal(lambda: shard_anchor(tangent("")))
+    found["refused: nothing frozen"] = refusal(lambda: fsdp_anchor(tangent("")))
     model = tangent(LATE)
-    shard_anchor(model)
-    found["sharded, cached"] = fitted(model, cache=True)
+    fsdp_anchor(model)
+    found["fsdp, cached"] = fitted(model, cache=True)
     return found
 
 
@@ -217,7 +217,7 @@ def refusals(rank: int) -> dict[str, str]:
     found["anchor"] = refusal(lambda: fit(linearize(other, MIXED), data, **quiet))
     other.requires_grad_(False)
     other.get_parameter("head.bias").requires_grad_()
-    found["sharded apart"] = refusal(lambda: shard_anchor(linearize(other, MIXED)))
+    found["fsdp apart"] = refusal(lambda: fsdp_anchor(linearize(other, MIXED)))
     found["probe"] = refusal(lambda: fit_head(other, data, progress=False))
     found["frozen"] = refusal(lambda: fit(other, data, **quiet))
     parallel = DistributedDataParallel(model)
@@ -228,7 +228,7 @@ def refusals(rank: int) -> dict[str, str]:
 
 
 def work(rank: int, folder: Path) -> dict[str, Any]:
-    found = fits(rank, folder / "cache") | sharded(folder)
+    found = fits(rank, folder / "cache") | under_fsdp(folder)
     found |= {"own loop": own_loop(rank, False), "own loop, checkpointing": own_loop(rank, True)}
     return found | refusals(rank)
 
@@ -255,11 +255,11 @@ FITS = {
     "plain": MIXED,
     "accumulate": MIXED,
     "checkpointing": MIXED,
-    "sharded": MIXED,
-    "sharded, checkpointing": MIXED,
+    "fsdp": MIXED,
+    "fsdp, checkpointing": MIXED,
     "late": LATE,
     "cached": LATE,
-    "sharded, cached": LATE,
+    "fsdp, cached": LATE,
 }
 
 
@@ -329,10 +329,10 @@ def test_a_loop_of_ones_own_with_ddp(name, both):
         assert_near(process[name], deltas)
 
 
-# A sharded anchor
+# An anchor under FSDP
 
 
-@pytest.mark.parametrize("name", ["sharded", "sharded, checkpointing"])
+@pytest.mark.parametrize("name", ["fsdp", "fsdp, checkpointing"])
 def test_each_process_keeps_half_of_what_is_frozen(name, both):
     blocks = vit().get_submodule("blocks").named_parameters(prefix="blocks")
     sizes = {n: p.numel() for n, p in blocks}
@@ -342,14 +342,14 @@ def test_each_process_keeps_half_of_what_is_frozen(name, both):
     assert max(locals_) - min(locals_) == 0  # first dimensions are even
 
 
-def test_a_sharded_anchor_is_still_the_same_model(both):
-    deltas = {n.removeprefix("delta."): d for n, d in both[0]["sharded, checkpointing"][0].items()}
+def test_an_anchor_under_fsdp_is_still_the_same_model(both):
+    deltas = {n.removeprefix("delta."): d for n, d in both[0]["fsdp, checkpointing"][0].items()}
     weights = {n: vit().double().get_parameter(n).detach() for n in deltas}
     x = samples().tensors[0]
     primal, shift = torch.func.jvp(oracle(vit())(x), (weights,), (deltas,))
     for process in both:
-        assert torch.allclose(process["sharded: predict"], primal + shift, rtol=0, atol=1e-11)
-        assert process["sharded: delta"] == fingerprint(vit().double().state_dict())
+        assert torch.allclose(process["fsdp: predict"], primal + shift, rtol=0, atol=1e-11)
+        assert process["fsdp: delta"] == fingerprint(vit().double().state_dict())
 
 
 # What is refused, by both processes
@@ -362,14 +362,14 @@ REFUSED = {
     "length": r"ArgumentError: .* given different data",
     "options": r"ArgumentError: .* given different lr, seed:",
     "anchor": r"ArgumentError: .* given different model:",
-    "sharded apart": r"ArgumentError: .* given different tangent:",
+    "fsdp apart": r"ArgumentError: .* given different tangent:",
     "probe": r"ArgumentError: .* given different model:",
     "frozen": r"ArgumentError: .* given different model:",
     "parallel": r"UnsupportedError: .*pass model\.module",
     "batch norm": r"UnsupportedError: 1 is a batch norm that normalises by the batch",
-    "sharded twice": r"UnsupportedError: the anchor is sharded already",
-    "sharded cast": r"UnsupportedError: the anchor is sharded, and stays as it is",
-    "private": r"UnsupportedError: the anchor is sharded, and every process",
+    "fsdp twice": r"UnsupportedError: the anchor is under FSDP already",
+    "fsdp cast": r"UnsupportedError: the anchor is under FSDP, and stays as it is",
+    "private": r"UnsupportedError: the anchor is under FSDP, and every process",
     "transform": r"UnsupportedError: torch\.compile, or a transform",
     "input": r"UnsupportedError: a derivative by the input",
     "nothing frozen": r"UnsupportedError: .* no frozen parameter in a block",
@@ -382,8 +382,8 @@ def test_refuses_in_a_group(name, message, both):
         assert re.match(message, process[f"refused: {name}"]), process[f"refused: {name}"]
 
 
-def test_sharding_needs_a_group_and_a_tangent_model():
+def test_fsdp_needs_a_group_and_a_tangent_model():
     with pytest.raises(ArgumentError, match="no group of processes"):
-        shard_anchor(tangent())
+        fsdp_anchor(tangent())
     with pytest.raises(ArgumentError, match="must be a LinearizedModel, got a VisionTransformer"):
-        shard_anchor(vit())
+        fsdp_anchor(vit())

@@ -1,4 +1,4 @@
-"""The adjoints of one tile of scores, which every backward kernel is made of."""
+"""The adjoints of one tile of scores, shared by the backward kernels."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ from tangent_kernels.attention._tiles import LOG2_E, kept, load_mask, masked
 def adjoints(
     scores,  # Q Kᵀ; the tiles may be transposed, keys by queries
     grad_p,  # A = H Vᵀ
-    scores_t,  # Q_t Kᵀ + Q K_tᵀ, or None where S_t is zero or not asked for
+    scores_t,  # Q_t Kᵀ + Q K_tᵀ, or None where S_t is zero or not needed
     grad_p_t,  # B = G Vᵀ + H V_tᵀ; None without SECOND
     lse2,  # lse in units of log2; this and the next three broadcast along the keys
     mu,  # Σ P S_t, or None where S_t is zero
@@ -34,7 +34,7 @@ def adjoints(
         grad_S_t = P∘(A - δ)        A = H Vᵀ
         grad_S = P∘(B - ε + (A - δ)∘(S_t - μ))        B = G Vᵀ + H V_tᵀ        P_t = P∘(S_t - μ)
 
-    Without SECOND, P_t and grad_S are P and grad_S_t, of no meaning.
+    Without SECOND, P_t and grad_S have no meaning.
     """
     scores = scores * (scale * LOG2_E)
     scores = masked(scores, rows, cols, queries, keys, mask, BOOLEAN, CAUSAL, EDGE)

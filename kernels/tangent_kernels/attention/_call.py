@@ -1,4 +1,4 @@
-"""The operands of one attention call, checked: what every launcher of it starts from."""
+"""The checked operands and options of an attention call, for its launchers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Call:
         key: (B, G, M, D), same dtype; G divides H.
         value: (B, G, M, Dv), same dtype; Dv likewise a multiple of 8 from 8 to 256.
         mask: boolean (True: attend) or additive, (B or 1, H or 1, N or 1, M or 1), or None.
-        seed: int64 (B,), for dropout: one for each batch element; or None.
+        seed: int64 (B,), one dropout seed per batch element; or None.
         scale: factor of the scores.
         dropout_p: probability of dropping an attention weight; 0 without ``seed``.
         is_causal: query i attends to keys 0 to i only.
         target: compute capability to choose tiles for; None for that of the tensors' device.
 
     Raises:
-        ValueError: an operand has a shape, dtype or device that the kernels do not take.
+        ValueError: an operand has a shape, dtype or device that the kernels do not support.
     """
 
     query: Tensor
@@ -56,11 +56,11 @@ class Call:
 
     @property
     def shared(self) -> int:
-        """Query heads for each key head."""
+        """Query heads per key head."""
         return self.query.shape[1] // max(self.key.shape[1], 1)
 
     def arguments(self) -> dict[str, Any]:
-        """What every attention kernel takes."""
+        """The arguments of every attention kernel."""
         batch, heads, queries, _ = self.query.shape
         mask, mask_strides = self.mask_operand(self.mask)
         return {
@@ -86,8 +86,8 @@ class Call:
     def mask_operand(self, mask: Tensor | None) -> tuple[Any, tuple[int, ...]]:
         """(pointer, column stride) and strides over tangents, batch, heads and rows.
 
-        A broadcast axis has stride 0: nothing is expanded in memory. Kernels take these strides as
-        arguments of their own: Triton specialises on what is inside a tuple, and they depend on N.
+        A broadcast axis has stride 0, without a copy. Kernels take these strides as separate
+        arguments: Triton specialises on the content of a tuple, and the strides depend on N.
         """
         if mask is None:
             return None, (0, 0, 0, 0)
@@ -105,7 +105,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Tangents:
-    """R tangents of a call's operands; see :class:`Call` for the shapes behind R.
+    """R tangents of a call's operands, (R, ...) for the shapes in :class:`Call`.
 
     Raises:
         ValueError: a tangent differs from its operand in shape, dtype or device, or in R.
@@ -148,7 +148,7 @@ class Tangents:
 
 
 def check_call(call: Call) -> None:
-    """Raise a ValueError that names what is wrong, before anything is launched."""
+    """Raise ValueError if the kernels do not support the call."""
     query = call.query
     for name, tensor in (("query", query), ("key", call.key), ("value", call.value)):
         if tensor.ndim != 4:
@@ -194,7 +194,7 @@ def check_call(call: Call) -> None:
 
 
 def check_tangents(tangents: Tangents) -> None:
-    """Raise a ValueError if a tangent does not belong to its operand."""
+    """Raise ValueError if a tangent does not fit its operand."""
     call = tangents.call
     for name in ("query", "key", "value", "mask"):
         tangent, tensor = getattr(tangents, f"{name}_t"), getattr(call, name)
@@ -206,7 +206,7 @@ def check_tangents(tangents: Tangents) -> None:
 
 
 def check_rows(name: str, rows: Tensor, of_name: str, of: Tensor, count: int | None = None) -> None:
-    """Raise a ValueError unless ``rows`` is (R, ...) of another tensor."""
+    """Raise ValueError unless ``rows`` is (R, *shape) for the tensor ``of``."""
     count = rows.shape[0] if count is None and rows.ndim else count
     if tuple(rows.shape) != (count, *of.shape) or rows.dtype != of.dtype:
         raise ValueError(

@@ -1,8 +1,7 @@
 """Device functions shared by the attention kernels.
 
-An operand is a tuple (pointer, strides over tangents, batch, heads and rows, 0 or None): see
-_launch.operand; or None where a tensor is absent. None is known when a kernel is compiled, and so
-costs nothing.
+An operand is a tuple (pointer, strides over tangents, batch, heads and rows, 0 or None), as from
+_launch.operand, or None for an absent tensor. None is a compile-time constant and costs nothing.
 """
 
 import triton
@@ -32,8 +31,8 @@ def at(operand, r, b, h):
     else:
         _, r_stride, b_stride, h_stride, row_stride, in_eights = operand
         if in_eights is not None:
-            # Triton itself sees multiples of 16 only, and then copies 16 bytes at a time: heads of
-            # 72 would be copied by the element.
+            # Triton detects only multiples of 16 itself, and then copies 16 bytes at a time. It
+            # would copy heads of 72 one element at a time.
             r_stride = r_stride // 8 * 8
             b_stride = b_stride // 8 * 8
             h_stride = h_stride // 8 * 8
@@ -56,7 +55,7 @@ def mask_at(mask, strides, r, b, h):
 def dropout_at(seed, b, head, dropout_p):
     """What :func:`kept` needs: the batch element's seed, the head, and the probability."""
     dropout = None
-    if seed is not None:  # a statement: Triton 3.6 has no such expression
+    if seed is not None:  # Triton 3.6 has no such conditional expression
         dropout = (tl.load(seed[0] + b * seed[1]), head.to(tl.int32), dropout_p)
     return dropout
 
@@ -71,9 +70,9 @@ def load_rows(
     DIM_PAD: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Rows ``first .. first + ROWS`` as a (ROWS, DIM_PAD) tile; outside the tensor it is 0.
+    """Rows ``first .. first + ROWS`` as a (ROWS, DIM_PAD) tile, 0 outside the tensor.
 
-    EDGE says that the tile may reach past the last row.
+    With EDGE the tile may reach past the last row.
     """
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, DIM_PAD)
@@ -154,7 +153,7 @@ def masked(
     CAUSAL: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """Scores with the additive mask on them, and -inf where a query may not attend."""
+    """Scores plus the additive mask, with -inf where a query may not attend."""
     if mask is not None:
         if BOOLEAN:
             allowed = load_mask(mask, rows, cols, queries, keys, 0)
@@ -173,9 +172,19 @@ def masked(
 def kept(dropout, rows, cols):
     """1 / (1 - p) where dropout keeps an attention weight, 0 where it drops it.
 
-    Philox counts by head, query and key, so every kernel draws the same, however tiled.
+    Philox counts by head, query and key, so all kernels draw the same numbers for any tiles.
     """
     seed, head, p = dropout
     rows, cols = tl.broadcast(rows, cols)
     bits, _, _, _ = tl.philox(seed, cols, rows, head + rows * 0, rows * 0)
     return tl.where(tl.uint_to_uniform_float(bits) >= p, 1.0 / (1.0 - p), 0.0)
+
+
+@triton.jit
+def zero_sums(wanted, ROWS: tl.constexpr, DIM_PAD: tl.constexpr):
+    """Zeros to add to; a single one where the gradient is not needed."""
+    if wanted is None:
+        zeros = tl.zeros([1, 1], tl.float32)
+    else:
+        zeros = tl.zeros([ROWS, DIM_PAD], tl.float32)
+    return zeros

@@ -1,4 +1,4 @@
-"""Gradients by query, key and value: first order, and through value and tangent together.
+"""Backward kernel by the query, and the formulas of all backward kernels.
 
 With cotangents G of O and H of O_t (see kernels/README.md):
 
@@ -8,8 +8,8 @@ With cotangents G of O and H of O_t (see kernels/README.md):
     grad_K_t = s grad_S_tᵀ Q              grad_K = s (grad_Sᵀ Q + grad_S_tᵀ Q_t)
     grad_V_t = Pᵀ H                       grad_V = Pᵀ G + P_tᵀ H
 
-The left column is the ordinary flash backward of O with H for its cotangent, because O_t is linear
-in the tangents. So "first order" means: only the left column, of any cotangent, for any output.
+The left column is the ordinary flash backward of O with cotangent H, because O_t is linear in the
+tangents. "First order" means the left column alone, for any output and its cotangent.
 """
 
 from __future__ import annotations
@@ -23,26 +23,16 @@ from tangent_kernels.attention._tiles import (
     at,
     dot,
     dropout_at,
-    load_numbers,
     load_rows,
     mask_at,
     store_rows,
+    zero_sums,
 )
 
 UNSPECIALIZED = [
     "mask_b", "mask_h", "mask_row", "mask_t_r", "mask_t_b", "mask_t_h", "mask_t_row",
     "first_tangent", "batch", "heads", "shared", "queries", "keys",
 ]  # fmt: skip
-
-
-@triton.jit
-def _sums(wanted, ROWS: tl.constexpr, DIM_PAD: tl.constexpr):
-    """Zeros to add to; where the gradient is not wanted, as few as a loop can carry."""
-    if wanted is None:
-        zeros = tl.zeros([1, 1], tl.float32)
-    else:
-        zeros = tl.zeros([ROWS, DIM_PAD], tl.float32)
-    return zeros
 
 
 @triton.jit
@@ -219,8 +209,8 @@ def grad_query_kernel(
         v_rows = at(v, 0, b, key_head)
         mask_part = mask_at(mask, mask_strides, 0, b, head)
         dropout = dropout_at(seed, b, head, dropout_p)
-        acc = _sums(grad_q, ROWS, DIM_PAD)
-        acc_t = _sums(grad_q_t, ROWS, DIM_PAD)
+        acc = zero_sums(grad_q, ROWS, DIM_PAD)
+        acc_t = zero_sums(grad_q_t, ROWS, DIM_PAD)
         whole = (keys // COLS) * COLS  # keys in tiles that need no index checks
         stop = keys
         if CAUSAL:
@@ -248,243 +238,3 @@ def grad_query_kernel(
         if grad_q_t is not None:
             target = at(grad_q_t, r, b, head)
             store_rows(target, first_row, queries, acc_t * scale, ROWS, DIM, DIM_PAD)
-
-
-@triton.jit
-def _grad_key_value_tile(
-    first,  # index of the first query of this tile
-    head,  # of the queries
-    r,  # tangent
-    b,  # batch element
-    k,  # (COLS, DIM_PAD)
-    k_t,
-    v,  # (COLS, DV_PAD)
-    v_t,
-    acc_k,  # (COLS, DIM_PAD), for grad_K if NEED_K, likewise below
-    acc_k_t,
-    acc_v,  # (COLS, DV_PAD)
-    acc_v_t,
-    q,  # operands
-    q_t,
-    g,
-    h,
-    lse,
-    mu,
-    delta,
-    epsilon,
-    mask,
-    mask_strides,
-    mask_t,
-    mask_t_strides,
-    seed,
-    cols,  # (COLS,)
-    batch,
-    heads,
-    queries,
-    keys,
-    scale,
-    dropout_p,
-    SECOND: tl.constexpr,
-    NEED_K: tl.constexpr,
-    NEED_K_T: tl.constexpr,
-    NEED_V: tl.constexpr,
-    NEED_V_T: tl.constexpr,
-    BOOLEAN: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    DV: tl.constexpr,
-    DV_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    EDGE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Add one tile of ROWS queries to the sums; tiles of scores here are (COLS, ROWS)."""
-    rows = first + tl.arange(0, ROWS)
-    row_base = (b * heads + head) * queries
-    tangent_base = r * batch * heads * queries + row_base
-    q_tile = load_rows(at(q, 0, b, head), first, queries, ROWS, DIM, DIM_PAD, EDGE)
-    h_tile = load_rows(at(h, r, b, head), first, queries, ROWS, DV, DV_PAD, EDGE)
-    if SECOND:
-        if q_t is not None:
-            q_t_tile = load_rows(at(q_t, r, b, head), first, queries, ROWS, DIM, DIM_PAD, EDGE)
-        if g is not None:
-            g_tile = load_rows(at(g, 0, b, head), first, queries, ROWS, DV, DV_PAD, EDGE)
-    scores = dot(k, q_tile.T, None, PRECISION)
-    grad_p = dot(v, h_tile.T, None, PRECISION)
-    # P of rows past the end is 0.
-    lse2 = load_numbers(lse + row_base, first, queries, float("inf"), ROWS, EDGE)[None, :] * LOG2_E
-    delta_tile = load_numbers(delta + tangent_base, first, queries, 0.0, ROWS, EDGE)[None, :]
-    scores_t = None
-    grad_p_t = None
-    mu_tile = None
-    epsilon_tile = None
-    mask_t_part = None
-    if SECOND:
-        grad_p_t = tl.zeros(scores.shape, tl.float32)
-        if g is not None:
-            grad_p_t = dot(v, g_tile.T, grad_p_t, PRECISION)
-        if v_t is not None:
-            grad_p_t = dot(v_t, h_tile.T, grad_p_t, PRECISION)
-        scores_t = tl.zeros(scores.shape, tl.float32)
-        if k_t is not None:
-            scores_t = dot(k_t, q_tile.T, scores_t, PRECISION)
-        if q_t is not None:
-            scores_t = dot(k, q_t_tile.T, scores_t, PRECISION)
-        epsilon_base = epsilon + tangent_base
-        epsilon_tile = load_numbers(epsilon_base, first, queries, 0.0, ROWS, EDGE)[None, :]
-        if mu is not None:
-            mu_base = mu + tangent_base
-            mu_tile = load_numbers(mu_base, first, queries, 0.0, ROWS, EDGE)[None, :]
-        mask_t_part = mask_at(mask_t, mask_t_strides, r, b, head)
-    mask_part = mask_at(mask, mask_strides, 0, b, head)
-    dropout = dropout_at(seed, b, head, dropout_p)
-    p, p_t, grad_s_t, grad_s = adjoints(
-        scores, grad_p, scores_t, grad_p_t, lse2, mu_tile, delta_tile, epsilon_tile,
-        mask_part, mask_t_part, dropout, rows[None, :], cols[:, None], queries, keys, scale,
-        SECOND, BOOLEAN, CAUSAL, True,
-    )  # fmt: skip
-    if NEED_V_T:
-        acc_v_t = dot(p.to(h_tile.dtype), h_tile, acc_v_t, PRECISION)
-    if NEED_V:
-        if SECOND and g is not None:
-            acc_v = dot(p.to(h_tile.dtype), g_tile, acc_v, PRECISION)
-        if mu is not None:
-            acc_v = dot(p_t.to(h_tile.dtype), h_tile, acc_v, PRECISION)
-    grad_s_t = grad_s_t.to(q_tile.dtype)
-    if NEED_K_T:
-        acc_k_t = dot(grad_s_t, q_tile, acc_k_t, PRECISION)
-    if NEED_K:
-        acc_k = dot(grad_s.to(q_tile.dtype), q_tile, acc_k, PRECISION)
-        if SECOND and q_t is not None:
-            acc_k = dot(grad_s_t, q_t_tile, acc_k, PRECISION)
-    return acc_k, acc_k_t, acc_v, acc_v_t
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def grad_key_value_kernel(
-    q,  # see grad_query_kernel for the operands
-    k,
-    v,
-    mask,
-    mask_b,
-    mask_h,
-    mask_row,
-    q_t,
-    k_t,
-    v_t,
-    mask_t,
-    mask_t_r,
-    mask_t_b,
-    mask_t_h,
-    mask_t_row,
-    seed,
-    lse,
-    mu,
-    g,
-    h,
-    delta,  # (R, B, H, N) float32, written by grad_query_kernel
-    epsilon,
-    grad_k,  # operand (R, B, H / shared, M, D) or None: written if needed
-    grad_k_t,
-    grad_v,  # operand (R, B, H / shared, M, DV) or None
-    grad_v_t,
-    first_tangent,
-    batch,
-    heads,
-    shared,
-    queries,
-    keys,
-    scale,
-    dropout_p,
-    SECOND: tl.constexpr,
-    BOOLEAN: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    DV: tl.constexpr,
-    DV_PAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One program computes the gradients of COLS keys and values of one key head.
-
-    It sums over the query heads that share that head, one after the other: no atomics, so that
-    the result is the same bits in every run.
-    """
-    mask_strides = (0, mask_b, mask_h, mask_row)
-    mask_t_strides = (mask_t_r, mask_t_b, mask_t_h, mask_t_row)
-    col_tiles = tl.cdiv(keys, COLS)
-    first_col = (tl.program_id(0) % col_tiles) * COLS
-    batch_key_head = tl.program_id(0) // col_tiles
-    key_heads = heads // shared
-    r = (first_tangent + tl.program_id(1)).to(tl.int64)
-    b = (batch_key_head // key_heads).to(tl.int64)
-    key_head = (batch_key_head % key_heads).to(tl.int64)
-    cols = first_col + tl.arange(0, COLS)
-
-    k_tile = load_rows(at(k, 0, b, key_head), first_col, keys, COLS, DIM, DIM_PAD, True)
-    v_tile = load_rows(at(v, 0, b, key_head), first_col, keys, COLS, DV, DV_PAD, True)
-    k_t_tile = None
-    v_t_tile = None
-    if SECOND:
-        if k_t is not None:
-            k_t_rows = at(k_t, r, b, key_head)
-            k_t_tile = load_rows(k_t_rows, first_col, keys, COLS, DIM, DIM_PAD, True)
-        if v_t is not None:
-            v_t_rows = at(v_t, r, b, key_head)
-            v_t_tile = load_rows(v_t_rows, first_col, keys, COLS, DV, DV_PAD, True)
-    acc_k = _sums(grad_k, COLS, DIM_PAD)
-    acc_k_t = _sums(grad_k_t, COLS, DIM_PAD)
-    acc_v = _sums(grad_v, COLS, DV_PAD)
-    acc_v_t = _sums(grad_v_t, COLS, DV_PAD)
-
-    # Queries [whole, whole_stop) are in tiles that need no index checks. Under a causal mask
-    # those before `low` see none of the keys, and `crossed` tiles see a part of them.
-    low = 0
-    whole = 0
-    whole_stop = (queries // ROWS) * ROWS
-    if CAUSAL:
-        low = (first_col // ROWS) * ROWS
-        whole = tl.cdiv(first_col + COLS - 1, ROWS) * ROWS
-        whole_stop = tl.maximum(whole_stop, low)
-        whole = tl.minimum(whole, whole_stop)
-    unchecked = (whole_stop - whole) // ROWS
-    crossed = (whole - low) // ROWS
-    checked = crossed + tl.cdiv(tl.maximum(queries - whole_stop, 0), ROWS)
-    # One loop over the tiles of all query heads: in nested loops Triton would keep the addresses
-    # of every tile in registers. The divisors are never 0, not even for a loop that is not run.
-    for i in range(0, shared * unchecked):
-        head = key_head * shared + i // tl.maximum(unchecked, 1)
-        first = whole + i % tl.maximum(unchecked, 1) * ROWS
-        acc_k, acc_k_t, acc_v, acc_v_t = _grad_key_value_tile(
-            first, head, r, b, k_tile, k_t_tile, v_tile, v_t_tile,
-            acc_k, acc_k_t, acc_v, acc_v_t, q, q_t, g, h, lse, mu, delta, epsilon,
-            mask, mask_strides, mask_t, mask_t_strides, seed, cols, batch, heads, queries, keys,
-            scale, dropout_p, SECOND, grad_k is not None, grad_k_t is not None,
-            grad_v is not None, grad_v_t is not None, BOOLEAN, False,
-            DIM, DIM_PAD, DV, DV_PAD, ROWS, False, PRECISION,
-        )  # fmt: skip
-    for i in range(0, shared * checked):
-        head = key_head * shared + i // tl.maximum(checked, 1)
-        tile = i % tl.maximum(checked, 1)
-        first = tl.where(tile < crossed, low + tile * ROWS, whole_stop + (tile - crossed) * ROWS)
-        acc_k, acc_k_t, acc_v, acc_v_t = _grad_key_value_tile(
-            first, head, r, b, k_tile, k_t_tile, v_tile, v_t_tile,
-            acc_k, acc_k_t, acc_v, acc_v_t, q, q_t, g, h, lse, mu, delta, epsilon,
-            mask, mask_strides, mask_t, mask_t_strides, seed, cols, batch, heads, queries, keys,
-            scale, dropout_p, SECOND, grad_k is not None, grad_k_t is not None,
-            grad_v is not None, grad_v_t is not None, BOOLEAN, CAUSAL,
-            DIM, DIM_PAD, DV, DV_PAD, ROWS, True, PRECISION,
-        )  # fmt: skip
-    if grad_k is not None:
-        target = at(grad_k, r, b, key_head)
-        store_rows(target, first_col, keys, acc_k * scale, COLS, DIM, DIM_PAD)
-    if grad_k_t is not None:
-        target = at(grad_k_t, r, b, key_head)
-        store_rows(target, first_col, keys, acc_k_t * scale, COLS, DIM, DIM_PAD)
-    if grad_v is not None:
-        store_rows(at(grad_v, r, b, key_head), first_col, keys, acc_v, COLS, DV, DV_PAD)
-    if grad_v_t is not None:
-        store_rows(at(grad_v_t, r, b, key_head), first_col, keys, acc_v_t, COLS, DV, DV_PAD)

@@ -1,6 +1,6 @@
-"""Tile sizes by architecture, dtype, head dimension and direction, from a table checked in as data.
+"""Chooses tile sizes by architecture, dtype, head dimension and direction, from configs.json.
 
-Nothing is tuned at import or on a first call. TANGENT_OPS_AUTOTUNE=1 opts into the latter, on CUDA.
+By default nothing is tuned. TANGENT_OPS_AUTOTUNE=1 tunes on first calls, on CUDA.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ DIRECTIONS = (
     "second query", "second key value", "second mask",
 )  # fmt: skip
 
-TRIED = 12  # candidates compiled for a key, by those who tune on a first call
+TRIED = 12  # candidates per key that autotune compiles
 
 
 class Key(NamedTuple):
-    """What a configuration is chosen by; never the number of tokens."""
+    """The key of a configuration; it does not contain the number of tokens."""
 
     direction: str
     arch: int  # of ARCHS
     bits: int  # of the operands: 16 or 32
-    dim: int  # of DIMS: the larger head dimension fits into it
+    dim: int  # of DIMS: the smallest that holds both head dimensions
 
 
 _tuned: dict[Key, Config] = {}  # by TANGENT_OPS_AUTOTUNE=1, or by `using`
@@ -59,10 +59,10 @@ def table() -> dict[Key, Config]:
 
 
 def configure(direction: str, call: Call, tangents: int = 0) -> tuple[Config, int]:
-    """The configuration of a kernel, and how many of ``tangents`` one program takes.
+    """The configuration of a kernel, and the number of ``tangents`` that one program computes.
 
-    "forward" becomes "forward x4", "x2" or "x1", the most tangents that fit into registers. A
-    mask takes those of larger tiles, and it or dropout those of a second tangent.
+    "forward" becomes "forward x4", "x2" or "x1", the most tangents that fit into registers. With a
+    mask or dropout a program computes one tangent, and with a mask the tiles are smaller.
     """
     if direction != "forward":
         return _lookup(key_of(direction, call)), 0
@@ -76,16 +76,16 @@ def configure(direction: str, call: Call, tangents: int = 0) -> tuple[Config, in
 
 
 def key_of(direction: str, call: Call) -> Key:
-    """What the tiles of this call's kernel are chosen by."""
+    """The key of a call's kernel."""
     bits = 8 * call.query.element_size()
     dim = dim_class(call.query.shape[-1], call.value.shape[-1])
     return Key(direction, family(call.arch, bits), bits, dim)
 
 
 def family(arch: int, bits: int = 16) -> int:
-    """The architecture whose tiles serve this one: its matrix units, and no more shared memory.
+    """The architecture in the table whose tiles fit: same matrix units, no more shared memory.
 
-    Those of float32 fill the registers of any, and are as small everywhere.
+    float32 tiles are limited by registers, and the same for all architectures.
     """
     return {90: 90, 100: 100, 103: 100}.get(arch, 80) if bits == 16 else 80
 
@@ -101,7 +101,7 @@ def _lookup(key: Key) -> Config:
 
 @contextlib.contextmanager
 def using(key: Key, config: Config) -> Iterator[None]:
-    """Within this context calls of ``key`` take ``config``."""
+    """Context in which calls with ``key`` use ``config``."""
     before = _tuned.get(key)
     _tuned[key] = config
     try:
@@ -131,17 +131,17 @@ def candidates(key: Key) -> list[Config]:
 
 
 def cost(key: Key, config: Config, blocks: float, wide: bool) -> float:
-    """A guess at the time per score, to rank configurations that no GPU has timed.
+    """Estimate the time per score, to rank configurations without a GPU.
 
-    A tile that is owned is read once and the other operand again for each of them, so wide is
-    good. Blocks that share a multiprocessor hide each other's waiting, and so does, a little,
-    loading ahead. The matrix units of sm_90 and sm_100 are worth their larger tiles.
+    A program reads its own tile once, and the other operand once per tile, so larger tiles read
+    less. Blocks that share a multiprocessor hide each other's latency; loading ahead hides a
+    little. The matrix units of sm_90 and sm_100 need larger tiles.
 
     Args:
-        key: what the configuration is for.
+        key: key of the configuration.
         config: the configuration.
-        blocks: how many fit onto a multiprocessor.
-        wide: whether the kernel has the instructions of sm_90's or sm_100's matrix units.
+        blocks: blocks that fit onto a multiprocessor.
+        wide: whether the kernel uses the matrix instructions of sm_90 or sm_100.
     """
     owned, walked = config.rows, config.cols
     if key.direction.endswith("key value"):
@@ -154,7 +154,7 @@ def cost(key: Key, config: Config, blocks: float, wide: bool) -> float:
 
 
 def _least_registers(key: Key, owned: int, walked: int, warps: int) -> float:
-    """What the sums and the tiles of scores take per thread."""
+    """Registers per thread for the sums and the tiles of scores."""
     order, _, rest = key.direction.partition(" ")
     if order == "forward":
         sums, scores = 1 + {"x2": 2, "x4": 4}.get(rest, 1), 3
@@ -183,14 +183,14 @@ def autotune(call: Call, directions: Iterable[str], run: Callable[[], object]) -
         default = table()[key]
         times = {}
         for config in dict.fromkeys([default, *candidates(key)[:TRIED]]):
-            # A candidate may need more than the GPU has.
+            # A candidate may need more resources than the GPU has.
             with using(key, config), contextlib.suppress(TritonError, RuntimeError):
                 times[config] = _milliseconds(run)
         _tuned[key] = min(times, key=times.__getitem__, default=default)
 
 
 def forward_directions(call: Call, tangents: int) -> list[str]:
-    """The directions that a forward pass with that many tangents takes its tiles from."""
+    """The directions whose tiles a forward pass with that many tangents uses."""
     if call.mask is not None:
         return ["forward masked"]
     found = []

@@ -1,13 +1,13 @@
-"""Attention and its tangents in one online-softmax pass.
+"""Forward kernel: attention and its tangents in one online-softmax pass.
 
-For each row i, over key tiles j, these share one rescaling by the running maximum:
+For each row i, over key tiles j, these sums share one rescaling by the running maximum:
 
     l = Σ p        acc = Σ p v        acc_t = Σ p (S_t - μ) v + p v_t        p = exp(S - max S)
 
     O = acc / l        O_t = acc_t / l        lse = max S + log l        μ = Σ p S_t / l
 
-μ is the running mean of S_t: when a tile moves it by Δ, acc_t loses Δ acc. So what is rounded to
-16 bit before a product is p (S_t - μ), whose large parts have cancelled already.
+μ is the running mean of S_t: when a tile changes it by Δ, Δ acc is subtracted from acc_t. So the
+factor that is rounded to 16 bit before a product is p (S_t - μ), after its large parts cancelled.
 
 R tangents of one primal share its loads, scores and softmax: 2 + 4R products per tile, not 6R.
 """
@@ -78,7 +78,7 @@ def _accumulate(
 
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     origin = new_max
-    if mask is not None:  # a row that is masked so far: -inf - -inf would be NaN
+    if mask is not None:  # a row masked so far: -inf - -inf would be NaN
         origin = tl.where(new_max == float("-inf"), 0.0, new_max)
     p = tl.exp2(scores - origin[:, None])
     decay = tl.exp2(row_max - origin)
@@ -151,7 +151,7 @@ def attention_jvp_kernel(
     seed,  # (pointer to int64 (B,), stride), or None without dropout
     o,  # operand (B, H, N, DV), or None where another launch writes it
     o_t,  # operand (R, B, H, N, DV), or None without tangents
-    lse,  # (B, H, N) float32, natural logarithm; +inf for a row that is masked whole; or None
+    lse,  # (B, H, N) float32, natural logarithm; +inf for a fully masked row; or None
     mu,  # (R, B, H, N) float32, or None
     first_tangent,  # of this launch
     batch,
@@ -239,7 +239,7 @@ def attention_jvp_kernel(
         )  # fmt: skip
 
     total = row_sum
-    if mask is not None:  # a row that is masked whole is 0
+    if mask is not None:  # a fully masked row is 0
         total = tl.where(row_sum > 0.0, row_sum, 1.0)
     inverse = 1.0 / total
     if o is not None:
@@ -276,8 +276,8 @@ def attention_jvp(
 
     Returns:
         Output (B, H, N, Dv); its tangents (R, B, H, N, Dv), R = 0 without any; the log-sum-exp of
-        the scores (B, H, N), and μ (R, B, H, N), both in float32; without a tangent of the scores
-        μ has no rows.
+        the scores (B, H, N), and μ (R, B, H, N), both float32; μ has R = 0 if the scores have no
+        tangent.
     """
 
     def run() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Launches of the backward kernels."""
+"""Plans and runs launches of the backward kernels."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from tangent_kernels._launch import (
     unit_last_stride,
 )
 from tangent_kernels.attention._call import Call, Tangents, check_rows
-from tangent_kernels.attention.backward import grad_key_value_kernel, grad_query_kernel
+from tangent_kernels.attention.backward import grad_query_kernel
 from tangent_kernels.attention.configs import autotune, configure
+from tangent_kernels.attention.key_value import grad_key_value_kernel
 from tangent_kernels.attention.mask import grad_mask_kernel
 
 Needs = Sequence[bool]  # of query, key, value, mask
 
 
 class Gradients(NamedTuple):
-    """By query, key, value and mask, or by their tangents; None where not needed."""
+    """Gradients by query, key, value and mask, or by their tangents; None where not needed."""
 
     query: Tensor | None
     key: Tensor | None
@@ -41,7 +42,7 @@ NONE = Gradients(None, None, None, None)
 def attention_vjp(
     call: Call, output: Tensor, lse: Tensor, grad_output: Tensor, needs: Needs
 ) -> Gradients:
-    """First order: gradients of R outputs by the operands, or of R tangents by their tangents.
+    """First order: gradients of R outputs by the operands, or of R tangents by the tangents.
 
     Args:
         call: the primal operands and options.
@@ -84,7 +85,7 @@ def attention_second_vjp(
         grad_output: (B, H, N, Dv), cotangent of the output, or None for zero.
         grad_output_t: (R, B, H, N, Dv), cotangents of its tangents.
         needs: which gradients of the primal operands to compute.
-        needs_t: which of the tangents.
+        needs_t: the same for the tangents.
 
     Returns:
         Gradients of the primal operands, each of its operand's shape; and of the tangents,
@@ -141,7 +142,7 @@ def plan_second_vjp(
     """The results of :func:`attention_second_vjp`, the primal ones yet to be summed over R."""
     check_rows("grad_output_t", grad_output_t, "output", output)
     count = len(grad_output_t)
-    # Summed over R afterwards, and not of rounded terms.
+    # Summed over R afterwards, in float32.
     primal = (
         _empty(call, (count,), needs, call.statistics) if count > 1 else _empty(call, (), needs)
     )
@@ -158,7 +159,7 @@ def plan_second_vjp(
     g = None if grad_output is None else operand(_dense(grad_output))
     first = common | {"g": g, "first_tangent": 0}
     rest = common | {"g": None, "first_tangent": 1}
-    if g is None:  # all tangents alike
+    if g is None:  # one launch for all tangents
         return primal, tangent, _launches(call, "second", count, rows, first, primal, tangent)
     launches = _launches(call, "second", 1, rows, first, primal, tangent)
     if count > 1:
@@ -175,7 +176,7 @@ def _launches(
     primal: Gradients,
     tangent: Gradients,
 ) -> list[Launch]:
-    """The kernels that the needed gradients call for, over ``count`` tangents."""
+    """The launches for the needed gradients of ``count`` tangents."""
     batch, heads, queries, dim = call.query.shape
     keys, dim_v = call.value.shape[2:]
     if call.query.numel() * count == 0:
@@ -215,14 +216,14 @@ def _launches(
 
 
 def _summed(grads: Tensor) -> Tensor:
-    """Sum over R, in the memory order of each."""
+    """Sum over R, in the memory order of one gradient."""
     return torch.sum(grads, 0, out=torch.empty_like(grads[0]))
 
 
 def _empty(
     call: Call, lead: tuple[int, ...], needs: Needs, dtype: torch.dtype | None = None
 ) -> Gradients:
-    """Buffers (*lead, *shape of the operand) to be written; float32 ones for the mask."""
+    """Uninitialised buffers (*lead, *shape of the operand); float32 for the mask."""
     buffers: list[Tensor | None] = [
         empty_heads(*lead, *x.shape, like=x, dtype=dtype) if need else None
         for x, need in zip((call.query, call.key, call.value), needs, strict=False)
@@ -247,7 +248,7 @@ def _rounded(call: Call, gradients: Gradients) -> Gradients:
 
 
 def _directions(order: str, needs: Needs) -> list[str]:
-    """What :func:`_launches` takes tiles from."""
+    """The directions whose tiles :func:`_launches` uses."""
     launched = {"query": True, "key value": needs[1] or needs[2], "mask": needs[3]}
     return [f"{order} {kernel}" for kernel, one in launched.items() if one]
 

@@ -1,9 +1,9 @@
-"""Gradients by an additive mask and its tangent, summed over the axes it is broadcast along.
+"""Backward kernel by an additive mask and its tangent, summed over broadcast axes.
 
     grad_b_t = grad_S_t        grad_b = grad_S        (see backward.py)
 
-One program owns a tile of the mask and walks over everything that tile was broadcast to, so a
-bias shared by a batch needs no (B, H, N, M) buffer and no atomics.
+One program owns a tile of the mask and sums over all scores the tile is broadcast to, so a bias
+shared by a batch needs no (B, H, N, M) buffer and no atomics.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def grad_mask_kernel(
     mask_element = program // (col_tiles * row_tiles * mask_heads)
     r = (first_tangent + tl.program_id(1)).to(tl.int64)
 
-    # What the tile is broadcast to: how many batch elements, heads, and tiles each way.
+    # The numbers of batch elements, heads, and row and column tiles the tile is broadcast to.
     over_batch = 1
     if mask_batch == 1:
         over_batch = batch
@@ -133,7 +133,7 @@ def grad_mask_kernel(
 
     total = tl.zeros([ROWS, COLS], tl.float32)
     total_t = tl.zeros([ROWS, COLS], tl.float32)
-    # One loop over them all: see grad_key_value_kernel.
+    # A single loop, as in grad_key_value_kernel.
     for i in range(0, over_batch * over_heads * over_rows * over_cols):
         first_col = (col_tile + i % over_cols) * COLS
         first_row = (row_tile + i // over_cols % over_rows) * ROWS
@@ -148,7 +148,7 @@ def grad_mask_kernel(
         dropout = dropout_at(seed, b, head, dropout_p)
         rows = first_row + tl.arange(0, ROWS)
         cols = first_col + tl.arange(0, COLS)
-        # Each tile is loaded where it is first multiplied: all at once would spill registers.
+        # Each tile is loaded where it is first used: loading all at once would spill registers.
         q_tile = load_rows(at(q, 0, b, head), first_row, queries, ROWS, DIM, DIM_PAD, True)
         k_tile = load_rows(at(k, 0, b, key_head), first_col, keys, COLS, DIM, DIM_PAD, True)
         scores = dot(q_tile, k_tile.T, None, PRECISION)

@@ -1,1 +1,1 @@
-"""Attention with tangents: PyTorch's signature, the paths behind it, and their derivatives."""
+"""Attention with tangents: the public function, the paths that compute it, their derivatives."""

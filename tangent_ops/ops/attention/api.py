@@ -29,44 +29,43 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention`` that also carries tangents.
 
-    Without a tangent (and without ``backend``) it *is* PyTorch's. With one, inside
-    ``torch.func.jvp`` or ``forward_ad.dual_level()``, output and tangent are computed together:
+    Without a tangent (and without ``backend``) this *is* PyTorch's function. With a tangent, inside
+    ``torch.func.jvp`` or ``forward_ad.dual_level()``, it computes output and tangent together:
 
         S = s Q Kᵀ + b    P = softmax(S)    O = P V
         O_t = (P∘(S_t - μ)) V + P V_t       S_t = s (Q_t Kᵀ + Q K_tᵀ) + b_t    μ = Σ_j P∘S_t
 
-    On CUDA Triton kernels do so in one pass, without an N x M matrix in memory; R tangents of one
-    primal (``vmap`` over tangents, ``jacfwd``) share its scores and softmax. Gradients through
-    value and tangent, and Hessian-vector products both ways, are kernels too. Head dimensions
-    other than multiples of 8 up to 256, float64, jvp of jvp by the primal, and derivatives of
-    third order are computed by eager formulas. docs/nestings.md lists what nests.
+    On CUDA Triton kernels do this in one pass, without an N x M matrix in memory; R tangents of one
+    primal (``vmap`` over tangents, ``jacfwd``) share its scores and softmax. Kernels also compute
+    gradients through value and tangent, and Hessian-vector products in both orders. Eager formulas
+    compute head dimensions other than multiples of 8 up to 256, float64, jvp of jvp by the primal,
+    and derivatives of third order. docs/nestings.md lists the nestings.
 
-    Under autocast the operands are cast to its dtype first, as for PyTorch's.
+    Under autocast the operands are cast to its dtype first, as in PyTorch's function.
 
     Args:
         query: (..., Hq, N, D), floating point, plain or dual; N, D >= 1.
         key: (..., H, M, D), same dtype and device; M >= 1, Dv >= 1.
         value: (..., H, M, Dv), same dtype and device.
         attn_mask: boolean (True: attend) or additive, in float32 or query's dtype, broadcastable
-            to (..., Hq, N, M); an additive one may be dual. A row whose keys are all masked gives
-            0. It is read where it is: a broadcast one is not expanded in memory, nor is its
-            gradient.
-        dropout_p: probability of dropping an attention weight, in [0, 1): the same weights in
-            value and tangent, drawn from PyTorch's generator.
-        is_causal: mask out later keys, aligned top left; excludes ``attn_mask``.
+            to (..., Hq, N, M); an additive mask may be dual. A row whose keys are all masked gives
+            0. Neither a broadcast mask nor its gradient is expanded in memory.
+        dropout_p: probability of dropping an attention weight, in [0, 1). Value and tangent drop
+            the same weights, drawn from PyTorch's generator.
+        is_causal: mask out later keys, aligned top left; not together with ``attn_mask``.
         scale: factor of the scores; 1/√D by default.
         enable_gqa: let Hq be a multiple of H.
-        backend: None chooses by device; "triton" or "reference" insists.
+        backend: "triton", "reference", or None to choose by device.
 
     Returns:
-        (..., Hq, N, Dv) in the inputs' dtype, dual if an input is. From the Triton backend,
-        ``out.transpose(1, 2).reshape(B, N, H * Dv)`` is free.
+        (..., Hq, N, Dv) in the inputs' dtype, dual if an input is dual. For the Triton backend's
+        output ``out.transpose(1, 2).reshape(B, N, H * Dv)`` is a view.
 
     Raises:
-        ArgumentError: shapes, dtypes, devices or options that no backend takes.
-        UnsupportedError: ``backend="triton"`` and the kernels do not compute this call, or with
-            dropout a derivative that only the eager formulas have (a NotImplementedError); or the
-            tensors are on CUDA and Triton is not installed.
+        ArgumentError: shapes, dtypes, devices or options that no backend supports.
+        UnsupportedError: ``backend="triton"`` and the kernels do not compute this call, or do not
+            compute a derivative with dropout; or the tensors are on CUDA and Triton is not
+            installed.
     """
     query, key, value, attn_mask = autocast(query.device.type, query, key, value, attn_mask)
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)

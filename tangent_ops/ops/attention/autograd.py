@@ -1,22 +1,22 @@
 """Attention by the Triton kernels, with derivatives of every kind.
 
-Three maps, each the derivative of another (p: query, key, value, mask; t: R tangents of them):
+Three maps describe it (p: query, key, value, mask; t: R tangents of p):
 
-    jvp(p, t)              O and O_t = DO(p) t              t may be absent: plain attention
+    jvp(p, t)              O and O_t = DO(p) t              plain attention without t
     vjp(p, H)              DO(p)ᵀ H                         linear in H, with transpose jvp
     second_vjp(p, t, G, H) gradients of G·O + H·O_t by p and t
 
-    backward of jvp: second_vjp, or vjp where p or H is out of it
+    backward of jvp: second_vjp, or vjp if p is frozen or H is absent
     backward of vjp by H: jvp; by p, along c: second_vjp(p, c, 0, H), because DO(p)ᵀ H is the
-        gradient of H·O, and c times its derivative that of H·(DO(p) c)
-    jvp of vjp along p': second_vjp(p, p', H', H), the Hessian of H·O being symmetric
+        gradient of H·O, and c times its derivative is the gradient of H·(DO(p) c)
+    jvp of vjp along p': second_vjp(p, p', H', H), because the Hessian of H·O is symmetric
 
-What is left, forward mode over forward mode by p and derivatives of second_vjp, is in
-:mod:`tangent_ops.ops.attention.third_order`.
+:mod:`tangent_ops.ops.attention.third_order` has the rest: forward mode over forward mode by p, and
+derivatives of second_vjp.
 
-Eager autograd is three ``autograd.Function``, because an operator's registered formula is dropped
-in silence by forward mode over forward mode. Under ``torch.compile`` the operators' registered
-formulas are used, because Dynamo does not take a Function with a ``jvp``.
+Eager code uses three ``autograd.Function``, because forward mode over forward mode silently drops
+an operator's registered formula. Code under ``torch.compile`` uses the registered formulas, because
+Dynamo does not support a Function with a ``jvp``.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ def fused_attention(
     enable_gqa: bool,
     unpack: bool,
 ) -> Tensor:
-    """(..., H, N, Dv), dual where an operand is; arguments checked by the caller.
+    """(..., H, N, Dv), dual if an operand is dual; the caller has checked the arguments.
 
-    ``unpack``: compute value and tangent from unpacked operands, in one pass. Otherwise the rule of
-    `_Jvp` carries the tangents. See :func:`tangent_ops.ops.attention.path.decide`.
+    With ``unpack``, one pass computes value and tangent from unpacked operands. Otherwise `_Jvp`'s
+    rule carries the tangents. See :func:`tangent_ops.ops.attention.path.decide`.
     """
     options = (query.shape[-1] ** -0.5 if scale is None else scale, dropout_p, is_causal)
     lead, operands = _with_heads(query, key, value, attn_mask, enable_gqa)
     seed = None
     if dropout_p > 0.0:
-        # One for each batch element: vmap's randomness "same" and "different" then mean that.
+        # One seed per batch element gives vmap's randomness "same" and "different" their meaning.
         size = (lead[:-1].numel(),)
         seed = torch.randint(2**63 - 1, size, dtype=torch.int64, device=query.device)
     apply = ops.attention_jvp if is_compiling() else _Jvp.apply
@@ -77,9 +77,9 @@ def fused_attention(
 
 
 def _refuse_hidden_duals() -> None:
-    """Inputs of a compiled function may be dual without showing it; the operator would not notice.
+    """Raise where tangents of a compiled function's inputs may be hidden from the operator.
 
-    So in torch 2.11; later versions refuse such inputs themselves.
+    Needed for torch 2.11; later versions raise for such inputs themselves.
     """
     inside = is_compiling() and in_forward_ad()
     if inside and eager_transforms.JVP_NESTING == 0:
@@ -96,7 +96,7 @@ def _is_dual(tensor: Optional) -> bool:
 def _with_heads(
     query: Tensor, key: Tensor, value: Tensor, mask: Optional, enable_gqa: bool
 ) -> tuple[torch.Size, tuple[Optional, ...]]:
-    """Operands as (B, H, rows, cols), views where strides allow, and the output's own "...".
+    """The output's leading shape, and operands as (B, H, rows, cols), views where possible.
 
     The mask keeps size 1 where it is broadcast.
     """
@@ -121,7 +121,7 @@ def _with_heads(
         rank = max(len(lead), 2) + 2
         if mask.ndim < rank:
             mask = mask.reshape((1,) * (rank - mask.ndim) + tuple(mask.shape))
-        if rank > 4:  # one axis for all the batch's: expanded unless the mask has none of them
+        if rank > 4:  # merge the batch axes; expand only if the mask varies along one
             outer = lead[:-1] if mask.shape[: rank - 3].numel() > 1 else mask.shape[: rank - 3]
             mask = mask.expand(*outer, *mask.shape[-3:]).flatten(0, rank - 4)
     return leads[0], (*operands, mask)
@@ -131,7 +131,7 @@ def _with_heads(
 
 
 def _save_jvp(ctx, inputs, output, dual=False):
-    """``dual``: whether an operand has a tangent, of an outer forward-mode level."""
+    """``dual``: whether an operand has a tangent of an outer forward-mode level."""
     *operands, scale, dropout_p, is_causal = inputs
     ctx.options = (scale, dropout_p, is_causal)
     ctx.set_materialize_grads(False)
@@ -140,14 +140,13 @@ def _save_jvp(ctx, inputs, output, dual=False):
     ctx.tangents = sum(t is not None for t in tangents)
     moves = dual or any(ctx.needs_input_grad[:4])
     ctx.frozen = any(ctx.needs_input_grad[5:9]) and not moves
-    if ctx.frozen:  # its backward is the anchor's own, which keeps no tangent
+    if ctx.frozen:  # the backward pass is the anchor's own, which needs no tangent
         ctx.save_for_backward(*primals, None, None, None, None, value, None, lse, None)
     else:
         ctx.save_for_backward(*operands, value, tangent, lse, mu)
     constant = [lse, mu]
     if ctx.frozen:
-        # Without this mark autograd would treat the output as depending on the tangents, and the
-        # next layer would compute gradients of its primal operands.
+        # Without this mark autograd would treat the output as depending on the tangents.
         constant.append(value)
     if not ctx.tangents:
         constant.append(tangent)
@@ -187,15 +186,16 @@ def _backward_jvp_compiled(ctx, grad, grad_t, grad_lse, grad_mu):
     return _backward_jvp(ctx, grad, grad_t, ops.attention_vjp, ops.attention_second_vjp)
 
 
-# For compiled code, where forward mode over forward mode is refused: no operand is dual.
+# For compiled code, in which no operand is dual: forward mode over forward mode raises there.
 ops.attention_jvp.register_autograd(_backward_jvp_compiled, setup_context=_save_jvp)
 
 
 def _in_outer_levels(jvp: Callable[..., Any]) -> Callable[..., Any]:
-    """A Function's ``jvp``, also called with the saved tensors, whose results have tangents.
+    """Decorates a Function's ``jvp``: it gets the saved tensors, and its results have tangents.
 
-    PyTorch switches forward mode off within it, at every level: of three nested ones the outer
-    would be lost in silence. The saved tensors are stripped of the tangents of the level at hand.
+    PyTorch switches forward mode off at every level within ``jvp``, so that the tangents of an
+    outer level would silently be lost. The tangents of the current level are removed from the saved
+    tensors.
     """
 
     def wrapped(ctx, *directions):
@@ -234,7 +234,7 @@ class _Jvp(torch.autograd.Function):
         *primals, seed = saved[:5]
         tangents = saved[5:9]
         moves, moves_t = directions[:4], directions[5:9]
-        # PyTorch wants a tensor for every differentiable output, and None for the others.
+        # PyTorch requires a tensor for every differentiable output, and None for the others.
         output_d = None if ctx.frozen else torch.zeros_like(saved[9])
         tangent_d = None
         if any(d is not None for d in moves):

@@ -1,7 +1,7 @@
-"""Attention by eager formulas in a plain dual level, a block of its scores at a time.
+"""Attention by eager formulas in a plain dual level, one block of scores at a time.
 
-Neither pass keeps an N x M matrix for the other, as the fused kernels do not; on a CPU a block
-stays in its cache, and causal attention computes little of what it hides.
+The forward pass saves no N x M matrix, as in the fused kernels. On a CPU a block fits the cache,
+and causal attention skips most hidden scores.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tangent_ops.ops.attention.operators import empty_heads
 from tangent_ops.ops.backend import no_autocast, save_for_tangents
 from tangent_ops.ops.reference.attention_in_place import attention_jvp, attention_vjp
 
-At = tuple[slice, slice, slice]  # of the batch, of the heads, of rows
+At = tuple[slice, slice, slice]  # batch, heads, rows
 
-_CACHED = 2**18  # scores of a block for each thread of a CPU: 1 MiB of float32
-_FEWEST_ROWS = 32  # of a block: fewer make slow products
-_CAUSAL_ROWS = 128  # at most: half of the scores on the diagonal are for nothing
+_CACHED = 2**18  # scores in a block per CPU thread: 1 MiB of float32
+_FEWEST_ROWS = 32  # in a block, since products with fewer rows are slow
+_CAUSAL_ROWS = 128  # most rows in a causal block: half of its diagonal scores are hidden
 
 
 def batch_and_heads_agree(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -34,7 +35,7 @@ class AttentionInParts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, query_t, key_t, value_t, scale, is_causal):
-        output, output_t = (_empty_heads(query, value.shape[-1]) for _ in range(2))
+        output, output_t = (empty_heads(query, *query.shape[:3], value.shape[-1]) for _ in range(2))
         with no_autocast(query.device.type):  # the operands are cast already
             for rows, keys, causal_from in _blocks(query, key, is_causal):
                 primals = _flat(query, rows), _flat(key, keys), _flat(value, keys)
@@ -52,10 +53,10 @@ class AttentionInParts(torch.autograd.Function):
             return (None,) * 8
         query, key, value = ctx.saved_tensors
         needs = ctx.needs_input_grad[3:6]
-        # Keys meet several blocks of rows: their gradients are sums, and rounded once.
+        # Gradients of keys and values are sums over blocks of rows, rounded once.
         sums = torch.promote_types(query.dtype, torch.float32)
         grads = [
-            _empty_heads(x, x.shape[-1], dtype) if need else None
+            empty_heads(x, *x.shape, dtype=dtype) if need else None
             for x, dtype, need in zip((query, key, value), (None, sums, sums), needs, strict=True)
         ]
         if ctx.is_causal:  # not every block sees every key
@@ -76,10 +77,10 @@ class AttentionInParts(torch.autograd.Function):
 
 
 def _blocks(query: Tensor, key: Tensor, is_causal: bool) -> Iterator[tuple[At, At, int | None]]:
-    """Where a block's queries and its keys are, and the first row's position if it is causal.
+    """The slices of each block's queries and keys, and its first row's position if causal.
 
-    A single one where memory is not a CPU's. On a CPU one has work for every thread, and as many
-    heads, rows and images, in this order, as fit the caches.
+    There is one block for devices other than CPUs. On a CPU a block has work for every thread, and
+    as many heads, then rows, then images as fit the caches.
     """
     batch, heads, rows, _ = query.shape
     keys = key.shape[2]
@@ -94,7 +95,7 @@ def _blocks(query: Tensor, key: Tensor, is_causal: bool) -> Iterator[tuple[At, A
         if is_causal:
             tall = min(tall, _CAUSAL_ROWS)
         whole = some == heads and tall == rows
-        # Images are joined by copying them: for small ones only, where calls cost more.
+        # Joining images copies them, which pays only for small ones.
         images = max(1, cached // 4 // (heads * rows * keys)) if whole else 1
     for image, head, row in itertools.product(
         range(0, batch, images), range(0, heads, some), range(0, rows, tall)
@@ -105,7 +106,7 @@ def _blocks(query: Tensor, key: Tensor, is_causal: bool) -> Iterator[tuple[At, A
 
 
 def _flat(tensor: Any, at: At) -> Any:
-    """A block of (B, H, rows, cols) as (B * H, rows, cols), in float32 at least; None is None."""
+    """A block of (B, H, rows, cols) as (B * H, rows, cols), at least float32; None for None."""
     if tensor is None:
         return None
     tensor = tensor[at].flatten(0, 1)
@@ -117,12 +118,3 @@ def _put(whole: Tensor | None, at: At, block: Tensor | None, add: bool = False) 
         place = whole[at]
         block = block.view(place.shape)
         place.add_(block) if add else place.copy_(block)
-
-
-def _empty_heads(like: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    """(B, H, N, dim) in memory as (B, N, H, dim), so that merging the heads is free.
-
-    No view: a model could not change what a Function returns as one in place.
-    """
-    shape = (*like.shape[:3], dim)
-    return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=dtype or like.dtype, device=like.device)

@@ -1,4 +1,4 @@
-"""Attention of plain tensors under `torch.func.vmap`, as one call."""
+"""Runs attention of plain tensors under `torch.func.vmap` as one call."""
 
 # Operands come in tuples, whose lengths pyright does not know.
 # pyright: reportCallIssue=false
@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 class frozen_attention(TorchFunctionMode):  # noqa: N801 - a context, as fused_forward_ad
     """Context in which vmap runs plain calls of ``F.scaled_dot_product_attention`` once.
 
-    On a CPU PyTorch would make one call for each entry, and warn. Calls whose operands have a
-    tangent are to be taken before they come here, as :class:`fused_forward_ad` does.
+    On a CPU PyTorch would make one call for each entry, with a warning. Another mode, such as
+    :class:`fused_forward_ad`, must handle calls whose operands have a tangent first.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -29,7 +29,7 @@ class frozen_attention(TorchFunctionMode):  # noqa: N801 - a context, as fused_f
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, *args, **kwargs):
     call = functools.partial(_call, (dropout_p, *args), kwargs)
     operands = (query, key, value, attn_mask)
-    # What is drawn is drawn where vmap sees it, and refuses.
+    # With dropout vmap sees the call, and raises.
     return call(*operands) if dropout_p > 0 else _Attention.apply(call, *operands)
 
 
@@ -38,7 +38,7 @@ def _call(args, kwargs, *operands):
 
 
 class _Attention(torch.autograd.Function):
-    """Without a derivative, and PyTorch says so to whoever asks for one."""
+    """One call under vmap; it has no derivative, and PyTorch raises if one is computed."""
 
     @staticmethod
     def forward(call, *operands):

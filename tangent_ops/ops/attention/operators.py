@@ -1,12 +1,12 @@
-"""The Triton attention kernels as torch operators: schema, fake kernel and batching rule each.
+"""Registers the Triton attention kernels as torch operators, with fake kernels and vmap rules.
 
     tangent_ops::attention_jvp          operands, R tangents        -> o, o_t, lse, mu
     tangent_ops::attention_vjp          operands, R cotangents      -> R gradients of each operand
     tangent_ops::attention_second_vjp   operands, R tangents,       -> gradients of operands
                                         cotangents of o and o_t        and of tangents
 
-Shapes are those of :mod:`tangent_kernels.attention`: (B, H, N, D), with R in front where there is
-one for each tangent; a mask has size 1 where it is broadcast. A result that is not needed is (0,).
+Shapes are those of :mod:`tangent_kernels.attention`: (B, H, N, D), with R in front for one per
+tangent; a mask has size 1 where it is broadcast. A result that is not needed has shape (0,).
 
 Derivatives are in :mod:`tangent_ops.ops.attention.autograd`.
 """
@@ -59,7 +59,7 @@ def attention_vjp(
     is_causal: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`tangent_kernels.attention.attention_vjp`; ``needs`` are of q, k, v, mask."""
+    """See :func:`tangent_kernels.attention.attention_vjp`; ``needs`` is for q, k, v, mask."""
     from tangent_kernels import attention
 
     call = attention.Call(query, key, value, mask, seed, scale, dropout_p, is_causal)
@@ -92,7 +92,7 @@ def attention_second_vjp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`tangent_kernels.attention.attention_second_vjp`.
 
-    ``needs`` are of q, k, v, mask and then of their tangents, as are the results.
+    ``needs`` and the results are for q, k, v, mask and then for their tangents.
     """
     from tangent_kernels import attention
 
@@ -120,8 +120,8 @@ def _(query, key, value, mask, seed, query_t, key_t, value_t, mask_t, *options):
     moved = count if any(t is not None for t in tangents[:3]) else 0
     dim = value.shape[-1]
     return (
-        _empty_heads(query, batch, heads, queries, dim),
-        _empty_heads(query, count, batch, heads, queries, dim),
+        empty_heads(query, batch, heads, queries, dim),
+        empty_heads(query, count, batch, heads, queries, dim),
         query.new_empty(batch, heads, queries, dtype=torch.float32),
         query.new_empty(moved, batch, heads, queries, dtype=torch.float32),
     )
@@ -142,23 +142,27 @@ def _(query, key, value, mask, seed, query_t, key_t, value_t, mask_t, output, ou
 def _fake_gradients(operands, needs, lead) -> list[Tensor]:
     query, *_, mask = operands
     fakes = [
-        _empty_heads(x, *lead, *x.shape) if need else query.new_empty(0)
+        empty_heads(x, *lead, *x.shape) if need else query.new_empty(0)
         for x, need in zip(operands[:3], needs, strict=False)
     ]
     return [*fakes, mask.new_empty(*lead, *mask.shape) if needs[3] else query.new_empty(0)]
 
 
-def _empty_heads(like: Tensor, *shape: int) -> Tensor:
+def empty_heads(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised (..., H, N, D), laid out as (..., N, H, D) so that merging heads is a view.
+
+    The result is not a view: a view that a Function returns cannot be changed in place.
+    """
     *lead, heads, rows, dim = range(len(shape))
     order = (*lead, rows, heads, dim)
-    return torch.empty_permuted(shape, order, dtype=like.dtype, device=like.device)
+    return torch.empty_permuted(shape, order, dtype=dtype or like.dtype, device=like.device)
 
 
 # --- batching rules ------------------------------------------------------------------------
-# A mapped dimension that only tangents (or cotangents) have becomes R: the primal is then loaded
-# and its softmax computed once for all. Otherwise it becomes a part of the batch.
+# A mapped dimension of only tangents (or cotangents) becomes R, so that the kernels load the primal
+# and compute its softmax once. Otherwise it joins the batch.
 
-# The axis that the batch is on, for each leading argument: 0, or 1 behind R.
+# The batch axis of each leading argument: 0, or 1 after R.
 _PRIMAL = (0, 0, 0, 0, 0)  # query, key, value, mask, seed
 _JVP = (*_PRIMAL, 1, 1, 1, 1)
 _VJP = (*_PRIMAL, 0, 0, 1)
@@ -166,7 +170,7 @@ _SECOND = (*_JVP, 0, 1, 0, 1, 0, 1)
 
 
 def batched_jvp(call: Callable[..., Any], info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
-    """The batching rule of ``attention_jvp``, and of any function of the same arguments."""
+    """The batching rule of ``attention_jvp`` and of functions with the same arguments."""
     size = info.batch_size
     if all(dim is None for dim in in_dims[:5]):
         tangents = [_stacked(x, dim, size) for x, dim in zip(args[5:9], in_dims[5:9], strict=True)]
@@ -251,7 +255,7 @@ def _unfolded_gradients(
 def _dims(
     grads: Sequence[Tensor | None], found: Sequence[Tensor], axis: int
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """Results and where their mapped dimension is; one that was not needed has none."""
+    """Results and the axes of their mapped dimension, None for results that are not needed."""
     results = tuple(one if grad is None else grad for grad, one in zip(grads, found, strict=True))
     return results, tuple(None if grad is None else axis for grad in grads)
 

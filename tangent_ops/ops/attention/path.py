@@ -1,4 +1,4 @@
-"""Which code computes an attention call: the one decision, made before anything else runs."""
+"""Decides which code computes an attention call."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEAD_DIMS = range(8, 257, 8)
 
 
 class Path(enum.Enum):
-    """What computes a call."""
+    """The code that computes a call."""
 
     PYTORCH = "PyTorch's own function"
     KERNELS = "Triton kernels, value and tangent from unpacked operands"
@@ -36,7 +36,7 @@ class Path(enum.Enum):
 
 
 def decide(operands: tuple[Tensor, ...], dropout_p: float, backend: Backend | None) -> Path:
-    """Decide which code computes an attention call. The first row that fits counts.
+    """Decide which code computes an attention call, by the first row that fits.
 
     ======== ==================================================== ============
     backend  where and with what                                  path
@@ -53,14 +53,14 @@ def decide(operands: tuple[Tensor, ...], dropout_p: float, backend: Backend | No
     formulas anything else: masks, dropout, torch.func.jvp        PAIR
     ======== ==================================================== ============
 
-    "triton" is the backend by name, or by default for CUDA tensors of float16, bfloat16 or float32
-    whose head dimensions are multiples of 8 up to 256, outside of compiled forward mode over
-    forward mode; "formulas" is the reference backend, by name or for everything else.
+    The backend is "triton" by name, or by default for CUDA tensors of float16, bfloat16 or float32
+    whose head dimensions are multiples of 8 up to 256, except in compiled forward mode over forward
+    mode. It is "formulas" (the reference backend) by name and in all other cases.
 
     Args:
         operands: query, key, value and perhaps a mask, checked and cast, plain or dual.
-        dropout_p: the call's.
-        backend: the caller's.
+        dropout_p: the call's dropout probability.
+        backend: the caller's choice.
 
     Raises:
         ArgumentError: an unknown backend.
@@ -84,7 +84,7 @@ def decide(operands: tuple[Tensor, ...], dropout_p: float, backend: Backend | No
 
 
 def why_not_fused(query: Tensor, value: Tensor) -> str | None:
-    """Why the kernels cannot compute this call, in words for an error; None if they can."""
+    """Why the kernels cannot compute this call, for an error message; None if they can."""
     if query.dtype not in DTYPES:
         return f"dtype {query.dtype} is not one of float16, bfloat16, float32"
     for name, tensor in (("query", query), ("value", value)):

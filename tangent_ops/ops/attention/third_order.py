@@ -1,7 +1,7 @@
-"""What the Triton backend leaves to the eager formulas, with N x M matrices in memory.
+"""Eager formulas for derivatives that have no Triton kernel, with N x M matrices in memory.
 
-Forward mode over forward mode by the operands, and every derivative of second_vjp: derivatives of
-third order and more. All are compositions of differentiable torch operations, so they nest on.
+They compute forward mode over forward mode by the operands, and derivatives of second_vjp (third
+order and above), from differentiable torch operations, so they nest further.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def second_derivative(
     directions: Sequence[Tensor | None],
     options: Options,
 ) -> Tensor:
-    """D²O(p)[p', t], (R, B, H, N, Dv): how the R tangents change as the operands move.
+    """D²O(p)[p', t], (R, B, H, N, Dv): the derivative of the R tangents along p'.
 
     Args:
         primals: query, key, value, mask.
         tangents: (R, ...) of each, or None for zero.
         directions: p', as the primals, or None for zero.
-        options: of the call.
+        options: scale, dropout_p and is_causal.
     """
     _refuse_dropout(options)
     moved = [i for i, d in enumerate(directions) if d is not None]
@@ -78,12 +78,12 @@ class EagerSecondVjp:
 def eager_second_vjp(
     saved: Sequence[Tensor | None], needs: Sequence[bool], options: Options
 ) -> EagerSecondVjp:
-    """Of query, key, value, mask, their (R, ...) tangents, G (or None) and H.
+    """second_vjp as a differentiable function.
 
     Args:
-        saved: those ten.
+        saved: query, key, value, mask, their (R, ...) tangents, G (or None) and H.
         needs: which of the eight gradients are results.
-        options: of the call.
+        options: scale, dropout_p and is_causal.
     """
     _refuse_dropout(options)
     present = [x is not None and x.is_floating_point() for x in saved]
@@ -137,7 +137,7 @@ def _eager_jvp(
 
 
 def _jvp(function: Callable[..., Any], primals: Sequence[Any], directions: Sequence[Any]) -> Any:
-    """``torch.func.jvp``, which takes no expanded tensors (vmap makes them look dense)."""
+    """``torch.func.jvp`` of copies: it does not support expanded tensors, which vmap hides."""
 
     def copies(tensors):
         return tuple(x.clone(memory_format=torch.contiguous_format) for x in tensors)

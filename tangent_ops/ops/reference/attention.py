@@ -46,10 +46,10 @@ def attention(
     bias, allowed = _split_mask(query, key, attn_mask, is_causal)
     scores = (query * _scale(query, scale)) @ key.mT
     scores, dead = _hide(scores if bias is None else scores + bias, allowed, is_causal)
-    # Softmax spelled out, as reverse mode over forward mode of `softmax` itself raises in PyTorch,
-    # and divided by its sum last, where every derivative of that is N x Dv.
+    # Not `softmax`: PyTorch raises for reverse over forward mode of it. The division by the sum is
+    # last, where each of its derivatives is N x Dv.
     weights = (scores - scores.detach().amax(-1, keepdim=True)).exp()
-    # By a factor: the rule of a quotient keeps its result, which a model may change in place.
+    # A product: the rule of a quotient saves its result, which a model may change in place.
     factor = weights.sum(-1, keepdim=True).reciprocal()
     output = (_drop(weights, dropout_p) @ value) * factor
     return (output if dead is None else output.masked_fill(dead, 0.0)).to(dtype)
@@ -80,7 +80,7 @@ def attention_jvp(
         value_t: tangent of ``value``, same shape, or None for zero.
         attn_mask: boolean or additive mask.
         attn_mask_t: tangent of an additive mask, same shape, or None for zero.
-        dropout_p: the same weights are dropped in the output and in its tangent.
+        dropout_p: see :func:`attention`; output and tangent drop the same weights.
         is_causal: see :func:`attention`.
         scale: see :func:`attention`.
         enable_gqa: see :func:`attention`.
@@ -99,7 +99,7 @@ def attention_jvp(
         _, value_t = _repeat_heads(query, value_t, value_t, enable_gqa)
     key, value = _repeat_heads(query, key, value, enable_gqa)
 
-    # One batch dimension, so that sums of products need no pass of their own (baddbmm).
+    # One batch dimension, so that baddbmm adds products without another pass.
     lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     factor = _scale(query, scale)
     q, k, v = (_flatten(x, lead) for x in (query * factor, key, value))
@@ -124,12 +124,12 @@ def attention_jvp(
         scores_t = torch.zeros_like(scores) if scores_t is None else scores_t
         scores_t = _add(scores_t, bias_t, lead)
     if scores_t is not None:
-        weights_t = weights * scores_t  # their tangent, before its row's mean is taken off
+        weights_t = weights * scores_t  # without the subtraction of the row's mean
         mean_t = weights_t.sum(-1, keepdim=True)
         kept_t = weights_t if kept is weights else kept * scores_t
         output_t = torch.baddbmm(output_t, kept_t, v) - mean_t * output
     shape = (*lead, *output.shape[-2:])
-    # A copy: the model may change it in place, and the backward pass needs this one.
+    # A copy: the model may change it in place, and the backward pass needs the original.
     return output.to(dtype, copy=True).reshape(shape), output_t.to(dtype).reshape(shape)
 
 
@@ -153,9 +153,9 @@ def _add(scores: Tensor, bias: Tensor, lead: torch.Size) -> Tensor:
 
 
 def _hide(scores: Tensor, allowed: Tensor | None, is_causal: bool) -> tuple[Tensor, Tensor | None]:
-    """Scores with -inf where not allowed, and the rows (..., N, 1) without a key, if any can be.
+    """Scores with -inf where hidden, and a mask (..., N, 1) of rows without a key, or None.
 
-    The scores of such a row are 0, so that it has a softmax; the caller overwrites its result.
+    The scores of such a row are 0, so that its softmax is finite; the caller overwrites its result.
     """
     if allowed is None:
         return scores, None
@@ -169,7 +169,7 @@ def _hide(scores: Tensor, allowed: Tensor | None, is_causal: bool) -> tuple[Tens
 def _split_mask(
     query: Tensor, key: Tensor, attn_mask: Tensor | None, is_causal: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The additive bias and the boolean "may attend" that a mask argument stands for."""
+    """Split a mask argument into an additive bias and a boolean mask (True: attend)."""
     if is_causal:
         shape = (query.shape[-2], key.shape[-2])
         return None, torch.ones(shape, dtype=torch.bool, device=query.device).tril()

@@ -1,9 +1,8 @@
 """Attention without a mask argument, its tangent and its adjoint, in few passes over memory.
 
-The formulas are those of :mod:`tangent_ops.ops.reference.attention`, which take every option and
-nest under every transform. These overwrite their intermediates, so they do neither (with ``out=``
-where PyTorch's FlopCounterMode does not count the in-place form). With a cotangent G of O, or of
-O_t (prefix ``grad_``):
+The formulas are those of :mod:`tangent_ops.ops.reference.attention`, which support every option and
+nest under every transform. These overwrite intermediates, so they do not nest. They use ``out=``
+where PyTorch's FlopCounterMode does not count the in-place form. With a cotangent G of O or O_t:
 
     grad_V = Pᵀ G        grad_S = P∘(A - δ)        A = G Vᵀ        δ_i = Σ_j P_ij A_ij
     grad_Q = s grad_S K        grad_K = s grad_Sᵀ Q
@@ -37,8 +36,8 @@ def attention_jvp(
         key_t: tangent of ``key``.
         value_t: tangent of ``value``.
         scale: factor of the scores.
-        causal_from: None to attend to every key; else the position of the first query row, each of
-            which attends to the keys up to its own position.
+        causal_from: None to attend to every key; else the position of the first query row. A row
+            then attends to the keys up to its own position.
 
     Returns:
         The output and its tangent, both (B, N, Dv).
@@ -54,7 +53,7 @@ def attention_jvp(
         scores_t = torch.bmm(query, key_t.mT)
     else:
         return output, output_t
-    weights_t = scores_t.mul_(weights)  # over the scale, and before its row's mean is taken off
+    weights_t = scores_t.mul_(weights)  # without the scale and the row's mean
     torch.baddbmm(output_t, weights_t, value, alpha=scale, out=output_t)
     return output, output_t.addcmul_(weights_t.sum(-1, keepdim=True), output, value=-scale)
 
@@ -84,7 +83,7 @@ def attention_vjp(
     grad_value = torch.bmm(weights.mT, grad) if needs[2] else None
     if not needs[0] and not needs[1]:
         return None, None, grad_value
-    # δ_i is Σ_j G_ij O_ij, too; but a model may have changed O in place.
+    # δ_i is also Σ_j G_ij O_ij, but a model may have changed O in place.
     grad_scores = torch.bmm(grad, value.mT)
     grad_scores = torch.ops.aten._softmax_backward_data(grad_scores, weights, -1, weights.dtype)
     grad_query = torch.bmm(grad_scores, key).mul_(scale) if needs[0] else None
@@ -95,7 +94,7 @@ def attention_vjp(
 def _weights(query: Tensor, key: Tensor, causal_from: int | None) -> Tensor:
     scores = torch.bmm(query, key.mT)
     if causal_from is not None:
-        corner = scores[..., causal_from:]  # the earlier keys are those of all rows
+        corner = scores[..., causal_from:]  # every row attends to earlier keys
         later = torch.ones(corner.shape[1:], dtype=torch.bool, device=corner.device).triu_(1)
         corner.masked_fill_(later, float("-inf"))
     return scores.softmax(-1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Geometry(NamedTuple):
-    """How the kernel moves: one entry per spatial dimension, and the number of groups."""
+    """Stride, padding and dilation per spatial dimension, and the number of groups."""
 
     stride: list[int]
     padding: list[int]
@@ -28,8 +28,8 @@ def convolution_jvp(
 ) -> tuple[Tensor, Tensor]:
     """A convolution and its tangent; products with an absent (None) tangent are not computed.
 
-    PyTorch's own forward-mode rule convolves zeros where the input has no tangent: a third of
-    the work of a patch embedding, and of any other first layer.
+    PyTorch's own forward-mode rule convolves zeros if the input has no tangent, which is a third of
+    the work in a patch embedding or another first layer.
 
     Args:
         input: (B, K, *spatial).
@@ -38,7 +38,7 @@ def convolution_jvp(
         input_t: tangent of ``input`` or None for zero; the same for the next two.
         weight_t: tangent of ``weight``.
         bias_t: tangent of ``bias``.
-        geometry: of the convolution.
+        geometry: stride, padding, dilation and groups.
 
     Returns:
         The output and its tangent, both (B, C, *spatial).
@@ -75,7 +75,7 @@ def convolution_vjp(
         input: (B, K, *spatial).
         weight: (C, K / groups, *kernel).
         grad: (B, C, *spatial), cotangent of the output.
-        geometry: of the convolution.
+        geometry: stride, padding, dilation and groups.
         needs: which of the three to compute; the others are None.
     """
     stride, padding, dilation, groups = geometry

@@ -4,8 +4,8 @@ With x̂ = (x - mean(x)) / sqrt(var(x) + ε) and y = w∘x̂ + b:
 
     y_t = w∘(J x_t) + w_t∘x̂ + b_t        J = ∂x̂/∂x = rstd (I - 1 1ᵀ/K - x̂ x̂ᵀ/K)
 
-J is symmetric, so J x_t is what PyTorch's backward pass without a weight returns for the
-cotangent x_t; and w_t∘x̂ + b_t is a layer norm with w_t and b_t for weight and bias.
+J is symmetric, so PyTorch's backward pass without a weight computes J x_t from the cotangent x_t.
+w_t∘x̂ + b_t is a layer norm with weight w_t and bias b_t.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def layer_norm(
 ) -> Tensor:
     """Layer normalization in plain operations, with derivatives of every order.
 
-    PyTorch's own has none of its tangent by x that is right: mean and deviation are taken for
-    constants there, without a word (reverse over forward, forward over forward; torch 2.14).
+    Derivatives of the tangent of PyTorch's own function by x are silently wrong: its rule treats
+    mean and deviation as constants (reverse over forward, forward over forward; torch 2.14).
 
     Args:
         input: (..., *normalized_shape).

@@ -22,8 +22,8 @@ def linear_jvp(
 ) -> tuple[Tensor, Tensor]:
     """``F.linear`` and its tangent; products with an absent (None) tangent are not computed.
 
-    The tangent is written to memory once and added to in place: PyTorch's own forward-mode rule
-    writes both products, their sum and the sum with b_t, one after the other.
+    The second product is added to the first in place. PyTorch's own forward-mode rule writes both
+    products, their sum, and the sum with b_t to memory.
 
     Args:
         input: (..., K).
@@ -92,13 +92,13 @@ def linear_second_vjp(
         weight_t: tangent of ``weight`` or None for zero.
         grad: G, (..., C), or None for zero.
         grad_t: H, (..., C).
-        needs: which of the primal's three to compute; the others are None.
-        needs_t: the same of the tangents'.
+        needs: which of the three primal gradients to compute; the others are None.
+        needs_t: the same for the tangents.
     """
     primal: list[Tensor | None] = [None] * 3
     if grad is not None:
         primal = list(linear_vjp(input, weight, grad, needs))
-    # y_t has W_t where y has W, and x_t where y has x; the bias is in y alone.
+    # y_t contains W_t in the place of W, and x_t in the place of x; it does not contain the bias.
     if needs[0] and weight_t is not None:
         primal[0] = _sum(primal[0], linear_vjp(input, weight_t, grad_t, (True, False, False))[0])
     if needs[1] and input_t is not None:
@@ -111,7 +111,7 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 def _no_view(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """In ``shape``: a model could not change in place what a Function returns as a view."""
+    """The tensor in that shape, not as a view: a view from a Function cannot change in place."""
     return torch.ops.aten._unsafe_view(tensor, shape)
 
 

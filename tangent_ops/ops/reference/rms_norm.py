@@ -4,7 +4,7 @@ With r = 1/√(mean(x²) + ε), x̂ = r x and y = w∘x̂, over K elements:
 
     y_t = w∘(J x_t) + w_t∘x̂        J = ∂x̂/∂x = r (I - x̂ x̂ᵀ/K)
 
-J is symmetric, so the adjoint takes the same product. 16-bit operands are computed in float32.
+J is symmetric, so the adjoint uses the same product. 16-bit operands are computed in float32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def rms_norm_jvp(
     input_t: Tensor | None,
     weight_t: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """RMS normalization over the last dimension, its tangent and what its adjoint needs.
+    """RMS normalization over the last dimension, its tangent and 1/deviation.
 
     Args:
         input: (..., K).

@@ -12,7 +12,7 @@ def softmax_jvp(input: Tensor, input_t: Tensor, dim: int) -> tuple[Tensor, Tenso
     Args:
         input: any shape.
         input_t: tangent of ``input``, same shape.
-        dim: that sums to 1.
+        dim: the dimension that sums to 1.
     """
     output = torch.softmax(input, dim)
     return output, softmax_vjp(output, input_t, dim)
@@ -24,6 +24,6 @@ def softmax_vjp(output: Tensor, grad: Tensor, dim: int) -> Tensor:
     Args:
         output: the softmax.
         grad: cotangent of ``output``, same shape.
-        dim: that sums to 1.
+        dim: the dimension that sums to 1.
     """
     return torch.ops.aten._softmax_backward_data(grad, output, dim, output.dtype)
