@@ -282,7 +282,7 @@ def _save(
     figure: Figure, path: Path, title: str, keys: Iterable[Any], result: Result, note: str
 ) -> Path:
     """Writes the picture with the key above and the conditions in small print below."""
-    keys, columns = list(keys), max(1, int(figure.get_figwidth() // 1.6))
+    keys, columns = list(keys), max(1, int(figure.get_figwidth() // 1.4))
     options: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "frameon": False}
     figure.legend(handles=keys, ncols=columns, **options)
     figure.tight_layout()

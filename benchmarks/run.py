@@ -76,7 +76,8 @@ def _measure(tests: Path, file: Path, options: Sequence[str]) -> int:
     file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", str(tests), "--benchmark-only", "-q", "-rf"]
     # pytest-benchmark's own table is 250 columns wide; the report says more in less.
-    command += ["--turns=3", "--benchmark-quiet", f"--benchmark-json={partial}", *options]
+    command += ["--turns=3", "--benchmark-quiet", f"--benchmark-json={partial}"]
+    command += ["-W", "ignore:Not saving anything", *options]  # a file without selected tests
     status = subprocess.run(command, cwd=ROOT).returncode
     if partial.exists() and partial.stat().st_size:
         partial.replace(file)

@@ -167,15 +167,15 @@ def _case(entry: Mapping[str, Any]) -> Case:
 
 
 def newest(folder: Path = RESULTS) -> dict[str, Result]:
-    """The latest result of each device in ``folder``, of a file or folder each; the CPU first.
+    """The latest result of each device; the CPU first.
+
+    Args:
+        folder: of results: files, or folders of a file per benchmark, named by date.
 
     Raises:
         BadFile: one cannot be read.
     """
-    found = [
-        path for path in folder.iterdir() if path.suffix == ".json" or any(path.glob("*.json"))
-    ]
-    results = [read([path]) for path in sorted(found)]
+    results = [read([path]) for path in sorted(folder.glob("20*"))]
     results.sort(key=lambda result: result.environment.get("date", ""))
     latest = {result.device: result for result in results}
     return dict(sorted(latest.items(), key=lambda item: (item[0] != "cpu", item[0])))

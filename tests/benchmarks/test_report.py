@@ -50,10 +50,10 @@ def test_files_of_a_folder_are_one_result(tmp_path) -> None:
 def test_the_newest_of_each_device(tmp_path) -> None:
     old, new = result(ROWS), result(ROWS)
     old = replace(old, environment={**old.environment, "date": "2026-01-01 00:00 UTC"})
-    write(tmp_path / "z.json", old)
-    write(tmp_path / "a.json", new)
-    (tmp_path / "gpu").mkdir()
-    write(tmp_path / "gpu" / "attention.json", result(ROWS, gpu=True))
+    write(tmp_path / "2026-z.json", old)
+    write(tmp_path / "2026-a.json", new)
+    (tmp_path / "2026-gpu").mkdir()
+    write(tmp_path / "2026-gpu" / "attention.json", result(ROWS, gpu=True))
     found = newest(tmp_path)
     assert list(found) == ["cpu", "nvidia-example-gpu"]
     assert found["cpu"].environment["date"] == new.environment["date"]
@@ -172,3 +172,12 @@ def test_docs() -> None:
 )
 def test_units(found, words) -> None:
     assert found == words
+
+
+def test_the_page_states_what_is_stored() -> None:
+    text = report.PAGE.read_text(encoding="utf-8")
+    assert report.rewritten(text, list(newest().values())) == text, "`make publish` writes it"
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert pictures and all((report.PAGE.parent / name).is_file() for name in pictures)
+    drawn = {path.name for path in report.DOCS.glob("*.png")}
+    assert drawn == {name.rpartition("/")[2] for name in pictures}
