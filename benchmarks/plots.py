@@ -146,28 +146,15 @@ def _rooflines(result: Result, out: Path) -> list[Path]:
     bandwidth = result.ceilings.get("bytes/s")
     rates = {n.split()[1]: rate for n, rate in result.ceilings.items() if n.startswith("flops/s ")}
     for dtype, rate in rates.items():
-        rows = [
-            row
-            for row in result.rows
-            if row.case.dtype == dtype
-            and row.case.group in MARKERS
-            and row.seconds
-            and row.flops
-            and row.bytes
-        ]
+        rows = [one for one in result.rows if one.case.dtype == dtype and one.case.group in MARKERS]
+        rows = [row for row in rows if row.seconds and row.flops and row.bytes]
         if not rows or bandwidth is None:
             continue
         figure, (axis,) = _panels(1, width=7.5, height=4.6)
         for row in rows:
-            axis.scatter(
-                row.flops / row.bytes,
-                row.flops / (row.seconds or 1.0),
-                color=colour(row.provider),
-                marker=MARKERS[row.case.group][0],
-                s=22,
-                alpha=0.8,
-                linewidths=0,
-            )
+            style: Any = {"color": colour(row.provider), "marker": MARKERS[row.case.group][0]}
+            point = row.flops / row.bytes, row.flops / (row.seconds or 1.0)
+            axis.scatter(*point, s=22, alpha=0.8, linewidths=0, **style)
         ridge = rate / bandwidth
         reach = [row.flops / row.bytes for row in rows] + [ridge]
         ends = (min(reach) / 2, max(reach) * 3)

@@ -26,21 +26,15 @@ class Row:
     """A provider's answer to a case. Times in seconds, memory in bytes.
 
     Attributes:
-        case: what was computed.
-        provider: by whom.
         status: "ok"; "wrong": its error is too large, so it was not timed; "failed": it raised;
-            "absent": it cannot run here.
-        note: why it is not "ok", or "".
+            "absent": it cannot run here. `note` says why.
         error: relative error against the exact answer, the worst of its results.
-        seconds: the median of the rounds; of several turns the median of their medians. On CUDA,
-            of replays of a graph where the case is small.
-        lower: the first quartile.
-        upper: the third one.
-        called: with Python and launches, where `seconds` is that of a graph.
+        seconds: the median; of several turns the median of their medians. On CUDA that of replays
+            of a graph where the case is small; then `called` is with Python and launches.
+        lower: the first quartile; `upper`: the third.
         peak_bytes: allocated at most during the call, above what was there before.
         saved_bytes: what autograd saves for the backward pass, parameters not counted.
-        flops: the least operations that its question needs.
-        bytes: the least memory traffic.
+        flops: the least operations that its question needs; `bytes`: the least memory traffic.
     """
 
     case: Case

@@ -29,12 +29,10 @@ MODELS = [
     Case(group, "test_vit", (2,), dtype)  # of timm: 6 blocks, width 64, 160 pixels
     for group, dtype in itertools.product(("model-forward", "train-step"), ("fp32", "bf16", "fp16"))
 ]
-EPOCHS = [Case("epoch", "test_vit", (6, 2), dtype) for dtype in ("fp32", "bf16")]
 CASES = [
     *((bench_attention.SUITE, case) for case in ATTENTION),
     *((bench_layers.SUITE, case) for case in STEPS),
     *((bench_models.SUITE, case) for case in MODELS),
-    *((bench_steps.SUITE, case) for case in EPOCHS),
 ]
 
 
@@ -60,8 +58,7 @@ def test_every_provider_is_right(suite: Suite, case: Case) -> None:
         if provider.missing(case, CPU):
             continue
         prepared.checked_call(provider)
-        unchecked = case.group == "epoch" and not provider.name.startswith("taft-1")
-        assert (prepared.errors[provider.name] is None) == unchecked
+        assert prepared.errors[provider.name] is not None
 
 
 @pytest.mark.parametrize("case", ATTENTION[:2], ids=str)
@@ -130,7 +127,7 @@ def test_a_fault_in_a_model_is_seen(group: str, name: str) -> None:
 
 @pytest.mark.parametrize("extent", ["default", "full"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("module", [bench_attention, bench_layers, bench_models, bench_steps])
+@pytest.mark.parametrize("module", [bench_attention, bench_layers, bench_models])
 def test_cases_are_different_and_have_benchmarks(module, device, extent) -> None:
     cases = module.SUITE.cases(torch.device(device), extent)
     assert len(set(cases)) == len(cases)
@@ -145,12 +142,13 @@ def test_a_tangent_costs_more_than_none(suite: Suite, case: Case) -> None:
     costs = {one.name: suite.cost(case, one) for one in suite.providers(case)}
     ours = suite.providers(case)[0].name
     plain = next(name for name in ("plain", "sdpa-flash", "finetune") if name in costs)
-    if case.group == "epoch":
-        ours = "taft-all"
-        assert costs["taft-1-cached"].flops < costs["taft-1"].flops < costs["finetune"].flops
     assert costs[ours].flops > costs[plain].flops > 0 or "backward" in case.group
     assert costs[ours].bytes >= costs[plain].bytes > 0
-    if case.op == "test_vit" and case.group != "epoch":
+    if case.op == "test_vit":
+        for of in ("flops", "bytes"):
+            parts = ("taft-all", "taft-1", "taft-1-cached")
+            whole, last, tail = (getattr(costs[name], of) for name in parts)
+            assert whole > last > tail > 0
         times = (5, 3) if case.group == "train-step" else (3, 1)
         assert costs["taft-all"].flops / costs["finetune"].flops == pytest.approx(
             times[0] / times[1]
@@ -158,10 +156,16 @@ def test_a_tangent_costs_more_than_none(suite: Suite, case: Case) -> None:
         assert costs["taft-all"] == costs["torch-jvp"] == costs["taft-all-compiled"]
 
 
-def test_an_epoch_starts_from_the_same_point() -> None:
-    suite, case = bench_steps.SUITE, EPOCHS[0]
-    call = Prepared(suite, case, CPU).checked_call(suite.providers(case)[0])
-    assert all((one == two).all() for one, two in zip(call(), call(), strict=True))
+@pytest.mark.parametrize("name", bench_steps.WAYS)
+def test_what_an_epoch_trains(name: str) -> None:
+    """The parameters of the ways to train, and images or features of as many samples."""
+    case = Case("epoch", "test_vit", (6, 2), "fp32")
+    model, data, trained = bench_steps.trainee(name, case, CPU)
+    ends = {key.split(".")[0] for key in trained}
+    assert ends == ({"blocks", "norm", "head"} if "-1" in name else ends | {"patch_embed"})
+    assert len(data.dataset) == 6
+    assert (data.dataset[0][0].dim() == 3) == (name != "taft-1-cached")
+    assert {id(one) for one in trained.values()} <= {id(one) for one in model.parameters()}
 
 
 # --- what the check does, on a suite of two numbers ----------------------------------------------
