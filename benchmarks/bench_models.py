@@ -14,6 +14,7 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -229,29 +230,12 @@ def ordinary(operands: Operands, blocks: int | None = None, compiled: bool = Fal
     return Subject(lambda: (run(operands.images),), {**trained}, operands.besides(NOTHING))
 
 
-@SUITE.provider("taft-all")
-def taft_all(operands: Operands) -> Subject:
-    return taft(operands)
-
-
-@SUITE.provider("taft-1", part="last")
-def taft_1(operands: Operands) -> Subject:
-    return taft(operands, blocks=1)
-
-
-@SUITE.provider("taft-1-cached", part="tail")
-def taft_1_cached(operands: Operands) -> Subject:
-    return taft(operands, blocks=1, cached=True)
-
-
-@SUITE.provider("finetune", question="primal")
-def finetune(operands: Operands) -> Subject:
-    return ordinary(operands)
-
-
-@SUITE.provider("finetune-1", groups=(STEP,), question="primal", part="last")
-def finetune_1(operands: Operands) -> Subject:
-    return ordinary(operands, blocks=1)
+PLAIN: Any = {"question": "primal"}
+SUITE.provider("taft-all")(taft)
+SUITE.provider("taft-1", part="last")(partial(taft, blocks=1))
+SUITE.provider("taft-1-cached", part="tail")(partial(taft, blocks=1, cached=True))
+SUITE.provider("finetune", **PLAIN)(ordinary)
+SUITE.provider("finetune-1", groups=(STEP,), part="last", **PLAIN)(partial(ordinary, blocks=1))
 
 
 @SUITE.provider("torch-jvp")
@@ -277,19 +261,10 @@ def by_finite_differences(operands: Operands) -> Subject:
     return Subject(run, {}, None)
 
 
-@SUITE.provider("taft-all-compiled", missing=compiling_is_slow)
-def taft_all_compiled(operands: Operands) -> Subject:
-    return taft(operands, compiled=True)
-
-
-@SUITE.provider("taft-1-compiled", part="last", missing=compiling_is_slow)
-def taft_1_compiled(operands: Operands) -> Subject:
-    return taft(operands, blocks=1, compiled=True)
-
-
-@SUITE.provider("finetune-compiled", question="primal", missing=compiling_is_slow)
-def finetune_compiled(operands: Operands) -> Subject:
-    return ordinary(operands, compiled=True)
+SLOW: Any = {"missing": compiling_is_slow}
+SUITE.provider("taft-all-compiled", **SLOW)(partial(taft, compiled=True))
+SUITE.provider("taft-1-compiled", part="last", **SLOW)(partial(taft, blocks=1, compiled=True))
+SUITE.provider("finetune-compiled", **SLOW, **PLAIN)(partial(ordinary, compiled=True))
 
 
 # --- benchmarks ----------------------------------------------------------------------------------

@@ -45,7 +45,9 @@ class Prepared:
 
     def __init__(self, suite: Suite, case: Case, device: torch.device):
         self.suite, self.case, self.device = suite, case, device
+        before = _allocated(device)
         self.inputs = suite.inputs(case, device, 0)
+        self.input_bytes = _allocated(device) - before  # 0 on the CPU
         self.errors: dict[str, float | None] = {}  # of the providers that were checked
         self.estimates: dict[str, float] = {}  # seconds of a call
         self.exact: Outputs | None = None
@@ -149,11 +151,10 @@ class Contender:
     def _other_operands(self) -> Iterator[Call]:
         """Calls on other operands, as many as it takes to leave none in a GPU's cache."""
         prepared = self.prepared
-        if prepared.device.type != "cuda":
+        if not prepared.input_bytes:  # on the CPU; or a model that was there: larger than a cache
             return
         cache = torch.cuda.get_device_properties(prepared.device).L2_cache_size
-        size = sum(x.numel() * x.element_size() for x in _tensors(prepared.inputs))
-        for seed in range(1, min(MOST_OPERANDS, -(-2 * cache // max(1, size)))):
+        for seed in range(1, min(MOST_OPERANDS, -(-2 * cache // max(1, prepared.input_bytes)))):
             try:
                 more = prepared.suite.inputs(prepared.case, prepared.device, seed)
                 call = prepared.suite.prepare(self.provider, prepared.case, more)
@@ -228,17 +229,8 @@ def cuda_graph(call: Callable[[], object]) -> Callable[[], object] | None:
     return replay
 
 
-def _tensors(inputs: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested dataclasses, tuples, lists and dicts."""
-    if isinstance(inputs, torch.Tensor):
-        yield inputs
-    elif isinstance(inputs, dict):
-        yield from _tensors(tuple(inputs.values()))
-    elif isinstance(inputs, tuple | list):
-        for part in inputs:
-            yield from _tensors(part)
-    elif hasattr(inputs, "__dataclass_fields__"):
-        yield from _tensors(tuple(getattr(inputs, name) for name in inputs.__dataclass_fields__))
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def free_memory() -> None:

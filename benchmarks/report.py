@@ -181,11 +181,11 @@ def end_to_end(result: Result) -> str:
         forward, step = (groups.get(group, {}) for group in ("model-forward", "train-step"))
         for name in dict.fromkeys((*forward, *step)):
             known = step.get(name)
+            memory = (known.saved_bytes, known.peak_bytes) if known else (None, None)
             cells = (
                 _timed(forward.get(name), forward.get("finetune")),
                 _timed(known, step.get("finetune")),
-                amount(known.saved_bytes) if known and known.saved_bytes is not None else NOTHING,
-                amount(known.peak_bytes) if known and known.peak_bytes is not None else NOTHING,
+                *(NOTHING if count is None else amount(count) for count in memory),
             )
             if any(cell != NOTHING for cell in cells):
                 rows.append((f"{op}, batch {batch}, {dtype}", name, *cells))

@@ -31,7 +31,6 @@ def compiled(step: float, peak: int) -> list[Row]:
     return [ours, row(case, "finetune-compiled", 1.0, peak_bytes=100)]
 
 
-RIVAL = "jvp-flash-attention"
 HOME, LONG, LONGER = (64, 12, 197, 64), (4, 12, 4096, 64), (1, 12, 16384, 64)
 
 
