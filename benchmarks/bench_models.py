@@ -43,7 +43,7 @@ from benchmarks.vits import (
     trained_parameters,
 )
 from tangent_ops import last_blocks, linearize
-from tangent_ops.features import blocks_of
+from tangent_ops.model.features import blocks_of
 
 FORWARD, STEP = "model-forward", "train-step"
 MODELS = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")

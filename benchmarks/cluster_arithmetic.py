@@ -13,8 +13,8 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tangent_ops.linearize import last_blocks
-from tangent_ops.low_rank import has_low_rank
+from tangent_ops.model.linearize import last_blocks
+from tangent_ops.model.low_rank import has_low_rank
 
 MODEL, CLASSES = "vit_large_patch16_224", 1000
 CUSTOMERS, IMAGES, EPOCHS = 1000, 1000, 15

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.record import environment, write_json
 from benchmarks.timing import interleave
 from tangent_ops import last_blocks, linearize
-from tangent_ops._options import Options
-from tangent_ops.grouped import _Shard, _step
 from tangent_ops.losses import RescaledSquareLoss
+from tangent_ops.training.grouped import _Shard, _step
+from tangent_ops.training.options import Options
 
 MODEL = "vit_tiny_patch16_224"
 CLASSES = 10

@@ -27,11 +27,11 @@ from benchmarks.record import environment, write_json
 from benchmarks.suite.vits import random_vit
 from benchmarks.timing import interleave
 from tangent_ops import LinearizedModel, last_blocks, linearize
-from tangent_ops.features import split_model
 from tangent_ops.losses import RescaledSquareLoss
-from tangent_ops.privacy._optimizer import PrivateOptimizer
-from tangent_ops.privacy.gradients import MODES, PerSampleGradients
+from tangent_ops.model.features import split_model
 from tangent_ops.privacy.noise import NoiseSource
+from tangent_ops.privacy.optimizer import PrivateOptimizer
+from tangent_ops.privacy.per_sample.gradients import MODES, PerSampleGradients
 from tangent_ops.profiling.memory import peak_bytes
 
 MODEL = "vit_small_patch16_224"

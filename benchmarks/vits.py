@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.case import Cost
 from benchmarks.roofline import forward_flops, vit_cost
-from tangent_ops.features import Tail, blocks_of
+from tangent_ops.model.features import Tail, blocks_of
 
 Weights = dict[str, Tensor]
 EVERYTHING = ""  # a pattern of parameter names

@@ -27,8 +27,8 @@ from tangent_ops import (
     linearize,
     predict,
 )
-from tangent_ops.features import split_model
 from tangent_ops.losses import RescaledSquareLoss
+from tangent_ops.model.features import split_model
 from tangent_ops.privacy.accounting import Phase, epsilon, noise_multiplier_for
 from tangent_ops.privacy.fit import PrivateFit, fit_private
 

@@ -44,8 +44,8 @@ from tangent_ops import (
     save_delta,
 )
 from tangent_ops.errors import TangentOpsError
-from tangent_ops.features import split_model
 from tangent_ops.losses import RescaledSquareLoss
+from tangent_ops.model.features import split_model
 
 # Learning rates, chosen for each kind of training on the validation images of MNIST-5k (seed 0)
 # from 1e-4, 2e-4, 3e-4 and 5e-4, as far as they were tried. The test images had no say.

@@ -1,19 +1,20 @@
 """Tangent transformers, and fast Jacobian-vector products through attention, for PyTorch."""
 
 from tangent_ops import errors, losses
-from tangent_ops.compose import compose
+from tangent_ops.composition.compose import compose
+from tangent_ops.composition.ledger import Ledger
 from tangent_ops.delta import Delta, DeltaMeta, load_delta, save_delta
 from tangent_ops.evaluate import accuracy, predict
 from tangent_ops.exact import Influence, compose_lossless, fit_exact, forget_samples
-from tangent_ops.features import CachedFeatures, cache_features
-from tangent_ops.fit import History, fit, fit_head
-from tangent_ops.forward_ad import fused_forward_ad
 from tangent_ops.functional import scaled_dot_product_attention
-from tangent_ops.gradient_basis import gradient_basis
-from tangent_ops.grouped import fit_grouped
-from tangent_ops.ledger import Ledger
-from tangent_ops.linearize import LinearizedModel, last_blocks, linearize
-from tangent_ops.nn import TangentAttention
+from tangent_ops.model.features import CachedFeatures, cache_features
+from tangent_ops.model.gradient_basis import gradient_basis
+from tangent_ops.model.linearize import last_blocks, linearize
+from tangent_ops.model.linearized import LinearizedModel
+from tangent_ops.ops.forward_ad import fused_forward_ad
+from tangent_ops.ops.nn import TangentAttention
+from tangent_ops.training.fit import History, fit, fit_head
+from tangent_ops.training.grouped import fit_grouped
 
 __all__ = [
     "CachedFeatures",

@@ -25,17 +25,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tangent_ops._files import (
+from tangent_ops.errors import ArgumentError, DeltaError, DeltaFileError
+from tangent_ops.files import (
     content_sha256,
     dtype_name,
     opened,
     write_atomically,
     write_safetensors,
 )
-from tangent_ops.errors import ArgumentError, DeltaError, DeltaFileError
 
 if TYPE_CHECKING:
-    from tangent_ops.linearize import LinearizedModel
+    from tangent_ops.model.linearized import LinearizedModel
 
 FORMAT = "tangent-ops delta"
 FORMAT_VERSIONS = ("1", "2")  # 2: of low rank; a release that knows full deltas alone refuses it

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from small_models import generator
 from torch import Tensor, nn
 
-from tangent_ops._curvature import Loss, MeanOfSamples, check_convex, made_up
 from tangent_ops.errors import ArgumentError
-from tangent_ops.losses import RescaledSquareLoss
+from tangent_ops.losses import Loss, MeanOfSamples, RescaledSquareLoss, check_convex, made_up
 
 CLASSES = 5
 WEIGHTS = torch.tensor([1.0, 1.0, 1.0, 3.0, 1.0])

@@ -227,7 +227,7 @@ def test_an_interrupt_in_the_middle_leaves_the_old_file_and_no_other(path, monke
         return b"\0" * tensor.nbytes
 
     monkeypatch.setattr("tangent_ops.delta.content_sha256", lambda *args: "0" * 64)
-    monkeypatch.setattr("tangent_ops._files.bytes_of", bytes_of)
+    monkeypatch.setattr("tangent_ops.files.bytes_of", bytes_of)
     with pytest.raises(KeyboardInterrupt):
         save_delta({"v": torch.zeros(3), "w": torch.zeros(3)}, path, meta=META)
     assert written

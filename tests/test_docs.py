@@ -13,7 +13,7 @@ from small_models import images, vit
 from torch.utils.data import Subset, TensorDataset
 
 import tangent_ops
-from tangent_ops.functional._backend import interpreting
+from tangent_ops.ops.backend import interpreting
 
 DOCS = Path(__file__).parents[1] / "docs"
 INSTALLED = importlib.util.find_spec("jvp_flash_attention") is not None

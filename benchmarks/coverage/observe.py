@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from tangent_ops import forward_ad
-from tangent_ops.functional._backend import may_be_dual
+from tangent_ops.ops import forward_ad
+from tangent_ops.ops.backend import may_be_dual
 
 # As `fused_forward_ad` routes them, under the names of the page.
 ROUTED = {

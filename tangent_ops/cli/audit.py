@@ -44,7 +44,7 @@ def audit(
     """
     need_privacy()
 
-    from tangent_ops.privacy.audit_fit import audit_fit
+    from tangent_ops.privacy.auditing.audit_fit import audit_fit
 
     with errors():
         samples = _check(
@@ -81,7 +81,7 @@ def _problem(samples: int, seed: int):
     from torch import nn
     from torch.utils.data import TensorDataset
 
-    from tangent_ops.linearize import linearize
+    from tangent_ops.model.linearize import linearize
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -113,8 +113,8 @@ def _check(
         ArgumentError: naming the option, its value, and what is supported.
     """
     from tangent_ops.privacy.accounting import SMALLEST_DELTA
-    from tangent_ops.privacy.audit import LEAST_RUNS
-    from tangent_ops.privacy.gradients import MODES
+    from tangent_ops.privacy.auditing.audit import LEAST_RUNS
+    from tangent_ops.privacy.per_sample.gradients import MODES
 
     _must(0 < noise_multiplier < math.inf, "--noise-multiplier", noise_multiplier, "above 0")
     _must(

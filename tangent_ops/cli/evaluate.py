@@ -14,7 +14,7 @@ from tangent_ops.cli.config import Config
 from tangent_ops.cli.messages import errors, hidden, say
 
 if TYPE_CHECKING:
-    from tangent_ops.linearize import LinearizedModel
+    from tangent_ops.model.linearized import LinearizedModel
     from tangent_ops.shards import Plan
 
 
@@ -39,8 +39,9 @@ def evaluate(
 ) -> None:
     """Accuracy of a run's composition on labelled images."""
     from tangent_ops.cli.dealing import described
+    from tangent_ops.data import check_integer
     from tangent_ops.errors import ArgumentError
-    from tangent_ops.evaluate import accuracy, check_integer
+    from tangent_ops.evaluate import accuracy
     from tangent_ops.shards import ImageData, Plan
 
     with errors():

@@ -37,7 +37,7 @@ def export(
     """
     from tangent_ops.cli.evaluate import composed
     from tangent_ops.errors import ArgumentError
-    from tangent_ops.export import export_program, save_task_vector
+    from tangent_ops.model.export import export_program, save_task_vector
     from tangent_ops.shards import Plan
 
     with errors():

@@ -289,7 +289,7 @@ def _train(
 
 def _statement(plan: Plan) -> Any:
     """Of all compositions of what is trained; None if nothing is."""
-    from tangent_ops.privacy.parallel import ledger_privacy
+    from tangent_ops.privacy.parallel_composition import ledger_privacy
     from tangent_ops.shards import check_settled, settle
 
     settle(plan)

@@ -26,7 +26,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Say what a folder or file is."""
-    from tangent_ops.ledger.ledger import DATABASE as LEDGER
+    from tangent_ops.composition.ledger.ledger import DATABASE as LEDGER
     from tangent_ops.shards.plan import DATABASE as PLAN
 
     with errors():
@@ -102,7 +102,7 @@ def _anchor(path: Path) -> dict[str, Any]:
 
 
 def _ledger(path: Path) -> dict[str, Any]:
-    from tangent_ops.ledger import Ledger
+    from tangent_ops.composition.ledger import Ledger
 
     entries = Ledger(path, create=False).list()
     weight = sum(entry.weight for entry in entries)

@@ -15,7 +15,7 @@ from rich.table import Table
 from tangent_ops.cli.messages import errors, say
 
 if TYPE_CHECKING:
-    from tangent_ops.ledger import Ledger
+    from tangent_ops.composition.ledger import Ledger
 
 app = typer.Typer(
     help="Keep the deltas of many shards in a folder: their weighted mean is there at any time, "
@@ -39,9 +39,9 @@ def add(
     ] = None,
 ) -> None:
     """Add a shard's delta."""
+    from tangent_ops.composition.ledger import Ledger
     from tangent_ops.delta import load_delta
     from tangent_ops.errors import ArgumentError
-    from tangent_ops.ledger import Ledger
 
     with errors():
         pairs = [pair.partition("=") for pair in meta or ()]
@@ -133,6 +133,6 @@ def export(
 
 
 def _open(folder: Path) -> Ledger:
-    from tangent_ops.ledger import Ledger
+    from tangent_ops.composition.ledger import Ledger
 
     return Ledger(folder, create=False)

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from timm.data.config import resolve_model_data_config
 from torch import nn
 
-from tangent_ops._files import to_json
 from tangent_ops.errors import ArgumentError, TangentOpsError
-from tangent_ops.fit import fit_head
+from tangent_ops.files import to_json
 from tangent_ops.shards import ImageData, Recipe, Samples, read_anchor, save_anchor
 from tangent_ops.shards.plan import ANCHOR
+from tangent_ops.training.fit import fit_head
 
 
 @dataclass(frozen=True)

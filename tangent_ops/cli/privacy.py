@@ -26,11 +26,11 @@ def privacy(
     """
     need_privacy()
 
+    from tangent_ops.composition.ledger import Ledger
     from tangent_ops.delta import load_delta
     from tangent_ops.errors import CertificateError
-    from tangent_ops.ledger import Ledger
     from tangent_ops.privacy.accounting import check_delta
-    from tangent_ops.privacy.parallel import ledger_privacy
+    from tangent_ops.privacy.parallel_composition import ledger_privacy
     from tangent_ops.privacy.statement import statement_of, written
 
     with errors():

@@ -11,7 +11,7 @@ import timm
 import torch
 
 from tangent_ops.errors import ArgumentError, TangentOpsError
-from tangent_ops.linearize import last_blocks
+from tangent_ops.model.linearize import last_blocks
 from tangent_ops.profiling.sides import DTYPES, MODES, RIVALS, Settings, create
 
 

@@ -8,7 +8,7 @@ jvp and one vjp over the data, in O(P) memory.
 from tangent_ops.exact.certificate import Certificate, certify
 from tangent_ops.exact.fit import ExactFit, fit_exact
 from tangent_ops.exact.influence import CrossValidation, Influence
-from tangent_ops.exact.leave_one_out import first_order_scores, leave_one_out
+from tangent_ops.exact.loo import first_order_scores, leave_one_out
 from tangent_ops.exact.lossless import ShardCurvature, compose_lossless
 from tangent_ops.exact.removal import (
     Noised,

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tangent_ops._curvature import Loss
+from tangent_ops.data import Data
 from tangent_ops.delta import Delta, fingerprint
 from tangent_ops.errors import ArgumentError, CertificateError
-from tangent_ops.evaluate import Data
-from tangent_ops.exact._jacobian import Jacobian
-from tangent_ops.exact._layout import norm
-from tangent_ops.exact._problem import Problem
-from tangent_ops.exact._search import loss_name
-from tangent_ops.linearize import LinearizedModel
+from tangent_ops.exact.jacobian import Jacobian
+from tangent_ops.exact.layout import norm
+from tangent_ops.exact.problem import Problem
+from tangent_ops.exact.search import loss_name
+from tangent_ops.losses import Loss
+from tangent_ops.model.linearized import LinearizedModel
 
 METHOD = "gradient over the data, in float64"
 CACHED = "; what enters the first trained block was computed in the model's precision"

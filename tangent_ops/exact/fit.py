@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
-from tangent_ops._curvature import Loss
+from tangent_ops.data import Data, check_integer
 from tangent_ops.errors import ArgumentError, NotConvergedWarning
-from tangent_ops.evaluate import Data, check_integer
-from tangent_ops.exact._checkpoint import Checkpoint, check_path
-from tangent_ops.exact._layout import norm
-from tangent_ops.exact._nystrom import check_rank, default_rank, preconditioner
-from tangent_ops.exact._problem import Problem
-from tangent_ops.exact._search import Search, identity
-from tangent_ops.exact.kernel import solve_dual
-from tangent_ops.linearize import LinearizedModel
+from tangent_ops.exact.checkpoint import Checkpoint, check_path
+from tangent_ops.exact.layout import norm
+from tangent_ops.exact.nystrom import check_rank, default_rank, preconditioner
+from tangent_ops.exact.problem import Problem
+from tangent_ops.exact.search import Search, identity
+from tangent_ops.exact.tangent_kernel import solve_dual
+from tangent_ops.losses import Loss
+from tangent_ops.model.linearized import LinearizedModel
 
 METHODS = ("cg", "dual")
 
@@ -92,7 +92,7 @@ def fit_exact(
             deltas are; what rounding leaves of it is removed by conjugate gradients.
         batch_size: of a Dataset; a DataLoader has its own.
         max_iterations: of conjugate gradients, in all.
-        rank: of the Nyström preconditioner (`tangent_ops.exact._nystrom`); None for up to 64, as
+        rank: of the Nyström preconditioner (`tangent_ops.exact.nystrom`); None for up to 64, as
             far as 1 GiB holds it; 0 for none.
         checkpoint: a file to go on from if it is there, and to keep up to date: after an
             interruption the result is the same, bit for bit on a CPU. It is removed at the end.

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tangent_ops._curvature import Loss
+from tangent_ops.data import Data
 from tangent_ops.errors import ArgumentError
-from tangent_ops.evaluate import Data
-from tangent_ops.exact._problem import Problem, check_l2
-from tangent_ops.exact.kernel import TangentKernel
-from tangent_ops.linearize import LinearizedModel
+from tangent_ops.exact.problem import Problem, check_l2
+from tangent_ops.exact.tangent_kernel import TangentKernel
+from tangent_ops.losses import Loss
+from tangent_ops.model.linearized import LinearizedModel
 
 
 class Influence:

@@ -8,17 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 from tqdm import tqdm
 
-from tangent_ops._curvature import Loss
-from tangent_ops.compose import DeltaLike, compose
+from tangent_ops.composition.compose import DeltaLike, compose
+from tangent_ops.data import Data, check_integer
 from tangent_ops.delta import Delta, DeltaMeta, check_anchor, load_delta
 from tangent_ops.errors import ArgumentError, ConvergenceError, UnsupportedError
-from tangent_ops.evaluate import Data, check_integer
-from tangent_ops.exact._conjugate import State, unpreconditioned
-from tangent_ops.exact._layout import Layout, norm
-from tangent_ops.exact._nystrom import preconditioner
-from tangent_ops.exact._problem import Problem
-from tangent_ops.exact._search import loss_name
-from tangent_ops.linearize import LinearizedModel
+from tangent_ops.exact.conjugate import State, unpreconditioned
+from tangent_ops.exact.layout import Layout, norm
+from tangent_ops.exact.nystrom import preconditioner
+from tangent_ops.exact.problem import Problem
+from tangent_ops.exact.search import loss_name
+from tangent_ops.losses import Loss
+from tangent_ops.model.linearized import LinearizedModel
 
 Curvature = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 

@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tangent_ops._curvature import Loss
+from tangent_ops.data import Data, check_integer
 from tangent_ops.delta import Delta, fingerprint
 from tangent_ops.errors import ArgumentError, ConvergenceError, UnsupportedError
-from tangent_ops.evaluate import Data, check_integer
-from tangent_ops.exact._conjugate import solve, unpreconditioned
-from tangent_ops.exact._layout import norm
-from tangent_ops.exact._problem import Problem, check_l2
-from tangent_ops.exact._search import loss_name
 from tangent_ops.exact.certificate import Certificate, certify
+from tangent_ops.exact.conjugate import solve, unpreconditioned
 from tangent_ops.exact.fit import fit_exact
-from tangent_ops.linearize import LinearizedModel
+from tangent_ops.exact.layout import norm
+from tangent_ops.exact.problem import Problem, check_l2
+from tangent_ops.exact.search import loss_name
+from tangent_ops.losses import Loss
+from tangent_ops.model.linearized import LinearizedModel
 
 Curvature = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tangent_ops._curvature import Loss
+from tangent_ops.data import Data, check_integer
 from tangent_ops.errors import ArgumentError
-from tangent_ops.evaluate import Data, check_integer
-from tangent_ops.exact._conjugate import solve
-from tangent_ops.exact._layout import norm
-from tangent_ops.exact._nystrom import preconditioner
-from tangent_ops.exact._problem import Problem
-from tangent_ops.linearize import LinearizedModel
+from tangent_ops.exact.conjugate import solve
+from tangent_ops.exact.layout import norm
+from tangent_ops.exact.nystrom import preconditioner
+from tangent_ops.exact.problem import Problem
+from tangent_ops.losses import Loss
+from tangent_ops.model.linearized import LinearizedModel
 
 
 def predictive_covariance(

@@ -13,16 +13,16 @@ if missing := [n for n in ("opacus", "dp_accounting", "scipy") if find_spec(n) i
     )
 
 from tangent_ops.privacy.accounting import Phase, epsilon, failure, noise_multiplier_for
-from tangent_ops.privacy.audit import Audit, audit
-from tangent_ops.privacy.audit_fit import audit_fit
-from tangent_ops.privacy.canary import canary_score, make_canary
+from tangent_ops.privacy.auditing.audit import Audit, audit
+from tangent_ops.privacy.auditing.audit_fit import audit_fit
+from tangent_ops.privacy.auditing.canary import canary_score, make_canary
+from tangent_ops.privacy.convex.jacobian_norms import jacobian_norms
+from tangent_ops.privacy.convex.last_iterate import LastIterate, fit_last_iterate
+from tangent_ops.privacy.convex.output_perturbation import PerturbedOutput, perturb_output
 from tangent_ops.privacy.fit import PrivateFit, fit_private
-from tangent_ops.privacy.gradients import PerSampleGradients, per_sample_gradients
-from tangent_ops.privacy.jacobian_norms import jacobian_norms
-from tangent_ops.privacy.last_iterate import LastIterate, fit_last_iterate
 from tangent_ops.privacy.noise import NoiseSource
-from tangent_ops.privacy.output_perturbation import PerturbedOutput, perturb_output
-from tangent_ops.privacy.parallel import LedgerPrivacy, ledger_privacy, parallel
+from tangent_ops.privacy.parallel_composition import LedgerPrivacy, ledger_privacy, parallel
+from tangent_ops.privacy.per_sample.gradients import PerSampleGradients, per_sample_gradients
 from tangent_ops.privacy.statement import PrivacyStatement, attach, make_statement, statement_of
 
 __all__ = [

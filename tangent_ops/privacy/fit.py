@@ -15,27 +15,25 @@ from torch import distributed
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from tangent_ops._curvature import Loss, MeanOfSamples
+from tangent_ops.data import check_integer, place, unpack
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError
-from tangent_ops.evaluate import check_integer, place, unpack
-from tangent_ops.features import cache_features
-from tangent_ops.fit import SCHEDULES
-from tangent_ops.linearize import LinearizedModel
-from tangent_ops.losses import RescaledSquareLoss
-from tangent_ops.privacy._checks import (
+from tangent_ops.losses import Loss, MeanOfSamples, RescaledSquareLoss
+from tangent_ops.model.features import cache_features
+from tangent_ops.model.linearized import LinearizedModel
+from tangent_ops.privacy.accounting import Phase, noise_multiplier_for
+from tangent_ops.privacy.checks import (
     check_contents,
     check_dataset,
     check_failure,
     check_model,
     check_positive,
 )
-from tangent_ops.privacy._optimizer import PrivateOptimizer
-from tangent_ops.privacy._sampling import PoissonBatches
-from tangent_ops.privacy._state import State
-from tangent_ops.privacy.accounting import Phase, noise_multiplier_for
-from tangent_ops.privacy.gradients import MODES, PerSampleGradients
 from tangent_ops.privacy.noise import NoiseSource
+from tangent_ops.privacy.optimizer import PrivateOptimizer
+from tangent_ops.privacy.per_sample.gradients import MODES, PerSampleGradients
+from tangent_ops.privacy.sampling import PoissonBatches
+from tangent_ops.privacy.state import State
 from tangent_ops.privacy.statement import (
     ADD_OR_REMOVE,
     PrivacyStatement,
@@ -43,6 +41,7 @@ from tangent_ops.privacy.statement import (
     check_adjacency,
     make_statement,
 )
+from tangent_ops.training.fit import SCHEDULES
 
 # Their steps are of noisy gradients; no data are read to make them.
 OPTIMIZERS = {

@@ -13,9 +13,9 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
-from tangent_ops._files import to_json
+from tangent_ops.data import check_integer
 from tangent_ops.errors import ArgumentError
-from tangent_ops.evaluate import check_integer
+from tangent_ops.files import to_json
 
 _CHUNK = 1 << 18  # entries whose random bytes are held at once
 _TERMS = 4  # Gaussian draws summed for an entry of secure noise

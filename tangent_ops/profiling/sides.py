@@ -18,9 +18,10 @@ from torch.autograd.profiler import record_function
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tangent_ops import forward_ad
 from tangent_ops.errors import ZeroHeadWarning
-from tangent_ops.linearize import LinearizedModel, last_blocks, linearize
+from tangent_ops.model.linearize import last_blocks, linearize
+from tangent_ops.model.linearized import LinearizedModel
+from tangent_ops.ops import forward_ad
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODES = ("forward", "train")

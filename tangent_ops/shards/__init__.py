@@ -3,11 +3,11 @@
 from tangent_ops.shards.anchor import AnchorInfo, load_anchor, read_anchor, save_anchor
 from tangent_ops.shards.assignment import by_class, by_column, by_hash
 from tangent_ops.shards.data import ImageData, Samples
-from tangent_ops.shards.forget import Forgotten, find, forget
+from tangent_ops.shards.forgetting import Forgotten, find, forget
 from tangent_ops.shards.plan import Job, Plan, Shard
 from tangent_ops.shards.recipe import Recipe
 from tangent_ops.shards.run import Report, run_shards
-from tangent_ops.shards.settle import Settled, check_settled, settle
+from tangent_ops.shards.settling import Settled, check_settled, settle
 
 __all__ = [
     "AnchorInfo",

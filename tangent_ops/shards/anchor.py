@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from tangent_ops._files import to_json, write_atomically, write_safetensors
 from tangent_ops.delta import fingerprint
 from tangent_ops.errors import ArgumentError, PlanError
+from tangent_ops.files import to_json, write_atomically, write_safetensors
 
 FORMAT = "tangent-ops anchor"
 FORMAT_VERSION = "1"

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tangent_ops.errors import ArgumentError, SampleError, UnsupportedError
-from tangent_ops.shards._decode import decoded, to_rgb
-from tangent_ops.shards._listing import Listing, list_images
+from tangent_ops.shards.decode import decoded, to_rgb
+from tangent_ops.shards.listing import Listing, list_images
 
 # Of timm's torchvision data sets those that read images, or arrays of numbers. The others unpickle.
 TORCHVISION = ("mnist", "kmnist", "fashion_mnist", "places365", "inaturalist")

@@ -14,11 +14,11 @@ import torch
 from tangent_ops.delta import Delta, save_delta
 from tangent_ops.errors import TangentOpsError
 from tangent_ops.exact import fit_exact
-from tangent_ops.fit import fit
-from tangent_ops.linearize import LinearizedModel
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.shards.data import Samples
 from tangent_ops.shards.plan import Job, Plan
 from tangent_ops.shards.recipe import LOSSES, Recipe
+from tangent_ops.training.fit import fit
 
 # Libraries read it when a process starts; bits of a sum depend on how it was split.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

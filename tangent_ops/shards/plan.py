@@ -14,15 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tangent_ops._files import to_json, write_atomically
 from tangent_ops.errors import ArgumentError, PlanError
-from tangent_ops.linearize import LinearizedModel, linearize
-from tangent_ops.shards._disjoint import check_disjoint, check_private, check_public
-from tangent_ops.shards._rows import Rows, check_names, difference, digest, hashed, rows_of
+from tangent_ops.files import to_json, write_atomically
+from tangent_ops.model.linearize import linearize
+from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.shards.anchor import AnchorInfo, load_anchor, read_anchor
 from tangent_ops.shards.data import ImageData, Samples
+from tangent_ops.shards.disjoint import check_disjoint, check_private, check_public
 from tangent_ops.shards.manifest import Manifest, Sample
 from tangent_ops.shards.recipe import Recipe
+from tangent_ops.shards.rows import Rows, check_names, difference, digest, hashed, rows_of
 
 WEIGHTS = ("uniform", "samples")
 DATABASE = "plan.sqlite"

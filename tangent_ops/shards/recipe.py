@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from tangent_ops.data import check_integer
 from tangent_ops.errors import ArgumentError
-from tangent_ops.evaluate import check_integer
-from tangent_ops.fit import OPTIMIZERS, SCHEDULES
-from tangent_ops.linearize import last_blocks
 from tangent_ops.losses import RescaledSquareLoss
+from tangent_ops.model.linearize import last_blocks
+from tangent_ops.training.fit import OPTIMIZERS, SCHEDULES
 
 LOSSES = {"rsl": RescaledSquareLoss, "cross-entropy": nn.CrossEntropyLoss}
 METHODS = ("gradient", "exact")

@@ -10,8 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tangent_ops.data import check_integer
 from tangent_ops.errors import ArgumentError
-from tangent_ops.evaluate import check_integer
 from tangent_ops.shards.local import run_local
 from tangent_ops.shards.on_ray import need_ray, run_on_ray
 from tangent_ops.shards.plan import Plan

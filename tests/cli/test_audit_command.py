@@ -12,7 +12,7 @@ pytest.importorskip("opacus", reason="the extra for privacy is not installed")
 pytest.importorskip("dp_accounting", reason="the extra for privacy is not installed")
 
 from tangent_ops.cli.app import app
-from tangent_ops.privacy import gradients
+from tangent_ops.privacy.per_sample import gradients
 
 
 def run(*words: object) -> Result:

@@ -21,7 +21,7 @@ from tangent_ops.errors import (
     UnsupportedError,
 )
 from tangent_ops.exact import certify, fit_exact
-from tangent_ops.exact._problem import Problem
+from tangent_ops.exact.problem import Problem
 from tangent_ops.losses import RescaledSquareLoss
 
 

@@ -17,7 +17,7 @@ from tangent_ops.exact import (
     leave_one_out,
     predictive_covariance,
 )
-from tangent_ops.exact import kernel as kernel_module
+from tangent_ops.exact import tangent_kernel as kernel_module
 from tangent_ops.losses import RescaledSquareLoss
 
 L2 = 0.05

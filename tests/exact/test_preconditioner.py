@@ -7,8 +7,8 @@ import torch
 from dense import QUIET, SAMPLES, Dense, make
 
 from tangent_ops.exact import fit_exact
-from tangent_ops.exact._nystrom import Nystrom, default_rank, sketch_samples
-from tangent_ops.exact._problem import Problem
+from tangent_ops.exact.nystrom import Nystrom, default_rank, sketch_samples
+from tangent_ops.exact.problem import Problem
 
 L2 = 1e-3
 

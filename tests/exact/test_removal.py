@@ -30,7 +30,7 @@ from tangent_ops.exact import (
     forget_without_data,
     noised,
 )
-from tangent_ops.exact._problem import Problem
+from tangent_ops.exact.problem import Problem
 
 L2 = 0.05
 STAY, GO = list(range(9)), [9, 10, 11]

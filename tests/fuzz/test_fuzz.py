@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tangent_ops import forward_ad
+from tangent_ops.ops import forward_ad
 from tests.fuzz.grow import ENDS, NODES, Program, grow
 from tests.fuzz.judge import FAILURES, outcome, smallest
 from tests.fuzz.nodes import Node

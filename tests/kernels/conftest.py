@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tangent_ops.functional._backend import interpreting
+from tangent_ops.ops.backend import interpreting
 
 HERE = Path(__file__).parent
 ANYWHERE = ("test_interpreted.py", "test_resources.py")

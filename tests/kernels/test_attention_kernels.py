@@ -18,7 +18,7 @@ from tangent_kernels.attention import (
 )
 from torch import Tensor
 
-from tangent_ops.functional._backend import interpreting
+from tangent_ops.ops.backend import interpreting
 from tests.ops import oracle
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tangent_ops.functional._backend import interpreting
+from tangent_ops.ops.backend import interpreting
 from tests.ops.transforms import CELLS, title
 from tests.ops.write_nestings import check
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tangent_kernels.attention import Call, Tangents, attention_jvp, attention_second_vjp
 
-from tangent_ops.functional._backend import interpreting
+from tangent_ops.ops.backend import interpreting
 from tests.ops import oracle
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

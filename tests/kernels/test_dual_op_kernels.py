@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from benchmarks.sanitize_kernels import launch_rows
 from tangent_ops import functional as ops
 from tangent_ops.errors import UnsupportedError
-from tangent_ops.functional._backend import interpreting
-from tangent_ops.functional._dual_op import _Dual
+from tangent_ops.ops.backend import interpreting
+from tangent_ops.ops.dual_op import _Dual
 from tests.ops import oracle
 
 DEVICE = "cpu" if interpreting() else "cuda"

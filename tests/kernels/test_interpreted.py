@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tangent_ops.functional._backend import interpreting
+from tangent_ops.ops.backend import interpreting
 
 HERE = Path(__file__).parent
 FILES = [  # the longest first

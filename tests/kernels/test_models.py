@@ -59,7 +59,7 @@ def test_a_linearized_model_chooses_the_kernels_on_a_gpu(monkeypatch) -> None:
     calls = []
     launch = torch.ops.tangent_ops.attention_jvp
     monkeypatch.setattr(
-        "tangent_ops.functional._attention_triton.attention_jvp",
+        "tangent_ops.ops.attention.autograd.attention_jvp",
         lambda *a: calls.append(a) or launch(*a),
     )
     tangent(torch.randn(2, 3, 16, 16, device="cuda"))

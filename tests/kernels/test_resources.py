@@ -14,7 +14,7 @@ from benchmarks.compile_kernels import default_cases, measure, problems_of, row_
 from benchmarks.known_spills import KNOWN_SPILLS
 from benchmarks.resources import compile_launch, specialize
 from benchmarks.samples import Case, launch_of
-from tangent_ops.functional._backend import interpreting
+from tangent_ops.ops.backend import interpreting
 
 pytestmark = [
     pytest.mark.slow,

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 import tangent_ops
 from tangent_ops.errors import ArgumentError, UnsupportedError
-from tangent_ops.functional import _backend
+from tangent_ops.ops import backend as _backend
 from tests.ops import oracle
 
 attention = tangent_ops.scaled_dot_product_attention

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tangent_ops
-from tangent_ops.functional import _attention_eager
+from tangent_ops.ops.attention import eager
 from tests.ops import oracle
 
 PRESENT = [flags for flags in itertools.product([True, False], repeat=3) if any(flags)]
@@ -35,9 +35,9 @@ def blocks(request, monkeypatch):
 
 
 def set_blocks(patch, cached, causal_rows) -> None:
-    patch.setattr(_attention_eager, "_CACHED", cached)
-    patch.setattr(_attention_eager, "_CAUSAL_ROWS", causal_rows)
-    patch.setattr(_attention_eager, "_FEWEST_ROWS", 1)
+    patch.setattr(eager, "_CACHED", cached)
+    patch.setattr(eager, "_CAUSAL_ROWS", causal_rows)
+    patch.setattr(eager, "_FEWEST_ROWS", 1)
     # One thread's share: two heads at least.
     patch.setattr(torch, "get_num_threads", lambda: 1)
 
@@ -144,7 +144,7 @@ def test_blocks_cover_every_score_once(blocks) -> None:
     query, key = torch.empty(3, 5, 7, 2), torch.empty(3, 5, 11, 2)
     for is_causal in (False, True):
         seen = torch.zeros(3, 5, 7, 11)
-        for (images, heads, rows), keys, start in _attention_eager._blocks(query, key, is_causal):
+        for (images, heads, rows), keys, start in eager._blocks(query, key, is_causal):
             assert keys[:2] == (images, heads) and start == (rows.start if is_causal else None)
             assert not is_causal or keys[2].stop <= rows.stop  # a triangle of them for nothing
             seen[images, heads, rows, keys[2]] += 1

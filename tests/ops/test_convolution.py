@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from tangent_ops import fused_forward_ad
-from tangent_ops.functional.convolution import convolution
+from tangent_ops.ops.convolution import convolution
 from tests.ops import oracle
 from tests.ops.oracle import pushforward
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tangent_ops.ops.activation import gelu
 from torch.autograd import forward_ad
 
-from tangent_ops.functional._dual_op import _Dual
-from tangent_ops.functional.gelu import gelu
+from tangent_ops.ops.dual_op import _Dual
 from tests.ops import oracle
 
 APPROXIMATE = ["none", "tanh"]

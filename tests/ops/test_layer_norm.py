@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tangent_ops.ops.norm import layer_norm
 from torch.autograd import forward_ad
 
-from tangent_ops.functional._dual_op import _Dual
-from tangent_ops.functional.layer_norm import layer_norm
+from tangent_ops.ops.dual_op import _Dual
 from tests.ops import oracle
 
 PRESENT = [flags for flags in itertools.product([True, False], repeat=3) if any(flags)]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from tangent_ops.functional.linear import linear
+from tangent_ops.ops.linear import linear
 from tests.ops import oracle
 from tests.ops.oracle import pushforward
 

@@ -29,13 +29,13 @@ pytest.importorskip("dp_accounting", reason="the extra for privacy is not instal
 from tangent_ops import Delta, last_blocks, linearize, load_delta, save_delta
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.losses import RescaledSquareLoss
-from tangent_ops.privacy import _state
-from tangent_ops.privacy._checks import check_contents
-from tangent_ops.privacy._sampling import PoissonBatches
+from tangent_ops.privacy import state as _state
 from tangent_ops.privacy.accounting import Phase, epsilon
+from tangent_ops.privacy.checks import check_contents
 from tangent_ops.privacy.fit import PrivateFit, fit_private
-from tangent_ops.privacy.gradients import per_sample_gradients
 from tangent_ops.privacy.noise import NoiseSource
+from tangent_ops.privacy.per_sample.gradients import per_sample_gradients
+from tangent_ops.privacy.sampling import PoissonBatches
 from tangent_ops.privacy.statement import make_statement, statement_of
 
 COUNT = 30

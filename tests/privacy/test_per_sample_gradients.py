@@ -26,13 +26,13 @@ from timm.models.swin_transformer import SwinTransformer
 from tangent_ops import linearize
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.losses import RescaledSquareLoss
-from tangent_ops.privacy._layers import ProductLayer, make_layer
-from tangent_ops.privacy.gradients import (
+from tangent_ops.privacy.per_sample.gradients import (
     MODES,
     PerSampleGradients,
     clip_factors,
     per_sample_gradients,
 )
+from tangent_ops.privacy.per_sample.layers import ProductLayer, make_layer
 from tangent_ops.profiling.memory import peak_bytes
 
 LOSS = RescaledSquareLoss()

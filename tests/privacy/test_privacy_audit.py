@@ -22,15 +22,15 @@ from scipy.stats import binomtest
 
 from tangent_ops import linearize
 from tangent_ops.errors import ArgumentError, CertificateError, DeltaError, UnsupportedError
-from tangent_ops.privacy import gradients
 from tangent_ops.privacy.accounting import Phase, epsilon
-from tangent_ops.privacy.audit import Audit, audit, rate_at_least, rate_at_most
-from tangent_ops.privacy.audit_fit import audit_fit
-from tangent_ops.privacy.canary import canary_score, make_canary
+from tangent_ops.privacy.auditing.audit import Audit, audit, rate_at_least, rate_at_most
+from tangent_ops.privacy.auditing.audit_fit import audit_fit
+from tangent_ops.privacy.auditing.canary import canary_score, make_canary
+from tangent_ops.privacy.auditing.trade_off import TradeOff, largest_noise, scaled
 from tangent_ops.privacy.fit import fit_private
 from tangent_ops.privacy.noise import NoiseSource
+from tangent_ops.privacy.per_sample import gradients
 from tangent_ops.privacy.statement import PrivacyStatement, make_statement
-from tangent_ops.privacy.trade_off import TradeOff, largest_noise, scaled
 
 NORMAL = NormalDist()
 DELTA = 1e-5

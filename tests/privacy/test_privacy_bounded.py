@@ -29,10 +29,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tangent_ops import last_blocks, linearize
 from tangent_ops.errors import ArgumentError, UnsupportedError
-from tangent_ops.exact._problem import in_order
+from tangent_ops.exact.problem import in_order
 from tangent_ops.losses import RescaledSquareLoss
-from tangent_ops.privacy._bounded import BoundedSquareLoss, Bounds, Objective
-from tangent_ops.privacy.jacobian_norms import jacobian_norms
+from tangent_ops.privacy.convex.bounded import BoundedSquareLoss, Bounds, Objective
+from tangent_ops.privacy.convex.jacobian_norms import jacobian_norms
 
 OPTIONS = {"cache": False, "device": None, "progress": False}
 

@@ -13,8 +13,8 @@ pytest.importorskip("dp_accounting", reason="the extra for privacy is not instal
 
 from tangent_ops import linearize
 from tangent_ops.errors import ArgumentError, UnsupportedError
-from tangent_ops.privacy.last_iterate import fit_last_iterate
-from tangent_ops.privacy.output_perturbation import perturb_output
+from tangent_ops.privacy.convex.last_iterate import fit_last_iterate
+from tangent_ops.privacy.convex.output_perturbation import perturb_output
 
 OPTIONS = {
     "l2": 1.0,

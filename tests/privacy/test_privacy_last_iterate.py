@@ -25,9 +25,9 @@ from bounded_problem import (
 from torch.utils.data import TensorDataset
 
 from tangent_ops.errors import ArgumentError, NonFiniteLossError
-from tangent_ops.exact._problem import in_order
-from tangent_ops.privacy._bounded import Bounds, Objective
-from tangent_ops.privacy.last_iterate import (
+from tangent_ops.exact.problem import in_order
+from tangent_ops.privacy.convex.bounded import Bounds, Objective
+from tangent_ops.privacy.convex.last_iterate import (
     contraction_gap,
     fit_last_iterate,
     last_iterate_growth,

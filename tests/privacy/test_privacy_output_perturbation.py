@@ -28,9 +28,9 @@ from torch.utils.data import TensorDataset
 
 from tangent_ops import last_blocks, linearize, load_delta, save_delta
 from tangent_ops.errors import ArgumentError, ConvergenceError, UnsupportedError
-from tangent_ops.privacy.last_iterate import fit_last_iterate
+from tangent_ops.privacy.convex.last_iterate import fit_last_iterate
+from tangent_ops.privacy.convex.output_perturbation import perturb_output
 from tangent_ops.privacy.noise import NoiseSource
-from tangent_ops.privacy.output_perturbation import perturb_output
 from tangent_ops.privacy.statement import statement_of
 
 OPTIONS = {**BOUNDS, **QUIET, "delta": 1e-3}

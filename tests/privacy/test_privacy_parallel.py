@@ -18,7 +18,7 @@ from gaussian_oracle import gaussian_epsilon
 from tangent_ops import Delta, DeltaMeta, Ledger
 from tangent_ops.errors import ArgumentError, CertificateError, LedgerError, UnsupportedError
 from tangent_ops.privacy.accounting import Phase
-from tangent_ops.privacy.parallel import ledger_privacy, parallel
+from tangent_ops.privacy.parallel_composition import ledger_privacy, parallel
 from tangent_ops.privacy.statement import PrivacyStatement, attach, make_statement
 
 META = DeltaMeta("a" * 64, "tiny", "head")

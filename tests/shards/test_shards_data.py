@@ -23,8 +23,8 @@ from timm.data.transforms_factory import create_transform
 
 from tangent_ops.errors import ArgumentError, SampleError
 from tangent_ops.shards import ImageData, by_class, by_column, by_hash
-from tangent_ops.shards._decode import decoded
 from tangent_ops.shards.data import safe
+from tangent_ops.shards.decode import decoded
 
 CONFIG = {"input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 

@@ -19,9 +19,9 @@ from studies.paper.parts.dealing import (
 )
 from studies.paper.presets import Preset
 from tangent_ops import compose, compose_lossless, fit_exact, linearize
+from tangent_ops.composition.soups import uniform_soup
 from tangent_ops.errors import NotConvergedWarning
 from tangent_ops.exact import ShardCurvature
-from tangent_ops.soups import uniform_soup
 
 PART = "composition"
 TUNED_ON = 0

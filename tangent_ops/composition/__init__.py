@@ -1,0 +1,1 @@
+"""Composition of deltas: weighted sums, least squares, and the ledger of shards."""

@@ -1,0 +1,257 @@
+"""Weights of a composition by least squares on validation data."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from tangent_ops.data import Data, as_loader, unpack
+from tangent_ops.delta import (
+    DeltaLike,
+    check_anchor,
+    check_kind,
+    check_layout,
+    check_several,
+    check_values,
+    open_delta,
+)
+from tangent_ops.errors import ArgumentError, NonFiniteLossError
+from tangent_ops.losses import (
+    Loss,
+    MeanOfSamples,
+    RescaledSquareLoss,
+    at_least_single,
+    is_quadratic,
+    loss_gradient,
+    loss_product,
+)
+from tangent_ops.model.linearized import LinearizedModel
+from tangent_ops.ops.levels import functional_call
+
+
+class LeastSquaresWeights:
+    """The weights of K deltas that fit validation data best, and of any part of the deltas.
+
+    For f0 the anchor's outputs and F_k = J delta_k (N, C), the weights are
+
+        argmin over α of mean loss(f0 + sum_k α_k F_k) + ridge/2 ‖α‖²
+            = (FᵀAF + ridge I)⁻¹ (-Fᵀg)
+
+    with g and A the gradient and Hessian of the mean loss by the outputs, at f0. The data are read
+    once, with one Jacobian-vector product per delta and sample, when the object is made. It keeps
+    FᵀAF and -Fᵀg alone, whose entries tell of the deltas they belong to and of no other.
+
+    To forget a shard, solve again with `weights(keep=...)`, which needs no data: weights chosen
+    when the shard was there were fitted around what it does, and leak it. This object, too, still
+    has its row; make it anew without the shard's delta before you hand it on.
+
+    Args:
+        deltas: of the tangent model's anchor (and basis), or paths of files, which are opened one
+            after the other, once to check them and once for every batch.
+        tangent: the tangent model. Its own deltas play no part and stay as they are.
+        data: validation data: a Dataset of (input, target), or a DataLoader.
+        loss: (logits, targets) -> scalar mean over the batch, quadratic and convex in the logits;
+            None for `RescaledSquareLoss()`.
+        ridge: pulls the weights to zero; 0 for plain least squares, which needs deltas that do
+            linearly independent things. None for the least that rounding asks for, by which copies
+            of a delta share its weight: the machine epsilon of the outputs' dtype (at least
+            1e-12) times the mean diagonal entry of FᵀAF, of the deltas that are kept.
+        batch_size: of a Dataset; a DataLoader has its own.
+        progress: show a bar if it takes more than two seconds.
+
+    Attributes:
+        matrix: FᵀAF, (K, K), float64, on the CPU.
+        vector: -Fᵀg, (K,), float64, on the CPU.
+        ridge: as given.
+
+    Raises:
+        ArgumentError: no deltas, something that is no delta, data that is empty or yields something
+            else, a ridge that is negative or not finite, a model of other outputs than one tensor,
+            or a loss that is no mean over the samples, not quadratic or not convex.
+        DeltaError: a delta of another anchor, rank, basis, names or shapes than the tangent model's
+            own; values that are not finite.
+        DeltaFileError: a file is truncated, was edited or is no delta file.
+        NonFiniteLossError: outputs are NaN or infinite.
+    """
+
+    def __init__(
+        self,
+        deltas: Iterable[DeltaLike],
+        tangent: LinearizedModel,
+        data: Data,
+        *,
+        loss: Loss | None = None,
+        ridge: float | None = None,
+        batch_size: int = 128,
+        progress: bool = True,
+    ) -> None:
+        check_several(deltas)
+        if not isinstance(tangent, LinearizedModel):
+            kind = type(tangent).__name__
+            raise ArgumentError(f"tangent must be a LinearizedModel, got a {kind}: linearize it")
+        if ridge is not None and not (
+            isinstance(ridge, numbers.Real) and math.isfinite(ridge) and ridge >= 0
+        ):
+            raise ArgumentError(f"ridge must be finite and not negative, or None, got {ridge!r}")
+        loader = as_loader(data, batch_size, shuffle=False)
+        columns = _Columns(tangent, list(deltas))
+        loss = loss or RescaledSquareLoss()
+
+        self.ridge = ridge
+        bar = tqdm(
+            total=len(loader) * columns.count,
+            desc="least squares",
+            unit="jvp",
+            delay=2,
+            leave=False,
+            disable=not progress,
+        )
+        with bar, torch.inference_mode(False), torch.no_grad():
+            self._read(columns, loader, loss, bar)
+        _check_convex(loss, self.matrix)
+
+    def weights(self, keep: Sequence[int] | None = None) -> list[float]:
+        """Solve for the weights of the deltas, or of a part of them, as if there were no others.
+
+        Args:
+            keep: positions, in the list of deltas, of those that stay; None for all.
+
+        Returns:
+            One weight per delta that stays, in the order of `keep`: for :func:`compose`.
+
+        Raises:
+            ArgumentError: keep is empty, or holds something else than distinct positions; or
+                without enough ridge the weights are not unique, and the error says which.
+        """
+        kept = self._positions(keep)
+        matrix, vector = self.matrix[kept][:, kept], self.vector[kept]
+        least = self._rounding * float(matrix.diagonal().mean())
+        ridge = least if self.ridge is None else self.ridge
+        matrix.diagonal().add_(ridge)
+
+        # With a unit diagonal, which small deltas among large ones do not spoil.
+        scale = torch.where(matrix.diagonal() > 0, matrix.diagonal().rsqrt(), 1.0)
+        values, vectors = torch.linalg.eigh(scale[:, None] * matrix * scale)
+        flat = values <= (self._rounding if ridge < least else 0.0)
+        if flat.any():
+            taking_part = vectors[:, flat].square().sum(dim=1) > 1e-6
+            which = [k for k, part in zip(kept, taking_part.tolist(), strict=True) if part]
+            raise ArgumentError(
+                f"the weights of deltas {which} are not unique: on these data they do nothing, or "
+                "linearly dependent things, to the outputs. Leave some out, or pass a larger "
+                "ridge (None for the least that is enough)"
+            )
+        return (scale * (vectors @ ((scale * vector) @ vectors / values))).tolist()
+
+    def _read(self, columns: _Columns, loader: DataLoader, loss: Loss, bar: tqdm) -> None:
+        """Sum FᵀAF and -Fᵀg over the batches, each times its number of samples."""
+        self.matrix = torch.zeros(columns.count, columns.count, dtype=torch.float64)
+        self.vector = torch.zeros(columns.count, dtype=torch.float64)
+        self._rounding = 1e-12  # relative, of the matrix
+        samples = 0
+        device = next(columns.parameters()).device
+        for batch in loader:
+            inputs, targets = unpack(batch, device)
+            outputs, effects = columns.of(inputs, bar)
+            self._rounding = max(self._rounding, torch.finfo(outputs.dtype).eps)
+            outputs, effects = at_least_single(outputs), [*map(at_least_single, effects)]
+            if samples == 0:
+                _check_quadratic(loss, outputs, targets)
+                mean = MeanOfSamples(loss, outputs, targets)
+            mean.check(targets)
+            _, gradient = loss_gradient(loss, outputs, targets)
+            products = [loss_product(loss, outputs, targets, effect) for effect in effects]
+            rows = torch.stack([effect.flatten() for effect in effects]).double()
+            curved = torch.stack([product.flatten() for product in products]).double()
+            self.matrix += len(inputs) * (rows @ curved.T).cpu()
+            self.vector -= len(inputs) * (rows @ gradient.flatten().double()).cpu()
+            samples += len(inputs)
+        if samples == 0:
+            raise ArgumentError("data has a length, but yielded no batch")
+        self.matrix = (self.matrix + self.matrix.T) / (2 * samples)
+        self.vector /= samples
+
+    def _positions(self, keep: Sequence[int] | None) -> list[int]:
+        count = len(self.vector)
+        kept = list(range(count) if keep is None else keep)
+        right = [isinstance(k, numbers.Integral) and not isinstance(k, bool) for k in kept]
+        if not all(right) or len(set(kept)) < len(kept) or not set(kept) <= {*range(count)}:
+            raise ArgumentError(
+                f"keep must be distinct positions from 0 to {count - 1}, got {keep!r}"
+            )
+        if not kept:
+            raise ArgumentError("keep is empty: there is nothing to compose")
+        return kept
+
+
+class _Columns(nn.Module):
+    """What each delta does to the outputs; the tangent model is run with it in place of its own."""
+
+    def __init__(self, tangent: LinearizedModel, deltas: list[DeltaLike]) -> None:
+        super().__init__()
+        if not deltas:
+            raise ArgumentError("deltas is empty: there is nothing to compose")
+        self.tangent = tangent
+        self.deltas = deltas
+        self.count = len(deltas)
+        for index in range(self.count):
+            self._open(index)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.tangent.primal_and_tangent(inputs)
+
+    def of(self, inputs: Tensor, bar: tqdm) -> tuple[Tensor, list[Tensor]]:
+        """Outputs (n, ...) of the anchor, and of each delta what it adds to them, shaped so too."""
+        outputs, effects = inputs, []
+        for index in range(self.count):
+            outputs, effect = functional_call(self, self._open(index), (inputs,))
+            if not isinstance(outputs, Tensor):
+                kind = type(outputs).__name__
+                raise ArgumentError(
+                    f"least squares need a model of one output tensor, got a {kind}"
+                )
+            if not (outputs.isfinite().all() and effect.isfinite().all()):
+                raise NonFiniteLossError(
+                    f"the outputs with delta {index} are not finite: check the inputs for NaN"
+                )
+            effects.append(effect)
+            bar.update()
+        return outputs, effects
+
+    def _open(self, index: int) -> dict[str, Tensor]:
+        """The delta, checked, under the names of this module's own parameters."""
+        tangent, own = self.tangent, self.tangent.deltas()
+        delta, what = open_delta(self.deltas[index], index)
+        meta = getattr(delta, "meta", None)
+        check_anchor(meta, tangent.fingerprint, tangent.model_name, what)
+        check_kind(meta, tangent.rank, tangent.basis_fingerprint, what)
+        check_values(delta, what)
+        check_layout(delta, own, what)
+        return {f"tangent.delta.{name}": delta[name].detach().to(p) for name, p in own.items()}
+
+
+def _check_quadratic(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
+    if not is_quadratic(loss, outputs, targets):
+        raise ArgumentError(
+            f"loss must be quadratic in the logits, {_name(loss)} is not: choose the weights by "
+            "losses.RescaledSquareLoss() or torch.nn.MSELoss(), whatever the deltas were trained on"
+        )
+
+
+def _check_convex(loss: Loss, matrix: Tensor) -> None:
+    curvature = torch.linalg.eigvalsh(matrix)
+    if curvature[0] < -1e-5 * curvature.abs().max():  # further than float32 rounds
+        raise ArgumentError(
+            f"loss must be convex in the logits, {_name(loss)} is not: it has no minimum. Use "
+            "losses.RescaledSquareLoss() or torch.nn.MSELoss()"
+        )
+
+
+def _name(loss: Loss) -> str:
+    return getattr(loss, "__name__", type(loss).__name__)

@@ -1,0 +1,7 @@
+"""The ledger: a folder of shards' deltas that gives their mean, and forgets a shard exactly."""
+
+from tangent_ops.composition.ledger.ledger import Entry, Ledger
+from tangent_ops.composition.ledger.records import Event
+from tangent_ops.composition.ledger.verify import Verified
+
+__all__ = ["Entry", "Event", "Ledger", "Verified"]

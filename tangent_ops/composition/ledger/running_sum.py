@@ -1,0 +1,208 @@
+"""The running sum of the present shards, in fixed point, and its file.
+
+Everything here is a function of the present shards alone, whatever was added and forgotten before
+and in whatever order: each field is a sum, exact, to which `add` and `subtract` are inverse.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tangent_ops.composition.ledger import sealed
+from tangent_ops.composition.ledger.fixed_point import (
+    FRACTION_BITS,
+    LIMIT,
+    from_fixed,
+    reach,
+    to_fixed,
+)
+from tangent_ops.composition.ledger.rules import Rules
+from tangent_ops.composition.ledger.sealed import Seal
+from tangent_ops.delta import Delta, DeltaMeta, check_values
+from tangent_ops.errors import LedgerError
+from tangent_ops.files import to_json
+
+FORMAT = "tangent-ops ledger sum"
+FORMAT_VERSION = "1"
+
+# Of a shard: model, trainable and loss of its DeltaMeta; None if it has none.
+Origin = tuple[str, str, str | None] | None
+
+
+@dataclass
+class RunningSum:
+    """Sums over the present shards.
+
+    Attributes:
+        rules: what deltas may be added.
+        terms: name -> int64 sum of the shards' terms.
+        weight: sum of the weights.
+        reach: sum of the shards' largest terms. Within `LIMIT`, so no sum of any of the shards
+            overflows: not this one, and not what is left when some are forgotten.
+        origins: how many shards come from where.
+    """
+
+    rules: Rules = field(default_factory=Rules)
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    weight: Fraction = Fraction(0)
+    reach: int = 0
+    origins: Counter[Origin] = field(default_factory=Counter)
+
+    def add(
+        self, delta: Mapping[str, Tensor], meta: DeltaMeta | None, weight: float, what: str
+    ) -> None:
+        """Add a shard.
+
+        Raises:
+            DeltaError: the delta is against the rules.
+            LedgerError: out of the range of fixed point; nothing was added.
+        """
+        rules = self.rules.joined(Rules.of_delta(delta, meta), what)
+        total = self.reach + reach(delta, weight, what)
+        if total > LIMIT:
+            raise LedgerError(
+                f"{what} would take the sum out of range: weight times largest value, over all "
+                f"shards, comes to {total / 2**FRACTION_BITS:g}, beyond 2^23. Use smaller weights"
+            )
+        try:
+            float(self.weight + Fraction(weight))
+        except OverflowError as error:
+            raise LedgerError(
+                f"{what} makes the total weight infinite: use a smaller one"
+            ) from error
+        self.rules = rules
+        self._change(delta, meta, weight, what, sign=1)
+
+    def subtract(
+        self, delta: Mapping[str, Tensor], meta: DeltaMeta | None, weight: float, what: str
+    ) -> None:
+        """Undo `add` of the same."""
+        self._change(delta, meta, weight, what, sign=-1)
+        self.origins = +self.origins  # without those that nobody is from any more
+
+    def _change(
+        self,
+        delta: Mapping[str, Tensor],
+        meta: DeltaMeta | None,
+        weight: float,
+        what: str,
+        sign: int,
+    ) -> None:
+        for name, value in delta.items():
+            if name not in self.terms:
+                self.terms[name] = torch.zeros(value.shape, dtype=torch.int64)
+            self.terms[name].add_(to_fixed(value, weight), alpha=sign)
+        self.weight += sign * Fraction(weight)
+        self.reach += sign * reach(delta, weight, what)
+        self.origins[meta and (meta.model, meta.trainable, meta.loss)] += sign
+
+    def mean(self) -> Delta:
+        """The weighted mean, in the deltas' dtypes.
+
+        Its meta is None if a shard has none. Otherwise it has the loss that all share, or none,
+        and the first, in alphabetical order, of their models and patterns.
+
+        Raises:
+            DeltaError: a value is beyond its dtype's range.
+        """
+        layout = self.rules.layout or {}
+        weight = float(self.weight)
+        mean = {
+            name: (from_fixed(self.terms[name]) / weight).to(layout[name][0])
+            for name in sorted(self.terms)
+        }
+        check_values(mean, "the composition")
+        origins = [origin for origin in self.origins if origin is not None]
+        if len(origins) < len(self.origins) or self.rules.anchor is None:
+            return Delta(mean, None)
+        losses = {loss for _, _, loss in origins}
+        rank, basis = self.rules.kind or (None, None)
+        return Delta(
+            mean,
+            DeltaMeta(
+                self.rules.anchor,
+                model=min(model for model, _, _ in origins),
+                trainable=min(trainable for _, trainable, _ in origins),
+                loss=losses.pop() if len(losses) == 1 else None,
+                rank=rank,
+                basis=basis,
+            ),
+        )
+
+    def differences(self, other: RunningSum) -> list[str]:
+        """What differs in `other`, the rules aside, in words."""
+        found = [
+            f"the sum of {name}"
+            for name in sorted(self.terms.keys() | other.terms.keys())
+            if not _equal(self.terms.get(name), other.terms.get(name))
+        ]
+        found += ["the total weight"] if self.weight != other.weight else []
+        found += ["the range"] if self.reach != other.reach else []
+        return found + (["the shards' origins"] if self.origins != other.origins else [])
+
+    def save(self, path: Path) -> Seal:
+        """Write the file, to disk before this returns."""
+        metadata = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "rules": self.rules.to_json(),
+            "weight": str(self.weight),
+            "reach": str(self.reach),
+            "origins": to_json(sorted(([k, n] for k, n in self.origins.items()), key=to_json)),
+        }
+        sealed.write(path, self.terms, metadata)
+        return sealed.seal(path)
+
+    @classmethod
+    def load(cls, folder: Path, seal: Seal) -> RunningSum:
+        """Read what `save` wrote.
+
+        Raises:
+            LedgerError: the file is missing, damaged, was edited, or is of a later format.
+        """
+        rules = cls.load_rules(folder, seal)
+        terms, metadata = sealed.read(folder, seal)
+        origins = json.loads(metadata["origins"])
+        return cls(
+            rules,
+            terms,
+            Fraction(metadata["weight"]),
+            int(metadata["reach"]),
+            Counter({origin and tuple(origin): count for origin, count in origins}),
+        )
+
+    @staticmethod
+    def load_rules(folder: Path, seal: Seal) -> Rules:
+        """The rules in a file that `save` wrote, without reading the sums; raises as `load`."""
+        return Rules.from_json(_header(folder, seal)["rules"])
+
+    @staticmethod
+    def load_count(folder: Path, seal: Seal) -> int:
+        """How many shards are in the sum, without reading it; raises as `load`."""
+        return sum(count for _, count in json.loads(_header(folder, seal)["origins"]))
+
+
+def _header(folder: Path, seal: Seal) -> dict[str, str]:
+    metadata = sealed.header(folder, seal)
+    if metadata["format_version"] != FORMAT_VERSION:
+        raise LedgerError(
+            f"{folder / seal.name} has format version {metadata['format_version']}, this "
+            f"release reads {FORMAT_VERSION}: update tangent-ops"
+        )
+    return metadata
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    """Equal, and a missing sum counts as zeros."""
+    if one is None or other is None:
+        present = one if one is not None else other
+        return present is None or not present.any()
+    return torch.equal(one, other)

@@ -1,0 +1,102 @@
+"""Adding everything up anew, one delta in memory at a time: to check the sum, or to replace it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from tangent_ops.composition.ledger import shard_file
+from tangent_ops.composition.ledger.changes import Folder
+from tangent_ops.composition.ledger.records import Row, Transaction
+from tangent_ops.composition.ledger.rules import Rules
+from tangent_ops.composition.ledger.running_sum import RunningSum
+from tangent_ops.errors import LedgerError, TangentOpsError
+
+ANEW = "rebuild(), or ledger verify --rebuild in a shell, adds the shards up anew"
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found in order: so many shards, of that weight together, in files of that size."""
+
+    shards: int
+    weight: float
+    bytes: int
+
+
+def verify(transaction: Transaction, folder: Folder, progress: bool) -> Verified:
+    """Check everything, alone with the database.
+
+    Raises:
+        LedgerError: naming every problem, and the way out of each.
+    """
+    problems = [f"the database: {problem}" for problem in transaction.problems()]
+    if problems:
+        problems.append("restore the database from a copy")
+    rows = transaction.shards()
+    anew, broken = RunningSum(), []
+    for row in _bar(rows, progress):
+        try:
+            _add(anew, folder, row)
+        except TangentOpsError as error:
+            broken.append(f"{error}; {way_out(row.shard)}")
+    problems += broken
+
+    seal = transaction.sum()
+    if seal is not None or not transaction.blank():
+        try:
+            if seal is None:
+                raise LedgerError("the database names no sum")
+            stored = RunningSum.load(folder.sums, seal)
+            differences = [] if broken else stored.differences(anew)
+            if differences:
+                raise LedgerError(f"the sum is not that of the shards: {', '.join(differences)}")
+        except LedgerError as error:
+            problems.append(f"{error}; {ANEW}")
+
+    present = set()
+    for event in transaction.history():
+        (present.add if event.what == "added" else present.discard)(event.shard)
+    if present != {row.shard for row in rows}:
+        problems.append("the history is not that of the shards; restore the database from a copy")
+
+    ours, others = folder.unnamed(transaction)
+    problems += [
+        f"{path} was left by an interrupted change; open the ledger again" for path in ours
+    ]
+    problems += [f"{path} is not the ledger's; move it elsewhere" for path in others]
+    if problems:
+        raise LedgerError("\n".join([f"{folder.path} has {len(problems)} problems:", *problems]))
+    size = sum((folder.deltas / row.seal.name).stat().st_size for row in rows)
+    return Verified(len(rows), float(anew.weight), size)
+
+
+def summed(rows: Iterable[Row], folder: Folder, rules: Rules, progress: bool) -> RunningSum:
+    """The sum of those shards, from their files.
+
+    Raises:
+        LedgerError: a shard's file is missing, damaged or was edited.
+    """
+    total = RunningSum(rules)
+    for row in _bar(list(rows), progress):
+        try:
+            _add(total, folder, row)
+        except LedgerError as error:
+            raise LedgerError(f"{error}; {way_out(row.shard)}") from error
+    return total
+
+
+def way_out(shard: str) -> str:
+    """What to do about a shard whose file is broken."""
+    return f"restore the file from a copy, or forget({shard!r}, rebuild=True), --rebuild in a shell"
+
+
+def _add(total: RunningSum, folder: Folder, row: Row) -> None:
+    delta, label = shard_file.load(folder.deltas, row.seal, row.shard)
+    total.add(delta, delta.meta, label.weight, f"shard {row.shard!r}")
+
+
+def _bar(rows: list[Row], progress: bool) -> Iterable[Row]:
+    return tqdm(rows, "ledger", unit="shard", delay=2, leave=False, disable=not progress)

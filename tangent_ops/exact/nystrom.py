@@ -1,0 +1,90 @@
+"""A randomized Nyström preconditioner, from a part of the data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tangent_ops.data import check_integer
+from tangent_ops.exact.conjugate import Product, unpreconditioned
+from tangent_ops.exact.problem import Problem
+
+MAX_RANK = 64
+MAX_BYTES = 1 << 30  # of the factor that is kept; three times as much while it is made
+
+
+def preconditioner(problem: Problem, rank: int | None = None) -> Product:
+    """An approximate inverse of a problem's Hessian, up to a factor; rank 0 is none."""
+    check_rank(rank)
+    rank = default_rank(problem) if rank is None else min(rank, problem.layout.size)
+    return Nystrom(problem, rank) if rank else unpreconditioned
+
+
+def check_rank(rank: int | None) -> None:
+    """Raise ArgumentError unless rank is None or an integer of at least 0."""
+    if rank is not None:
+        check_integer("rank", rank, 0)
+
+
+def default_rank(problem: Problem) -> int:
+    """As many directions as `MAX_RANK` and `MAX_BYTES` allow."""
+    size, width = problem.layout.size, problem.layout.dtype.itemsize
+    return min(MAX_RANK, MAX_BYTES // (size * width), size, problem.samples)
+
+
+def sketch_samples(samples: int) -> int:
+    """An eighth of the data, but at least 32 and at most 512 samples."""
+    return min(samples, max(32, min(samples // 8, 512)))
+
+
+class Nystrom:
+    """H ≈ U diag(e) Uᵀ + l2 I with orthonormal U (P, r), and its inverse.
+
+    Source: Frangella, Tropp, Udell, "Randomized Nyström Preconditioning", SIAM J. Matrix Anal.
+    Appl. 2023, algorithms 2.1 and section 5. Unlike there, the Hessian is that of a random part of
+    the samples, at Δ = 0: its leading directions are nearly those of all, for a fraction of the
+    passes.
+
+    Args:
+        problem: whose Hessian it is.
+        rank: r.
+        seed: of the samples and of the test matrix.
+    """
+
+    def __init__(self, problem: Problem, rank: int, seed: int = 0) -> None:
+        part = problem.subset(sketch_samples(problem.samples), seed)
+        logits = None if part.quadratic else part.logits(part.layout.zeros())
+        layout = problem.layout
+        noise = torch.Generator().manual_seed(seed)
+        # One column after the other: the same numbers on every device.
+        test = torch.empty(layout.size, rank, dtype=layout.dtype, device=layout.device)
+        for column in range(rank):
+            test[:, column] = torch.randn(layout.size, generator=noise, dtype=layout.dtype)
+        test = torch.linalg.qr(test).Q
+        image = torch.empty_like(test)
+        bar = tqdm(range(rank), "preconditioner", delay=2, leave=False, disable=not part.progress)
+        for column in bar:
+            vector = test[:, column].contiguous()
+            image[:, column] = part.product(vector, logits, penalty=False)
+        shift = torch.finfo(layout.dtype).eps * float(image.norm())
+        image.add_(test, alpha=shift)
+        core = (test.T @ image).double()
+        del test
+        core = (core + core.T) / 2
+        values, vectors = torch.linalg.eigh(core)
+        kept = values > shift
+        image = image @ (vectors[:, kept] / values[kept].sqrt()).to(layout.dtype)
+        # Of a tall matrix the small Gram matrix has the singular values' squares.
+        values, vectors = torch.linalg.eigh((image.T @ image).double())
+        kept = values > values[-1:] * torch.finfo(layout.dtype).eps * rank
+        values, vectors = values[kept], vectors[:, kept]
+        self.basis = image @ (vectors / values.sqrt()).to(layout.dtype)
+        self.values = (values - shift).clamp_min(0)
+        least = float(self.values[0]) if len(self.values) else 0.0
+        ratio = (least + problem.l2) / (self.values + problem.l2)
+        self._less = (1 - ratio).to(layout.dtype)
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """The preconditioner's inverse times a vector, up to a common factor."""
+        return vector - self.basis @ (self._less * (self.basis.T @ vector))

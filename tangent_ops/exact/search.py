@@ -1,0 +1,191 @@
+"""The way to the optimum: Newton's method, of which a quadratic loss needs one step."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+from tqdm import tqdm
+
+from tangent_ops.exact.checkpoint import Checkpoint
+from tangent_ops.exact.conjugate import Product, State
+from tangent_ops.exact.layout import dot, norm
+from tangent_ops.exact.problem import Problem
+from tangent_ops.files import bytes_of
+from tangent_ops.losses import loss_gradient
+
+SAFETY = 0.8  # of the tolerance, for the residual by recurrence: the true one is a little larger
+HALVINGS = 30
+
+
+class Search:
+    """Minimises a problem from a start; every state between two iterations can be saved.
+
+    Args:
+        problem: what to minimise.
+        start: flat.
+        tol: ends where ‖∇F‖ / l2 <= tol (‖Δ‖ - ‖∇F‖ / l2).
+        max_iterations: of conjugate gradients, in all.
+        make_preconditioner: gives an approximate inverse of the Hessian, up to a factor; called
+            when the first step begins.
+
+    Attributes:
+        delta: where it is.
+        iterations: of conjugate gradients, done.
+        steps: of Newton's method, begun.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        start: Tensor,
+        tol: float,
+        max_iterations: int,
+        make_preconditioner: Callable[[], Product],
+    ) -> None:
+        self.problem = problem
+        self.delta = start.clone()
+        self.tol = tol
+        self.max_iterations = max_iterations
+        self._precondition = functools.cache(make_preconditioner)
+        self.iterations = 0
+        self.steps = 0
+        self._solve: State | None = None  # of the step that is under way
+        self._last = float("inf")  # norm of the gradient at the last step's start
+        self._gained = False  # whether the last step's decrease of F was more than rounding
+        self._checkpoint: Checkpoint | None = None
+        self._every = 0
+
+    def keep(self, checkpoint: Checkpoint, every: int) -> None:
+        """Go on from a checkpoint's file, if there is one, and keep it up to date."""
+        self._checkpoint, self._every = checkpoint, every
+        found = checkpoint.read()
+        if found is None:
+            return
+        tensors, numbers = found
+        tensors = {name: tensor.to(self.delta.device) for name, tensor in tensors.items()}
+        self.delta = tensors["delta"]
+        self.iterations, self.steps = int(numbers["iterations"]), int(numbers["steps"])
+        self._last, self._gained = float.fromhex(numbers["last"]), numbers["gained"] == "True"
+        if "x" in tensors:
+            x, residual, search = (tensors[name] for name in ("x", "residual", "search"))
+            rz, inner = float.fromhex(numbers["rz"]), int(numbers["inner"])
+            self._solve = State(x, residual, search, rz, inner)
+
+    def run(self) -> Tensor:
+        """Search until the bound holds, the iterations are spent or rounding ends the progress."""
+        bar = tqdm(desc="exact fit", unit="iteration", disable=not self.problem.progress)
+        with bar:
+            bar.update(self.iterations)
+            while True:
+                value, gradient, logits = self.problem.gradient(self.delta)
+                size, slope = norm(self.delta), norm(gradient)
+                bar.set_postfix(bound=f"{slope / self.problem.l2:.2g}", refresh=False)
+                resumed = self._solve is not None
+                if not resumed and self._ends(size, slope):
+                    return self.delta
+                at = None if self.problem.quadratic else logits
+                step = self._step(gradient.neg_(), at, bar)
+                if self.problem.quadratic:
+                    self.delta.add_(step)
+                elif not self._line_search(step, value, gradient, logits):
+                    return self.delta
+                self._save()
+
+    def _ends(self, size: float, slope: float) -> bool:
+        bound = slope / self.problem.l2
+        reached = bound <= self.tol * (size - bound) or slope == 0
+        # After a solve of a quadratic problem what is left is rounding: another one removes that,
+        # until no digit is gained.
+        stalled = slope > self._last / 2 and not self._gained
+        self._last = slope
+        return reached or stalled or self.iterations >= self.max_iterations
+
+    def _step(self, right: Tensor, at: Sequence[Tensor] | None, bar: tqdm) -> Tensor:
+        """Solve H step = right, exactly enough."""
+        if self._solve is None:
+            self._solve = State.start(right, self._precondition())
+            self.steps += 1
+        solve = self._solve
+        size = norm(right)
+        while self.iterations < self.max_iterations:
+            left = solve.residual_norm
+            bar.set_postfix(bound=f"{left / self.problem.l2:.2g}", refresh=False)
+            # Where the next step has another Hessian, this one need not be exact (Dembo,
+            # Eisenstat, Steihaug: "Inexact Newton Methods", 1982).
+            inexact = 0.0 if self.problem.quadratic else 0.1 * size
+            if left <= max(self._goal(solve), inexact):
+                break
+            solve.advance(lambda v: self.problem.product(v, at), self._precondition())
+            self.iterations += 1
+            bar.update()
+            if self._every and self.iterations % self._every == 0:
+                self._save()
+        self._solve = None
+        return solve.x
+
+    def _goal(self, solve: State) -> float:
+        """The residual at which the bound holds for Δ + x."""
+        x, delta = solve.x, self.delta
+        size = (dot(delta, delta) + 2 * dot(delta, x) + dot(x, x)) ** 0.5
+        return SAFETY * self.problem.l2 * size * self.tol / (1 + self.tol)
+
+    def _line_search(
+        self, step: Tensor, value: float, right: Tensor, logits: Sequence[Tensor]
+    ) -> bool:
+        """Move along the step as far as F decreases enough (Armijo); False if it does not."""
+        moves = self.problem.tangents(step)
+        slope = -dot(right, step)
+        squares = [dot(self.delta, self.delta), dot(self.delta, step), dot(step, step)]
+        rounding = 1e-14 * abs(value) if step.element_size() == 8 else 1e-6 * abs(value)
+        length = 1.0
+        for _ in range(HALVINGS):
+            penalty = squares[0] + 2 * length * squares[1] + length**2 * squares[2]
+            found = self.problem.l2 / 2 * penalty
+            for (_, targets), before, move in zip(
+                self.problem.batches(), logits, moves, strict=True
+            ):
+                loss, _ = loss_gradient(self.problem.loss, before + length * move, targets)
+                found += len(targets) / self.problem.samples * loss
+            if found <= value + 1e-4 * length * slope + rounding:
+                self.delta.add_(step, alpha=length)
+                self._gained = found < value - rounding
+                return True
+            length /= 2
+        return False
+
+    def _save(self) -> None:
+        if self._checkpoint is None:
+            return
+        tensors = {"delta": self.delta}
+        numbers = {"iterations": str(self.iterations), "steps": str(self.steps)}
+        numbers |= {"last": self._last.hex(), "gained": str(self._gained)}
+        if self._solve is not None:
+            solve = self._solve
+            tensors |= {"x": solve.x, "residual": solve.residual, "search": solve.search}
+            numbers |= {"rz": solve.rz.hex(), "inner": str(solve.iterations)}
+        self._checkpoint.write(tensors, numbers)
+
+
+def identity(problem: Problem, start: Tensor, rank: int) -> dict[str, str]:
+    """What a solve's states depend on; another tolerance may go on from them."""
+    return {
+        "anchor": problem.whole.fingerprint,
+        "basis": str(problem.whole.basis_fingerprint),
+        "trained parameters": repr({n: [*s] for n, s in problem.layout.shapes.items()}),
+        "data": problem.data_sha256,
+        "loss": loss_name(problem.loss),
+        "l2": problem.l2.hex(),
+        "start": hashlib.sha256(bytes_of(start)).hexdigest(),
+        "rank": str(rank),
+        "batches": str(problem.loader.batch_size),
+    }
+
+
+def loss_name(loss: object) -> str:
+    """A loss in words that are the same in another process."""
+    name = getattr(loss, "__qualname__", None)
+    return name or re.sub(r" at 0x[0-9a-f]+", "", repr(loss))

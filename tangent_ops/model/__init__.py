@@ -1,0 +1,1 @@
+"""A pre-trained model, linearized in its weights."""

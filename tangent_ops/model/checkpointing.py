@@ -1,0 +1,263 @@
+"""Activation checkpointing: blocks keep their inputs alone and run once more in the backward pass.
+
+``torch.utils.checkpoint`` repeats a block after the forward-mode level is left, so without its
+tangents. Here they are not needed: the anchor is frozen, and the transpose of J is the block's
+ordinary backward pass. So a block repeats its ordinary forward pass (1F, where the dual one takes
+3F), and keeps what ordinary fine-tuning keeps: the primal of its input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from tangent_ops.errors import UnsupportedError
+from tangent_ops.model.eval_caches import Kept
+from tangent_ops.ops.levels import alone
+
+_FLAGS = ("grad_checkpointing", "gradient_checkpointing")  # timm's, Hugging Face's
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_WAY_OUT = "Use set_grad_checkpointing(False)."
+
+
+def find_switches(model: nn.Module) -> list[nn.Module]:
+    """Modules that have timm's or Hugging Face's flag for checkpointing."""
+    return [m for m in model.modules() if any(flag in vars(m) for flag in _FLAGS)]
+
+
+def take_flags(switches: Iterable[nn.Module]) -> bool:
+    """Whether the flag of any is on; off they are afterwards."""
+    on = [(m, flag) for m in switches for flag in _FLAGS if vars(m).get(flag) is True]
+    for module, flag in on:
+        setattr(module, flag, False)
+    return bool(on)
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """What is repeated: the outermost elements of containers that are no stages.
+
+    Containers are nn.Sequential, nn.ModuleList and nn.ModuleDict. An element is a block if it has
+    submodules itself, as a lone layer would keep as much as it saves. It is a stage if somewhere
+    in it a container has several elements of one class, with submodules: blocks.
+    """
+    return list(_blocks(model))
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        element = isinstance(module, _CONTAINERS) and not isinstance(child, _CONTAINERS)
+        if element and _is_composed(child) and not _is_stage(child):
+            yield child
+        else:
+            yield from _blocks(child)
+
+
+def _is_stage(module: nn.Module) -> bool:
+    for container in module.modules():
+        if isinstance(container, _CONTAINERS):
+            kinds = [type(child) for child in container.children() if _is_composed(child)]
+            if len(kinds) > len(set(kinds)):
+                return True
+    return False
+
+
+def _is_composed(module: nn.Module) -> bool:
+    return any(True for _ in module.children())
+
+
+@contextlib.contextmanager
+def repeating(
+    blocks: Sequence[nn.Module], model: nn.Module, duals: Mapping[str, Tensor], kept: Kept
+) -> Iterator[None]:
+    """Within a ``dual_level()``, ``blocks`` of the model keep their inputs alone.
+
+    Args:
+        blocks: modules of ``model``.
+        model: the frozen anchor, called within by ``functional_call``.
+        duals: its dual parameters, by name.
+        kept: of the model.
+    """
+    pairs = {name: forward_ad.unpack_dual(dual) for name, dual in duals.items()}
+    weights = {name: pair.primal for name, pair in pairs.items()}
+    tangents = [pair.tangent for pair in pairs.values()]
+    for block in blocks:
+        block.forward = _Checkpointed(block, model, weights, tangents, kept)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the instance's: the class has its own
+
+
+class _Checkpointed:
+    """A block's forward that records one step for the whole block."""
+
+    def __init__(self, block, model, weights, tangents, kept):
+        self.block, self.model = block, model
+        self.forward = block.forward  # the module's own, not yet replaced
+        self.weights, self.tangents = weights, tangents
+        self.kept = kept
+
+    def __call__(self, *args, **kwargs) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        inputs = [leaves[i] for i in places]
+        if not torch.is_grad_enabled() or any(x.requires_grad for x in inputs):
+            return self.forward(*args, **kwargs)
+        versions, random_state = [x._version for x in inputs], _random_state(inputs)
+        try:
+            # Not no_grad(), which would be taken for the model's own, and switch tangents off.
+            with torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
+                output = self.forward(*args, **kwargs)
+        except RuntimeError as error:
+            if "support saved tensor hooks" not in str(error):
+                raise
+            return self.forward(*args, **kwargs)  # it uses torch.func.grad itself
+        name = type(self.block).__name__
+        if [x._version for x in inputs] != versions:
+            raise UnsupportedError(
+                f"{name} changes its input in place, and cannot be repeated. {_WAY_OUT}"
+            )
+        if not all(map(torch.equal, random_state, _random_state(inputs))):
+            raise UnsupportedError(f"{name} draws random numbers, and is not repeated. {_WAY_OUT}")
+        results, output_spec = tree_flatten(output)
+        moved, primals, tangents = [], [], []
+        for i, result in enumerate(results):
+            primal, tangent = (
+                forward_ad.unpack_dual(result) if isinstance(result, Tensor) else (None,) * 2
+            )
+            if primal is not None and tangent is not None:
+                moved.append(i)
+                primals.append(primal.detach())
+                tangents.append(tangent.detach())
+        if not moved:
+            return output
+        pairs = [forward_ad.unpack_dual(x) for x in inputs]
+        device = primals[0].device.type
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        for place in places:
+            leaves[place] = None
+        again = _Again(self, leaves, places, spec, moved, (device, dtype, enabled))
+        outputs_t = _Repeated.apply(
+            again,
+            [pair.primal.detach() for pair in pairs],
+            tangents,
+            *(pair.tangent for pair in pairs),
+            *self.tangents,
+        )
+        for i, primal, output_t in zip(moved, primals, outputs_t, strict=True):
+            results[i] = forward_ad.make_dual(primal, output_t)
+        return tree_unflatten(results, output_spec)
+
+
+@dataclass(frozen=True)
+class _Again:
+    """What it takes to run a block again, but its tensors.
+
+    Attributes:
+        checkpointed: the block.
+        leaves: its arguments, flat, None where tensors were.
+        places: where tensors were.
+        spec: of the arguments.
+        moved: which outputs have a tangent.
+        autocast: device, dtype, and whether it was on.
+    """
+
+    checkpointed: _Checkpointed
+    leaves: list[Any]
+    places: list[int]
+    spec: TreeSpec
+    moved: list[int]
+    autocast: tuple[str, torch.dtype, bool]
+
+    def __call__(self, inputs: list[Tensor], weights: dict[str, Tensor]) -> list[Tensor]:
+        leaves = list(self.leaves)
+        for place, x in zip(self.places, inputs, strict=True):
+            leaves[place] = x
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        within = _Within(self.checkpointed.model, self.checkpointed.forward)
+        named = {f"model.{name}": weight for name, weight in weights.items()}
+        device, dtype, enabled = self.autocast
+
+        def run() -> Any:
+            kept = self.checkpointed.kept.nothing()
+            with kept, torch.autocast(device, dtype=dtype, enabled=enabled):
+                return functional_call(within, named, args, kwargs)
+
+        output = alone(run)
+        results = tree_flatten(output)[0]
+        return [results[i] for i in self.moved]
+
+
+class _Within(nn.Module):
+    """The model, of which a block is called: the block may read any of its parameters."""
+
+    def __init__(self, model: nn.Module, call):
+        super().__init__()
+        self.model = model
+        self.call = call
+
+    def forward(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
+
+class _Repeated(torch.autograd.Function):
+    """Tangents of a block's outputs, as a map of those of its inputs and of the weights."""
+
+    @staticmethod
+    def forward(ctx, again, inputs, outputs_t, *tangents):
+        ctx.again = again
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        return tuple(outputs_t)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise UnsupportedError(
+                f"derivatives of a gradient through a checkpointed block. {_WAY_OUT}"
+            )
+        again = ctx.again
+        weights = again.checkpointed.weights
+        count = len(again.places)
+        needs = ctx.needs_input_grad[3:]
+        with torch.enable_grad():
+            inputs = [
+                x.detach().requires_grad_(need)
+                for x, need in zip(ctx.saved_tensors, needs[:count], strict=True)
+            ]
+            leaves = {
+                name: weight.detach().requires_grad_(need)
+                for (name, weight), need in zip(weights.items(), needs[count:], strict=True)
+            }
+            outputs = again(inputs, leaves)
+        operands = [*inputs, *leaves.values()]
+        reached = [(y, grad) for y, grad in zip(outputs, grads, strict=True) if grad is not None]
+        found = iter(
+            torch.autograd.grad(
+                [y for y, _ in reached],
+                [x for x, need in zip(operands, needs, strict=True) if need],
+                [grad for _, grad in reached],
+                allow_unused=True,
+            )
+            if reached
+            else ()
+        )
+        return (None, None, None, *(next(found, None) if need else None for need in needs))
+
+
+def _nothing(_: Any) -> Any:
+    """What is saved for a backward pass that never comes."""
+
+
+def _random_state(inputs: list[Tensor]) -> list[Tensor]:
+    devices = {x.device for x in inputs if x.is_cuda}
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]

@@ -1,0 +1,179 @@
+"""Take a tangent model out of this library: as a program for plain PyTorch, as a task vector."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.export import Dim, ExportedProgram
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.files import write_atomically, write_safetensors
+from tangent_ops.model.linearized import LinearizedModel
+from tangent_ops.ops.forward_ad import fused_calls
+from tangent_ops.ops.levels import in_own_level
+from tangent_ops.ops.reference.attention import attention, attention_jvp
+
+
+def export_program(
+    tangent: LinearizedModel, path: str | os.PathLike[str], *, input_size: Sequence[int]
+) -> None:
+    """Write f(x; w0) + J(x) Δw, with the present deltas, as a program of PyTorch's own operators.
+
+    ``torch.export.load(path).module()(images)`` runs it, without this library and without timm. The
+    cost is that of one dual forward pass, however many deltas were composed.
+
+    Args:
+        tangent: a model of one tensor; it is not changed. What is written runs on the CPU; move it
+            with ``torch.export.passes.move_to_device_pass``.
+        path: the file, which is overwritten completely or not at all; ``.pt2`` by convention.
+        input_size: of one input, (3, 224, 224) say. The batch size stays open.
+
+    Raises:
+        ArgumentError: path is a folder or its folder does not exist; input_size is not of positive
+            integers.
+        UnsupportedError: the model cannot be exported, or not with its batch size open.
+        OSError: the file cannot be written.
+    """
+    path = _checked_path(path)
+    if not input_size or not all(type(size) is int and size > 0 for size in input_size):
+        raise ArgumentError(f"input_size must be positive integers, got {input_size!r}")
+    program = _exported(tangent, tuple(input_size))
+    ours = {
+        str(node.target)
+        for node in program.graph.nodes
+        if node.op == "call_function" and not str(node.target).startswith(("aten.", "<built-in"))
+    }  # the built-in ones are arithmetic of sizes
+    if ours:
+        raise UnsupportedError(
+            f"the model uses {min(ours)}, which plain PyTorch does not have: it cannot be exported"
+        )
+    _check(program, tangent, tuple(input_size))
+    write_atomically(path, lambda file: torch.export.save(program, cast(BinaryIO, file)))
+
+
+def task_vector(tangent: LinearizedModel) -> dict[str, Tensor]:
+    """Δw, in full: name -> tensor shaped as the anchor's parameter; low-rank deltas multiplied out.
+
+    For tools that add task vectors. The sum w0 + Δw in the *ordinary* model is not the tangent
+    model, whose output is linear in Δw: the two differ in second order.
+    """
+    return dict(tangent.full_delta_dict())
+
+
+def save_task_vector(tangent: LinearizedModel, path: str | os.PathLike[str]) -> None:
+    """Write `task_vector` as a plain safetensors file, completely or not at all.
+
+    Raises:
+        ArgumentError: path is a folder or its folder does not exist.
+        OSError: the file cannot be written.
+    """
+    path = _checked_path(path)
+    tensors = task_vector(tangent)
+    write_atomically(path, lambda file: write_safetensors(file, tensors, {"format": "pt"}))
+
+
+_SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+
+
+class _Formulas(fused_calls):
+    """What fixes the batch size in a trace, in other words.
+
+    Attention by its formula in one piece, not in blocks of rows; sums, whose rule expands the one
+    tangent to the sizes that it sees, with two.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        if func in _SUMS and len(args) == 2 and all(isinstance(x, Tensor) for x in args):
+            args = _both_dual(*args)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _both_dual(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """The two, with a tangent of zeros where just one of them has a tangent."""
+    pairs = [forward_ad.unpack_dual(x) for x in (one, other)]
+    if (pairs[0].tangent is None) == (pairs[1].tangent is None):
+        return one, other
+    made = [forward_ad.make_dual(p, torch.zeros_like(p) if t is None else t) for p, t in pairs]
+    return made[0], made[1]
+
+
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+    operands = [query, key, value, attn_mask]
+    pairs = [(None, None) if x is None else forward_ad.unpack_dual(x) for x in operands]
+    (q, k, v, mask), (q_t, k_t, v_t, mask_t) = zip(*pairs, strict=True)
+    if all(tangent is None for tangent in (q_t, k_t, v_t, mask_t)):
+        return attention(q, k, v, mask, 0.0, is_causal, **options)
+    found = attention_jvp(q, k, v, q_t, k_t, v_t, mask, mask_t, 0.0, is_causal, **options)
+    return forward_ad.make_dual(*found)
+
+
+def _exported(tangent: LinearizedModel, input_size: tuple[int, ...]) -> ExportedProgram:
+    # On the CPU, where ops are formulas in PyTorch's operators; on CUDA they are our kernels.
+    tangent = copy.deepcopy(tangent).cpu().requires_grad_(False)
+    weights = {name: tangent.anchor.get_parameter(name) for name in tangent.deltas()}
+    deltas = {n: d.detach().to(weights[n].dtype) for n, d in tangent.full_delta_dict().items()}
+
+    def merged(images: Tensor) -> Tensor:
+        with _Formulas():
+            dual = {n: forward_ad.make_dual(w, deltas[n]) for n, w in weights.items()}
+            primal, slope = forward_ad.unpack_dual(functional_call(tangent.anchor, dual, (images,)))
+            return primal if slope is None else primal + slope
+
+    def merged_in_level(images: Tensor) -> Tensor:
+        return in_own_level(lambda: merged(images))
+
+    dtype = next((p.dtype for p in tangent.anchor.parameters()), torch.float32)
+    example = torch.zeros((2, *input_size), dtype=dtype)
+    try:
+        with torch.no_grad():
+            # Traced first: within torch.export's own tracing forward mode fixes the batch size.
+            graph = make_fx(merged_in_level, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
+                example
+            )
+            return torch.export.export(
+                graph, (example,), dynamic_shapes=({0: Dim("batch", min=1)},)
+            )
+    except Exception as error:  # of many kinds
+        raise UnsupportedError(
+            f"torch.export cannot trace {tangent.model_name} with inputs of shape "
+            f"{('batch', *input_size)}: {error}"
+        ) from error
+
+
+def _check(program: ExportedProgram, tangent: LinearizedModel, input_size: tuple[int, ...]) -> None:
+    """Compare the program with the model, on batches of other sizes than it was traced with."""
+    like = next(tangent.anchor.parameters())
+    generator = torch.Generator().manual_seed(0)
+    for batch in (1, 3):
+        images = torch.randn((batch, *input_size), generator=generator).to(like.dtype)
+        with torch.no_grad():
+            expected = tangent(images.to(like.device)).cpu().double()
+            found = program.module()(images).double()
+        close = 1e-2 if like.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        if not torch.allclose(
+            found, expected, rtol=close, atol=close * float(expected.abs().max())
+        ):
+            raise UnsupportedError(
+                f"{tangent.model_name} was traced, but the program gives other outputs than the "
+                f"model for a batch of {batch}: it cannot be exported"
+            )
+
+
+def _checked_path(path: str | os.PathLike[str]) -> Path:
+    path = Path(path).absolute()
+    if path.is_dir() or not path.parent.is_dir():
+        reason = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+        raise ArgumentError(f"cannot write {path}: it {reason}")
+    return path

@@ -1,0 +1,299 @@
+"""Split a vision transformer below its first trained block, and compute that part once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+from tqdm.auto import tqdm
+
+from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.ops.levels import alone
+
+
+class Tail(nn.Module):
+    """The part of a model from block ``start`` on: tokens in, what the model returns out.
+
+    Its parameters are the model's own, under the model's own names.
+
+    Args:
+        model: a transformer with ``blocks``, ``norm`` and ``forward_head``, as in timm.
+        start: index of the first block that belongs to the tail; ``len(model.blocks)`` leaves
+            the final norm and the head.
+    """
+
+    norm: nn.Module
+
+    def __init__(self, model: nn.Module, start: int):
+        super().__init__()
+        blocks = blocks_of(model)
+        self.blocks = nn.ModuleDict({str(i): blocks[i] for i in range(start, len(blocks))})
+        children = list(model.named_children())
+        after = [name for name, _ in children].index("blocks") + 1
+        for name, child in children[after:]:
+            self.add_module(name, child)
+        self._forward_head: Any = model.forward_head
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        for block in self.blocks.values():
+            tokens = block(tokens)
+        return self._forward_head(self.norm(tokens))
+
+
+class Trunk(nn.Module):
+    """The part of a model below block ``start``: model inputs in, tokens out, no gradients.
+
+    On its first batch it checks that the tail, fed with its tokens, gives what the model gives.
+    """
+
+    def __init__(self, model: nn.Module, tail: Tail, start: int):
+        super().__init__()
+        blocks = blocks_of(model)
+        self.model = model
+        # Not registered as a child: the model already owns these modules.
+        self._entry: list[nn.Module] = [blocks[start] if start < len(blocks) else tail.norm]
+        self._unchecked_tail = [tail]
+
+    @torch.no_grad()
+    def forward(self, *args) -> Tensor:
+        return alone(lambda: self._run(args))  # the model has a hook meanwhile, and another mode
+
+    def _run(self, args) -> Tensor:
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            if self._unchecked_tail:
+                self._check(self._unchecked_tail[0], args)
+                self._unchecked_tail.clear()
+            return self._tokens(args)
+        finally:
+            for module, mode in modes.items():  # the tail's may differ from the rest
+                module.training = mode
+
+    def _tokens(self, args) -> Tensor:
+        def stop(_module, inputs, kwargs):
+            raise _Reached(inputs, kwargs)
+
+        handle = self._entry[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.model(*args)
+        except _Reached as reached:
+            if reached.kwargs or len(reached.inputs) != 1:
+                raise UnsupportedError(
+                    "this model cannot be split: its blocks take more than the tokens "
+                    f"({len(reached.inputs)} positional and {list(reached.kwargs)} keyword "
+                    "arguments). Train without a feature cache."
+                ) from None
+            return reached.inputs[0]
+        finally:
+            handle.remove()
+        raise UnsupportedError("this model cannot be split: its forward pass skips its own blocks")
+
+    def _check(self, tail: Tail, args) -> None:
+        expected = self.model(*args)
+        found = tail(self._tokens(args))
+        same = (
+            isinstance(expected, Tensor)
+            and found.shape == expected.shape
+            and torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+        )
+        if not same:
+            raise UnsupportedError(
+                "this model cannot be split: its blocks, norm and forward_head in a row do not "
+                "give what the model gives. Train without a feature cache."
+            )
+
+
+class _Reached(Exception):
+    """Control flow: the forward pass arrived at the first block of the tail."""
+
+    def __init__(self, inputs: tuple, kwargs: dict):
+        super().__init__()
+        self.inputs = inputs
+        self.kwargs = kwargs
+
+
+def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
+    """The model's transformer blocks.
+
+    Raises:
+        UnsupportedError: there is no ``blocks`` list, ``norm`` or ``forward_head``.
+    """
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no `blocks` (an nn.Sequential or nn.ModuleList), so it "
+            "has no last blocks; name the trained parameters with a regular expression instead"
+        )
+    return blocks  # pyright: ignore[reportReturnType]
+
+
+def split_model(model: nn.Module, start: int) -> tuple[Trunk, Tail]:
+    """Split a timm-like transformer in front of block ``start``.
+
+    ``tail(trunk(x))`` is ``model(x)``; no parameter is copied. The trunk runs in eval mode
+    without gradients, so its tokens can be computed once (:func:`cache_features`).
+
+    Args:
+        model: has ``blocks``, ``norm`` and ``forward_head``.
+        start: first block of the tail, from 0 to ``len(model.blocks)``.
+
+    Raises:
+        ArgumentError: ``start`` is out of range.
+        UnsupportedError: the model has not this shape (some of it is found at the first batch).
+    """
+    count = len(blocks_of(model))
+    if not 0 <= start <= count:
+        raise ArgumentError(f"start={start}: expected 0 to {count}, the number of blocks")
+    for needed in ("norm", "forward_head"):
+        if not callable(getattr(model, needed, None)):
+            raise UnsupportedError(
+                f"{type(model).__name__} cannot be split: it has no `{needed}`. "
+                "Train without a feature cache."
+            )
+    tail = Tail(model, start)
+    if not hasattr(tail, "norm"):
+        raise UnsupportedError(
+            f"{type(model).__name__} cannot be split: its `norm` is registered before its blocks. "
+            "Train without a feature cache."
+        )
+    return Trunk(model, tail, start), tail
+
+
+class CachedFeatures(Dataset):
+    """Tokens computed once, with their targets; indexes like any map-style dataset.
+
+    Attributes:
+        features: (samples, ...) tensor, in memory or mapped from a file.
+        targets: (samples, ...) tensor.
+    """
+
+    def __init__(self, features: Tensor, targets: Tensor):
+        if len(features) != len(targets):
+            raise ArgumentError(f"{len(features)} features but {len(targets)} targets")
+        self.features = features
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.features[index], self.targets[index]
+
+    def subset(self, indices: Iterable[int]) -> Subset:
+        """The samples at ``indices``, sharing this cache's memory."""
+        return Subset(self, [int(index) for index in indices])
+
+
+@torch.no_grad()
+def cache_features(
+    trunk: nn.Module,
+    loader: Iterable,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    progress: bool = True,
+) -> CachedFeatures:
+    """Run ``trunk`` over a loader once and keep the results, in the loader's order.
+
+    Valid only while the inputs stay the same: use it without augmentation, and pass a loader
+    that does not shuffle.
+
+    Args:
+        trunk: module from a batch of inputs to a batch of features.
+        loader: yields (inputs, targets) batches.
+        path: None keeps the features in memory; a folder keeps them in a memory-mapped file
+            ``features.bin`` there, for sets larger than memory. The file replaces an older one
+            when it is complete; caches that are still mapped keep the older content.
+        progress: show a progress bar.
+
+    Raises:
+        ArgumentError: the loader yields nothing, or something else than pairs of tensors of
+            equal length, or features that change their shape or dtype.
+    """
+    device = next((tensor.device for tensor in trunk.parameters()), torch.device("cpu"))
+    store = _Memory() if path is None else _File(Path(path))
+    targets: list[Tensor] = []
+    expected: tuple[torch.Size, torch.dtype] | None = None
+    try:
+        for batch in tqdm(loader, desc="features", unit="batch", disable=not progress):
+            inputs, labels = _pair(batch)
+            features = trunk(inputs.to(device, non_blocking=True)).cpu()
+            kind = (features.shape[1:], features.dtype)
+            expected = expected or kind
+            if len(features) != len(labels) or kind != expected:
+                raise ArgumentError(
+                    f"trunk gives {tuple(features.shape)} {features.dtype} for {len(labels)} "
+                    f"targets, after rows of {tuple(expected[0])} {expected[1]}"
+                )
+            store.append(features)
+            targets.append(labels)
+        if not targets:
+            raise ArgumentError("loader yields no batch, so there is nothing to cache")
+        return CachedFeatures(store.finish(), torch.cat(targets))
+    finally:
+        store.close()
+
+
+def _pair(batch: object) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        inputs, labels = batch[0], torch.as_tensor(batch[1])
+        if isinstance(inputs, Tensor) and labels.ndim and len(inputs) == len(labels):
+            return inputs, labels
+    raise ArgumentError(
+        "loader must yield (inputs, targets) batches, two tensors of equal length; a dataset of "
+        "single samples needs a DataLoader around it"
+    )
+
+
+class _Memory:
+    """Batches of rows, joined at the end."""
+
+    def __init__(self):
+        self.batches: list[Tensor] = []
+
+    def append(self, features: Tensor) -> None:
+        self.batches.append(features)
+
+    def finish(self) -> Tensor:
+        return torch.cat(self.batches)
+
+    def close(self) -> None:
+        self.batches.clear()
+
+
+class _File:
+    """Rows appended to a raw file under a temporary name, which is mapped, then renamed."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.target = folder / "features.bin"
+        handle, self.name = tempfile.mkstemp(".partial", dir=folder)
+        self.stream = os.fdopen(handle, "wb")
+        self.rows = 0
+
+    def append(self, features: Tensor) -> None:
+        self.rows += len(features)
+        self.shape, self.dtype = features.shape[1:], features.dtype
+        # Bytes, because numpy knows no bfloat16.
+        self.stream.write(features.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def finish(self) -> Tensor:
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+        size = self.rows * self.shape.numel()
+        # Not shared: torch gets a writable tensor, and writing to it never changes the file.
+        mapped = torch.from_file(self.name, shared=False, size=size, dtype=self.dtype)
+        os.replace(self.name, self.target)
+        return mapped.view(self.rows, *self.shape)
+
+    def close(self) -> None:
+        self.stream.close()
+        with contextlib.suppress(FileNotFoundError):  # it has its final name
+            os.unlink(self.name)

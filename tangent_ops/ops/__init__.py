@@ -1,0 +1,1 @@
+"""What runs on dual tensors: the fused ops and the context that routes calls to them."""

@@ -1,0 +1,1 @@
+"""Attention with tangents: PyTorch's signature, the paths behind it, and their derivatives."""

@@ -1,0 +1,364 @@
+"""Attention by the Triton kernels, with derivatives of every kind.
+
+Three maps, each the derivative of another (p: query, key, value, mask; t: R tangents of them):
+
+    jvp(p, t)              O and O_t = DO(p) t              t may be absent: plain attention
+    vjp(p, H)              DO(p)ᵀ H                         linear in H, with transpose jvp
+    second_vjp(p, t, G, H) gradients of G·O + H·O_t by p and t
+
+    backward of jvp: second_vjp, or vjp where p or H is out of it
+    backward of vjp by H: jvp; by p, along c: second_vjp(p, c, 0, H), because DO(p)ᵀ H is the
+        gradient of H·O, and c times its derivative that of H·(DO(p) c)
+    jvp of vjp along p': second_vjp(p, p', H', H), the Hessian of H·O being symmetric
+
+What is left, forward mode over forward mode by p and derivatives of second_vjp, is in
+:mod:`tangent_ops.ops.attention.third_order`.
+
+Eager autograd is three ``autograd.Function``, because an operator's registered formula is dropped
+in silence by forward mode over forward mode. Under ``torch.compile`` the operators' registered
+formulas are used, because Dynamo does not take a Function with a ``jvp``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
+
+from tangent_ops.errors import UnsupportedError
+from tangent_ops.ops.attention import operators as ops
+from tangent_ops.ops.attention.third_order import eager_second_vjp, second_derivative
+from tangent_ops.ops.backend import in_forward_ad, in_plain_dual_level, tangents_are_hidden
+from tangent_ops.ops.levels import is_compiling
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = range(8, 257, 8)
+
+Optional = Tensor | None
+
+
+def why_not_fused(query: Tensor, value: Tensor) -> str | None:
+    """Why the kernels cannot compute this call, in words for an error; None if they can."""
+    if query.dtype not in DTYPES:
+        return f"dtype {query.dtype} is not one of float16, bfloat16, float32"
+    for name, tensor in (("query", query), ("value", value)):
+        if tensor.shape[-1] not in HEAD_DIMS:
+            return f"{name}'s head_dim {tensor.shape[-1]} is not a multiple of 8 from 8 to 256"
+    if is_compiling() and eager_transforms.JVP_NESTING > 1:
+        return "compiled forward mode over forward mode is not in the kernels"
+    return None
+
+
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """(..., H, N, Dv), dual where an operand is; arguments checked by the caller."""
+    options = (query.shape[-1] ** -0.5 if scale is None else scale, dropout_p, is_causal)
+    lead, operands = _with_heads(query, key, value, attn_mask, enable_gqa)
+    seed = None
+    if dropout_p > 0.0:
+        # One for each batch element: vmap's randomness "same" and "different" then mean that.
+        size = (lead[:-1].numel(),)
+        seed = torch.randint(2**63 - 1, size, dtype=torch.int64, device=query.device)
+    apply = ops.attention_jvp if is_compiling() else _Jvp.apply
+    if _may_unpack(operands):
+        pairs = [(None, None) if x is None else forward_ad.unpack_dual(x) for x in operands]
+        tangents = [None if t is None else t.unsqueeze(0) for _, t in pairs]
+        primals = [p for p, _ in pairs]
+        if all(t is None for t in tangents):
+            _refuse_hidden_duals()
+        output, output_t, *_ = apply(*primals, seed, *tangents, *options)
+        if any(t is not None for t in tangents):
+            output = forward_ad.make_dual(output, output_t.squeeze(0))
+    else:  # _Jvp's own rule carries the tangents
+        output = apply(*operands, seed, None, None, None, None, *options)[0]
+    return output if len(lead) == 2 else output.reshape(*lead, *output.shape[-2:])
+
+
+def _may_unpack(operands: Sequence[Optional]) -> bool:
+    """Whether output and tangent may be computed from unpacked operands, in one pass.
+
+    Not where tangents are hidden, and not in a plain dual level where reverse mode tracks a
+    primal: its gradient has a tangent of its own there.
+    """
+    if is_compiling():
+        return True
+    if tangents_are_hidden():
+        return False
+    tracked = any(x is not None and x.requires_grad for x in operands)
+    return not (tracked and in_plain_dual_level() and any(map(_is_dual, operands)))
+
+
+def _refuse_hidden_duals() -> None:
+    """Inputs of a compiled function may be dual without showing it; the operator would not notice.
+
+    So in torch 2.11; later versions refuse such inputs themselves.
+    """
+    inside = is_compiling() and in_forward_ad()
+    if inside and eager_transforms.JVP_NESTING == 0:
+        raise UnsupportedError(
+            "backend='triton': compiled code in a dual_level cannot see tangents of its inputs. "
+            "Use torch.func.jvp inside the compiled function, or backend=None."
+        )
+
+
+def _is_dual(tensor: Optional) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _with_heads(
+    query: Tensor, key: Tensor, value: Tensor, mask: Optional, enable_gqa: bool
+) -> tuple[torch.Size, tuple[Optional, ...]]:
+    """Operands as (B, H, rows, cols), views where strides allow, and the output's own "...".
+
+    The mask keeps size 1 where it is broadcast.
+    """
+    if enable_gqa:
+        lead = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
+        leads = [torch.Size([*lead, x.shape[-3]]) for x in (query, key, value)]
+    else:
+        lead = torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))
+        leads = [lead] * 3
+
+    def four(tensor: Tensor, lead: torch.Size) -> Tensor:
+        if tensor.shape[:-2] != lead:
+            tensor = tensor.expand(*lead, *tensor.shape[-2:])
+        if len(lead) == 2:
+            return tensor
+        heads = lead[-1] if lead else 1
+        return tensor.reshape(lead[:-1].numel(), heads, *tensor.shape[-2:])
+
+    operands = [four(x, one) for x, one in zip((query, key, value), leads, strict=True)]
+    if mask is not None:
+        lead = leads[0]
+        rank = max(len(lead), 2) + 2
+        if mask.ndim < rank:
+            mask = mask.reshape((1,) * (rank - mask.ndim) + tuple(mask.shape))
+        if rank > 4:  # one axis for all the batch's: expanded unless the mask has none of them
+            outer = lead[:-1] if mask.shape[: rank - 3].numel() > 1 else mask.shape[: rank - 3]
+            mask = mask.expand(*outer, *mask.shape[-3:]).flatten(0, rank - 4)
+    return leads[0], (*operands, mask)
+
+
+# --- derivatives ---------------------------------------------------------------------------
+
+
+def _save_jvp(ctx, inputs, output, dual=False):
+    """``dual``: whether an operand has a tangent, of an outer forward-mode level."""
+    *operands, scale, dropout_p, is_causal = inputs
+    ctx.options = (scale, dropout_p, is_causal)
+    ctx.set_materialize_grads(False)
+    primals, tangents = operands[:5], operands[5:]
+    value, tangent, lse, mu = output
+    ctx.tangents = sum(t is not None for t in tangents)
+    moves = dual or any(ctx.needs_input_grad[:4])
+    ctx.frozen = any(ctx.needs_input_grad[5:9]) and not moves
+    if ctx.frozen:  # its backward is the anchor's own, which keeps no tangent
+        ctx.save_for_backward(*primals, None, None, None, None, value, None, lse, None)
+    else:
+        ctx.save_for_backward(*operands, value, tangent, lse, mu)
+    constant = [lse, mu]
+    if ctx.frozen:
+        # The output depends on no tangent. Unsaid, it would seem to, and the next layer would be
+        # asked for gradients of its primal operands.
+        constant.append(value)
+    if not ctx.tangents:
+        constant.append(tangent)
+    ctx.mark_non_differentiable(*constant)
+
+
+def _backward_jvp(ctx, grad, grad_t, vjp, second_vjp):
+    """Gradients by operands and tangents, from those of output and tangent."""
+    saved = ctx.saved_tensors
+    primals, output, lse = saved[:5], saved[9], saved[11]
+    needs, needs_t = ctx.needs_input_grad[:4], ctx.needs_input_grad[5:9]
+    if ctx.tangents == 0:
+        grad_t = None
+    if any(needs) and grad_t is not None:
+        found = second_vjp(*primals, *saved[5:13], grad, grad_t, *ctx.options, [*needs, *needs_t])
+        primal, tangent = found[:4], found[4:]
+    else:
+        primal = tangent = (None,) * 4
+        if any(needs) and grad is not None:
+            found = vjp(*primals, output, lse, grad.unsqueeze(0), *ctx.options, list(needs))
+            primal = [x.squeeze(0) if need else None for x, need in zip(found, needs, strict=True)]
+        if any(needs_t) and grad_t is not None:
+            tangent = vjp(*primals, output, lse, grad_t, *ctx.options, list(needs_t))
+    return (*_wanted(primal, needs), None, *_wanted(tangent, needs_t), None, None, None)
+
+
+def _wanted(found: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
+    return [x if need else None for x, need in zip(found, needs, strict=True)]
+
+
+def _mark_unneeded(ctx, output) -> None:
+    unneeded = (x for x, need in zip(output, ctx.needs, strict=True) if not need)
+    ctx.mark_non_differentiable(*unneeded)
+
+
+def _backward_jvp_compiled(ctx, grad, grad_t, grad_lse, grad_mu):
+    return _backward_jvp(ctx, grad, grad_t, ops.attention_vjp, ops.attention_second_vjp)
+
+
+# For compiled code, where forward mode over forward mode is refused: no operand is dual.
+ops.attention_jvp.register_autograd(_backward_jvp_compiled, setup_context=_save_jvp)
+
+
+def _in_outer_levels(jvp: Callable[..., Any]) -> Callable[..., Any]:
+    """A Function's ``jvp``, also called with the saved tensors, whose results have tangents.
+
+    PyTorch switches forward mode off within it, at every level: of three nested ones the outer
+    would be lost in silence. The saved tensors are stripped of the tangents of the level at hand.
+    """
+
+    def wrapped(ctx, *directions):
+        with forward_ad._set_fwd_grad_enabled(True):
+            saved = [
+                None if x is None else forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors
+            ]
+            return jvp(ctx, saved, *directions)
+
+    return wrapped
+
+
+class _Jvp(torch.autograd.Function):
+    """attention_jvp."""
+
+    @staticmethod
+    def forward(*args):
+        return ops.attention_jvp(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save_jvp(ctx, inputs, output, dual=any(map(_is_dual, inputs[:4])))
+        ctx.save_for_forward(*inputs[:9], output[0], output[1])
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return ops.batched_jvp(_Jvp.apply, info, in_dims, *args)
+
+    @staticmethod
+    def backward(ctx, grad, grad_t, grad_lse, grad_mu):
+        return _backward_jvp(ctx, grad, grad_t, _Vjp.apply, _SecondVjp.apply)
+
+    @staticmethod
+    @_in_outer_levels
+    def jvp(ctx, saved, *directions):
+        *primals, seed = saved[:5]
+        tangents = saved[5:9]
+        moves, moves_t = directions[:4], directions[5:9]
+        # PyTorch wants a tensor for every differentiable output, and None for the others.
+        output_d = None if ctx.frozen else torch.zeros_like(saved[9])
+        tangent_d = None
+        if any(d is not None for d in moves):
+            rows = [None if d is None else d.unsqueeze(0) for d in moves]
+            output_d = _Jvp.apply(*primals, seed, *rows, *ctx.options)[1].squeeze(0)
+            if ctx.tangents:
+                tangent_d = second_derivative(primals, tangents, moves, ctx.options)
+        if any(d is not None for d in moves_t):
+            linear = _Jvp.apply(*primals, seed, *moves_t, *ctx.options)[1]
+            tangent_d = linear if tangent_d is None else tangent_d + linear
+        if ctx.tangents and tangent_d is None:
+            tangent_d = torch.zeros_like(saved[10])
+        return output_d, tangent_d, None, None
+
+
+class _Vjp(torch.autograd.Function):
+    """attention_vjp."""
+
+    @staticmethod
+    def forward(*args):
+        return ops.attention_vjp(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.options, ctx.needs = inputs[8:11], inputs[11]
+        _mark_unneeded(ctx, output)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:8])
+        ctx.save_for_forward(*inputs[:8])
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return ops.batched_vjp(_Vjp.apply, info, in_dims, *args)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        *primals, output, lse, cotangent = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        along = [x if need else None for x, need in zip(grads, ctx.needs, strict=True)]
+        if all(x is None for x in along):
+            return (None,) * 12
+        _, tangent, _, mu = _Jvp.apply(*primals, *along, *ctx.options)
+        found = (None,) * 4
+        if any(needs[:4]):
+            found = _SecondVjp.apply(
+                *primals, *along, output, tangent, lse, mu, None, cotangent, *ctx.options,
+                [*needs[:4], False, False, False, False],
+            )[:4]  # fmt: skip
+        by_cotangent = tangent if needs[7] else None
+        return (*_wanted(found, needs[:4]), None, None, None, by_cotangent, *(None,) * 4)
+
+    @staticmethod
+    @_in_outer_levels
+    def jvp(ctx, saved, *directions):
+        *primals, output, lse, cotangent = saved
+        moves, cotangent_d = directions[:4], directions[7]
+        if all(d is None for d in moves):
+            found = _Vjp.apply(*primals, output, lse, cotangent_d, *ctx.options, ctx.needs)
+            return tuple(_wanted(found, ctx.needs))
+        rows = [None if d is None else d.unsqueeze(0) for d in moves]
+        _, tangent, _, mu = _Jvp.apply(*primals, *rows, *ctx.options)
+        needs = [*ctx.needs, False, False, False, False]
+        each = [
+            _SecondVjp.apply(
+                *primals, *rows, output, tangent, lse, mu,
+                None if cotangent_d is None else cotangent_d[r], cotangent[r : r + 1],
+                *ctx.options, needs,
+            )[:4]
+            for r in range(cotangent.shape[0])
+        ]  # fmt: skip
+        stacks = (torch.stack(grads) for grads in zip(*each, strict=True))
+        return tuple(_wanted(list(stacks), ctx.needs))
+
+
+class _SecondVjp(torch.autograd.Function):
+    """attention_second_vjp; its own derivatives are those of the eager formulas."""
+
+    @staticmethod
+    def forward(*args):
+        return ops.attention_second_vjp(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.options, ctx.needs = inputs[15:18], inputs[18]
+        _mark_unneeded(ctx, output)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:4], *inputs[5:9], *inputs[13:15])
+        ctx.save_for_forward(*inputs[:4], *inputs[5:9], *inputs[13:15])
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return ops.batched_second_vjp(_SecondVjp.apply, info, in_dims, *args)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        by = eager_second_vjp(ctx.saved_tensors, ctx.needs, ctx.options).pull_back(grads)
+        return (*by[:4], None, *by[4:8], None, None, None, None, *by[8:], *(None,) * 4)
+
+    @staticmethod
+    @_in_outer_levels
+    def jvp(ctx, saved, *directions):
+        moved = (*directions[:4], *directions[5:9], *directions[13:15])
+        return eager_second_vjp(saved, ctx.needs, ctx.options).push_forward(moved)

@@ -1,0 +1,161 @@
+"""Choice of a backend, and the forward-mode state that decides what it may do."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._C._functorch import (
+    TransformType,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    peek_interpreter_stack,
+)
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.ops.levels import called_elsewhere, is_compiling
+
+Backend = Literal["triton", "reference"]
+
+MAX_WIDTH = 4096  # tangent_kernels._rows.MAX_WIDTH, which cannot be imported without Triton
+
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def choose_backend(backend: Backend | None, tensor: Tensor, reason: str | None) -> Backend:
+    """The backend to run: by device, or the named one, which is never replaced in silence.
+
+    Args:
+        backend: what the caller asked for; None to choose by device.
+        tensor: one of the operands, for its device.
+        reason: why the Triton kernels cannot compute this call, or None if they can.
+    """
+    if backend not in (None, "triton", "reference"):
+        raise ArgumentError(f"backend={backend!r}: expected None, 'triton' or 'reference'")
+    chosen = backend or ("triton" if tensor.is_cuda and reason is None else "reference")
+    if chosen == "triton":
+        if reason is None and not tensor.is_cuda and not interpreting():
+            reason = f"tensors are on {tensor.device}, the kernels run on CUDA devices"
+        if reason is not None:
+            raise UnsupportedError(
+                f"backend='triton': {reason}. Use backend=None or backend='reference'."
+            )
+        if not _TRITON_IS_INSTALLED:
+            raise UnsupportedError(
+                f"tensors are on {tensor.device}, and Triton, which the kernels need, is not "
+                "installed: `pip install triton`, or pass backend='reference'"
+            )
+    return chosen
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1, for tests)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+def in_forward_ad() -> bool:
+    """Whether a forward-mode level is active: ``dual_level()`` or ``torch.func.jvp``.
+
+    Not that of a linearized call in another thread, nor where forward mode is switched off.
+    """
+    # Dynamo, for which no other thread is anywhere, cannot trace the questions.
+    return forward_ad._current_level >= 0 and (
+        torch.compiler.is_dynamo_compiling()
+        or (torch._C._is_fwd_grad_enabled() and not called_elsewhere())
+    )
+
+
+def in_plain_dual_level() -> bool:
+    """Whether a ``dual_level()`` is active, no torch.func transform is, and nothing is compiled."""
+    return in_forward_ad() and not is_compiling() and peek_interpreter_stack() is None
+
+
+def is_traced() -> bool:
+    """Whether ``make_fx`` records what is computed, as ``torch.func.linearize`` has it do.
+
+    What a kernel launch, ``out=`` or an in-place operation writes is lost there: as a result that
+    nothing seems to use, or into what the graph holds for a constant.
+    """
+    return get_proxy_mode() is not None
+
+
+def why_not_in_float(tensor: Tensor) -> str | None:
+    """Why the elementwise kernels cannot compute with this tensor; None if they can."""
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {tensor.dtype} is not one of float16, bfloat16, float32"
+    return None if tensor.numel() else "it has no elements"
+
+
+def why_not_in_rows(tensor: Tensor, width: int) -> str | None:
+    """The same of the kernels that hold whole rows of ``width`` elements."""
+    if width > MAX_WIDTH:
+        return f"rows of {width} elements are longer than {MAX_WIDTH}"
+    return why_not_in_float(tensor)
+
+
+def save_for_tangents(ctx: Any, output: Tensor, *saved: Tensor | None) -> None:
+    """In the forward of a Function that is differentiable by tangents: (output, output_t)."""
+    ctx.save_for_backward(*saved)
+    # The output depends on no tangent. Unsaid, it would seem to, and the next layer would take its
+    # primal operand for one that is trained.
+    ctx.mark_non_differentiable(output)
+    ctx.set_materialize_grads(False)
+
+
+def autocast_is_on(device: str) -> bool:
+    """Whether autocast casts on devices of this type; some ("meta") have no such state."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocast(device: str, *operands: Tensor | None) -> tuple[Any, ...]:
+    """The operands in autocast's dtype where autocast is on: PyTorch's products do the same."""
+    if not autocast_is_on(device):
+        return operands
+    dtype = torch.get_autocast_dtype(device)
+    taken = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(x.to(dtype) if x is not None and x.dtype in taken else x for x in operands)
+
+
+def no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Context in which products are computed in their operands' dtype."""
+    return torch.autocast(device, enabled=False) if autocast_is_on(device) else nullcontext()
+
+
+def tangents_are_hidden() -> bool:
+    """Whether vmap or grad runs inside a forward-mode level (jvp of vmap, jvp of grad).
+
+    There PyTorch shows no tangent of a tensor, whether it has one or not.
+    """
+    if not in_forward_ad() or is_compiling():
+        return False
+    interpreter = peek_interpreter_stack()
+    return interpreter is not None and interpreter.key() != TransformType.Jvp
+
+
+def may_be_dual(tensor: object) -> bool:
+    """Whether a value is a tensor that carries, or may carry, a tangent of the active level."""
+    if not isinstance(tensor, Tensor) or not in_forward_ad():
+        return False
+    return tangents_are_hidden() or forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def reverse_mode_reaches(*tensors: Tensor | None) -> bool:
+    """Whether reverse mode, at any nesting level of ``torch.func``, tracks one of the tensors.
+
+    Then derivatives of a dual tensor's primal may be asked for *inside* the forward-mode level
+    (forward over reverse), which a formula on unpacked tensors would get wrong in silence.
+    """
+    for tensor in tensors:
+        while tensor is not None:
+            if tensor.requires_grad:
+                return True
+            if not is_functorch_wrapped_tensor(tensor):
+                break
+            tensor = get_unwrapped(tensor)
+    return False

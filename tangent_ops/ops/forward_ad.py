@@ -1,0 +1,219 @@
+"""Routes the heavy operations of any model to their fused forward-mode versions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.functional import (
+    convolution,
+    gelu,
+    layer_norm,
+    linear,
+    rms_norm,
+    scaled_dot_product_attention,
+    silu,
+    softmax,
+)
+from tangent_ops.ops.backend import Backend, in_forward_ad, may_be_dual
+from tangent_ops.ops.batch_norm import NORMS, normalize_channels
+from tangent_ops.ops.checkpoint_guard import CheckpointGuard
+from tangent_ops.ops.composed import glu, hardsigmoid, normalize
+from tangent_ops.ops.levels import enter_block, is_compiling, leave_block
+from tangent_ops.ops.norm import native_layer_norm
+from tangent_ops.ops.pytorch_rules import (
+    FACTORIZING,
+    OVERWRITING,
+    out_of_place,
+    refuse_factorizations,
+)
+
+
+def _multi_head_attention(backend: Backend | None) -> FunctionType:
+    """``F.multi_head_attention_forward`` (nn.MultiheadAttention) around this library's operations.
+
+    A mode is off while it handles a function, so it would not see the calls inside that one.
+    """
+    original = F.multi_head_attention_forward
+    ours = {
+        "scaled_dot_product_attention": scaled_dot_product_attention,
+        "softmax": softmax,
+    }
+    names = {**vars(F), **{n: functools.partial(f, backend=backend) for n, f in ours.items()}}
+    copy = FunctionType(original.__code__, names, original.__name__, original.__defaults__)
+    copy.__kwdefaults__ = original.__kwdefaults__
+    return copy
+
+
+def _torch_layer_norm(
+    input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True, *, backend=None
+) -> Tensor:
+    return layer_norm(input, normalized_shape, weight, bias, eps, backend=backend)
+
+
+_BACKENDS: tuple[Backend | None, ...] = (None, "triton", "reference")
+# Made once: torch.compile cannot trace the making.
+_MULTI_HEAD_ATTENTION = {backend: _multi_head_attention(backend) for backend in _BACKENDS}
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+# PyTorch's name of an operation, as models call it, and ours.
+_ROUTES: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.linear: linear,
+    F.layer_norm: layer_norm,
+    torch.layer_norm: _torch_layer_norm,
+    torch.ops.aten.layer_norm.default: _torch_layer_norm,
+    F.rms_norm: rms_norm,
+    torch.rms_norm: rms_norm,
+    F.gelu: gelu,
+    F.silu: silu,
+    F.softmax: lambda input, dim=None, _stacklevel=3, dtype=None, backend=None: (
+        F.softmax(input, dim, _stacklevel, dtype)
+        if dim is None
+        else softmax(input, dim, dtype, backend=backend)
+    ),
+    torch.softmax: softmax,
+    Tensor.softmax: softmax,
+}
+
+
+def _recurrent(func, *args):
+    """Its products one by one: the fused layers of oneDNN and cuDNN have no forward derivative."""
+    kept: Any = dict.fromkeys(("deterministic", "allow_tf32", "fp32_precision"))  # as they are
+    benchmark: Any = dict.fromkeys(("benchmark", "benchmark_limit"))
+    mkldnn = torch.backends.mkldnn.flags(enabled=False, **kept)
+    with mkldnn, torch.backends.cudnn.flags(enabled=False, **kept, **benchmark):
+        return func(*args)
+
+
+# PyTorch cannot differentiate their tangents; those of the same map in other words it can.
+_COMPOSED: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.hardsigmoid: hardsigmoid,
+    F.glu: glu,
+    F.normalize: normalize,
+    torch.native_layer_norm: native_layer_norm,
+    torch.ops.aten.native_layer_norm.default: native_layer_norm,
+}
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+_TAKEN = frozenset(
+    (
+        *_ROUTES,
+        *_CONVOLUTIONS,
+        *_ATTENTION,
+        *_COMPOSED,
+        *_RECURRENT,
+        *NORMS,
+        *OVERWRITING,
+        *FACTORIZING,
+    )
+)
+
+
+class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_grad
+    """Context in which dual calls of ``F.scaled_dot_product_attention`` run fused.
+
+    PyTorch's fast attention has no forward-mode derivative and raises on dual tensors. Within
+    this context such calls go to :func:`tangent_ops.scaled_dot_product_attention`, whatever model
+    makes them; calls without a tangent stay PyTorch's. ``F.linear``, ``F.conv2d`` (1d, 3d),
+    ``F.layer_norm``, ``F.rms_norm``, ``F.gelu``, ``F.silu`` and ``F.softmax`` are routed too:
+    :mod:`tangent_ops.functional` says what is gained where. So are dual calls whose tangents
+    PyTorch does not compute, cannot differentiate, or differentiates wrongly by the input: of
+    ``F.hardsigmoid``, ``F.glu``, ``F.normalize``, recurrent layers, batch and instance norm, and
+    of all that has a softmax, a logsumexp or a 1-norm within. Determinants and ``linalg.solve``
+    raise where derivatives of their tangents would be wrong.
+
+    Within any such context ``nn.TransformerEncoder`` and its parts take PyTorch's slow path, as
+    where gradients are wanted. In eval mode without gradients its fast path, for a padding mask,
+    returns zeros at padded places; the slow one returns numbers that mean nothing. Elsewhere both
+    agree within rounding.
+
+    PyTorch has one forward-mode level for the whole process. So threads take turns: one is in such
+    a block at a time, and then no other is in a call of a linearized model. Keep blocks short, a
+    forward pass each, and do not wait for another thread in one.
+
+    Example:
+        >>> with fused_forward_ad():
+        ...     y, y_t = torch.func.jvp(model, (x,), (v,))
+
+    Args:
+        backend: None chooses by device; "triton" or "reference" insists.
+
+    Raises:
+        ArgumentError: there is no such backend.
+        UnsupportedError: in torch.inference_mode(), where PyTorch makes all tangents zero. On
+            entry: another thread stays in such a block for a minute, or is in a torch.func.jvp
+            outside of one. Within: where a derivative would be wrong, and at a
+            ``torch.utils.checkpoint`` with forward mode around it or in it.
+    """
+
+    def __init__(self, backend: Backend | None = None):
+        super().__init__()
+        if backend not in _BACKENDS:
+            raise ArgumentError(f"backend={backend!r}: expected None, 'triton' or 'reference'")
+        if not is_compiling() and torch.is_inference_mode_enabled():
+            raise UnsupportedError(
+                "torch.inference_mode() switches forward mode off, and tangents would be zero: "
+                "use torch.no_grad()"
+            )
+        self.backend: Backend | None = backend
+        self._guard = CheckpointGuard()
+        self._turns = 0  # that this context has taken: Dynamo leaves some that it has not entered
+
+    def __enter__(self):
+        if is_compiling():
+            return super().__enter__()
+        enter_block()
+        self._turns += 1
+        try:
+            return super().__enter__()
+        except BaseException:
+            self._turns -= 1
+            leave_block()
+            raise
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        if self._turns:
+            self._turns -= 1
+            leave_block()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not torch.compiler.is_compiling():
+            self._guard.check(func)
+        if func not in _TAKEN:  # a thousand calls of a ViT's forward pass, attributes too
+            return func(*args, **kwargs)
+        if func in _ROUTES and in_forward_ad():
+            return _ROUTES[func](*args, **kwargs, backend=self.backend)
+        if func in _CONVOLUTIONS:
+            return convolution(func, *args, **kwargs)
+        if func in _ATTENTION and any(may_be_dual(x) for x in (*args, *kwargs.values())):
+            if func is F.multi_head_attention_forward:
+                return _MULTI_HEAD_ATTENTION[self.backend](*args, **kwargs)
+            return scaled_dot_product_attention(*args, **kwargs, backend=self.backend)
+        if func in _COMPOSED and any(may_be_dual(x) for x in (*args, *kwargs.values())):
+            return _COMPOSED[func](*args, **kwargs)
+        if func in NORMS and in_forward_ad():
+            return normalize_channels(func, *args, **kwargs)
+        if func in OVERWRITING:
+            return out_of_place(func, *args, **kwargs)
+        if func in FACTORIZING:
+            refuse_factorizations(func, *args, **kwargs)
+        if func in _RECURRENT and any(may_be_dual(x) for x in tree_leaves(args)):
+            return _recurrent(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+class fused_calls(fused_forward_ad):  # noqa: N801 - as above
+    """The same in a call of this library, which has the levels to itself already."""
+
+    __enter__ = TorchFunctionMode.__enter__  # pyright: ignore[reportAssignmentType]
+    __exit__ = TorchFunctionMode.__exit__  # pyright: ignore[reportAssignmentType]

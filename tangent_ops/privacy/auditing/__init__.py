@@ -1,0 +1,1 @@
+"""Audits: lower bounds on the privacy loss of a training procedure."""

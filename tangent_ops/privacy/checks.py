@@ -1,0 +1,206 @@
+"""What would void a guarantee in silence, as far as it can be seen."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+)
+
+from tangent_ops.data import unpack
+from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.files import add_tensor
+from tangent_ops.model.features import CachedFeatures
+from tangent_ops.model.linearized import LinearizedModel
+
+STANDARD = 1e-4  # closer than this to mean 0 and deviation 1 no data come by chance
+WHITENING = ("LinearTransformation",)  # torchvision's: its matrix is made from data
+
+
+def check_dataset(dataset: object, public_preprocessing: bool) -> int:
+    """The number of samples.
+
+    Raises:
+        ArgumentError: no map-style dataset, empty, or with an index that is in it twice.
+        UnsupportedError: preprocessing that was fitted to data, unless it is said to be public.
+    """
+    if isinstance(dataset, DataLoader):
+        raise ArgumentError(
+            "dataset is a DataLoader: pass loader.dataset. Batches are drawn by Poisson sampling "
+            "here, which the guarantee needs, and joined by torch's default_collate, as another "
+            "one may mix samples"
+        )
+    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Dataset):
+        raise ArgumentError(
+            f"dataset must be a map-style Dataset of (input, target), got a "
+            f"{type(dataset).__name__}: Poisson sampling needs indices"
+        )
+    try:
+        count = len(dataset)  # pyright: ignore[reportArgumentType]
+    except TypeError as error:
+        kind = type(dataset).__name__
+        raise ArgumentError(f"dataset must have a length, this {kind} has none") from error
+    if count == 0:
+        raise ArgumentError("dataset is empty")
+    (_, times), *_ = Counter(_identities(dataset, count)).most_common(1)
+    if times > 1:
+        raise ArgumentError(
+            f"dataset has one sample {times} times: it would add {times} times max_grad_norm to a "
+            "step. Leave the repetitions out"
+        )
+    if not public_preprocessing:
+        for part in _parts(dataset):
+            _check_preprocessing(part)
+    return count
+
+
+def check_contents(loader: DataLoader) -> None:
+    """Raise ArgumentError if two samples have the same input, bit for bit: reads them all."""
+    first: dict[bytes, int] = {}
+    with torch.random.fork_rng(devices=[]):  # augmentation draws from the caller's generator
+        for batch in loader:
+            inputs, _ = unpack(batch, torch.device("cpu"))
+            for index, one in enumerate(inputs, len(first)):
+                digest = hashlib.sha256()
+                add_tensor(digest, one)
+                other = first.setdefault(digest.digest(), index)
+                if other != index:
+                    raise ArgumentError(
+                        f"dataset has one sample 2 times: the inputs {other} and {index} are the "
+                        "same, bit for bit. Together they would move the result twice as far as "
+                        "the guarantee allows one sample. Leave the repetitions out"
+                    )
+
+
+def check_model(tangent: object) -> None:
+    """Raise if it is no tangent model, is sharded, or a batch norm takes statistics of batches."""
+    if not isinstance(tangent, LinearizedModel):
+        raise ArgumentError(
+            f"tangent must be a LinearizedModel, got a {type(tangent).__name__}: pass it through "
+            "tangent_ops.linearize first"
+        )
+    if tangent.sharded:
+        raise UnsupportedError(
+            "the anchor is sharded, and every process would have to call it equally often: parts "
+            "of Poisson-sampled batches may be empty. Use a whole anchor"
+        )
+    for name, module in tangent.anchor.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.training or module.running_mean is None
+        ):
+            raise UnsupportedError(
+                f"{name} is a batch norm that normalises by the batch, which mixes its samples: a "
+                "sample's gradient is not its own. Call tangent.anchor.eval(), or replace it by a "
+                "group norm in a new anchor"
+            )
+
+
+def check_failure(delta: float, samples: int) -> None:
+    """Raise ArgumentError unless 0 < delta < 1/N."""
+    if not 0 < delta < 1:
+        raise ArgumentError(f"delta must be between 0 and 1, got {delta}")
+    if delta >= 1 / samples:
+        raise ArgumentError(
+            f"delta={delta:g} is not below 1/N = {1 / samples:.3g}: publishing {samples} samples' "
+            "data outright, one in N at random, would pass as private. 1e-5 or 1/(10 N) are usual"
+        )
+
+
+def check_positive(**values: float) -> None:
+    """Raise ArgumentError, naming it, for a value that is not finite and positive."""
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ArgumentError(f"{name} must be positive and finite, got {value}")
+
+
+def _identities(dataset: Any, count: int) -> Iterable[tuple[int, int]]:
+    """What tells a sample of a dataset from others: where it lies in the innermost one."""
+    if isinstance(dataset, Subset):
+        inner = list(_identities(dataset.dataset, len(dataset.dataset)))  # pyright: ignore
+        return [inner[index] for index in dataset.indices]
+    if isinstance(dataset, ConcatDataset):
+        return [pair for part in dataset.datasets for pair in _identities(part, len(part))]  # pyright: ignore
+    return ((id(dataset), index) for index in range(count))
+
+
+def _parts(dataset: Any) -> Iterator[Any]:
+    """A dataset and those inside it."""
+    yield dataset
+    inside = [getattr(dataset, "dataset", None), *(getattr(dataset, "datasets", None) or ())]
+    for part in inside:
+        if part is not None:
+            yield from _parts(part)
+
+
+def _check_preprocessing(dataset: Any) -> None:
+    way_out = (
+        "What is fitted to private data is published with the model, without accounting: fit it "
+        "to public data; if it is, say public_preprocessing=True"
+    )
+    for attribute in ("transform", "transforms", "target_transform"):
+        for step in _steps(getattr(dataset, attribute, None)):
+            if _is_fitted(step):
+                kind = type(step).__name__
+                raise UnsupportedError(f"dataset's {attribute} has a fitted {kind}. {way_out}")
+    values = _tensor(dataset)
+    if values is not None and _is_standardised(values):
+        raise UnsupportedError(
+            f"dataset's inputs have mean 0 and deviation 1 within {STANDARD:g}, each feature: they "
+            f"were standardised by their own statistics. {way_out}"
+        )
+
+
+def _steps(transform: Any) -> Iterator[Any]:
+    if transform is None:
+        return
+    yield transform
+    for inner in ("transforms", "transform", "steps"):
+        value = getattr(transform, inner, None)
+        for step in value if isinstance(value, (list, tuple)) else [value]:
+            yield from _steps(step[1] if isinstance(step, tuple) else step)
+    if isinstance(transform, nn.Module):
+        for child in transform.children():
+            yield from _steps(child)
+
+
+def _is_fitted(step: Any) -> bool:
+    """By scikit-learn's conventions, which others follow, and by name."""
+    learned = any(
+        name.endswith("_") and not name.startswith("_") for name in getattr(step, "__dict__", {})
+    )
+    return learned or hasattr(step, "partial_fit") or type(step).__name__ in WHITENING
+
+
+def _tensor(dataset: Any) -> Tensor | None:
+    if isinstance(dataset, TensorDataset):
+        values = dataset.tensors[0]
+    elif isinstance(dataset, CachedFeatures):
+        values = dataset.features
+    else:
+        return None
+    return values if values.is_floating_point() and values.ndim > 1 and len(values) > 1 else None
+
+
+def _is_standardised(values: Tensor) -> bool:
+    """Whether every feature, or every channel of images, has mean 0 and deviation 1."""
+    over = [(0,)] + ([(0, *range(2, values.ndim))] if values.ndim > 2 else [])
+    for dims in over:
+        deviations = [torch.std_mean(values, dims, correction=c) for c in (0, 1)]
+        if any(
+            float((deviation - 1).abs().max()) < STANDARD and float(mean.abs().max()) < STANDARD
+            for deviation, mean in deviations
+        ):
+            return True
+    return False

@@ -1,0 +1,1 @@
+"""Private training of convex problems with bounded gradients."""

@@ -1,0 +1,99 @@
+"""How far a private fit is, and its file: what it needs to go on as if it had not been stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
+
+from tangent_ops.errors import ArgumentError
+from tangent_ops.exact.checkpoint import Checkpoint, check_path
+from tangent_ops.privacy.noise import NoiseSource
+from tangent_ops.privacy.sampling import Key
+
+
+class State:
+    """The state of a private fit between two steps.
+
+    Args:
+        parameters: the deltas by name.
+        optimizer: theirs.
+        noise: its source.
+        key: of the batches that are drawn.
+
+    Attributes:
+        step: how many steps are done.
+        key: of the batches; the file's, if there is one.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: Optimizer,
+        noise: NoiseSource,
+        key: Key | None,
+    ) -> None:
+        self.step = 0
+        self.key = key
+        self._parameters = parameters
+        self._optimizer = optimizer
+        self._noise = noise
+        self._file: Checkpoint | None = None
+        self._every = 0
+        group = distributed.is_available() and distributed.is_initialized()
+        self._writes = not group or distributed.get_rank() == 0
+
+    def keep(self, path: str | os.PathLike[str], every: int, identity: dict[str, str]) -> None:
+        """Go on from a file, if it is there, and keep it up to date.
+
+        Raises:
+            ArgumentError: it is damaged, something else, or of another fit.
+        """
+        check_path(path)
+        self._file, self._every = Checkpoint(Path(path), identity), every
+        found = self._file.read()
+        if found is None:
+            return
+        tensors, numbers = found
+        self.step = int(numbers["step"])
+        key = json.loads(numbers["key"])
+        self.key = None if key is None else tuple(key)
+        self._noise.restore(numbers["noise"])
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(tensors.pop(f"delta|{name}"))
+        for key, value in tensors.items():
+            entry, name = key.split("|")
+            self._optimizer.state[self._parameters[name]][entry] = value
+
+    def check_group(self) -> None:
+        """Raise ArgumentError unless all processes of the group go on from the same step."""
+        found: list[object] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(found, (self.step, self.key))
+        if any(other != found[0] for other in found):
+            raise ArgumentError(
+                "checkpoint is not the same file in all processes: they would draw other batches. "
+                "Put it on a file system that they share"
+            )
+
+    def advance(self) -> None:
+        """A step is done."""
+        self.step += 1
+        if self._file is not None and self._writes and self.step % self._every == 0:
+            tensors: dict[str, Tensor] = {}
+            for name, parameter in self._parameters.items():
+                tensors[f"delta|{name}"] = parameter.detach()
+                for entry, value in self._optimizer.state[parameter].items():
+                    tensors[f"{entry}|{name}"] = value
+            numbers = {"step": str(self.step), "key": json.dumps(self.key)}
+            self._file.write(tensors, numbers | {"noise": self._noise.state()})
+
+    def remove(self) -> None:
+        """Delete the file, if there is one."""
+        if self._file is not None and self._writes:
+            self._file.remove()

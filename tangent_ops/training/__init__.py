@@ -1,0 +1,1 @@
+"""Training of deltas: one model, many at once, several processes."""

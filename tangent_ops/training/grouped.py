@@ -1,0 +1,366 @@
+"""Train several shards at once: the anchor runs once for all, each delta on its own rows."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from tangent_ops.data import Data, as_loader, place, unpack
+from tangent_ops.delta import Delta
+from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
+from tangent_ops.losses import RescaledSquareLoss
+from tangent_ops.model.linearized import LinearizedModel
+from tangent_ops.ops.attention.frozen import frozen_attention
+from tangent_ops.ops.levels import functional_call
+from tangent_ops.training.fit import _cached, _seeded
+from tangent_ops.training.options import OPTIMIZERS, SCHEDULES, Loss, Options
+
+
+def fit_grouped(
+    tangent: LinearizedModel,
+    shards: Mapping[str, Data],
+    *,
+    loss: Loss | None = None,
+    epochs: int = 15,
+    lr: float = 1e-4,
+    batch_size: int = 32,
+    optimizer: str = "adamw",
+    l2: float = 0.0,
+    schedule: str = "cosine",
+    seed: int = 0,
+    amp: bool | None = None,
+    cache: bool = False,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> dict[str, Delta]:
+    """Train a delta for each shard, all of them in one process, in steps that they take together.
+
+    A step runs the batches of G shards of b samples as one: products with the anchor's weights
+    are over all G b rows, those with the deltas, of each shard with its own rows, are batched
+    (`torch.func.vmap`). No row depends on another shard's delta, so one backward pass of the sum of
+    the losses gives each its own gradient. It pays where b is small. Activations are kept of all
+    G b rows, and blocks are not repeated in the backward pass (``grad_checkpointing``).
+
+    Each shard takes the batches, steps and learning rates that ``fit(tangent, shard, ...)`` takes
+    with the same options, so deltas are those of separate fits up to rounding. Batches of unequal
+    shapes, an epoch's last, say, run apart; a shard that has taken all its steps leaves.
+
+    Args:
+        tangent: where each shard starts; its own deltas stay as they are.
+        shards: name -> data as in `fit`: a Dataset of (input, target), or a DataLoader.
+        loss: as in `fit`; called for each shard.
+        epochs: passes of each shard over its own data.
+        lr: as in `fit`.
+        batch_size: of each shard's Dataset; a DataLoader has its own.
+        optimizer: as in `fit`.
+        l2: as in `fit`, of each shard's own delta.
+        schedule: as in `fit`, over each shard's own steps.
+        seed: as in `fit`, of each shard: what one draws is no other's business.
+        amp: as in `fit`.
+        cache: compute what the frozen blocks below the first trained one give once a sample, and
+            keep it in memory for all shards; for inputs without random augmentation.
+        device: as in `fit`.
+        progress: show a progress bar, of the steps of all shards.
+
+    Returns:
+        Name -> delta, on the model's device, with the name as ``meta.shard``.
+
+    Raises:
+        ArgumentError: an argument out of range; no shards, an empty one, or one under two names;
+            a parameter of the anchor requires a gradient; a loss that does not depend on deltas.
+        UnsupportedError: cache, for a model that cannot be split; float16; a model that
+            `torch.func.vmap` cannot run, found out on noise before its first step in a group.
+        NonFiniteLossError: the loss of a shard or its gradient is NaN or infinite.
+    """
+    options = Options(loss, epochs, lr, optimizer, l2, schedule, seed, amp, progress)
+    _check_model(tangent)
+    if not isinstance(cache, bool):
+        raise ArgumentError(f"cache must be True or False, got {cache!r}: it is kept in memory")
+    loaders = _loaders(shards, batch_size)
+    where = place(tangent, device)
+    if torch.float16 in (options.precision(where), *(p.dtype for p in tangent.parameters())):
+        raise UnsupportedError(
+            "fit_grouped in float16: it scales no loss, and small gradients would vanish. Use "
+            "bfloat16"
+        )
+    model = tangent
+    if cache:
+        trunk, model = tangent.split()
+        loaders = {n: _cached(trunk, x, None, where, options) for n, x in loaders.items()}
+    with ExitStack() as generators:
+        for loader in loaders.values():
+            generators.enter_context(_seeded(seed, where, loader))
+        running = [_Shard(n, tangent, loader, where, options) for n, loader in loaders.items()]
+        _train(model, running, where, options)
+    return {shard.name: shard.delta(tangent) for shard in running}
+
+
+class _Shard:
+    """One shard's training: what it draws, its delta and optimizer, and where it stands."""
+
+    def __init__(
+        self,
+        name: str,
+        tangent: LinearizedModel,
+        loader: DataLoader[Any],
+        device: torch.device,
+        options: Options,
+    ) -> None:
+        self.name = name
+        self.parameters = {
+            n: nn.Parameter(p.detach().clone())
+            for n, p in tangent.deltas().items()
+            if p.requires_grad
+        }
+        self.batch: tuple[Tensor, Tensor] | None = None
+        self.done = 0
+        self.steps = options.epochs * len(loader)
+        self._options = options
+        self._optimizer = OPTIMIZERS[options.optimizer]([*self.parameters.values()], options.lr)
+        self._device = device
+        self._generators = _Generators(loader, device)
+        self._batches = self._read(loader)
+
+    def advance(self) -> None:
+        """Read the next batch; None at the end."""
+        try:
+            with self._generators.own():
+                self.batch = next(self._batches, None)
+        except ArgumentError as error:
+            raise ArgumentError(f"shard {self.name!r}: {error}") from error
+
+    def loss(self, loss: Loss, outputs: Any) -> Tensor:
+        if isinstance(outputs, Tensor) and outputs.dtype in (torch.float16, torch.bfloat16):
+            outputs = outputs.float()
+        assert self.batch is not None
+        with self._generators.own():
+            value = loss(outputs, self.batch[1])
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ArgumentError(f"loss must return a scalar tensor, got {got}")
+        if not value.requires_grad:
+            raise ArgumentError("loss does not depend on any trainable delta of the model")
+        return value
+
+    def penalize(self) -> Tensor:
+        """Add the penalty's gradient; return the norm of the sum, not finite if any of it is."""
+        for parameter in self.parameters.values():
+            if self._options.l2:
+                penalty = self._options.l2 * parameter.detach()
+                parameter.grad = penalty if parameter.grad is None else parameter.grad + penalty
+        return nn.utils.get_total_norm(
+            [p.grad for p in self.parameters.values() if p.grad is not None]
+        )
+
+    def step(self) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.lr
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.done += 1
+
+    @property
+    def lr(self) -> float:
+        return self._options.lr * SCHEDULES[self._options.schedule](self.done / self.steps)
+
+    def delta(self, tangent: LinearizedModel) -> Delta:
+        start = tangent.delta_dict()
+        assert start.meta is not None
+        trained = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        return Delta({**start, **trained}, replace(start.meta, shard=self.name))
+
+    def _read(self, loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(self._options.epochs):
+            empty = True
+            for batch in loader:
+                empty = False
+                yield unpack(batch, self._device)
+            if empty:
+                raise ArgumentError("data has a length, but yielded no batch")
+
+
+class _Generators:
+    """A shard's own states of every generator that is shared with others.
+
+    Made when all are seeded for it. They are left as the last shard had them.
+    """
+
+    def __init__(self, loader: DataLoader[Any], device: torch.device) -> None:
+        owners = (loader, getattr(loader, "sampler", None))
+        own = [getattr(owner, "generator", None) for owner in owners]
+        self._torch = [torch.default_generator, *(g for g in own if g is not None)]
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self._torch.append(torch.cuda.default_generators[index])
+        self._states = self._now()
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        states, numpy, python = self._states
+        for generator, state in zip(self._torch, states, strict=True):
+            generator.set_state(state)
+        np.random.set_state(numpy)
+        random.setstate(python)
+        yield
+        self._states = self._now()
+
+    def _now(self) -> tuple[list[Tensor], Any, Any]:
+        states = [generator.get_state() for generator in self._torch]
+        return states, np.random.get_state(), random.getstate()
+
+
+def _train(
+    model: LinearizedModel, shards: list[_Shard], device: torch.device, options: Options
+) -> None:
+    loss = options.loss or RescaledSquareLoss()
+    total = sum(shard.steps for shard in shards)
+    checked = False
+    for shard in shards:
+        shard.advance()
+    with tqdm(total=total, desc="fit", unit="step", disable=not options.progress) as bar:
+        while groups := _alike(shards):
+            for group in groups:
+                if len(group) > 1 and not checked:
+                    _check_vmap(model, group)
+                    checked = True
+                _step(model, group, loss, device, options)
+                for shard in group:
+                    shard.advance()
+                bar.update(len(group))
+
+
+def _alike(shards: list[_Shard]) -> list[list[_Shard]]:
+    """Shards that go on, by what their next inputs are in."""
+    groups: dict[tuple[torch.Size, torch.dtype], list[_Shard]] = {}
+    for shard in shards:
+        if shard.batch is not None:
+            inputs = shard.batch[0]
+            groups.setdefault((inputs.shape, inputs.dtype), []).append(shard)
+    return [*groups.values()]
+
+
+def _step(
+    model: LinearizedModel,
+    group: list[_Shard],
+    loss: Loss,
+    device: torch.device,
+    options: Options,
+) -> None:
+    inputs = [shard.batch[0] for shard in group if shard.batch is not None]
+    with options.autocast(device):
+        outputs = _forward(model, [shard.parameters for shard in group], inputs)
+    values = [shard.loss(loss, own) for shard, own in zip(group, outputs, strict=True)]
+    with torch.autocast(device.type, enabled=False):  # a caller's own would round once more
+        torch.autograd.backward(values)
+    norms = [shard.penalize() for shard in group]
+    # Read together: a device is waited for once.
+    found = torch.stack([*(v.detach().double() for v in values), *(n.double() for n in norms)])
+    for shard, *pair in zip(group, *found.view(2, -1).tolist(), strict=True):
+        if not all(map(math.isfinite, pair)):
+            raise NonFiniteLossError(
+                f"the loss of shard {shard.name!r} or its gradient is not finite in step "
+                f"{shard.done + 1} of {shard.steps}, at lr={shard.lr:.3g}; the model's own deltas "
+                "are as before. Check its inputs for NaN, or try a lower lr or amp=False"
+            )
+    for shard in group:
+        shard.step()
+
+
+def _forward(
+    model: LinearizedModel, deltas: list[dict[str, nn.Parameter]], inputs: list[Tensor]
+) -> list[Any]:
+    """The outputs for each shard's inputs with its deltas."""
+
+    def run(own: Mapping[str, Tensor], batch: Tensor) -> Any:
+        return functional_call(model, {f"delta.{name}": d for name, d in own.items()}, (batch,))
+
+    if len(inputs) == 1:
+        return [run(deltas[0], inputs[0])]
+    stacked = {name: torch.stack([own[name] for own in deltas]) for name in deltas[0]}
+    with frozen_attention():
+        outputs = vmap(run)(stacked, torch.stack(inputs))
+    return [
+        tree_map(lambda x, i=i: x[i] if isinstance(x, Tensor) else x, outputs)
+        for i in range(len(inputs))
+    ]
+
+
+@torch.no_grad()
+def _check_vmap(model: LinearizedModel, group: list[_Shard]) -> None:
+    """Compare two shards together with one after the other, on noise."""
+    noise = torch.Generator().manual_seed(0)
+
+    def like(tensor: Tensor, scale: float) -> Any:
+        drawn = scale * torch.randn(tensor.shape, generator=noise, dtype=torch.float64)
+        return drawn.to(tensor.device, tensor.dtype)
+
+    inputs = [shard.batch[0][:2] for shard in group[:2] if shard.batch is not None]
+    if inputs[0].is_floating_point():
+        inputs = [like(batch, 1.0) for batch in inputs]
+    deltas = [{n: like(p, 0.1) for n, p in shard.parameters.items()} for shard in group[:2]]
+    expected = [_forward(model, [own], [x])[0] for own, x in zip(deltas, inputs, strict=True)]
+    try:
+        found = _forward(model, deltas, inputs)
+    except (RuntimeError, ValueError) as error:  # vmap's words for what it cannot run
+        raise UnsupportedError(
+            f"{model.model_name} cannot train several shards at once, because torch.func.vmap "
+            f"cannot run it: {error}. Fit one shard after the other"
+        ) from error
+    for one, right in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        if not isinstance(right, Tensor) or not right.is_floating_point():
+            continue
+        largest = float(right.nan_to_num(0.0, 0.0, 0.0).abs().max())
+        tolerance = 3 * torch.finfo(right.dtype).eps ** 0.5 * largest
+        if not torch.isclose(one, right, rtol=0.0, atol=tolerance, equal_nan=True).all():
+            raise UnsupportedError(
+                f"{model.model_name} cannot train several shards at once: tried on noise, its "
+                "outputs for two together are not those for one after the other, as if it kept "
+                "something from sample to sample. Fit one shard after the other"
+            )
+
+
+def _check_model(tangent: LinearizedModel) -> None:
+    if not isinstance(tangent, LinearizedModel):
+        kind = type(tangent).__name__
+        raise ArgumentError(f"tangent must be a LinearizedModel, got a {kind}: use linearize")
+    if not any(delta.requires_grad for delta in tangent.deltas().values()):
+        raise ArgumentError("tangent has no trainable deltas: all have requires_grad=False")
+    trained = [name for name, p in tangent.anchor.named_parameters() if p.requires_grad]
+    if trained:
+        raise ArgumentError(
+            f"the anchor's {trained[0]} has requires_grad=True, but shards share the anchor: call "
+            "tangent.anchor.requires_grad_(False)"
+        )
+
+
+def _loaders(shards: Mapping[str, Data], batch_size: int) -> dict[str, DataLoader[Any]]:
+    if not isinstance(shards, Mapping) or not shards:
+        got = f"a {type(shards).__name__}" if not isinstance(shards, Mapping) else "none"
+        raise ArgumentError(f"shards must be a dict from name to data, got {got}")
+    loaders: dict[str, DataLoader[Any]] = {}
+    names: dict[int, str] = {}
+    for name, data in shards.items():
+        if not isinstance(name, str):
+            raise ArgumentError(f"a shard's name must be a string, got {name!r}: use str(...)")
+        try:
+            loaders[name] = as_loader(data, batch_size, shuffle=True)
+        except ArgumentError as error:
+            raise ArgumentError(f"shard {name!r}: {error}") from error
+        other = names.setdefault(id(data), name)
+        if other != name:
+            raise ArgumentError(
+                f"shards {other!r} and {name!r} are the same data: shards are apart"
+            )
+    return loaders

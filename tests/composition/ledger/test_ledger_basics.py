@@ -1,0 +1,463 @@
+"""What a ledger gives and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sqlite3
+from datetime import UTC, datetime, timedelta
+from fractions import Fraction
+
+import pytest
+import torch
+from ledger_helpers import META, assert_is, assert_same, assert_tidy, some_delta, tree
+from timm.models.vision_transformer import VisionTransformer
+
+import tangent_ops
+from tangent_ops import Delta, DeltaMeta, Ledger, load_delta, save_delta
+from tangent_ops.composition.ledger import Event, Verified
+from tangent_ops.errors import (
+    ArgumentError,
+    DeltaError,
+    DeltaFileError,
+    LedgerBusyError,
+    LedgerError,
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "ledger"
+
+
+@pytest.fixture
+def ledger(folder):
+    ledger = Ledger(folder)
+    ledger.add("a", some_delta(1), meta={"who": "Ada", "n": 3, "x": 0.5, "ok": True, "no": None})
+    ledger.add("b", some_delta(2), weight=2.5)
+    return ledger
+
+
+def tiny_model(seed=0, **options):
+    torch.manual_seed(seed)
+    model = VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=3, num_classes=5
+    )
+    return tangent_ops.linearize(model, "head", **options)
+
+
+# What it gives
+
+
+def test_is_the_weighted_mean(ledger):
+    assert_is(ledger.composed(), [(some_delta(1), 1), (some_delta(2), 2.5)])
+    ledger.forget("a")
+    assert_is(ledger.composed(), [(some_delta(2), 2.5)])
+
+
+def test_a_file_counts_as_its_delta(ledger, tmp_path):
+    save_delta(some_delta(3), tmp_path / "delta")
+    ledger.add("file", tmp_path / "delta", weight=3)
+    ledger.add("path", str(tmp_path / "delta"))
+    both = [(some_delta(3), 3), (some_delta(3), 1)]
+    assert_is(ledger.composed(), [(some_delta(1), 1), (some_delta(2), 2.5), *both])
+
+
+def test_gradients_and_strides_do_not_matter(folder):
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    ledger = Ledger(folder)
+    ledger.add("a", {"w": weight.t()})
+    assert torch.equal(ledger.composed()["w"], weight.detach().t())
+
+
+def test_lists_shards_with_weight_time_and_meta(ledger):
+    one, two = ledger.list()
+    assert (one.shard, one.weight) == ("a", 1.0)
+    assert one.meta == {"who": "Ada", "n": 3, "x": 0.5, "ok": True, "no": None}
+    assert (two.shard, two.weight, two.meta) == ("b", 2.5, {})
+    age = datetime.now(UTC) - datetime.fromisoformat(one.added)
+    assert timedelta(0) <= age < timedelta(minutes=1)
+    assert len(ledger) == 2 and "a" in ledger and "c" not in ledger and 1 not in ledger
+
+
+def test_origins_are_the_metas_that_the_deltas_came_with(folder):
+    low_rank = DeltaMeta("a" * 64, "vit", "head", rank=2, basis="b" * 64, extra={"x": "y"})
+    metas = {"b": low_rank, "a": dataclasses.replace(low_rank, shard="1", extra={}), "c": None}
+    ledger = Ledger(folder)
+    for shard, meta in metas.items():
+        ledger.add(shard, some_delta(0, None) if meta is None else Delta(some_delta(0), meta))
+    assert list(ledger.origins().items()) == list(metas.items())
+    ledger.forget("b")
+    assert list(ledger.origins()) == ["a", "c"]
+    (folder / "deltas" / min(os.listdir(folder / "deltas"))).unlink()
+    with pytest.raises(LedgerError, match=r"is missing; restore .* or forget\("):
+        ledger.origins()
+
+
+def test_history_says_what_happened_and_nothing_else(ledger):
+    ledger.forget("a")
+    ledger.add("a", some_delta(3))
+    events = ledger.history()
+    assert [(event.what, event.shard) for event in events] == [
+        ("added", "a"), ("added", "b"), ("forgotten", "a"), ("added", "a"),
+    ]  # fmt: skip
+    assert [field.name for field in dataclasses.fields(Event)] == ["when", "what", "shard"]
+    assert all(datetime.fromisoformat(event.when).utcoffset() == timedelta(0) for event in events)
+
+
+def test_everything_is_there_after_opening_again(ledger, folder):
+    again = Ledger(folder, create=False)
+    assert_same(again.composed(), ledger.composed())
+    assert again.list() == ledger.list() and again.history() == ledger.history()
+    again.forget("b")
+    assert "b" not in ledger  # nothing is kept in memory
+
+
+def test_an_emptied_ledger_keeps_anchor_and_layout(ledger):
+    ledger.forget("a")
+    ledger.forget("b")
+    assert len(ledger) == 0 and ledger.list() == []
+    assert ledger.verify() == Verified(0, 0.0, 0)
+    with pytest.raises(LedgerError, match="nothing to compose"):
+        ledger.composed()
+    with pytest.raises(DeltaError, match="another anchor"):
+        ledger.add("a", some_delta(1, dataclasses.replace(META, anchor="b" * 64)))
+    with pytest.raises(DeltaError, match=r"missing head\.bias"):
+        ledger.add("a", {"w": torch.ones(1)})
+    ledger.add("a", some_delta(1))
+    assert_is(ledger.composed(), [(some_delta(1), 1)])
+
+
+def test_a_new_ledger_is_empty(folder):
+    ledger = Ledger(folder)
+    assert len(ledger) == 0 and ledger.list() == [] and ledger.history() == []
+    assert ledger.verify() == Verified(0, 0.0, 0)
+    with pytest.raises(LedgerError, match="nothing to compose"):
+        ledger.composed()
+
+
+def test_the_stored_files_are_delta_files(ledger, folder):
+    for entry, delta in zip(ledger.list(), (some_delta(1), some_delta(2)), strict=True):
+        stored = [load_delta(file) for file in (folder / "deltas").iterdir()]
+        metas = [one.meta for one in stored if all(torch.equal(one[n], delta[n]) for n in delta)]
+        assert len(metas) == 1 and metas[0] is not None
+        assert json.loads(metas[0].extra["ledger"])["shard"] == entry.shard
+        assert metas[0].anchor == META.anchor
+
+
+def test_verify_reports_what_it_read(ledger, folder):
+    size = sum(file.stat().st_size for file in (folder / "deltas").iterdir())
+    assert ledger.verify() == Verified(2, 3.5, size)
+
+
+# Meta
+
+
+def test_meta_of_the_mean_is_that_of_the_present_shards(folder):
+    metas = {
+        "a": DeltaMeta("a" * 64, "vit", "head", loss="square", shard="1", extra={"x": "y"}),
+        "b": DeltaMeta("a" * 64, "big", "last", loss="square"),
+        "c": DeltaMeta("a" * 64, "vit", "head", loss="other"),
+    }
+    ledger = Ledger(folder)
+    for shard, meta in metas.items():
+        ledger.add(shard, some_delta(0, meta))
+    assert ledger.composed().meta == DeltaMeta("a" * 64, "big", "head")
+    ledger.forget("c")
+    assert ledger.composed().meta == DeltaMeta("a" * 64, "big", "head", loss="square")
+    ledger.forget("b")
+    assert ledger.composed().meta == DeltaMeta("a" * 64, "vit", "head", loss="square")
+    ledger.add("d", some_delta(0, None))
+    assert ledger.composed().meta is None
+    ledger.forget("d")
+    ledger.forget("a")
+    ledger.add("b", some_delta(0, metas["b"]))
+    assert ledger.composed().meta == DeltaMeta("a" * 64, "big", "last", loss="square")
+
+
+def test_low_rank_deltas_keep_rank_and_basis(folder):
+    tangent = tiny_model(rank=2)
+    ledger = Ledger(folder, anchor=tangent)
+    ledger.add("a", tangent.delta_dict())
+    meta = ledger.composed().meta
+    assert meta is not None and (meta.rank, meta.basis) == (2, tangent.basis_fingerprint)
+
+
+def test_the_mean_goes_into_the_model_and_a_file(folder, tmp_path):
+    tangent = tiny_model()
+    deltas = [
+        Delta({n: torch.randn_like(v) for n, v in tangent.delta_dict().items()},
+              tangent.delta_dict().meta)
+        for _ in range(2)
+    ]  # fmt: skip
+    ledger = Ledger(folder, anchor=tangent)
+    for index, delta in enumerate(deltas):
+        ledger.add(str(index), delta)
+    tangent.load_delta_dict(ledger.composed())
+    save_delta(ledger.composed(), tmp_path / "mean")
+    assert_same(load_delta(tmp_path / "mean", anchor=tangent), ledger.composed())
+    mean = tangent_ops.compose(deltas)
+    assert all(torch.allclose(mean[n], v, atol=1e-7) for n, v in ledger.composed().items())
+
+
+# What is refused, and changes nothing
+
+
+def refused(folder, error, message, work):
+    before = tree(folder)
+    with pytest.raises(error, match=message):
+        work()
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("shard_id", "message"),
+    [("", "printable"), (" ", "printable"), ("a\nb", "printable"), ("\ud800", "printable"),
+     (3, "printable"), (None, "printable"), ("x" * 201, "at most 200")],
+)  # fmt: skip
+def test_refuses_an_id(ledger, folder, shard_id, message):
+    refused(folder, ArgumentError, message, lambda: ledger.add(shard_id, some_delta(3)))
+
+
+@pytest.mark.parametrize(
+    "weight", [0, -1, float("nan"), float("inf"), "1", None, 10**400, 1j, torch.ones(2)]
+)
+def test_refuses_a_weight(ledger, folder, weight):
+    refused(folder, ArgumentError, "weight", lambda: ledger.add("c", some_delta(3), weight))
+
+
+@pytest.mark.parametrize("meta", [{1: "a"}, {"a": [1]}, {"a": float("nan")}, {"a": b"x"}])
+def test_refuses_meta(ledger, folder, meta):
+    refused(folder, ArgumentError, "meta", lambda: ledger.add("c", some_delta(3), meta=meta))
+
+
+def test_weights_and_ids_may_be_unusual(folder):
+    ledger = Ledger(folder)
+    ledger.add("x" * 200, some_delta(1), weight=Fraction(1, 3))
+    ledger.add("Füchse/../%?#'\" 狐", some_delta(2), weight=True)
+    assert [entry.weight for entry in ledger.list()] == [1 / 3, 1.0]
+    ledger.forget("Füchse/../%?#'\" 狐")
+    assert_is(ledger.composed(), [(some_delta(1), 1 / 3)])
+    assert_tidy(ledger)
+
+
+def test_refuses_an_id_that_is_present(ledger, folder):
+    refused(
+        folder, LedgerError, "'a' is in the ledger already", lambda: ledger.add("a", some_delta(1))
+    )
+
+
+def test_refuses_to_forget_an_unknown_id(ledger, folder):
+    refused(folder, LedgerError, "'c' is not in the ledger", lambda: ledger.forget("c"))
+    ledger.forget("a")
+    refused(folder, LedgerError, "'a' is not in the ledger", lambda: ledger.forget("a"))
+
+
+OTHER = {
+    "anchor": (some_delta(3, dataclasses.replace(META, anchor="b" * 64)), "'c' belongs to another"),
+    "rank": (some_delta(3, dataclasses.replace(META, rank=2, basis="c")), "is of rank 2, expected"),
+    "name": (some_delta(3) | {"more": torch.ones(1)}, "unexpected more"),
+    "shape": (some_delta(3) | {"scale": torch.ones(1).bfloat16()}, r"scale has shape \(1,\)"),
+    "dtype": (some_delta(3) | {"scale": torch.tensor(1.0)}, "scale is float32, the ledger's bfl"),
+    "int": (some_delta(3) | {"scale": torch.tensor(1)}, "scale is torch.int64; supported are"),
+    "nan": (some_delta(3) | {"scale": torch.tensor(torch.nan).bfloat16()}, "not finite in scale"),
+    "inf": (some_delta(3) | {"scale": torch.tensor(torch.inf).bfloat16()}, "not finite in scale"),
+    "empty": ({}, "no tensors"),
+}
+
+
+@pytest.mark.parametrize(("delta", "message"), OTHER.values(), ids=OTHER)
+def test_refuses_a_delta_that_does_not_fit(ledger, folder, delta, message):
+    refused(folder, DeltaError, message, lambda: ledger.add("c", delta))
+
+
+def test_refuses_what_is_no_delta(ledger, folder, tmp_path):
+    refused(folder, ArgumentError, "a dict of tensors or a path", lambda: ledger.add("c", 3))
+    refused(folder, FileNotFoundError, "no-file", lambda: ledger.add("c", tmp_path / "no-file"))
+    save_delta(some_delta(3), tmp_path / "delta")
+    content = (tmp_path / "delta").read_bytes()
+    (tmp_path / "delta").write_bytes(content[:-1])
+    refused(folder, DeltaFileError, "truncated", lambda: ledger.add("c", tmp_path / "delta"))
+    (tmp_path / "delta").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refused(folder, DeltaFileError, "was changed", lambda: ledger.add("c", tmp_path / "delta"))
+
+
+def test_the_first_delta_must_be_one_that_can_be_stored(folder):
+    ledger = Ledger(folder)
+    before = tree(folder)
+    with pytest.raises(DeltaError, match="reserved"):
+        ledger.add("a", {"__metadata__": torch.ones(1)})
+    assert tree(folder) == before
+    ledger.add("a", {"w": torch.ones(1)})  # the other name was not kept
+
+
+# The range of fixed point
+
+
+def test_refuses_a_term_beyond_the_range(folder):
+    ledger = Ledger(folder)
+    limit = 2.0**23
+    for value, weight in ((limit, 1), (-limit, 1), (1.0, limit), (1e300, 1e300)):
+        delta = {"w": torch.tensor([0.0, value], dtype=torch.float64)}
+        refused(folder, LedgerError, "out of range", lambda: ledger.add("a", delta, weight))  # noqa: B023
+    below = {"w": torch.tensor([limit], dtype=torch.float64).nextafter(torch.zeros(1).double())}
+    ledger.add("a", below)
+    assert torch.equal(ledger.composed()["w"], below["w"])
+
+
+def test_no_sum_of_any_of_the_shards_is_beyond_the_range(folder):
+    """Forgetting the negative one would overflow if only the sum itself were watched."""
+    large = 5e6
+    ledger = Ledger(folder)
+    ledger.add("up", {"w": torch.tensor([large])})
+    refused(
+        folder,
+        LedgerError,
+        "the sum out of range",
+        lambda: ledger.add("d", {"w": -torch.tensor([large])}),
+    )
+    ledger.add("down", {"w": -torch.tensor([2.0**23 - large - 1])})
+    refused(folder, LedgerError, "the sum out of", lambda: ledger.add("x", {"w": torch.ones(1)}))
+    ledger.forget("up")
+    ledger.add("x", {"w": torch.tensor([large])})
+    ledger.forget("down")
+    assert ledger.composed()["w"].item() == large
+
+
+def test_refuses_a_delta_that_would_vanish(folder):
+    ledger = Ledger(folder)
+    delta = {"w": torch.tensor([1e-3, 0.0])}
+    refused(folder, LedgerError, "would vanish", lambda: ledger.add("a", delta, weight=1e-10))
+    ledger.add("zeros", {"w": torch.zeros(2)}, weight=1e-10)
+    assert torch.equal(ledger.composed()["w"], torch.zeros(2))
+
+
+def test_refuses_an_infinite_total_weight(folder):
+    ledger = Ledger(folder)
+    zeros = {"w": torch.zeros(1)}
+    ledger.add("a", zeros, weight=1.5e308)
+    refused(folder, LedgerError, "infinite", lambda: ledger.add("b", zeros, weight=1.5e308))
+
+
+# The anchor
+
+
+def test_the_first_delta_fixes_the_anchor_even_after_plain_dicts(folder):
+    ledger = Ledger(folder)
+    ledger.add("plain", some_delta(1, None))
+    ledger.add("a", some_delta(2))
+    with pytest.raises(DeltaError, match="another anchor"):
+        ledger.add("b", some_delta(3, dataclasses.replace(META, anchor="b" * 64)))
+    ledger.add("plain too", some_delta(3, None))
+
+
+def test_a_fingerprint_fixes_the_anchor(folder):
+    ledger = Ledger(folder, anchor="a" * 64)
+    with pytest.raises(DeltaError, match=r"another anchor: b{12} \(tiny\), expected a{12}"):
+        ledger.add("b", some_delta(3, dataclasses.replace(META, anchor="b" * 64)))
+    Ledger(folder).add("a", some_delta(1))
+    for good in (Ledger(folder), Ledger(folder, anchor="a" * 64)):
+        assert len(good) == 1
+    refused(folder, DeltaError, "another anchor", lambda: Ledger(folder, anchor="b" * 64))
+
+
+def test_a_model_fixes_everything(folder):
+    tangent = tiny_model()
+    delta = tangent.delta_dict()
+    ledger = Ledger(folder, anchor=tangent)
+    for wrong, message in (
+        (some_delta(1, None), "missing head.weight|unexpected|shape"),
+        (Delta(delta, tiny_model(seed=1).delta_dict().meta), "another anchor"),
+        (
+            {name: value.double() for name, value in delta.items()},
+            "is float64, the ledger's float32",
+        ),
+        (tiny_model(rank=2).delta_dict(), "is of rank 2"),
+    ):
+        with pytest.raises(DeltaError, match=message):
+            ledger.add("a", wrong)
+    ledger.add("a", delta)
+    refused(folder, DeltaError, "another anchor", lambda: Ledger(folder, anchor=tiny_model(seed=1)))
+    refused(folder, DeltaError, "is of rank 2", lambda: Ledger(folder, anchor=tiny_model(rank=2)))
+    before = tree(folder)
+    Ledger(folder, anchor=tangent)
+    assert tree(folder) == before
+
+
+def test_a_model_that_comes_later_fixes_what_is_open(folder):
+    tangent = tiny_model()
+    Ledger(folder).add("a", {n: torch.randn_like(v) for n, v in tangent.delta_dict().items()})
+    refused(folder, DeltaError, "unexpected|missing", lambda: Ledger(
+        folder, anchor=tangent_ops.linearize(tangent.anchor, "norm")))  # fmt: skip
+    ledger = Ledger(folder, anchor=tangent)
+    with pytest.raises(DeltaError, match="another anchor"):
+        ledger.add("b", tiny_model(seed=1).delta_dict())
+    assert ledger.verify().shards == 1
+
+
+def test_refuses_an_anchor_of_another_kind(folder):
+    with pytest.raises(ArgumentError, match="got a Linear"):
+        Ledger(folder, anchor=torch.nn.Linear(1, 1))
+    assert not folder.exists()
+
+
+# The folder
+
+
+def test_refuses_a_folder_that_holds_none_if_it_must_not_make_one(tmp_path):
+    with pytest.raises(LedgerError, match="holds no ledger"):
+        Ledger(tmp_path / "missing", create=False)
+    with pytest.raises(LedgerError, match="holds no ledger"):
+        Ledger(tmp_path, create=False)
+    assert os.listdir(tmp_path) == []
+
+
+def test_refuses_a_folder_of_other_files_and_touches_none(tmp_path):
+    (tmp_path / "deltas").mkdir()
+    mine = tmp_path / "deltas" / ("0" * 32 + ".safetensors")
+    mine.write_text("precious")
+    refused(tmp_path, LedgerError, "other files", lambda: Ledger(tmp_path))
+    refused(tmp_path, ArgumentError, "is a file", lambda: Ledger(mine))
+
+
+def test_refuses_another_database(tmp_path):
+    connection = sqlite3.connect(tmp_path / "ledger.sqlite")
+    connection.execute("CREATE TABLE mine (x)")
+    connection.commit()
+    connection.close()
+    refused(tmp_path, LedgerError, "no ledger's database", lambda: Ledger(tmp_path))
+    (tmp_path / "ledger.sqlite").write_bytes(b"dear diary, " * 1000)
+    refused(tmp_path, LedgerError, "no database", lambda: Ledger(tmp_path))
+
+
+def test_refuses_a_later_format(ledger, folder):
+    connection = sqlite3.connect(folder / "ledger.sqlite")
+    connection.execute("PRAGMA user_version = 2")
+    connection.close()
+    with pytest.raises(LedgerError, match=r"format version 2.*update"):
+        Ledger(folder)
+
+
+def test_says_so_when_it_is_busy(ledger, folder, monkeypatch):
+    monkeypatch.setattr("tangent_ops.composition.ledger.records.BUSY_SECONDS", 0.05)
+    connection = sqlite3.connect(folder / "ledger.sqlite", isolation_level=None)
+    connection.execute("BEGIN IMMEDIATE")
+    for work in (lambda: ledger.add("c", some_delta(3)), lambda: ledger.forget("a")):
+        with pytest.raises(LedgerBusyError, match="try again"):
+            work()
+    assert len(ledger.list()) == 2  # reading does not wait
+    assert_is(ledger.composed(), [(some_delta(1), 1), (some_delta(2), 2.5)])
+    connection.close()
+    ledger.forget("a")
+    assert_tidy(ledger)
+
+
+def test_the_log_is_a_wal_and_commits_are_synced(ledger, folder):
+    connection = sqlite3.connect(folder / "ledger.sqlite")
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    connection.close()
+    with ledger._records.writing() as transaction:
+        ask = transaction._connection.execute
+        assert ask("PRAGMA synchronous").fetchone() == (2,)
+        assert ask("PRAGMA secure_delete").fetchone() == (1,)

@@ -1,0 +1,272 @@
+"""Files that were truncated, edited, swapped or removed are noticed, and there is a way out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+from contextlib import closing
+
+import pytest
+from ledger_helpers import assert_is, assert_tidy, some_delta, tree
+
+from tangent_ops import Ledger
+from tangent_ops.composition.ledger import own_files, sealed
+from tangent_ops.errors import LedgerError, TangentOpsError
+
+SHARDS = {"a": (some_delta(1), 1.0), "b": (some_delta(2), 2.5), "c": (some_delta(3), 0.5)}
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    ledger = Ledger(tmp_path / "ledger")
+    for shard, (delta, weight) in SHARDS.items():
+        ledger.add(shard, delta, weight, {"from": shard})
+    return ledger
+
+
+def delta_file(ledger, shard):
+    with ledger._records.reading() as transaction:
+        return ledger.path / "deltas" / transaction.shard(shard).seal.name
+
+
+def sum_file(ledger):
+    (file,) = (ledger.path / "sums").iterdir()
+    return file
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def edit_values(file):
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def edit_header(file):
+    """Of deltas the weight, of sums the total weight, by the same number of characters."""
+    content = file.read_bytes()
+    edited = content.replace(b'\\"weight\\":1.0', b'\\"weight\\":2.0', 1)
+    edited = edited.replace(b'"weight":"4"', b'"weight":"5"', 1)
+    assert edited != content
+    file.write_bytes(edited)
+
+
+def remove(file):
+    file.unlink()
+
+
+def edit_database(ledger, *statements):
+    with closing(sqlite3.connect(ledger.path / "ledger.sqlite")) as connection, connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+DAMAGES = [truncate, empty, edit_values, edit_header, remove]
+
+
+def refused(ledger, message, work):
+    before = tree(ledger.path)
+    with pytest.raises(LedgerError, match=message):
+        work()
+    assert tree(ledger.path) == before
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_delta(ledger, damage):
+    file = delta_file(ledger, "a")
+    damage(file)
+    refused(ledger, r"forget\('a', rebuild=True\)", lambda: ledger.forget("a"))
+    refused(ledger, rf"{file.name}.*forget\('a', rebuild=True\)", ledger.verify)
+    refused(ledger, r"forget\('a', rebuild=True\)", lambda: ledger.forget("b", rebuild=True))
+    if damage is not edit_values:  # list() reads headers
+        refused(ledger, r"forget\('a', rebuild=True\)", ledger.list)
+    assert_is(ledger.composed(), SHARDS.values())  # the sum is as it was
+
+    ledger.forget("b")
+    ledger.add("d", some_delta(4))
+    ledger.forget("a", rebuild=True)
+    assert_is(ledger.composed(), [SHARDS["c"], (some_delta(4), 1)])
+    assert ledger.verify().shards == 2
+    assert_tidy(ledger)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_sum(ledger, damage):
+    damage(sum_file(ledger))
+    refused(ledger, r"rebuild\(\)", ledger.composed)
+    refused(ledger, r"rebuild\(\)", ledger.verify)
+    refused(ledger, r"rebuild\(\)", lambda: ledger.add("d", some_delta(4)))
+    refused(ledger, r"rebuild\(\)", lambda: ledger.forget("a"))
+    assert len(ledger.list()) == 3
+
+    ledger.rebuild()
+    assert_is(ledger.composed(), SHARDS.values())
+    ledger.verify()
+    assert_tidy(ledger)
+
+
+def test_forgetting_with_rebuild_mends_a_damaged_sum_too(ledger):
+    truncate(sum_file(ledger))
+    truncate(delta_file(ledger, "a"))
+    ledger.forget("a", rebuild=True)
+    assert_is(ledger.composed(), [SHARDS["b"], SHARDS["c"]])
+    ledger.verify()
+
+
+def test_swapped_files(ledger):
+    one, other = delta_file(ledger, "a"), delta_file(ledger, "b")
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    refused(ledger, "was changed", lambda: ledger.forget("a"))
+    refused(ledger, "was changed", ledger.list)
+    other.write_bytes(content)
+    refused(ledger, r"has 2 problems", ledger.verify)
+
+
+def test_swapped_rows(ledger):
+    edit_database(
+        ledger,
+        "UPDATE shards SET shard = 'x' WHERE shard = 'a'",
+        "UPDATE shards SET shard = 'a' WHERE shard = 'b'",
+        "UPDATE shards SET shard = 'b' WHERE shard = 'x'",
+    )
+    refused(ledger, "is of shard 'b', not 'a'", lambda: ledger.forget("a"))
+    refused(ledger, "is of shard", ledger.verify)
+
+
+def test_a_row_that_was_removed_or_leads_elsewhere(ledger, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    edit_database(ledger, "DELETE FROM shards WHERE shard = 'b'")
+    refused(ledger, r"not that of the shards: the sum of head\.bias.* origins", ledger.verify)
+    edit_database(ledger, "UPDATE shards SET file = '../../precious' WHERE shard = 'a'")
+    refused(ledger, "was edited", lambda: ledger.forget("a", rebuild=True))
+    assert precious.read_text() == "mine"
+
+
+def test_an_old_sum_put_back(ledger):
+    """A consistent pair of files is not enough: the database names the one that counts."""
+    old = sum_file(ledger)
+    content = old.read_bytes()
+    ledger.forget("a")
+    sum_file(ledger).write_bytes(content)
+    refused(ledger, "was changed", ledger.composed)
+
+
+def test_verify_names_every_problem(ledger):
+    truncate(delta_file(ledger, "a"))
+    remove(delta_file(ledger, "b"))
+    truncate(sum_file(ledger))
+    (ledger.path / "deltas" / "notes.txt").write_text("mine")
+    with ledger._records.reading() as transaction:
+        leftover = own_files.new_name(transaction.key())
+    (ledger.path / "sums" / leftover).write_text("crash")
+    before = tree(ledger.path)
+    with pytest.raises(LedgerError) as error:
+        ledger.verify()
+    assert tree(ledger.path) == before
+    head, *problems = str(error.value).splitlines()
+    assert head.endswith("has 5 problems:")
+    for problem, words in zip(
+        problems,
+        ["rebuild=True", "is missing", "rebuild()", "open the ledger again", "not the ledger's"],
+        strict=True,
+    ):
+        assert words in problem
+    # Each way out, taken:
+    (ledger.path / "deltas" / "notes.txt").unlink()
+    ledger = Ledger(ledger.path)
+    with pytest.raises(LedgerError, match=r"forget\('b', rebuild=True\)"):
+        ledger.forget("a", rebuild=True)  # the others are needed, and one is gone
+    with pytest.raises(LedgerError):
+        ledger.rebuild()
+
+
+def test_a_foreign_file_is_left_alone(ledger):
+    mine = ledger.path / "deltas" / "notes.txt"
+    mine.write_text("mine")
+    Ledger(ledger.path).forget("a")
+    assert mine.read_text() == "mine"
+
+
+def test_a_damaged_database_never_gives_another_result_in_silence(ledger, tmp_path):
+    database = ledger.path / "ledger.sqlite"
+    content = database.read_bytes()
+    used = [i for i, byte in enumerate(content) if byte]
+    caught = 0
+    for position in used[:: max(1, len(used) // 200)]:
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(ledger.path, tmp_path / "copy")
+        flipped = content[:position] + bytes([content[position] ^ 0x41]) + content[position + 1 :]
+        (tmp_path / "copy" / "ledger.sqlite").write_bytes(flipped)
+        try:
+            copy = Ledger(tmp_path / "copy", create=False)
+            copy.verify()
+            found = {entry.shard: entry.weight for entry in copy.list()}
+            assert_is(copy.composed(), SHARDS.values())
+        except TangentOpsError:
+            caught += 1
+            continue
+        assert found == {shard: weight for shard, (_, weight) in SHARDS.items()}
+    assert caught > 50
+
+
+@pytest.mark.parametrize("size", [0, 1, 99, 4096, 8191])
+def test_a_truncated_database(ledger, size):
+    (ledger.path / "ledger.sqlite").write_bytes((ledger.path / "ledger.sqlite").read_bytes()[:size])
+    deltas = tree(ledger.path / "deltas")
+    for create in (True, False):
+        with pytest.raises(LedgerError):
+            Ledger(ledger.path, create=create).verify()
+    assert tree(ledger.path / "deltas") == deltas
+
+
+def test_a_missing_database_leaves_the_deltas(ledger):
+    (ledger.path / "ledger.sqlite").unlink()
+    deltas = tree(ledger.path / "deltas")
+    with pytest.raises(LedgerError, match="holds no ledger"):
+        Ledger(ledger.path)
+    assert tree(ledger.path / "deltas") == deltas
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(ledger):
+    ledger.path.chmod(0o500)
+    try:
+        with pytest.raises(LedgerError, match="must be writable"):
+            ledger.forget("a")
+    finally:
+        ledger.path.chmod(0o700)
+
+
+def test_a_copy_without_its_empty_folders(tmp_path):
+    path = tmp_path / "ledger"
+    Ledger(path)
+    (path / "deltas").rmdir()
+    (path / "sums").rmdir()
+    ledger = Ledger(path, create=False)
+    ledger.add("a", some_delta(1))
+    assert ledger.verify().shards == 1
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_file_that_vanishes_while_it_is_opened(ledger, monkeypatch, number):
+    """Another process may erase it between safetensors' own look at it and torch's."""
+    opened = sealed.safe_open
+    calls = []
+
+    def vanishing(path, framework):
+        calls.append(path)
+        if len(calls) == number:
+            raise RuntimeError(f"unable to open file <{path}> in read-only mode")
+        return opened(path, framework=framework)
+
+    monkeypatch.setattr(sealed, "safe_open", vanishing)
+    with pytest.raises(LedgerError, match=r"cannot be read: unable to open file"):
+        ledger.composed()

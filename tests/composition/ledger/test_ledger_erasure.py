@@ -1,0 +1,153 @@
+"""What is forgotten is gone, from every file of the folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import secrets
+import sqlite3
+import struct
+
+import pytest
+import torch
+from ledger_helpers import META, ended, fork, kill_oneself
+
+from tangent_ops import Delta, Ledger
+from tangent_ops.errors import LedgerError
+
+
+def occurrences(path, patterns):
+    """How many of the patterns any file of the folder holds, the database and its log included."""
+    content = b"\0".join(file.read_bytes() for file in path.rglob("*") if file.is_file())
+    return sum(pattern in content for pattern in patterns)
+
+
+def marked(seed):
+    """A delta, weight and meta, and what each leaves in a file: values, terms and text."""
+    torch.manual_seed(seed)
+    values = torch.randn(500) + 0.5
+    word, weight = secrets.token_hex(8), 1 + seed / 64
+    delta = Delta({"w": values}, dataclasses.replace(META, extra={"origin": "extra" + word}))
+    terms = (values.double() * weight * 2**40).round().to(torch.int64)
+    patterns = [
+        values[:8].numpy().tobytes(),
+        values[-8:].numpy().tobytes(),
+        terms[:4].numpy().tobytes(),
+        ("meta" + word).encode(),
+        ("extra" + word).encode(),
+    ]
+    return delta, weight, {"text": "meta" + word}, patterns
+
+
+@pytest.mark.parametrize("rebuild", [False, True])
+@pytest.mark.parametrize("others", [0, 3])
+def test_values_terms_and_meta_are_gone(others, rebuild, tmp_path):
+    path = tmp_path / "ledger"
+    ledger = Ledger(path)
+    delta, weight, meta, patterns = marked(1)
+    ledger.add("gone", delta, weight, meta)
+    assert occurrences(path, patterns) == 5
+    for seed in range(others):
+        delta, weight, meta, _ = marked(2 + seed)
+        ledger.add(str(seed), delta, weight, meta)
+    assert occurrences(path, patterns) == (4 if others else 5)  # the sum is not its terms any more
+    ledger.forget("gone", rebuild=rebuild)
+    assert occurrences(path, patterns) == 0
+    assert occurrences(path, [b"gone"]) == 1  # the history's
+
+
+def test_gone_even_while_another_process_has_the_database_open(tmp_path):
+    path = tmp_path / "ledger"
+    ledger = Ledger(path)
+    delta, weight, meta, patterns = marked(1)
+    reader = sqlite3.connect(path / "ledger.sqlite", isolation_level=None)
+    reader.execute("SELECT count(*) FROM shards").fetchone()
+    ledger.add("gone", delta, weight, meta)
+    reader.execute("BEGIN")
+    assert reader.execute("SELECT count(*) FROM shards").fetchone() == (1,)  # an old state is held
+    ledger.forget("gone")
+    assert (path / "ledger.sqlite-wal").stat().st_size > 0
+    assert occurrences(path, patterns) == 0
+    reader.close()
+
+
+def test_gone_after_many_have_come_and_gone(tmp_path):
+    """SQLite moves rows between pages, and can leave copies of those deleted later."""
+    path = tmp_path / "ledger"
+    ledger = Ledger(path)
+    dice, present, forgotten = random.Random(0), {}, []
+    for number in range(250):
+        if len(present) > 60 or (present and dice.random() < 0.3):
+            shard = dice.choice(sorted(present))
+            ledger.forget(shard)
+            forgotten += present.pop(shard)
+        else:
+            delta, weight, meta, patterns = marked(number)
+            present[f"{number}"] = patterns
+            ledger.add(f"{number}", delta, weight, meta)
+    assert len(forgotten) > 200
+    assert occurrences(path, forgotten) == 0
+    kept = [pattern for patterns in present.values() for pattern in patterns]
+    assert occurrences(path, kept) == 4 * len(present)
+
+
+def test_hashes_left_in_the_database_tell_nothing(tmp_path):
+    """The same delta has another hash each time: nobody can check a guess against it."""
+    path = tmp_path / "ledger"
+    ledger = Ledger(path)
+    delta, weight, meta, _ = marked(1)
+    seals = set()
+    for _ in range(3):
+        ledger.add("a", delta, weight, meta)
+        with ledger._records.reading() as transaction:
+            row, total = transaction.shard("a"), transaction.sum()
+            assert row is not None and total is not None
+            seals |= {row.seal.sha256, total.sha256}
+        ledger.forget("a")
+    assert len(seals) == 6
+
+
+def test_gone_at_the_next_opening_after_a_crash(tmp_path):
+    path = tmp_path / "ledger"
+    ledger = Ledger(path)
+    delta, weight, meta, patterns = marked(1)
+    ledger.add("gone", delta, weight, meta)
+
+    def die():
+        import tangent_ops.composition.ledger.changes as changes
+
+        changes.erase = lambda path: kill_oneself()
+        ledger.forget("gone")
+
+    assert ended(fork(die)) == -9
+    assert "gone" not in ledger
+    assert occurrences(path, patterns) > 0
+    Ledger(path)
+    assert occurrences(path, patterns) == 0
+
+
+def test_files_are_overwritten_before_they_are_removed(tmp_path):
+    """Whoever still has them open, or another name for them, finds zeros."""
+    path = tmp_path / "ledger"
+    ledger = Ledger(path)
+    delta, weight, meta, patterns = marked(1)
+    ledger.add("gone", delta, weight, meta)
+    (tmp_path / "links").mkdir()
+    for file in [*(path / "deltas").iterdir(), *(path / "sums").iterdir()]:
+        os.link(file, tmp_path / "links" / file.name)
+    assert occurrences(tmp_path / "links", patterns) == 5
+    ledger.forget("gone")
+    contents = [file.read_bytes() for file in (tmp_path / "links").iterdir()]
+    assert len(contents) == 2 and all(len(c) > 2000 and not any(c) for c in contents)
+
+
+def test_a_refused_delta_leaves_nothing(tmp_path):
+    path = tmp_path / "ledger"
+    ledger = Ledger(path)
+    delta, weight, meta, patterns = marked(1)
+    ledger.add("a", marked(2)[0])
+    with pytest.raises(LedgerError, match="already"):
+        ledger.add("a", delta, weight, meta)
+    assert occurrences(path, patterns) == 0
+    assert struct.pack("<d", weight) not in (path / "ledger.sqlite").read_bytes()

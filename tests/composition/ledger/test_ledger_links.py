@@ -1,0 +1,336 @@
+"""The folder is the ledger's world: links lead nowhere, and others' files stay as they are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from ledger_helpers import assert_is, assert_tidy, some_delta, tree
+
+from tangent_ops import Ledger
+from tangent_ops.composition.ledger.own_files import new_name
+from tangent_ops.errors import ArgumentError, LedgerError
+from tangent_ops.files import erase, opened
+
+SHARDS = {"a": (some_delta(1), 1.0), "b": (some_delta(2), 2.5)}
+LOOKS_LIKE_OURS = ["0" * 32 + ".safetensors", "0123456789abcdef" * 2 + ".safetensors"]
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    ledger = Ledger(tmp_path / "ledger")
+    for shard, (delta, weight) in SHARDS.items():
+        ledger.add(shard, delta, weight)
+    return ledger
+
+
+@pytest.fixture
+def precious(tmp_path):
+    path = tmp_path / "precious"
+    path.write_text("mine")
+    yield path
+    assert path.read_text() == "mine"
+
+
+@pytest.fixture
+def at_once():
+    """What waits for a pipe's other end fails, rather than hangs."""
+
+    def too_long(*args):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def file_of(ledger, shard):
+    with ledger._records.reading() as transaction:
+        return ledger.path / "deltas" / transaction.shard(shard).seal.name
+
+
+def sum_file(ledger):
+    with ledger._records.reading() as transaction:
+        return ledger.path / "sums" / transaction.sum().name
+
+
+def leftover_name(ledger):
+    """A name as a change that was killed leaves it behind."""
+    with ledger._records.reading() as transaction:
+        return new_name(transaction.key())
+
+
+def pipe(path):
+    os.mkfifo(path)
+
+
+def sock(path):
+    with socket.socket(socket.AF_UNIX) as server:
+        folder = os.open(path.parent, os.O_RDONLY)  # a socket's path has at most 107 bytes
+        server.bind(f"/proc/self/fd/{folder}/{path.name}")
+        os.close(folder)
+
+
+def folder(path):
+    path.mkdir()
+    (path / "inside").write_text("mine")
+
+
+OTHERS = [pipe, sock, folder]
+
+
+def works(ledger):
+    return [
+        ledger.list,
+        ledger.composed,
+        ledger.verify,
+        ledger.rebuild,
+        lambda: ledger.add("c", some_delta(3)),
+        lambda: ledger.forget("a"),
+        lambda: ledger.forget("a", rebuild=True),
+        lambda: Ledger(ledger.path),
+    ]
+
+
+# Links
+
+
+@pytest.mark.parametrize("place", ["deltas", "sums"])
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_link_named_like_a_file_of_the_ledger(ledger, precious, place, ours):
+    link = ledger.path / place / (leftover_name(ledger) if ours else LOOKS_LIKE_OURS[0])
+    link.symlink_to(precious)
+    again = Ledger(ledger.path)
+    again.add("c", some_delta(3))
+    again.forget("c")
+    assert precious.read_text() == "mine" and link.is_symlink()
+    with pytest.raises(LedgerError, match=rf"{link.name} is not the ledger's; move it elsewhere"):
+        again.verify()
+
+
+@pytest.mark.parametrize("place", ["deltas", "sums"])
+def test_a_link_in_place_of_a_folder(ledger, tmp_path, place):
+    other = Ledger(tmp_path / "other")
+    other.add("x", some_delta(5))
+    shutil.rmtree(ledger.path / place)
+    (ledger.path / place).symlink_to(other.path / place)
+    before = tree(tmp_path)
+    unconcerned = {"deltas": ledger.composed, "sums": ledger.list}[place]
+    for work in [work for work in works(ledger) if work != unconcerned]:
+        with pytest.raises(LedgerError, match=rf"ledger/{place} is a symbolic link"):
+            work()
+        assert tree(tmp_path) == before
+    assert other.verify().shards == 1
+
+
+def test_a_link_in_place_of_a_shards_file(ledger, precious):
+    """Not even to the file itself: it could not be erased there."""
+    file = file_of(ledger, "a")
+    shutil.move(file, precious.parent / "moved")
+    file.symlink_to(precious.parent / "moved")
+    before = tree(precious.parent)
+    for work in [ledger.list, ledger.verify, *works(ledger)[5:7]]:
+        with pytest.raises(LedgerError, match=rf"{file.name} is a symbolic link"):
+            work()
+        assert tree(precious.parent) == before
+    file.unlink()
+    ledger.forget("a", rebuild=True)
+    assert_is(ledger.composed(), [SHARDS["b"]])
+    ledger.verify()
+
+
+def test_a_link_in_place_of_the_sum(ledger, precious):
+    file = sum_file(ledger)
+    file.unlink()
+    file.symlink_to(precious)
+    for work in works(ledger)[1:7]:
+        with pytest.raises(LedgerError, match=rf"{file.name} is a symbolic link"):
+            work()
+    file.unlink()
+    ledger.rebuild()
+    assert_is(ledger.composed(), SHARDS.values())
+    assert_tidy(Ledger(ledger.path))
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal"])
+def test_a_link_in_place_of_the_database(ledger, precious, suffix):
+    database = ledger.path / f"ledger.sqlite{suffix}"
+    if not suffix:
+        shutil.move(database, precious.parent / "moved")
+        database.symlink_to(precious.parent / "moved")
+    else:
+        database.symlink_to(precious)
+    before = tree(precious.parent)
+    for work in works(ledger):
+        with pytest.raises(LedgerError, match=rf"ledger\.sqlite{suffix} is a symbolic link"):
+            work()
+        assert tree(precious.parent) == before
+
+
+def test_a_link_that_leads_nowhere_makes_no_database_there(tmp_path):
+    (tmp_path / "ledger").mkdir()
+    (tmp_path / "ledger" / "ledger.sqlite").symlink_to(tmp_path / "nowhere")
+    for create in (True, False):
+        with pytest.raises(LedgerError, match=r"ledger\.sqlite is a symbolic link"):
+            Ledger(tmp_path / "ledger", create=create)
+    assert not (tmp_path / "nowhere").exists()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ArgumentError, match="leads nowhere"):
+        Ledger(tmp_path / "link")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_the_ledger_itself_may_be_reached_by_a_link(ledger, tmp_path):
+    (tmp_path / "link").symlink_to(ledger.path)
+    linked = Ledger(tmp_path / "link", create=False)
+    linked.add("c", some_delta(3))
+    linked.forget("a")
+    assert_is(ledger.composed(), [SHARDS["b"], (some_delta(3), 1)])
+    assert linked.verify().shards == 2
+    assert_tidy(linked)
+
+
+def test_nothing_is_erased_or_read_where_a_link_comes_in_the_last_moment(tmp_path, precious):
+    """What the checks by name may miss, the opening of the file does not follow."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(precious)
+    (tmp_path / "elsewhere").symlink_to(tmp_path)
+    for path in (tmp_path / "link", tmp_path / "elsewhere" / "precious", tmp_path / "folder"):
+        with pytest.raises(OSError, match=r"link|elsewhere|folder"):
+            erase(path)
+        with pytest.raises(OSError, match=r"link|elsewhere|folder"), opened(path, own=True):
+            pass
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "folder", "link", "precious"]
+
+
+# Other people's files
+
+
+@pytest.mark.parametrize("place", ["deltas", "sums"])
+@pytest.mark.parametrize("name", [*LOOKS_LIKE_OURS, ".0123456789abcdef.tmp", "mine.safetensors"])
+def test_a_file_that_looks_like_the_ledgers_own_is_not_erased(ledger, place, name):
+    mine = ledger.path / place / name
+    mine.write_text("mine")
+    again = Ledger(ledger.path)
+    again.forget("a")
+    assert mine.read_text() == "mine"
+    with pytest.raises(LedgerError, match=rf"1 problems:\n.*{mine.name} is not the ledger's"):
+        again.verify()
+
+
+def test_a_copy_of_another_ledgers_file_is_not_erased(ledger, tmp_path):
+    other = Ledger(tmp_path / "other")
+    other.add("x", some_delta(5))
+    file = file_of(other, "x")
+    shutil.copy(file, ledger.path / "deltas")
+    Ledger(ledger.path)
+    assert (ledger.path / "deltas" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"", b"half", bytes(10_000)])
+@pytest.mark.parametrize("place", ["deltas", "sums"])
+def test_what_a_killed_change_left_is_erased_however_much_of_it_there_is(ledger, place, content):
+    (ledger.path / place / leftover_name(ledger)).write_bytes(content)
+    with pytest.raises(LedgerError, match="was left by an interrupted change"):
+        ledger.verify()
+    assert_tidy(Ledger(ledger.path))
+    ledger.verify()
+
+
+@pytest.mark.parametrize("make", OTHERS)
+@pytest.mark.parametrize("ours", [False, True])
+def test_what_is_no_file_is_left_alone(ledger, at_once, make, ours):
+    path = ledger.path / "deltas" / (leftover_name(ledger) if ours else LOOKS_LIKE_OURS[0])
+    make(path)
+    Ledger(ledger.path).forget("a")
+    assert_is(ledger.composed(), [SHARDS["b"]])
+    assert path.lstat()
+    with pytest.raises(LedgerError, match=rf"{path.name} is not the ledger's"):
+        ledger.verify()
+
+
+# In a file's place
+
+
+@pytest.mark.parametrize("make", OTHERS)
+def test_what_is_no_file_in_place_of_a_shards_file_or_the_sum(ledger, at_once, make):
+    for file in (file_of(ledger, "a"), sum_file(ledger)):
+        content = file.read_bytes()
+        file.unlink()
+        make(file)
+        for work in works(ledger)[5:7]:
+            with pytest.raises(LedgerError, match=rf"{file.name} is a .*: move it elsewhere"):
+                work()
+        with pytest.raises(LedgerError, match=rf"{file.name} is a "):
+            ledger.verify()
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+        file.write_bytes(content)
+    ledger.verify()
+
+
+@pytest.mark.parametrize("make", OTHERS)
+def test_what_is_no_file_in_place_of_the_database(ledger, at_once, make):
+    (ledger.path / "ledger.sqlite").unlink()
+    make(ledger.path / "ledger.sqlite")
+    deltas = tree(ledger.path / "deltas")
+    for work in works(ledger):
+        with pytest.raises(LedgerError, match=r"ledger\.sqlite is a "):
+            work()
+    assert tree(ledger.path / "deltas") == deltas
+
+
+@pytest.mark.parametrize("make", [pipe, Path.touch])
+def test_what_is_no_folder_in_place_of_a_folder(ledger, at_once, make):
+    shutil.rmtree(ledger.path / "sums")
+    make(ledger.path / "sums")
+    for work in works(ledger)[1:]:
+        with pytest.raises(LedgerError, match=r"sums is a .*, where a ledger has a folder"):
+            work()
+
+
+# Hard links
+
+
+@pytest.mark.parametrize("place", ["deltas", "sums"])
+def test_another_name_of_a_file_in_use_does_not_erase_it(ledger, place):
+    file = file_of(ledger, "a")
+    os.link(file, ledger.path / place / LOOKS_LIKE_OURS[0])
+    Ledger(ledger.path)  # it is not the ledger's name
+    os.link(file, ledger.path / place / leftover_name(ledger))
+    with pytest.raises(LedgerError, match="are one file"):
+        Ledger(ledger.path)
+    assert_is(ledger.composed(), SHARDS.values())
+    assert [entry.shard for entry in ledger.list()] == ["a", "b"]
+
+
+def test_two_shards_in_one_file(ledger):
+    file, other = file_of(ledger, "a"), file_of(ledger, "b")
+    content = file.read_bytes()
+    file.unlink()
+    os.link(other, file)
+    with pytest.raises(LedgerError, match="are one file"):
+        ledger.forget("a", rebuild=True)
+    file.unlink()
+    file.write_bytes(content)
+    assert_is(ledger.composed(), SHARDS.values())
+    ledger.verify()
+
+
+def test_a_backup_of_hard_links_ends_with_the_shard(ledger, tmp_path):
+    """As docs/promises/ledger.md says: forgetting overwrites the one content of all names."""
+    backup = tmp_path / "backup"
+    shutil.copytree(ledger.path, backup, copy_function=os.link)
+    (backup / "ledger.sqlite").unlink()
+    shutil.copy(ledger.path / "ledger.sqlite", backup)
+    file, total = file_of(ledger, "a"), sum_file(ledger)
+    ledger.forget("a")
+    assert not any((backup / "deltas" / file.name).read_bytes())
+    assert not any((backup / "sums" / total.name).read_bytes())
+    with pytest.raises(LedgerError, match="cannot be read"):
+        Ledger(backup).verify()

@@ -1,0 +1,96 @@
+"""Exported programs and task vectors, against the tangent model and PyTorch's own JVP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_models import family, generator, moved, vit
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tangent_ops import last_blocks, linearize
+from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.model.export import export_program, save_task_vector, task_vector
+
+
+def merged(tangent, images):
+    """f + J Δw by torch.func.jvp."""
+    weights = dict(tangent.anchor.named_parameters())
+    deltas = {n: torch.zeros_like(w) for n, w in weights.items()} | dict(tangent.full_delta_dict())
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        f, slope = jvp(
+            lambda w: functional_call(tangent.anchor, w, (images,)), (weights,), (deltas,)
+        )
+    return f + slope
+
+
+@pytest.mark.parametrize(("rank", "blocks"), [(None, 3), (2, 1)])
+def test_a_program_gives_what_the_model_gives(rank, blocks, tmp_path: Path) -> None:
+    model = vit().double()
+    tangent = moved(linearize(model, last_blocks(model, blocks), rank=rank))
+    before = {name: delta.clone() for name, delta in tangent.deltas().items()}
+    export_program(tangent, tmp_path / "model.pt2", input_size=(3, 16, 16))
+    program = torch.export.load(tmp_path / "model.pt2")
+    operators = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+    assert all(name.startswith(("aten.", "<built-in")) for name in operators)
+    for batch in (1, 2, 7):
+        images = torch.randn(batch, 3, 16, 16, dtype=torch.float64, generator=generator(batch))
+        found = program.module()(images)
+        torch.testing.assert_close(found, merged(tangent, images), rtol=1e-10, atol=1e-10)
+    assert all(torch.equal(before[name], delta) for name, delta in tangent.deltas().items())
+    assert all(delta.requires_grad for delta in tangent.deltas().values())
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+
+
+def test_a_convolutional_model(tmp_path: Path) -> None:
+    tangent = moved(linearize(family("test_convnext"), r"^(stages\.3|head)\."))
+    export_program(tangent, tmp_path / "model.pt2", input_size=(3, 32, 32))
+    images = torch.randn(3, 3, 32, 32, generator=generator())
+    found = torch.export.load(tmp_path / "model.pt2").module()(images)
+    torch.testing.assert_close(found, merged(tangent, images), rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
+    tangent = linearize(vit(depth=1))
+    target = tmp_path / "model.pt2"
+    target.write_bytes(b"older")
+    with pytest.raises(ArgumentError, match="input_size"):
+        export_program(tangent, target, input_size=(3, 0, 16))
+    with pytest.raises(UnsupportedError, match="cannot trace"):
+        export_program(tangent, target, input_size=(3, 17, 16))
+    for path in (tmp_path, tmp_path / "none" / "model.pt2"):
+        with pytest.raises(ArgumentError, match="folder"):
+            export_program(tangent, path, input_size=(3, 16, 16))
+        with pytest.raises(ArgumentError, match="folder"):
+            save_task_vector(tangent, path)
+    assert target.read_bytes() == b"older"
+
+
+def test_a_batch_size_that_is_fixed_is_refused(tmp_path: Path) -> None:
+    class Fixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(x).view(2, 2)
+
+    with pytest.raises(UnsupportedError):
+        export_program(linearize(Fixed()), tmp_path / "model.pt2", input_size=(4,))
+
+
+def test_a_task_vector_is_plain_and_full(tmp_path: Path) -> None:
+    tangent = moved(linearize(vit(), rank=2))
+    save_task_vector(tangent, tmp_path / "task.safetensors")
+    found = load_file(tmp_path / "task.safetensors")
+    parameters = dict(tangent.anchor.named_parameters())
+    assert found.keys() == task_vector(tangent).keys() == tangent.deltas().keys()
+    bases = tangent.basis.tensors()
+    for name, value in found.items():
+        assert value.shape == parameters[name].shape
+        delta = tangent.deltas()[name].detach()
+        expected = (delta.double() @ bases[name].double()) if name in bases else delta.double()
+        torch.testing.assert_close(value.double(), expected.view(value.shape), rtol=1e-5, atol=1e-6)
