@@ -14,7 +14,7 @@ KEEP_MEMORY = MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592
 installed = $(VENV)/.tangent-ops-$(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo exact-demo private-demo study test lint format bench bench-compiled gpu-bench compile-check gpu-check clean
+.PHONY: help demo exact-demo private-demo study test lint format bench bench-compiled gpu-bench publish compile-check gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -48,14 +48,23 @@ format: $(call installed,test) ## ruff's fixes and format, in place
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(call installed,bench) ## the suite on this machine: times, memory, limits, targets
-	$(KEEP_MEMORY) $(RUN) -m benchmarks.run --out "$(or $(OUT),out/bench)" $(ARGS)
+bench: $(call installed,bench) ## the benchmarks on this machine: times, memory, limits, targets
+	$(KEEP_MEMORY) $(RUN) -m benchmarks.run --out "$(or $(OUT),out/bench)" $(if $(ARGS),-- $(ARGS))
 
-bench-compiled: $(call installed,bench) ## whole models of every size, eager and torch.compile; goes on like gpu-bench
-	$(KEEP_MEMORY) $(RUN) -m benchmarks.run --compiled --out "$(or $(OUT),out/bench)" $(ARGS)
+# A process per size: the largest model needs the memory that the others' would not give back.
+bench-compiled: $(call installed,bench) ## whole models of every size, eager and torch.compile; run again, it goes on
+	status=0; for model in small base large; do \
+	  TANGENT_OPS_BENCH_COMPILE=1 $(KEEP_MEMORY) $(RUN) -m benchmarks.run --resume \
+	    --out "$(or $(OUT),out/compiled)/$$model" -- --extent=full \
+	    -k "vit_$$model and (model_forward or train_step) and (taft or finetune) and not (cached or finetune-1)" \
+	    $(ARGS) || status=$$?; \
+	done; exit $$status
 
-gpu-bench: $(call installed,bench) ## on a CUDA machine: the suite, group by group; run again, it goes on
-	$(RUN) -m benchmarks.run --resume $(if $(OUT),--out "$(OUT)") $(ARGS)
+gpu-bench: $(call installed,bench) ## on a CUDA machine: the benchmarks, file by file; run again, it goes on
+	$(RUN) -m benchmarks.run --resume $(if $(OUT),--out "$(OUT)") $(if $(ARGS),-- $(ARGS))
+
+publish: $(call installed,bench) ## docs/benchmarks.md and its pictures, from the stored results
+	$(RUN) -m benchmarks.report --docs
 
 compile-check: $(call installed,bench) ## every kernel compiled for four GPUs, without one: registers, spills
 	$(RUN) -m tools.kernels.compile_kernels $(ARGS)

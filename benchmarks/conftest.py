@@ -1,18 +1,45 @@
-"""pytest's options and hooks for the suite: what to measure, and what becomes of the numbers."""
+"""pytest's options, fixtures and hooks for the benchmarks.
+
+A benchmark is a function ``test_GROUP(provider, benchmark)`` in a module that has a ``SUITE``: it
+runs for each case of the group and each provider. Other benchmarks are plain pytest-benchmark.
+"""
 
 from __future__ import annotations
 
-import importlib.util
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.suite.session import SESSION, Session
+from benchmarks.case import Case, Provider, clock_of
+from benchmarks.measure import Contender, NotTimedError, Prepared, free_memory
+from benchmarks.record import environment
+from benchmarks.roofline import measure_ceilings
+
+
+@dataclass
+class Run:
+    """One run of the benchmarks.
+
+    Attributes:
+        device: where the suites compute.
+        prepared: the case that was prepared last.
+        not_timed: providers without a time: case, provider, status and note.
+        ceilings: of the machine; measured where they are written.
+    """
+
+    device: torch.device
+    prepared: Prepared | None = None
+    not_timed: dict[tuple[Case, str], NotTimedError] = field(default_factory=dict)
+    ceilings: dict[str, float] = field(default_factory=dict)
+
+
+RUN = pytest.StashKey[Run]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("tangent-ops suite")
+    group = parser.getgroup("tangent-ops benchmarks")
     group.addoption(
         "--extent",
         choices=("default", "full"),
@@ -20,42 +47,91 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="cases: those that fit into minutes (default), or all",
     )
     group.addoption(
-        "--seconds", type=float, default=1.0, help="for the timed rounds of a case (default: 1)"
+        "--seconds", type=float, default=0.3, help="for the timed rounds of a provider (0.3)"
+    )
+    group.addoption(
+        "--turns",
+        type=int,
+        default=1,
+        help="how often the providers of a case are timed in turns, so that a slow minute of the "
+        "machine affects all of them (default: 1)",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.seconds <= 0:
-        raise pytest.UsageError(f"--seconds={config.option.seconds}: expected more than 0")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config.stash[SESSION] = Session(device, config.option.extent, config.option.seconds)
+    for name in ("seconds", "turns"):
+        value: Any = config.getoption(name)
+        if value <= 0:
+            raise pytest.UsageError(f"--{name}={value}: expected more than 0")
+    config.stash[RUN] = Run(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "provider" not in metafunc.fixturenames or not hasattr(metafunc.module, "SUITE"):
+        return
+    module: Any = metafunc.module
+    device, suite = metafunc.config.stash[RUN].device, module.SUITE
+    group = metafunc.function.__name__.removeprefix("test_").replace("_", "-")
+    params = []
+    for case in suite.cases(device, metafunc.config.option.extent):
+        for turn in range(metafunc.config.option.turns):
+            for provider in suite.providers(case) if case.group == group else ():
+                if turn and provider.missing(case, device):
+                    continue
+                name = f"{case} {provider.name}{f' turn {turn + 1}' if turn else ''}"
+                marks = pytest.mark.benchmark(group=f"{group} {case}", timer=clock_of(device))
+                values = (case, (provider, turn))
+                params.append(pytest.param(*values, id=name.replace(" ", "-"), marks=marks))
+    metafunc.parametrize(("case", "provider"), params, indirect=True)
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> Prepared:
+    """The case with operands and exact answer; kept until the next case."""
+    run = request.config.stash[RUN]
+    if run.prepared is None or run.prepared.case != request.param:
+        run.prepared = None
+        free_memory()
+        run.prepared = Prepared(request.module.SUITE, request.param, run.device)
+    return run.prepared
+
+
+@pytest.fixture
+def provider(request: pytest.FixtureRequest, case: Prepared) -> Contender:
+    """The provider, checked; a wrong one is skipped with the reason, and fails if it is ours."""
+    run, options = request.config.stash[RUN], request.config.option
+    one: Provider = request.param[0]
+    key = case.case, one.name
+    try:
+        if key in run.not_timed:  # in an earlier turn
+            raise run.not_timed[key]
+        call = case.checked_call(one)
+    except NotTimedError as problem:
+        run.not_timed[key] = problem
+        ours = one == case.suite.providers(case.case)[0] and problem.status != "absent"
+        end = pytest.fail if ours else pytest.skip
+        end(f"{one.name}: {problem.status}: {problem}")
+    return Contender(case, one, call, options.seconds, options.turns, request.param[1])
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    machine_info.update(config.stash[SESSION].result().environment)
+    machine_info.pop("node", None)
+    machine_info["cpu"] = environment()["cpu"]  # pytest-benchmark's has the clock of the moment
 
 
 def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list, output_json: dict[str, Any]
 ) -> None:
+    run = config.stash[RUN]
+    run.ceilings = run.ceilings or measure_ceilings(run.device)
     for entry in output_json["benchmarks"]:
-        entry["stats"].pop("data", None)  # single calls: most of the file, read by nobody
-    output_json["tangent_ops"] = config.stash[SESSION].result().to_json()
-
-
-def pytest_terminal_summary(config: pytest.Config) -> None:
-    result = config.stash[SESSION].result()
-    if not result.rows:
-        return
-    if importlib.util.find_spec("rich") is None:  # a GPU machine where nothing can be installed
-        print("\nno table without rich: `python -m benchmarks.table FILE` shows the JSON elsewhere")
-        return
-    from benchmarks.console import wide_console
-    from benchmarks.table import print_table
-
-    print_table(wide_console(), result)
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if SESSION in config.stash:
-        config.stash[SESSION].close()
+        entry["stats"].pop("data", None)  # single rounds: most of the file, read by nobody
+        entry["params"] = None  # objects; extra_info says it in words
+    output_json["tangent_ops"] = {
+        "environment": environment(run.device),
+        "ceilings": run.ceilings,
+        "not_timed": [
+            {"case": vars(case), "provider": name, "status": why.status, "note": str(why)}
+            for (case, name), why in run.not_timed.items()
+        ],
+    }

@@ -1,116 +1,71 @@
-"""The least work that each question needs, the machine's limits, and what follows from both.
+"""The least work of each question, and the machine's limits.
 
 FLOPs count products alone (a multiplication and an addition each): softmax and the like, of which
 every provider has about as much, are left out. Bytes count every operand read once and every
-result written once per pass: what a perfect fusion moves. A floor is therefore one that nobody
-goes below, and that a whole model, whose layers hand their results over in memory, cannot reach.
+result written once per pass, as a perfect fusion moves them. No provider is faster than such a
+floor; a whole model, whose layers pass their results on through memory, cannot reach it.
+
+Questions: "primal", "dual" (value and tangent), "finite-differences" (two primals); of attention
+"primal-backward", "tangent-backward", "dual-backward"; of others "ordinary-step" and
+"tangent-step": forward and backward to inputs and parameters. An unknown one raises KeyError.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.suite.case import DTYPES, Cost
-from benchmarks.suite.row import Row
-from benchmarks.timing import interleave
+from benchmarks.case import DTYPES, Cost, clock_of
+from benchmarks.stored import Row
 
 STATISTIC = 4  # bytes of a row statistic (lse, mean ...): float32 always
 
-# Products of N x M x D, of each question about attention.
-ATTENTION_PRODUCTS = {
-    "primal": 2,  # QKᵀ, PV
-    "dual": 6,
-    "finite-differences": 4,  # two primals
-    "primal-backward": 5,  # S again; HVᵀ; gradients of V, Q, K
-    "tangent-backward": 5,  # the same map
-    "dual-backward": 15,  # S, S_t (2), HVᵀ, GVᵀ + HV_tᵀ (2), and 1 + 2 for each of V, Q, K
-}
-# What they move: tensors of (B, H, N, D), and statistics of (B, H, N) that the forward kept.
-ATTENTION_TENSORS = {
-    "primal": (4, 0),
-    "dual": (8, 0),
-    "finite-differences": (8, 0),
-    "primal-backward": (8, 1),  # q k v o, do; dq dk dv; lse
-    "tangent-backward": (8, 1),
-    "dual-backward": (16, 2),  # q k v o, tangents, cotangents of o and o_t; 6 gradients; lse, mu
+# Of attention: products of N x M x D, tensors of (B, H, N, D) moved, and statistics of (B, H, N)
+# that the forward pass has saved.
+ATTENTION = {
+    "primal": (2, 4, 0),  # QKᵀ, PV
+    "dual": (6, 8, 0),
+    "finite-differences": (4, 8, 0),
+    "primal-backward": (5, 8, 1),  # S again, HVᵀ, three gradients; q k v o do, dq dk dv; lse
+    "tangent-backward": (5, 8, 1),  # the same map
+    # S, S_t (2), HVᵀ, GVᵀ + HV_tᵀ (2), and 1 + 2 for each of V, Q, K; q k v o, their tangents,
+    # cotangents of o and o_t, six gradients; lse, mu.
+    "dual-backward": (15, 16, 2),
 }
 
-
-@dataclass(frozen=True)
-class RowOp:
-    """Least work of an op on (rows, width): what it moves, and operations per element.
-
-    Attributes:
-        inputs: of (rows, width).
-        vectors: parameters of (width,).
-        kept: tensors of (rows, width) that the backward pass reads beside the cotangent.
-        gradients: of (rows, width), that it writes.
-        statistics: of a row, that it finds.
-        flops: forward, what the tangent adds, backward. An erf or exp is one.
-    """
-
-    inputs: int
-    vectors: int
-    kept: int
-    gradients: int
-    statistics: int
-    flops: tuple[int, int, int]
-
-
+# Of an op on (rows, width): inputs of (rows, width); vectors of (width,); tensors that the backward
+# pass reads beside the cotangent; gradients of (rows, width); statistics of a row; operations per
+# element forward, for the tangent, backward (an erf or exp is one).
 ROW_OPS = {
-    "layer_norm": RowOp(1, 2, 1, 1, 2, (7, 11, 13)),
-    "rms_norm": RowOp(1, 1, 1, 1, 1, (4, 8, 9)),
-    "gelu": RowOp(1, 0, 1, 1, 0, (5, 7, 11)),
-    "silu": RowOp(1, 0, 1, 1, 0, (4, 5, 8)),
-    "softmax": RowOp(1, 0, 1, 1, 0, (5, 4, 4)),
+    "layer_norm": (1, 2, 1, 1, 2, (7, 11, 13)),
+    "rms_norm": (1, 1, 1, 1, 1, (4, 8, 9)),
+    "gelu": (1, 0, 1, 1, 0, (5, 7, 11)),
+    "silu": (1, 0, 1, 1, 0, (4, 5, 8)),
+    "softmax": (1, 0, 1, 1, 0, (5, 4, 4)),
 }
 
 
 def attention_cost(
     question: str, shape: tuple[int, ...], itemsize: int, causal: bool = False
 ) -> Cost:
-    """Self-attention.
-
-    Args:
-        question: a key of ATTENTION_PRODUCTS.
-        shape: (B, H, N, D).
-        itemsize: bytes of an element.
-        causal: count the N (N + 1) / 2 pairs that are not masked.
-
-    Raises:
-        KeyError: an unknown question.
-    """
+    """Self-attention of shape (B, H, N, D); causal counts the N (N + 1) / 2 pairs not masked."""
     batch, heads, tokens, depth = shape
+    products, tensors, statistics = ATTENTION[question]
     pairs = tokens * (tokens + 1) // 2 if causal else tokens**2
-    tensors, statistics = ATTENTION_TENSORS[question]
     rows = batch * heads * tokens
     return Cost(
-        flops=ATTENTION_PRODUCTS[question] * 2.0 * batch * heads * pairs * depth,
+        flops=products * 2.0 * batch * heads * pairs * depth,
         bytes=float(tensors * rows * depth * itemsize + statistics * rows * STATISTIC),
     )
 
 
 def linear_cost(question: str, rows: int, inner: int, outer: int, itemsize: int) -> Cost:
-    """y = x Wᵀ + b: "primal", "dual", "finite-differences", "ordinary-step" or "tangent-step".
-
-    Args:
-        question: a step is a forward and a backward pass, to input and parameters.
-        rows: of x.
-        inner: width of x.
-        outer: width of y.
-        itemsize: bytes of an element.
-
-    Raises:
-        KeyError: an unknown question.
-    """
+    """y = x Wᵀ + b, of x (rows, inner) and W (outer, inner)."""
     product = 2.0 * rows * inner * outer
     operands = (rows * inner + outer * inner + outer) * itemsize  # as many bytes as their gradients
     output = rows * outer * itemsize
@@ -124,47 +79,27 @@ def linear_cost(question: str, rows: int, inner: int, outer: int, itemsize: int)
 
 
 def row_cost(op: str, question: str, rows: int, width: int, itemsize: int) -> Cost:
-    """An op on (rows, width); the questions are those of `linear_cost`.
-
-    Args:
-        op: a key of ROW_OPS.
-        question: what is asked.
-        rows: of each input.
-        width: of each input.
-        itemsize: bytes of an element.
-
-    Raises:
-        KeyError: an unknown op or question.
-    """
-    of = ROW_OPS[op]
+    """An op of ROW_OPS on (rows, width)."""
+    inputs, vectors, saved, gradients, statistics, operations = ROW_OPS[op]
     elements = rows * width
-    forward, added, backward = (elements * operations for operations in of.flops)
-    moved = ((of.inputs + 1) * elements + of.vectors * width) * itemsize
-    weight = 1 if of.vectors else 0  # is read again; of a bias only the gradient is written
-    moved_back = (of.kept + 1 + of.gradients) * elements + (weight + of.vectors) * width
+    forward, added, backward = (elements * one for one in operations)
+    moved = ((inputs + 1) * elements + vectors * width) * itemsize
+    weight = 1 if vectors else 0  # is read again; of a bias only the gradient is written
+    moved_back = (saved + 1 + gradients) * elements + (weight + vectors) * width
     return _asked(
         question,
         forward=Cost(forward, moved),
         dual=Cost(forward + added, 2 * moved),
-        backward=Cost(backward, moved_back * itemsize + of.statistics * rows * STATISTIC),
+        backward=Cost(backward, moved_back * itemsize + statistics * rows * STATISTIC),
     )
 
 
 def vit_cost(question: str, module: nn.Module, batch: int, image_size: int) -> Cost:
-    """A whole model with all its parameters trained, by counting the products of one forward pass.
+    """A whole model of (batch, 3, image_size, image_size) with all its parameters trained.
 
-    Each product becomes three in a dual pass and two in a backward pass; that images have neither
-    tangent nor gradient (1 % of a ViT-S) is not taken off. Bytes are those of the parameters alone:
-    each read once per pass, its gradient written once.
-
-    Args:
-        question: as in `linear_cost`.
-        module: takes (batch, 3, image_size, image_size); where it lies does not matter.
-        batch: images.
-        image_size: pixels.
-
-    Raises:
-        KeyError: an unknown question.
+    Each product of the forward pass becomes three in a dual pass and two in a backward pass; that
+    images have neither tangent nor gradient (1 % of a ViT-S) is not taken off. Bytes are those of
+    the parameters alone: each read once per pass, its gradient written once.
     """
     flops = forward_flops(module, (batch, 3, image_size, image_size))
     weights = float(sum(p.numel() * p.element_size() for p in module.parameters()))
@@ -177,10 +112,7 @@ def vit_cost(question: str, module: nn.Module, batch: int, image_size: int) -> C
 
 
 def forward_flops(module: nn.Module, input_shape: tuple[int, ...]) -> float:
-    """FLOPs of the products in `module` of an input of that shape, attention's too.
-
-    Nothing is computed: the pass runs on the meta device.
-    """
+    """FLOPs of the products in `module`, attention's too, counted on the meta device."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     hollow = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     dtype = next(module.parameters()).dtype
@@ -199,9 +131,6 @@ def _asked(question: str, forward: Cost, dual: Cost, backward: Cost) -> Cost:
         "tangent-step": (dual, backward),
     }[question]
     return Cost(float(sum(p.flops for p in parts)), float(sum(p.bytes for p in parts)))
-
-
-# --- the machine ---------------------------------------------------------------------------------
 
 
 def measure_ceilings(device: torch.device) -> dict[str, float]:
@@ -228,49 +157,20 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
 
 
 def _best(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of at least three calls, half a second of them."""
-    times = interleave({"call": [call]}, device=device, budget=0.5, rounds=(3, 50), warmup=1)
-    return min(times["call"])
+    """Seconds of the fastest of at least three calls, half a second of them; after one untimed."""
+    clock = clock_of(device)
+    call()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < 0.5 and len(times) < 50):
+        start = clock()
+        call()
+        times.append(clock() - start)
+    return min(times)
 
 
-# --- what follows for a row ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What a measured time means on its machine.
-
-    Attributes:
-        seconds: the row's median.
-        tflops: 1e12 of the least FLOPs per second.
-        gigabytes: 1e9 of the least bytes per second.
-        percent: the floor's part of the time; None if the machine's limits are not known.
-        bound: by what the floor is set.
-    """
-
-    seconds: float
-    tflops: float
-    gigabytes: float
-    percent: float | None
-    bound: Literal["memory", "arithmetic"] | None
-
-
-def figures(row: Row, ceilings: Mapping[str, float]) -> Figures | None:
-    """The row's time in relation to the machine; None if it was not timed."""
-    if row.seconds is None:
+def percent_of_floor(row: Row, ceilings: Mapping[str, float]) -> float | None:
+    """100 for a row as fast as the machine allows; None if time or limits are not known."""
+    rate, bandwidth = ceilings.get(f"flops/s {row.case.dtype}"), ceilings.get("bytes/s")
+    if row.seconds is None or rate is None or bandwidth is None:
         return None
-    percent, bound = None, None
-    if (times := _floors(row, ceilings)) is not None:
-        percent = 100 * max(times) / row.seconds
-        bound = "memory" if times[0] > times[1] else "arithmetic"
-    return Figures(
-        row.seconds, row.flops / row.seconds / 1e12, row.bytes / row.seconds / 1e9, percent, bound
-    )
-
-
-def _floors(row: Row, ceilings: Mapping[str, float]) -> tuple[float, float] | None:
-    """Seconds for the bytes, and for the operations."""
-    rate = ceilings.get(f"flops/s {row.case.dtype}")
-    if rate is None or "bytes/s" not in ceilings:
-        return None
-    return row.bytes / ceilings["bytes/s"], row.flops / rate
+    return 100 * max(row.bytes / bandwidth, row.flops / rate) / row.seconds

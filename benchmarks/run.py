@@ -1,65 +1,59 @@
-"""The suite from end to end: measured, kept as JSON, and held against the targets.
+"""All benchmarks with one command: measured, stored in a folder, reported.
 
-python -m benchmarks.run --out DIR               # what `make bench` does
-python -m benchmarks.run --out DIR --resume      # group by group; run again, it goes on
-python -m benchmarks.run --out DIR --compiled    # whole models alone, eager and compiled
+    python -m benchmarks.run --out DIR              # `make bench`: DIR/suite.json
+    python -m benchmarks.run --out DIR --resume     # `make gpu-bench`: a JSON per bench_*.py
+    python -m benchmarks.run --out DIR -- -k step   # what follows is pytest's
+
+With ``--resume`` files that this commit has measured are skipped, so a killed run goes on. The exit
+status is pytest's, or that of ``benchmarks.report`` where pytest's is 0.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import os
+import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from benchmarks.record import ROOT, commit, write_json
-from benchmarks.stored import COMPILED, SUITE, BadFile, folder_for, read_result
-from benchmarks.suite.case import GROUPS
-from benchmarks.suite.derivatives import COMPILE_ON_CPU
-from benchmarks.suite.models import MODELS
-from benchmarks.suite.row import Result
+from benchmarks import report
+from benchmarks.record import ROOT, commit
+from benchmarks.stored import BadFile, folder_for
 
-WITH_COMPILED_FORM = (
-    "(model-forward or train-step) and (taft or finetune) and not (cached or finetune-1)"
-)
+FOLDER = ROOT / "benchmarks"
 NO_TESTS = 5  # pytest's exit status where nothing was selected
 
 
-def main() -> int:
-    options = _parse()
-    out = (options.out or default_folder()).resolve()
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/DATE-COMMIT-DEVICE")
+    parser.add_argument("--resume", action="store_true", help="skip what is measured already")
+    parser.add_argument("pytest", nargs="*", help="after --: options of pytest")
+    options = parser.parse_args(arguments)
     try:
-        folder_for(out)
+        out = folder_for((options.out or default_folder()).resolve())
     except BadFile as problem:
         print(problem, file=sys.stderr)
         return 2
-    if options.compiled:
-        whole, status = out / COMPILED, _compiled(out, options)
-    elif options.resume:
-        whole, status = out / SUITE, _groups(out, options)
-    else:
-        whole, status = out / SUITE, _pytest(out / SUITE, options)
-    if not whole.exists():
+    parts = {out / "suite.json": FOLDER}
+    if options.resume:
+        benches = sorted(FOLDER.glob("bench_*.py"))
+        parts = {out / f"{one.stem.removeprefix('bench_')}.json": one for one in benches}
+    status = 0
+    for file, tests in parts.items():
+        if options.resume and _commit_of(file) == commit():
+            print(f"{tests.name}: measured already, in {file}")
+        else:
+            status = max(status, _measure(tests, file, options.pytest))
+    files = [str(file) for file in parts if file.exists()]
+    if not files:
         print("nothing was measured", file=sys.stderr)
         return status or 1
-    if not options.compiled:
-        _print_targets(whole)
-    print(f"written: {whole}")
-    return status
-
-
-def _print_targets(whole: Path) -> None:
-    if importlib.util.find_spec("rich") is not None:  # a GPU machine may lack it
-        from benchmarks.console import wide_console
-        from benchmarks.targets import print_targets
-
-        print_targets(wide_console(), read_result(whole))
+    return max(status, report.main(files))
 
 
 def default_folder() -> Path:
@@ -67,81 +61,31 @@ def default_folder() -> Path:
     device = "cpu"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name().replace(" ", "-").lower()
-    day = datetime.now(UTC).strftime("%Y-%m-%d")
-    return ROOT / "benchmarks" / "results" / f"{day}-{commit()}-{device}"
+    return FOLDER / "results" / f"{datetime.now(UTC):%Y-%m-%d}-{commit()}-{device}"
 
 
-def _part(path: Path, options: argparse.Namespace, pattern: str) -> int:
-    """The tests of a pattern in a process of their own; nothing if this commit's file is there."""
-    if path.exists() and read_result(path).environment.get("commit") == commit():
-        print(f"{path.stem}: measured already, in {path}")
-        return 0
-    partial = path.with_suffix(".partial")
-    status = _pytest(partial, options, "-k", pattern)
-    if partial.exists():
-        partial.replace(path)
-    return status
+def _commit_of(file: Path) -> str | None:
+    if not file.exists():
+        return None
+    return json.loads(file.read_text(encoding="utf-8"))["tangent_ops"]["environment"]["commit"]
 
 
-def _groups(out: Path, options: argparse.Namespace) -> int:
-    parts = {out / f"{group}.json": group for group in GROUPS}
-    status = max(_part(path, options, group) for path, group in parts.items())
-    _merge(parts, out / SUITE)
-    return status
-
-
-def _compiled(out: Path, options: argparse.Namespace) -> int:
-    """Whole models of every size by the providers that have a compiled form, and by these."""
-    os.environ[COMPILE_ON_CPU] = "1"
-    options.extent = "full"
-    # The larger models need the memory that the others' process would not give back.
-    parts = {out / f"compiled-{name}.json": f"{name} and {WITH_COMPILED_FORM}" for name in MODELS}
-    status = max(_part(path, options, pattern) for path, pattern in parts.items())
-    _merge(parts, out / COMPILED)
-    return status
-
-
-def _pytest(json_file: Path, options: argparse.Namespace, *more: str) -> int:
-    command = [sys.executable, "-m", "pytest", "benchmarks/bench_suite.py", "-q", "-rf"]
-    command += ["--benchmark-quiet"]  # its tables say less, in 250 columns; ours come instead
-    command += [f"--benchmark-json={json_file}", f"--extent={options.extent}"]
-    command += [f"--seconds={options.seconds}", *more]
+def _measure(tests: Path, file: Path, options: Sequence[str]) -> int:
+    """pytest's exit status; the file is there only if pytest came to its end."""
+    partial = file.with_suffix(".partial")
+    file.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", str(tests), "--benchmark-only", "-q", "-rf"]
+    # pytest-benchmark's own table is 250 columns wide; the report says more in less.
+    command += ["--turns=3", "--benchmark-quiet", f"--benchmark-json={partial}"]
+    command += ["-W", "ignore:Not saving anything", *options]  # a file without selected tests
     status = subprocess.run(command, cwd=ROOT).returncode
+    if partial.exists() and partial.stat().st_size:
+        partial.replace(file)
+    partial.unlink(missing_ok=True)
     if status < 0:
         print(f"killed by signal {-status}; by 9 often for want of memory", file=sys.stderr)
         return 128 - status
     return 0 if status == NO_TESTS else status
-
-
-def _merge(parts: Iterable[Path], whole: Path) -> None:
-    """The files as one: environment and ceilings are the first's, rows are everyone's."""
-    results = [read_result(path) for path in parts if path.exists()]
-    if results:
-        rows = [row for result in results for row in result.rows]
-        together = Result(results[0].environment, results[0].ceilings, rows)
-        write_json(whole, {"tangent_ops": together.to_json()})
-
-
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, help="folder (default: benchmarks/results/DATE-COMMIT-DEVICE)"
-    )
-    parser.add_argument(
-        "--extent", choices=("default", "full"), default="default", help="which cases"
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=1.0, help="for the timed rounds of a case (default: 1)"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="a process per group; skip those already measured"
-    )
-    parser.add_argument(
-        "--compiled",
-        action="store_true",
-        help="only whole models of every size, eager and compiled",
-    )
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

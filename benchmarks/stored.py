@@ -1,92 +1,178 @@
-"""Stored results: read and checked, shown, the newest of each device, their conditions."""
+"""Results as pytest-benchmark stores them (``--benchmark-json``), read and checked."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import sys
-from collections.abc import Callable
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from benchmarks.case import Case
 from benchmarks.record import ROOT
-from benchmarks.suite.row import Result
 
 RESULTS = ROOT / "benchmarks" / "results"
-SUITE = "suite.json"
-COMPILED = "compiled.json"  # whole models, eager and compiled
+OURS = ("ours", "taft-all")  # of an op, of a model
 
 
 class BadFile(Exception):
     """A file or folder cannot be used; the message is one line that names it and says why."""
 
 
-def read_result(path: Path) -> Result:
-    """The suite's result in a JSON file.
+@dataclass(frozen=True)
+class Row:
+    """A provider's answer to a case. Times in seconds, memory in bytes.
+
+    Attributes:
+        status: "ok"; "wrong": its error is too large, so it was not timed; "failed": it raised;
+            "absent": it cannot run here. `note` says why.
+        error: relative error against the exact answer, the worst of its results.
+        seconds: the median; of several turns the median of their medians. On CUDA that of replays
+            of a graph where the case is small; then `called` is with Python and launches.
+        lower: the first quartile; `upper`: the third.
+        peak_bytes: allocated at most during the call, above what was there before.
+        saved_bytes: what autograd saves for the backward pass, parameters not counted.
+        flops: the least operations that its question needs; `bytes`: the least memory traffic.
+    """
+
+    case: Case
+    provider: str
+    status: str = "ok"
+    note: str = ""
+    error: float | None = None
+    seconds: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    called: float | None = None
+    peak_bytes: int | None = None
+    saved_bytes: int | None = None
+    flops: float = 0.0
+    bytes: float = 0.0
+
+
+Answers = Mapping[str, Row]  # by provider
+
+
+@dataclass(frozen=True)
+class Result:
+    """All rows of one run, with its circumstances.
+
+    Attributes:
+        environment: machine, versions, commit, clocks, date: ``record.environment``.
+        ceilings: of this machine in this run: "bytes/s", and "flops/s fp32" (bf16, fp16).
+        rows: in the order they were measured.
+    """
+
+    environment: Mapping[str, str]
+    ceilings: Mapping[str, float]
+    rows: Sequence[Row]
+
+    @property
+    def kind(self) -> str:
+        return "gpu" if "gpu" in self.environment else "cpu"
+
+    @property
+    def device(self) -> str:
+        """ "cpu", or the GPU's name in lower case with dashes: fit for a file's name."""
+        name = self.environment.get("gpu", "cpu")
+        return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+    @property
+    def conditions(self) -> str:
+        """Where and when the numbers were taken, in one line."""
+        about = self.environment
+        parts = [about.get("gpu", about.get("cpu", "unknown machine"))]
+        if self.kind == "cpu":
+            parts.append(f"{about.get('threads', '?')} threads")
+        parts += [f"{name} {about[name]}" for name in ("torch", "triton", "timm") if name in about]
+        parts += [f"commit {about.get('commit', 'unknown')}", about.get("date", "unknown date")]
+        return ", ".join(parts)
+
+    def by_case(self) -> dict[Case, dict[str, Row]]:
+        """Rows by case, then by provider."""
+        found: dict[Case, dict[str, Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.case, {})[row.provider] = row
+        return found
+
+
+def read(paths: Iterable[Path]) -> Result:
+    """The result in one or several JSON files of a run, or in the JSON files of a folder.
+
+    Environment and ceilings are those of the first file.
 
     Raises:
-        BadFile: there is no such file, it is not one of the suite's, or it has no rows.
+        BadFile: a file cannot be read, is none of the suite's, or nothing was measured.
     """
+    files = [
+        file
+        for path in paths
+        for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])
+    ]
+    results = [_parsed(file) for file in files]
+    rows = [row for one in results for row in one.rows]
+    if not rows:
+        raise BadFile(f"{', '.join(map(str, paths))}: nothing was measured")
+    return Result(results[0].environment, results[0].ceilings, rows)
+
+
+def _parsed(file: Path) -> Result:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as problem:
-        raise BadFile(f"{path}: {problem.strerror}") from None
+        raise BadFile(f"{file}: {problem.strerror}") from None
     except ValueError as problem:  # no JSON, or no text
-        raise BadFile(f"{path} is not JSON: {problem}") from None
+        raise BadFile(f"{file} is not JSON: {problem}") from None
     try:
-        result = Result.from_json(content)
+        own = content["tangent_ops"]
+        rows = _rows(content["benchmarks"])
+        rows += [Row(**{**one, "case": _case(one["case"])}) for one in own["not_timed"]]
+        return Result(own["environment"], own["ceilings"], rows)
     except (AttributeError, KeyError, TypeError) as problem:
         raise BadFile(
-            f"{path} is not a result of the suite ({type(problem).__name__}: {problem}): "
-            "`python -m benchmarks.run --out DIR` writes one"
+            f"{file} is not a result of the suite ({type(problem).__name__}: {problem}): "
+            "`pytest benchmarks --benchmark-only --benchmark-json=FILE` writes one"
         ) from None
-    if not result.rows:
-        raise BadFile(f"{path} has no rows: nothing was measured")
-    return result
 
 
-def show_files(show: Callable[[Result], None], description: str) -> int:
-    """A command that shows every FILE it is given; its exit status."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="suite.json")
-    try:
-        results = {path: read_result(path) for path in parser.parse_args().files}
-    except BadFile as problem:
-        print(problem, file=sys.stderr)
-        return 2
-    for path, result in results.items():
-        print(path)
-        show(result)
-    return 0
+def _rows(benchmarks: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """One row per case and provider; benchmarks of no suite are left out."""
+    turns: dict[tuple[Case, str], list[Mapping[str, Any]]] = {}
+    for one in benchmarks:
+        if "case" in (info := one["extra_info"]):
+            turns.setdefault((_case(info["case"]), info["provider"]), []).append(one)
+    rows = []
+    for (case, provider), several in turns.items():
+        info = dict(several[0]["extra_info"])
+        del info["case"], info["provider"]
+        names = {"seconds": "median", "lower": "q1", "upper": "q3"}
+        times = {
+            own: statistics.median(one["stats"][theirs] for one in several)
+            for own, theirs in names.items()
+        }
+        rows.append(Row(case, provider, **times, **info))
+    return rows
 
 
-def device_of(result: Result) -> str:
-    """ "cpu", or the GPU's name in lower case with dashes: fit for a file's name."""
-    name = result.environment.get("gpu", "cpu")
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def _case(entry: Mapping[str, Any]) -> Case:
+    return Case(**{**entry, "shape": tuple(entry["shape"])})
 
 
-def newest(folder: Path = RESULTS, name: str = SUITE) -> dict[str, Result]:
-    """The latest file of that name in the folders of `folder`, by device; the CPU first.
+def newest(folder: Path = RESULTS) -> dict[str, Result]:
+    """The latest result of each device; the CPU first.
+
+    Args:
+        folder: of results: files, or folders of a file per benchmark, named by date.
 
     Raises:
         BadFile: one cannot be read.
     """
-    results = [read_result(path) for path in sorted(folder.glob(f"*/{name}"))]
+    results = [read([path]) for path in sorted(folder.glob("20*"))]
     results.sort(key=lambda result: result.environment.get("date", ""))
-    latest = {device_of(result): result for result in results}
+    latest = {result.device: result for result in results}
     return dict(sorted(latest.items(), key=lambda item: (item[0] != "cpu", item[0])))
-
-
-def conditions(result: Result) -> str:
-    """Where and when the numbers were taken, in one line."""
-    about = result.environment
-    parts = [about.get("gpu", about.get("cpu", "unknown machine"))]
-    if "gpu" not in about:
-        parts.append(f"{about.get('threads', '?')} threads")
-    parts += [f"{name} {about[name]}" for name in ("torch", "triton", "timm") if name in about]
-    parts += [f"commit {about.get('commit', 'unknown')}", about.get("date", "unknown date")]
-    return ", ".join(parts)
 
 
 def folder_for(out: Path) -> Path:
@@ -102,3 +188,29 @@ def folder_for(out: Path) -> Path:
     except OSError as problem:
         raise BadFile(f"--out {out}: {problem.strerror}") from None
     return out
+
+
+# --- who is compared with whom -------------------------------------------------------------------
+
+
+def plain(row: Row) -> bool:
+    """Whether its provider is PyTorch's ordinary computation, without a tangent."""
+    return row.provider.startswith("sdpa-") or row.provider in ("plain", "finetune")
+
+
+def fastest_plain(answers: Answers) -> Row | None:
+    """The fastest ordinary computation that was timed."""
+    timed = [row for row in answers.values() if plain(row) and row.seconds is not None]
+    return min(timed, key=lambda row: row.seconds or 0.0, default=None)
+
+
+def our_row(answers: Answers) -> Row | None:
+    """The library's own, where it was timed."""
+    mine = [answers[name] for name in OURS if name in answers]
+    return next((row for row in mine if row.seconds is not None), None)
+
+
+def ratio(row: Row | None, base: Row | None, of: str = "seconds") -> float | None:
+    """The row's seconds (or `of`) over the base's; None where one is missing."""
+    one, other = (getattr(each, of) if each else None for each in (row, base))
+    return one / other if one is not None and other else None

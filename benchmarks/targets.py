@@ -1,64 +1,45 @@
-"""What the project promises of its speed and memory, held against a result.
+"""What the project promises of its speed and memory, compared with a result.
 
-    python -m benchmarks.targets FILE...
-
-A target counts for every case that has what its name says (shape, dtype): the worst one is held
-against the bound. An answer of ours that is wrong or failed there is a target not met.
+A target holds for every case that its name describes: the worst one is compared with the bound. A
+wrong or failed answer of ours misses the target.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from benchmarks.console import wide_console
-from benchmarks.rivals import Answers, by_case, fastest_yardstick
-from benchmarks.stored import conditions, show_files
-from benchmarks.suite.case import Case
-from benchmarks.suite.row import Result, Row
+from benchmarks.case import Case
+from benchmarks.stored import Answers, Result, fastest_plain, ratio
 
 Verdict = Literal["met", "not met", "not measured"]
-Sense = Literal["<=", ">="]
-Which = Mapping[str, object]  # attributes of a case; "tokens" is the third size of attention
+Figure = Callable[[Result], list["Value"]]  # of every case that is meant
 
 
 @dataclass(frozen=True)
 class Value:
-    """A figure of one case: its value, or None and why."""
+    """A figure of one case: its value, or None and why; broken: ours is wrong, or failed."""
 
     where: str
     value: float | None
-    broken: bool = False  # ours is wrong, or failed
+    broken: bool = False
 
 
 @dataclass(frozen=True)
 class Target:
-    """A promise.
-
-    Attributes:
-        name: what is promised, of which shapes.
-        device: "cpu" or "gpu".
-        sense: how the figure stands to the bound.
-        bound: a ratio.
-        values: the figure of every case that is meant.
-    """
+    """A promise: a figure on a kind of device ("cpu", "gpu") is "<=" or ">=" a bound."""
 
     name: str
-    device: str
-    sense: Sense
+    kind: str
+    sense: str
     bound: float
-    values: Callable[[Result], Sequence[Value]]
+    figure: Figure
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A target held against a result: the worst value, and where; or why there is none."""
+    """A target compared with a result: the worst value, and where; or why there is none."""
 
     target: Target
     value: float | None
@@ -68,9 +49,9 @@ class Finding:
 
 def judge(target: Target, result: Result) -> Finding:
     """Whether the result meets the target."""
-    if target.device != ("gpu" if "gpu" in result.environment else "cpu"):
-        return Finding(target, None, f"a target for a {target.device.upper()}", "not measured")
-    values = target.values(result)
+    if target.kind != result.kind:
+        return Finding(target, None, f"a target for a {target.kind.upper()}", "not measured")
+    values = target.figure(result)
     for one in values:
         if one.broken:
             return Finding(target, None, one.where, "not met")
@@ -89,54 +70,46 @@ def _over(
     group: str,
     provider: str,
     rival: str,
-    which: Which,
+    which: Mapping[str, object],
     of: str = "seconds",
     inverse: bool = False,
-) -> Callable[[Result], list[Value]]:
+) -> Figure:
     """The provider's seconds (or `of`) over its rival's, or the inverse; "sdpa": the fastest."""
 
-    def values(result: Result) -> list[Value]:
+    def figure(result: Result) -> list[Value]:
         found = []
         for case, answers in _matching(result, group, which):
             ours = answers.get(provider)
-            other = fastest_yardstick(answers) if rival == "sdpa" else answers.get(rival)
-            if (missing := _missing(case, ours, provider, other, rival, of)) is not None:
-                found.append(missing)
-                continue
-            ratio = getattr(ours, of) / getattr(other, of)
-            found.append(Value(str(case), 1 / ratio if inverse else ratio))
+            other = fastest_plain(answers) if rival == "sdpa" else answers.get(rival)
+            pair = (other, ours) if inverse else (ours, other)
+            found.append(_value(case, answers, provider, rival, ratio(*pair, of)))
         return found
 
-    return values
+    return figure
 
 
-def _missing(
-    case: Case, ours: Row | None, provider: str, other: Row | None, rival: str, of: str
-) -> Value | None:
-    """Why there is no ratio, if there is none."""
-    for row, name in ((ours, provider), (other, rival)):
-        if row is None:
-            return Value(f"{case}: no {name}", None)
-        if row.status != "ok":
-            broken = row is ours and row.status != "absent"
+def _value(case: Case, answers: Answers, ours: str, rival: str, value: float | None) -> Value:
+    """The value, or why there is none."""
+    for name in (ours, rival):
+        row = answers.get(name)
+        if row is not None and row.status != "ok":
+            broken = name == ours and row.status != "absent"
             return Value(f"{case}: {name}: {row.status}: {row.note}", None, broken)
-        if not getattr(row, of):
-            return Value(f"{case}: {name}: no {of}", None)
-    return None
+    if value is not None:
+        return Value(str(case), value)
+    missing = [name for name in (ours, rival) if name not in answers and name != "sdpa"]
+    return Value(
+        f"{case}: {' and '.join(f'no {name}' for name in missing) or 'not measured'}", None
+    )
 
 
 def _of_ceiling(result: Result) -> list[Value]:
     """FLOP/s of the dual attention over those of a large matmul, from 4096 tokens on."""
-    found = []
+    limit, found = result.ceilings.get("flops/s bf16"), []
     for case, answers in _matching(result, "attention-forward", {"dtype": "bf16"}):
-        row, limit = answers.get("ours"), result.ceilings.get("flops/s bf16")
-        if case.shape[2] < 4096 or row is None:
-            continue
-        if row.status != "ok":
-            broken = row.status != "absent"
-            found.append(Value(f"{case}: ours: {row.status}: {row.note}", None, broken))
-        elif limit and row.seconds:
-            found.append(Value(str(case), row.flops / row.seconds / limit))
+        if case.shape[2] >= 4096 and (row := answers.get("ours")) is not None:
+            part = row.flops / row.seconds / limit if row.seconds and limit else None
+            found.append(_value(case, answers, "ours", "ours", part))
     return found
 
 
@@ -158,11 +131,12 @@ def _growth(result: Result) -> list[Value]:
     return found
 
 
-def _matching(result: Result, group: str, which: Which) -> Iterator[tuple[Case, Answers]]:
-    """The group's cases with these attributes."""
-    for case, answers in by_case(result.rows).items():
-        about = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "causal": case.causal}
-        about["tokens"] = case.shape[2] if len(case.shape) == 4 else None
+def _matching(
+    result: Result, group: str, which: Mapping[str, object]
+) -> Iterator[tuple[Case, Answers]]:
+    """The group's cases with these attributes; "tokens" is the third size of attention."""
+    for case, answers in result.by_case().items():
+        about = {**vars(case), "tokens": case.shape[2] if len(case.shape) == 4 else None}
         if case.group == group and all(about[key] == value for key, value in which.items()):
             yield case, answers
 
@@ -174,118 +148,39 @@ _BASE = {"op": "vit_base_patch16_224", "dtype": "bf16"}
 _HOME = {"shape": (64, 12, 197, 64), "dtype": "bf16", "causal": False}
 _LONG = {"tokens": 4096, "dtype": "bf16"}
 _BF16 = {"dtype": "bf16"}
-_FORWARD = "attention-forward"
-_COMPILED = ("train-step", "taft-all-compiled", "finetune-compiled")
-
-DUAL_FORWARD = Target(
-    "dual forward / plain forward, ViT-S/16, batch 8, fp32",
-    "cpu",
-    "<=",
-    3.0,
-    _over("model-forward", "taft-all", "finetune", _SMALL),
-)
-STEP = Target(
-    "tangent step / fine-tuning step, ViT-S/16, batch 8, fp32",
-    "cpu",
-    "<=",
-    1.70,
-    _over("train-step", "taft-all", "finetune", _SMALL),
-)
-SAVED = Target(
-    "bytes saved for backward, tangent / fine-tuning, ViT-S/16, batch 8, fp32",
-    "cpu",
-    "<=",
-    1.10,
-    _over("train-step", "taft-all", "finetune", _SMALL, of="saved_bytes"),
-)
-TARGETS = (
-    DUAL_FORWARD,
-    STEP,
-    SAVED,
-    Target(
-        "attention, dual forward / fastest SDPA forward, B64 H12 N197 D64, bf16",
-        "gpu",
-        "<=",
-        2.0,
-        _over(_FORWARD, "ours", "sdpa", _HOME),
-    ),
-    Target(
-        "attention, dual forward / fastest SDPA forward, N = 4096, bf16",
-        "gpu",
-        "<=",
-        3.0,
-        _over(_FORWARD, "ours", "sdpa", _LONG),
-    ),
-    Target(
-        "attention, dual forward: part of the matmul ceiling, N >= 4096, bf16",
-        "gpu",
-        ">=",
-        0.60,
-        _of_ceiling,
-    ),
-    Target(
-        "attention, tangent-only backward / fastest SDPA backward, bf16",
-        "gpu",
-        "<=",
-        1.1,
-        _over("attention-backward", "ours", "sdpa", _BF16),
-    ),
-    Target(
-        "attention, times faster than torch.func.jvp, N = 4096, bf16",
-        "gpu",
-        ">=",
-        20.0,
-        _over(_FORWARD, "ours", "torch-jvp", _LONG, inverse=True),
-    ),
-    Target(
-        "attention, growth of peak memory per token with N (linear: 1), bf16",
-        "gpu",
-        "<=",
-        1.1,
-        _growth,
-    ),
-    Target(
-        "attention, times faster than jvp-flash-attention, bf16",
-        "gpu",
-        ">=",
-        2.0,
-        _over(_FORWARD, "ours", "jvp-flash-attention", _BF16, inverse=True),
-    ),
-    Target(
-        "tangent step / fine-tuning step, both compiled, ViT-B/16, bf16",
-        "gpu",
-        "<=",
-        1.70,
-        _over(*_COMPILED, _BASE),
-    ),
-    Target(
-        "peak memory of the tangent step / fine-tuning, both compiled, ViT-B/16, bf16",
-        "gpu",
-        "<=",
-        1.10,
-        _over(*_COMPILED, _BASE, of="peak_bytes"),
-    ),
-)
+_TAFT = ("taft-all", "finetune", _SMALL)
+_FORWARD = ("attention-forward", "ours")
+_BACKWARD = ("attention-backward", "ours")
+_COMPILED = ("train-step", "taft-all-compiled", "finetune-compiled", _BASE)
+_FLASH_JVP = "jvp-flash-attention"
 
 
-def print_targets(console: Console, result: Result) -> None:
-    """A table of all targets: bound, worst value, where, verdict."""
-    table = Table(title="Targets", title_justify="left", box=None)
-    for heading in ("target", "bound", "measured", "", "where"):
-        table.add_column(heading, justify="right" if heading in ("bound", "measured") else "left")
-    for target in TARGETS:
-        found = judge(target, result)
-        measured = "" if found.value is None else f"{found.value:.3f}"
-        bound = f"{target.sense} {target.bound:.2f}"
-        where = Text(found.where)  # a note may look like markup
-        table.add_row(target.name, bound, measured, found.verdict, where)
-    console.print(table)
-    console.print(conditions(result), highlight=False, markup=False, soft_wrap=True)
+def _targets() -> Iterator[Target]:
+    small, base = "ViT-S/16, batch 8, fp32", "ViT-B/16, bf16"
+    name = f"dual forward / plain forward, {small}"
+    yield Target(name, "cpu", "<=", 3.0, _over("model-forward", *_TAFT))
+    name = f"tangent step / fine-tuning step, {small}"
+    yield Target(name, "cpu", "<=", 1.70, _over("train-step", *_TAFT))
+    name = f"bytes saved for backward, tangent / fine-tuning, {small}"
+    yield Target(name, "cpu", "<=", 1.10, _over("train-step", *_TAFT, of="saved_bytes"))
+    name = "attention, dual forward / fastest SDPA forward, B64 H12 N197 D64, bf16"
+    yield Target(name, "gpu", "<=", 2.0, _over(*_FORWARD, "sdpa", _HOME))
+    name = "attention, dual forward / fastest SDPA forward, N = 4096, bf16"
+    yield Target(name, "gpu", "<=", 3.0, _over(*_FORWARD, "sdpa", _LONG))
+    name = "attention, dual forward: part of the matmul ceiling, N >= 4096, bf16"
+    yield Target(name, "gpu", ">=", 0.60, _of_ceiling)
+    name = "attention, tangent-only backward / fastest SDPA backward, bf16"
+    yield Target(name, "gpu", "<=", 1.1, _over(*_BACKWARD, "sdpa", _BF16))
+    name = "attention, times faster than torch.func.jvp, N = 4096, bf16"
+    yield Target(name, "gpu", ">=", 20.0, _over(*_FORWARD, "torch-jvp", _LONG, inverse=True))
+    name = "attention, growth of peak memory per token with N (linear: 1), bf16"
+    yield Target(name, "gpu", "<=", 1.1, _growth)
+    name = "attention, times faster than jvp-flash-attention, bf16"
+    yield Target(name, "gpu", ">=", 2.0, _over(*_FORWARD, _FLASH_JVP, _BF16, inverse=True))
+    name = f"tangent step / fine-tuning step, both compiled, {base}"
+    yield Target(name, "gpu", "<=", 1.70, _over(*_COMPILED))
+    name = f"peak memory of the tangent step / fine-tuning, both compiled, {base}"
+    yield Target(name, "gpu", "<=", 1.10, _over(*_COMPILED, of="peak_bytes"))
 
 
-def main() -> int:
-    return show_files(lambda result: print_targets(wide_console(), result), __doc__ or "")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+TARGETS = tuple(_targets())

@@ -11,16 +11,16 @@ from made_up import CEILINGS, row
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import roofline
+from benchmarks.case import Case
 from benchmarks.roofline import (
     attention_cost,
-    figures,
     forward_flops,
     linear_cost,
     measure_ceilings,
+    percent_of_floor,
     row_cost,
     vit_cost,
 )
-from benchmarks.suite.case import Case
 
 B, H, N, D = 2, 3, 16, 8
 CASE = Case("attention-forward", "attention", (B, H, N, D), "fp32")
@@ -192,23 +192,19 @@ def test_unknown_questions(ask) -> None:
         ask()
 
 
-def test_figures_of_a_row() -> None:
-    """1e9 FLOPs and 4e7 bytes take 10 ms and 4 ms at the limits of CEILINGS."""
-    found = figures(row(CASE, "ours", 0.02, flops=1e9, bytes=4e7), CEILINGS)
-    assert found is not None
-    assert (found.tflops, found.gigabytes) == pytest.approx((0.05, 2.0))
-    assert (found.percent, found.bound) == (pytest.approx(50), "arithmetic")
-    memory = row(CASE, "ours", 0.1, flops=1e9, bytes=2e8)
-    found = figures(memory, CEILINGS)
-    assert found is not None
-    assert (found.percent, found.bound) == (pytest.approx(20), "memory")
-
-
-def test_figures_where_something_is_missing() -> None:
-    assert figures(row(CASE, "torch-jvp", None), CEILINGS) is None
-    unknown = figures(row(CASE, "ours", 0.02, flops=1e9, bytes=4e7), {"bytes/s": 1e10})
-    assert unknown is not None
-    assert (unknown.percent, unknown.bound, unknown.seconds) == (None, None, 0.02)
+@pytest.mark.parametrize(
+    ("seconds", "flops", "moved", "ceilings", "percent"),
+    [
+        (0.02, 1e9, 4e7, CEILINGS, 50),  # 10 ms of arithmetic, 4 ms of memory
+        (0.1, 1e9, 2e8, CEILINGS, 20),  # 10 and 20 ms
+        (None, 1e9, 2e8, CEILINGS, None),
+        (0.1, 1e9, 2e8, {"bytes/s": 1e10}, None),
+        (0.1, 1e9, 2e8, {}, None),
+    ],
+)
+def test_percent_of_floor(seconds, flops, moved, ceilings, percent) -> None:
+    found = percent_of_floor(row(CASE, "ours", seconds, flops=flops, bytes=moved), ceilings)
+    assert found == (None if percent is None else pytest.approx(percent))
 
 
 def test_ceilings(monkeypatch) -> None:

@@ -1,124 +1,181 @@
-"""The suite in one command: cut off, it goes on; all groups end in one file."""
+"""`pytest benchmarks --benchmark-only` and `benchmarks.run`, on tiny suites."""
 
 from __future__ import annotations
 
-import os
+import json
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from benchmarks import run
-from benchmarks.record import ROOT, write_json
-from benchmarks.stored import read_result
-from benchmarks.suite.case import GROUPS, Case
-from benchmarks.suite.derivatives import COMPILE_ON_CPU
-from benchmarks.suite.models import MODELS
-from benchmarks.suite.row import Result, Row
+from benchmarks import report, run
+from benchmarks.record import ROOT
+from benchmarks.stored import read
+
+TINY = """
+import time
+import torch
+from benchmarks.case import Case, Cost, Suite
+
+class Doubling(Suite):
+    def cases(self, device, extent):
+        return [Case("doubles", "double", (4,), "fp32")] if device.type == "cpu" else []
+    def inputs(self, case, device, seed):
+        return torch.arange(1.0, 5.0, requires_grad=True)
+    def expected(self, case, inputs):
+        return (2 * inputs.detach().double(),)
+    def prepare(self, provider, case, inputs):
+        return lambda: (provider.answer(inputs),)
+    def bound(self, case):
+        return 1e-6
+    def cost(self, case, provider):
+        return Cost(8.0, 32.0)
+
+SUITE = Doubling()
+
+@SUITE.provider("ours")
+def ours(x):
+    time.sleep(0.002)
+    return 2 * x * FACTOR
+
+@SUITE.provider("squared", question="primal")
+def squared(x):
+    time.sleep(0.02)
+    return (x.sqrt() ** 2) * 2
+
+@SUITE.provider("rival")
+def rival(x):
+    return 3 * x
+
+def test_doubles(provider, benchmark):
+    provider.time(benchmark)
+
+def test_plain(benchmark):
+    benchmark.pedantic(time.sleep, (0.001,), rounds=2)
+"""
+
+
+def pytest_run(folder, factor: float = 1.0, *options: str) -> int:
+    """Of the tiny suite, in this process, with the benchmarks' own conftest."""
+    bench = folder / f"bench_{folder.name}.py"  # a module of its own
+    bench.write_text(TINY.replace("FACTOR", str(factor)))
+    arguments = [str(bench), "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *options]
+    arguments += ["-p", "benchmarks.conftest", "--benchmark-only", f"--rootdir={folder}", "-c"]
+    # The conftest is imported by then, and each test has a module of this name.
+    rest = ["-W", "ignore::pytest.PytestAssertRewriteWarning", "--import-mode=importlib"]
+    arguments += [
+        str(ROOT / "pyproject.toml"),
+        *rest,
+        f"--benchmark-storage=file://{folder}/storage",
+    ]
+    return pytest.main(arguments)
+
+
+def test_pytest_benchmark_times_what_is_right(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("benchmarks.conftest.measure_ceilings", lambda device: {"bytes/s": 1e10})
+    before = signal.getsignal(signal.SIGINT)
+    file = tmp_path / "tiny.json"
+    assert pytest_run(tmp_path, 1.0, f"--benchmark-json={file}", "--turns=2", "--seconds=0.1") == 0
+    assert signal.getsignal(signal.SIGINT) is before  # Ctrl-C still ends the session
+    stored = json.loads(file.read_text())["benchmarks"]
+    names = [re.sub(r".*fp32-", "", one["name"]) for one in stored]
+    assert names == ["ours]", "squared]", "ours-turn-2]", "squared-turn-2]", "test_plain"]
+    assert all(one["stats"]["rounds"] >= 3 and "data" not in one["stats"] for one in stored[:4])
+    rows = {row.provider: row for row in read([file]).rows}
+    ours, squared, rival = rows["ours"], rows["squared"], rows["rival"]
+    assert 0.002 <= (ours.seconds or 0) < 0.02 <= (squared.seconds or 0)  # real times
+    assert (ours.error, ours.flops, ours.bytes) == (0.0, 8.0, 32.0)
+    assert 32 <= (ours.peak_bytes or 0) < 64  # two results, and scalars on the way
+    assert (ours.saved_bytes, squared.saved_bytes) == (0, 16)  # the root, once
+    assert (rival.status, rival.note) == ("wrong", "error 5.0e-01, allowed 1.0e-06")
+
+
+def test_compared_with_an_earlier_file(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("benchmarks.conftest.measure_ceilings", lambda device: {})
+    pytest_run(tmp_path, 1.0, f"--benchmark-json={tmp_path / 'tiny.json'}")
+    content = json.loads((tmp_path / "tiny.json").read_text())
+    for one in content["benchmarks"]:
+        one["stats"]["min"] /= 2
+    (tmp_path / "fast.json").write_text(json.dumps(content))
+    with pytest.raises(Exception, match="Performance has regressed"):
+        file = tmp_path / "fast.json"
+        pytest_run(tmp_path, 1.0, f"--benchmark-compare={file}", "--benchmark-compare-fail=min:5%")
+
+
+def test_a_wrong_answer_of_ours_is_red_and_has_no_time(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("benchmarks.conftest.measure_ceilings", lambda device: {})
+    file = tmp_path / "tiny.json"
+    assert pytest_run(tmp_path, 1.01, f"--benchmark-json={file}") == 1
+    assert "ours: wrong: error 1.0e-02, allowed 1.0e-06" in capsys.readouterr().out
+    status = {row.provider: row.status for row in read([file]).rows}
+    assert status == {"squared": "ok", "ours": "wrong", "rival": "wrong"}
+
+
+def test_options_out_of_range(tmp_path, capsys) -> None:
+    assert pytest_run(tmp_path, 1.0, "--turns=0") == pytest.ExitCode.USAGE_ERROR
+    assert "--turns=0: expected more than 0" in capsys.readouterr().err
+
+
+def test_every_benchmark_is_collected() -> None:
+    """By the command of the README, without -c or -p."""
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--collect-only"]
+    command += ["-q", "-p", "no:cacheprovider", "--extent=full"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in ("attention_second_order", "elementwise", "linear", "train_step", "epoch"):
+        assert f"::test_{name}[" in listed
+    assert "test_train_step[vit_large_patch16_224-2-fp32-taft-all-compiled]" in listed
+
+
+# --- benchmarks.run ------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def suite(monkeypatch, tmp_path):
-    """A suite that writes one row per group; `fails` ends it with 1, `dies` before its JSON."""
+def suite(monkeypatch):
+    """pytest writes a file with a commit; `dies` are benchmark files that end before that."""
     ran: list[str] = []
-    fails: set[str] = set()
     dies: set[str] = set()
 
-    def pytest_run(json_file, options, *more):
-        group = more[-1] if more else "all"
-        ran.append(group)
-        if group in dies:
-            return 2
-        row = Row(Case(group, "op", (1,), "fp32"), "ours", "absent", "a test")
-        result = Result(
-            {"cpu": "x", "date": "today", "commit": run.commit()}, {"bytes/s": 1.0}, [row]
-        )
-        write_json(json_file, {"tangent_ops": result.to_json()})
-        return int(group in fails)
+    def pytest_of(command, cwd):
+        tests = command[3].rpartition("/")[2]
+        ran.append(tests)
+        (partial,) = (one.partition("=")[2] for one in command if "benchmark-json" in one)
+        if tests in dies:
+            return subprocess.CompletedProcess(command, -9)
+        own = {"environment": {"commit": run.commit()}, "ceilings": {}, "not_timed": []}
+        with open(partial, "w") as file:
+            json.dump({"benchmarks": [], "tangent_ops": own}, file)
+        return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(run, "_pytest", pytest_run)
-    return ran, fails, dies
-
-
-def main(monkeypatch, *arguments) -> int:
-    monkeypatch.setattr(sys, "argv", ["run", *map(str, arguments)])
-    return run.main()
+    monkeypatch.setattr(run.subprocess, "run", pytest_of)
+    monkeypatch.setattr(report, "main", lambda files: 0)
+    monkeypatch.setattr(run, "commit", lambda: "0123456789ab")
+    return ran, dies
 
 
-def test_one_process_by_default(suite, monkeypatch, tmp_path) -> None:
-    assert main(monkeypatch, "--out", tmp_path) == 0
-    assert suite[0] == ["all"] and len(read_result(tmp_path / "suite.json").rows) == 1
+def test_one_process_and_one_file(suite, tmp_path) -> None:
+    assert run.main(["--out", str(tmp_path)]) == run.main(["--out", str(tmp_path)]) == 0
+    assert suite[0] == ["benchmarks"] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["suite.json"]
 
 
-def test_it_goes_on_where_it_was_cut_off(suite, monkeypatch, tmp_path) -> None:
-    ran, _, dies = suite
-    dies.update(GROUPS[3:])
-    assert main(monkeypatch, "--out", tmp_path, "--resume") != 0
-    assert len(read_result(tmp_path / "suite.json").rows) == 3  # of what there is
+def test_a_killed_run_goes_on(suite, tmp_path, capsys, monkeypatch) -> None:
+    ran, dies = suite
+    dies.add("bench_models.py")
+    assert run.main(["--out", str(tmp_path), "--resume"]) == 137
+    assert "killed by signal 9; by 9 often for want of memory" in capsys.readouterr().err
+    assert not (tmp_path / "models.json").exists() and (tmp_path / "steps.json").exists()
     dies.clear()
     ran.clear()
-    assert main(monkeypatch, "--out", tmp_path, "--resume") == 0
-    assert ran == list(GROUPS[3:])
-    rows = read_result(tmp_path / "suite.json").rows
-    assert [row.case.group for row in rows] == list(GROUPS)
+    assert run.main(["--out", str(tmp_path), "--resume"]) == 0
+    assert ran == ["bench_models.py"]
+    monkeypatch.setattr(run, "commit", lambda: "another")  # files of both would pass for one
+    assert run.main(["--out", str(tmp_path), "--resume"]) == 0
+    assert "bench_attention.py" in ran and len(ran) > 4
 
 
-def test_parts_of_another_commit_are_measured_anew(suite, monkeypatch, tmp_path) -> None:
-    """Merged, they would pass for this commit's."""
-    main(monkeypatch, "--out", tmp_path, "--resume")
-    suite[0].clear()
-    monkeypatch.setattr(run, "commit", lambda: "another")
-    main(monkeypatch, "--out", tmp_path, "--resume")
-    assert suite[0] == list(GROUPS)
-
-
-def test_a_red_group_is_kept_and_the_end_is_red(suite, monkeypatch, tmp_path) -> None:
-    suite[1].add(GROUPS[0])
-    assert main(monkeypatch, "--out", tmp_path, "--resume") == 1
-    assert len(read_result(tmp_path / "suite.json").rows) == len(GROUPS)
-
-
-def test_a_killed_process_is_red(monkeypatch, tmp_path, capsys) -> None:
-    """Its status is negative: the largest of all parts would not be it."""
-    monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -9))
-    assert main(monkeypatch, "--out", tmp_path, "--resume") == 137
-    assert "killed by signal 9; by 9 often for want of memory" in capsys.readouterr().err
-
-
-def test_compiled_models_go_into_a_file_apart(suite, monkeypatch, tmp_path) -> None:
-    ran, _, dies = suite
-    monkeypatch.setenv(COMPILE_ON_CPU, "0")  # and put back afterwards
-    patterns = [f"{name} and {run.WITH_COMPILED_FORM}" for name in MODELS]
-    dies.add(patterns[2])
-    assert main(monkeypatch, "--out", tmp_path, "--compiled") == 2
-    assert ran == patterns and os.environ[COMPILE_ON_CPU] == "1"
-    assert len(read_result(tmp_path / "compiled.json").rows) == 2
-    assert not (tmp_path / "suite.json").exists()
-    dies.clear()
-    assert main(monkeypatch, "--out", tmp_path, "--compiled") == 0
-    assert ran[3:] == patterns[2:] and len(read_result(tmp_path / "compiled.json").rows) == 3
-
-
-def test_compiled_models_that_do_not_run(suite, monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setenv(COMPILE_ON_CPU, "0")
-    suite[2].update(f"{name} and {run.WITH_COMPILED_FORM}" for name in MODELS)
-    assert main(monkeypatch, "--out", tmp_path, "--compiled") == 2
-    assert capsys.readouterr().err == "nothing was measured\n"
-
-
-def test_what_has_a_compiled_form_is_selected(monkeypatch) -> None:
-    """By pytest itself: providers of the largest model that `-k` leaves."""
-    command = [sys.executable, "-m", "pytest", "benchmarks/bench_suite.py", "--collect-only", "-q"]
-    command += ["--extent=full", "-k", f"large and {run.WITH_COMPILED_FORM}"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"train-step-vit_large_patch16_224-\d+-fp32-([\w-]+)\]", listed)
-    forms = ("taft-all", "taft-1", "finetune")
-    assert sorted(found) == sorted([*forms, *(f"{form}-compiled" for form in forms)])
-
-
-def test_out_that_is_a_file(suite, monkeypatch, tmp_path, capsys) -> None:
-    file = tmp_path / "file"
-    file.write_text("")
-    assert main(monkeypatch, "--out", file) == 2
+def test_out_that_is_a_file(suite, tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    assert run.main(["--out", str(tmp_path / "file")]) == 2
     assert "is a file: name a folder" in capsys.readouterr().err and suite[0] == []

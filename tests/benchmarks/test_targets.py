@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from dataclasses import replace
 
 import pytest
-from made_up import model_rows, result, row, write
-from rich.console import Console
+from made_up import model_rows, result, row
 
-from benchmarks import targets
-from benchmarks.suite.case import Case
-from benchmarks.suite.row import Row
-from benchmarks.targets import DUAL_FORWARD, SAVED, STEP, TARGETS, judge, print_targets
+from benchmarks import report
+from benchmarks.case import Case
+from benchmarks.stored import Row
+from benchmarks.targets import TARGETS, judge
+
+DUAL_FORWARD, STEP, SAVED = TARGETS[:3]
 
 
 def target(words: str):
@@ -32,7 +31,6 @@ def compiled(step: float, peak: int) -> list[Row]:
     return [ours, row(case, "finetune-compiled", 1.0, peak_bytes=100)]
 
 
-RIVAL = "jvp-flash-attention"
 HOME, LONG, LONGER = (64, 12, 197, 64), (4, 12, 4096, 64), (1, 12, 16384, 64)
 
 
@@ -137,7 +135,7 @@ def test_memory_that_is_not_known() -> None:
     rows = [replace(one, saved_bytes=None) for one in model_rows()]
     found = judge(SAVED, result(rows))
     assert found.verdict == "not measured"
-    assert found.where.endswith("taft-all: no saved_bytes")
+    assert found.where.endswith("8 fp32: not measured")
 
 
 def test_another_device() -> None:
@@ -147,21 +145,8 @@ def test_another_device() -> None:
 
 
 def test_the_table() -> None:
-    stream = io.StringIO()
-    print_targets(Console(file=stream, width=200), result(model_rows(step=1.75)))
-    lines = stream.getvalue().splitlines()
-    assert len(lines) == 3 + len(TARGETS)
+    lines = report.targets_table(result(model_rows(step=1.75))).splitlines()
+    assert len(lines) == 1 + len(TARGETS)
     (step,) = (line for line in lines if "tangent step / fine-tuning step, ViT-S/16" in line)
     assert step.split()[-6:-3] == ["1.750", "not", "met"] and "<= 1.70" in step
     assert sum("not measured" in line for line in lines) == len(TARGETS) - 3
-
-
-def test_the_command(tmp_path, monkeypatch, capsys) -> None:
-    path = write(tmp_path / "suite.json", result(model_rows()))
-    monkeypatch.setattr(sys, "argv", ["targets", str(path)])
-    assert targets.main() == 0
-    assert str(path) in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["targets", str(path), str(tmp_path / "none.json")])
-    assert targets.main() == 2
-    out, err = capsys.readouterr()
-    assert (out, err) == ("", f"{tmp_path / 'none.json'}: No such file or directory\n")

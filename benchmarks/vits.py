@@ -1,8 +1,9 @@
-"""timm's vision transformers with random weights: what of them is compared, what they cost."""
+"""timm's vision transformers with random weights, for the benchmarks of models and epochs."""
 
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import timm
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.case import Cost
 from benchmarks.roofline import forward_flops, vit_cost
-from benchmarks.suite.case import Cost
 from tangent_ops.model.features import Tail, blocks_of
 
 Weights = dict[str, Tensor]
+EVERYTHING = ""  # a pattern of parameter names
 
 
 def random_vit(name: str) -> nn.Module:
@@ -32,12 +34,12 @@ def random_batch(model: Any, images: int) -> tuple[Tensor, Tensor]:
     return inputs, torch.randint(model.num_classes, (images,))
 
 
-def representatives(model: nn.Module) -> list[str]:
-    """Parameters whose gradients are compared: one of each kind, those of TAFT-1 first."""
-    end = f"blocks.{len(blocks_of(model)) - 1}"
-    late = [f"{end}.attn.qkv.weight", f"{end}.mlp.fc2.weight", "norm.weight", "head.weight"]
-    early = ["patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"]
-    return [*late, *early]
+def trained_parameters(model: nn.Module, pattern: str) -> dict[str, nn.Parameter]:
+    """The parameters whose names match, which require gradients from now on."""
+    found = {n: p for n, p in model.named_parameters() if re.search(pattern, n)}
+    for parameter in found.values():
+        parameter.requires_grad_()
+    return found
 
 
 def torch_jvp(model: nn.Module, images: Tensor, delta: Weights) -> tuple[Tensor, Tensor]:
@@ -52,15 +54,7 @@ def torch_jvp(model: nn.Module, images: Tensor, delta: Weights) -> tuple[Tensor,
     return f, tangent
 
 
-def cost(
-    question: str,
-    name: str,
-    dtype: torch.dtype,
-    images: int,
-    *,
-    last_block: bool = False,
-    trunk: bool = True,
-) -> Cost:
+def model_cost(question: str, name: str, dtype: torch.dtype, images: int, part: str) -> Cost:
     """The least work of a pass or a step of a timm model.
 
     Args:
@@ -68,18 +62,17 @@ def cost(
         name: of the model.
         dtype: of its weights.
         images: of one call.
-        last_block: whether the last block, norm and head alone are trained: the trunk below then
-            runs forward alone.
-        trunk: whether it runs at all.
+        part: what is trained: "all"; "last": block, norm and head, where the trunk below runs
+            forward alone; "tail": the same without the trunk.
     """
     asked = _whole(question, name, dtype, images)
-    if not last_block:
+    if part == "all":
         return asked
     whole, tail = _whole("primal", name, dtype, images), _tail(name, dtype, images)
-    flops, weights = tail.flops / whole.flops, tail.bytes / whole.bytes
+    trunk = float(part == "last")
     return Cost(
-        flops * asked.flops + trunk * (whole.flops - tail.flops),
-        weights * asked.bytes + trunk * (whole.bytes - tail.bytes),
+        asked.flops * tail.flops / whole.flops + trunk * (whole.flops - tail.flops),
+        asked.bytes * tail.bytes / whole.bytes + trunk * (whole.bytes - tail.bytes),
     )
 
 

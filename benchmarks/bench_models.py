@@ -1,10 +1,10 @@
-"""Whole vision transformers: forward with tangent, and a training step.
+"""Whole vision transformers: forward with tangent, and a training step without optimizer.
 
-All providers of a case are asked the same: f and JΔw for a Δw of *all* parameters; or, in a step,
-gradients of the cross-entropy at f + JΔw. One that computes only a part of JΔw, as TAFT-1 does, is
-*given* the rest, a constant of (images, classes), and adds it. A step of ordinary fine-tuning is
-given all of it: since the backward pass of TAFT is the anchor's own, its gradients are TAFT's, and
-are checked with theirs.
+All providers of a case answer the same question: f and JΔw for a Δw of *all* parameters; in a
+step, gradients of the cross-entropy at f + JΔw. A provider that computes a part of JΔw, as TAFT-1
+does, is *given* the rest, a constant of (images, classes), and adds it. A step of ordinary
+fine-tuning is given all of it: the backward pass of TAFT is the anchor's own, so fine-tuning's
+gradients are TAFT's, and are checked with theirs.
 """
 
 from __future__ import annotations
@@ -22,26 +22,32 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from benchmarks.suite.case import Call, Case, Cost, Extent, Outputs, Provider
-from benchmarks.suite.derivatives import (
-    compiling_is_too_slow,
-    finite_difference_slack,
+from benchmarks.case import (
+    Call,
+    Case,
+    Cost,
+    Extent,
+    Outputs,
+    Provider,
+    Suite,
+    compiling_is_slow,
     finite_difference_step,
 )
-from benchmarks.suite.vits import (
+from benchmarks.vits import (
+    EVERYTHING,
     Weights,
-    cost,
+    model_cost,
     random_batch,
     random_vit,
-    representatives,
     torch_jvp,
+    trained_parameters,
 )
 from tangent_ops import last_blocks, linearize
+from tangent_ops.model.features import blocks_of
 
 FORWARD, STEP = "model-forward", "train-step"
 MODELS = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
-EVERYTHING = ""  # patterns of parameter names
-NOTHING = "$^"
+NOTHING = "$^"  # a pattern of parameter names
 
 
 @dataclass
@@ -96,17 +102,14 @@ class Subject:
     given: Tensor | None
 
 
-class ModelWorkload:
+class ModelSuite(Suite):
     """Ops are names of timm models, shapes (images,), at the model's own size of images.
 
-    Results are f and JΔw; of a step, gradients of one parameter of each kind, those that TAFT-1
-    trains first: it gives no others.
+    A provider's function takes Operands and gives a Subject. Results are f and JΔw; of a step, the
+    gradients of one parameter of each kind. Those of TAFT-1 come first: it gives no others.
     """
 
-    groups = (FORWARD, STEP)
-
     def cases(self, device: torch.device, extent: Extent) -> Sequence[Case]:
-        full = extent == "full"
         if device.type == "cpu":
             dtype, sizes = "fp32", [(MODELS[0], 8)]
             more = [(name, 2) for name in MODELS[1:]]
@@ -115,39 +118,9 @@ class ModelWorkload:
             more = [(name, 8) for name in MODELS]  # where launches weigh more
         return [
             Case(group, name, (images,), dtype)
-            for group in self.groups
-            for name, images in (sizes + more if full else sizes)
+            for group in (FORWARD, STEP)
+            for name, images in (sizes + more if extent == "full" else sizes)
         ]
-
-    def providers(self, case: Case) -> Sequence[Provider]:
-        """TAFT in its forms, fine-tuning as the yardstick, rivals, and what compiling gains."""
-        step = case.group == STEP
-        tangent, plain = ("tangent-step", "ordinary-step") if step else ("dual", "primal")
-        last, tail = {"last_block": True}, {"last_block": True, "trunk": False}
-        found = [
-            _provider("taft-all", taft, _asks(tangent)),
-            _provider("taft-1", partial(taft, blocks=1), _asks(tangent, **last)),
-            _provider(
-                "taft-1-cached", partial(taft, blocks=1, cached=True), _asks(tangent, **tail)
-            ),
-            _provider("finetune", finetune, _asks(plain)),
-        ]
-        if step:  # without gradients it is "finetune" over again
-            found.append(_provider("finetune-1", partial(finetune, blocks=1), _asks(plain, **last)))
-        found.append(_provider("torch-jvp", by_torch_jvp, _asks(tangent)))
-        if not step:
-            name = "finite-differences"
-            slack = finite_difference_slack(self.bound(case))
-            found.append(_provider(name, by_finite_differences, _asks(name), slack=slack))
-        plain_ones = {one.name: one for one in found}
-        for name, way in {
-            "taft-all": partial(taft, compiled=True),
-            "taft-1": partial(taft, blocks=1, compiled=True),
-            "finetune": partial(finetune, compiled=True),
-        }.items():
-            same = plain_ones[name].cost
-            found.append(_provider(f"{name}-compiled", way, same, why_not=compiling_is_too_slow))
-        return found
 
     def inputs(self, case: Case, device: torch.device, seed: int) -> Operands:
         return _operands(case.op, case.shape[0], case.torch_dtype, device, seed)
@@ -160,20 +133,29 @@ class ModelWorkload:
         logits = (f + tangent).requires_grad_()
         (grad,) = torch.autograd.grad(F.cross_entropy(logits, inputs.targets), logits)
         model = copy.deepcopy(inputs.model).double()
-        names = representatives(model)
-        weights = [model.get_parameter(name).requires_grad_() for name in names]
+        weights = [model.get_parameter(name).requires_grad_() for name in _compared(model)]
         return torch.autograd.grad(model(inputs.images.double()), weights, grad)
 
-    def compared(self, case: Case, outputs: Outputs) -> Outputs:
-        """All of it."""
-        return outputs
+    def prepare(self, provider: Provider, case: Case, inputs: Operands) -> Call:
+        subject = provider.answer(inputs)
+        if case.group == FORWARD:
+            return torch.no_grad()(lambda: _forward(subject))
+        names = [name for name in _compared(inputs.model) if name in subject.trained]
+        return lambda: _step(subject, inputs.targets, names)
 
     def bound(self, case: Case) -> float:
         """A few times what ordinary fine-tuning errs: 1.2e-6, 1.3e-3 and 1.6e-2."""
         return {"fp32": 2e-5, "fp16": 5e-3, "bf16": 5e-2}[case.dtype]
 
+    def cost(self, case: Case, provider: Provider) -> Cost:
+        questions = {"tangent": "dual"}
+        if case.group == STEP:
+            questions = {"tangent": "tangent-step", "primal": "ordinary-step"}
+        question = questions.get(provider.question, provider.question)
+        return model_cost(question, case.op, case.torch_dtype, case.shape[0], provider.part)
 
-@functools.lru_cache(maxsize=1)  # both groups ask, and the exact tangent takes long
+
+@functools.lru_cache(maxsize=1)  # both groups use it, and the exact tangent takes long
 def _operands(
     name: str, images: int, dtype: torch.dtype, device: torch.device, seed: int
 ) -> Operands:
@@ -181,12 +163,45 @@ def _operands(
         torch.manual_seed(seed)
         model = random_vit(name)
         delta = {n: 0.01 * torch.randn_like(p) for n, p in model.named_parameters()}
-        batch, targets = random_batch(model, images)
-    delta = {n: d.to(device, dtype) for n, d in delta.items()}
-    return Operands(model.to(device, dtype), delta, batch.to(device, dtype), targets.to(device))
+        inputs, targets = random_batch(model, images)
+    return Operands(
+        model.to(device, dtype),
+        {n: d.to(device, dtype) for n, d in delta.items()},
+        inputs.to(device, dtype),
+        targets.to(device),
+    )
 
 
-# --- the ways to run a model ---------------------------------------------------------------------
+def _compared(model: Any) -> list[str]:
+    """Parameters whose gradients are compared: one of each kind, those of TAFT-1 first."""
+    end = f"blocks.{len(blocks_of(model)) - 1}"
+    late = [f"{end}.attn.qkv.weight", f"{end}.mlp.fc2.weight", "norm.weight", "head.weight"]
+    return [*late, "patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"]
+
+
+def _forward(subject: Subject) -> Outputs:
+    f, *tangent = subject.run()
+    if subject.given is None:
+        return f, *tangent
+    return f, *(one + subject.given for one in tangent)
+
+
+def _step(subject: Subject, targets: Tensor, names: Sequence[str]) -> Outputs:
+    """Forward, loss, backward; the gradients are dropped but for the named ones."""
+    f, *tangent = subject.run()
+    logits = sum(tangent, start=f).float()  # as fit takes the loss of 16-bit logits
+    if subject.given is not None:
+        logits = logits + subject.given
+    F.cross_entropy(logits, targets).backward()
+    found: Any = tuple(subject.trained[name].grad for name in names)
+    for parameter in subject.trained.values():
+        parameter.grad = None
+    return found
+
+
+# --- providers -----------------------------------------------------------------------------------
+
+SUITE = ModelSuite()
 
 
 def taft(
@@ -206,24 +221,34 @@ def taft(
     return Subject(lambda: run(inputs), {**tangent.deltas()}, operands.besides(pattern))
 
 
-def finetune(operands: Operands, blocks: int | None = None, compiled: bool = False) -> Subject:
+def ordinary(operands: Operands, blocks: int | None = None, compiled: bool = False) -> Subject:
     """The ordinary model, its last blocks alone trained, or compiled."""
     pattern = EVERYTHING if blocks is None else last_blocks(operands.model, blocks)
     model = copy.deepcopy(operands.model)
-    trained = {n: p for n, p in model.named_parameters() if re.search(pattern, n)}
-    for parameter in trained.values():
-        parameter.requires_grad_()
+    trained = trained_parameters(model, pattern)
     run: Callable = torch.compile(model, dynamic=False) if compiled else model
-    return Subject(lambda: (run(operands.images),), trained, operands.besides(NOTHING))
+    return Subject(lambda: (run(operands.images),), {**trained}, operands.besides(NOTHING))
 
 
+PLAIN: Any = {"question": "primal"}
+SUITE.provider("taft-all")(taft)
+SUITE.provider("taft-1", part="last")(partial(taft, blocks=1))
+SUITE.provider("taft-1-cached", part="tail")(partial(taft, blocks=1, cached=True))
+SUITE.provider("finetune", **PLAIN)(ordinary)
+SUITE.provider("finetune-1", groups=(STEP,), part="last", **PLAIN)(partial(ordinary, blocks=1))
+
+
+@SUITE.provider("torch-jvp")
 def by_torch_jvp(operands: Operands) -> Subject:
     delta = {name: d.detach().requires_grad_() for name, d in operands.delta.items()}
     return Subject(lambda: torch_jvp(operands.model, operands.images, delta), delta, None)
 
 
+@SUITE.provider(
+    "finite-differences", groups=(FORWARD,), question="finite-differences", approximate=True
+)
 def by_finite_differences(operands: Operands) -> Subject:
-    """Two ordinary forward passes: a tangent with half the digits, at best."""
+    """Two ordinary forward passes."""
     model, images = operands.model, operands.images
     weights = dict(model.named_parameters())
     step = finite_difference_step(images.dtype)
@@ -236,41 +261,18 @@ def by_finite_differences(operands: Operands) -> Subject:
     return Subject(run, {}, None)
 
 
-# --- from a model to the call that is timed ------------------------------------------------------
+SLOW: Any = {"missing": compiling_is_slow}
+SUITE.provider("taft-all-compiled", **SLOW)(partial(taft, compiled=True))
+SUITE.provider("taft-1-compiled", part="last", **SLOW)(partial(taft, blocks=1, compiled=True))
+SUITE.provider("finetune-compiled", **SLOW, **PLAIN)(partial(ordinary, compiled=True))
 
 
-def _provider(
-    name: str, way: Callable[[Operands], Subject], cost: Callable[[Case], Cost], **more
-) -> Provider:
-    def prepare(case: Case, operands: Operands) -> Call:
-        subject = way(operands)
-        if case.group == FORWARD:
-            return torch.no_grad()(lambda: _forward(subject))
-        names = [name for name in representatives(operands.model) if name in subject.trained]
-        return lambda: _step(subject, operands.targets, names)
-
-    return Provider(name, prepare, cost, **more)
+# --- benchmarks ----------------------------------------------------------------------------------
 
 
-def _forward(subject: Subject) -> Outputs:
-    f, *tangent = subject.run()
-    if subject.given is None:
-        return f, *tangent
-    return f, *(one + subject.given for one in tangent)
+def test_model_forward(provider, benchmark) -> None:
+    provider.time(benchmark)
 
 
-def _step(subject: Subject, targets: Tensor, names: Sequence[str]) -> Outputs:
-    """Forward, loss, backward, gradients dropped but for the named ones; no optimizer."""
-    f, *tangent = subject.run()
-    logits = sum(tangent, start=f).float()  # as fit takes the loss of 16-bit logits
-    if subject.given is not None:
-        logits = logits + subject.given
-    F.cross_entropy(logits, targets).backward()
-    found: Any = tuple(subject.trained[name].grad for name in names)
-    for parameter in subject.trained.values():
-        parameter.grad = None
-    return found
-
-
-def _asks(question: str, **part: bool) -> Callable[[Case], Cost]:
-    return lambda case: cost(question, case.op, case.torch_dtype, case.shape[0], **part)
+def test_train_step(provider, benchmark) -> None:
+    provider.time(benchmark)

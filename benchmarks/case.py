@@ -1,0 +1,185 @@
+"""What is timed: cases, the providers that answer them, and suites that hold both."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Outputs = tuple[Tensor, ...]
+Call = Callable[[], Outputs]
+Extent = Literal["default", "full"]
+Missing = Callable[["Case", torch.device], str | None]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPILE_ON_CPU = "TANGENT_OPS_BENCH_COMPILE"  # environment variable
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least work that answers a question: floating-point operations and bytes of memory."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape.
+
+    Attributes:
+        group: "attention-forward", "train-step" ...: the name of the test, with dashes.
+        op: "attention", "layer_norm", a timm model's name ...
+        shape: its sizes, in the order that the suite documents.
+        dtype: a key of DTYPES.
+        causal: of attention.
+    """
+
+    group: str
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    causal: bool = False
+
+    def __str__(self) -> str:
+        words = [self.op, "x".join(map(str, self.shape)), self.dtype]
+        return " ".join([*words, "causal"] if self.causal else words)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+def never_missing(case: Case, device: torch.device) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute a case.
+
+    Attributes:
+        name: "ours", "torch-jvp", "sdpa-flash" ...
+        answer: the decorated function; its suite says what it takes and gives.
+        groups: the groups that it answers; empty: all.
+        question: what its least work is counted for: "tangent" (value and tangent), "primal" (the
+            value alone), or "finite-differences".
+        part: of a model: "all", "last" (block, norm and head) or "tail" (last, on cached tokens).
+        approximate: whether its tangent is a finite difference, with half the digits.
+        missing: (case, device) -> why it cannot run here, or None.
+    """
+
+    name: str
+    answer: Callable[..., Any]
+    groups: Sequence[str] = ()
+    question: str = "tangent"
+    part: str = "all"
+    approximate: bool = False
+    missing: Missing = never_missing
+
+
+class Suite:
+    """Cases of one kind and their providers; the first provider is this library's.
+
+    A subclass says what a case's operands are, how a provider's function becomes a call, and which
+    answer is right. A benchmark file has one, as ``SUITE``.
+    """
+
+    def __init__(self) -> None:
+        self._providers: list[Provider] = []
+
+    def provider(self, name: str, **options: Any) -> Callable[[Callable], Callable]:
+        """Registers the decorated function; the options are the attributes of Provider."""
+
+        def register(answer: Callable) -> Callable:
+            if any(one.name == name for one in self._providers):
+                raise ValueError(f"provider {name!r} is registered twice")
+            self._providers.append(Provider(name, answer, **options))
+            return answer
+
+        return register
+
+    def providers(self, case: Case) -> list[Provider]:
+        """Those that answer the case's group, in the order of registration."""
+        return [one for one in self._providers if not one.groups or case.group in one.groups]
+
+    def allowed(self, case: Case, provider: Provider) -> float:
+        """The largest relative error of a right answer.
+
+        Finite differences may err 1e4 times as much, or 10 % where that is less.
+        """
+        bound = self.bound(case)
+        return min(1e4 * bound, 0.1) if provider.approximate else bound
+
+    def cases(self, device: torch.device, extent: Extent) -> Sequence[Case]:
+        """The cases that fit the device: some minutes of them, or all."""
+        raise NotImplementedError
+
+    def inputs(self, case: Case, device: torch.device, seed: int) -> Any:
+        """Random operands."""
+        raise NotImplementedError
+
+    def expected(self, case: Case, inputs: Any) -> Outputs:
+        """The exact results in float64, or the part of them that can be afforded."""
+        raise NotImplementedError
+
+    def compared(self, case: Case, outputs: Outputs) -> Outputs:
+        """The part of a provider's results that ``expected`` computes."""
+        return outputs
+
+    def prepare(self, provider: Provider, case: Case, inputs: Any) -> Call:
+        """The call that is checked, then timed.
+
+        It gives the tensors of ``expected``, in that order. A provider that computes less, such as
+        plain attention, gives the first ones.
+        """
+        raise NotImplementedError
+
+    def bound(self, case: Case) -> float:
+        """The relative error, norm over norm, above which an answer is wrong."""
+        raise NotImplementedError
+
+    def cost(self, case: Case, provider: Provider) -> Cost:
+        """The least work that the provider's question needs."""
+        raise NotImplementedError
+
+
+# --- shared by several suites --------------------------------------------------------------------
+
+
+def finite_difference_step(dtype: torch.dtype) -> float:
+    """The h of (f(p + h t) - f(p)) / h: √eps, rounded up to a power of two.
+
+    The difference rounds at eps |f| / h, and the curvature adds h |f''|: both are then √eps where
+    p, t and the derivatives are of one size. A power of two multiplies and divides exactly.
+    float32: 2^-11; float16: 2^-5; bfloat16: 2^-3.
+    """
+    return 2.0 ** math.ceil(math.log2(torch.finfo(dtype).eps) / 2)
+
+
+def compiling_is_slow(case: Case, device: torch.device) -> str | None:
+    """Why a compiled provider is left out, or None."""
+    if device.type != "cpu" or os.environ.get(COMPILE_ON_CPU) == "1":
+        return None
+    return f"on the CPU only with {COMPILE_ON_CPU}=1: compiling takes a minute a case"
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Seconds on the host's clock; on CUDA, once the device has finished all that was launched."""
+    return _device_clock if device.type == "cuda" else time.perf_counter
+
+
+def _device_clock() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def leaves(tensors: Sequence[Tensor]) -> Any:
+    """The tensors, detached, as leaves that require gradients."""
+    return tuple(tensor.detach().requires_grad_() for tensor in tensors)

@@ -1,1 +1,0 @@
-"""The benchmark suite: what is asked (cases), who answers (providers), how it is measured."""
