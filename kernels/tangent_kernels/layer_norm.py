@@ -137,10 +137,6 @@ def layer_norm_backward_kernel(
             value = tl.where(inside, value - center, 0.0)
         normal = value * scale
         cotangent_t = load_row(grad_t, row, cols, inside)
-        if grad_bias_t is not None:
-            by_bias_t += tl.sum(cotangent_t, 0)
-        if grad_weight_t is not None:
-            by_weight_t += tl.sum(cotangent_t * normal, 0)
         into = cotangent_t  # a = w∘H
         if weight is not None:
             into = into * _vector(weight, line, width)
@@ -148,6 +144,10 @@ def layer_norm_backward_kernel(
             pulled = _project(into, normal, scale, inside, width, CENTER)  # J a
         if grad_x_t is not None:
             store_row(grad_x_t, row, cols, pulled, inside)
+        if grad_bias_t is not None:
+            by_bias_t += tl.sum(cotangent_t, 0)
+        if grad_weight_t is not None:
+            by_weight_t += tl.sum(cotangent_t * normal, 0)
 
         if x_t is not None and (grad_x is not None or grad_weight is not None):
             direction = load_row(x_t, row, cols, inside)

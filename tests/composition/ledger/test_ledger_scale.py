@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -93,12 +92,12 @@ def test_adding_and_forgetting_cost_one_delta_however_many_there_are(tmp_path):
             ledger.add(f"{number:04}", some_delta(number))
             costs[number] = Counter(add=added.bytes, forget=forgotten.bytes)
     print(f"\nbytes: {costs[50]} among 50 shards, {costs[999]} among 1,000")
-    first, last = (statistics.median(times[part]) for part in (0, 9))
+    first, last = (min(times[part]) for part in (0, 9))  # the fastest: other work slows some
     print(f"seconds per add: {first:.4f} among 100 shards, {last:.4f} among 1,000")
     for name in ("add", "forget"):
         # A delta is small here; with a kilobyte per shard it would be a million more.
         assert abs(costs[999][name] - costs[50][name]) < 100_000
-    assert last < 10 * first  # other work on the machine has its part in it
+    assert last < 10 * first
 
     expected = oracle((some_delta(number), 1) for number in range(1000))
     assert all(torch.equal(ledger.composed()[name], value) for name, value in expected.items())
