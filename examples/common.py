@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from assets import VIT_SMALL, DemoError, default_cache, fetch
-from backbone import load_backbone, load_timm
+from backbone import IMAGE_SIZE, load_backbone, load_timm
 from images import Images, by_owner, load_images, stratified
 from rich.console import Console
 from rich.markup import escape
@@ -92,6 +92,12 @@ def parser_of(description: str, private: int, shards: int = 0) -> argparse.Argum
     add = parser.add_argument
     add("--data", default="mnist", help="mnist, digits, or a folder with a sub-folder per class")
     add("--model", help="a timm model with published weights instead of the ViT-S/14 from pip")
+    add(
+        "--image-size",
+        type=int,
+        default=IMAGE_SIZE,
+        help="pixels, a multiple of 14; of the ViT-S/14",
+    )
     add("--private", type=int, default=private, help="private images; 100 more are public")
     if shards:
         add(
@@ -115,7 +121,7 @@ def load(options: argparse.Namespace) -> tuple[Any, Images]:
     if options.model:
         model = load_timm(options.model)
     else:
-        model = load_backbone(fetch(VIT_SMALL, options.cache))
+        model = load_backbone(fetch(VIT_SMALL, options.cache), options.image_size)
     images = load_images(options.data, resolve_model_data_config(model), options.cache)
     console.print(f"{model_name(model)}; {images.name}, {len(images.classes)} classes")
     return model, images

@@ -131,7 +131,7 @@ def _accuracies(axes: Axes, results: Results) -> None:
     axes.set_axisbelow(True)
     axes.margins(x=0.2)
     axes.set_xlabel("test accuracy, %")
-    axes.set_title("Shards composed, against all images at once", loc="left")
+    axes.set_title("Shards apart, composed, or pooled", loc="left")
 
 
 def _recalls(axes: Axes, results: Results) -> None:
@@ -158,24 +158,29 @@ def _recalls(axes: Axes, results: Results) -> None:
         axes.get_xticklabels()[place].set_fontweight("bold")
     axes.set_xlabel(f"class; bold: most of its images were in shard {results.forgotten}")
     axes.set_ylabel("test images recognised, %")
-    axes.set_ylim(0, 118)
-    axes.legend(frameon=False, loc="upper center", ncols=3, fontsize=8)
+    axes.set_ylim(0, 128)
+    axes.set_yticks(range(0, 101, 20))
+    axes.legend(frameon=False, loc="upper center", ncols=2, fontsize=9)
     axes.set_title("One shard forgotten, bit for bit", loc="left")
 
 
 def _times(axes: Axes, results: Results) -> None:
     """Seconds, on a logarithmic scale."""
     bars = [
-        ("train again\non all images", results.of("ordinary")[0].seconds, ORANGE),
+        ("fine-tune on\nall images pooled", results.of("ordinary")[0].seconds, ORANGE),
         ("train\none shard", results.of("shard")[0].seconds, BLUE),
         ("compose", results.of("composed")[0].seconds, BLUE),
         ("forget", results.of("forgotten")[0].seconds, PURPLE),
     ]
     names, seconds, colours = zip(*bars, strict=True)
     found = axes.barh(names, seconds, color=colours)
-    axes.bar_label(found, [f"{value:.2g} s" for value in seconds], padding=3)
+    axes.bar_label(
+        found,
+        [f"{value:.0f} s" if value >= 10 else f"{value:.1f} s" for value in seconds],
+        padding=3,
+    )
     axes.set_xscale("log")
     axes.margins(x=0.25)
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
-    axes.set_title("What it takes", loc="left")
+    axes.set_title("Time", loc="left")

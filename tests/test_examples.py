@@ -265,14 +265,14 @@ def run(module, out, *options):
     """Run a demo on scikit-learn's digits with a tiny random ViT; give the exit status."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "fetch", lambda asset, cache: Path("unused"))
-        patch.setattr(common, "load_backbone", lambda path: tiny_vit())
+        patch.setattr(common, "load_backbone", lambda path, size: tiny_vit())
         return module.main(["--data", "digits", "--quick", "--out", str(out), *options])
 
 
 def test_the_demo_composes_and_forgets(tmp_path, capsys):
     assert run(demo, tmp_path, "--epochs", "2") == 0
     said = capsys.readouterr().out
-    for words in ("public images", "shard-5 alone", "shards composed", "shard-3 forgotten"):
+    for words in ("public images", "shard-5 alone", "5 shards composed", "shard-3 forgotten"):
         assert len(re.findall(rf"{words}.* \d+\.\d %", said)) == 1, words
     assert "bit for bit" in said
     chart = (tmp_path / "demo.png").read_bytes()
