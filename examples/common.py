@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -212,7 +213,9 @@ def run(demo: Callable[[argparse.Namespace], None], options: argparse.Namespace)
     """Run a demo; print an error that the user can put right; return the exit status."""
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        demo(options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # torch's own
+            demo(options)
     except (DemoError, TangentOpsError) as error:
         message = f"[bold red]error:[/bold red] {escape(str(error))}"
         Console(stderr=True).print(message, highlight=False)
