@@ -204,6 +204,16 @@ def test_home_shapes(dtype, rows, device) -> None:
     check(make_call(q, k, v), tangents, grad, grad_t[None])
 
 
+@several_tiles
+def test_whole_tiles_and_tails_of_grouped_heads_with_a_bias_of_keys(device) -> None:
+    torch.manual_seed(0)
+    q, grad = contiguous(1, 2, 18, 24, device=device), contiguous(1, 2, 18, 40, device=device)
+    k, v = contiguous(1, 1, 35, 24, device=device), contiguous(1, 1, 35, 40, device=device)
+    operands = (q, k, v, torch.randn(1, 1, 1, 35, device=device))
+    tangents = tangents_like(operands, 1, (True,) * 4)
+    check(make_call(*operands), tangents, grad, torch.randn_like(grad)[None])
+
+
 @pytest.mark.parametrize("dims", [(256, 136), (72, 256)])
 def test_wide_heads_in_two_groups(dims, device) -> None:
     torch.manual_seed(0)
