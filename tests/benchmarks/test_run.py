@@ -57,6 +57,12 @@ def test_plain(benchmark):
 """
 
 
+@pytest.fixture(autouse=True)
+def no_worker(monkeypatch):
+    """pytest-benchmark times nothing in a worker of pytest-xdist, as this process may be."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 def pytest_run(folder, factor: float = 1.0, *options: str) -> int:
     """Of the tiny suite, in this process, with the benchmarks' own conftest."""
     bench = folder / f"bench_{folder.name}.py"  # a module of its own
