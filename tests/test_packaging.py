@@ -90,7 +90,7 @@ def test_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
     expected = {
         path.relative_to(root).as_posix()
         for root, package in ((ROOT, "tangent_ops"), (ROOT / "kernels", "tangent_kernels"))
-        for pattern in ("*.py", "*.json", "*.j2")
+        for pattern in ("*.py", "*.json", "*.j2", "py.typed")
         for path in (root / package).rglob(pattern)
     }
     assert files == expected
