@@ -15,7 +15,7 @@ from ledger_helpers import assert_tidy, oracle, some_delta
 
 from tangent_ops import Ledger
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 GROWTH = """
 import re, sys
