@@ -1,4 +1,4 @@
-"""Composition: adding deltas adds what they do to the outputs, because the model is linear."""
+"""`compose`: weighted sums of deltas; a tangent model's outputs follow, as it is linear in them."""
 
 from __future__ import annotations
 
@@ -39,38 +39,38 @@ def compose(
 ) -> Delta:
     """Weighted sum of deltas, sum_k w_k delta_k, with one of them in memory at a time.
 
-    The outputs of a tangent model follow: f + sum_k w_k J delta_k (Liu, Golatkar, Soatto: "Tangent
+    With the sum a tangent model computes f + sum_k w_k J delta_k (Liu, Golatkar, Soatto: "Tangent
     Transformers for Composition, Privacy and Removal", ICLR 2024). To forget a shard, compose the
-    others again; its delta never enters the sum.
+    other shards' deltas again.
 
     Args:
         deltas: deltas of one anchor, and one basis if they are of low rank, or paths of files,
             opened one after the other. All have the same names, shapes and dtypes. An iterator is
             consumed.
-        weights: one finite number per delta; None for the mean; or "least-squares" for those that
-            fit ``data`` best. These are chosen anew for the deltas at hand, since weights chosen
-            when a forgotten shard was there leak it; files are then opened once more for every
-            batch. A :class:`~tangent_ops.composition.least_squares.LeastSquaresWeights` can be kept
-            instead, and solves again without data.
-        tangent: for least squares: the tangent model; it stays as it is.
+        weights: one finite number per delta; None for the mean; or "least-squares" for the weights
+            that fit ``data`` best. Least squares open files once more for every batch, and must be
+            solved again after a shard was forgotten, because the old weights depend on its delta. A
+            :class:`~tangent_ops.composition.least_squares.LeastSquaresWeights` solves again without
+            data.
+        tangent: for least squares: the tangent model; it is not changed.
         data: for least squares: validation data, a Dataset of (input, target) or a DataLoader.
         loss: for least squares: a convex quadratic one; None for `RescaledSquareLoss()`.
-        ridge: for least squares: times half the weights' squared norm, added to the mean loss; None
-            for the least that rounding asks for.
+        ridge: for least squares: the mean loss is increased by ridge/2 times the weights' squared
+            norm; None for the smallest ridge that rounding permits.
 
     Returns:
-        The sum, accumulated in float64, in the deltas' dtypes and on the first one's device. One
-        delta with weight 1 comes back bit for bit. Its `meta` is the first delta's without shard
-        and extra, and with the loss only if all share it; None if a delta has no meta.
+        The sum, accumulated in float64, in the deltas' dtypes and on the first one's device. A
+        single delta with weight 1 is returned bit for bit. `meta` is the first delta's without
+        shard and extra, and with the loss only if all share it; None if a delta has no meta.
 
     Raises:
-        ArgumentError: no deltas, something that is no delta, a wrong number of weights, or a
-            weight that is not finite; or least squares without tangent and data, the other way
-            round, or what `LeastSquaresWeights` refuses.
+        ArgumentError: no deltas, an item that is not a delta, a wrong number of weights, a weight
+            that is not finite, least squares without tangent and data, options of least squares
+            without it, or what `LeastSquaresWeights` refuses.
         DeltaError: deltas of different anchors, ranks, bases, names, shapes or dtypes; values that
             are not finite, in a delta or in the sum.
-        DeltaFileError: a file is truncated, was edited or is no delta file.
-        NonFiniteLossError: least squares, and outputs are NaN or infinite.
+        DeltaFileError: a file is truncated, was edited or is not a delta file.
+        NonFiniteLossError: outputs are NaN or infinite in least squares.
     """
     check_several(deltas)
     if isinstance(weights, str):
@@ -84,11 +84,14 @@ def compose(
         options = {"tangent": tangent, "data": data, "loss": loss, "ridge": ridge}
         given = [name for name, value in options.items() if value is not None]
         if given:
-            raise ArgumentError(f"{given[0]} is for weights='least-squares' only: pass that, too")
+            raise ArgumentError(
+                f"{given[0]} is for weights='least-squares' only, got weights={weights!r}: "
+                f"pass weights='least-squares', or leave {given[0]} out"
+            )
         weights = None if weights is None else _checked(weights)
 
     total = _WeightedSum()
-    # Counted by hand: enumerate and zip hold on to the last item while the next one is made.
+    # No enumerate or zip: they keep the last delta in memory while the next one is loaded.
     for item in deltas:
         if weights is not None and total.count == len(weights):
             raise ArgumentError(f"{len(weights)} weights for more than {len(weights)} deltas")
@@ -102,7 +105,7 @@ def compose(
 
 
 class _WeightedSum:
-    """The running sum; it knows the first delta's layout and anchor and refuses any other."""
+    """The running sum; add() refuses a delta of another layout or anchor than the first one's."""
 
     def __init__(self) -> None:
         self.count = 0

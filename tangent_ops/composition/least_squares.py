@@ -1,4 +1,4 @@
-"""Weights of a composition by least squares on validation data."""
+"""`LeastSquaresWeights`: weights of a composition that fit validation data best."""
 
 from __future__ import annotations
 
@@ -36,33 +36,33 @@ from tangent_ops.ops.levels import functional_call
 
 
 class LeastSquaresWeights:
-    """The weights of K deltas that fit validation data best, and of any part of the deltas.
+    """Least-squares weights of K deltas, or of any subset of them, on validation data.
 
     For f0 the anchor's outputs and F_k = J delta_k (N, C), the weights are
 
         argmin over α of mean loss(f0 + sum_k α_k F_k) + ridge/2 ‖α‖²
             = (FᵀAF + ridge I)⁻¹ (-Fᵀg)
 
-    with g and A the gradient and Hessian of the mean loss by the outputs, at f0. The data are read
-    once, with one Jacobian-vector product per delta and sample, when the object is made. It keeps
-    FᵀAF and -Fᵀg alone, whose entries tell of the deltas they belong to and of no other.
+    with g and A the gradient and Hessian of the mean loss by the outputs, at f0. The constructor
+    reads the data once, with one Jacobian-vector product per delta and sample. The object keeps
+    FᵀAF and -Fᵀg only; each entry depends only on the deltas of its row and column.
 
-    To forget a shard, solve again with `weights(keep=...)`, which needs no data: weights chosen
-    when the shard was there were fitted around what it does, and leak it. This object, too, still
-    has its row; make it anew without the shard's delta before you hand it on.
+    To forget a shard, solve again with `weights(keep=...)`, which needs no data: weights that were
+    fitted with the shard's delta depend on it. This object still holds the delta's row; build a new
+    one without that delta before you share it.
 
     Args:
         deltas: of the tangent model's anchor (and basis), or paths of files, which are opened one
             after the other, once to check them and once for every batch.
-        tangent: the tangent model. Its own deltas play no part and stay as they are.
+        tangent: the tangent model. Its own deltas are neither used nor changed.
         data: validation data: a Dataset of (input, target), or a DataLoader.
         loss: (logits, targets) -> scalar mean over the batch, quadratic and convex in the logits;
             None for `RescaledSquareLoss()`.
-        ridge: pulls the weights to zero; 0 for plain least squares, which needs deltas that do
-            linearly independent things. None for the least that rounding asks for, by which copies
-            of a delta share its weight: the machine epsilon of the outputs' dtype (at least
-            1e-12) times the mean diagonal entry of FᵀAF, of the deltas that are kept.
-        batch_size: of a Dataset; a DataLoader has its own.
+        ridge: pulls the weights to zero; 0 for plain least squares, which needs deltas with
+            linearly independent F_k. None for the smallest ridge that rounding permits: the machine
+            epsilon of the outputs' dtype (at least 1e-12) times the mean diagonal entry of FᵀAF
+            over the deltas that are kept. Copies of a delta then share its weight.
+        batch_size: for a Dataset; a DataLoader has its own.
         progress: show a bar if it takes more than two seconds.
 
     Attributes:
@@ -71,12 +71,12 @@ class LeastSquaresWeights:
         ridge: as given.
 
     Raises:
-        ArgumentError: no deltas, something that is no delta, data that is empty or yields something
-            else, a ridge that is negative or not finite, a model of other outputs than one tensor,
-            or a loss that is no mean over the samples, not quadratic or not convex.
+        ArgumentError: no deltas, an item that is not a delta, data that is empty or does not yield
+            (input, target), a ridge that is negative or not finite, a model that does not return
+            one tensor, or a loss that is not a mean over the samples, not quadratic or not convex.
         DeltaError: a delta of another anchor, rank, basis, names or shapes than the tangent model's
             own; values that are not finite.
-        DeltaFileError: a file is truncated, was edited or is no delta file.
+        DeltaFileError: a file is truncated, was edited or is not a delta file.
         NonFiniteLossError: outputs are NaN or infinite.
     """
 
@@ -117,17 +117,17 @@ class LeastSquaresWeights:
         _check_convex(loss, self.matrix)
 
     def weights(self, keep: Sequence[int] | None = None) -> list[float]:
-        """Solve for the weights of the deltas, or of a part of them, as if there were no others.
+        """Solve for the weights of all deltas, or of a subset as if there were no others.
 
         Args:
-            keep: positions, in the list of deltas, of those that stay; None for all.
+            keep: positions, in the list of deltas, of those that are kept; None for all.
 
         Returns:
-            One weight per delta that stays, in the order of `keep`: for :func:`compose`.
+            One weight per kept delta, in the order of `keep`, for :func:`compose`.
 
         Raises:
-            ArgumentError: keep is empty, or holds something else than distinct positions; or
-                without enough ridge the weights are not unique, and the error says which.
+            ArgumentError: keep is empty or not a list of distinct positions; or the ridge is too
+                small for unique weights, and the message names the deltas.
         """
         kept = self._positions(keep)
         matrix, vector = self.matrix[kept][:, kept], self.vector[kept]
@@ -135,7 +135,7 @@ class LeastSquaresWeights:
         ridge = least if self.ridge is None else self.ridge
         matrix.diagonal().add_(ridge)
 
-        # With a unit diagonal, which small deltas among large ones do not spoil.
+        # Scaled to a unit diagonal, so that small deltas among large ones do not look dependent.
         scale = torch.where(matrix.diagonal() > 0, matrix.diagonal().rsqrt(), 1.0)
         values, vectors = torch.linalg.eigh(scale[:, None] * matrix * scale)
         flat = values <= (self._rounding if ridge < least else 0.0)
@@ -143,14 +143,14 @@ class LeastSquaresWeights:
             taking_part = vectors[:, flat].square().sum(dim=1) > 1e-6
             which = [k for k, part in zip(kept, taking_part.tolist(), strict=True) if part]
             raise ArgumentError(
-                f"the weights of deltas {which} are not unique: on these data they do nothing, or "
-                "linearly dependent things, to the outputs. Leave some out, or pass a larger "
-                "ridge (None for the least that is enough)"
+                f"the weights of deltas {which} are not unique: on these data their effects on the "
+                "outputs are zero or linearly dependent. Leave some out, or pass a larger "
+                "ridge (None for the smallest that is enough)"
             )
         return (scale * (vectors @ ((scale * vector) @ vectors / values))).tolist()
 
     def _read(self, columns: _Columns, loader: DataLoader, loss: Loss, bar: tqdm) -> None:
-        """Sum FᵀAF and -Fᵀg over the batches, each times its number of samples."""
+        """Average FᵀAF and -Fᵀg over the batches, weighted by their numbers of samples."""
         self.matrix = torch.zeros(columns.count, columns.count, dtype=torch.float64)
         self.vector = torch.zeros(columns.count, dtype=torch.float64)
         self._rounding = 1e-12  # relative, of the matrix
@@ -191,7 +191,7 @@ class LeastSquaresWeights:
 
 
 class _Columns(nn.Module):
-    """What each delta does to the outputs; the tangent model is run with it in place of its own."""
+    """The columns F_k: runs the tangent model with each delta in place of its own."""
 
     def __init__(self, tangent: LinearizedModel, deltas: list[DeltaLike]) -> None:
         super().__init__()
@@ -207,14 +207,15 @@ class _Columns(nn.Module):
         return self.tangent.primal_and_tangent(inputs)
 
     def of(self, inputs: Tensor, bar: tqdm) -> tuple[Tensor, list[Tensor]]:
-        """Outputs (n, ...) of the anchor, and of each delta what it adds to them, shaped so too."""
+        """The anchor's outputs (n, ...), and for each delta J delta, of the same shape."""
         outputs, effects = inputs, []
         for index in range(self.count):
             outputs, effect = functional_call(self, self._open(index), (inputs,))
             if not isinstance(outputs, Tensor):
                 kind = type(outputs).__name__
                 raise ArgumentError(
-                    f"least squares need a model of one output tensor, got a {kind}"
+                    f"least squares need a model that returns one output tensor, got a {kind}: "
+                    "wrap the model in a module that returns its logits"
                 )
             if not (outputs.isfinite().all() and effect.isfinite().all()):
                 raise NonFiniteLossError(

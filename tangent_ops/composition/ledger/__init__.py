@@ -1,4 +1,4 @@
-"""The ledger: a folder of shards' deltas that gives their mean, and forgets a shard exactly."""
+"""The ledger: a folder of shards' deltas with their weighted mean, and exact forgetting."""
 
 from tangent_ops.composition.ledger.ledger import Entry, Ledger
 from tangent_ops.composition.ledger.records import Event

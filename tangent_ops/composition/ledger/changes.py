@@ -1,8 +1,8 @@
-"""A change of the ledger: new files, then the database's commit, then the old files are erased.
+"""Atomic changes of a ledger: write new files, commit the database, erase the old files.
 
-Before the commit nothing that the database names is touched; after it, only what it names no more.
-A crash leaves files that it does not name. `sweep` erases them, alone with the database, so that
-the files of a change under way stay. Other people's files are left alone: see `own_files`.
+Files that the database names are not touched before the commit. A crash leaves files that the
+database does not name; `sweep` erases them under the database's write lock, so it cannot meet a
+change in progress. Files that the ledger did not write are never erased: see `own_files`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tangent_ops.files import erase
 
 
 class Folder:
-    """Where the files are."""
+    """The ledger's folders of deltas and sums."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,7 +40,7 @@ class Folder:
         self.sums = path / "sums"
 
     def check(self) -> None:
-        """Raise LedgerError if a link, or anything but a folder, is where the files should be."""
+        """Raise LedgerError if a link, or anything but a folder, is in place of a folder."""
         check_folder(self.deltas)
         check_folder(self.sums)
 
@@ -51,7 +51,7 @@ class Folder:
         return sums | {self.deltas / row.seal.name for row in transaction.shards()}
 
     def unnamed(self, transaction: Transaction) -> tuple[list[Path], list[Path]]:
-        """Files that the database does not name: those of an interrupted change, and others'."""
+        """Files that the database does not name: the ledger's own, and foreign ones."""
         self.check()
         key = transaction.key()
         found = {*self.deltas.iterdir(), *self.sums.iterdir()} - self.named(transaction)
@@ -59,7 +59,7 @@ class Folder:
         return sorted(ours), sorted(found - ours)
 
     def check_erasable(self, path: Path, transaction: Transaction) -> None:
-        """Raise LedgerError for what is no regular file, or has a name that is still in use."""
+        """Raise LedgerError for a special file, or a hard link to a file that is still in use."""
         check_file(path)
         own = _identity(path)
         if own is None or own.st_nlink == 1:
@@ -74,50 +74,50 @@ class Folder:
 
 
 def _identity(path: Path) -> os.stat_result | None:
-    """None if it is gone: another process may erase it at any moment."""
+    """Device and inode, or None if the file is gone: another process may erase it any time."""
     with suppress(FileNotFoundError):
         return path.stat()
     return None
 
 
 class Change:
-    """One change under way."""
+    """A change in progress."""
 
     def __init__(self, transaction: Transaction, folder: Folder) -> None:
         self.transaction = transaction
-        self.started = False  # writing files
+        self.started = False  # True once a file is written
         self.obsolete: list[Path] = []
         self._folder = folder
 
     def add_shard(self, delta: Mapping[str, Tensor], meta: DeltaMeta | None, label: Label) -> None:
-        """Write a shard's file, and record it."""
+        """Write a shard's file and record it."""
         self.started = True
         path = self._folder.deltas / new_name(self.transaction.key())
         seal = shard_file.save(path, delta, meta, label)
         self.transaction.insert(Row(label.shard, seal, _now()))
 
     def remove_shard(self, row: Row) -> None:
-        """Let a shard go, and its file."""
-        self._let_go(self._folder.deltas / row.seal.name)
+        """Record that a shard was forgotten; its file is erased after the commit."""
+        self._erase_later(self._folder.deltas / row.seal.name)
         self.transaction.delete(row.shard, _now())
 
     def set_sum(self, total: RunningSum) -> None:
-        """Write the running sum, in place of the last one."""
+        """Write the running sum; the previous one's file is erased after the commit."""
         self.started = True
         old = self.transaction.sum()
         if old is not None:
-            self._let_go(self._folder.sums / old.name)
+            self._erase_later(self._folder.sums / old.name)
         path = self._folder.sums / new_name(self.transaction.key())
         self.transaction.set_sum(total.save(path))
 
-    def _let_go(self, path: Path) -> None:
+    def _erase_later(self, path: Path) -> None:
         self._folder.check_erasable(path, self.transaction)
         self.obsolete.append(path)
 
 
 @contextmanager
 def change(records: Records, folder: Folder) -> Iterator[Change]:
-    """Make one change: all of it, or, if there is an error, nothing.
+    """Make one change completely, or, if there is an error, not at all.
 
     Raises:
         LedgerError: the change is made, but an old file could not be erased.
@@ -130,7 +130,7 @@ def change(records: Records, folder: Folder) -> Iterator[Change]:
             yield current
     except BaseException:
         if current is not None and current.started:
-            with suppress(LedgerError, OSError):  # the next to open the ledger tries again
+            with suppress(LedgerError, OSError):  # opening the ledger sweeps again
                 sweep(records, folder)
         raise
     try:
@@ -138,13 +138,13 @@ def change(records: Records, folder: Folder) -> Iterator[Change]:
             erase(path)
     except OSError as error:
         raise LedgerError(
-            f"the change is made, but a file it leaves behind could not be erased: {error}. "
-            "Opening the ledger again tries once more"
+            f"the change is made, but an old file could not be erased: {error}. "
+            "Open the ledger again to erase it"
         ) from error
 
 
 def sweep(records: Records, folder: Folder) -> None:
-    """Erase what interrupted changes left; waits for a change under way, if there is one."""
+    """Erase the files that interrupted changes left, after any change in progress has ended."""
     with records.reading() as transaction:
         found, _ = folder.unnamed(transaction)
     if not found:
@@ -161,7 +161,7 @@ def sweep(records: Records, folder: Folder) -> None:
 def _knows_all(transaction: Transaction, folder: Folder) -> bool:
     """Whether the database names as many shards as the sum counts.
 
-    Or it lost rows, or is an old copy, and what it does not name may be all there is of a shard.
+    If not, the database lost rows or is an old copy, and an unnamed file may be a shard's only one.
     """
     seal = transaction.sum()
     if seal is None:

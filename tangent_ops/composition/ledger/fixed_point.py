@@ -1,9 +1,9 @@
-"""Fixed point: numbers as int64 multiples of 2^-40, whose sums do not depend on the order.
+"""Fixed-point arithmetic: int64 multiples of 2^-40, whose sums do not depend on the order.
 
-A term w δ is the float64 product, rounded to the nearest multiple of 2^-40 (9.1e-13), ties to even,
-so by 4.6e-13 at most, besides the product's own |w δ| · 2^-53. With a weight of 1 these values go
-in exactly: float16 always; float32 from 2^-17 (7.6e-6) up, bfloat16 from 2^-33 (1.2e-10) up and
-float64 from 2^12 up, since their own spacing is no finer there.
+A term w δ is the float64 product, rounded to the nearest multiple of 2^-40 (9.1e-13), ties to even:
+an error of at most 4.6e-13, in addition to the product's own |w δ| · 2^-53. With a weight of 1
+these values are exact, because their own spacing is no finer: every float16, float32 from 2^-17
+(7.6e-6) up, bfloat16 from 2^-33 (1.2e-10) up and float64 from 2^12 up.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 from tangent_ops.errors import LedgerError
 
 FRACTION_BITS = 40
-LIMIT = 2**63 - 1  # of int64: values up to 2^23 in magnitude
+LIMIT = 2**63 - 1  # the largest int64: values up to 2^23 in magnitude
 
 _UNIT = 2.0**FRACTION_BITS
 
 
 def to_fixed(values: Tensor, weight: float) -> Tensor:
-    """weight · values as int64 on the CPU; the caller knows from `reach` that they fit."""
+    """weight · values as int64 on the CPU; `reach` must have shown that they fit."""
     return (values.detach().cpu().double() * weight * _UNIT).round().to(torch.int64)
 
 
@@ -40,7 +40,7 @@ def reach(delta: Mapping[str, Tensor], weight: float, what: str) -> int:
     """
     largest = max((float(v.detach().abs().max()) for v in delta.values() if v.numel()), default=0.0)
     scaled = largest * weight * _UNIT
-    if scaled > LIMIT:  # infinity, too
+    if scaled > LIMIT:  # also if infinite
         raise LedgerError(
             f"{what} is out of range: weight {weight:g} times the largest value {largest:g} is "
             f"beyond {LIMIT / _UNIT:g}. Use a smaller weight"
