@@ -160,7 +160,9 @@ def _recalls(axes: Axes, results: Results) -> None:
     axes.set_ylabel("test images recognised, %")
     axes.set_ylim(0, 128)
     axes.set_yticks(range(0, 101, 20))
-    axes.legend(frameon=False, loc="upper center", ncols=2, fontsize=9)
+    axes.legend(
+        frameon=False, loc="upper center", ncols=2, fontsize=8, handlelength=1.5, columnspacing=1
+    )
     axes.set_title("One shard forgotten, bit for bit", loc="left")
 
 
