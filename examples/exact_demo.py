@@ -69,7 +69,7 @@ def demo(options: argparse.Namespace) -> None:
     l2 = influence.l2 = min(validation, key=lambda row: row.loss).l2
     facts.append(
         f"Leave-one-out on {len(union)} images chose l2 = {l2:g}: the losses of {len(L2S)} times "
-        f"{len(union)} fits, none of which was run, in {seconds:.0f} s."
+        f"{len(union)} fits, none of which was run, in {seconds:.1f} s."
     )
 
     step(f"Fit all {len(union)} images to the optimum, by conjugate gradients")
@@ -144,9 +144,10 @@ def explain(influence: Influence, prepared: Prepared, options: argparse.Namespac
     said = " and ".join(f"{logits[c]:.1f} ± {sure[c]:.1f} for {names[c]}" for c in (taken, target))
     worst = int(scores.argmin())
     return [
-        f"Of {len(scores)} training images, {int((scores > 0).sum())} helped one image that is "
-        f"taken for a {names[taken]}; without the most harmful one, a {sample(worst)[1]}, its loss "
-        f"would be {-float(scores[worst]):.2g} lower: exactly, without training again.",
+        f"Of {len(scores)} training images, {int((scores > 0).sum())} helped one image of class "
+        f"{names[target]}, taken for {names[taken]}; without the most harmful one, of class "
+        f"{sample(worst)[1]}, its loss would be {-float(scores[worst]):.2g} lower: exactly, "
+        "without training again.",
         f"The model's logits for that image: {said} (one posterior standard deviation).",
     ]
 
