@@ -1,4 +1,4 @@
-"""What every test folder shares: long files first, and no GPU tests where there is no GPU."""
+"""What every test folder shares: long files first, and which tests this process can run."""
 
 from __future__ import annotations
 
@@ -8,23 +8,36 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tangent_ops.ops.backend import interpreting
+
 # Tiny tensors gain nothing from threads, and lose a lot where cores are shared.
 torch.set_num_threads(1)
 
 
 # They take longest: started first where files are shared out over processes (`make test`).
-FIRST = ("test_interpreted_", "test_run_shards.py", "test_ledger_crashes.py")
+FIRST = (
+    "test_attention_matrix.py",
+    "test_attention_kernels.py",
+    "test_run_shards.py",
+    "test_ledger_crashes.py",
+)
 
 
 @pytest.hookimpl(trylast=True)  # after the folders' own hooks, which add the marker
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.path.name.startswith(FIRST))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in FIRST)
+    if interpreting():  # the other tests want compiled kernels, or none
+        config.hook.pytest_deselected(items=[i for i in items if "triton" not in i.keywords])
+        items[:] = [item for item in items if "triton" in item.keywords]
     if torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    no_kernels = pytest.mark.skip(reason="needs a CUDA device, or TRITON_INTERPRET=1")
     for item in items:
         if "gpu" in item.keywords:
-            item.add_marker(skip)
+            item.add_marker(no_gpu)
+        elif "triton" in item.keywords and not interpreting():
+            item.add_marker(no_kernels)
 
 
 @pytest.fixture(autouse=True)

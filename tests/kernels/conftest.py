@@ -1,8 +1,4 @@
-"""The kernels' tests run on a GPU, or interpreted on the CPU in a process of their own.
-
-Under TRITON_INTERPRET=1 (see interpreted.py) they run here and now; otherwise they are marked
-``gpu``.
-"""
+"""The kernels' tests: on a GPU, or interpreted on the CPU where TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -13,17 +9,12 @@ import pytest
 from tangent_ops.ops.backend import interpreting
 
 HERE = Path(__file__).parent
-DRIVERS = "test_interpreted_"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if (
-            item.path.parent == HERE
-            and not item.path.name.startswith(DRIVERS)
-            and not interpreting()
-        ):
-            item.add_marker(pytest.mark.gpu)
+        if item.path.parent == HERE:
+            item.add_marker(pytest.mark.triton)
 
 
 @pytest.fixture

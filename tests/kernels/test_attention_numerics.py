@@ -109,7 +109,7 @@ def test_scores_far_from_zero_do_not_overflow(device) -> None:
         assert oracle.error(one, right) < allowed * float(right.norm())
 
 
-@pytest.mark.skipif("not torch.cuda.is_available()", reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_long_sequence(dtype, device) -> None:
     assert not interpreting()

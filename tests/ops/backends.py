@@ -1,4 +1,4 @@
-"""Which backends a test runs on in this process, and on which device."""
+"""The backends that a test runs on, and their devices."""
 
 from __future__ import annotations
 
@@ -10,14 +10,8 @@ from tangent_ops.ops.backend import interpreting
 
 
 def backends(*names: str) -> list[Any]:
-    """Those of ``names`` that run here, for ``pytest.mark.parametrize``.
-
-    "triton" runs alone under TRITON_INTERPRET=1, where tests/kernels/ starts this folder once more;
-    elsewhere it is marked ``gpu``.
-    """
-    if interpreting():
-        return [name for name in names if name == "triton"]
-    return [pytest.param(n, marks=pytest.mark.gpu) if n == "triton" else n for n in names]
+    """``names`` for ``pytest.mark.parametrize``; "triton" is marked ``triton``."""
+    return [pytest.param(n, marks=pytest.mark.triton) if n == "triton" else n for n in names]
 
 
 def device_of(backend: str | None) -> str:

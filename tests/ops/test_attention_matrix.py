@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tangent_ops.ops.backend import interpreting
 from tests.ops import oracle
 from tests.ops.backends import backends, device_of
 from tests.ops.transforms import CELLS, DEEP, SHAPE, outcome, plain_cell, title, value
@@ -55,7 +54,6 @@ def test_the_default_on_a_gpu(cell) -> None:
     check(cell, "default", torch.float32, "cuda")
 
 
-@pytest.mark.skipif(interpreting(), reason="knows no backend")
 @pytest.mark.parametrize("cell", sorted({plain_cell(cell) for cell in CELLS}), ids=title)
 def test_the_oracle_agrees_with_attention_spelled_out(cell) -> None:
     def spelled_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Run the gpu tests and, where it is installed, compute-sanitizer; needs a CUDA device.
+"""Run the tests that need a GPU and, where it is installed, compute-sanitizer; needs a CUDA device.
 
 python3 -m tools.kernels.gpu_check    # from the repository's root, with PYTHONPATH=.:kernels
 """
@@ -23,7 +23,7 @@ def main() -> int:
         )
         return 1
     python = sys.executable
-    steps = {"tests": [python, "-m", "pytest", "-m", "gpu", "tests"]}
+    steps = {"tests": [python, "-m", "pytest", "-m", "gpu or triton", "tests"]}
     for tool in ("memcheck", "racecheck") if shutil.which("compute-sanitizer") else ():
         sanitizer = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=1"]
         steps[tool] = [*sanitizer, python, "-m", "tools.kernels.sanitize_kernels"]
