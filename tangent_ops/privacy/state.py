@@ -12,7 +12,8 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from tangent_ops.errors import ArgumentError
-from tangent_ops.exact.checkpoint import Checkpoint, check_path
+from tangent_ops.exact.checkpoint import Checkpoint
+from tangent_ops.files import check_target
 from tangent_ops.privacy.noise import NoiseSource
 from tangent_ops.privacy.sampling import Key
 
@@ -55,8 +56,9 @@ class State:
             ArgumentError: the file is damaged, no checkpoint, or of another fit; or the path is a
                 folder, or its folder does not exist.
         """
-        check_path(path)
-        self._file, self._every = Checkpoint(Path(path), identity), every
+        path = Path(path).resolve()
+        check_target(path)
+        self._file, self._every = Checkpoint(path, identity), every
         found = self._file.read()
         if found is None:
             return
