@@ -24,7 +24,7 @@ from tangent_ops.files import add_tensor
 from tangent_ops.model.features import CachedFeatures
 from tangent_ops.model.linearized import LinearizedModel
 
-STANDARD = 1e-4  # data this close to mean 0 and deviation 1 were standardised, not so by chance
+STANDARD = 1e-4  # only standardised data are this close to mean 0 and deviation 1
 WHITENING = ("LinearTransformation",)  # torchvision's; its matrix is computed from data
 
 

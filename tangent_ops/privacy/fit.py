@@ -47,8 +47,8 @@ UNUSED = {
 _OPTIMIZERS = {**OPTIMIZERS, "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr)}
 ASSUMES = (
     "the anchor, its head included, and the preprocessing do not depend on these samples",
-    "the options of this fit do not, either; choosing them by trials on these samples costs more",
-    "one sample is one person's: a person with k samples has the guarantee of k (group privacy)",
+    "the options of this fit do not depend on these samples; choosing them by trials costs more",
+    "each person has one sample; with k samples the guarantee is weaker (group privacy)",
     "the numbers of samples and steps are public; losses and gradients of the fit are not",
 )
 
@@ -94,8 +94,8 @@ def fit_private(
     DP-SGD (Abadi et al., "Deep Learning with Differential Privacy", CCS 2016). In each of T steps
     every sample is drawn independently with probability q = E/N. The drawn samples' gradients are
     clipped to norm C and summed; Gaussian noise of standard deviation σ C is added to every entry
-    of the sum, which is divided by E and makes a step. With one sample more or less, outcomes of
-    probability p have a probability of e^ε p + δ at most.
+    of the sum; the optimizer makes a step with the result divided by E. With one sample more or
+    less, outcomes of probability p have a probability of e^ε p + δ at most.
 
     In a group of processes (`torch.distributed` is initialised) every process gets the same data
     set and takes its part of every batch; the noise is added once. Autocast is off here.

@@ -66,7 +66,7 @@ class NoiseSource:
         if self._secure:
             return f"os.urandom, {_TERMS} Gaussian draws summed to one (Holohan, Braghin 2021)"
         if self._seed is not None:
-            return f"a generator with the seed {self._seed}: no privacy against anyone who has it"
+            return f"a generator with the seed {self._seed}: no privacy if others know it"
         return (
             "a generator seeded by the operating system, in floating point: no protection against "
             "attacks on the generator or on rounding"

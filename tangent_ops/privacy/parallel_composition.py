@@ -190,7 +190,7 @@ def ledger_privacy(ledger: Ledger) -> LedgerPrivacy:
             raise type(error)(f"shard {shard!r}: {error}") from error
         statements[shard] = statement
     if not statements:
-        raise LedgerError(f"{ledger.path} is empty: there is no delta with a statement. Add one")
+        raise LedgerError(f"{ledger.path} is empty: add a delta with a privacy statement first")
     events = ledger.history()
     added = Counter(event.shard for event in events if event.what == "added")
     return LedgerPrivacy(

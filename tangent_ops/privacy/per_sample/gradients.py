@@ -230,7 +230,7 @@ class PerSampleGradients:
 
 
 def clip_factors(norms: Tensor, max_grad_norm: float) -> Tensor:
-    """min(1, C / ‖g_i‖), slightly less where a norm was rounded down: no gradient exceeds C.
+    """min(1, C / ‖g_i‖), slightly reduced, so that no gradient exceeds C by a norm's rounding.
 
     Raises:
         NonFiniteLossError: a norm is NaN or infinite.
