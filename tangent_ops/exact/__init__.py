@@ -1,9 +1,9 @@
 """Exact methods for tangent models: fits with a bound, lossless composition, removal, influence.
 
 All take a `Problem`: a model, data, a loss and a penalty. With a quadratic loss, fine-tuning a
-tangent model is ridge regression with the features J(x), and what is a heuristic for other models
-is a theorem. J is formed only where the docstring says so: an iteration is one jvp and one vjp over
-the data, in O(P) memory.
+tangent model is ridge regression with the features J(x), so methods that are heuristics for other
+models are exact here. J is formed only where a docstring says so: otherwise an iteration is one jvp
+and one vjp over the data, in O(P) memory.
 """
 
 from tangent_ops.exact.certificate import Certificate, certify

@@ -1,4 +1,4 @@
-"""A bound on a delta's distance from the optimum of a stated problem, that can be recomputed."""
+"""`Certificate`: a bound on a delta's distance from a problem's optimum; it can be recomputed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tangent_ops.model.linearized import LinearizedModel
 METHOD = "gradient over the data, in float64"
 CACHED = "; what enters the first trained block was computed in the model's precision"
 
-# What another order of summation may change, on another machine or with another batch size.
+# Changes by another order of summation, on another machine or with another batch size.
 ROUNDING = 1e-6  # of a bound
 ROUNDING_OF_SIZE = 1e-9  # of ‖Δ‖: near the optimum, terms of that size cancel
 
@@ -31,7 +31,7 @@ ROUNDING_OF_SIZE = 1e-9  # of ‖Δ‖: near the optimum, terms of that size can
 class Certificate:
     """‖Δ - Δ*‖ <= distance_bound, where Δ* is the minimum of mean loss + l2/2 ‖Δ‖² over the data.
 
-    F is l2-strongly convex, so ‖Δ - Δ*‖ <= ‖∇F(Δ)‖ / l2 wherever Δ comes from (Boyd,
+    F is l2-strongly convex, so ‖Δ - Δ*‖ <= ‖∇F(Δ)‖ / l2 for every Δ, however it was computed (Boyd,
     Vandenberghe, "Convex Optimization", 2004, eq. 9.11).
 
     Attributes:
@@ -41,10 +41,10 @@ class Certificate:
         samples: N.
         loss: the loss, in words.
         method: how the gradient was computed.
-        assumes: what has to be true for the bound to hold.
+        assumes: what must be true for the bound to hold.
         anchor: `fingerprint` of the anchor.
         delta: `fingerprint` of the delta.
-        data: `Problem.data_sha256`; None if the data were not at hand.
+        data: `Problem.data_sha256`; None if the certificate was made without the data.
     """
 
     distance_bound: float
@@ -67,7 +67,7 @@ class Certificate:
         )
 
     def logit_bound(self, tangent: LinearizedModel, inputs: Tensor) -> Tensor:
-        """How far each logit of each input can be from the optimum's: ‖J(x)ᵀ e_c‖ times the bound.
+        """Bounds on the logits' distances from the optimum's: ‖J(x)ᵀ e_c‖ times `distance_bound`.
 
         Args:
             tangent: the model.
@@ -86,15 +86,15 @@ class Certificate:
     def verify(
         self, problem: Problem | None = None, delta: Mapping[str, Tensor] | None = None
     ) -> Certificate:
-        """Compute the bound anew, in float64, and compare, but for rounding: 1e-9 ‖Δ‖.
+        """Recompute the bound in float64, and compare, allowing for rounding.
 
-        The data are read again, and have to be the same. What a problem has cached is not computed
-        again: pass a new `Problem` to check that, too.
+        Rounding may add 1e-6 of the bound and 1e-9 ‖Δ‖. The data are read again, and must be the
+        same. Cached features are not computed again: pass a new `Problem` to check these, too.
 
         Args:
-            problem: what the certificate is about, with `cache` as it was.
-            delta: what the certificate is about. Both may be left out where the certificate was
-                made; one that was read from JSON needs them.
+            problem: the certificate's problem, with `cache` as it was.
+            delta: the certificate's delta. Both may be left out if `certify` made this object; a
+                certificate that was read from JSON needs them.
 
         Returns:
             The new certificate.
@@ -121,13 +121,13 @@ class Certificate:
         allowed = self.distance_bound * (1 + ROUNDING) + ROUNDING_OF_SIZE * size
         if not fresh.distance_bound <= allowed:
             raise CertificateError(
-                f"the certificate claims a distance of {self.distance_bound:.6g} at most; what "
-                f"can be shown is {fresh.distance_bound:.6g}"
+                f"the certificate claims a distance of {self.distance_bound:.6g} at most; "
+                f"recomputed, the bound is {fresh.distance_bound:.6g}"
             )
         return fresh
 
     def to_json(self) -> str:
-        """Give all that is public, as JSON."""
+        """All public fields as JSON."""
         record = {item.name: getattr(self, item.name) for item in fields(self) if item.compare}
         return json.dumps(record, indent=2, ensure_ascii=False)
 
@@ -136,7 +136,7 @@ class Certificate:
         """Read what `to_json` gave.
 
         Raises:
-            ArgumentError: it is something else.
+            ArgumentError: text is something else.
         """
         try:
             record: dict[str, Any] = json.loads(text)
@@ -146,17 +146,17 @@ class Certificate:
 
 
 def certify(problem: Problem, delta: Mapping[str, Tensor] | None = None) -> Certificate:
-    """Bound the distance of a delta from the problem's optimum, that of `fit_exact`.
+    """Bound the distance of a delta from the problem's optimum.
 
-    One pass over the data in float64, with a copy of the model; what was cached stays in the
-    model's own precision.
+    One pass over the data in float64, with a copy of the model; cached features keep the model's
+    own precision.
 
     Args:
         problem: model, data, loss and penalty.
         delta: the delta; None for the model's own.
 
     Raises:
-        ArgumentError: problem is no `Problem`, or its model was moved.
+        ArgumentError: problem is no `Problem`, or its model was moved, cast or loaded.
         DeltaError: the delta does not fit the model.
     """
     check_problem(problem)

@@ -1,8 +1,7 @@
-"""A solve's state on disk: written all at once, and only ever read for the same problem."""
+"""`Checkpoint`: a solve's state in a file, written atomically, read only for the same problem."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,7 +19,7 @@ class Checkpoint:
 
     Args:
         path: of the file; its folder must exist.
-        problem: what identifies the problem, by the names of its parts.
+        problem: name -> value of all that identifies the problem.
     """
 
     def __init__(self, path: Path, problem: Mapping[str, str]) -> None:
@@ -35,7 +34,7 @@ class Checkpoint:
         write_atomically(self.path, lambda file: write_safetensors(file, tensors, metadata))
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        """What was written last, or None if there is no file.
+        """The tensors and numbers that were written last, or None if there is no file.
 
         Raises:
             ArgumentError: the file is damaged, something else, or of another problem.
@@ -66,14 +65,6 @@ class Checkpoint:
     def remove(self) -> None:
         """Delete the file, if there is one."""
         self.path.unlink(missing_ok=True)
-
-
-def check_path(checkpoint: str | os.PathLike[str]) -> None:
-    """Raise ArgumentError if the path is a folder, or its folder does not exist."""
-    path = Path(checkpoint).resolve()
-    if path.is_dir() or not path.parent.is_dir():
-        reason = "is a folder" if path.is_dir() else "is in a folder that does not exist"
-        raise ArgumentError(f"checkpoint={checkpoint} {reason}")
 
 
 def _prefixed(prefix: str, entries: Mapping[str, str]) -> dict[str, str]:

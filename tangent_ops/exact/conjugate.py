@@ -1,4 +1,4 @@
-"""Preconditioned conjugate gradients, one iteration at a time, with a state that can be saved."""
+"""Preconditioned conjugate gradients, with a `State` that can be saved between iterations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class State:
         residual: b - H x, by the recurrence.
         search: the next direction.
         rz: residual times preconditioned residual.
-        iterations: done.
+        iterations: how many are done.
     """
 
     x: Tensor
@@ -47,14 +47,14 @@ class State:
         """Do one iteration, in place.
 
         Raises:
-            ArgumentError: the direction has negative curvature: the loss is not convex.
+            ArgumentError: the direction has no positive curvature: the loss is not convex.
         """
         image = product(self.search)
         curvature = dot(self.search, image)
         if not curvature > 0:
             raise ArgumentError(
-                f"the objective's curvature is {curvature:.3g} along a direction: the loss must be "
-                "convex in the logits"
+                f"the objective has a curvature of {curvature:.3g} along a direction, not a "
+                "positive one: the loss must be convex in the logits"
             )
         step = self.rz / curvature
         self.x.add_(self.search, alpha=step)
@@ -77,7 +77,7 @@ def solve(
     """Solve H x = b until ‖b - H x‖ <= tol ‖b‖, by the recurrence.
 
     Raises:
-        ConvergenceError: the iterations were spent.
+        ConvergenceError: max_iterations did not suffice.
     """
     state, goal = State.start(right, precondition), tol * norm(right)
     while state.residual_norm > goal:

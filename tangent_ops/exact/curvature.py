@@ -19,11 +19,12 @@ Curvature = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 class ShardCurvature:
     """v -> H v with H = Σ_i J_iᵀ A_i J_i + N l2 I over one shard's N samples.
 
-    What a shard gives to `compose_lossless` and `forget_without_data`: products, never data. It
-    may be called here, in another process, or on another machine. Made by `Problem.curvature`.
+    `compose_lossless` and `forget_without_data` take it in place of a shard's data. A function that
+    has the products computed in another process, or on another machine, can replace it. Made by
+    `Problem.curvature`.
 
     Args:
-        problem: of the shard; its loss has to be quadratic: only then H is the same everywhere.
+        problem: of the shard; its loss must be quadratic: only then is H the same everywhere.
 
     Raises:
         UnsupportedError: the loss is not quadratic.
@@ -45,7 +46,7 @@ class ShardCurvature:
         return passes.layout.named(product.mul_(self.samples))
 
     def preconditioner(self, rank: int | None = None) -> Callable[[Tensor], Tensor]:
-        """An approximate inverse for all shards that are like this one, up to a factor."""
+        """An approximate inverse of H, up to a factor; also for H of similar shards."""
         return preconditioner(self.problem.passes, rank)
 
 

@@ -1,4 +1,4 @@
-"""Fit a tangent model to the optimum, with a bound on what is left."""
+"""`fit_exact`: fits a tangent model to the optimum, with a bound on the remaining distance."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from tangent_ops.data import check_integer
 from tangent_ops.errors import ArgumentError, NotConvergedWarning
-from tangent_ops.exact.checkpoint import Checkpoint, check_path
+from tangent_ops.exact.checkpoint import Checkpoint
 from tangent_ops.exact.layout import norm
 from tangent_ops.exact.nystrom import check_rank, default_rank, preconditioner
 from tangent_ops.exact.problem import Problem, check_problem, check_tolerance
 from tangent_ops.exact.search import Search
 from tangent_ops.exact.tangent_kernel import solve_dual
-from tangent_ops.files import bytes_of
+from tangent_ops.files import bytes_of, check_target
 from tangent_ops.losses import loss_name
 
 METHODS = ("cg", "dual")
@@ -33,13 +33,13 @@ class ExactFit:
     Attributes:
         converged: whether distance_bound <= tol * (‖Δ‖ - distance_bound), so that
             ‖Δ - Δ*‖ <= tol ‖Δ*‖.
-        distance_bound: ‖∇F(Δ)‖ / l2, which ‖Δ - Δ*‖ cannot exceed, up to the rounding of the
-            gradient; see `certify` for one in float64.
+        distance_bound: ‖∇F(Δ)‖ / l2, a bound on ‖Δ - Δ*‖ up to the rounding of the gradient; see
+            `certify` for one in float64.
         gradient_norm: ‖∇F(Δ)‖, recomputed at the end.
         objective: F(Δ).
         iterations: of conjugate gradients, in all.
-        newton_steps: quadratic models that were solved; one for a quadratic loss, and one more for
-            each time rounding asked for another round.
+        newton_steps: steps of Newton's method; for a quadratic loss one, and one more for each
+            further solve that removes rounding errors.
         rank: of the preconditioner.
         samples: N.
         seconds: wall time.
@@ -66,38 +66,39 @@ def fit_exact(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 10,
 ) -> ExactFit:
-    """Move the model's deltas to the minimum of mean loss + l2/2 ‖Δ‖², from where they are.
+    """Move the model's deltas to the minimum of mean loss + l2/2 ‖Δ‖².
 
-    The objective is that of `fit`. With a quadratic loss it is a ridge regression: conjugate
-    gradients, one jvp and one vjp over the data to an iteration, in O(P) memory. With another
-    convex loss, cross-entropy say, these are the steps of Newton's method, with a line search that
-    costs no pass, for logits are linear in the step. It is strongly convex, so ‖∇F(Δ)‖ / l2 bounds
-    the distance to the optimum (Boyd, Vandenberghe, "Convex Optimization", 2004, eq. 9.11).
+    The objective is that of `fit`. With a quadratic loss it is a ridge regression, solved by
+    conjugate gradients in O(P) memory, with one jvp and one vjp over the data per iteration. With
+    another convex loss, such as cross-entropy, conjugate gradients solve the steps of Newton's
+    method; its line search needs one jvp over the data, as logits are linear in the step. The
+    objective is strongly convex, so ‖∇F(Δ)‖ / l2 bounds the distance to the optimum (Boyd,
+    Vandenberghe, "Convex Optimization", 2004, eq. 9.11).
 
     Args:
         problem: model, data, loss and penalty. The present deltas are the start.
         tol: ends with ‖Δ - Δ*‖ <= tol ‖Δ*‖, guaranteed by that bound.
-        method: "cg"; or "dual": the kernel solution by the N C x N C matrix J Jᵀ, the empirical
-            neural tangent kernel, for quadratic losses and N C up to some thousands, wherever the
-            deltas are; what rounding leaves of it is removed by conjugate gradients.
+        method: "cg"; or "dual": solve with the N C x N C matrix J Jᵀ, the tangent kernel, for
+            quadratic losses and N C up to some thousands, whatever the present deltas are;
+            conjugate gradients then remove rounding errors.
         max_iterations: of conjugate gradients, in all.
         rank: of the Nyström preconditioner (`tangent_ops.exact.nystrom`); None for up to 64, as
             far as 1 GiB holds it; 0 for none.
-        checkpoint: a file to go on from if it exists, and to keep up to date: after an
-            interruption the result is the same, bit for bit on a CPU. It is removed at the end.
-        checkpoint_every: iterations between two writings.
+        checkpoint: a file: the fit resumes from it if it exists, updates it, and removes it at the
+            end. A resumed fit has the same result, bit for bit on a CPU.
+        checkpoint_every: iterations between two writes.
 
     Returns:
         How it ended; see `ExactFit.converged`.
 
     Raises:
-        ArgumentError: an argument out of range; targets of which the loss is not the mean; a
-            checkpoint of another problem.
+        ArgumentError: an argument out of range; targets for which the loss is not a mean of the
+            samples' losses; a checkpoint of another problem.
         UnsupportedError: dual, for a loss that is not quadratic.
         NonFiniteLossError: the objective is NaN or infinite; the deltas are as before.
 
     Warns:
-        NotConvergedWarning: the iterations were spent, or rounding ended the progress.
+        NotConvergedWarning: max_iterations was reached, or rounding prevents further progress.
     """
     began = time.perf_counter()
     check_problem(problem)
@@ -108,7 +109,7 @@ def fit_exact(
     check_integer("checkpoint_every", checkpoint_every, 1)
     check_rank(rank)
     if checkpoint is not None:
-        check_path(checkpoint)
+        check_target(Path(checkpoint).resolve())
         if method == "dual":
             raise ArgumentError("checkpoint is for method='cg': the dual solution is one solve")
     passes = problem.passes
@@ -142,9 +143,9 @@ def fit_exact(
     )
     if not report.converged:
         warnings.warn(
-            f"fit_exact stopped after {search.iterations} iterations at most {bound:.3g} from the "
-            f"optimum, with ‖Δ‖ = {size:.3g}: raise max_iterations, tol or l2, or compute in "
-            "float64",
+            f"fit_exact stopped after {search.iterations} iterations, at a distance of at most "
+            f"{bound:.3g} from the optimum, with ‖Δ‖ = {size:.3g}: raise max_iterations, tol or "
+            "l2, or compute in float64",
             NotConvergedWarning,
             stacklevel=2,
         )
@@ -152,7 +153,7 @@ def fit_exact(
 
 
 def _identity(problem: Problem, start: Tensor, rank: int) -> dict[str, str]:
-    """What a solve's states depend on; a solve with another tolerance may go on from them."""
+    """What a checkpoint depends on; a fit with another tolerance may resume from it."""
     tangent, passes = problem.tangent, problem.passes
     return {
         "anchor": tangent.fingerprint,

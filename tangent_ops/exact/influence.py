@@ -1,4 +1,4 @@
-"""What each training sample does to each prediction: leave-one-out, without training again."""
+"""`Influence`: exact leave-one-out predictions for all samples, without training again."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from tangent_ops.exact.tangent_kernel import TangentKernel
 
 
 class Influence:
-    """Exact leave-one-out predictions of a quadratic fit, from the kernel J Jᵀ.
+    """Exact leave-one-out predictions of a quadratic fit, from the tangent kernel J Jᵀ.
 
-    "Without sample i" is `fit_exact` on the others with the same l2. That fit weighs its penalty
-    against N - 1 samples, so everything here that leaves one out has (N - 1) l2 where the fit on
-    all has N l2. With M = (LᵀKL + (N - 1) l2 I)⁻¹, K = J Jᵀ, L of `TangentKernel`, ỹ = Lᵀ(y - f):
+    "Without sample i" is `fit_exact` on the other samples with the same l2. In sums over samples,
+    that fit's penalty has the weight (N - 1) l2, and that of the fit on all samples N l2. With
+    M = (LᵀKL + (N - 1) l2 I)⁻¹, K = J Jᵀ, L of `TangentKernel`, ỹ = Lᵀ(y - f):
 
         f₋ᵢ(x) - f(x0) = J(x) Jᵀ L (M ỹ - M_·ᵢ M_ᵢᵢ⁻¹ (M ỹ)ᵢ)
 
     which is the residual of the full fit times the inverse of (I - h_ii), all C outputs at once
-    (Cook, Weisberg, "Residuals and Influence in Regression", 1982, section 2.2, for C = 1). Takes
-    C N² P products once, and (N C)³ / 3.
+    (Cook, Weisberg, "Residuals and Influence in Regression", 1982, section 2.2, for C = 1). The
+    cost is C N² P products once, and (N C)³ / 3.
 
     Args:
         problem: model, data, loss and penalty: a quadratic loss, and at most 20,000 samples times
-            outputs. The model's deltas do not matter: all fits are from the data.
+            outputs. The model's deltas are not used: all fits are computed from the data.
 
     Raises:
-        ArgumentError: a single sample; too many.
+        ArgumentError: a single sample; too many samples times outputs.
         UnsupportedError: the loss is not quadratic.
     """
 
@@ -46,7 +46,7 @@ class Influence:
 
     @property
     def l2(self) -> float:
-        """The penalty's weight in the fits compared: the problem's, until another one is set."""
+        """The penalty's weight in the fits that are compared; at first the problem's."""
         return self._l2
 
     @l2.setter
@@ -55,11 +55,11 @@ class Influence:
         self._l2 = float(value)
 
     def left_out(self) -> Tensor:
-        """(N, C): the logits of each sample by the fit without it."""
+        """(N, C): the logits of each sample from the fit without that sample."""
         return self._left_out(self.l2)
 
     def cross_validate(self, l2s: Iterable[float]) -> list[CrossValidation]:
-        """Leave-one-out cross-validation for every weight of the penalty, without a fit.
+        """Leave-one-out cross-validation for each weight of the penalty, without a fit.
 
         Raises:
             ArgumentError: a weight is not positive.
@@ -70,7 +70,7 @@ class Influence:
         return [self._validation(weight) for weight in weights]
 
     def change(self, inputs: Tensor) -> Tensor:
-        """f₋ᵢ(x) - f(x): what leaving out each sample does to the logits of each input.
+        """f₋ᵢ(x) - f(x): the change of each input's logits when each sample is left out.
 
         Args:
             inputs: (M, ...), a batch.
@@ -83,10 +83,10 @@ class Influence:
         return torch.stack([across @ weights for weights in self._weight_changes()])
 
     def classical(self, inputs: Tensor) -> Tensor:
-        """`change` by the classical influence function: without the factor (I - h_ii)⁻¹.
+        """`change` by the classical influence function, without the factor (I - h_ii)⁻¹.
 
-        (Koh, Liang: "Understanding Black-box Predictions via Influence Functions", ICML 2017,
-        section 2.2, for removing one sample.) For comparison: it is not exact.
+        For comparison: it is not exact (Koh, Liang: "Understanding Black-box Predictions via
+        Influence Functions", ICML 2017, section 2.2, for removing one sample).
 
         Returns:
             (N, M, C): float64.
@@ -101,7 +101,10 @@ class Influence:
         return -torch.einsum("mcie,ie->imc", moved, residual)
 
     def loss_change(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """(N, M): what leaving out each sample does to each input's loss; positive: it helped."""
+        """(N, M): the change of each input's loss when each sample is left out.
+
+        Positive: the loss is higher without the sample, so the sample helped.
+        """
         problem, kernel = self._problem, self._kernel
         entering = problem.entering(inputs)
         targets = targets.to(entering.device)
@@ -119,7 +122,7 @@ class Influence:
         return torch.stack([each(after) - before for after in changed])
 
     def covariance(self, inputs: Tensor, noise_variance: float = 1.0) -> Tensor:
-        """As `predictive_covariance`, from the kernel: (M, C, C) in float64.
+        """As `predictive_covariance`, from the tangent kernel: (M, C, C) in float64.
 
         By Woodbury's identity, σ² / (N l2) (J(x) J(x)ᵀ - k M kᵀ) with k = J(x) Jᵀ L.
         """
@@ -173,7 +176,7 @@ class Influence:
             yield inverse[:, own] @ torch.linalg.solve(inverse[own, own], solved[own])
 
     def _weights(self, penalty: float) -> Tensor:
-        """w of the fit on all samples with that penalty, in sums over samples."""
+        """w of the fit on all samples; the penalty's weight is in sums over samples."""
         return self._spread(self._inverse(penalty) @ self._kernel.wanted.reshape(-1))
 
     def _spread(self, solved: Tensor) -> Tensor:
@@ -196,8 +199,9 @@ class CrossValidation:
 
     Attributes:
         l2: the weight.
-        loss: mean over the samples of the loss of each by the fit without it.
-        accuracy: fraction of them that such fits classify right; None if targets are no classes.
+        loss: mean over the samples of a sample's loss, by the fit without that sample.
+        accuracy: fraction of samples that the fit without them classifies correctly; None if the
+            targets are not classes.
     """
 
     l2: float

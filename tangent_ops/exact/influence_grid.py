@@ -1,4 +1,4 @@
-"""A picture: an input, and the training samples that helped and harmed its prediction most."""
+"""Draws an input, and the training samples that helped and harmed its prediction most."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def influence_grid(
     scores: Tensor,
     top: int = 6,
 ) -> Figure:
-    """Draw an input, the samples without which its loss rises most, and those where it falls most.
+    """Draw an input, and the samples whose removal increases or decreases its loss most.
 
     Args:
-        query: the input's image, (3, height, width) or (1, height, width), normalised as may be,
+        query: the input's image, (3, height, width) or (1, height, width), in any range of values,
             and a caption.
         sample: index -> image and caption of a training sample.
         scores: (N,): the change of the input's loss when each sample is left out, a column of
             `Influence.loss_change` or `first_order_scores`.
-        top: samples to a row; only those with a score of its sign are drawn.
+        top: samples in a row; only samples with a score of the row's sign are drawn.
 
     Returns:
         A matplotlib figure (extra ``plots``).

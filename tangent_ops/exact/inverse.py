@@ -1,4 +1,4 @@
-"""Solves with the Hessian of a problem at the model's present deltas."""
+"""`Inverse`: solves with the Hessian of a problem at the model's present deltas."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ class Inverse:
     """v -> H⁻¹ v by preconditioned conjugate gradients, with H as in `Passes`.
 
     Args:
-        problem: whose Hessian, at the model's present deltas.
+        problem: its Hessian is used, at the model's present deltas.
         tol: of a solve: ‖residual‖ <= tol ‖right-hand side‖.
         max_iterations: of each solve.
         rank: of the preconditioner, as in `fit_exact`.
 
     Attributes:
         delta: the present deltas, flat.
-        value: F there.
-        logits: of every batch, there.
+        value: F at these deltas.
+        logits: of every batch, at these deltas.
         at: these logits, or None for a quadratic loss: see `Passes.product`.
 
     Raises:
-        ArgumentError: an argument other than these.
+        ArgumentError: an invalid argument.
     """
 
     def __init__(self, problem: Problem, tol: float, max_iterations: int, rank: int | None) -> None:
@@ -65,7 +65,7 @@ class Inverse:
         if bound > 0.1 * size:
             raise ArgumentError(
                 f"the model may be {bound:.3g} from the optimum for these data and l2={l2:g}, "
-                f"with ‖Δ‖ = {size:.3g}: effects would be against another fit. Use fit_exact first"
+                f"with ‖Δ‖ = {size:.3g}: the result would be for another fit. Use fit_exact first"
             )
 
     @functools.cached_property

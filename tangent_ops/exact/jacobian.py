@@ -1,4 +1,4 @@
-"""J(x), the Jacobian of a tangent model's output by its deltas: products with it, and its rows."""
+"""`Jacobian`: products with J(x), the Jacobian of a tangent model's output by its deltas."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tangent_ops.ops.levels import functional_call
 class Jacobian:
     """f(x) and J(x) of a tangent model, whose deltas are neither read nor changed.
 
-    Vectors that J maps, and cotangents' images, are flat; see `Layout`.
+    Vectors that J maps are flat; see `Layout`.
     """
 
     def __init__(self, tangent: LinearizedModel) -> None:
@@ -32,7 +32,7 @@ class Jacobian:
         return Jacobian(copy.deepcopy(self._tangent).double())
 
     def outputs(self, delta: Tensor | None, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """f(x) and J(x) Δ for a batch, without gradients; Δ = 0 if there is none."""
+        """f(x) and J(x) Δ for a batch, without gradients; None for Δ = 0."""
         with torch.no_grad():
             parts = self.layout.views(self.layout.zeros() if delta is None else delta)
             primal, tangent = self._call(parts, inputs)
@@ -41,9 +41,9 @@ class Jacobian:
     def pull_back(
         self, direction: Tensor, inputs: Tensor, cotangent: Callable[[Tensor, Tensor], Tensor]
     ) -> list[Tensor]:
-        """J(x)ᵀ c in parts, where c may depend on f(x) and J(x) v.
+        """J(x)ᵀ c in parts, shaped as the deltas; c may depend on f(x) and J(x) v.
 
-        Both products come from one forward pass: the derivative of J v by v is Jᵀ, whatever v is.
+        Both products come from one forward pass: the derivative of J v by v is J, whatever v is.
         """
         leaves = [part.detach().requires_grad_() for part in self.layout.views(direction)]
         with torch.enable_grad():
@@ -80,7 +80,7 @@ class Jacobian:
 
 
 class Pair(nn.Module):
-    """What functional_call calls: the model's value and tangent apart."""
+    """A module for functional_call that returns the model's value and tangent separately."""
 
     def __init__(self, tangent: LinearizedModel) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A delta as one flat vector, and back."""
+"""`Layout`: converts a delta to one flat vector, and back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Layout:
         """The layout of a tangent model's deltas.
 
         Raises:
-            ArgumentError: they lie on several devices.
+            ArgumentError: the deltas are on several devices.
         """
         deltas = tangent.deltas()
         devices = {delta.device for delta in deltas.values()}
@@ -45,7 +45,7 @@ class Layout:
 
     @classmethod
     def of_delta(cls, delta: Mapping[str, Tensor]) -> Layout:
-        """The layout of a delta in memory, in float64 if one of its tensors is."""
+        """The layout of a delta in memory, on its first tensor's device."""
         double = any(value.dtype == torch.float64 for value in delta.values())
         device = next(iter(delta.values())).device
         shapes = {name: value.shape for name, value in delta.items()}
@@ -68,7 +68,7 @@ class Layout:
         return [part.view(shape) for part, shape in zip(parts, self.shapes.values(), strict=True)]
 
     def flat(self, delta: Mapping[str, Tensor], what: str = "the delta") -> Tensor:
-        """A delta as a vector of its own.
+        """A delta as a new vector.
 
         Raises:
             DeltaError: other names or shapes, or values that are not finite.
@@ -96,4 +96,4 @@ def norm(a: Tensor) -> float:
     return dot(a, a) ** 0.5
 
 
-_CHUNK = 1 << 20  # so that no float64 copy of a whole vector is made
+_CHUNK = 1 << 20  # entries that are in float64 at a time

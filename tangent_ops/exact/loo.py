@@ -1,4 +1,4 @@
-"""Influence without a kernel matrix: a ranking of all samples, and the exact effect of a few."""
+"""Influence without the tangent kernel: scores of all samples, exact effects of a few."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def first_order_scores(
     max_iterations: int = 1000,
     rank: int | None = None,
 ) -> Tensor:
-    """What leaving out each sample does to the loss of each input, to first order.
+    """The change of each input's loss when each sample is left out, to first order.
 
-    The classical influence function, for any convex loss: one solve to an input and one pass for
-    all samples. It ranks them; `leave_one_out` then gives the exact effect of the first few, and
-    `Influence` that of all where N C is small.
+    The classical influence function, for any convex loss: for each input, one solve and one pass
+    over all samples. The scores rank the samples; `leave_one_out` gives exact effects of a few, and
+    `Influence` of all samples, if N C is small.
 
     Args:
         problem: model, data, loss and penalty; the model at the optimum, as `fit_exact` leaves it.
         inputs: (M, ...), a batch.
-        targets: (M, ...), theirs.
+        targets: (M, ...), the inputs' targets.
         tol: of a solve: ‖residual‖ <= tol ‖right-hand side‖.
         max_iterations: of each solve.
         rank: of the preconditioner, as in `fit_exact`.
 
     Returns:
-        (N, M): float64. Positive: the sample helped, the loss is higher without it.
+        (N, M): float64. Positive: the loss is higher without the sample, so the sample helped.
 
     Raises:
         ArgumentError: an argument out of range; the model is not at that optimum.
@@ -56,7 +56,7 @@ def first_order_scores(
 
         parts = passes.jacobian.pull_back(delta, one, cotangent)
         solved = inverse(torch.cat([part.reshape(-1) for part in parts]))
-        # The penalty weighs N - 1 samples then: the gradient of l2/2 ‖Δ‖² goes with the sample.
+        # The objective is then over N - 1 samples: one sample's share of the penalty goes, too.
         own = problem.l2 * dot(solved, delta)
         found = []
         for (_, labels), before, move in zip(
@@ -77,11 +77,11 @@ def leave_one_out(
     max_iterations: int = 1000,
     rank: int | None = None,
 ) -> Tensor:
-    """f₋ᵢ(x) - f(x), exactly, for a few samples i: one solve each, at any size of the model.
+    """f₋ᵢ(x) - f(x), exactly, for a few samples i: one solve each, for models of any size.
 
     Args:
-        problem: as in `first_order_scores`, with a quadratic loss. Fits without a sample have the
-            same l2.
+        problem: as in `first_order_scores`, with a quadratic loss. The fits without a sample have
+            the same l2.
         ids: which samples to leave out, one at a time: indices in the data set.
         inputs: (M, ...), a batch.
         tol: as in `first_order_scores`.

@@ -1,4 +1,4 @@
-"""Composition that loses nothing: the fit on the union of shards, from products with their H."""
+"""`compose_lossless`: the fit on the union of shards, from products with the shards' Hessians."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def compose_lossless(
 ) -> Delta:
     """Compose shards' optima into the optimum of their union: (Σ H_s)⁻¹ Σ H_s Δ_s.
 
-    With a quadratic loss, H_s Δ_s is all that a shard says about its data, so the result is what
-    `fit_exact` with the same l2 gives on all of them together, to the tolerance. The plain mean,
-    `compose`, is only that if all H_s are equal. Solved by conjugate gradients from the mean; one
-    product with every shard to an iteration.
+    With a quadratic loss, H_s and H_s Δ_s determine a shard's objective up to a constant. So, to
+    the tolerance, the result is what `fit_exact` with the same l2 gives on all shards together. The
+    plain mean, `compose`, is the same only if all H_s are equal. Conjugate gradients start from the
+    mean; an iteration takes one product per shard.
 
     Args:
         deltas: the shards' optima, by `fit_exact`, or paths of their files.
-        curvatures: of each shard v -> H_s v, as `Problem.curvature` gives them. The first gives the
-            preconditioner, if it is a `ShardCurvature`.
+        curvatures: each shard's v -> H_s v, as `Problem.curvature` gives it. The first one gives
+            the preconditioner, if it is a `ShardCurvature`.
         tol: ends with ‖Σ H_s (Δ - Δ_s)‖ <= tol ‖Σ H_s Δ_s‖.
         max_iterations: of conjugate gradients.
         progress: show a progress bar.
@@ -47,8 +47,8 @@ def compose_lossless(
     Raises:
         ArgumentError: not as many curvatures as deltas, `ShardCurvature`s of several l2 or losses,
             or as in `compose`.
-        DeltaError: as in `compose`; or a product that does not fit the deltas, or a
-            `ShardCurvature` that is of another anchor.
+        DeltaError: as in `compose`; a product that does not fit the deltas; a `ShardCurvature` of
+            another anchor.
         ConvergenceError: the tolerance was not reached.
     """
     check_integer("max_iterations", max_iterations, 1)

@@ -1,4 +1,4 @@
-"""A randomized Nyström preconditioner, from a part of the data."""
+"""`Nystrom`: a randomized preconditioner, from a part of the data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tangent_ops.exact.conjugate import Product, unpreconditioned
 from tangent_ops.exact.passes import Passes
 
 MAX_RANK = 64
-MAX_BYTES = 1 << 30  # of the factor that is kept; three times as much while it is made
+MAX_BYTES = 1 << 30  # of the factor that is kept; computing it takes three times as much
 
 
 def preconditioner(passes: Passes, rank: int | None = None) -> Product:
@@ -28,7 +28,7 @@ def check_rank(rank: int | None) -> None:
 
 
 def default_rank(passes: Passes) -> int:
-    """As many directions as `MAX_RANK` and `MAX_BYTES` allow."""
+    """The largest rank that `MAX_RANK`, `MAX_BYTES` and the problem's size allow."""
     size, width = passes.layout.size, passes.layout.dtype.itemsize
     return min(MAX_RANK, MAX_BYTES // (size * width), size, passes.samples)
 
@@ -42,9 +42,9 @@ class Nystrom:
     """H ≈ U diag(e) Uᵀ + l2 I with orthonormal U (P, r), and its inverse.
 
     Source: Frangella, Tropp, Udell, "Randomized Nyström Preconditioning", SIAM J. Matrix Anal.
-    Appl. 2023, algorithms 2.1 and section 5. Unlike there, the Hessian is that of a random part of
-    the samples, at Δ = 0: its leading directions are nearly those of all, for a fraction of the
-    passes.
+    Appl. 2023, algorithm 2.1 and section 5. Unlike there, the Hessian is that of a random part of
+    the samples, at Δ = 0: its leading directions are nearly those of all samples, at a fraction of
+    the cost.
 
     Args:
         passes: over the data; their Hessian is approximated.
@@ -57,7 +57,7 @@ class Nystrom:
         logits = None if part.quadratic else part.logits(part.layout.zeros())
         layout = passes.layout
         noise = torch.Generator().manual_seed(seed)
-        # One column after the other: the same numbers on every device.
+        # Drawn on the CPU, column by column, to be the same on every device.
         test = torch.empty(layout.size, rank, dtype=layout.dtype, device=layout.device)
         for column in range(rank):
             test[:, column] = torch.randn(layout.size, generator=noise, dtype=layout.dtype)
@@ -75,7 +75,7 @@ class Nystrom:
         values, vectors = torch.linalg.eigh(core)
         kept = values > shift
         image = image @ (vectors[:, kept] / values[kept].sqrt()).to(layout.dtype)
-        # Of a tall matrix the small Gram matrix has the singular values' squares.
+        # The squared singular values of a tall matrix are its Gram matrix's eigenvalues.
         values, vectors = torch.linalg.eigh((image.T @ image).double())
         kept = values > values[-1:] * torch.finfo(layout.dtype).eps * rank
         values, vectors = values[kept], vectors[:, kept]

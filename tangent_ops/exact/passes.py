@@ -1,4 +1,4 @@
-"""The objective of a fit over a whole data set: its gradient and Hessian products, in passes."""
+"""`Passes`: a fit's objective, gradient and Hessian products, by passes over the data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tangent_ops.losses import (
 
 
 class Cotangent(Protocol):
-    """Of a batch's outputs, given f, J v, the targets and the batch's number."""
+    """Gives the cotangent of a batch's outputs from f, J v, the targets and the batch's number."""
 
     def __call__(
         self, primal: Tensor, tangent: Tensor, /, targets: Tensor, number: int
@@ -39,14 +39,14 @@ class Passes:
     """F(Δ) = (1/N) Σ_i loss(f(x_i) + J(x_i) Δ, y_i) + l2/2 ‖Δ‖², by passes over the data.
 
     A pass gives the gradient, or the Hessian (1/N) Σ J_iᵀ A_i J_i + l2 I times a vector, where A_i
-    is the Hessian of the loss by the logits: exact, since the model is linear in Δ. Vectors are
-    flat, see `Layout`. Passes read the samples in the data set's own order.
+    is the Hessian of the loss by the logits. The Hessian is exact, since the model is linear in Δ.
+    Vectors are flat, see `Layout`. Passes read the samples in the data set's own order.
 
     Args:
         jacobian: of the model.
         loader: of (input, target), as `in_order` gives it.
         l2: positive.
-        loss: as in `Problem`; tried on all classes here, on other targets in the first pass.
+        loss: as in `Problem`, which says on which targets it is checked.
         progress: show bars.
 
     Attributes:
@@ -86,7 +86,7 @@ class Passes:
         return self.jacobian.layout
 
     def changed(self, **attributes: Any) -> Passes:
-        """A copy with other attributes: l2; or a jacobian and the loader of its inputs."""
+        """A copy with other attributes, such as l2, or a jacobian and the loader of its inputs."""
         other = copy.copy(self)
         vars(other).update(attributes)
         return other
@@ -100,7 +100,7 @@ class Passes:
         return self.changed(loader=subset(self.loader, indices), samples=len(indices))
 
     def entering(self, inputs: Tensor) -> Tensor:
-        """Inputs where the model is, in float64 if it is."""
+        """Inputs on the model's device, in float64 if the model was cast to it."""
         inputs = inputs.to(self.jacobian.device)
         return _double(inputs) if self._in_double else inputs
 
@@ -164,7 +164,7 @@ class Passes:
             direction: flat.
             at: logits of every batch, where the Hessian is taken; None for a quadratic loss, whose
                 Hessian is the same everywhere.
-            penalty: False leaves l2 I out.
+            penalty: whether l2 I is included.
         """
 
         def cotangent(primal: Tensor, tangent: Tensor, /, targets: Tensor, number: int) -> Tensor:

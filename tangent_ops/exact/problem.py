@@ -1,4 +1,4 @@
-"""`Problem`: a model, data, a loss and a penalty, that the exact methods share."""
+"""`Problem`: the model, data, loss and penalty that the exact methods share."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Problem:
     Built once, and passed to `fit_exact`, `certify`, `Influence`, `leave_one_out`,
     `first_order_scores`, `predictive_covariance`, `forget_samples` and `add_samples`.
 
-    What is read when: with `cache` the data are read and pass through the frozen part of the model
-    here, once. Without it every pass reads the data anew. The model's deltas are read at each call
-    and are no part of the problem: residuals and gradients are never kept between two calls.
+    With `cache`, the constructor reads the data and runs the frozen part of the model over them,
+    once. Without it, every pass reads the data again. The model's deltas are no part of the
+    problem: each call reads them, and no residual or gradient is kept between two calls.
 
     Args:
         tangent: the model. Only `fit_exact` and what is built on it change its deltas.
@@ -45,21 +45,21 @@ class Problem:
             set's own order. Without random augmentation.
         l2: the penalty's weight, positive.
         loss: a mean over the batch of each sample's own loss, convex in the logits; None for
-            `RescaledSquareLoss()`. Tried on up to 1,024 classes here, and on other targets as they
-            are first read.
+            `RescaledSquareLoss()`. The constructor checks it on up to 1,024 classes, the first pass
+            on other targets.
         batch_size: of a Dataset; a DataLoader has its own.
-        cache: True keeps what enters the first trained block in memory, a path in a file in that
-            folder.
+        cache: True keeps the inputs of the first trained block in memory; a path keeps them in a
+            file in that folder.
         device: the model is moved there first.
-        progress: show bars, here and in all that the problem is passed to.
+        progress: show progress bars, here and in all functions that take the problem.
 
     Attributes:
         tangent: the model.
 
     Raises:
-        ArgumentError: an argument other than these; a loss that is not convex, or not the mean of
-            the samples' own, as class weights and ignored targets make it; data that are empty, a
-            stream, or differ between two readings of the first batch.
+        ArgumentError: an invalid argument; a loss that is not convex, or not the mean of the
+            samples' own losses (with class weights or ignored targets it is not); data that are
+            empty, a stream, or differ between two readings of the first batch.
         UnsupportedError: cache, for a model that cannot be split.
     """
 
@@ -153,19 +153,19 @@ class Problem:
 
     @property
     def cached(self) -> bool:
-        """Whether what enters the first trained block is kept."""
+        """Whether the inputs of the first trained block are kept."""
         return self._trunk is not None
 
     @property
     def data_sha256(self) -> str:
         """SHA-256 over the SHA-256 of each sample's input and target, in order.
 
-        Of the data that were cached; without a cache the data are read for it.
+        With a cache it is of the data as they were cached; without, the data are read.
         """
         return self.read_sha256() if self._digests is None else _sha256(self._digests)
 
     def read_sha256(self) -> str:
-        """As `data_sha256`, of the data as they are now: they are read again."""
+        """As `data_sha256`, but the data are always read again."""
         reading = _Hashed(self._source)
         for _ in reading:
             pass
@@ -182,7 +182,9 @@ class Problem:
         """
         gone = self.check_ids(ids)
         if len(gone) == self.samples:
-            raise ArgumentError(f"data has {self.samples} samples: nothing is left without them")
+            raise ArgumentError(
+                f"ids has all {self.samples} samples of data: nothing is left without them"
+            )
         kept = [index for index in range(self.samples) if index not in gone]
         digests = self._digests
         return self._changed(
@@ -192,10 +194,10 @@ class Problem:
         )
 
     def plus(self, data: Dataset[Any]) -> Problem:
-        """The same problem with more samples, after these; only the new ones are computed.
+        """The same problem with new samples after its own; only the new ones are read.
 
         Args:
-            data: the new samples, batched and collated as the problem's own.
+            data: the new samples; they are batched and collated as the problem's own.
 
         Raises:
             ArgumentError: as in `Problem`; a DataLoader.
@@ -239,7 +241,7 @@ class Problem:
         return ShardCurvature(self)
 
     def check_ids(self, ids: Sequence[int]) -> set[int]:
-        """Give the ids as a set; raise ArgumentError if there is none, or one is no index."""
+        """Give the ids as a set; raise ArgumentError if there is none, or one is not an index."""
         for index in ids:
             check_integer("each id", index, 0)
             if index >= self.samples:
@@ -252,7 +254,7 @@ class Problem:
         return set(ids)
 
     def flat(self, delta: Mapping[str, Tensor] | None = None) -> Tensor:
-        """A delta, or the model's present one, as a vector of its own.
+        """A delta, or the model's present one, as a new vector.
 
         Raises:
             DeltaError: the delta does not fit the model.
@@ -260,7 +262,7 @@ class Problem:
         return self.passes.layout.flat(self.tangent.deltas() if delta is None else delta)
 
     def entering(self, inputs: Tensor) -> Tensor:
-        """What passes have in place of these inputs: what enters the cached model, or they."""
+        """The inputs as `passes` takes them: through the frozen part if its outputs are cached."""
         inputs = inputs.to(self.passes.layout.device)
         return inputs if self._trunk is None else self._trunk(inputs)
 
@@ -289,7 +291,7 @@ def cached(
     """Split a model, and run its frozen part over the data once.
 
     Returns:
-        The frozen part, the rest, and a loader of what enters the rest.
+        The frozen part, the rest, and a loader of the inputs of the rest.
 
     Raises:
         UnsupportedError: the model cannot be split.
@@ -334,7 +336,7 @@ def check_tangent(tangent: object) -> None:
 
 
 class _Hashed:
-    """The batches of a loader; the SHA-256 of each sample is kept as they are read."""
+    """The batches of a loader; reading them keeps the SHA-256 of each sample."""
 
     def __init__(self, loader: DataLoader) -> None:
         self.loader = loader
@@ -346,7 +348,7 @@ class _Hashed:
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.loader:
-            # Sample by sample: the size of the batches does not matter.
+            # Sample by sample, so that the batch size does not matter.
             for sample in zip(*unpack(batch, torch.device("cpu")), strict=True):
                 digest = hashlib.sha256()
                 for tensor in sample:

@@ -1,4 +1,4 @@
-"""Takes samples out of a fit, or adds some: exactly, with a certificate."""
+"""Forgets samples of a fit, or adds some: exactly, with a certificate."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from tangent_ops.losses import loss_name
 def forget_samples(
     problem: Problem, ids: Sequence[int], tol: float = 1e-3, **options: Any
 ) -> tuple[Delta, Certificate]:
-    """Move a fit to the optimum of the samples that stay, and bound what is left of the others.
+    """Move a fit to the optimum of the retained samples, with a bound on the remaining distance.
 
-    Conjugate gradients from the present deltas, which are near, to the minimum that a fit without
-    the forgotten samples has: unique, so that nothing of them is in it. The certificate rests on
-    the gradient over the retained samples alone; how good the start was does not matter. Where the
-    forgotten samples are gone already, `fit_exact` and `certify` on a `Problem` of the others do
-    the same.
+    `fit_exact` moves the deltas from their present values, which are near, to the minimum without
+    the forgotten samples. This minimum is unique, so it does not depend on them. The certificate is
+    computed from the gradient over the retained samples only, whatever the start was. If the
+    forgotten samples are already deleted, `fit_exact` and `certify` on a `Problem` of the retained
+    samples do the same.
 
     Args:
         problem: of all samples. The model's deltas are moved in place.
@@ -43,8 +43,8 @@ def forget_samples(
         options: max_iterations, rank and checkpoint, as in `fit_exact`.
 
     Returns:
-        The new delta, and its certificate, in float64. Later calls need the problem that is left:
-        ``problem.without(ids)``.
+        The new delta, and its certificate, computed in float64. Later calls need the problem of the
+        retained samples, ``problem.without(ids)``.
 
     Raises:
         ArgumentError: as in `fit_exact`; an id that is no index; no sample is left.
@@ -59,10 +59,10 @@ def forget_samples(
 def add_samples(
     problem: Problem, data: Dataset[Any], tol: float = 1e-3, **options: Any
 ) -> tuple[Delta, Certificate]:
-    """Move a fit to the optimum of its samples and new ones; the way there does not matter.
+    """Move a fit to the optimum of its samples and new ones, with a certificate.
 
     Args:
-        problem: of the samples so far. The model's deltas are moved in place.
+        problem: of the present samples. The model's deltas are moved in place.
         data: the new samples. Later calls need ``problem.plus(data)``.
         tol: as in `fit_exact`.
         options: as in `forget_samples`.
@@ -87,28 +87,29 @@ def forget_without_data(
     *,
     max_iterations: int = 1000,
 ) -> tuple[Delta, Certificate]:
-    """Forget samples where the retained ones are not at hand, only products with their Hessian.
+    """Forget samples without the retained ones' data, from products with their Hessian.
 
-    With a quadratic loss the gradient over the retained samples is that over all, which the fit
-    left small, less that over the forgotten ones. So the step solves H_R d = g_S, and
+    With a quadratic loss, the gradient over the retained samples is the gradient g over all, which
+    is small after a fit, minus the gradient g_S over the forgotten ones. So the step d solves
+    H_R d = g_S, and
 
         ‖Δ + d - Δ*_R‖ <= (‖g_S - H_R d‖ + ‖g‖) / λ_R
 
-    with g the gradient at the start, all in sums over samples, and λ_R = N_R l2.
+    with λ_R = N_R l2, and all gradients at the start and in sums over samples.
 
     Args:
         forgotten: the problem of the samples to forget, with the loss and l2 of the fit to all
             samples. The model's deltas are moved in place.
         curvature: v -> H_R v, over the retained samples, penalty included: a `ShardCurvature`, or
             the sum of several.
-        samples: N_R, how many are retained.
-        start: of the fit to all samples, whose gradient norm counts.
+        samples: N_R, the number of retained samples.
+        start: the certificate of the fit to all samples; ‖g‖ is taken from it.
         tol: ends with ‖g_S - H_R d‖ <= tol ‖g_S‖.
         max_iterations: of conjugate gradients.
 
     Returns:
-        The new delta, and a certificate, computed in the model's precision, that cannot be
-        verified without the retained data.
+        The new delta, and a certificate, computed in the model's precision. Verifying it needs the
+        retained data.
 
     Raises:
         ArgumentError: an argument out of range; start is of another delta, l2, loss or number of
@@ -128,7 +129,8 @@ def forget_without_data(
     for name, value in zip(names, expected, strict=True):
         if getattr(start, name) != value:
             raise ArgumentError(
-                f"start is for another {name}: {getattr(start, name)}, here it is {value}"
+                f"start is a certificate for another {name}: {getattr(start, name)}, here it is "
+                f"{value}"
             )
     layout = passes.layout
     delta = forgotten.flat()
@@ -142,8 +144,8 @@ def forget_without_data(
     left = norm(right - product(step))
     if left > tol * norm(right):
         raise ConvergenceError(
-            f"the step's residual is {left / norm(right):.1e} by rounding, more than tol={tol:g}: "
-            "raise tol, or compute in float64"
+            f"the step's residual is {left / norm(right):.1e} because of rounding, more than "
+            f"tol={tol:g}: raise tol, or compute in float64"
         )
     tangent.load_delta_dict(layout.named(delta + step))
     moved = tangent.delta_dict()
@@ -169,10 +171,10 @@ def forget_without_data(
 
 @dataclass(frozen=True)
 class Noised:
-    """A delta with noise, and what the noise promises.
+    """A delta with noise, and the guarantee of the noise.
 
     Attributes:
-        delta: the noisy one. Publish this one alone.
+        delta: the noisy delta. Publish only this one.
         sigma: standard deviation of the noise in every entry.
         epsilon: ε, as given.
         failure: the δ of (ε, δ).
@@ -189,16 +191,16 @@ def noised(
 ) -> Noised:
     """Add noise that hides how far the delta is from a retrained one: (ε, δ)-certified removal.
 
-    σ = distance_bound sqrt(2 ln(1.25 / δ)) / ε in every entry. What is published is then (ε, δ)-
+    σ = distance_bound sqrt(2 ln(1.25 / δ)) / ε in every entry. The noisy delta is then (ε, δ)-
     indistinguishable from the exact optimum without the samples, with the same noise on it
     (output perturbation: Neel, Roth, Sharifi-Malvajerdi, "Descent-to-Delete", ALT 2021; the
     Gaussian mechanism: Dwork, Roth, "The Algorithmic Foundations of Differential Privacy", 2014,
-    theorem A.1). It says nothing of the samples that stay: this is no differential privacy.
+    theorem A.1). This is not differential privacy: it guarantees nothing to retained samples.
 
     Args:
-        delta: what the certificate is for.
+        delta: the certificate's delta.
         certificate: of the removal.
-        epsilon: above 0, up to 1, where that theorem ends.
+        epsilon: above 0, up to 1, the range of that theorem.
         failure: δ, between 0 and 1.
 
     Returns:
@@ -214,7 +216,7 @@ def noised(
     if fingerprint(delta) != certificate.delta:
         raise ArgumentError("the certificate is for another delta")
     sigma = certificate.distance_bound * math.sqrt(2 * math.log(1.25 / failure)) / epsilon
-    # numpy's, as torch's generator on a CPU takes 32 bits of a seed, few enough to try all.
+    # numpy's: torch's generator on a CPU uses 32 bits of its seed, so few that all can be tried.
     generator = np.random.Generator(np.random.PCG64(secrets.randbits(128)))
     tensors = {}
     for name, value in delta.items():

@@ -1,4 +1,4 @@
-"""Newton's method by conjugate gradients; a quadratic loss needs one step."""
+"""`Search`: Newton's method by conjugate gradients; a quadratic loss needs one step."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from tangent_ops.exact.layout import dot, norm
 from tangent_ops.exact.passes import Passes
 from tangent_ops.losses import loss_gradient
 
-SAFETY = 0.8  # of the tolerance, for the residual by recurrence: the true one is a little larger
+SAFETY = 0.8  # of the tolerance; the true residual is slightly larger than the recurrence's
 HALVINGS = 30
 
 
 class Search:
-    """Minimises an objective from a start; every state between two iterations can be saved.
+    """Minimises an objective from a start; its state can be saved between any two iterations.
 
     Args:
         passes: over the data; their objective is minimised.
-        start: flat.
+        start: the first delta, flat.
         tol: ends where ‖∇F‖ / l2 <= tol (‖Δ‖ - ‖∇F‖ / l2).
         max_iterations: of conjugate gradients, in all.
         make_preconditioner: gives an approximate inverse of the Hessian, up to a factor; called
             when the first step begins.
 
     Attributes:
-        delta: the present one, flat.
-        iterations: of conjugate gradients that are done.
-        steps: of Newton's method that have begun.
+        delta: the present delta, flat.
+        iterations: how many iterations of conjugate gradients are done.
+        steps: how many steps of Newton's method have begun.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class Search:
         self._precondition = functools.cache(make_preconditioner)
         self.iterations = 0
         self.steps = 0
-        self._solve: State | None = None  # of the step that is under way
+        self._solve: State | None = None  # of the unfinished step
         self._last = float("inf")  # norm of the gradient at the last step's start
         self._gained = False  # whether the last step's decrease of F was more than rounding
         self._checkpoint: Checkpoint | None = None
         self._every = 0
 
     def keep(self, checkpoint: Checkpoint, every: int) -> None:
-        """Go on from a checkpoint's file, if there is one, and keep it up to date."""
+        """Resume from a checkpoint's file, if there is one; `run` then updates it."""
         self._checkpoint, self._every = checkpoint, every
         found = checkpoint.read()
         if found is None:
@@ -73,7 +73,7 @@ class Search:
             self._solve = State(x, residual, search, rz, inner)
 
     def run(self) -> Tensor:
-        """Search until the bound holds, the iterations are spent or rounding ends the progress."""
+        """Search until the bound holds, max_iterations are done or rounding prevents progress."""
         bar = tqdm(desc="exact fit", unit="iteration", disable=not self.passes.progress)
         with bar:
             bar.update(self.iterations)
@@ -95,14 +95,14 @@ class Search:
     def _ends(self, size: float, slope: float) -> bool:
         bound = slope / self.passes.l2
         reached = bound <= self.tol * (size - bound) or slope == 0
-        # After a solve of a quadratic problem what is left is rounding: another one removes that,
-        # until no digit is gained.
+        # After a solve of a quadratic problem only rounding errors remain: further solves remove
+        # them, until one gains no digit.
         stalled = slope > self._last / 2 and not self._gained
         self._last = slope
         return reached or stalled or self.iterations >= self.max_iterations
 
     def _step(self, right: Tensor, at: Sequence[Tensor] | None, bar: tqdm) -> Tensor:
-        """Solve H step = right, exactly enough."""
+        """Solve H step = right to the residual that the tolerance needs."""
         if self._solve is None:
             self._solve = State.start(right, self._precondition())
             self.steps += 1
@@ -111,8 +111,8 @@ class Search:
         while self.iterations < self.max_iterations:
             left = solve.residual_norm
             bar.set_postfix(bound=f"{left / self.passes.l2:.2g}", refresh=False)
-            # Where the next step has another Hessian, this one need not be exact (Dembo,
-            # Eisenstat, Steihaug: "Inexact Newton Methods", 1982).
+            # If the next step has another Hessian, this step may be inexact (Dembo, Eisenstat,
+            # Steihaug: "Inexact Newton Methods", 1982).
             inexact = 0.0 if self.passes.quadratic else 0.1 * size
             if left <= max(self._goal(solve), inexact):
                 break
@@ -133,7 +133,7 @@ class Search:
     def _line_search(
         self, step: Tensor, value: float, right: Tensor, logits: Sequence[Tensor]
     ) -> bool:
-        """Move along the step as far as F decreases enough (Armijo); False if it does not."""
+        """Move along the step, if a length decreases F enough (Armijo); False if none does."""
         moves = self.passes.tangents(step)
         slope = -dot(right, step)
         squares = [dot(self.delta, self.delta), dot(self.delta, step), dot(step, step)]

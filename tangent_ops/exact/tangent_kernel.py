@@ -1,4 +1,4 @@
-"""The empirical neural tangent kernel J Jᵀ of a data set, and ridge regression by it."""
+"""`TangentKernel`: the tangent kernel J Jᵀ of a data set, and ridge regression with it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tangent_ops.losses import loss_gradient, loss_hessians
 
 MAX_ROWS = 20_000  # N C: the matrix has 3.2 GB, and a decomposition takes minutes
 MEMORY = 2 << 30  # bytes of rows of J that are held at a time
-_COLUMNS = 1 << 16  # of J to a product, summed up in float64
+_COLUMNS = 1 << 16  # of J per product; the products are summed in float64
 
 
 class TangentKernel:
     """K = J Jᵀ, (N C, N C) in float64, and the residuals that ridge regression fits.
 
-    Its rows and columns are the outputs of all samples: those of sample i are i C to i C + C - 1.
-    The loss of a sample is ½ ‖Lᵀ(f - y)‖² up to a constant: any quadratic loss has this form.
+    Rows and columns are the outputs of all samples; those of sample i are i C to i C + C - 1.
+    A sample's loss is ½ ‖Lᵀ(f - y)‖² up to a constant: any quadratic loss has this form.
 
     Args:
         passes: over the data, in order.
@@ -29,7 +29,7 @@ class TangentKernel:
     Attributes:
         gram: K.
         factors: (N, C, C): L, with A = L Lᵀ the Hessian of the sample's loss by its logits.
-        wanted: (N, C): Lᵀ(y - f(x)), what J Δ is drawn to, in the same measure.
+        wanted: (N, C): Lᵀ(y - f(x)), the regression's targets for Lᵀ J Δ.
         anchor_logits: (N, C): f(x).
 
     Raises:
@@ -40,7 +40,7 @@ class TangentKernel:
     def __init__(self, passes: Passes) -> None:
         if not passes.quadratic:
             raise UnsupportedError(
-                "the kernel solution is for quadratic losses: use RescaledSquareLoss, or "
+                "the tangent kernel is for quadratic losses: use RescaledSquareLoss, or "
                 "fit_exact(method='cg')"
             )
         self.passes = passes
@@ -48,9 +48,9 @@ class TangentKernel:
         rows = self.samples * self.outputs
         if rows > MAX_ROWS:
             raise ArgumentError(
-                f"data has {self.samples} samples of {self.outputs} outputs: the kernel would have "
-                f"{rows:,} rows, {MAX_ROWS:,} are supported. Use fewer samples, or conjugate "
-                "gradients"
+                f"data has {self.samples} samples of {self.outputs} outputs: the tangent kernel "
+                f"would have {rows:,} rows, {MAX_ROWS:,} are supported. Use fewer samples, or "
+                "conjugate gradients"
             )
         logits, gradients, hessians = [], [], []
         for inputs, targets in passes.batches():
@@ -71,7 +71,7 @@ class TangentKernel:
         return torch.einsum("ibjd,jde->ibje", half, self.factors).reshape(n * c, n * c)
 
     def cross(self, inputs: Tensor) -> Tensor:
-        """J(x) Jᵀ of other inputs, (M, C, N C)."""
+        """J(x) Jᵀ for other inputs x, (M, C, N C)."""
         rows = torch.cat([self.passes.jacobian.rows(one[None]) for one in inputs])
         found = [products(rows, block) for _, block in self._blocks(1, "kernel of the inputs")]
         return torch.cat(found, dim=1).view(len(inputs), self.outputs, -1)
@@ -108,7 +108,7 @@ class TangentKernel:
         return torch.triu(gram) + torch.triu(gram, 1).T
 
     def _blocks(self, held: int, what: str, skip: int = 0) -> Iterator[tuple[int, Tensor]]:
-        """Rows of J for `held` samples at a time, from sample `skip` on, and the first's index."""
+        """First row's index, and rows of J, of `held` samples at a time, from sample `skip` on."""
         bar = tqdm(
             total=self.samples - skip,
             desc=what,
@@ -134,7 +134,7 @@ class TangentKernel:
 
 
 def solve_dual(passes: Passes) -> Tensor:
-    """The minimum of a quadratic problem by its kernel: Δ = Jᵀ L (LᵀKL + N l2 I)⁻¹ Lᵀ(y - f)."""
+    """The minimum of a quadratic problem: Δ = Jᵀ L (LᵀKL + N l2 I)⁻¹ Lᵀ(y - f)."""
     kernel = TangentKernel(passes)
     matrix = kernel.whitened
     matrix.diagonal().add_(kernel.samples * passes.l2)
@@ -144,7 +144,7 @@ def solve_dual(passes: Passes) -> Tensor:
 
 
 def products(a: Tensor, b: Tensor) -> Tensor:
-    """a bᵀ in float64, from parts of the rows that are multiplied in their own precision."""
+    """a bᵀ as a float64 sum; parts of the rows are multiplied in their own precision."""
     total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
     for left, right in zip(a.split(_COLUMNS, dim=1), b.split(_COLUMNS, dim=1), strict=True):
         total += (left @ right.T).double()
@@ -165,7 +165,7 @@ def _squares(hessians: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     endless = along.masked_fill(kept, 0.0).abs() > 1e-4 * gradients.abs().amax(dim=1, keepdim=True)
     if endless.any():
         raise UnsupportedError(
-            "the loss falls without end along a direction in which it is not curved: the kernel "
-            "solution needs a minimum in the logits. Use fit_exact(method='cg')"
+            "the loss is unbounded below along a direction without curvature: the tangent kernel "
+            "needs a loss with a minimum in the logits. Use fit_exact(method='cg')"
         )
     return vectors * roots[:, None, :], -inverse * along

@@ -1,4 +1,4 @@
-"""The covariance of a tangent model's outputs: the linearized Laplace approximation."""
+"""`predictive_covariance`: covariance of a tangent model's outputs, by linearized Laplace."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def predictive_covariance(
 ) -> Tensor:
     """σ² J(x) (Σ_i J_iᵀ A_i J_i + N l2 I)⁻¹ J(x)ᵀ: the outputs' covariance given the data.
 
-    For a quadratic loss this is the posterior of Bayesian linear regression, exactly, with noise
-    σ² A⁻¹ and prior N(0, σ² / (N l2)) for each parameter; for cross-entropy, with σ² = 1 and A
-    taken at the present deltas, the linearized Laplace approximation (Immer, Korzepa, Bauer:
-    "Improving predictions of Bayesian neural nets via local linearization", AISTATS 2021). It is
-    the covariance of f + J Δ itself, without the noise of a new observation. C solves by conjugate
-    gradients to an input, of one jvp and one vjp over the data to an iteration.
+    For a quadratic loss this is exactly the posterior covariance of Bayesian linear regression,
+    with noise σ² A⁻¹ and prior N(0, σ² / (N l2)) for each parameter. For cross-entropy, with σ² = 1
+    and A taken at the present deltas, it is the linearized Laplace approximation (Immer, Korzepa,
+    Bauer: "Improving predictions of Bayesian neural nets via local linearization", AISTATS 2021).
+    It is the covariance of f + J Δ, without the noise of a new observation. Each input takes C
+    solves by conjugate gradients; an iteration takes one jvp and one vjp over the data.
 
     Args:
         problem: model, data, loss and penalty; the model at the optimum, as `fit_exact` leaves it.
         inputs: (M, ...), shaped as a batch of the data's inputs.
-        noise_variance: σ², positive. None: 1, except for a quadratic loss: twice the mean loss at
-            the present deltas, by output, which assumes that the loss can be zero.
+        noise_variance: σ², positive. None: for a quadratic loss twice the mean loss per output at
+            the present deltas, which assumes that the loss can be zero; for others 1.
         tol: of a solve: ‖residual‖ <= tol ‖right-hand side‖.
         max_iterations: of each solve.
         rank: of the preconditioner, as in `fit_exact`.

@@ -1,8 +1,8 @@
-"""Differential privacy for tangent transformers: training, accounting, what convexity adds, audit.
+"""Differential privacy for tangent models: training, accounting, convex mechanisms, audits.
 
 The gradient of Δ for one sample is the anchor's vector-Jacobian product with that sample's
-cotangent, so one pass of the tangent model gives all that clipping needs. Everything here needs the
-extra ``privacy``: Opacus, dp-accounting and scipy.
+cotangent, so one forward and backward pass of the tangent model gives all that clipping needs.
+Everything here needs the extra ``privacy``: Opacus, dp-accounting and scipy.
 """
 
 from importlib.util import find_spec

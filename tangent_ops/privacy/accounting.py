@@ -1,11 +1,12 @@
 """Epsilon and delta of compositions of Poisson-subsampled Gaussian mechanisms.
 
-Adjacency is adding or removing one sample. Three accountants, of two libraries that others wrote:
+Adjacency is adding or removing one sample. There are three accountants:
 
 - ``"pld"``: dp-accounting's privacy loss distribution (Koskela, Jälkö, Honkela, AISTATS 2020;
-  Doroshenko et al., "Connect the dots", PoPETs 2022). It rounds up, and is what we claim.
-- ``"prv"``: Opacus' (Gopi, Lee, Wutschitz, "Numerical composition of differential privacy",
-  NeurIPS 2021). Its upper bound: 0.01 or 0.1% above its estimate, whichever is more.
+  Doroshenko et al., "Connect the dots", PoPETs 2022). It rounds up; statements claim its value.
+- ``"prv"``: Opacus' accountant (Gopi, Lee, Wutschitz, "Numerical composition of differential
+  privacy", NeurIPS 2021). The value is its upper bound, with an allowed error of 0.01, or 0.1% of
+  the PLD value if that is more.
 - ``"rdp"``: dp-accounting's Rényi accountant (Mironov, Talwar, Zhang, 2019). Looser.
 """
 
@@ -30,12 +31,12 @@ from tangent_ops.data import check_choice
 from tangent_ops.errors import ArgumentError
 
 ACCOUNTANTS = ("pld", "prv", "rdp")
-SMALLEST_DELTA = 1e-12  # below, the rounding of float64 decides
-SMALLEST_NOISE = 0.01  # below, one step's loss is beyond 5,000, and beyond the accountants
-LARGEST_EPSILON = 500.0  # above, e^loss soon leaves float64; no accountant is right, or quick
+SMALLEST_DELTA = 1e-12  # below, the rounding of float64 dominates
+SMALLEST_NOISE = 0.01  # below, one step's loss exceeds 5,000, too much for the accountants
+LARGEST_EPSILON = 500.0  # above, e^loss nearly overflows float64: accountants are wrong or slow
 PRECISION = 1e-3  # of `noise_multiplier_for`, relative
 
-_VARIANCE = 2e-4  # by how much, relative, rounding to the grid may widen the privacy loss
+_VARIANCE = 2e-4  # relative; what rounding to the grid may add to the privacy loss's variance
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Phase:
         steps: T >= 1.
 
     Raises:
-        ArgumentError: one is something else.
+        ArgumentError: an attribute is out of range, or of another type.
     """
 
     noise_multiplier: float
@@ -80,12 +81,12 @@ def epsilon(phases: Sequence[Phase], delta: float, accountant: str = "pld") -> f
         accountant: "pld", "prv" or "rdp".
 
     Returns:
-        An upper bound; inf above 500, with a noise multiplier below 0.01, or where float64 does
-        not resolve `delta`: rounding is taken to be up to 2.2e-16 for each subsampled step. PRV
-        gives inf, too, where `delta` is too small for Opacus' grid.
+        An upper bound. inf if it exceeds 500, if a noise multiplier is below 0.01, or, for "pld"
+        and "prv", if float64 does not resolve `delta`: rounding is assumed to be up to 2.2e-16 for
+        each subsampled step. "prv" also gives inf where `delta` is too small for Opacus' grid.
 
     Raises:
-        ArgumentError: an argument is something else.
+        ArgumentError: an argument is out of range, or of another type.
     """
     phases = check_phases(phases)
     check_delta(delta)
@@ -109,7 +110,7 @@ def failure(phases: Sequence[Phase], epsilon: float) -> float:
         An upper bound, in [0, 1].
 
     Raises:
-        ArgumentError: an argument is something else.
+        ArgumentError: an argument is out of range, or of another type.
     """
     phases = check_phases(phases)
     if not (_is_number(epsilon) and epsilon >= 0):
@@ -127,20 +128,21 @@ def noise_multiplier_for(
     steps: int,
     before: Sequence[Phase] = (),
 ) -> float:
-    """The smallest noise for a last phase after which all is (epsilon, delta)-private, by PLD.
+    """The smallest noise of a last phase that makes all phases (epsilon, delta)-private, by PLD.
 
     Args:
         epsilon: the target; positive.
         delta: from 1e-12 to 1, exclusive.
         sample_rate: of the last phase.
         steps: of the last phase.
-        before: phases on the same samples that came before.
+        before: earlier phases on the same samples.
 
     Returns:
-        sigma, at most 0.1% above the smallest; the guarantee was computed for it as returned.
+        sigma, at most 0.1% above the smallest; the returned value itself was accounted for.
 
     Raises:
-        ArgumentError: an argument is something else, or `before` takes all of epsilon already.
+        ArgumentError: an argument is out of range or of another type; `before` alone reaches
+            epsilon; accounting does not resolve the target.
     """
     if not (_is_number(epsilon) and 0 < epsilon < math.inf):
         raise ArgumentError(f"epsilon must be a positive number, got {epsilon!r}")
@@ -151,7 +153,7 @@ def noise_multiplier_for(
     if spent >= epsilon:
         raise ArgumentError(
             f"epsilon {epsilon:g} at delta {delta:g} leaves nothing for this phase: the phases "
-            f"before take {spent:.4g}. Give a larger epsilon, or more noise before"
+            f"before take {spent:.4g}. Give a larger epsilon, or more noise in those"
         )
 
     def fits(sigma: float) -> bool:
@@ -162,10 +164,10 @@ def noise_multiplier_for(
         low, high = high, 2 * high
         if high > 1e9:
             raise ArgumentError(
-                f"epsilon {epsilon:g} at delta {delta:g} cannot be reached within what accounting "
-                "resolves: give a larger epsilon or delta"
+                f"epsilon {epsilon:g} at delta {delta:g} cannot be reached: accounting in float64 "
+                "does not resolve it. Give a larger epsilon or delta"
             )
-    # `high` always fits, and is what is returned: no monotony is taken for granted.
+    # `high` always fits and is returned, so the result holds even if `fits` is not monotone.
     while high - low > PRECISION * high:
         middle = math.sqrt(low * high) if low else high / 2
         low, high = (low, middle) if fits(middle) else (middle, high)
@@ -173,16 +175,16 @@ def noise_multiplier_for(
 
 
 def check_delta(delta: float) -> None:
-    """Raise ArgumentError unless delta is one that can be accounted for."""
+    """Raise ArgumentError unless delta is from `SMALLEST_DELTA` to 1, exclusive."""
     if not (_is_number(delta) and SMALLEST_DELTA <= delta < 1):
         raise ArgumentError(
-            f"delta must be from {SMALLEST_DELTA:g} to 1, got {delta!r}: usual is less than one "
-            "over the number of samples"
+            f"delta must be from {SMALLEST_DELTA:g} to 1, got {delta!r}: values below one over the "
+            "number of samples are usual"
         )
 
 
 def check_phases(phases: Sequence[Phase]) -> tuple[Phase, ...]:
-    """Raise ArgumentError unless there is at least one phase, and nothing else."""
+    """Give the phases as a tuple; raise ArgumentError unless they are one `Phase` or more."""
     if isinstance(phases, Phase):
         raise ArgumentError("phases must be several, got one Phase: use a list")
     phases = tuple(phases)
@@ -203,7 +205,7 @@ def _is_bare(phases: tuple[Phase, ...]) -> bool:
 def _pld(phases: tuple[Phase, ...], delta: float) -> float:
     if _is_bare(phases) or delta <= _rounding(phases):
         return math.inf
-    with np.errstate(all="ignore"):  # of losses far above LARGEST_EPSILON
+    with np.errstate(all="ignore"):  # losses far above LARGEST_EPSILON overflow
         return _bound(float(_losses(phases).get_epsilon(delta - _rounding(phases))))
 
 
@@ -212,7 +214,7 @@ def _bound(epsilon: float) -> float:
 
 
 def _rounding(phases: tuple[Phase, ...]) -> float:
-    """Of delta: a step is a factor of a Fourier transform, and is off by float64's unit each."""
+    """Of delta: each subsampled step multiplies a Fourier transform, with float64's rounding."""
     return float(np.finfo(np.float64).eps) * sum(p.steps for p in phases if p.sample_rate < 1)
 
 
@@ -235,16 +237,16 @@ def _compose(accountant: PLDAccountant | RdpAccountant, phases: tuple[Phase, ...
 
 
 def _interval(phases: tuple[Phase, ...]) -> float:
-    """The grid's: fine beside one step's privacy loss, and no finer than epsilon is worth.
+    """The grid's spacing: fine compared with one step's privacy loss, not finer than epsilon needs.
 
-    Rounding to a grid of h, keeping the mean of e^-loss, adds h²/6 of variance in each step. A
-    wrong guess makes the bound looser or slower, never smaller than the truth.
+    Rounding to a grid of spacing h that keeps the mean of e^-loss adds a variance of h²/6 in each
+    step. A poor spacing makes the bound looser or its computation slower, never the bound wrong.
     """
     steps, variance, reach = 0, 0.0, 0.0
     for phase in phases:
         rate, noise = phase.sample_rate, phase.noise_multiplier
         divergence = rate**2 * math.expm1(min(noise**-2, 50.0))  # chi-square, of one step
-        largest = 1 / noise + 1 / (2 * noise**2)  # about, of a step that the sample is in
+        largest = 1 / noise + 1 / (2 * noise**2)  # about; of a step with the sample
         variance += phase.steps * min(divergence, rate * largest**2)
         reach += phase.steps * min(divergence, rate * largest) / 2 + largest
         steps += 1 if rate == 1 else phase.steps
@@ -252,24 +254,24 @@ def _interval(phases: tuple[Phase, ...]) -> float:
     return min(fine, max(1e-3, 1e-5 * (reach + 6 * math.sqrt(variance))))
 
 
-@lru_cache(maxsize=64)  # Opacus takes a second
+@lru_cache(maxsize=64)  # Opacus takes about a second
 def _prv(phases: tuple[Phase, ...], delta: float, pld: float) -> float:
     if math.isinf(pld):
         return math.inf
     accountant = PRVAccountant()
     accountant.history = [(p.noise_multiplier, p.sample_rate, p.steps) for p in phases]
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.filterwarnings("ignore", message="Optimal order is the")  # of its grid's size
+        warnings.filterwarnings("ignore", message="Optimal order is the")  # about its grid's size
         try:
             bound = float(accountant.get_epsilon(delta, eps_error=max(0.01, 1e-3 * pld)))
-        except (RuntimeError, ValueError, IndexError):  # how it says that its grid does not do
+        except (RuntimeError, ValueError, IndexError):  # its grid does not fit delta
             return math.inf
     return _bound(bound)
 
 
 def _rdp(phases: tuple[Phase, ...], delta: float) -> float:
     accountant = RdpAccountant()
-    with _quiet("absl"):  # of orders that are left out: the bound holds without them
+    with _quiet("absl"):  # it logs which orders it leaves out; the bound holds without them
         _compose(accountant, phases)
         return _bound(float(accountant.get_epsilon(delta)))
 

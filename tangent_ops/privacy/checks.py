@@ -1,4 +1,4 @@
-"""What would void a guarantee in silence, as far as it can be seen."""
+"""Checks of data sets and models for faults that would silently void a privacy guarantee."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from tangent_ops.files import add_tensor
 from tangent_ops.model.features import CachedFeatures
 from tangent_ops.model.linearized import LinearizedModel
 
-STANDARD = 1e-4  # closer than this to mean 0 and deviation 1 no data come by chance
-WHITENING = ("LinearTransformation",)  # torchvision's: its matrix is made from data
+STANDARD = 1e-4  # only standardised data are this close to mean 0 and deviation 1
+WHITENING = ("LinearTransformation",)  # torchvision's; its matrix is computed from data
 
 
 def check_dataset(dataset: object, public_preprocessing: bool) -> int:
-    """The number of samples.
+    """Check a data set, and return its number of samples.
 
     Raises:
-        ArgumentError: no map-style dataset, empty, or with an index that is in it twice.
-        UnsupportedError: preprocessing that was fitted to data, unless it is said to be public.
+        ArgumentError: the data set is not map-style, is empty, or has an index twice.
+        UnsupportedError: preprocessing was fitted to data, and public_preprocessing is False.
     """
     if isinstance(dataset, DataLoader):
         raise ArgumentError(
-            "dataset is a DataLoader: pass loader.dataset. Batches are drawn by Poisson sampling "
-            "here, which the guarantee needs, and joined by torch's default_collate, as another "
-            "one may mix samples"
+            "dataset is a DataLoader: pass loader.dataset. The guarantee needs batches that are "
+            "drawn by Poisson sampling, and joined by torch's default_collate: another collate_fn "
+            "may mix samples"
         )
     if isinstance(dataset, IterableDataset) or not isinstance(dataset, Dataset):
         raise ArgumentError(
@@ -66,9 +66,9 @@ def check_dataset(dataset: object, public_preprocessing: bool) -> int:
 
 
 def check_contents(loader: DataLoader) -> None:
-    """Raise ArgumentError if two samples have the same input, bit for bit: reads them all."""
+    """Read all samples; raise ArgumentError if two have the same input, bit for bit."""
     first: dict[bytes, int] = {}
-    with torch.random.fork_rng(devices=[]):  # augmentation draws from the caller's generator
+    with torch.random.fork_rng(devices=[]):  # augmentation may draw from the global generator
         for batch in loader:
             inputs, _ = unpack(batch, torch.device("cpu"))
             for index, one in enumerate(inputs, len(first)):
@@ -84,7 +84,7 @@ def check_contents(loader: DataLoader) -> None:
 
 
 def check_model(tangent: object) -> None:
-    """Raise if it is no tangent model, uses FSDP, or a batch norm takes statistics of batches."""
+    """Raise unless it is a tangent model, without FSDP or batch norms that use the batch."""
     if not isinstance(tangent, LinearizedModel):
         raise ArgumentError(
             f"tangent must be a LinearizedModel, got a {type(tangent).__name__}: pass it through "
@@ -92,22 +92,22 @@ def check_model(tangent: object) -> None:
         )
     if tangent.uses_fsdp:
         raise UnsupportedError(
-            "the anchor is under FSDP, and every process would have to call it equally often: "
-            "parts of Poisson-sampled batches may be empty. Use a whole anchor"
+            "the anchor is under FSDP, and every process would have to call it equally often, but "
+            "a process's part of a Poisson-sampled batch may be empty. Use an anchor without FSDP"
         )
     for name, module in tangent.anchor.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
             module.training or module.running_mean is None
         ):
             raise UnsupportedError(
-                f"{name} is a batch norm that normalises by the batch, which mixes its samples: a "
-                "sample's gradient is not its own. Call tangent.anchor.eval(), or replace it by a "
-                "group norm in a new anchor"
+                f"{name} is a batch norm that normalises by the batch: a sample's gradient depends "
+                "on the other samples. Call tangent.anchor.eval(), or replace it by a group norm "
+                "in a new anchor"
             )
 
 
 def _identities(dataset: Any, count: int) -> Iterable[tuple[int, int]]:
-    """What tells a sample of a dataset from others: where it lies in the innermost one."""
+    """Each sample's identity: the id of the innermost dataset, and the index there."""
     if isinstance(dataset, Subset):
         inner = list(_identities(dataset.dataset, len(dataset.dataset)))  # pyright: ignore
         return [inner[index] for index in dataset.indices]
@@ -127,8 +127,9 @@ def _parts(dataset: Any) -> Iterator[Any]:
 
 def _check_preprocessing(dataset: Any) -> None:
     way_out = (
-        "What is fitted to private data is published with the model, without accounting: fit it "
-        "to public data; if it is, say public_preprocessing=True"
+        "Preprocessing that is fitted to private data is published with the model, and no "
+        "statement counts it: fit it to public data. If it is, give "
+        "Privacy(public_preprocessing=True)"
     )
     for attribute in ("transform", "transforms", "target_transform"):
         for step in _steps(getattr(dataset, attribute, None)):
@@ -138,8 +139,8 @@ def _check_preprocessing(dataset: Any) -> None:
     values = _tensor(dataset)
     if values is not None and _is_standardised(values):
         raise UnsupportedError(
-            f"dataset's inputs have mean 0 and deviation 1 within {STANDARD:g}, each feature: they "
-            f"were standardised by their own statistics. {way_out}"
+            f"each feature of dataset's inputs has mean 0 and deviation 1 within {STANDARD:g}: "
+            f"they were standardised by their own statistics. {way_out}"
         )
 
 
@@ -157,7 +158,7 @@ def _steps(transform: Any) -> Iterator[Any]:
 
 
 def _is_fitted(step: Any) -> bool:
-    """By scikit-learn's conventions, which others follow, and by name."""
+    """Whether a step was fitted to data: by scikit-learn's naming conventions, or its class."""
     learned = any(
         name.endswith("_") and not name.startswith("_") for name in getattr(step, "__dict__", {})
     )

@@ -47,9 +47,9 @@ UNUSED = {
 _OPTIMIZERS = {**OPTIMIZERS, "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr)}
 ASSUMES = (
     "the anchor, its head included, and the preprocessing do not depend on these samples",
-    "nor do the options of this fit; what was chosen by trying on these samples costs more",
-    "one sample is one person's: who has k of them has the protection of k (group privacy)",
-    "how many samples and steps there are is public; losses and gradients of the fit are not",
+    "the options of this fit do not depend on these samples; choosing them by trials costs more",
+    "each person has one sample; with k samples the guarantee is weaker (group privacy)",
+    "the numbers of samples and steps are public; losses and gradients of the fit are not",
 )
 
 
@@ -57,14 +57,14 @@ ASSUMES = (
 class PrivateFit:
     """The result of a private fit.
 
-    It holds no loss or gradient norm: those reveal private data, and the guarantee does not cover
+    It holds no loss or gradient norm: these reveal private data, and the guarantee does not cover
     them. Measure the accuracy on public data.
 
     Attributes:
         statement: the guarantee.
-        delta: a copy of the deltas, with the statement in its meta, where `save_delta` keeps it.
+        delta: a copy of the deltas, with the statement in its meta, which `save_delta` writes.
         steps: T.
-        seconds: wall time, caching of features included.
+        seconds: wall time, including the caching of features.
     """
 
     statement: PrivacyStatement
@@ -92,25 +92,25 @@ def fit_private(
     """Train the deltas with (ε, δ)-differential privacy for each sample.
 
     DP-SGD (Abadi et al., "Deep Learning with Differential Privacy", CCS 2016). In each of T steps
-    every sample is drawn with probability q = E/N on its own; its gradient is clipped to norm C;
-    the sum gets Gaussian noise of deviation σ C in every entry, is divided by E, and makes a step.
-    Adding or removing one sample changes the odds of any outcome by a factor of e^ε at most, but
-    for outcomes of probability δ.
+    every sample is drawn independently with probability q = E/N. The drawn samples' gradients are
+    clipped to norm C and summed; Gaussian noise of standard deviation σ C is added to every entry
+    of the sum; the optimizer makes a step with the result divided by E. With one sample more or
+    less, outcomes of probability p have a probability of e^ε p + δ at most.
 
-    In a group of processes (`torch.distributed` is initialised) each takes its part of every batch,
-    of the same data set; the noise is added once. Autocast is off here.
+    In a group of processes (`torch.distributed` is initialised) every process gets the same data
+    set and takes its part of every batch; the noise is added once. Autocast is off here.
 
     Args:
-        tangent: its deltas are where it starts, and are set at the end.
+        tangent: its deltas are the start, and are trained in place.
         dataset: map-style, of (input, target), each sample once.
         privacy: the guarantee, clipping, sampling and noise; max_grad_norm is needed.
         recipe: loss, lr, optimizer, l2 and schedule; None for
             ``Recipe(lr=1e-3, schedule="constant")``. The loss is a mean of the samples' losses.
             "sgd" has no momentum here. l2's gradient is added without noise. The other fields are
-            not used: steps, batches and seed are of `Privacy`.
-        mode: of the clipped sums; see `PerSampleGradients.clipped_sum`.
-        physical_batch_size: at most so many samples are in memory at a time.
-        checkpoint: a file to resume from if it exists; it is kept up to date, and removed at the
+            not used: `Privacy` has the steps, the batch size and the seed.
+        mode: how clipped sums are computed; see `PerSampleGradients.clipped_sum`.
+        physical_batch_size: the largest number of samples in memory at a time.
+        checkpoint: a file: the fit resumes from it if it exists, updates it, and removes it at the
             end. It holds the state of the noise's generator: keep it as secret as the data.
         checkpoint_every: steps between two writes.
         cache: as in `fit`.
@@ -120,9 +120,9 @@ def fit_private(
         options: fields of the `Recipe`, which replace those of `recipe`.
 
     Raises:
-        ArgumentError: an argument out of range, or an unknown or unused one; deltas that are not
-            zero while start is "zero"; a sample that is in the data twice, by index or by content;
-            a checkpoint of another fit.
+        ArgumentError: an argument is out of range, unknown or not used here; the deltas are not
+            zero and start is "zero"; a sample is in the data twice, by index or by content; the
+            checkpoint is of another fit.
         UnsupportedError: preprocessing fitted to data; a batch norm that uses its batch; a
             parameter without per-sample gradients; cache, for a model that cannot be split.
         NonFiniteLossError: the gradient of a sample is NaN or infinite; the deltas are as after the
@@ -198,7 +198,7 @@ def fit_private(
     drawn = PoissonBatches(
         samples, rate, steps, state.key, start=state.step, rank=rank, world=world
     )
-    # Its own generator keeps the loader from drawing a worker seed from the caller's.
+    # With a generator of its own, the loader draws no worker seed from the global generator.
     loader = DataLoader(
         dataset,
         batch_sampler=drawn,
@@ -230,11 +230,11 @@ def fit_private(
         phases=(Phase(sigma, rate, steps),),
         clip=clip,
         delta=privacy.delta,
-        sampling=f"in each step every sample with probability {rate:g}, on its own (Poisson)",
+        sampling=f"in each step every sample with probability {rate:g}, independently (Poisson)",
         noise=noise.words,
         assumes=_assumed(privacy),
     )
-    if isinstance(privacy.start, PrivacyStatement):  # what it assumes has to hold, too
+    if isinstance(privacy.start, PrivacyStatement):  # its assumptions must hold, too
         statement = replace(privacy.start, delta=privacy.delta).then(statement)
     state.remove()
     trained = attach(tangent.delta_dict(), statement)
@@ -257,26 +257,26 @@ def _prepared(
 def _check_start(
     tangent: LinearizedModel, start: PrivacyStatement | str, goes_on: bool
 ) -> tuple[Phase, ...]:
-    """The phases that the deltas were trained in before. A checkpoint replaces the deltas."""
+    """The phases in which the deltas were trained before; a checkpoint replaces the deltas."""
     if isinstance(start, PrivacyStatement):
         check_adjacency(ADD_OR_REMOVE, start.adjacency)
         return start.phases
     moved = [name for name, delta in tangent.deltas().items() if delta.detach().any()]
     if start == "zero" and moved and not goes_on:
         raise ArgumentError(
-            f"the deltas are not zero ({moved[0]}), and may come from private data: set them to "
-            "zero; or give Privacy(start=), the PrivacyStatement that they were trained with, or "
-            "'public' if they depend on no private sample"
+            f"the deltas are not zero ({moved[0]}), and may come from private data: call "
+            "tangent.zero_(); or give Privacy(start=), the PrivacyStatement that they were trained "
+            "with, or 'public' if they depend on no private sample"
         )
     return ()
 
 
 def _key(privacy: Privacy, group: bool) -> tuple[int, ...] | None:
-    """The key of the batches that are drawn; the same in all processes of a group."""
+    """The seed of the batches; the same in all processes of a group."""
     if privacy.secure_mode and not group:
         return None
     seed = privacy.seed
-    keys = [(secrets.randbits(128),) if seed is None else (seed, 1)]  # 1: not the noise's own
+    keys = [(secrets.randbits(128),) if seed is None else (seed, 1)]  # 1: unlike the noise's seed
     if group:
         distributed.broadcast_object_list(keys, 0)
     return keys[0]
@@ -290,12 +290,10 @@ def _assumed(privacy: Privacy) -> tuple[str, ...]:
     said = []
     if privacy.start == "public":
         said.append(
-            "the deltas that it started from depend on no private sample (said by the user)"
+            "the deltas that it started from depend on no private sample (stated by the user)"
         )
     if privacy.public_preprocessing:
-        said.append(
-            "what the preprocessing learned, it learned from public data (said by the user)"
-        )
+        said.append("all that the preprocessing learned is from public data (stated by the user)")
     if privacy.seed is not None:
         said.append("the seed stays secret")
     return (*ASSUMES, *said)

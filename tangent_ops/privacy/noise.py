@@ -1,4 +1,4 @@
-"""Gaussian noise, and where it comes from: a generator, a seed, or the operating system."""
+"""`NoiseSource`: Gaussian noise from a generator, or from the operating system."""
 
 from __future__ import annotations
 
@@ -25,25 +25,26 @@ class NoiseSource:
     """Draws independent Gaussian noise for a private mechanism.
 
     A generator's whole output follows from its seed: whoever guesses the seed can subtract the
-    noise. So on the CPU numpy draws, with a seed of 128 bits: torch's generator uses 32 bits of
-    its seed. On CUDA devices torch's Philox draws, with a seed of 63 bits.
+    noise. So noise on the CPU is numpy's, with a seed of 128 bits, as torch's generator there uses
+    only 32 bits of its seed. Noise on CUDA devices is torch's (Philox), with a seed of 63 bits.
 
-    All draws are made in float64, scaled, and rounded once to the requested dtype. The gaps of
-    floating point can distinguish one mean from another (Mironov, "On significance of the least
-    significant bits for differential privacy", CCS 2012). ``secure`` closes them in practice, not
+    All draws are made in float64, scaled, and rounded once to the requested dtype. The gaps between
+    floating-point numbers can reveal the mean (Mironov, "On significance of the least significant
+    bits for differential privacy", CCS 2012). ``secure`` prevents this in practice, but not
     provably: a sum of four draws hides which doubles each of them can be (Holohan, Braghin,
     "Secure random sampling in differential privacy", ESORICS 2021).
 
     Args:
-        seed: for noise that can be drawn again, in tests: no privacy against anyone who knows it.
-            None for a seed that the operating system draws and that is not kept.
-        secure: no generator: every bit from ``os.urandom``, on the CPU, about ten times slower.
+        seed: makes the noise repeatable, for tests: no privacy against anyone who knows it. None
+            for a seed that the operating system draws and that is not kept.
+        secure: takes every bit from ``os.urandom``, on the CPU, instead of a generator; about ten
+            times slower.
 
     Attributes:
-        words: a sentence for a privacy statement: where the noise comes from.
+        words: where the noise comes from, in words, for a privacy statement.
 
     Raises:
-        ArgumentError: seed is no integer from 0 on; or both are given.
+        ArgumentError: seed is not an integer of 0 or more; seed and secure are both given.
     """
 
     def __init__(self, seed: int | None = None, secure: bool = False) -> None:
@@ -65,7 +66,7 @@ class NoiseSource:
         if self._secure:
             return f"os.urandom, {_TERMS} Gaussian draws summed to one (Holohan, Braghin 2021)"
         if self._seed is not None:
-            return f"a generator with the seed {self._seed}: no privacy against who knows the seed"
+            return f"a generator with the seed {self._seed}: no privacy if others know it"
         return (
             "a generator seeded by the operating system, in floating point: no protection against "
             "attacks on the generator or on rounding"
@@ -83,7 +84,7 @@ class NoiseSource:
             device: where the result goes.
 
         Raises:
-            ArgumentError: std or dtype are not so.
+            ArgumentError: std is negative or not finite; dtype is not floating point.
         """
         check_not_negative(std=std)
         if not dtype.is_floating_point:
@@ -105,7 +106,7 @@ class NoiseSource:
         return to_json({"numpy": self._numpy.bit_generator.state, "cuda": cuda})
 
     def restore(self, state: str) -> None:
-        """Go on from a state."""
+        """Continue from a state that `state` returned."""
         record = json.loads(state)
         self._numpy.bit_generator.state = record["numpy"]
         for where, values in record["cuda"].items():
@@ -125,7 +126,8 @@ def _from_the_system(size: int) -> np.ndarray:
     for start in range(0, size, _CHUNK):
         part = entries[start : start + _CHUNK]
         bits = np.frombuffer(os.urandom(8 * _TERMS * len(part)), dtype=np.uint64)
-        # 52 bits are exact as k + 1/2, and keep the quantile off 0 and 1; another is the sign.
+        # k + 1/2 is exact for k of 52 bits, and the quantile's argument is never 0 or 1. Another
+        # bit gives the sign.
         draws = ndtri(((bits >> np.uint64(12)) + 0.5) * 2.0**-53)
         draws = np.where(bits & np.uint64(1), draws, -draws)
         part[:] = draws.reshape(_TERMS, -1).sum(axis=0) / math.sqrt(_TERMS)

@@ -1,4 +1,4 @@
-"""Opacus' optimizer for sums that are clipped already, with this library's noise."""
+"""Opacus' optimizer for sums of clipped gradients, with noise from a `NoiseSource`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from tangent_ops.privacy.noise import NoiseSource
 
 
 class PrivateOptimizer(DPOptimizerFastGradientClipping):
-    """Steps along (Σ_i clipped g_i + N(0, (σ C)²)) / E + l2 Δ.
+    """Makes steps with the gradient (Σ_i clipped g_i + N(0, (σ C)²)) / E + l2 Δ.
 
-    The sum goes over the physical batches of a logical one (`BatchMemoryManager` says which belong
-    together), and over the processes of a group. The noise is added once: by the first of them.
+    The sum is over the physical batches of a logical batch (`BatchMemoryManager` marks which belong
+    together), and over the processes of a group. Only the first process adds the noise.
 
     Args:
-        optimizer: what makes a step of a gradient.
-        noise: where the noise comes from.
+        optimizer: makes a step with a gradient.
+        noise: the source of the noise.
         noise_multiplier: σ.
         max_grad_norm: C.
-        expected_batch_size: E, by which the sum is divided whatever the batch's size is.
-        l2: of the penalty; it depends on no data, and gets no noise.
+        expected_batch_size: E; the sum is divided by it, whatever the batch's size is.
+        l2: the penalty's weight; the penalty depends on no data and gets no noise.
         group: whether there are several processes.
     """
 
@@ -50,10 +50,10 @@ class PrivateOptimizer(DPOptimizerFastGradientClipping):
         self._group = group
 
     def take(self, sums: Mapping[nn.Parameter, Tensor]) -> bool:
-        """Take a physical batch's clipped sum; step if it is the last of its logical batch.
+        """Add a physical batch's clipped sum; make a step after the last one of a logical batch.
 
         Returns:
-            Whether it was.
+            Whether a step was made.
         """
         for parameter, value in sums.items():
             parameter.grad = value
@@ -62,7 +62,7 @@ class PrivateOptimizer(DPOptimizerFastGradientClipping):
         return not self._is_last_step_skipped
 
     def add_noise(self) -> None:
-        """Sum over the processes; the first one's part has the noise."""
+        """Add the noise in the first process, and sum over the processes."""
         first = not self._group or distributed.get_rank() == 0
         for parameter in self.params:
             total = parameter.summed_grad  # pyright: ignore[reportAttributeAccessIssue]

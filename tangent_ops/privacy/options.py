@@ -1,4 +1,4 @@
-"""`Privacy`: what a private training promises, and how it draws samples and noise."""
+"""`Privacy`: the guarantee of a private training, and how it draws samples and noise."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ from tangent_ops.privacy.statement import PrivacyStatement
 
 @dataclass(frozen=True, kw_only=True)
 class Privacy:
-    """What a private training promises, and how it draws samples and noise.
+    """The guarantee of a private training, and how it draws samples and noise.
 
     `fit_private`, `fit_last_iterate` and `perturb_output` take one. Two data sets are neighbours if
-    one has one sample more than the other.
+    one is the other with one sample added.
 
     Attributes:
         delta: the δ of (ε, δ), below one over the number of samples N.
-        target_epsilon: ε; the noise is the smallest that reaches it. Either this or:
+        target_epsilon: ε; the noise is the smallest that reaches it. Give either this or
+            noise_multiplier.
         noise_multiplier: σ, the noise's standard deviation over the sensitivity; positive.
         max_grad_norm: C, the norm that each sample's gradient is clipped to, over all deltas
-            together; of `fit_private`, which needs it.
+            together. Only for `fit_private`, which needs it.
         expected_batch_size: E, from 1 to N: in each step every sample is drawn with probability
-            E/N; of `fit_private`.
-        steps: T; of `fit_private` and `fit_last_iterate`.
-        start: of `fit_private`: "zero": the deltas are zeros. A statement: they were trained on
-            these samples with that guarantee, which is added. "public": they depend on no private
-            sample.
-        seed: for runs that are repeated bit for bit, in tests: whoever knows it can subtract the
-            noise. None: the operating system draws one, and it is forgotten.
-        secure_mode: sampling and noise from the operating system, without a generator, and noise
-            that rounding does not reveal; see `NoiseSource`.
-        public_preprocessing: state that whatever the data set's preprocessing was fitted to is
-            public.
+            E/N. Only for `fit_private`.
+        steps: T; only for `fit_private` and `fit_last_iterate`.
+        start: only for `fit_private`. "zero": the deltas are zeros. A statement: they were trained
+            on these samples with that guarantee, which is added to the new one. "public": they
+            depend on no private sample.
+        seed: makes runs repeatable bit for bit, for tests: whoever knows it can subtract the noise.
+            None: the operating system draws one, which is not kept.
+        secure_mode: takes the random bits of noise and sampling from the operating system instead
+            of a generator (in a group of processes, sampling uses a generator), and protects the
+            noise from attacks on its rounding; see `NoiseSource`.
+        public_preprocessing: states that the data set's preprocessing was fitted to public data.
 
     Raises:
         ArgumentError: a value out of range; not exactly one of target_epsilon and noise_multiplier;
@@ -60,7 +61,7 @@ class Privacy:
         if not 0 < self.delta < 1:
             raise ArgumentError(f"delta must be between 0 and 1, got {self.delta}")
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
-            raise ArgumentError("give one of target_epsilon and noise_multiplier, and not both")
+            raise ArgumentError("give exactly one of target_epsilon and noise_multiplier")
         for name in ("target_epsilon", "noise_multiplier", "max_grad_norm"):
             if (value := getattr(self, name)) is not None:
                 check_positive(**{name: value})
@@ -78,13 +79,12 @@ class Privacy:
         """Raise ArgumentError unless delta is below 1/N."""
         if self.delta >= 1 / samples:
             raise ArgumentError(
-                f"delta={self.delta:g} is not below 1/N = {1 / samples:.3g}: publishing the data "
-                f"of one in {samples} samples at random would pass as private. 1e-5 or 1/(10 N) "
-                "are usual"
+                f"delta={self.delta:g} is not below 1/N = {1 / samples:.3g}: publishing one of the "
+                f"{samples} samples at random would satisfy it. 1e-5 or 1/(10 N) are usual"
             )
 
     def multiplier(self, sample_rate: float, steps: int, before: Sequence[Phase] = ()) -> float:
-        """σ as given, or the smallest that reaches the target after so many steps."""
+        """σ as given, or the smallest that reaches target_epsilon after `steps` steps."""
         if self.noise_multiplier is not None:
             return self.noise_multiplier
         assert self.target_epsilon is not None

@@ -1,8 +1,8 @@
-"""Privacy of deltas that were trained on disjoint shards: the worst shard's, not the sum.
+"""Privacy of deltas that were trained on disjoint shards: the largest ε of a shard, not the sum.
 
-A sample is in one shard, so it is in one delta alone, and whatever is computed from the deltas
-costs it no more than that one: at each delta, epsilon is the largest over the shards (McSherry,
-"Privacy integrated queries", SIGMOD 2009, theorem 4).
+Each sample is in one shard and affects that shard's delta only. So for each δ, all deltas together
+and whatever is computed from them have the largest ε of the shards (McSherry, "Privacy integrated
+queries", SIGMOD 2009, theorem 4).
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tangent_ops.composition.ledger import Ledger
-from tangent_ops.errors import ArgumentError, CertificateError, LedgerError, UnsupportedError
+from tangent_ops.errors import ArgumentError, CertificateError, LedgerError, UnsupportedError, few
 from tangent_ops.privacy.statement import (
     ADD_OR_REMOVE,
     PrivacyStatement,
@@ -28,17 +28,17 @@ from tangent_ops.privacy.statement import (
 
 ASSUMES = (
     "which shard a sample is in depends on that sample alone, and no sample is in two",
-    "a shard's delta depends on no other shard's samples, nor do its hyperparameters",
+    "a shard's delta and hyperparameters depend on no other shard's samples",
     "the weights of a composition depend on no sample, nor on how many there are",
 )
 
 
 @dataclass(frozen=True)
 class ParallelPrivacy:
-    """What the release of all shards' deltas, and of anything computed from them, promises.
+    """The guarantee for a release of all shards' deltas, and of anything computed from them.
 
     Attributes:
-        statements: shard -> its statement; None for a shard whose training promises nothing.
+        statements: shard -> its statement; None for a shard without one.
     """
 
     statements: dict[str, PrivacyStatement | None]
@@ -50,24 +50,24 @@ class ParallelPrivacy:
 
     @property
     def delta(self) -> float | None:
-        """The smallest of the statements'; None if there is no statement."""
+        """The smallest delta of a statement; None if no shard has a statement."""
         return min((one.delta for one in self.statements.values() if one), default=None)
 
     @property
     def epsilon(self) -> float:
-        """At `delta`; inf if a shard has no statement."""
+        """The epsilon at `delta`; inf if a shard has no statement."""
         return math.inf if self.delta is None else self.epsilon_at(self.delta)
 
     def epsilon_at(self, delta: float) -> float:
-        """The shards' largest at that delta, from their phases; inf if one has no statement."""
+        """The largest epsilon of a shard, from its phases; inf if a shard has no statement."""
         return max(self._epsilons(delta).values())
 
     def to_json(self) -> str:
-        """For programs; an infinite epsilon is the string "inf"."""
+        """All fields as JSON; an infinite epsilon is the string "inf"."""
         return json.dumps(self._record(), indent=2, ensure_ascii=False, allow_nan=False)
 
     def describe(self, delta: float | None = None) -> str:
-        """For people, at `delta` or at its own."""
+        """The guarantee as text, at the given delta, or at `self.delta`."""
         return "\n".join(self._lines(delta))
 
     def __str__(self) -> str:
@@ -96,7 +96,7 @@ class ParallelPrivacy:
         if self.missing or delta is None:
             return [
                 f"No privacy is promised: {len(self.missing)} of {count} shards have no statement.",
-                *table(("without", _few(self.missing))),
+                *table(("without", few(map(repr, self.missing)))),
             ]
         epsilons = self._epsilons(delta)
         worst = max(epsilons, key=lambda shard: epsilons[shard])
@@ -119,11 +119,11 @@ class ParallelPrivacy:
 
 @dataclass(frozen=True)
 class LedgerPrivacy(ParallelPrivacy):
-    """What a ledger's present shards promise.
+    """The guarantee for the deltas of a ledger's present shards.
 
     Attributes:
-        forgotten: ids that were present, and are not any more.
-        again: ids that were added more than once.
+        forgotten: ids of shards that were added, and are no longer present.
+        again: ids of shards that were added more than once.
     """
 
     forgotten: tuple[str, ...] = ()
@@ -139,30 +139,30 @@ class LedgerPrivacy(ParallelPrivacy):
             rows.append(
                 (
                     "forgotten",
-                    f"{_few(self.forgotten)}: not counted. What was published while they were "
-                    "there costs their samples what their own statements said",
+                    f"{few(map(repr, self.forgotten))}: not counted. What was published while they "
+                    "were there costs their samples the epsilon of their own statements",
                 )
             )
         if self.again:
             rows.append(
                 (
                     "again",
-                    f"{_few(self.again)}: added more than once, and the delta that is there now "
-                    "counts. If an earlier one was published, alone or composed, and had the same "
-                    "samples, they pay for both: earlier.then(later)",
+                    f"{few(map(repr, self.again))}: added more than once; the present delta is "
+                    "counted. If an earlier one was published, alone or composed, and had the same "
+                    "samples, both count for them: earlier.then(later)",
                 )
             )
         return super()._lines(delta) + table(*rows)
 
 
 def parallel(statements: Mapping[str, PrivacyStatement | None]) -> ParallelPrivacy:
-    """Compose statements on disjoint shards, each sample being in one for good.
+    """Compose the statements of disjoint shards; no sample ever changes its shard.
 
     Args:
         statements: shard -> the statement of its delta; None if it has none.
 
     Raises:
-        ArgumentError: there is no shard, something is no statement, or adjacencies differ.
+        ArgumentError: there is no shard, a value is no statement, or adjacencies differ.
         UnsupportedError: adjacency is not adding or removing a sample: replacing one may move it
             to another shard, and then two deltas change.
     """
@@ -170,9 +170,9 @@ def parallel(statements: Mapping[str, PrivacyStatement | None]) -> ParallelPriva
 
 
 def ledger_privacy(ledger: Ledger) -> LedgerPrivacy:
-    """What a ledger's deltas and all its compositions promise, from its present shards' files.
+    """The guarantee of a ledger's deltas and compositions, from its present shards' files.
 
-    Each statement is verified. No delta is read.
+    Each statement is verified. The deltas' values are not read.
 
     Raises:
         LedgerError: the ledger is empty, or a shard's file is missing or damaged.
@@ -190,7 +190,7 @@ def ledger_privacy(ledger: Ledger) -> LedgerPrivacy:
             raise type(error)(f"shard {shard!r}: {error}") from error
         statements[shard] = statement
     if not statements:
-        raise LedgerError(f"{ledger.path} is empty: nothing is promised, and nothing is there")
+        raise LedgerError(f"{ledger.path} is empty: add a delta with a privacy statement first")
     events = ledger.history()
     added = Counter(event.shard for event in events if event.what == "added")
     return LedgerPrivacy(
@@ -218,9 +218,3 @@ def _checked(
                 "a sample that is replaced may change its shard, and two deltas with it"
             )
     return dict(statements)
-
-
-def _few(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(map(repr, names[:5])) + more

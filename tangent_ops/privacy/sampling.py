@@ -1,4 +1,4 @@
-"""Poisson sampling: every sample is in a step's batch with the same probability, on its own."""
+"""Poisson sampling: each sample is drawn for a step independently, with the same probability."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ Key = tuple[int, ...]
 
 
 class PoissonBatches(Sampler[list[int]]):
-    """The batches of steps, as indices; one may be empty.
+    """The batches of all steps, as lists of indices; a list may be empty.
 
-    A step's batch depends on the key and the step alone. So a resumed run draws the batches that an
-    uninterrupted one would have drawn, and the processes of a group need no communication to share
-    a batch: each takes every world-th of its samples. Opacus' distributed sampler draws separately
-    in each process and skips empty batches, after which its processes take different steps.
+    With a key, a step's batch depends on the key and the step only. So a resumed run draws the same
+    batches as an uninterrupted one, and the processes of a group share a batch without
+    communication: each takes every world-th of its samples. Opacus' distributed sampler draws
+    separately in each process and skips empty batches, so its processes take different steps.
 
     Args:
         samples: N.
         rate: q, the probability.
         steps: T.
-        key: of the draws; None for `os.urandom`.
-        start: the first step to give.
+        key: the seed of the draws; None draws from `os.urandom`.
+        start: the first step to yield.
         rank: of this process.
         world: number of processes.
     """

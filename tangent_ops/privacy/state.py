@@ -12,7 +12,8 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from tangent_ops.errors import ArgumentError
-from tangent_ops.exact.checkpoint import Checkpoint, check_path
+from tangent_ops.exact.checkpoint import Checkpoint
+from tangent_ops.files import check_target
 from tangent_ops.privacy.noise import NoiseSource
 from tangent_ops.privacy.sampling import Key
 
@@ -24,11 +25,11 @@ class State:
         parameters: the deltas by name.
         optimizer: of these parameters.
         noise: the source of the noise.
-        key: of the batches that are drawn.
+        key: the seed of the batches.
 
     Attributes:
         step: how many steps are done.
-        key: of the batches; the file's, if there is one.
+        key: the seed of the batches; the checkpoint's, if there is one.
     """
 
     def __init__(
@@ -49,13 +50,15 @@ class State:
         self._writes = not group or distributed.get_rank() == 0
 
     def keep(self, path: str | os.PathLike[str], every: int, identity: dict[str, str]) -> None:
-        """Resume from a file if it exists, and keep it up to date.
+        """Resume from a file if it exists; `advance` then updates it.
 
         Raises:
-            ArgumentError: it is damaged, something else, or of another fit.
+            ArgumentError: the file is damaged, no checkpoint, or of another fit; or the path is a
+                folder, or its folder does not exist.
         """
-        check_path(path)
-        self._file, self._every = Checkpoint(Path(path), identity), every
+        path = Path(path).resolve()
+        check_target(path)
+        self._file, self._every = Checkpoint(path, identity), every
         found = self._file.read()
         if found is None:
             return
@@ -72,13 +75,13 @@ class State:
             self._optimizer.state[self._parameters[name]][entry] = value
 
     def check_group(self) -> None:
-        """Raise ArgumentError unless all processes of the group go on from the same step."""
+        """Raise ArgumentError unless all processes of the group have the same step and key."""
         found: list[object] = [None] * distributed.get_world_size()
         distributed.all_gather_object(found, (self.step, self.key))
         if any(other != found[0] for other in found):
             raise ArgumentError(
-                "checkpoint is not the same file in all processes: they would draw other batches. "
-                "Put it on a file system that they share"
+                "checkpoint is not the same file in all processes, so they would draw different "
+                "batches: put it on a file system that they share"
             )
 
     def advance(self) -> None:

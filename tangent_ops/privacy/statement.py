@@ -1,4 +1,4 @@
-"""What a delta's training promises to each sample: a statement that can be recomputed."""
+"""`PrivacyStatement`: what a training promises each sample; anybody can recompute it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tangent_ops.privacy.accounting import (
 
 ADD_OR_REMOVE = "add or remove one sample"
 KEY = "privacy"  # in DeltaMeta.extra
-KEY_OF = "privacy.of"  # there: the fingerprint of the delta that the statement is of
-TOLERANCE = 1e-3  # of epsilon: what another release's grid may take off
+KEY_OF = "privacy.of"  # in DeltaMeta.extra: fingerprint of the delta that the statement is for
+TOLERANCE = 1e-3  # of epsilon: another release of the accountant may give so much less
 ROUNDING = 1e-9
 
 _CURVE = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
@@ -50,11 +50,11 @@ class PrivacyStatement:
         adjacency: which data sets are neighbours.
         sampling: how the samples of a step are chosen, in words.
         noise: where the noise came from, in words.
-        assumes: what has to be true besides.
+        assumes: what else must be true.
         accountant: the libraries and their versions.
 
     Raises:
-        ArgumentError: a field is of another kind.
+        ArgumentError: a field is out of range, or of another type.
     """
 
     mechanism: str
@@ -103,7 +103,7 @@ class PrivacyStatement:
         return failure(self.phases, epsilon)
 
     def then(self, other: PrivacyStatement) -> PrivacyStatement:
-        """Of both releases, `other` after this one, on the same samples; at this one's delta.
+        """The statement of this release and then `other`, on the same samples, at this one's delta.
 
         Raises:
             ArgumentError: `other` is no statement, or has another adjacency.
@@ -124,9 +124,9 @@ class PrivacyStatement:
         )
 
     def verify(self) -> None:
-        """Compute every epsilon anew, from the phases.
+        """Recompute every epsilon from the phases, and compare.
 
-        Whether the phases are what was run, nobody can tell from a statement.
+        This does not check that the training ran these phases; a statement cannot show that.
 
         Raises:
             CertificateError: a claimed epsilon is lower than what the phases give.
@@ -134,12 +134,14 @@ class PrivacyStatement:
         claims = [("", self.delta, self.epsilon), *(("curve: ", *pair) for pair in self.curve)]
         for where, delta, claimed in claims:
             _check_claim(f"{where}epsilon", claimed, self.epsilon_at(delta), delta)
-        if self.epsilon_prv < self.epsilon_at(self.delta) * (1 - TOLERANCE):  # rare: PRV is above
+        if self.epsilon_prv < self.epsilon_at(self.delta) * (
+            1 - TOLERANCE
+        ):  # rare: PRV is above PLD
             prv = epsilon(self.phases, self.delta, "prv")
             _check_claim("epsilon_prv", self.epsilon_prv, prv, self.delta)
 
     def to_json(self) -> str:
-        """Everything; an infinite epsilon is the string "inf"."""
+        """All fields as JSON; an infinite epsilon is the string "inf"."""
         record = {"format": _FORMAT, **asdict(self)}
         for name in ("epsilon", "epsilon_prv"):
             record[name] = written(record[name])
@@ -151,7 +153,7 @@ class PrivacyStatement:
         """Read what `to_json` gave.
 
         Raises:
-            ArgumentError: it is something else.
+            ArgumentError: text is something else.
         """
         try:
             record: dict[str, Any] = json.loads(text)
@@ -178,7 +180,7 @@ class PrivacyStatement:
         return self.describe()
 
     def describe(self, delta: float | None = None) -> str:
-        """For people: what is promised, at `delta` or at its own, and all that it rests on."""
+        """The guarantee as text, at `delta` or the statement's own, with all that it rests on."""
         delta = self.delta if delta is None else delta
         bound = self.epsilon if delta == self.delta else self.epsilon_at(delta)
         by = f"{plain(bound)} (PLD)"
@@ -188,7 +190,7 @@ class PrivacyStatement:
         rows += [("sampling", self.sampling)]
         rows += [("steps", _steps(phase)) for phase in self.phases]
         rows += [
-            ("clip", f"C = {self.clip:g}: the norm of one sample's contribution, at most"),
+            ("clip", f"C = {self.clip:g}: the largest norm of one sample's contribution"),
             ("epsilon", f"{by} at delta = {delta:g}"),
             ("curve", "  ".join(f"{one:>7.3g}" for one, _ in self.curve) + "   delta"),
             ("", "  ".join(f"{plain(one):>7}" for _, one in self.curve) + "   epsilon (PLD)"),
@@ -211,20 +213,20 @@ def make_statement(
     assumes: tuple[str, ...],
     adjacency: str = ADD_OR_REMOVE,
 ) -> PrivacyStatement:
-    """Account for phases, and state the result.
+    """Compute the epsilons of phases, and state them.
 
     Args:
-        mechanism: as in `PrivacyStatement`, and so are the others.
+        mechanism: this and the other arguments are as in `PrivacyStatement`.
         phases: as there.
         clip: as there.
         delta: as there.
         sampling: as there.
         noise: as there.
         assumes: as there.
-        adjacency: as there; what the accounting is for.
+        adjacency: as there.
 
     Raises:
-        ArgumentError: a field is of another kind.
+        ArgumentError: an argument is out of range, or of another type.
     """
     phases = check_phases(phases)
     if isinstance(assumes, str):
@@ -250,17 +252,17 @@ def make_statement(
 
 
 def attach(delta: Delta, statement: PrivacyStatement) -> Delta:
-    """The delta with the statement in its meta, where `save_delta` keeps it.
+    """The delta with the statement in its meta, which `save_delta` writes.
 
-    It is of these values: `statement_of` refuses others. What is computed from a private delta
-    alone is as private, and may get the same statement.
+    The statement is for these values: `statement_of` refuses it with others. What is computed from
+    a private delta alone has the same guarantee, and may get the same statement.
 
     Args:
         delta: with meta.
-        statement: replaces one that is there.
+        statement: replaces one that is in the meta.
 
     Raises:
-        ArgumentError: the delta has no meta, or `statement` is none.
+        ArgumentError: the delta has no meta, or `statement` is no statement.
     """
     if not isinstance(statement, PrivacyStatement):
         kind = type(statement).__name__
@@ -277,7 +279,7 @@ def statement_of(delta: Mapping[str, Tensor] | DeltaMeta) -> PrivacyStatement | 
 
     Raises:
         ArgumentError: what it carries is no statement.
-        CertificateError: the delta's values are not those that it was attached to.
+        CertificateError: the delta's values changed after the statement was attached.
     """
     meta = delta if isinstance(delta, DeltaMeta) else getattr(delta, "meta", None)
     text = meta.extra.get(KEY) if meta is not None else None
@@ -285,14 +287,14 @@ def statement_of(delta: Mapping[str, Tensor] | DeltaMeta) -> PrivacyStatement | 
         return None
     if not isinstance(delta, DeltaMeta) and meta.extra.get(KEY_OF) != fingerprint(delta):
         raise CertificateError(
-            "the privacy statement is of another delta: these values were changed after it was "
-            "attached. If that took no private data, attach it anew"
+            "the privacy statement is for another delta: these values were changed after it was "
+            "attached. If the change used no private data, attach it anew"
         )
     return PrivacyStatement.from_json(text)
 
 
 def check_adjacency(expected: str, found: str) -> None:
-    """Raise ArgumentError unless both statements mean the same neighbours."""
+    """Raise ArgumentError unless the adjacencies are the same."""
     if expected != found:
         raise ArgumentError(
             f"statements of different adjacency do not compose: {expected!r} and {found!r}"
@@ -300,17 +302,17 @@ def check_adjacency(expected: str, found: str) -> None:
 
 
 def promised(epsilon: float, delta: float, advantage: float, adjacency: str) -> list[str]:
-    """What (epsilon, delta)-privacy promises, in plain lines.
+    """What (epsilon, delta)-privacy promises, as lines of text.
 
-    An attacker's advantage, the rate of right guesses among members minus that of wrong ones among
-    others, is at most the delta of epsilon 0 (Kairouz, Oh, Viswanath, 2015, theorem 2.1).
+    An attacker's advantage, the rate of true positives minus that of false positives, is at most
+    the delta of epsilon 0 (Kairouz, Oh, Viswanath, 2015, theorem 2.1).
     """
     if math.isinf(epsilon):
         return [f"No privacy is promised at delta = {delta:g}: epsilon is infinite."]
     secret = "whether one was there" if adjacency == ADD_OR_REMOVE else "which neighbour it was"
     return [
         f"({plain(epsilon)}, {delta:g})-differential privacy for each sample",
-        f"  Whoever sees the result, and knows all other samples, can still only guess {secret}:",
+        f"  An attacker who sees the result, and knows all other samples, must guess {secret}:",
         f"  at even odds, they are right at most {_percent((1 + advantage) / 2)} of the time.",
     ]
 
@@ -333,7 +335,7 @@ def plain(epsilon: float) -> str:
 
 
 def written(value: float) -> float | str:
-    """A number for JSON, which knows no infinity."""
+    """A number for JSON, which has no infinity: that is the string "inf"."""
     return "inf" if math.isinf(value) else value
 
 

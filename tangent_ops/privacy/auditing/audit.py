@@ -1,4 +1,4 @@
-"""Audit a private training: what an attacker really finds out, against what is claimed."""
+"""`audit`: attacks a private training, and compares the attack's success with the claim."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ _CHOOSING = 4  # one run in four chooses the threshold; the others are counted
 
 @dataclass(frozen=True)
 class Audit:
-    """What an attacker achieved who knows everything but the noise and whether the canary is in.
+    """The success of an attacker who knows everything but the noise and whether the canary is in.
 
-    All of it holds together with the stated confidence, over the randomness of the runs.
+    All bounds hold together with the stated confidence, over the randomness of the runs.
 
     Attributes:
-        consistent: the claim allows what was seen; otherwise it is refuted.
-        lower_bound: ε at `delta` that the training has at least, whatever it does:
-            log((TPR - δ) / FPR), or log((TNR - δ) / FNR), of the bounds on these rates.
-        family_lower_bound: ε at `delta` that it has at least if it is the claimed mechanism but
-            for the amount of noise (Nasr et al., "Tight auditing of differentially private machine
-            learning", USENIX Security 2023): sharp, where the other is not.
-        noise_ratio: in that case the noise is at most this many times the claimed one, floored at
-            1/64; None if the runs do not bound it.
+        consistent: whether the claim allows the bounds on the rates; if not, it is refuted.
+        lower_bound: lower bound on ε at `delta` for any mechanism: the larger of
+            log((TPR - δ) / FPR) and log((TNR - δ) / FNR), from the bounds on these rates.
+        family_lower_bound: lower bound on ε at `delta` if the training is the claimed mechanism
+            with another amount of noise (Nasr et al., "Tight auditing of differentially private
+            machine learning", USENIX Security 2023): tight, unlike `lower_bound`.
+        noise_ratio: upper bound on the noise in that case, in units of the claimed noise, and not
+            below 1/64; None if the runs do not bound it.
         claimed: the claim's ε at `delta`.
         delta: δ.
         confidence: between 0 and 1.
         runs: trainings, half of them with the canary.
-        counted: of each half, those counted; the others chose the threshold.
+        counted: the counted runs of each half; the others chose the threshold.
         tpr: fraction of the counted runs with the canary whose score is above the threshold.
-        fpr: of those without it.
+        fpr: the same fraction of the counted runs without the canary.
         tpr_low: Clopper-Pearson lower bound on the true rate.
         fpr_high: Clopper-Pearson upper bound on the true rate.
         threshold: of the scores.
@@ -69,12 +69,12 @@ class Audit:
 
     @property
     def most_provable(self) -> float:
-        """The `lower_bound` of a perfect attack in as many runs."""
+        """The `lower_bound` of a perfect attack with as many runs."""
         rare = float(rate_at_most(0, self.counted, (1 - self.confidence) / 2))
         return _lower_bound(1 - rare, rare, self.delta)
 
     def to_json(self) -> str:
-        """Everything, as JSON."""
+        """All fields as JSON."""
         return json.dumps(asdict(self), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
@@ -93,8 +93,8 @@ class Audit:
             lines.insert(3, f"noise:          at most {self.noise_ratio:.3g} times the claimed")
         if self.consistent:
             verdict = (
-                "The claim stands: this attack does no better than the claim allows. That is no "
-                "proof of it; another attack, or more runs, could still refute it."
+                "The claim stands: this attack does no better than the claim allows. This does not "
+                "prove the claim; another attack, or more runs, could still refute it."
             )
         else:
             verdict = (
@@ -112,29 +112,30 @@ def audit(
     confidence: float = 0.95,
     progress: bool = True,
 ) -> Audit:
-    """Train many times with and without one sample, the canary, and try to tell which.
+    """Train many times with and without one sample, the canary, and guess which runs had it.
 
-    An attacker says "with" where the score is above a threshold. One run in four chooses it, the
-    others are counted, with exact binomial bounds (Clopper, Pearson, Biometrika 1934), each side
-    at half of 1 - confidence. The claim is refuted if its phases' trade-off curve does not allow
-    these rates (Nasr et al., USENIX Security 2023), which is sharper than comparing ε at one δ.
-    A sound training is refuted with probability 1 - confidence at most. A weak attack refutes
-    nothing: choose the canary and score so that the training's own bounds are met with equality.
+    The attacker guesses "with" if the score is above a threshold. One run in four chooses the
+    threshold; the others are counted, with exact binomial bounds on both rates (Clopper, Pearson,
+    Biometrika 1934), each wrong with probability (1 - confidence) / 2 at most. The claim is refuted
+    if its phases' trade-off curve does not allow these bounds (Nasr et al., USENIX Security 2023),
+    which is sharper than comparing ε at one δ. A sound training is refuted with probability
+    1 - confidence at most. A weak attack refutes nothing: choose a canary and a score for which the
+    training's own bounds hold with equality.
 
     Args:
         train: (with_canary, run) -> the attacker's score, a finite number that is larger if the
-            canary seems to be in. Each call trains anew, independently: seed it with `run`, which
-            no two calls share, or with none.
-        claim: what is claimed for the training with the canary.
+            canary seems to be in. The calls train independently: seed each with `run`, which no two
+            calls share, or do not seed it.
+        claim: the statement that is claimed for the training with the canary.
         runs: trainings in all, even; half of them have the canary.
         confidence: between 0 and 1.
         progress: show a progress bar.
 
     Returns:
-        What was found.
+        The rates, the bounds, and whether the claim stands.
 
     Raises:
-        ArgumentError: an argument other than these; a score that is no finite number.
+        ArgumentError: an invalid argument; a score that is no finite number.
         UnsupportedError: the claim is for another adjacency than adding or removing a sample.
         CertificateError: the claim's ε is less than its own phases give.
     """
@@ -176,7 +177,7 @@ def audit(
 
 
 def check_runs(runs: int, confidence: float) -> None:
-    """Raise ArgumentError unless so many runs, and this confidence, make an audit."""
+    """Raise ArgumentError unless runs is even and large enough, and confidence in (0, 1)."""
     check_integer("runs", runs, LEAST_RUNS)
     if runs % 2:
         raise ArgumentError(f"runs must be even, as half of them have the canary; got {runs}")
@@ -198,12 +199,12 @@ def rate_at_most(hits: float | np.ndarray, trials: int, alpha: float) -> np.ndar
 def _threshold(
     inside: np.ndarray, outside: np.ndarray, counted: int, alpha: float, allowed: TradeOff
 ) -> float:
-    """Choose the one that should go farthest beyond what is allowed, when runs are counted."""
+    """Choose the threshold whose bounds are expected to exceed the allowed ones most."""
     values = np.unique(np.concatenate([inside, outside]))
     middles = values[:-1] / 2 + values[1:] / 2
     if len(middles) == 0:
         return float(values[0])
-    # Half a run more on either side: no observed rate of a few runs is exactly 0 or 1.
+    # Half a run is added on either side, so that no rate is exactly 0 or 1.
     hits, alarms = (
         (len(scores) - np.searchsorted(np.sort(scores), middles, "right") + 0.5)
         * (counted / (len(scores) + 1))
@@ -244,13 +245,13 @@ def _check(train: object, claim: object) -> None:
         raise ArgumentError(f"train must be a function (with_canary, run) -> score, got {train!r}")
     if not isinstance(claim, PrivacyStatement):
         raise ArgumentError(
-            f"claim must be a PrivacyStatement, got a {type(claim).__name__}: that of a "
-            "fit_private, or one from make_statement"
+            f"claim must be a PrivacyStatement, got a {type(claim).__name__}: use the statement of "
+            "a fit_private, or one from make_statement"
         )
     if claim.adjacency != ADD_OR_REMOVE:
         raise UnsupportedError(
-            f"claim is for another adjacency: {claim.adjacency!r}. An audit adds or removes a "
-            "canary; its curves are for that"
+            f"claim is for another adjacency: {claim.adjacency!r}. An audit needs "
+            f"{ADD_OR_REMOVE!r}, as it adds or removes a canary"
         )
     if not math.isfinite(claim.epsilon):
         raise ArgumentError(

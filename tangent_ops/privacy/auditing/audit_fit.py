@@ -1,4 +1,4 @@
-"""Audit `fit_private` on a model and data of yours, with a canary that is made for it."""
+"""`audit_fit`: audits `fit_private` on a given model and data, with a canary made for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tangent_ops.privacy.checks import check_dataset, check_model
 from tangent_ops.privacy.fit import PrivateFit, fit_private
 from tangent_ops.privacy.options import Privacy
 
-_TIMES = 1000.0  # max_grad_norm, is the canary's gradient
+_TIMES = 1000.0  # the norm of the canary's gradient over max_grad_norm
 
 
 def audit_fit(
@@ -35,30 +35,30 @@ def audit_fit(
     progress: bool = True,
     **options: Any,
 ) -> Audit:
-    """Train by `fit_private` from zero, with and without a canary, and check its own statement.
+    """Train by `fit_private` from zero, with and without a canary, and audit its statement.
 
-    The loss is `torch.nn.MSELoss`, see `make_canary`; the optimizer is "sgd" unless `options` say
-    otherwise, for which `canary_score` is as good as an attack can be. Both sides have the same
-    sample rate and lr / E, as in the definition of privacy, where these are public.
+    The loss is `torch.nn.MSELoss`, see `make_canary`. The optimizer is "sgd" unless `options` has
+    another one; for "sgd", `canary_score` is the best attack. Trainings with and without the canary
+    have the same sample rate and lr / E, which the definition of privacy takes as public.
 
     Args:
         tangent: the model; a copy of it is trained.
         dataset: the other samples, (input, target), targets shaped as the model's output.
-        inputs: (1, ...): the canary's; not among the others'.
-        privacy: what is audited; expected_batch_size follows from sample_rate, start is "zero". A
-            seed is for audits that are repeated bit for bit.
-        sample_rate: q; at least 1 over the number of the others.
-        lr: as in `fit_private`, with the canary.
+        inputs: (1, ...): the canary's input, which is not in dataset.
+        privacy: the options that are audited; expected_batch_size follows from sample_rate, start
+            is "zero". A seed makes the audit repeatable bit for bit.
+        sample_rate: q; at least one over the number of samples in dataset.
+        lr: of trainings with the canary, as in `fit_private`.
         runs: as in `audit`.
         confidence: as in `audit`.
         progress: show a progress bar.
         options: other keywords of `fit_private`: optimizer, l2, schedule, mode and so on.
 
     Returns:
-        What was found.
+        The rates, the bounds, and whether the claim stands.
 
     Raises:
-        ArgumentError: an argument other than these.
+        ArgumentError: an invalid argument.
         UnsupportedError: as `fit_private`.
     """
     check_runs(runs, confidence)
@@ -66,7 +66,7 @@ def audit_fit(
     others = check_dataset(dataset, privacy.public_preprocessing)
     check_positive(lr=lr)
     if privacy.max_grad_norm is None:
-        raise ArgumentError("an audit is of clipped gradients: give Privacy(max_grad_norm=)")
+        raise ArgumentError("audit_fit needs clipped gradients: give Privacy(max_grad_norm=)")
     if not 1 / others <= sample_rate <= 1:
         raise ArgumentError(
             f"sample_rate must be from 1/{others} (one over the number of samples beside the "
@@ -75,7 +75,7 @@ def audit_fit(
     privacy.check_unused("audit_fit", "expected_batch_size", "start")
     for name in ("recipe", "loss", "checkpoint"):
         if name in options:
-            raise ArgumentError(f"{name} is not an option of an audit, which sets it itself")
+            raise ArgumentError(f"{name} is not an option of an audit: leave it out")
     options = {"optimizer": "sgd", **options}
     tangent = copy.deepcopy(tangent)
     loss = nn.MSELoss()

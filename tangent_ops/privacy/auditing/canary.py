@@ -1,4 +1,4 @@
-"""A canary: a sample that is easy to find in a private training, and the attack that finds it."""
+"""Makes a canary, a sample that is easy to detect in a training, and scores deltas for it."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from tangent_ops.ops.levels import functional_call
 def make_canary(
     tangent: LinearizedModel, inputs: Tensor, gradient_norm: float
 ) -> tuple[Tensor, Tensor]:
-    """A target for `torch.nn.MSELoss` that makes one input's gradient as long as wanted.
+    """A target for `torch.nn.MSELoss` that gives one input's gradient the wanted norm.
 
-    The target lies off the anchor's own output, along its first entry. With a gradient many times
-    max_grad_norm, what training does to the output changes neither that it is clipped nor its
-    direction, so that every step gives the canary away as much as the mechanism's analysis
-    assumes; and a training that does not clip shows at once. A class index cannot do that: it
+    The target differs from the anchor's output in the first entry. If the norm is many times
+    max_grad_norm, the gradient stays clipped and keeps its direction when training changes the
+    output. So every step reveals the canary as much as the mechanism's analysis assumes, and a
+    training that does not clip is detected at once. A class index cannot give such a gradient: it
     fixes the residual, and cross-entropy bounds it. For classes use MSELoss with targets
     M * one_hot(y), which is `RescaledSquareLoss(k=1, M=M)`.
 
     Args:
         tangent: the model, with one tensor as output.
         inputs: (1, ...): one sample. The less its gradient resembles the others', the better.
-        gradient_norm: of the loss at Δ = 0, in the Euclidean norm over all deltas; 1000 times
-            max_grad_norm, say.
+        gradient_norm: of the loss at Δ = 0, in the Euclidean norm over all deltas; for example
+            1000 times max_grad_norm.
 
     Returns:
         inputs, and the target, shaped as the model's output.
@@ -49,8 +49,8 @@ def make_canary(
     unit = _norm(_gradient(tangent, inputs, output + residual, nn.MSELoss()))
     if unit == 0:
         raise ArgumentError(
-            "the gradient of inputs is zero: an anchor whose head is zero needs fit_head first; "
-            "else try another input"
+            "the gradient of inputs is zero: if the anchor's head is zero, use fit_head first; "
+            "otherwise try another input"
         )
     return inputs, output + gradient_norm / unit * residual
 
@@ -58,15 +58,15 @@ def make_canary(
 def canary_score(
     tangent: LinearizedModel, inputs: Tensor, target: Tensor, loss: Loss | None = None
 ) -> Callable[[Mapping[str, Tensor]], float]:
-    """The attack on a training that starts at zero: how far Δ lies along the canary's own step.
+    """The attack on a training that starts at zero: the component of Δ along the canary's step.
 
-    It is -⟨Δ, g / ‖g‖⟩ with g the gradient of the canary's loss at Δ = 0: for steps that only add
-    clipped gradients and noise, of a canary whose gradient keeps its direction, the best there is
+    The score is -⟨Δ, g / ‖g‖⟩ with g the gradient of the canary's loss at Δ = 0. No score is better
+    if the steps only add clipped gradients and noise, and the canary's gradient keeps its direction
     (Nasr et al., "Tight auditing of differentially private machine learning", USENIX Security 2023,
     where the attacker's gradient is that of a Dirac canary).
 
     Args:
-        tangent: the model; its deltas do not count.
+        tangent: the model; its deltas are not used.
         inputs: (1, ...): the canary.
         target: (1, ...).
         loss: as in training; None for `RescaledSquareLoss()`.
@@ -98,7 +98,7 @@ def canary_score(
 def _gradient(
     tangent: LinearizedModel, inputs: Tensor, target: Tensor, loss: Loss
 ) -> dict[str, Tensor]:
-    """Of one sample's loss by the deltas, at Δ = 0, in float64: by plain autograd."""
+    """The gradient of one sample's loss by the deltas at Δ = 0, by autograd; cast to float64."""
     zeros = {n: torch.zeros_like(d).requires_grad_() for n, d in tangent.deltas().items()}
     with torch.enable_grad():
         parts = {f"delta.{name}": zero for name, zero in zeros.items()}

@@ -1,4 +1,4 @@
-"""What the best attacker can achieve against a mechanism: its trade-off curve."""
+"""`TradeOff`: the rates of true and false positives that a mechanism allows an attacker."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _TOLERANCE = 1e-3  # of a noise multiplier, relative
 
 
 class TradeOff:
-    """The trade-off between an attacker's true and false positives, of composed phases.
+    """The largest rate of true positives at each rate of false positives, for composed phases.
 
-    With every sample in every step it is the Gaussian one, in closed form: with
-    μ = sqrt(Σ T / σ²), Φ(Φ⁻¹(FPR) + μ) (Dong, Roth, Su, "Gaussian differential privacy", JRSS-B
-    2022, corollary 2.1 and theorem 3.2). Else, with δ(ε) by the privacy loss distribution,
+    If every sample is in every step, it is the Gaussian curve Φ(Φ⁻¹(FPR) + μ) with
+    μ = sqrt(Σ T / σ²) (Dong, Roth, Su, "Gaussian differential privacy", JRSS-B 2022, corollary 2.1
+    and theorem 3.2). Otherwise, with δ(ε) by the privacy loss distribution,
 
         TPR <= e^ε FPR + δ(ε)    and    1 - FPR <= e^ε (1 - TPR) + δ(ε)    for every ε
 
     (Wasserman, Zhou, "A statistical framework for differential privacy", 2010, theorem 2.4;
-    proposition 2.12 of the former), on a grid of ε: rounding only ever allows more.
+    proposition 2.12 of the former), on a grid of ε. Rounding only allows larger rates.
 
     Args:
         phases: what is composed, each with noise.
@@ -47,7 +47,7 @@ class TradeOff:
             self._deltas = np.array(found)
 
     def power(self, fpr: ArrayLike) -> np.ndarray:
-        """The largest rate of true positives at rates of false positives, of any shape."""
+        """The largest rates of true positives at rates of false positives of any shape."""
         fpr = np.asarray(fpr, dtype=float)
         if self._mu is not None:
             return ndtr(ndtri(fpr) + self._mu)
@@ -69,17 +69,17 @@ def scaled(phases: Sequence[Phase], factor: float) -> list[Phase]:
 
 
 def largest_noise(phases: Sequence[Phase], fpr: float, tpr: float) -> float | None:
-    """The largest factor on all noise with which an attacker can still do so well.
+    """The largest factor on all noise that still allows an attacker's rates.
 
     Rounded up by at most 0.1 %, and never below 1/64.
 
     Args:
         phases: the mechanism's.
         fpr: the attacker's rate of false positives.
-        tpr: of true positives.
+        tpr: the attacker's rate of true positives.
 
     Returns:
-        The factor; None if guessing does as well, or a thousand times the noise allows it.
+        The factor; None if guessing does as well, or a thousand times the noise allows the rates.
     """
     if tpr <= fpr:
         return None
@@ -109,8 +109,8 @@ def largest_noise(phases: Sequence[Phase], fpr: float, tpr: float) -> float | No
 
 def _losses(phases: Sequence[Phase]) -> PrivacyLossDistribution:
     """The distribution of the composed privacy loss, rounded pessimistically."""
-    # Fine beside one step's loss, as the rounding adds up; but a grid that is finer than needed
-    # takes seconds where the noise is small.
+    # Fine compared with one step's loss, as rounding adds up over the steps; not below 1e-4, as a
+    # finer grid takes seconds where the noise is small.
     interval = max(1e-4, min(_deviation(phase) for phase in phases) / 300)
     parts = [
         privacy_loss_distribution.from_gaussian_mechanism(

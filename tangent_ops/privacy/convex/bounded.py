@@ -1,6 +1,6 @@
-"""A convex objective in which no sample, whatever it is, counts for more than a bound.
+"""A convex objective with a bound on the gradient of every possible sample.
 
-Per-sample clipping of the gradient of a model with C outputs is not the gradient of a convex
+The clipped gradient of a sample, for a model with C outputs, is not the gradient of a convex
 function. Here the Jacobian is bounded and the residual clipped instead. With
 
     u_i = min(1, R / ‖J(x_i)‖₂),    t_i = M onehot(y_i),    ρ(r) = ½‖r‖² if ‖r‖ <= B,
@@ -8,8 +8,8 @@ function. Here the Jacobian is bounded and the residual clipped instead. With
 
 the loss of a sample is ℓ_i = ρ(u_i (f(x_i) + J(x_i)Δ - t_i)). ρ is convex, ‖∇ρ‖ <= B and
 ∇²ρ <= I, so ℓ_i is convex in Δ, ‖∇ℓ_i‖ <= u_i ‖J_i‖ B <= R B, and ∇²ℓ_i <= u_i² ‖J_i‖² <= R².
-u_i comes from x_i alone: no other sample changes it. Where nothing is clipped and u_i = 1 it is
-`RescaledSquareLoss(k=1)` times C/2.
+u_i depends on x_i only. Where nothing is clipped and u_i = 1, ℓ_i is `RescaledSquareLoss(k=1)`
+times C/2.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class BoundedSquareLoss(nn.Module):
 
     Args:
         B: residual norm above which the loss is linear.
-        M: value the target class's logit is drawn to.
+        M: target value of the target class's logit.
     """
 
     def __init__(self, B: float, M: float) -> None:
@@ -52,7 +52,7 @@ class BoundedSquareLoss(nn.Module):
         wanted = self.M * nn.functional.one_hot(classes.long(), logits.shape[1])
         squares = (weights[:, None] * (logits.double() - wanted)).square().sum(dim=1)
         inside = squares <= self.B**2
-        # The root's derivative is taken where it is used alone: at 0 it is infinite.
+        # Inside, the root is of a constant: its derivative at 0 would be infinite.
         size = torch.where(inside, self.B**2, squares).sqrt()
         return torch.where(inside, squares / 2, self.B * (size - self.B / 2)).mean()
 
@@ -62,14 +62,14 @@ class BoundedSquareLoss(nn.Module):
 
 @dataclass(frozen=True)
 class Bounds:
-    """Bounds that hold for every possible sample, chosen without looking at these; all positive.
+    """Bounds that hold for every possible sample, chosen without the private data; all positive.
 
     Attributes:
         jacobian: R, bound of ‖u J(x)‖₂, in logits per unit of Δ.
         residual: B, bound of the residual of a sample's logits.
-        target: M, the value that the target class's logit is drawn to.
-        normalizer: E, which the sum over samples is divided by, public; None for their number,
-            which is then public.
+        target: M, the target value of the target class's logit.
+        normalizer: E, public: the sum over samples is divided by it. None for the number of
+            samples, which is then public.
     """
 
     jacobian: float
@@ -84,7 +84,7 @@ class Bounds:
 
     @property
     def gradient(self) -> float:
-        """Of ‖∇ℓ_i‖: R B."""
+        """The bound of ‖∇ℓ_i‖: R B."""
         return self.jacobian * self.residual
 
     def divisor(self, samples: int) -> float:
@@ -92,15 +92,14 @@ class Bounds:
         return float(samples if self.normalizer is None else self.normalizer)
 
     def smoothness(self, l2: float, samples: int) -> float:
-        """Of F, and of every neighbour's with one sample more or less: l2 + (N + 1) R²/E."""
+        """The Lipschitz constant of ∇F, for F and its neighbours: l2 + (N + 1) R²/E."""
         return l2 + (samples + 1) * self.jacobian * self.jacobian / self.divisor(samples)
 
 
 class Objective:
     """F(Δ) = (1/E) Σ_i ℓ_i(Δ) + l2/2 ‖Δ‖², of bounded losses.
 
-    `passes` are over the same with 1/N in place of 1/E and l2 E/N in place of l2: F E/N, which has
-    the same minimum.
+    `passes` compute F E/N, which has the same minimum: 1/N replaces 1/E, and l2 E/N replaces l2.
 
     Args:
         tangent: the model; its deltas are neither read nor changed.
@@ -114,12 +113,12 @@ class Objective:
     Attributes:
         model: the tangent model, or its tail if features are cached.
         data: what enters it, with class and u.
-        loss: of these.
+        loss: the loss of a batch of `data`.
         samples: N.
-        sensitivity: of ∇F by adding or removing one sample: R B / E.
+        sensitivity: of ∇F, to adding or removing one sample: R B / E.
 
     Raises:
-        ArgumentError: an argument other than these; targets that are no classes; a Jacobian that
+        ArgumentError: an invalid argument; targets that are no classes; a Jacobian that
             is not finite; data that differ between two readings.
         UnsupportedError: a model in 16 bits; cache, for a model that cannot be split.
     """
@@ -147,7 +146,7 @@ class Objective:
         self.normalizer = bounds.divisor(self.samples)
         l2 = self.l2 * self.normalizer / self.samples
         self.passes = Passes(Jacobian(self.model), self.data, l2, self.loss, progress)
-        # The few samples that were tried may have no clipped residual.
+        # `Passes` tried a few samples, whose residuals may all be unclipped.
         self.passes.quadratic = False
 
     @property
@@ -161,17 +160,17 @@ class Objective:
 
     @property
     def assumes(self) -> tuple[str, ...]:
-        """What has to be true, besides a mechanism's own conditions."""
+        """What must be true besides a mechanism's own conditions."""
         dtype = str(self.passes.layout.dtype).removeprefix("torch.")
         return (
             "the anchor, a low-rank basis, and every argument (bounds, l2, target, steps, lr) do "
-            "not come from these data",
+            "not depend on these data",
             f"the number of samples, {self.samples}, and the normalizer, {self.normalizer:g}, are "
             "public",
             "a sample's logits and Jacobian depend on that sample alone, and are the same in every "
             "reading of the data",
             f"arithmetic in {dtype} counts as exact",
-            "nothing but the delta gets out: no running time, and no error that a sample caused",
+            "only the delta is published: no running time, and no error that a sample caused",
         )
 
 
@@ -179,8 +178,8 @@ def _check_precision(tangent: LinearizedModel) -> None:
     small = {p.dtype for p in tangent.anchor.parameters()} & {torch.float16, torch.bfloat16}
     if small:
         raise UnsupportedError(
-            f"the model has parameters in {', '.join(map(str, small))}, whose rounding a bound on "
-            "a sample's gradient does not survive: use .float() or .double()"
+            f"the model has parameters in {', '.join(map(str, small))}, whose rounding breaks the "
+            "bound on a sample's gradient: use .float() or .double()"
         )
 
 
@@ -202,7 +201,7 @@ def _slack(jacobian: Jacobian) -> float:
     """Relative room for rounding between a sample's norm and its part in a pass's gradient."""
     if jacobian.layout.dtype == torch.float64:
         return 1e-12
-    # TF32, which CUDA's convolutions take unless told otherwise, rounds at 5e-4.
+    # TF32, the default of convolutions on CUDA, rounds by 5e-4.
     return 1e-2 if jacobian.device.type == "cuda" else 1e-4
 
 
@@ -235,7 +234,7 @@ class _Weighted(Dataset):
 
 @dataclass(frozen=True)
 class _Collate:
-    """Batches of such items: the inputs as the data set's own loader makes them."""
+    """Collates `_Weighted` items: the inputs by `inner`, the data set's own collate_fn."""
 
     inner: Callable[[list[Any]], Any]
 

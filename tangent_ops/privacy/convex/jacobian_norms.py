@@ -1,4 +1,4 @@
-"""How far one sample can move a tangent model's logits: the spectral norm of its Jacobian."""
+"""`jacobian_norms`: the spectral norm of each sample's Jacobian."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def jacobian_norms(
     """‖J(x)‖₂ of every sample, to choose a bound on it from *public* data.
 
     Exact: the root of the largest eigenvalue of J Jᵀ (C, C), summed and solved in float64. Each
-    norm depends on its own sample alone. One forward pass and C backward passes to a sample.
+    norm depends on its own sample alone. One forward pass and C backward passes per sample.
 
     Args:
-        tangent: the model; its deltas do not matter.
-        data: a Dataset of (input, target), or a DataLoader, which is read in order, whole.
+        tangent: the model; its deltas are not used.
+        data: a Dataset of (input, target), or a DataLoader; all samples are read, in order.
         batch_size: of a Dataset; a DataLoader has its own.
         cache: as in `fit`: keep what enters the first trained block.
         device: moves the model there first.
@@ -44,7 +44,7 @@ def jacobian_norms(
         (N,): float64, on the CPU, in logits per unit of Δ.
 
     Raises:
-        ArgumentError: an argument other than these; a norm is not finite.
+        ArgumentError: an invalid argument; a norm is not finite.
         UnsupportedError: cache, for a model that cannot be split.
     """
     check_tangent(tangent)
@@ -75,7 +75,7 @@ def entering(
 
 
 def norms_bar(loader: DataLoader, progress: bool) -> tqdm:
-    """A bar over a loader's samples, for `batch_norms`."""
+    """A progress bar over a loader's samples, for `batch_norms`."""
     return tqdm(
         total=len(loader.dataset),  # pyright: ignore[reportArgumentType]
         desc="Jacobian norms",

@@ -1,7 +1,7 @@
-"""Private fitting by noisy gradient descent of which the last iterate alone is released.
+"""`fit_last_iterate`: private noisy gradient descent that releases only its last iterate.
 
-Convexity pays: composition charges every step, sqrt(T) in all. Of a strongly convex objective the
-early steps are forgotten, and the price stays finite however long the descent goes on.
+By composition, T steps cost sqrt(T) times as much as one. On a strongly convex objective, every
+step shrinks the influence of the steps before it, so the cost stays bounded for any T.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from tangent_ops.privacy.statement import PrivacyStatement, attach, make_stateme
 
 @dataclass(frozen=True)
 class LastIterate:
-    """What noisy gradient descent released. All of it may be published.
+    """The result of `fit_last_iterate`. All of it may be published.
 
     Attributes:
         delta: the last iterate, with the statement attached.
         statement: what it promises.
         noise: ν, standard deviation of the noise on each entry of every step's gradient.
         lr: η.
-        contraction: c, by which a step brings two iterates nearer at least.
+        contraction: c; a step multiplies the distance of two iterates by c at most.
         steps: T.
     """
 
@@ -69,23 +69,23 @@ def fit_last_iterate(
         μ = (R B / (E ν)) sqrt( (1 - c^T)/(1 + c^T) (1 + c)/(1 - c) )
 
     (Bok, Su, Altschuler, "Shifted interpolation for differential privacy", ICML 2024, for strongly
-    convex losses). Proof: let a copy of ours move a_t towards the neighbour's iterate in step t,
-    which its noise hides at a price of a_t / (η ν), composed. Contraction takes of the rest; they
-    meet in step T if Σ c^{T-t} a_t = s (1 - c^T)/(1 - c), and the least Σ a_t² of such (Cauchy,
-    Schwarz) is (μ η ν)². It is exact for one parameter and a quadratic F, where the iterates' means
-    differ by s (1 - c^T)/(1 - c), and their variance is (η ν)² (1 - c^{2T})/(1 - c²). It is never
-    above what composition gives, sqrt(T) R B / (E ν).
+    convex losses). Proof: in step t, shift a copy of the iterate by a_t towards the neighbour's
+    iterate; the step's noise hides the shift with (a_t / (η ν))-GDP, and the steps compose. The
+    remaining distance contracts; it is zero after step T if Σ c^{T-t} a_t = s (1 - c^T)/(1 - c),
+    and the least Σ a_t² of such shifts (Cauchy, Schwarz) is (μ η ν)². μ is exact for one parameter
+    and a quadratic F, where the iterates' means differ by s (1 - c^T)/(1 - c), and their variance
+    is (η ν)² (1 - c^{2T})/(1 - c²). μ never exceeds what composition gives, sqrt(T) R B / (E ν).
 
     Args:
-        tangent: its deltas have to be zero, and are set to the last iterate.
-        data: a Dataset of (input, class), or a DataLoader, which is read in order, whole; without
+        tangent: its deltas must be zero, and are set to the last iterate.
+        data: a Dataset of (input, class), or a DataLoader; all samples are read, in order. Without
             random augmentation.
         l2: m, positive.
         privacy: the guarantee and the noise; steps is T, noise_multiplier 1/μ. max_grad_norm,
             expected_batch_size and start are not used.
-        bounds: R, B, the target and E; `jacobian_norms` of public data shows the size of R.
+        bounds: R, B, the target and E; `jacobian_norms` of public data helps to choose R.
         lr: η, below 2/M; None for 1/M.
-        batch_size: of a Dataset; a DataLoader has its own. No part of the mechanism.
+        batch_size: of a Dataset; a DataLoader has its own. The mechanism does not depend on it.
         cache: as in `fit`: keep what enters the first trained block.
         device: moves the model there first.
         progress: show bars; they show no loss.
@@ -94,8 +94,8 @@ def fit_last_iterate(
         The delta and its statement.
 
     Raises:
-        ArgumentError: an argument other than these; a step size without contraction; a sample that
-            is in the data twice, by index or by content.
+        ArgumentError: an invalid argument; deltas that are not zero; a step size without
+            contraction; a sample that is in the data twice, by index or by content.
         UnsupportedError: a model in 16 bits; preprocessing fitted to data; a batch norm that uses
             its batch; cache, for a model that cannot be split.
         NonFiniteLossError: a gradient is NaN or infinite; the deltas are zero as before.
@@ -113,8 +113,8 @@ def fit_last_iterate(
     gap = contraction_gap(lr, l2, smoothness)
     if any(value.any() for value in tangent.deltas().values()):
         raise ArgumentError(
-            "the deltas are not zero: what they hold may come from private data, which this "
-            "statement would not count. Linearize the anchor anew, or set them to zero"
+            "the deltas are not zero: they may come from private data, which this statement would "
+            "not count. Call tangent.zero_()"
         )
     check_contents(loader)
     objective = Objective(
@@ -138,7 +138,7 @@ def fit_last_iterate(
         delta=privacy.delta,
         sampling="none: every sample in every step",
         noise=source.words,
-        assumes=(*objective.assumes, "no iterate but the last gets out"),
+        assumes=(*objective.assumes, "no iterate but the last is published"),
     )
     tangent.load_delta_dict(layout.named(iterate))
     return LastIterate(
@@ -151,8 +151,8 @@ def contraction_gap(lr: float, strong: float, smooth: float) -> float:
 
     Args:
         lr: η.
-        strong: m, of strong convexity.
-        smooth: M, of the gradient's Lipschitz constant.
+        strong: m, the constant of strong convexity.
+        smooth: M, the gradient's Lipschitz constant.
 
     Raises:
         ArgumentError: there is no contraction.
@@ -167,7 +167,7 @@ def contraction_gap(lr: float, strong: float, smooth: float) -> float:
 
 
 def last_iterate_growth(gap: float, steps: int) -> float:
-    """sqrt( (1 - c^T)/(1 + c^T) (1 + c)/(1 - c) ): what T steps cost, in units of one.
+    """sqrt( (1 - c^T)/(1 + c^T) (1 + c)/(1 - c) ): μ of T steps over μ of one step.
 
     Args:
         gap: 1 - c, in (0, 1].

@@ -1,4 +1,4 @@
-"""Private fitting by noise on the exact optimum."""
+"""`perturb_output`: private fitting by noise on the exact optimum."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tangent_ops.privacy.convex.bounded import Bounds, Objective
 from tangent_ops.privacy.options import Privacy
 from tangent_ops.privacy.statement import PrivacyStatement, attach, make_statement
 
-_SHARE = 0.5  # of the solver's allowance: the rest is for the rounding that float64 finds
+_SHARE = 0.5  # of τ, for the solver; the rest is for its rounding, which the float64 check shows
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class PerturbedOutput:
         delta: the optimum with noise, and with the statement attached.
         statement: what it promises.
         sigma: standard deviation of the noise in every entry.
-        sensitivity: how far two neighbours' solutions can be apart: R B / (E l2) + 2 τ.
+        sensitivity: the largest distance of two neighbours' solutions: R B / (E l2) + 2 τ.
     """
 
     delta: Delta
@@ -61,19 +61,21 @@ def perturb_output(
     """Fit a tangent model privately: Gaussian noise on the minimum of F.
 
     F(Δ) = (1/E) Σ_i ℓ_i(Δ) + l2/2 ‖Δ‖² with the bounded losses of `bounded`.
-    A neighbour's F' differs by one ℓ_i/E, so at F's minimum ‖∇F'‖ = ‖∇ℓ_i‖/E <= R B / E; and F' is
-    l2-strongly convex, so its own minimum is within that over l2:
+    A neighbour's F' differs by one ℓ_i/E, so at F's minimum ‖∇F'‖ = ‖∇ℓ_i‖/E <= R B / E. F' is
+    l2-strongly convex, so the distance to its minimum is ‖∇F'‖ / l2 at most:
 
         ‖Δ*(D) - Δ*(D')‖ <= R B / (E l2)
 
     (Chaudhuri, Monteleoni, Sarwate, "Differentially private empirical risk minimization", JMLR
-    2011, lemma 7, for one sample more or less and a fixed E). The solver comes within τ of it,
-    which is set before and checked after, in float64: see `tangent_ops.exact.certify`. The
-    Gaussian noise is calibrated exactly (Balle, Wang, "Improving the Gaussian mechanism for
-    differential privacy", ICML 2018), up to 0.1%, for R B / (E l2) + 2 τ.
+    2011, lemma 7, for one sample more or less and a fixed E). The solution is within τ of the
+    minimum: τ is fixed before, and the solution is checked in float64, as
+    `tangent_ops.exact.certify` does. The Gaussian noise is calibrated exactly (Balle, Wang,
+    "Improving the Gaussian mechanism for differential privacy", ICML 2018), up to 0.1%, for
+    R B / (E l2) + 2 τ.
 
     Args:
-        tangent: its deltas are where the solver starts, of no consequence, and are set at the end.
+        tangent: its deltas are the solver's start, which does not affect the guarantee, and are set
+            at the end.
         data: as in `fit_last_iterate`.
         l2: positive.
         privacy: the guarantee and the noise; max_grad_norm, expected_batch_size, steps and start
@@ -90,7 +92,7 @@ def perturb_output(
         The delta and its statement.
 
     Raises:
-        ArgumentError: an argument other than these; a sample that is in the data twice, by index
+        ArgumentError: an invalid argument; a sample that is in the data twice, by index
             or by content.
         UnsupportedError: a model in 16 bits; preprocessing fitted to data; a batch norm that uses
             its batch; cache, for a model that cannot be split.
@@ -140,7 +142,7 @@ def _minimise(objective: Objective, start: Tensor, allowed: float, max_iteration
     """The minimum of F to within `allowed`, certified in float64.
 
     Raises:
-        ConvergenceError: it was not reached.
+        ConvergenceError: the solution is not within `allowed`.
     """
     passes = objective.passes
     value, _, _ = passes.gradient(passes.layout.zeros())

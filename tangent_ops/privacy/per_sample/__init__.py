@@ -1,1 +1,1 @@
-"""Per-sample gradients of a linearized model."""
+"""Per-sample gradients of a tangent model."""

@@ -19,25 +19,26 @@ from tangent_ops.privacy.per_sample.whole import Whole
 
 MODES = ("bookkeeping", "ghost", "per-sample")
 PROBES = 3
-ROUNDING = 100.0  # units in the last place of a norm: no longer gradient than C may get through
+ROUNDING = 100.0  # units in the last place that a norm may be too small by
 
 
 class PerSampleGradients:
-    """The gradients J(x_i)ᵀ c_i of the deltas, where c_i is that of sample i's loss by its logits.
+    """Gradients J(x_i)ᵀ c_i of the deltas; c_i is the gradient of sample i's loss by its logits.
 
-    That is the anchor's vector-Jacobian product, so the machinery for ordinary models applies to
-    one forward and backward pass of the tangent model. When it is made, it is tried on noise,
-    against one sample at a time: models that mix samples, or that use a layer's parameters
-    elsewhere than in the layer, are found out there.
+    J(x_i)ᵀ c_i is the anchor's vector-Jacobian product, so the methods for ordinary models apply to
+    one forward and backward pass of the tangent model. The constructor compares the result on noise
+    with one sample at a time, and so detects models that mix samples, or that use a layer's
+    parameters outside the layer.
 
     Args:
         tangent: the model; its deltas are read, and never changed.
-        example: inputs of the kind that will come, (n, ...) floating point; of which shape, dtype
-            and device count.
+        example: (n, ...), floating point, of the shape (but for n), dtype and device of later
+            inputs; its values do not matter.
 
     Raises:
         ArgumentError: example is not floating point.
-        UnsupportedError: a parameter's per-sample gradients cannot be had; the error names it.
+        UnsupportedError: the model uses checkpointing, or a parameter's per-sample gradients cannot
+            be computed; the error names it.
     """
 
     def __init__(self, tangent: LinearizedModel, example: Tensor) -> None:
@@ -47,7 +48,7 @@ class PerSampleGradients:
             )
         if tangent.grad_checkpointing:
             raise UnsupportedError(
-                "per-sample gradients and checkpointing exclude each other: call "
+                "per-sample gradients do not work with checkpointing: call "
                 "set_grad_checkpointing(False), and use smaller physical batches instead"
             )
         self._tangent = tangent
@@ -75,9 +76,10 @@ class PerSampleGradients:
             targets: (n, ...).
             loss: a mean of the samples' losses.
             max_grad_norm: C, in the Euclidean norm over all deltas together.
-            mode: "bookkeeping": one backward pass, which keeps the layers' cotangents. "ghost": two
-                of them, which keep nothing. Neither stores the gradients of single samples.
-                "per-sample": one, which keeps these, n times the size of the deltas.
+            mode: "bookkeeping": one backward pass; the layers' cotangents are kept. "ghost": two
+                backward passes; nothing is kept. Neither stores the gradients of single samples.
+                "per-sample": one backward pass; these gradients, n times the size of the deltas,
+                are kept.
 
         Raises:
             NonFiniteLossError: a gradient is NaN or infinite.
@@ -102,7 +104,7 @@ class PerSampleGradients:
         weigh: Callable[[Tensor], Tensor],
         mode: str,
     ) -> dict[str, Tensor]:
-        """Σ_i w_i J(x_i)ᵀ c_i, where the w (n,) are of the squared norms of J(x_i)ᵀ c_i."""
+        """Σ_i w_i J(x_i)ᵀ c_i; `weigh` gives w (n,) for the squared norms of J(x_i)ᵀ c_i."""
         if mode == "per-sample":
             samples = self._samples(forward, inputs, cotangents)
             weights = weigh(_squared_norms(samples, len(inputs)))
@@ -127,7 +129,7 @@ class PerSampleGradients:
             sums.update(self._layers[name].weighted_sums(activations, cotangent, scale))
 
         if mode == "ghost":
-            # The weights are in the cotangents: all that comes back has them.
+            # The cotangents are weighted already.
             ones = torch.ones_like(weights)
             self._back(forward, _scaled(cotangents, weights), partial(add, scale=ones))
         else:
@@ -162,14 +164,14 @@ class PerSampleGradients:
         forward.back(cotangents, again=again)
 
     def _filled(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With zeros for deltas that the logits do not depend on, in the deltas' dtypes."""
+        """Sums in the deltas' dtypes; zeros for deltas that the logits do not depend on."""
         return {
             name: sums[name].to(delta.dtype) if name in sums else torch.zeros_like(delta.detach())
             for name, delta in self._tangent.deltas().items()
         }
 
     def _covered(self, probes: Tensor) -> tuple[dict[str, Layer], dict[str, nn.Module]]:
-        """Layers that are called once, take and give one tensor, and own what they use."""
+        """Layers that are called once, with one tensor in and out, and share no parameter."""
         anchor, bases = self._tangent.anchor, self._tangent.basis.tensors()
         owners = Counter(id(p) for _, p in anchor.named_parameters(remove_duplicate=False))
         owned: dict[str, dict[str, str]] = {}
@@ -185,7 +187,7 @@ class PerSampleGradients:
             own_bases = {own: bases[name] for own, name in names.items() if name in bases}
             try:
                 layers[path] = make_layer(module, names, own_bases)
-            except NotImplementedError:  # it has buffers, say, and is no layer that Opacus knows
+            except NotImplementedError:  # e.g. it has buffers, and Opacus has no sampler for it
                 continue
             modules[path] = module
         calls = Pass(self._tangent, modules, probes).calls
@@ -228,7 +230,7 @@ class PerSampleGradients:
 
 
 def clip_factors(norms: Tensor, max_grad_norm: float) -> Tensor:
-    """min(1, C / ‖g_i‖), a little less for what rounding does to a norm.
+    """min(1, C / ‖g_i‖), slightly reduced, so that no gradient exceeds C by a norm's rounding.
 
     Raises:
         NonFiniteLossError: a norm is NaN or infinite.
@@ -304,8 +306,8 @@ def _compare(
     wrong = float(((squares - exact).abs() / (exact + 1e-30)).max())
     if not (off[worst] <= tolerance and wrong <= 2 * tolerance):
         raise UnsupportedError(
-            "per-sample gradients of this model are not what its layers say: tried on noise, those "
-            f"of {worst} differ by {off[worst]:.1e} from one sample at a time, and squared norms "
-            f"by {wrong:.1e}. The model mixes samples, or uses a layer's parameters elsewhere: "
-            "leave them out of `trainable`"
+            "per-sample gradients from this model's layers are wrong: on noise, those of "
+            f"{worst} differ by {off[worst]:.1e} from one sample at a time, and squared norms by "
+            f"{wrong:.1e}. The model mixes samples, or uses a layer's parameters outside the "
+            "layer: leave them out of `trainable`"
         )

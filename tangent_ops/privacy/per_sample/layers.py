@@ -5,10 +5,10 @@ linear layers and convolutions it is G = Σ_t g_t a_tᵀ, so that
 
     ‖G‖² = Σ_{t,t'} (a_t · a_t') (g_t · g_t')          Σ_i w_i G_i = Σ_{i,t} w_i g_it a_itᵀ
 
-the first without G ("ghost norm": Li, Tramèr, Liang, Hashimoto, "Large Language Models Can Be
-Strong Differentially Private Learners", ICLR 2022, section 4), the second as one product
+The first needs no G ("ghost norm": Li, Tramèr, Liang, Hashimoto, "Large Language Models Can Be
+Strong Differentially Private Learners", ICLR 2022, section 4), the second is one product
 ("book-keeping": Bu, Wang, Zha, Karypis, "Differentially Private Optimization on Large Model at
-Small Cost", ICML 2023). Gradients of other layers are Opacus' grad samplers', or functorch's.
+Small Cost", ICML 2023). Gradients of other layers come from Opacus' grad samplers or functorch.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from tangent_ops.errors import UnsupportedError
 from tangent_ops.losses import at_least_single
 from tangent_ops.model.low_rank import matrix_shape
 
-CHUNK = 1 << 22  # entries of per-sample gradients in memory at a time, where only norms are wanted
+CHUNK = 1 << 22  # entries of per-sample gradients in memory at a time, for norms and sums
 ROUNDING = 4.0  # units in the last place of |a| |g| that sums over positions may be off by
 
-COMPUTING = ("forward", "_conv_forward")  # the methods that make an output, convolutions' too
+COMPUTING = ("forward", "_conv_forward")  # the methods that compute an output
 
 Sampler = Callable[[nn.Module, list[Tensor], Tensor], dict[nn.Parameter, Tensor]]
 
@@ -44,7 +44,7 @@ def make_layer(module: nn.Module, names: Mapping[str, str], bases: Mapping[str, 
         bases: of those with low-rank deltas: its own name of each -> A (rank, in).
 
     Raises:
-        NotImplementedError: what it computes cannot be had from its class.
+        NotImplementedError: neither Opacus nor functorch supports the module.
     """
     product = _computes_as(module, nn.Linear) or (
         _computes_as(module, nn.Conv2d)
@@ -55,19 +55,19 @@ def make_layer(module: nn.Module, names: Mapping[str, str], bases: Mapping[str, 
 
 
 def _computes_as(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a layer is of a kind, and computes what that kind does of its parameters."""
+    """Whether a layer is of a kind, and computes the same function as that kind."""
     same = (getattr(type(layer), n, None) is getattr(kind, n, None) for n in COMPUTING)
     return (
         isinstance(layer, kind)
         and all(same)
         and layer._parameters.keys() <= {"weight", "bias"}
         and "forward" not in vars(layer)
-        and getattr(layer, "padding_mode", "zeros") == "zeros"  # Opacus heeds no other
+        and getattr(layer, "padding_mode", "zeros") == "zeros"  # Opacus ignores others
     )
 
 
 class Layer:
-    """Any layer: per-sample gradients in full, some samples at a time."""
+    """Any layer: forms per-sample gradients, some samples at a time."""
 
     def __init__(
         self, module: nn.Module, names: Mapping[str, str], bases: Mapping[str, Tensor]
@@ -165,16 +165,16 @@ class ProductLayer(Layer):
 
 
 def _gram_norms(a: Tensor, g: Tensor) -> Tensor:
-    """‖Σ_t g_t a_tᵀ‖² without that matrix, never too small by rounding."""
+    """‖Σ_t g_t a_tᵀ‖² from Gram matrices; rounding never makes it too small."""
     inputs, outputs = a @ a.mT, g @ g.mT
-    # Positions can cancel; what rounding makes of that is small beside the terms' own size.
+    # Terms of several positions can cancel; the rounding error is relative to their sizes.
     size = inputs.diagonal(dim1=1, dim2=2).sum(1) * outputs.diagonal(dim1=1, dim2=2).sum(1)
     slack = ROUNDING * torch.finfo(a.dtype).eps * size
     return inputs.mul_(outputs).sum((1, 2)).clamp_min(0) + slack
 
 
 def _product_norms(a: Tensor, g: Tensor) -> Tensor:
-    """The same by that matrix, some samples at a time."""
+    """The same from the matrix Σ_t g_t a_tᵀ, some samples at a time."""
     count = max(1, CHUNK // (a.shape[2] * g.shape[2]))
     chunks = zip(a.split(count), g.split(count), strict=True)
     norms = torch.cat([(y.mT @ x).flatten(1).norm(dim=1) for x, y in chunks])
@@ -187,7 +187,7 @@ def _squared_norms(samples: Mapping[str, Tensor]) -> Tensor:
 
 
 def _stand_in(module: nn.Module, names: Mapping[str, str]) -> nn.Module:
-    """The module, as samplers want it: they ask which parameters require a gradient."""
+    """A copy of the module in which only parameters with deltas require a gradient, no hooks."""
     layer = copy.copy(module)
     layer._parameters = {
         own: None if p is None else nn.Parameter(at_least_single(p.detach()), own in names)
@@ -199,15 +199,15 @@ def _stand_in(module: nn.Module, names: Mapping[str, str]) -> nn.Module:
 
 
 def _sampler(layer: nn.Module) -> Sampler | None:
-    """Opacus' for what the layer computes."""
-    if isinstance(layer, nn.LayerNorm) and layer.bias is None:  # Opacus' asks its bias
+    """Opacus' sampler for the layer; None if there is none."""
+    if isinstance(layer, nn.LayerNorm) and layer.bias is None:  # Opacus' sampler needs a bias
         return None
     known = GradSampleModule.GRAD_SAMPLERS.items()
     return next((sampler for kind, sampler in known if _computes_as(layer, kind)), None)
 
 
 def _functorch(module: nn.Module, layer: nn.Module) -> Sampler:
-    """Functorch's, which runs the class's forward in a stand-in for the module."""
+    """Functorch's sampler, which runs the class's forward with the stand-in for the module."""
     if "forward" in vars(module):
         raise NotImplementedError("its forward is the instance's own")
     prepare_layer(layer)

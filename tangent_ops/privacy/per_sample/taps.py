@@ -1,8 +1,8 @@
-"""What the trained layers of a tangent model see in one forward and backward pass.
+"""Records inputs and cotangents of the trained layers in one forward and backward pass.
 
-The derivative of J(x) Δ by Δ is the anchor's own: the cotangent of a layer's output tangent is the
-cotangent that the anchor's output would have there. So a pass of the tangent model gives, layer by
-layer, what per-sample gradients are made of, and no other pass of the anchor is needed.
+The derivative of J(x) Δ by Δ is J(x), whatever Δ is. So the cotangent of a layer's output tangent
+equals the cotangent of the layer's output in the anchor, and a pass of the tangent model gives all
+that the layers' per-sample gradients need, without a pass of the anchor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Seen:
     Attributes:
         activations: its input, (n, ...).
         output: shape of its output.
-        receive: called with the cotangent of the output, shaped as it, on the way back.
+        receive: called in the backward pass with the output's cotangent, shaped as the output.
     """
 
     def __init__(self, activations: Tensor, output: torch.Size) -> None:
@@ -38,19 +38,18 @@ class Seen:
 
 
 class Pass:
-    """The forward pass of a batch, of which the way back can be gone several times.
+    """The forward pass of a batch; its backward pass can be repeated.
 
     Attributes:
         logits: f + J Δ, (n, ...), in float32 at least.
-        calls: what each layer saw, in the order of its calls; nothing for a call with more than
-            one tensor in or out.
+        calls: each layer's calls, in order; None for a call without exactly one tensor in and out.
     """
 
     def __init__(
         self, tangent: LinearizedModel, layers: Mapping[str, nn.Module], inputs: Tensor
     ) -> None:
         self.calls: dict[str, list[Seen | None]] = {name: [] for name in layers}
-        # The deltas need no gradient, and get none computed: the graph hangs on this.
+        # The deltas get no gradients, so the graph needs another leaf.
         seed = torch.zeros((), device=inputs.device, requires_grad=True)
         deltas = {f"tangent.delta.{n}": delta.detach() for n, delta in tangent.deltas().items()}
         autocast = torch.autocast(inputs.device.type, enabled=False)
@@ -60,7 +59,7 @@ class Pass:
             with torch.enable_grad(), autocast, self._tapped(layers, seed):
                 return functional_call(Pair(tangent), deltas, (inputs,))
 
-        primal, output = in_turn(run)  # hooks, too, are in every thread
+        primal, output = in_turn(run)  # one thread at a time: all threads run the hooks
         if not isinstance(primal, Tensor) or primal.shape[:1] != inputs.shape[:1]:
             raise UnsupportedError(
                 f"the model returns a {type(primal).__name__}; per-sample gradients need one "
@@ -83,7 +82,7 @@ class Pass:
 
         Args:
             cotangent: shaped as the logits.
-            again: whether the way will be gone once more.
+            again: whether another backward pass follows.
         """
         if self._output.requires_grad:
             self._output.backward(cotangent.to(self._output.dtype), retain_graph=again)
@@ -123,7 +122,7 @@ def _seen(inputs: Sequence, keywords: dict, output: object) -> Seen | None:
 
 
 class _Tap(torch.autograd.Function):
-    """The identity; hands the cotangent that comes back to `receive`."""
+    """The identity; its backward pass calls `receive` with the cotangent."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Per-sample gradients of parameters that no layer of their own uses: class tokens, embeddings."""
+"""Per-sample gradients of parameters that `layers` does not cover, such as class tokens."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tangent_ops.ops.levels import functional_call
 
 
 class Whole:
-    """Gradients through the whole anchor, by functorch: an ordinary pass more.
+    """Gradients through the whole anchor, by functorch, at the cost of one more ordinary pass.
 
     Args:
         anchor: the model at w0.
         names: of the parameters.
         bases: of those with low-rank deltas: name -> A (rank, in).
-        kept: of the anchor.
+        kept: the anchor's eval caches.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Whole:
             return (logits[0] * cotangent).sum()
 
         try:
-            # Other backends of attention have no rule for being mapped.
+            # Attention's other backends have no rule for vmap.
             with sdpa_kernel(SDPBackend.MATH), _without_autocast(inputs):
                 found = vmap(grad(output), (None, 0, 0))(self._weights, inputs, cotangents)
         except (RuntimeError, NotImplementedError) as error:
