@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
@@ -11,7 +12,10 @@ from torch import nn
 
 from tangent_ops.data import check_choice, check_integer, check_positive, did_you_mean
 from tangent_ops.errors import ArgumentError
+from tangent_ops.files import to_json
 from tangent_ops.model.linearize import last_blocks
+from tangent_ops.shards.anchor import AnchorInfo
+from tangent_ops.shards.manifest import Sample
 from tangent_ops.training.options import Recipe
 
 if TYPE_CHECKING:
@@ -162,3 +166,18 @@ class ShardRecipe(Recipe):
                 "accumulate is not for private fits: their batches are drawn at random, and go "
                 "through in parts anyway"
             )
+
+
+def job_hash(shard: str, samples: Iterable[Sample], anchor: AnchorInfo, recipe: ShardRecipe) -> str:
+    """SHA-256 of what determines a shard's delta, in hexadecimal."""
+    head = {
+        "format": 1,
+        "anchor": anchor.fingerprint,
+        "input": anchor.input,
+        "recipe": recipe.to_dict(),
+        "shard": shard,
+    }
+    digest = hashlib.sha256(to_json(head).encode() + b"\n")
+    for sample in samples:
+        digest.update(to_json([sample.id, sample.target, sample.content]).encode() + b"\n")
+    return digest.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -56,6 +56,13 @@ def rows_of(
 def digest(rows: Rows) -> str:
     """SHA-256 of the rows, in hex."""
     return hashlib.sha256(to_json(rows).encode()).hexdigest()
+
+
+def changes(rows: Rows, shards: Iterable[tuple[str, Sequence[Sample]]]) -> tuple[int, int]:
+    """How many rows the shards lack, and how many they have in addition."""
+    now = set(rows)
+    here = {(shard, s.id, s.target, s.label) for shard, samples in shards for s in samples}
+    return len(now - here), len(here - now)
 
 
 def hashed(samples: Samples, rows: Rows, progress: bool) -> Iterator[tuple[str, Sample]]:
