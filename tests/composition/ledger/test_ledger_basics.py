@@ -405,7 +405,7 @@ def test_refuses_another_database(tmp_path):
     connection.close()
     refused(tmp_path, "no ledger's database", lambda: Ledger(tmp_path))
     (tmp_path / "ledger.sqlite").write_bytes(b"dear diary, " * 1000)
-    refused(tmp_path, "no database", lambda: Ledger(tmp_path))
+    refused(tmp_path, "not a database", lambda: Ledger(tmp_path))
 
 
 def test_refuses_a_later_format(ledger, folder):
