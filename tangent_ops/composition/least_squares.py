@@ -241,7 +241,8 @@ def _check_quadratic(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
     if not is_quadratic(loss, outputs, targets):
         raise ArgumentError(
             f"loss must be quadratic in the logits, {_name(loss)} is not: use "
-            "losses.RescaledSquareLoss() or torch.nn.MSELoss(), also for deltas trained with another"
+            "losses.RescaledSquareLoss() or torch.nn.MSELoss(), even for deltas that were "
+            "trained with another loss"
         )
 
 

@@ -150,7 +150,7 @@ class Ledger:
     def forget(self, shard_id: str, *, rebuild: bool = False, progress: bool = True) -> None:
         """Take a shard's delta out of the mean, and erase the delta with its weight and meta.
 
-        Only the shard's id stays, in `history`.
+        Only the shard's id and the times stay, in `history`.
 
         Args:
             shard_id: a present shard.
