@@ -1,4 +1,4 @@
-"""A row for each sample of a plan: checked, hashed, and compared with the images there are now."""
+"""Rows of a plan, one per sample: checks, hashes, and compares them with the present images."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def rows_of(
     labels: Mapping[str, str],
     classes: int,
 ) -> Rows:
-    """Pair every assigned id with its class index and label; refuse ids and classes not known."""
+    """Pair every assigned id with its class index and label; ArgumentError for unknown ones."""
     targets = dict(zip(samples.ids, samples.targets, strict=True))
     rows: Rows = []
     for shard, ids in assignment.items():
@@ -66,7 +66,7 @@ def changes(rows: Rows, shards: Iterable[tuple[str, Sequence[Sample]]]) -> tuple
 
 
 def hashed(samples: Samples, rows: Rows, progress: bool) -> Iterator[tuple[str, Sample]]:
-    """Read each row's sample; give its shard, and the sample with the hash of its content."""
+    """Read each row's sample; yield its shard, and the sample with the hash of its content."""
     places = {id: index for index, id in enumerate(samples.ids)}
     contents: dict[str, str] = {}
     for shard, id, target, label in tqdm(
@@ -78,7 +78,7 @@ def hashed(samples: Samples, rows: Rows, progress: bool) -> Iterator[tuple[str, 
 
 
 def difference(data: ImageData, samples: Sequence[Sample], progress: bool) -> str | None:
-    """What is missing in the data, or has another content than the plan says; None if nothing is.
+    """What is missing in the data or differs from the plan, in words; None if nothing does.
 
     Every sample is read.
     """
