@@ -25,7 +25,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def attempt(run: str, shard: str, progress: bool = False) -> dict[str, Any]:
-    """Train a shard whose delta is not there yet, in this process.
+    """Train a shard in this process, unless its delta exists.
 
     Args:
         run: the folder of a plan.

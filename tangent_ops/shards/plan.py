@@ -37,7 +37,7 @@ class Shard:
         name: of your choice.
         samples: how many.
         job: hash of all that determines its delta, in hexadecimal; None if it has no samples.
-        done: whether that delta is there.
+        done: whether that delta exists.
     """
 
     name: str

@@ -97,7 +97,7 @@ class ShardRecipe(Recipe):
         return self.cache and not self.augment and self.blocks is not None
 
     def privacy(self, samples: int) -> Privacy | None:
-        """`Privacy` of a shard with this many samples, for `fit_private`; None if it is not private."""
+        """`Privacy` of a shard with this many samples; None for a fit that is not private."""
         if self.dp_epsilon is None or self.dp_delta is None:
             return None
         from tangent_ops.privacy import Privacy
@@ -148,7 +148,7 @@ class ShardRecipe(Recipe):
             raise ArgumentError(f"method 'exact' needs l2 > 0, got {self.l2}: try l2=1e-3")
         for name in ("augment", "amp"):
             if getattr(self, name):
-                raise ArgumentError(f"{name} is for method 'gradient': no single optimum with it")
+                raise ArgumentError(f"{name} is for method 'gradient': it has no unique optimum")
         if self.dp_epsilon is not None:
             raise ArgumentError("dp_epsilon is for method 'gradient': fit_private is DP-SGD")
 

@@ -60,7 +60,7 @@ def run_shards(
         plan: what to train.
         executor: "local", a process for each shard on this machine, with cores or a GPU of its
             own; or "ray", which needs the extra ``distributed``.
-        workers: number of shards at a time; None for as many as there are GPUs or cores for.
+        workers: number of shards at a time; None for one per GPU, or else as the cores permit.
         retries: how often a shard is tried again after its process died.
         address: of a Ray cluster, whose machines see the run and the images under the same paths.
         progress: show a bar of shards; or, if one shard is trained on this machine, its own bar.

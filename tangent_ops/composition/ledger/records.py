@@ -82,7 +82,7 @@ class Records:
             raise LedgerError(f"{self.path.parent} holds no ledger: there is no {self.path.name}")
         application, version = self._owner()
         if application != _APPLICATION_ID:
-            raise LedgerError(f"{self.path} is no ledger's database: give another folder")
+            raise LedgerError(f"{self.path} is not a ledger's database: give another folder")
         if version != _VERSION:
             raise LedgerError(
                 f"{self.path} has format version {version}, this release reads {_VERSION}: "
