@@ -19,7 +19,7 @@ import torch
 from tangent_ops.errors import ArgumentError, WorkerError
 from tangent_ops.shards.job import environment
 
-_STARTS = 10  # failed starts in a row, by a signal, that are tried again
+_STARTS = 10  # how often in a row a start that a signal ended is tried again
 
 Result = Callable[[str, dict[str, Any]], None]  # called with a shard and what `attempt` returned
 

@@ -39,8 +39,8 @@ def run_on_ray(
 
     Raises:
         UnsupportedError: Ray is not installed.
-        ArgumentError: there is no cluster at this address, or it has
-            fewer cores than a task needs.
+        ArgumentError: there is no cluster at this address, or it has fewer cores than a
+            task needs.
     """
     ray = need_ray()
     # Ray reports dead workers on stdout, which is for results.

@@ -394,6 +394,6 @@ def check_folder(path: Path) -> None:
 
 
 def _foreign(path: Path) -> bool:
-    """Whether an interrupted `create` cannot have left the file; it writes the database last."""
+    """Whether the file is not from an interrupted `create`, which writes the database last."""
     empty = path.name == "deltas" and path.is_dir() and not any(path.iterdir())
     return not (empty or path.name == ANCHOR or path.suffix == ".tmp")

@@ -45,8 +45,8 @@ def settle(plan: Plan, *, weights: str | None = None) -> Settled:
 
     Raises:
         ArgumentError: weights is neither.
-        PlanError: another process is at work on the run; a delta's file is damaged, a
-            link, or not the shard's.
+        PlanError: another process is at work on the run; a delta's file is damaged, a link,
+            or not the shard's.
         LedgerError: the ledger is damaged.
     """
     if weights is not None:
