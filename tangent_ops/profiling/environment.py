@@ -37,7 +37,7 @@ def environment(device: torch.device | str) -> dict[str, str]:
 
 
 def _version(name: str) -> str:
-    """An installed package's; tangent-ops may run from its sources, and Triton may be absent."""
+    """A package's version, or that it is not installed, as tangent-ops run from its sources."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
