@@ -46,7 +46,7 @@ class RunningSum:
         terms: name -> int64 sum of the shards' terms.
         weight: sum of the weights.
         reach: sum of the shards' largest terms. It is at most `LIMIT`, so no sum over a subset of
-            the shards overflows, and none does when shards are forgotten.
+            the shards overflows: not this one, nor what is left when some are forgotten.
         origins: how many shards have each origin.
     """
 
