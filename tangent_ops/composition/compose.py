@@ -1,4 +1,4 @@
-"""`compose`: weighted sums of deltas; a tangent model's outputs follow, as it is linear in them."""
+"""`compose`: weighted sums of deltas."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def compose(
         weights = None if weights is None else _checked(weights)
 
     total = _WeightedSum()
-    # No enumerate or zip: they keep the last delta in memory while the next one is loaded.
+    # Not enumerate or zip, which keep the last delta in memory while the next one is loaded.
     for item in deltas:
         if weights is not None and total.count == len(weights):
             raise ArgumentError(f"{len(weights)} weights for more than {len(weights)} deltas")

@@ -153,7 +153,7 @@ class LeastSquaresWeights:
         """Average FᵀAF and -Fᵀg over the batches, weighted by their numbers of samples."""
         self.matrix = torch.zeros(columns.count, columns.count, dtype=torch.float64)
         self.vector = torch.zeros(columns.count, dtype=torch.float64)
-        self._rounding = 1e-12  # relative, of the matrix
+        self._rounding = 1e-12  # relative to the matrix
         samples = 0
         device = next(columns.parameters()).device
         for batch in loader:
@@ -240,16 +240,17 @@ class _Columns(nn.Module):
 def _check_quadratic(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
     if not is_quadratic(loss, outputs, targets):
         raise ArgumentError(
-            f"loss must be quadratic in the logits, {_name(loss)} is not: choose the weights by "
-            "losses.RescaledSquareLoss() or torch.nn.MSELoss(), whatever the deltas were trained on"
+            f"loss must be quadratic in the logits, {_name(loss)} is not: use "
+            "losses.RescaledSquareLoss() or torch.nn.MSELoss(), even for deltas that were "
+            "trained with another loss"
         )
 
 
 def _check_convex(loss: Loss, matrix: Tensor) -> None:
     curvature = torch.linalg.eigvalsh(matrix)
-    if curvature[0] < -1e-5 * curvature.abs().max():  # further than float32 rounds
+    if curvature[0] < -1e-5 * curvature.abs().max():  # more than float32 rounds
         raise ArgumentError(
-            f"loss must be convex in the logits, {_name(loss)} is not: it has no minimum. Use "
+            f"loss must be convex in the logits, {_name(loss)} is not, so it has no minimum: use "
             "losses.RescaledSquareLoss() or torch.nn.MSELoss()"
         )
 

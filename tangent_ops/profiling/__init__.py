@@ -1,1 +1,1 @@
-"""What a call costs, and where: time by kernel family, memory."""
+"""Profiles: the time of a step by kernel family, and its memory."""

@@ -1,4 +1,4 @@
-"""What a profile was made on."""
+"""The machine, versions and settings with which a profile was made."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def environment(device: torch.device | str) -> dict[str, str]:
 
 
 def _version(name: str) -> str:
-    """Of an installed package; ours may also run from its sources, and Triton be absent."""
+    """A package's version, or that it is not installed, as tangent-ops run from its sources."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

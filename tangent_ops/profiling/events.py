@@ -1,4 +1,4 @@
-"""From the profiler's events to the time of each operation or kernel, with its family."""
+"""Computes the time and the family of each operation or kernel from the profiler's events."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tangent_ops.profiling.families import FAMILIES, family
 
 @dataclass(frozen=True)
 class Spent:
-    """Time of one run of an operation (its own, without what it called) or of a kernel.
+    """Time of one run of an operation, without the operations it called, or of a kernel.
 
     Attributes:
         name: of the operation or kernel.
@@ -45,7 +45,7 @@ class Total:
 
 
 def cpu_time(events: Iterable[Any]) -> list[Spent]:
-    """Self CPU time of every operation: what is part of several counts in the innermost.
+    """Self CPU time of every operation: time in nested operations counts for the innermost.
 
     Args:
         events: ``torch.profiler.profile(...).events()``.
@@ -112,10 +112,10 @@ def _on_cpu(events: Iterable[Any]) -> list[Any]:
 
 
 class _Lineages:
-    """Of every operation, the names of what it is part of.
+    """The names of the operations in which each operation is nested.
 
     An autograd node carries the sequence number that its forward operation had. Operations show
-    the number that the next node will get, so the last one to start with a number made the node.
+    the number that the next node will get, so a node's maker is the last to start with its number.
     """
 
     def __init__(self, events: list[Any]):
@@ -135,7 +135,7 @@ class _Lineages:
             above: tuple[str, ...] = ()
             parent = event.cpu_parent
             if parent is not None:
-                # Beside the node itself, the engine adds up gradients, of whatever operations.
+                # Beside the node itself, the engine adds up gradients, perhaps of other operations.
                 if not _is_node(parent) or parent.name.endswith(f": {event.name}"):
                     above = self.of(parent)
             elif _is_node(event):

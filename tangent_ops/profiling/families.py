@@ -1,9 +1,9 @@
-"""Which family of kernels an operation belongs to: by what it is part of, then by its own name.
+"""Classifies operations into kernel families: by what they are nested in, then by their own name.
 
-A product inside attention is attention's time, so what an operation is part of comes first:
-the outermost name on the way from the root to it that is attention, a norm or an activation.
-Otherwise the innermost name that says something decides. Order matters in both tables: the first
-pattern found wins. Names are searched in lower case.
+The time of a matrix product inside attention is attention's, so the outermost enclosing operation
+that is attention, a norm or an activation decides first. Otherwise the innermost name that a
+pattern matches decides. In each table the first pattern that matches wins. Names are searched in
+lower case.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ FAMILIES = tuple(MEANING)
 
 _ACTIVATIONS = r"gelu|silu|relu|elu|glu|mish|hardswish|hardsigmoid|sigmoid|tanh|softplus"
 _NORMS = r"(layer|batch|group|instance|rms|weight)_?norm"
-_SOFTMAX = r"(?<!log)(?<!log_)soft_?max"  # that of a loss is a log_softmax
-_OURS = r"^_(jvp|vjp|secondvjp)(backward)?$"  # around the Triton kernels
+_SOFTMAX = r"(?<!log)(?<!log_)soft_?max"  # a loss has a log_softmax
+_OURS = r"^_(jvp|vjp|secondvjp)(backward)?$"  # our autograd functions of attention
 
 
 def _table(*rows: tuple[str, str]) -> tuple[tuple[re.Pattern[str], str], ...]:
     return tuple((re.compile(pattern), family) for pattern, family in rows)
 
 
-# What makes everything inside it its own.
+# Everything nested in an operation that matches belongs to its family.
 _SCOPES = _table(
     (rf"scaled_dot_product|attention|{_OURS}|{_SOFTMAX}", ATTENTION),
     (_NORMS, NORM),
@@ -93,10 +93,10 @@ def family(operations: Sequence[str], kernel: str | None = None) -> str:
     """The family of an operation, or of a kernel that it launched.
 
     Args:
-        operations: names from the outermost operation to the one itself. A backward pass is part
-            of what its forward pass was part of: put those names first. Empty for a kernel that
-            nobody is known to have launched.
-        kernel: the kernel's name, if it is a kernel's time that is classified.
+        operations: names from the outermost operation to the one itself. A backward pass belongs
+            to the operations of its forward pass: put their names first. Empty for a kernel whose
+            launching operation is unknown.
+        kernel: name of the kernel; None to classify the operation.
 
     Returns:
         One of :data:`FAMILIES`.

@@ -1,4 +1,4 @@
-"""How much memory a call needs: at its peak, and between its forward and its backward pass."""
+"""Measures memory: the peak of a call, and what autograd saves for its backward pass."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def peak_bytes(call: Callable[[], Any], device: torch.device | str) -> int:
 def peak_of(allocations: Iterable[tuple[int, int]]) -> int:
     """Peak of the bytes held, of pairs (address, bytes; negative: freed) in order of time.
 
-    Only what was allocated in the sequence is freed in it. The profiler remembers an address it
-    did not see freed in an earlier profile, and reports that size when the address comes again.
+    Frees of what was not allocated in the sequence are ignored. The profiler remembers an address
+    that it did not see freed in an earlier profile, and reports its size when the address recurs.
     """
     held: dict[int, int] = {}
     now = peak = 0
@@ -69,11 +69,11 @@ def peak_of(allocations: Iterable[tuple[int, int]]) -> int:
 def saved_bytes(call: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> int:
     """Bytes that autograd saves during ``call()`` for a backward pass.
 
-    Each storage counts once and whole, however many tensors saved are views of it.
+    Each storage counts once and in full, however many of the saved tensors are views of it.
 
     Args:
         call: a forward pass, with gradients enabled; what it returns is dropped.
-        exclude: tensors whose storage is not counted; a model's parameters, which are there
+        exclude: tensors whose storage is not counted, such as a model's parameters, which exist
             with or without a backward pass.
     """
     own = {tensor.untyped_storage().data_ptr() for tensor in exclude}
@@ -81,7 +81,7 @@ def saved_bytes(call: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage  # held, so that no address comes twice
+        storages[storage.data_ptr()] = storage  # kept alive, so that no address recurs
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

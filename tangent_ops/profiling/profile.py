@@ -1,4 +1,4 @@
-"""Runs our model and its rivals under the profiler, in turns."""
+"""Runs our model and its rivals under the profiler, with interleaved steps."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ Notify = Callable[[str], None]
 
 @dataclass
 class Side:
-    """What one model costs. If ``error`` is set, nothing else is.
+    """The measurements of one model. If ``error`` is set, they are empty.
 
     Attributes:
         name: :data:`OURS` or a rival.
-        meaning: what that is.
-        families: milliseconds of every family in one step, the one with the median sum of those
-            that were profiled: of CPU time on a CPU, of the device's time on CUDA.
+        meaning: the name in words.
+        families: milliseconds of every family in the profiled step with the median sum: CPU time
+            on a CPU, device time on CUDA.
         wall: milliseconds of each step without the profiler.
         peak: bytes at the peak of a step, above what was allocated before it.
         peak_absolute: bytes at the peak, the model and images included; None on a CPU.
@@ -87,12 +87,12 @@ def units(settings: Settings) -> int:
 def compare(settings: Settings, notify: Notify = lambda stage: None) -> Comparison:
     """Measure ours and every rival, a step of each in turn; write a Chrome trace of each.
 
-    In turns, because what else happens on the machine then meets all of them alike. A side that
-    fails, for want of memory say, is recorded as such, and the others go on.
+    The steps are interleaved, so that drift affects all sides equally. If a side fails, for example
+    for lack of memory, this is recorded and the others continue.
 
     Args:
-        settings: what to run; traces go to ``settings.out``, which is made.
-        notify: called with what comes next.
+        settings: what to run; traces go to ``settings.out``, which is created.
+        notify: called with the next stage's description.
     """
     settings.out.mkdir(parents=True, exist_ok=True)
     about = environment(settings.device)
@@ -113,7 +113,7 @@ def compare(settings: Settings, notify: Notify = lambda stage: None) -> Comparis
 
 
 class _Run:
-    """One side, while it is measured."""
+    """The measurement of one side, in stages."""
 
     def __init__(self, name: str, settings: Settings, notify: Notify):
         self.side = Side(name, MEANING[name])
@@ -133,7 +133,7 @@ class _Run:
             stage()
         except Exception as error:  # whatever a rival raises is its result
             self.side = Side(self.side.name, self.side.meaning, error=_why(error))
-        if self.side.error is not None:  # here, where the error's frames hold nothing any more
+        if self.side.error is not None:  # outside of except: its traceback held tensors
             self._step, self._profiles = None, []
             gc.collect()
             if self._cuda:
@@ -161,9 +161,9 @@ class _Run:
 
     def profile(self) -> None:
         self._tell("profiling")
-        self._run()  # the others' steps and records have taken its memory: pages fault in again
+        self._run()  # warm-up: other sides took this one's memory, so its pages fault in again
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
-        # acc_events: torch 2.11 warns without it, of cycles that there are none of.
+        # Without acc_events torch 2.11 warns of profiler cycles, which are not used here.
         with attention_marked(), profiler(activities=activities, acc_events=True) as record:
             self._run()
         events: Any = record.events()

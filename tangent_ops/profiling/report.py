@@ -1,4 +1,4 @@
-"""What a comparison shows: a table in the terminal, a JSON file, a self-contained HTML page."""
+"""Reports of a comparison: a table in the terminal, a JSON file, a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from tangent_ops.profiling.profile import Comparison, Side
 from tangent_ops.profiling.sides import Settings
 
 SCHEMA = 1  # of profile.json
-_STEADY = 1.5  # slowest step over fastest one, above which the times are called into question
+_STEADY = 1.5  # slowest step over fastest one; above it a remark calls the times unreliable
 
-# Okabe and Ito's colours, told apart by colour-blind readers.
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = {
     ATTENTION: "#0072B2",
     GEMM: "#E69F00",
@@ -96,7 +96,7 @@ def rows(comparison: Comparison) -> list[Row]:
 
 
 def conditions(comparison: Comparison) -> list[tuple[str, str]]:
-    """What was run, on what, and how the numbers were made: (name, text) for people to read."""
+    """What was run, on which machine, and how it was measured: (name, text) for people to read."""
     settings = comparison.settings
     trained = "all parameters" if settings.blocks is None else f"last {settings.blocks} blocks"
     step = {
@@ -123,7 +123,7 @@ def conditions(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def command(settings: Settings) -> str:
-    """The command line that asks for these settings."""
+    """The command line with these settings."""
     words = ["tangent-ops", "profile", "--model", settings.model, "--batch", settings.batch]
     words += ["--dtype", settings.dtype]
     for rival in settings.against:
@@ -136,7 +136,7 @@ def command(settings: Settings) -> str:
 
 
 def remarks(comparison: Comparison) -> list[str]:
-    """What a reader of the numbers has to know: which sides failed, and whose steps vary."""
+    """Warnings about the numbers: which sides failed, and whose steps vary."""
     found = []
     for side in comparison.sides:
         if side.error is not None:
@@ -144,8 +144,8 @@ def remarks(comparison: Comparison) -> list[str]:
         elif max(side.wall) > _STEADY * min(side.wall):
             low, high = (_milliseconds(pick(side.wall)) for pick in (min, max))
             found.append(
-                f"{side.name}: steps took {low} to {high} ms; the machine is busy, or --steps or "
-                "--warmup too small, and its times say little"
+                f"{side.name}: steps took {low} to {high} ms, so its times are not reliable: "
+                "the machine is busy, or --steps or --warmup is too small"
             )
     return found
 
@@ -184,7 +184,7 @@ def write_report(comparison: Comparison) -> list[Path]:
     """Write ``profile.json`` and ``report.html`` to the output folder.
 
     Returns:
-        The paths of these, and of the traces that are there already.
+        The paths of these, and of the traces, which `compare` wrote.
     """
     out = comparison.settings.out
     templates = Environment(

@@ -1,4 +1,4 @@
-"""What is compared: our linearized model, and its rivals, each as a step to call."""
+"""The sides of a comparison, our linearized model and its rivals, each as a step to call."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RIVALS = tuple(name for name in MEANING if name != OURS)
 
 CLASSES = 1000
 _SEED = 0
-_SCALE = 1e-2  # of the deltas: zeros can compute faster than data does
+_SCALE = 1e-2  # of the deltas; zeros can be faster to compute with
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Settings:
 
 
 def build(name: str, settings: Settings) -> Callable[[], Any]:
-    """One step of a side, on the same weights, deltas, images and labels for each.
+    """A step of a side, as a function; all sides have the same weights, deltas, images and labels.
 
     Args:
         name: :data:`OURS` or one of :data:`RIVALS`.
@@ -110,7 +110,7 @@ def input_size(model: Any) -> tuple[int, int, int]:
 
 @contextmanager
 def attention_marked() -> Iterator[None]:
-    """Give our attention a name in the profile: its masked eager form is plain operations."""
+    """Name our attention in the profile, because its masked eager path is plain operations."""
     original = forward_ad.scaled_dot_product_attention
 
     @functools.wraps(original)
@@ -139,7 +139,7 @@ def _linearized(model: nn.Module, blocks: int | None) -> LinearizedModel:
 def _torch_jvp(model: nn.Module, deltas: dict[str, Tensor], images: Tensor) -> Tensor:
     weights = {name: model.get_parameter(name).detach() for name in deltas}
     directions = {name: delta.to(weights[name].dtype) for name, delta in deltas.items()}
-    with sdpa_kernel(SDPBackend.MATH):  # the others have no forward derivative
+    with sdpa_kernel(SDPBackend.MATH):  # other backends have no forward derivative
         output, output_t, *_ = torch.func.jvp(
             lambda w: functional_call(model, w, (images,)), (weights,), (directions,)
         )

@@ -1,4 +1,4 @@
-"""Shards at scale: which sample is where, training them anywhere, and taking them out again."""
+"""Shards at scale: plans, training on one machine or a Ray cluster, and forgetting."""
 
 from tangent_ops.shards.anchor import AnchorInfo, load_anchor, read_anchor, save_anchor
 from tangent_ops.shards.assignment import by_class, by_column, by_hash

@@ -1,4 +1,4 @@
-"""The anchor as a file: a timm model's weights, and in the header what builds it again."""
+"""Anchor files: a timm model's weights, with a header from which the model is built again."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def load_anchor(path: str | os.PathLike[str]) -> tuple[nn.Module, AnchorInfo]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        PlanError: it is truncated, was edited, or is no anchor's file.
+        PlanError: it is truncated, was edited, or is not an anchor's file.
     """
     info = read_anchor(path)
     with safe_open(path, framework="pt") as file:
@@ -124,14 +124,14 @@ def read_anchor(path: str | os.PathLike[str]) -> AnchorInfo:
         FileNotFoundError, PlanError: as in `load_anchor`.
     """
     with open(path, "rb"):
-        pass  # a missing or unreadable file is an OSError of the usual kind
+        pass  # raises the usual OSError for a missing or unreadable file
     try:
         with safe_open(path, framework="pt") as file:
             found = file.metadata() or {}
     except SafetensorError as error:
-        raise PlanError(f"{path} is truncated or no safetensors file: {error}") from error
+        raise PlanError(f"{path} is truncated or not a safetensors file: {error}") from error
     if found.get("format") != FORMAT:
-        raise PlanError(f"{path} is no anchor's file: make one with tangent_ops.shards.save_anchor")
+        raise PlanError(f"{path} is not an anchor's file: make one with shards.save_anchor")
     if found.get("format_version") != FORMAT_VERSION:
         raise PlanError(
             f"{path} has format version {found.get('format_version')}, this release reads "
@@ -156,19 +156,19 @@ def read_anchor(path: str | os.PathLike[str]) -> AnchorInfo:
 
 
 def _check(name: str, options: Mapping[str, Any], error: type[Exception]) -> None:
-    if not _NAME.fullmatch(name):  # "hf-hub:" and "local-dir:" fetch or load
+    if not _NAME.fullmatch(name):  # "hf-hub:" and "local-dir:" would download or load
         raise error(f"timm has no architecture {name!r}: its names are like vit_tiny_patch16_224")
     for key, value in options.items():
         if not _plain(key, value):
             raise error(
-                f"option {key}={value!r}: an anchor has num_classes, img_size and global_pool alone"
+                f"option {key}={value!r}: expected only num_classes, img_size and global_pool"
             )
     if type(options.get("num_classes")) is not int:
-        raise error("options lack num_classes: say how many classes the head has")
+        raise error("options lack num_classes: pass the number of the head's classes")
 
 
 def _plain(key: str, value: Any) -> bool:
-    """Whether an option is one that a file may pass to timm: others load, or fetch."""
+    """Whether a file may pass this option to timm; others could load or download files."""
     if key == "img_size":
         sizes = value if isinstance(value, (tuple, list)) else (value,)
         return bool(sizes) and all(type(size) is int and 0 < size < 2**16 for size in sizes)
@@ -178,7 +178,7 @@ def _plain(key: str, value: Any) -> bool:
 
 
 def build(info: AnchorInfo, error: type[Exception] = PlanError) -> nn.Module:
-    """The model, with weights as they come; ``error`` if this timm has no such architecture."""
+    """The model with initial weights; raises ``error`` if this timm has no such architecture."""
     import timm
 
     if not timm.is_model(info.name):

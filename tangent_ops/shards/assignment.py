@@ -17,24 +17,24 @@ Assignment = dict[str, list[str]]  # shard -> ids of its samples
 def by_hash(
     ids: Sequence[str], shards: int, *, proportions: Sequence[float] | None = None
 ) -> Assignment:
-    """Deal samples out by the SHA-256 of their ids.
+    """Assign samples to shards by the SHA-256 of their ids.
 
-    A sample's shard depends on its id and the proportions alone: samples that come or go move no
-    other one.
+    A sample's shard depends on its id and the proportions only, so adding or removing samples moves
+    no other sample.
 
     Args:
         ids: of the samples.
-        shards: how many; named shard-0 and so on, with as many digits as the last one needs.
+        shards: number of shards; named shard-0 and so on, all with the digits of the last one.
         proportions: of the shards, positive, in any unit; None for equal ones.
 
     Raises:
-        ArgumentError: shards is no positive integer, or proportions are not as above.
+        ArgumentError: shards is not a positive integer, or proportions are not as above.
     """
     check_integer("shards", shards, 1)
     parts = [1.0] * shards if proportions is None else [float(part) for part in proportions]
     if len(parts) != shards or not all(math.isfinite(part) and part > 0 for part in parts):
         raise ArgumentError(
-            f"proportions must be {shards} positive numbers, one to a shard, got {proportions}"
+            f"proportions must be {shards} positive numbers, one per shard, got {proportions}"
         )
     ends = list(accumulate(parts))
     digits = len(str(shards - 1))
@@ -48,7 +48,7 @@ def by_hash(
 
 
 def by_class(ids: Sequence[str], targets: Sequence[int], classes: Sequence[str]) -> Assignment:
-    """A shard to each class, named as it.
+    """One shard per class, named like the class.
 
     Args:
         ids: of the samples.
@@ -56,7 +56,7 @@ def by_class(ids: Sequence[str], targets: Sequence[int], classes: Sequence[str])
         classes: names, by index.
 
     Raises:
-        ArgumentError: there are not as many targets as ids.
+        ArgumentError: the numbers of ids and targets differ.
     """
     if len(ids) != len(targets):
         raise ArgumentError(f"{len(ids)} ids, but {len(targets)} targets")
@@ -67,11 +67,11 @@ def by_class(ids: Sequence[str], targets: Sequence[int], classes: Sequence[str])
 
 
 def by_column(ids: Sequence[str], labels: Mapping[str, str]) -> Assignment:
-    """A shard to each value of a column, a customer's number say, named as it.
+    """One shard per value of a column, for example a customer's number, named like the value.
 
     Args:
         ids: of the samples.
-        labels: the column: id -> value. Those of other ids are left alone.
+        labels: the column: id -> value. Other ids are ignored.
 
     Raises:
         ArgumentError: a sample has no value.

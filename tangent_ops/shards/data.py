@@ -1,7 +1,7 @@
 """Images with stable ids, in a folder or as timm.data reads them; no file is ever executed.
 
-timm takes seconds to import, so here and in the module `anchor` that waits until an image is read
-or a model is built: composing deltas and forgetting shards need neither.
+timm takes seconds to import, so this module and `anchor` import it only to read images or build a
+model, which composing deltas and forgetting shards do not need.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from tangent_ops.errors import ArgumentError, SampleError, UnsupportedError
 from tangent_ops.shards.decode import decoded, to_rgb
 from tangent_ops.shards.listing import Listing, list_images
 
-# Of timm's torchvision data sets those that read images, or arrays of numbers. The others unpickle.
+# Those of timm's torchvision data sets that read images or arrays of numbers. Others unpickle.
 TORCHVISION = ("mnist", "kmnist", "fashion_mnist", "places365", "inaturalist")
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Where images are.
+    """Where the images are, and how they are read.
+
+    Images are converted to RGB without transparency. If a file has several, the first is taken.
 
     Attributes:
         root: the folder.
-        name: of the reader, as ``timm.data.create_dataset`` names it: "" for a folder with one
+        name: the reader, as ``timm.data.create_dataset`` names it: "" for a folder with one
             folder of images per class; "torch/NAME" for torchvision, "hfds/NAME" for Hugging
             Face datasets, "wds/NAME" for webdataset, where these packages are installed.
         split: of the data set; for a folder a sub-folder of that name, if there is one.
-
-    Images are taken in RGB, without their transparency; of several in a file the first.
     """
 
     root: str
@@ -57,13 +57,13 @@ class ImageData:
             )
         if kind == "torch" and rest.lower() not in TORCHVISION:
             raise ArgumentError(
-                f"name={self.name!r}: from torchvision come {', '.join(TORCHVISION)}; others are "
-                "read by unpickling, which can execute what is in the file. Use hfds/NAME, or a "
-                "folder of images"
+                f"name={self.name!r}: expected torch/ and one of {', '.join(TORCHVISION)}; "
+                "others are read by unpickling, which can execute code in the file. Use hfds/NAME, "
+                "or a folder of images"
             )
 
     def absolute(self) -> ImageData:
-        """The same place, from wherever it is asked for."""
+        """The same place, with an absolute root if the root exists."""
         return replace(self, root=os.path.abspath(self.root)) if os.path.exists(self.root) else self
 
     def open(self, config: Mapping[str, Any] | None = None, *, augment: bool = False) -> Samples:
@@ -72,13 +72,13 @@ class ImageData:
         Args:
             config: how images are prepared, as ``timm.data.resolve_model_data_config`` gives it or
                 `AnchorInfo.input` holds it; None for undecoded samples, to list and hash.
-            augment: timm's training transforms.
+            augment: use timm's training transforms.
 
         Raises:
             ArgumentError: there is no such folder; or it holds no image, images outside of the
-                classes' folders or in formats that are not read, a folder without any, or two
+                classes' folders or in formats that are not read, a folder without images, or two
                 folders of one name.
-            UnsupportedError: the package that reads it is not installed.
+            UnsupportedError: the package that reads the data is not installed.
         """
         source = self._source()
         found = source.list()
@@ -96,7 +96,7 @@ class ImageData:
         *,
         augment: bool = False,
     ) -> Samples:
-        """Samples of a plan, whose contents are compared with the hashes whenever they are read.
+        """Samples of a plan; whenever one is read, its content is compared with its hash.
 
         Args:
             ids: of the samples.
@@ -122,12 +122,12 @@ class Samples(Dataset[tuple[Tensor, int]]):
     """Images and their class indices.
 
     Attributes:
-        ids: what names a sample: its path in the folder, or its place in the data set.
+        ids: each sample's path in the folder, or its position in the data set.
         targets: class indices.
-        classes: their names, where known.
-        passed_over: files of the folder that are no images, by their names.
+        classes: names of the classes, where known.
+        passed_over: files in the folder that are not images, judging by their names.
 
-    A sample that cannot be read raises SampleError: another one is never taken in its place.
+    A sample that cannot be read raises SampleError; no other sample takes its place.
     """
 
     def __init__(
@@ -165,16 +165,16 @@ class Samples(Dataset[tuple[Tensor, int]]):
         decoded(self._read(self.ids[index]), self.ids[index])
 
     def counts(self) -> dict[str, int]:
-        """Images of each class, by its name, or its number where it has none."""
+        """Number of images by class name, or by class index where names are unknown."""
         found = Counter(self.targets)
         names = self.classes or [str(k) for k in range(max(found, default=-1) + 1)]
         return {name: found[index] for index, name in enumerate(names)}
 
     def check_classes(self, where: str) -> None:
-        """Raise ArgumentError if there is nothing to tell apart: all are of one class.
+        """Raise ArgumentError if all images are of one class.
 
         Args:
-            where: what the message calls their place.
+            where: name of the images' place, for the message.
         """
         there = [name for name, count in self.counts().items() if count]
         if len(there) < 2:
@@ -187,7 +187,7 @@ class Samples(Dataset[tuple[Tensor, int]]):
         """The samples with these ids, in that order.
 
         Raises:
-            ArgumentError: there is no sample of that id.
+            ArgumentError: there is no sample with one of the ids.
         """
         places = {sample: index for index, sample in enumerate(self.ids)}
         ids = list(ids)
@@ -198,9 +198,9 @@ class Samples(Dataset[tuple[Tensor, int]]):
         return Samples(self._source, ids, targets, self.classes, self._transform, contents)
 
     def with_classes(self, classes: Sequence[str]) -> Samples:
-        """The same samples, their targets counted as in `classes`: those of a model.
+        """The same samples, with their targets as indices into `classes`, those of a model.
 
-        Where names are unknown, here or there, targets stay.
+        If the names of either are unknown, the targets stay.
 
         Raises:
             ArgumentError: a class of these samples is not among `classes`.
@@ -250,7 +250,7 @@ class _Folder:
 
 
 class _Indexed:
-    """Hugging Face and torchvision data sets: a sample's id is its place."""
+    """Hugging Face and torchvision data sets: a sample's id is its position."""
 
     def __init__(self, data: ImageData) -> None:
         self.data = data
@@ -290,7 +290,7 @@ class _Indexed:
 
 
 class _Stream:
-    """webdataset, read from its start: a sample's id is its place. Kept decoded, in memory."""
+    """webdataset, read from its start and kept decoded in memory: a sample's id is its position."""
 
     def __init__(self, data: ImageData) -> None:
         self.data = data
@@ -303,10 +303,10 @@ class _Stream:
         except Exception as error:  # whatever these packages raise
             name, root = self.data.name, self.data.root
             raise ArgumentError(f"{name} in {root} cannot be read: {error}") from error
-        if missing := found.reader.num_samples - len(samples):  # timm skips them in silence
+        if missing := found.reader.num_samples - len(samples):  # timm skips them without an error
             raise ArgumentError(
                 f"{missing} samples of {self.data.name} in {self.data.root} cannot be read, or are "
-                "not there: repair the archives, or what _info.json says of them"
+                "missing: repair the archives, or the number of samples in _info.json"
             )
         self._images = {str(index): sample for index, sample in enumerate(samples)}
         return Listing(list(self._images), [target for _, target in samples])
@@ -322,11 +322,11 @@ class _Stream:
 def _found(data: ImageData) -> Any:
     from timm.data.dataset_factory import create_dataset
 
-    return create_dataset(data.name, data.root, data.split, input_img_mode="")  # as they are
+    return create_dataset(data.name, data.root, data.split, input_img_mode="")  # not converted
 
 
 def safe(path: str) -> bool:
-    """Whether a path of a plan stays in its folder: relative, and never upwards."""
+    """Whether a path of a plan stays in its folder: it is relative and has no ".."."""
     parts = path.replace("\\", "/").split("/")
     return bool(path) and "\0" not in path and not {"", ".", ".."} & set(parts)
 

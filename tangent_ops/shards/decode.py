@@ -1,4 +1,4 @@
-"""From a file's bytes to an image in RGB: in known formats, and at their depth, or not at all."""
+"""Decodes a file's bytes to an RGB image; refuses other formats and unknown ranges of values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 from tangent_ops.errors import SampleError
 
-# And the ends of their files' names. PIL hands some others to programs of the system, EPS say.
+# Formats and their files' suffixes. PIL passes some others, such as EPS, to other programs.
 FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
@@ -24,10 +24,10 @@ _TIFF_BITS, _TIFF_PHOTOMETRIC, _BLACK_IS_ZERO = 258, 262, 1
 
 
 def decoded(read: bytes | Image.Image, sample: str) -> Image.Image:
-    """A sample in RGB: of a file's bytes, or of an image that was decoded elsewhere.
+    """A sample in RGB, from a file's bytes or from an image that is decoded already.
 
     Raises:
-        SampleError: it is no image that can be read, or of numbers whose range nobody knows.
+        SampleError: the image cannot be read, or the range of its values is unknown.
     """
     try:
         if isinstance(read, Image.Image):
@@ -37,15 +37,15 @@ def decoded(read: bytes | Image.Image, sample: str) -> Image.Image:
             warnings.filterwarnings("ignore", category=UserWarning)  # odd EXIF data, palettes
             with Image.open(io.BytesIO(read), formats=tuple(FORMATS)) as image:
                 return to_rgb(image)
-    except Exception as error:  # a decoder raises what it likes
+    except Exception as error:  # decoders raise errors of many kinds
         raise SampleError(
-            f"sample {sample!r} is no image that can be read ({type(error).__name__}: {error}): "
+            f"sample {sample!r} cannot be read as an image ({type(error).__name__}: {error}): "
             f"replace or remove it. Formats are {', '.join(FORMATS)}"
         ) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """As PIL converts it; but 16 bits are scaled to 8, where PIL cuts them off at 255: white.
+    """Convert as PIL does, but scale 16 bits to 8, where PIL would clip the values at 255.
 
     Raises:
         ValueError: integers of 32 bits, floats, or a TIFF of 12 bits or with white as zero.
@@ -64,7 +64,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode in ("I", "F"):
         what = {"I": "integers of 32 bits", "F": "floats"}[image.mode]
         raise ValueError(
-            f"mode {image.mode}, {what}, has no range that is white: save it with 8 or 16 bits a "
-            "channel"
+            f"mode {image.mode}, {what}, has no defined white: save it with 8 or 16 bits a channel"
         )
     return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""What has to be apart, for forgetting and for privacy: shards, and public images."""
+"""Checks that shards, and public images, have no samples in common."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ def check_disjoint(shards: Mapping[str, Sequence[Sample]]) -> None:
 
 
 def check_public(public: Samples, shards: Mapping[str, Sequence[Sample]]) -> None:
-    """Raise ArgumentError if a sample is among those that the anchor was made from."""
+    """Raise ArgumentError if a shard has a sample that the anchor was made from."""
     private = {s.content: s.id for samples in shards.values() for s in samples}
     for index, id in enumerate(public.ids):
         if (found := private.get(public.content(index))) is not None:
             raise ArgumentError(
                 f"sample {found!r} is public, too, as {id!r}: what the anchor learned from it "
-                "cannot be forgotten. Remove it here or there"
+                "cannot be forgotten. Remove it from one of them"
             )
 
 
 def check_private(
     recipe: ShardRecipe, shards: Mapping[str, Sequence[Sample]], allow_overlap: bool
 ) -> None:
-    """Raise ArgumentError if what private fits promise would not hold for these shards."""
+    """Raise ArgumentError if the guarantee of private fits would not hold for these shards."""
     if allow_overlap:
         raise ArgumentError(
-            "allow_overlap, and a private fit: a sample in k shards is protected k times less. "
-            "Make the shards disjoint"
+            "allow_overlap is not for private fits: a sample in k shards is protected k times "
+            "less. Make the shards disjoint"
         )
     largest = max(map(len, shards.values()))
     if recipe.dp_delta is not None and recipe.dp_delta * largest >= 1:
         raise ArgumentError(
             f"dp_delta={recipe.dp_delta:g} is not below one over the {largest} samples of the "
-            "largest shard: giving one sample away whole would do"
+            "largest shard: publishing one whole sample would be allowed"
         )
     for samples in shards.values():
         first: dict[str, str] = {}
@@ -58,5 +58,5 @@ def check_private(
             if other != sample.id:
                 raise ArgumentError(
                     f"sample {sample.id!r} is a copy of {other!r}: in a private fit a sample "
-                    "may be there once. Remove one"
+                    "may occur only once. Remove one"
                 )

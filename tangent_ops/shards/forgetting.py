@@ -25,11 +25,11 @@ class Forgotten:
 
     Attributes:
         shards: those that had the samples.
-        samples: how many were taken out.
+        samples: number of samples taken out.
         dropped: those of the shards that have no sample left.
         resolved: shard -> bound on the distance of its new delta from the optimum without the
-            samples, where it was solved anew from the old one (method "exact").
-        report: on the training of the others.
+            samples, where the fit started from the old delta (method "exact").
+        report: on the training of the other shards.
     """
 
     shards: tuple[str, ...]
@@ -49,7 +49,7 @@ def find(
     """What `forget` would take out: shard -> ids.
 
     Raises:
-        ArgumentError: not one of the three is given, or one of what is given is not there.
+        ArgumentError: not exactly one of the three is given, or it is not in the plan.
     """
     if [shard, sample, label].count(None) != 2:
         raise ArgumentError("give one of shard, sample and label")
@@ -73,24 +73,24 @@ def forget(
 ) -> Forgotten:
     """Forget a shard, samples with their exact copies, or all samples with a label.
 
-    First comes a look at what training again needs: the images that stay in the shards concerned,
-    by their hashes, and the anchor. Then the samples leave the plan, in one transaction; then the
-    ledger loses the deltas that saw them, and those files are overwritten and removed; then the
-    shards concerned, and no others, are trained anew from the anchor, or, with the method "exact",
-    solved from where they were, to the optimum without the samples, with a certificate. Only shards
-    that were trained are trained again. Interrupted anywhere after the samples have left the plan,
+    The steps are: check what training again needs, which is the anchor and, by their hashes, the
+    images that stay in the affected shards; remove the samples from the plan, in one transaction;
+    remove the deltas that were trained on them from the ledger, and overwrite and remove the files;
+    train the affected shards, and no others, again from the anchor or, with the method "exact",
+    move their old deltas to the optimum without the samples, with a certificate. Only shards that
+    were trained are trained again. If this is interrupted after the samples left the plan,
     `run_shards` and `settle` do the rest.
 
-    A shard's delta afterwards is what it had been had the samples never been there: bit for bit
-    when it was trained, within the certificate's bound when it was solved.
+    A shard's new delta is the one that it would have had without the samples: bit for bit if it
+    was trained again, within the certificate's bound if its old delta was moved.
 
     Args:
         plan: the run.
         shard: its name.
         sample: its id, or several samples' ids.
         label: of the plan's labels.
-        data: where the run's images are now, if they have moved: as `Plan.relocate`, but those to
-            be forgotten need not be there.
+        data: where the run's images are now, if they have moved, as for `Plan.relocate`; images
+            to be forgotten need not be there.
         executor: as in `run_shards`.
         workers: as in `run_shards`.
         retries: as in `run_shards`.
@@ -98,15 +98,15 @@ def forget(
         progress: show bars.
 
     Raises:
-        ArgumentError: not one of the three is given, or there is none of it, or another argument
-            is not one of these: nothing has changed then. No cluster answers at the address: only
-            the last step is left to be done.
-        SampleError: images that stay are missing, or are others than they were; PlanError: so in
-            `data`, or the anchor's file is damaged. Nothing has changed.
-        UnsupportedError: Ray, or what private fits need, is not installed. Nothing has changed.
+        ArgumentError: not exactly one of the three is given, it is not in the plan, or another
+            argument is invalid, and nothing was changed; or no cluster answers at the address, and
+            only the last step remains to be done.
+        SampleError: images that stay are missing or differ. Nothing was changed.
+        PlanError: so in `data`, or the anchor's file is damaged. Nothing was changed.
+        UnsupportedError: Ray, or what private fits need, is not installed. Nothing was changed.
         PlanError, LedgerError, WorkerError: as in `run_shards` and `settle`.
     """
-    check_executor(executor, workers, retries, address)  # before anything is gone
+    check_executor(executor, workers, retries, address)  # before anything is removed
     with plan.locked():
         found = find(plan, shard=shard, sample=sample, label=label)
         before = {s.name: s for s in plan.shards() if s.name in found}
@@ -146,7 +146,7 @@ def _check_ready(
     trained: Collection[str],
     progress: bool,
 ) -> None:
-    """Raise what would keep the shards from being trained again, while all is still there."""
+    """Before anything is removed, raise what would keep the shards from being trained again."""
     if data is not None:
         plan.relocate(data, without=found, progress=progress)
     staying = plan.staying(found, trained)
@@ -154,9 +154,9 @@ def _check_ready(
         return
     if data is None and (words := difference(plan.data, staying, progress)):
         raise SampleError(
-            f"what stays could not be trained again: {words}. Nothing was forgotten yet. Have the "
-            "images moved? Say where they are: --data FOLDER, data=ImageData(...) in Python. Are "
-            "some gone for good? Forget them in the same call: --sample for each"
+            f"the shards could not be trained again: {words}. Nothing was forgotten yet. If the "
+            "images have moved, give their place: --data FOLDER, data=ImageData(...) in Python. If "
+            "some are lost, forget them in the same call: --sample for each"
         )
     load_anchor(plan.anchor_path)
     if plan.recipe.dp_epsilon is not None:

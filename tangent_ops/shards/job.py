@@ -20,12 +20,12 @@ from tangent_ops.shards.plan import Job, Plan
 from tangent_ops.shards.recipe import ShardRecipe
 from tangent_ops.training.fit import fit
 
-# Libraries read it when a process starts; bits of a sum depend on how it was split.
+# Libraries read these when a process starts. The last bits of a sum depend on how it is split.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def attempt(run: str, shard: str, progress: bool = False) -> dict[str, Any]:
-    """Train a shard whose delta is not there yet, in this process.
+    """Train a shard in this process, unless its delta exists.
 
     Args:
         run: the folder of a plan.
@@ -33,14 +33,14 @@ def attempt(run: str, shard: str, progress: bool = False) -> dict[str, Any]:
         progress: show bars.
 
     Returns:
-        Plain values: seconds, and loss and lr by epoch, if the fit has epochs and is not private;
-        or error, a message, if trying again would not help.
+        Plain values: "seconds", and "loss" and "lr" by epoch if the fit has epochs and is not
+        private; or "error", a message, if trying again would not help.
     """
     began = time.perf_counter()
     try:
         plan = Plan.open(run)
         job = plan.job(shard)
-        # A worker may have been killed after it wrote; a private fit must not be published twice.
+        # A killed worker may have written its delta; a private fit must not be published twice.
         found = {} if plan.delta_path(job.hash).exists() else _train(plan, job, progress)
     except (TangentOpsError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         return {"error": _described(error)}
@@ -110,7 +110,7 @@ def job_data(plan: Plan, job: Job) -> Samples:
 
 
 def save(plan: Plan, job: Job, delta: Delta, **extra: str) -> Path:
-    """Write a job's delta to its place, atomically."""
+    """Write a job's delta to its file, atomically."""
     assert delta.meta is not None
     extra = {
         **delta.meta.extra,
@@ -132,5 +132,5 @@ def _described(error: BaseException) -> str:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """For the process of a worker."""
+    """The environment variables of a worker's process."""
     return {**os.environ, **dict.fromkeys(THREADS, str(threads))}

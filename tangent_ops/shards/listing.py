@@ -11,7 +11,7 @@ from tangent_ops.errors import ArgumentError
 from tangent_ops.shards.decode import FORMATS
 
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-# Of images that are not read: whoever has some among the others wants them to count.
+# Image formats that are not read. They are an error, because they would else be left out silently.
 OTHER_SUFFIXES = frozenset(
     (
         *(".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".j2k", ".jpx", ".ico", ".svg"),
@@ -23,22 +23,22 @@ READ = "Formats are " + ", ".join(f"{name} ({', '.join(ends)})" for name, ends i
 
 
 class Listing(NamedTuple):
-    """What there is to read: ids, class indices, and the classes' names where they are known."""
+    """The samples of some data: ids, class indices, and the classes' names where they are known."""
 
     ids: list[str]
     targets: list[int]
     classes: Sequence[str] = ()
-    passed_over: Sequence[str] = ()  # files that are no images, by their names
+    passed_over: Sequence[str] = ()  # files that are not images, judging by their names
 
 
 def list_images(root: Path) -> Listing:
-    """Images below a folder; a class is called as the folder its images are in.
+    """Images below a folder; a class has the name of the folder that its images are in.
 
     Ids are paths in the folder. They, and the classes, are in natural order: 2 before 10.
 
     Raises:
-        ArgumentError: there are no images; or some lie in no class's folder, or are in formats that
-            are not read; or a folder has none, or two of them would be one class.
+        ArgumentError: there are no images; some lie in no class's folder, or are in formats that
+            are not read; a folder has no images; or two folders have one class's name.
     """
     from timm.utils.misc import natural_key
 
@@ -65,8 +65,7 @@ def list_images(root: Path) -> Listing:
             ids += [prefix + name for name in images]
         elif prefix and not any(map(_hidden, folder.split("/"))) and all(map(_hidden, folders)):
             raise ArgumentError(
-                f"{root / folder} holds no image, so it would be no class: fill it or remove it. "
-                f"{READ}"
+                f"{root / folder} holds no image, so it is not a class: fill or remove it. {READ}"
             )
     if not ids:
         raise ArgumentError(f"{root} holds no images: expected a folder for each class. {READ}")
@@ -77,7 +76,7 @@ def list_images(root: Path) -> Listing:
 
 
 def _is_image(folder: str, name: str) -> bool:
-    """By its name; ArgumentError for images that are not read."""
+    """Whether it is an image, by its name; ArgumentError for formats that are not read."""
     suffix = os.path.splitext(name)[1].lower()
     if suffix in OTHER_SUFFIXES:
         raise ArgumentError(

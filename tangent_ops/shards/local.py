@@ -1,4 +1,4 @@
-"""The local executor: so many processes on this machine, one for each shard."""
+"""The local executor: each shard is trained in a process of its own on this machine."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import torch
 from tangent_ops.errors import ArgumentError, WorkerError
 from tangent_ops.shards.job import environment
 
-_STARTS = 10  # in a row that end by a signal
+_STARTS = 10  # how often in a row a start that a signal ended is tried again
 
-Result = Callable[[str, dict[str, Any]], None]  # of a shard, what `attempt` returned
+Result = Callable[[str, dict[str, Any]], None]  # called with a shard and what `attempt` returned
 
 
 def run_local(
@@ -36,8 +36,8 @@ def run_local(
 ) -> None:
     """Train shards, each in a process of its own, at most `workers` at a time.
 
-    Each worker has cores, or a GPU, to itself, as far as there are enough. With progress their bars
-    come through; several workers' would overwrite one another.
+    Each worker has its own cores, if there are enough, or its own GPU. With progress, workers show
+    their bars; those of several workers would overwrite one another.
 
     Raises:
         ArgumentError: more workers than GPUs.
@@ -54,7 +54,7 @@ def run_local(
         def give(worker: _Worker) -> None:
             worker.shard = waiting.popleft() if waiting else None
             if worker.shard is not None:
-                worker.ask(worker.shard)
+                worker.send(worker.shard)
 
         def lost(shard: str, how: str) -> None:
             deaths[shard] += 1
@@ -72,7 +72,7 @@ def run_local(
             for key, _ in events.select():
                 worker: _Worker = key.data
                 answer = worker.read()
-                if answer is None:  # its process is gone
+                if answer is None:  # its process has ended
                     events.unregister(worker.answers)
                     shard = worker.restart()
                     events.register(worker.answers, selectors.EVENT_READ, worker)
@@ -89,15 +89,15 @@ def run_local(
 
 
 def died(how: str, times: int) -> str:
-    """The message for a shard whose processes do not live to its end."""
+    """The message for a shard whose processes died before it was trained."""
     return (
-        f"its process died {times} times ({how}): signal 9 is what a machine without memory left "
-        "sends. Fewer workers, or a smaller batch_size, may fit"
+        f"its process died {times} times ({how}): signal 9 often means that the machine ran out of "
+        "memory. Fewer workers, or a smaller batch_size, may fit"
     )
 
 
 class _Worker:
-    """A process of `tangent_ops.shards.worker`, and what it is at."""
+    """A process of `tangent_ops.shards.worker`, and the shard that it trains."""
 
     def __init__(self, run: Path, place: dict[str, Any], threads: int, progress: bool) -> None:
         self.shard: str | None = None
@@ -117,7 +117,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=None if self._progress else self._messages,
             env=env,
-            start_new_session=True,  # Ctrl-C is for us; we end it
+            start_new_session=True,  # Ctrl-C reaches this process only
         )
         if cpus:
             with suppress(OSError):
@@ -125,11 +125,11 @@ class _Worker:
         assert self.process.stdout is not None
         self.answers = self.process.stdout
 
-    def ask(self, shard: str) -> None:
+    def send(self, shard: str) -> None:
         assert self.process.stdin is not None
         request = {"run": str(self._run), "shard": shard, "progress": self._progress}
         line = json.dumps(request) + "\n"
-        with suppress(BrokenPipeError):  # it died just now: its answers end, too
+        with suppress(BrokenPipeError):  # the worker has died: `read` returns None
             self.process.stdin.write(line.encode())
             self.process.stdin.flush()
 
@@ -146,7 +146,7 @@ class _Worker:
             code = None
         self.stop()
         self._failed_starts = 0 if self.ready else self._failed_starts + 1
-        # Whoever kills us at random may do so at any time; what exits by itself will do so again.
+        # A random kill may hit a start, too; a worker that exits by itself would do so again.
         if self._failed_starts and (code is None or code >= 0 or self._failed_starts > _STARTS):
             self._messages.seek(0)
             said = self._messages.read().decode(errors="replace").strip()
@@ -163,7 +163,7 @@ class _Worker:
                 with suppress(BrokenPipeError):
                     stream.close()
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, 9)  # files appear by renaming: nothing is half-written
+            os.killpg(self.process.pid, 9)  # files appear by renaming, never half-written
         self.process.wait()
 
     def close(self) -> None:
@@ -190,7 +190,7 @@ def _places(workers: int | None, threads: int) -> list[dict[str, Any]]:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus:
         if workers is not None and workers > gpus:
-            raise ArgumentError(f"workers={workers}, but there are {gpus} GPUs: one to a worker")
+            raise ArgumentError(f"workers={workers}, but there are {gpus} GPUs: one per worker")
         return [
             {"cpus": None, "env": {"CUDA_VISIBLE_DEVICES": _visible(k)}}
             for k in range(workers or gpus)
@@ -205,6 +205,6 @@ def _places(workers: int | None, threads: int) -> list[dict[str, Any]]:
 
 
 def _visible(index: int) -> str:
-    """A GPU's name, as we ourselves were told."""
+    """The GPU's name in the CUDA_VISIBLE_DEVICES of this process, or its index."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",")[index] if named else str(index)

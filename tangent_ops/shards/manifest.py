@@ -1,4 +1,4 @@
-"""The plan's database: shards and their samples. Values from it are checked, as anybody's file."""
+"""The plan's database: shards and their samples. Values read from it are checked."""
 
 from __future__ import annotations
 
@@ -79,19 +79,19 @@ class Manifest:
             application = connection.execute("PRAGMA application_id").fetchone()[0]
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if application != _APPLICATION_ID:
-                raise PlanError(f"{self.path} is no plan of shards: give another folder")
+                raise PlanError(f"{self.path} is not a plan of shards: give another folder")
             if version != _VERSION:
                 raise PlanError(
                     f"{self.path} has format version {version}, this release reads {_VERSION}: "
                     "update tangent-ops"
                 )
-            # No views and no triggers: a query runs nothing but itself.
+            # No views and no triggers, which could make a query do other things.
             found = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")
             if sorted(row[0] for row in found) != sorted(_TABLES):
                 raise PlanError(f"{self.path} has other tables than a plan: it was edited")
 
     def about(self) -> dict[str, str]:
-        """Key -> value."""
+        """What the plan records besides shards and samples: key -> value."""
         with self._connected("ro") as connection:
             return {
                 _text(key): _text(value)
@@ -99,11 +99,11 @@ class Manifest:
             }
 
     def set_weights(self, weights: str) -> None:
-        """Change what ``about`` says of the weights."""
+        """Change the weights in `about`."""
         self._set("weights", weights)
 
     def set_data(self, data: str) -> None:
-        """Change what ``about`` says of where the images are."""
+        """Change the place of the images in `about`."""
         self._set("data", data)
 
     def names(self) -> list[str]:
@@ -142,7 +142,7 @@ class Manifest:
         return found
 
     def remove(self, samples: Mapping[str, Iterable[str]]) -> None:
-        """Delete samples, and shards that have none left; the bytes in the file, too."""
+        """Delete samples, and shards that have none left, and overwrite their bytes in the file."""
         when = datetime.now(UTC).isoformat(timespec="seconds")
         with self._connected("rw") as connection:
             connection.execute("BEGIN IMMEDIATE")
@@ -205,13 +205,13 @@ def _name(name: Any) -> str:
 
 
 def valid_name(name: str) -> bool:
-    """Whether a shard may be called so, here and in a ledger."""
+    """Whether a shard may have this name, here and in a ledger."""
     return bool(name.strip()) and name.isprintable() and len(name) <= LONGEST_NAME
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise PlanError(f"the plan holds {value!r} where text belongs: it was edited")
+        raise PlanError(f"the plan holds {value!r} where it should have text: it was edited")
     return value
 
 
@@ -223,4 +223,4 @@ def _clear(path: Path, error: Exception) -> PlanError | OSError:
         return PlanError(f"{path} cannot be opened ({error}): nothing was changed")
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return PlanError(f"{path} is in use by another process: nothing was changed; try again")
-    return PlanError(f"{path} is damaged or no plan: {error}. Restore it from a copy")
+    return PlanError(f"{path} is damaged or not a plan: {error}. Restore it from a copy")

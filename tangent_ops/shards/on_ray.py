@@ -1,4 +1,4 @@
-"""The Ray executor: one task to a shard, on this machine or on a cluster."""
+"""The Ray executor: one task per shard, on this machine or on a cluster."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ def run_on_ray(
     """Train shards as Ray tasks, each with `threads` cores, and a GPU where the cluster has some.
 
     Args:
-        run: a folder that all of the cluster's machines see under this path, as the images.
+        run: a folder; all machines of the cluster see it, and the images, under the same paths.
         shards: their names.
-        workers: at most so many at a time; None for as many as there are resources.
+        workers: the largest number of tasks at a time; None for as many as the resources permit.
         threads: cores of a task.
         retries: how often a task whose process or machine died is tried again.
         address: of a cluster; None uses the Ray that is running in this process, or the cluster
             that RAY_ADDRESS names, or starts one on this machine.
-        on_result: is told what came of each shard.
+        on_result: called with each shard's name and what `attempt` returned, or an error.
 
     Raises:
         UnsupportedError: Ray is not installed.
-        ArgumentError: there is no cluster at this address, or none of its machines has so many
-            cores.
+        ArgumentError: there is no cluster at this address, or it has fewer cores than a
+            task needs.
     """
     ray = need_ray()
-    # Ray tells of workers that died on stdout, which belongs to results.
+    # Ray reports dead workers on stdout, which is for results.
     with redirect_stdout(sys.stderr), _connected(ray, address, workers, threads):
         resources = ray.cluster_resources()
         if resources.get("CPU", 0) < threads:
             raise ArgumentError(
-                f"threads={threads}, and Ray has {resources.get('CPU', 0):g} cores: take fewer"
+                f"threads={threads}, but Ray has {resources.get('CPU', 0):g} cores: pass fewer"
             )
         task = ray.remote(
             num_cpus=threads,
@@ -70,7 +70,7 @@ def run_on_ray(
 
 
 def need_ray() -> Any:
-    """The package.
+    """Import and return the package `ray`.
 
     Raises:
         UnsupportedError: it is not installed.
@@ -79,7 +79,7 @@ def need_ray() -> Any:
         import ray
     except ImportError as error:
         raise UnsupportedError(
-            'executor "ray" needs Ray: pip install "tangent-ops[distributed]"; or take "local"'
+            'executor "ray" needs Ray: pip install "tangent-ops[distributed]"; or use "local"'
         ) from error
     return ray
 
@@ -101,7 +101,7 @@ def _connected(ray: Any, address: str | None, workers: int | None, threads: int)
         options["runtime_env"] = {"env_vars": environment}
     try:
         ray.init(**options, log_to_driver=False, logging_level="ERROR")
-    except Exception as error:  # of several kinds
+    except Exception as error:  # Ray raises several kinds
         where = f"the cluster at {address}" if address else "Ray on this machine"
         raise ArgumentError(f"{where} cannot be reached or started: {error}") from error
     try:

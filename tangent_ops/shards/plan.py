@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,8 +21,8 @@ from tangent_ops.shards.anchor import AnchorInfo, load_anchor, read_anchor
 from tangent_ops.shards.data import ImageData, Samples
 from tangent_ops.shards.disjoint import check_disjoint, check_private, check_public
 from tangent_ops.shards.manifest import Manifest, Sample
-from tangent_ops.shards.recipe import ShardRecipe
-from tangent_ops.shards.rows import Rows, check_names, difference, digest, hashed, rows_of
+from tangent_ops.shards.recipe import ShardRecipe, job_hash
+from tangent_ops.shards.rows import Rows, changes, check_names, difference, digest, hashed, rows_of
 
 WEIGHTS = ("uniform", "samples")
 DATABASE = "plan.sqlite"
@@ -38,7 +37,7 @@ class Shard:
         name: of your choice.
         samples: how many.
         job: hash of all that determines its delta, in hexadecimal; None if it has no samples.
-        done: whether that delta is there.
+        done: whether that delta exists.
     """
 
     name: str
@@ -60,8 +59,8 @@ class Plan:
     """A folder with the anchor, the recipe, which sample is in which shard, and the deltas.
 
     A delta's file is named by the hash of what determines it: the anchor's fingerprint, the recipe,
-    the shard's name, and the ids, classes and contents of its samples. So a shard is done if the
-    file is there; whoever loses a process, or a sample, trains that shard anew and no other.
+    the shard's name, and the ids, classes and contents of its samples. So a shard is done if its
+    file exists. After a process has died or a sample was removed, only that shard is trained again.
 
     Made by `create`, opened by `open`.
     """
@@ -84,34 +83,34 @@ class Plan:
         allow_overlap: bool = False,
         progress: bool = True,
     ) -> Plan:
-        """Write a plan; or open it, if the folder holds this one already.
+        """Write a plan, or open it if the folder already holds the same one.
 
-        Every sample is read once, to hash it. Where the plan is there, and data are in another
-        place than its own, they are compared with it, as `relocate` does.
+        Every sample of a new plan is read once, to hash it. If the plan exists and names another
+        place for its images, the data are compared with it as in `relocate`.
 
         Args:
-            path: the folder; a new or an empty one, or that of this plan.
+            path: the folder, which is new, empty, or that of this plan.
             anchor: a file of `save_anchor`, which is copied.
             data: where the samples are.
             recipe: how each shard is trained.
             assignment: shard -> ids of its samples; see `by_hash`, `by_class`, `by_column`.
-            labels: id -> whom or what it is forgotten by, a customer say.
-            public: images that the anchor was made from. None of them may be among the samples:
-                what the anchor knows, nobody can take out of it.
-            allow_overlap: let shards share samples, or copies of them. Forgetting one then takes
-                all shards that have it; that shards' privacy does not add up no longer holds. The
-                plan records it.
+            labels: id -> a label that samples can be forgotten by, for example a customer.
+            public: images that the anchor was made from. None of them may be among the samples,
+                because what the anchor learned from them cannot be forgotten.
+            allow_overlap: let shards share samples, or copies of them. Forgetting one then changes
+                all shards that have it, and the shards' privacy guarantees no longer compose in
+                parallel. The plan records this option.
             progress: show a bar.
 
         Raises:
-            ArgumentError: an assignment other than this; a sample in two shards; data of one class.
-            SampleError: a sample that cannot be read.
-            PlanError: the folder holds something else, or a plan of other images; anchor is no
-                anchor's file.
+            ArgumentError: an assignment not as above; a sample in two shards; data of one class.
+            SampleError: a sample cannot be read.
+            PlanError: the folder holds something else, or another plan; anchor is not an anchor's
+                file.
             OSError: the folder cannot be written.
         """
         path = Path(path).absolute()
-        data = data.absolute()  # workers, and the next command, may be elsewhere
+        data = data.absolute()  # workers and later commands may run in another folder
         info = read_anchor(anchor)
         check_names(assignment)
         samples = data.open().with_classes(info.classes)
@@ -152,7 +151,7 @@ class Plan:
         """Open a run's folder.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: the folder holds no plan.
             PlanError: it is damaged, or was edited.
         """
         path = Path(path).absolute()
@@ -204,7 +203,7 @@ class Plan:
 
     @property
     def weights(self) -> str:
-        """Of the shards in the mean: what `settle` was last asked for, or else uniform."""
+        """The shards' weights in the mean, as the last `settle` set them; "uniform" at first."""
         found = self.manifest.about()["weights"]
         if found not in WEIGHTS:
             raise PlanError(f"{self.path / DATABASE} has weights {found!r}: it was edited")
@@ -228,7 +227,7 @@ class Plan:
         there = {path.name for path in self.deltas_path.glob("*.safetensors")}
         found = []
         for name, samples in self.manifest.samples():
-            job = self._hash(name, samples) if samples else None
+            job = job_hash(name, samples, self.anchor_info, self.recipe) if samples else None
             done = job is not None and self.delta_path(job).name in there
             found.append(Shard(name, len(samples), job, done))
         return found
@@ -241,7 +240,8 @@ class Plan:
         """
         for name, samples in self.manifest.samples(shard):
             if samples:
-                return Job(name, self._hash(name, samples), tuple(samples))
+                hash = job_hash(name, samples, self.anchor_info, self.recipe)
+                return Job(name, hash, tuple(samples))
         raise ArgumentError(f"{self.path} has no shard {shard!r} with samples")
 
     def relocate(
@@ -252,25 +252,23 @@ class Plan:
         dry_run: bool = False,
         progress: bool = True,
     ) -> None:
-        """Read the images in another place from now on, if they are the same there.
-
-        Every sample is read, and its hash compared.
+        """Set the place of the images, after every sample's hash was compared with the plan's.
 
         Args:
             data: where the images are now.
-            without: samples that need not be there, shard -> ids, as they are to be forgotten.
-            dry_run: compare, and leave the plan as it is.
+            without: shard -> ids of samples that need not be there, because they will be forgotten.
+            dry_run: compare only.
             progress: show a bar.
 
         Raises:
-            PlanError: images are missing there, or are others. Nothing was changed.
+            PlanError: images are missing there, or differ. Nothing was changed.
         """
         data = data.absolute()
         if found := difference(data, self.staying(without or {}), progress):
             raise PlanError(
-                f"the run {self.path} is of the images that were in {self.data.root}, and they are "
-                f"not here: {found}. Nothing was changed: give the folder that they have moved "
-                "to, or another one than the run's to begin a new run"
+                f"the run {self.path} was made from the images in {self.data.root}, and these "
+                f"differ: {found}. Nothing was changed: give the folder to which the images were "
+                "moved, or begin a new run in another folder"
             )
         if not dry_run:
             self.manifest.set_data(to_json(asdict(data)))
@@ -279,7 +277,7 @@ class Plan:
     def staying(
         self, without: Mapping[str, Sequence[str]], shards: Collection[str] | None = None
     ) -> list[Sample]:
-        """The samples of all shards, or of these, without some of them (shard -> ids)."""
+        """The samples of all shards, or of the given ones, except ``without`` (shard -> ids)."""
         gone = {shard: set(ids) for shard, ids in without.items()}
         return [
             sample
@@ -292,14 +290,10 @@ class Plan:
     def find(
         self, *, sample: str | Sequence[str] | None = None, label: str | None = None
     ) -> dict[str, list[str]]:
-        """Where samples are, with exact copies of them, or all samples with a label.
-
-        Returns:
-            Shard -> ids.
+        """Shard -> ids of samples and their exact copies, or of all samples with a label.
 
         Raises:
-            ArgumentError: there is none, or one of the samples is not there, or not one of the
-                two is given.
+            ArgumentError: a sample or the label is not in the plan, or not exactly one is given.
         """
         if (sample is None) == (label is None):
             raise ArgumentError("give one of sample and label")
@@ -320,20 +314,20 @@ class Plan:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Alone with the run: to train, to settle, or to forget.
+        """Hold the run's lock, to train, settle or forget.
 
         Raises:
-            PlanError: another process is at work here; or a link leads out of the run's folder,
-                where its files would be written and erased.
+            PlanError: another process holds it; or a link leads out of the run's folder, so files
+                would be written and erased elsewhere.
         """
         lock = self.path / ".lock"
         for path in (self.deltas_path, self.ledger_path, lock):
             if path.is_symlink():
                 raise PlanError(
-                    f"{path} is a symbolic link, and a run writes and erases in its own folder "
-                    "alone: put the folder itself there, or move the run and link to it as a whole"
+                    f"{path} is a symbolic link, and a run writes and erases only in its own "
+                    "folder: replace the link by the folder, or move the whole run and link to that"
                 )
-        if lock.exists() and not lock.is_file():  # a pipe would wait
+        if lock.exists() and not lock.is_file():  # opening a pipe would block
             raise PlanError(f"{lock} is no file: remove it")
         with open(lock, "a") as file:
             try:
@@ -349,7 +343,7 @@ class Plan:
         found = self.manifest.about()
         needed = {"anchor", "recipe", "data", "overlap", "dealt", "weights"}
         if found.keys() != needed:
-            raise PlanError(f"{self.path / DATABASE} lacks what a plan says of itself: restore it")
+            raise PlanError(f"{self.path / DATABASE} lacks entries of a plan: restore it")
         return found
 
     def _value(self, key: str) -> Any:
@@ -357,9 +351,6 @@ class Plan:
             return json.loads(self._about[key])
         except (ValueError, RecursionError) as error:
             raise PlanError(f"{self.path / DATABASE} has a damaged {key}: restore it") from error
-
-    def _hash(self, shard: str, samples: Iterable[Sample]) -> str:
-        return job_hash(shard, samples, self.anchor_info, self.recipe)
 
     def check_same(
         self,
@@ -369,7 +360,7 @@ class Plan:
         labels: Mapping[str, str],
         allow_overlap: bool,
     ) -> None:
-        """Raise PlanError where `create` would, as this plan is of something else."""
+        """Raise PlanError, as `create` does, if the plan has another recipe, overlap or samples."""
         info = self.anchor_info
         samples = samples.with_classes(info.classes)
         rows = rows_of(samples, assignment, labels, info.options["num_classes"])
@@ -385,22 +376,17 @@ class Plan:
                 )
         if digest(rows) == self._about["dealt"]:
             return
-        now = {(shard, id, target, label) for shard, id, target, label in rows}
-        here = {
-            (shard, sample.id, sample.target, sample.label)
-            for shard, samples in self.manifest.samples()
-            for sample in samples
-        }
-        if now != here:
+        new, gone = changes(rows, self.manifest.samples())
+        if new or gone:
             raise PlanError(
-                f"{self.path} holds a plan of other samples, or of others in its shards: "
-                f"{len(now - here)} are new, {len(here - now)} are gone. Give another folder to "
-                "start a new one; to take samples out of this one, forget them"
+                f"{self.path} holds a plan of other samples, or with another assignment: {new} are "
+                f"new, {gone} are gone. Give another folder to start a new one; to take samples "
+                "out of this one, forget them"
             )
 
 
 def check_folder(path: Path) -> None:
-    """Raise PlanError for what is neither a plan's folder nor free to become one."""
+    """Raise PlanError if the path is a file, or a folder with other files and no plan."""
     if (path / DATABASE).exists() or not path.exists():
         return
     if not path.is_dir() or any(map(_foreign, path.iterdir())):
@@ -408,21 +394,6 @@ def check_folder(path: Path) -> None:
 
 
 def _foreign(path: Path) -> bool:
-    """Whether a file is none that an interrupted `create` leaves: the plan itself comes last."""
+    """Whether the file is not from an interrupted `create`, which writes the database last."""
     empty = path.name == "deltas" and path.is_dir() and not any(path.iterdir())
     return not (empty or path.name == ANCHOR or path.suffix == ".tmp")
-
-
-def job_hash(shard: str, samples: Iterable[Sample], anchor: AnchorInfo, recipe: ShardRecipe) -> str:
-    """SHA-256 of what determines a shard's delta, in hexadecimal."""
-    head = {
-        "format": 1,
-        "anchor": anchor.fingerprint,
-        "input": anchor.input,
-        "recipe": recipe.to_dict(),
-        "shard": shard,
-    }
-    digest = hashlib.sha256(to_json(head).encode() + b"\n")
-    for sample in samples:
-        digest.update(to_json([sample.id, sample.target, sample.content]).encode() + b"\n")
-    return digest.hexdigest()

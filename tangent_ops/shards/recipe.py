@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
@@ -11,7 +12,10 @@ from torch import nn
 
 from tangent_ops.data import check_choice, check_integer, check_positive, did_you_mean
 from tangent_ops.errors import ArgumentError
+from tangent_ops.files import to_json
 from tangent_ops.model.linearize import last_blocks
+from tangent_ops.shards.anchor import AnchorInfo
+from tangent_ops.shards.manifest import Sample
 from tangent_ops.training.options import Recipe
 
 if TYPE_CHECKING:
@@ -22,30 +26,31 @@ _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a s
 
 @dataclass(frozen=True)
 class ShardRecipe(Recipe):
-    """A `Recipe` of plain values, which are written into the plan, and what else shards need.
+    """A `Recipe` of plain values, which the plan stores, with further options for shards.
 
     Attributes:
         loss: "rsl", the rescaled square loss, which is quadratic; or "cross-entropy".
         amp: bfloat16 autocast.
-        blocks: train the last so many blocks, norm and head; None for every parameter.
-        rank: of low-rank deltas, as in `linearize`; None for full ones.
-        basis: seed of their fixed factors.
+        blocks: number of last blocks that are trained, with norm and head; None for all parameters.
+        rank: of low-rank deltas, as in `linearize`; None for full deltas.
+        basis: seed of the low-rank deltas' fixed factors.
         method: "gradient", by `fit`; or "exact", by `fit_exact`, which needs l2 > 0.
-        tol: of "exact", as in `fit_exact`.
+        tol: of the method "exact", as in `fit_exact`.
         augment: timm's training transforms in place of those for inference. They are drawn anew in
             every epoch, so nothing is cached.
         grad_checkpointing: compute blocks again in the backward pass, to save memory.
-        threads: of a shard's process. Sums are split by them, so they are part of the recipe.
+        threads: number of threads of a shard's process; the last bits of sums depend on it.
         cache: run the frozen blocks below the first trained one once per sample.
         dp_epsilon: ε of a private fit by `fit_private`; None for none. `fit_private` uses loss, lr,
             l2, optimizer and schedule; epochs, batch_size and seed are not used.
-        dp_delta: its δ, below one over the number of samples in the largest shard.
-        dp_clip: its max_grad_norm.
-        dp_batch_size: its expected_batch_size; a smaller shard takes all its samples in each step.
-        dp_steps: its steps.
+        dp_delta: δ of a private fit, below one over the number of samples in the largest shard.
+        dp_clip: max_grad_norm of a private fit.
+        dp_batch_size: expected_batch_size of a private fit; a smaller shard uses all its samples
+            in each step.
+        dp_steps: steps of a private fit.
 
     Raises:
-        ArgumentError: a value out of range, or two that exclude each other.
+        ArgumentError: a value is out of range, or two exclude each other.
     """
 
     loss: Literal["rsl", "cross-entropy"] = "rsl"
@@ -92,7 +97,7 @@ class ShardRecipe(Recipe):
         return self.cache and not self.augment and self.blocks is not None
 
     def privacy(self, samples: int) -> Privacy | None:
-        """What `fit_private` is given for a shard of so many samples; None for an ordinary fit."""
+        """`Privacy` of a shard with this many samples; None for a fit that is not private."""
         if self.dp_epsilon is None or self.dp_delta is None:
             return None
         from tangent_ops.privacy import Privacy
@@ -143,7 +148,7 @@ class ShardRecipe(Recipe):
             raise ArgumentError(f"method 'exact' needs l2 > 0, got {self.l2}: try l2=1e-3")
         for name in ("augment", "amp"):
             if getattr(self, name):
-                raise ArgumentError(f"{name} is for method 'gradient': it has no one optimum")
+                raise ArgumentError(f"{name} is for method 'gradient': it has no unique optimum")
         if self.dp_epsilon is not None:
             raise ArgumentError("dp_epsilon is for method 'gradient': fit_private is DP-SGD")
 
@@ -151,14 +156,29 @@ class ShardRecipe(Recipe):
         check_positive(dp_epsilon=self.dp_epsilon)  # pyright: ignore[reportArgumentType]
         if self.dp_delta is None or not 0 < self.dp_delta < 1:
             raise ArgumentError(
-                f"dp_epsilon needs dp_delta between 0 and 1, got {self.dp_delta}: take less than "
-                "one over the number of samples in the largest shard, 1e-5 say"
+                f"dp_epsilon needs dp_delta between 0 and 1, got {self.dp_delta}: pass less than "
+                "one over the number of samples in the largest shard, for example 1e-5"
             )
         for name in ("augment", "amp"):
             if getattr(self, name):
                 raise ArgumentError(f"{name} is not for private fits: leave it out")
         if self.accumulate != 1:
             raise ArgumentError(
-                "accumulate is not for private fits: their batches are drawn at random, and go "
-                "through in parts anyway"
+                "accumulate is not for private fits: their batches are drawn at random, and are "
+                "processed in parts anyway"
             )
+
+
+def job_hash(shard: str, samples: Iterable[Sample], anchor: AnchorInfo, recipe: ShardRecipe) -> str:
+    """SHA-256 of what determines a shard's delta, in hexadecimal."""
+    head = {
+        "format": 1,
+        "anchor": anchor.fingerprint,
+        "input": anchor.input,
+        "recipe": recipe.to_dict(),
+        "shard": shard,
+    }
+    digest = hashlib.sha256(to_json(head).encode() + b"\n")
+    for sample in samples:
+        digest.update(to_json([sample.id, sample.target, sample.content]).encode() + b"\n")
+    return digest.hexdigest()

@@ -1,9 +1,9 @@
-"""A row for each sample of a plan: checked, hashed, and compared with the images there are now."""
+"""Rows of a plan, one per sample: checks, hashes, and compares them with the present images."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -36,7 +36,7 @@ def rows_of(
     labels: Mapping[str, str],
     classes: int,
 ) -> Rows:
-    """Pair every assigned id with its class index and label; refuse ids and classes not known."""
+    """Pair every assigned id with its class index and label; ArgumentError for unknown ones."""
     targets = dict(zip(samples.ids, samples.targets, strict=True))
     rows: Rows = []
     for shard, ids in assignment.items():
@@ -58,8 +58,15 @@ def digest(rows: Rows) -> str:
     return hashlib.sha256(to_json(rows).encode()).hexdigest()
 
 
+def changes(rows: Rows, shards: Iterable[tuple[str, Sequence[Sample]]]) -> tuple[int, int]:
+    """How many rows the shards lack, and how many they have in addition."""
+    now = set(rows)
+    here = {(shard, s.id, s.target, s.label) for shard, samples in shards for s in samples}
+    return len(now - here), len(here - now)
+
+
 def hashed(samples: Samples, rows: Rows, progress: bool) -> Iterator[tuple[str, Sample]]:
-    """Read each row's sample; give its shard, and the sample with the hash of its content."""
+    """Read each row's sample; yield its shard, and the sample with the hash of its content."""
     places = {id: index for index, id in enumerate(samples.ids)}
     contents: dict[str, str] = {}
     for shard, id, target, label in tqdm(
@@ -71,7 +78,7 @@ def hashed(samples: Samples, rows: Rows, progress: bool) -> Iterator[tuple[str, 
 
 
 def difference(data: ImageData, samples: Sequence[Sample], progress: bool) -> str | None:
-    """What is missing in the data, or has another content than the plan says; None if nothing is.
+    """What is missing in the data or differs from the plan, in words; None if nothing does.
 
     Every sample is read.
     """

@@ -1,4 +1,4 @@
-"""`run_shards`: train what a plan lacks, wherever there is room."""
+"""`run_shards`: train the shards of a plan that have no delta yet, here or on a cluster."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")  # of write_atomically
 
 @dataclass(frozen=True)
 class Report:
-    """What came of `run_shards`.
+    """The result of `run_shards`.
 
     Attributes:
-        trained: the shards trained now.
-        skipped: those whose deltas were there.
-        empty: those without samples: they have no delta.
-        failed: shard -> why. What is wrong with one shard keeps no other from being trained.
+        trained: shards that were trained now.
+        skipped: shards whose deltas existed already.
+        empty: shards without samples, which have no delta.
+        failed: shard -> error message. The other shards are trained nevertheless.
         seconds: wall time.
     """
 
@@ -50,29 +50,30 @@ def run_shards(
     progress: bool = True,
     on_done: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> Report:
-    """Train every shard of a plan whose delta is not there.
+    """Train every shard of a plan that has no delta yet.
 
-    A delta on a CPU is the same bit for bit whatever the executor, the number of workers, and
-    however many were killed on the way; unless it is private, as its noise must not repeat. Results
-    appear by renaming a complete file. After an interruption, the same call goes on.
+    On a CPU a delta is the same bit for bit for every executor and number of workers, however many
+    workers were killed, except that of a private fit, whose noise must not repeat. Deltas appear by
+    renaming complete files. After an interruption the same call trains what is left.
 
     Args:
         plan: what to train.
         executor: "local", a process for each shard on this machine, with cores or a GPU of its
             own; or "ray", which needs the extra ``distributed``.
-        workers: shards at a time; None for as many as there are GPUs, or else cores for.
-        retries: how often a shard is tried again whose process died.
+        workers: number of shards at a time; None for one per GPU, or else as the cores permit.
+        retries: how often a shard is tried again after its process died.
         address: of a Ray cluster, whose machines see the run and the images under the same paths.
-        progress: show a bar of shards; or, if there is one to train, on this machine, its own.
-        on_done: is called with a shard's name and ``{"seconds": ..., "loss": [...], "lr": [...]}``
-            (by epoch, where there are epochs), or ``{"error": message}``, as each one ends.
+        progress: show a bar of shards; or, if one shard is trained on this machine, its own bar.
+        on_done: called as each shard ends, with its name and
+            ``{"seconds": ..., "loss": [...], "lr": [...]}`` (loss and lr by epoch, where there are
+            epochs), or ``{"error": message}``.
 
     Raises:
-        ArgumentError: an argument other than these.
+        ArgumentError: an argument is not as above.
         UnsupportedError: Ray is not installed.
         PlanError: the plan is damaged, or another process is at work on it.
         WorkerError: no worker can be started.
-        KeyboardInterrupt: workers are stopped first; what is done stays.
+        KeyboardInterrupt: the workers are stopped first; finished deltas stay.
     """
     with plan.locked():
         return train(
@@ -90,7 +91,7 @@ def run_shards(
 def check_executor(
     executor: str, workers: int | None, retries: int = 3, address: str | None = None
 ) -> None:
-    """Raise what `run_shards` says of these arguments."""
+    """Raise the errors of `run_shards` about these arguments."""
     check_choice("executor", executor, EXECUTORS)
     if workers is not None:
         check_integer("workers", workers, 1)
@@ -112,12 +113,12 @@ def train(
     progress: bool,
     on_done: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> Report:
-    """`run_shards` for whoever has locked the plan; of some shards only, perhaps."""
+    """`run_shards` for a caller that has locked the plan; ``only`` limits it to some shards."""
     began = time.perf_counter()
     check_executor(executor, workers, retries, address)
     for path in plan.deltas_path.iterdir():
         if _TEMPORARY.fullmatch(path.name):
-            path.unlink()  # of a worker that was killed; nobody else writes here now
+            path.unlink()  # of a killed worker; the lock keeps others from writing here
 
     shards = [s for s in plan.shards() if only is None or s.name in only]
     todo = [shard.name for shard in shards if shard.job is not None and not shard.done]

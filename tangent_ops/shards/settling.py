@@ -1,4 +1,4 @@
-"""`settle`: the ledger of a run holds the deltas that its plan asks for, and no other."""
+"""`settle`: make the ledger of a run hold exactly the trained deltas of its plan."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Settled:
     """What `settle` changed.
 
     Attributes:
-        added: shards whose deltas went into the ledger.
-        forgotten: shards whose deltas left it, as the plan has other samples for them, or none.
+        added: shards whose deltas were added to the ledger.
+        forgotten: shards whose deltas were removed, because the plan has other samples or none.
         missing: shards with samples that are not trained yet.
     """
 
@@ -32,21 +32,21 @@ class Settled:
 
 
 def settle(plan: Plan, *, weights: str | None = None) -> Settled:
-    """Bring a run's ledger in line with its plan; interrupted anywhere, the next call goes on.
+    """Bring a run's ledger in line with its plan; after an interruption the next call continues.
 
-    Deltas that the plan no longer asks for, since a sample of theirs was forgotten say, leave the
-    ledger; their files are overwritten and removed. What is trained and not in the ledger is added.
-    Other files in the run's folder stay as they are, and links are not followed.
+    Deltas that do not belong to the plan any more, for example because a sample was forgotten, are
+    removed from the ledger; their files are overwritten and removed. Trained deltas that are not in
+    the ledger are added. Other files in the run's folder stay, and links are not followed.
 
     Args:
         plan: the run.
-        weights: of the shards in the mean: "uniform", as in the paper, or "samples", by how many
-            samples they have. None: those of the last time, or else uniform.
+        weights: of the shards in the mean: "uniform", as in the paper, or "samples", the numbers of
+            their samples. None for those of the last call, at first "uniform".
 
     Raises:
         ArgumentError: weights is neither.
-        PlanError: another process is at work on the run; a delta's file is damaged, another's or a
-            link.
+        PlanError: another process is at work on the run; a delta's file is damaged, a link,
+            or not the shard's.
         LedgerError: the ledger is damaged.
     """
     if weights is not None:
@@ -56,7 +56,7 @@ def settle(plan: Plan, *, weights: str | None = None) -> Settled:
 
 
 def settle_locked(plan: Plan, weights: str | None = None) -> Settled:
-    """`settle` for whoever has locked the plan."""
+    """`settle` for a caller that has locked the plan."""
     if weights is None:
         weights = plan.weights
     elif weights != plan.weights:
@@ -88,8 +88,8 @@ def check_settled(plan: Plan) -> Ledger:
     """The run's ledger.
 
     Raises:
-        LedgerError: it is not there, or not in line with the plan: samples that were forgotten
-            may be in it.
+        LedgerError: there is none, or it is not in line with the plan, so that forgotten samples
+            may still have a part in it.
     """
     if not plan.ledger_path.is_dir():
         raise LedgerError(f"{plan.path} is not composed yet: settle it (tangent-ops compose)")
@@ -108,7 +108,7 @@ def check_settled(plan: Plan) -> Ledger:
 
 
 def _delta(plan: Plan, shard: str, job: str) -> Path:
-    """A job's file, after a look at whose it is."""
+    """The path of a job's delta, after a check that it is the delta of this shard and job."""
     path = plan.delta_path(job)
     try:
         _check_file(path)
@@ -123,10 +123,10 @@ def _delta(plan: Plan, shard: str, job: str) -> Path:
 
 
 def _erase_stale(plan: Plan) -> None:
-    """Erase the deltas that the run's workers wrote and its plan no longer asks for.
+    """Erase the deltas that the run's workers wrote and that its plan does not have any more.
 
     Raises:
-        PlanError: a file is named like one of them, and nobody can tell; the others are erased.
+        PlanError: a file is named like such a delta, but cannot be read; the others are erased.
     """
     wanted = {plan.delta_path(shard.job) for shard in plan.shards() if shard.job is not None}
     stale, unclear = [], []
@@ -146,8 +146,8 @@ def _erase_stale(plan: Plan) -> None:
         erase(path)
     if unclear:
         raise PlanError(
-            f"{unclear[0]}. It is named like a delta that the plan of {plan.path} no longer asks "
-            "for, and is not erased: remove it if it is one, or else move it elsewhere"
+            f"{unclear[0]}. It is named like a delta that the plan of {plan.path} does not have "
+            "any more, and is not erased: remove it if it is one, or else move it elsewhere"
         )
 
 

@@ -1,8 +1,7 @@
-"""The process that `tangent_ops.shards.local` talks to: it forks one process per shard.
+"""A worker of `tangent_ops.shards.local`: it forks one process per shard.
 
-It imports PyTorch and timm once, and runs nothing of them itself, so that each fork starts clean
-and fast. Requests come in and answers go out as lines of JSON. When its input ends, so does what
-it forked.
+It imports PyTorch and timm once, but computes nothing itself, so that each fork starts fast and in
+a clean state. Requests and answers are lines of JSON. When the input ends, the fork is killed.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import signal
 import sys
 from typing import Any
 
-import timm.data  # noqa: F401 - here, and not in every fork
+import timm.data  # noqa: F401 - once here, not in every fork
 
 from tangent_ops.shards.job import attempt
 
@@ -22,7 +21,7 @@ from tangent_ops.shards.job import attempt
 def serve() -> None:
     """Answer requests until there are no more."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever prints must not speak for us
+    os.dup2(2, 1)  # what is printed must not mix with the answers
     print(json.dumps({"ready": True}), file=answers)
     requests = os.fdopen(0, "rb", buffering=0, closefd=False)
     while line := requests.readline():
@@ -54,7 +53,7 @@ def _forked(run: str, shard: str, progress: bool) -> dict[str, Any]:
                 if not some:
                     break
                 answer += some
-            else:  # our input ended: whoever asked is gone
+            else:  # the input ended: the parent process is gone
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 sys.exit(1)

@@ -220,7 +220,7 @@ def test_a_run_whose_images_have_moved(images: Path, tmp_path: Path) -> None:
     before = bits(Plan.open(out))
     old.rename(new)
     for words, said in (
-        ((), "Have the images moved? Say where they are: --data FOLDER"),
+        ((), "If the images have moved, give their place: --data FOLDER"),
         (("--data", other), "23 of 23 images are not what they were"),
         (("--data", other, "--dry-run"), "23 of 23 images are not what they were"),
         (("--data", tmp_path / "nowhere"), "nowhere is no folder"),

@@ -16,7 +16,7 @@ from shard_runs import OPTIONS, anchor_file, image_folder, make_plan
 from tangent_ops.errors import ArgumentError, PlanError, SampleError
 from tangent_ops.shards import ImageData, Plan, ShardRecipe, load_anchor, read_anchor, save_anchor
 from tangent_ops.shards.job import job_data
-from tangent_ops.shards.plan import job_hash
+from tangent_ops.shards.recipe import job_hash
 
 
 @pytest.fixture

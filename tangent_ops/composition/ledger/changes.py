@@ -74,7 +74,7 @@ class Folder:
 
 
 def _identity(path: Path) -> os.stat_result | None:
-    """Device and inode, or None if the file is gone: another process may erase it any time."""
+    """Device and inode, or None if the file is gone: another process may erase it at any time."""
     with suppress(FileNotFoundError):
         return path.stat()
     return None

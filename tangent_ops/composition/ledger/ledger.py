@@ -46,32 +46,32 @@ class Entry:
 class Ledger:
     """A folder that holds the deltas of shards, and gives their weighted mean at any time.
 
-    `composed` depends on the present shards alone, bit for bit: after `forget` it is what it would
-    be had the shard never been there, in whatever order shards came and went. Adding and
+    `composed` depends on the present shards only, bit for bit: after `forget` it is the same as if
+    the shard had never been added, whatever the order of additions and removals. Adding and
     forgetting read and write one delta and one sum, however many shards there are. A change is
-    made completely or not at all, through crashes and power cuts, and by any number of processes
-    and threads. Nothing stays open between calls.
+    made completely or not at all, even with crashes, power cuts, and any number of processes and
+    threads. No file stays open between calls.
 
-    The terms w δ are added as multiples of 2^-40 (see `fixed_point`): the mean
-    of n shards of total weight W is within n / W · 4.6e-13 + A · 4.5e-16 of the exact one, before
-    it is rounded to the deltas' dtype, where A is the weighted mean of |δ|. Weight times largest
-    value, summed over the shards, may reach 2^23.
+    The terms w δ are added as multiples of 2^-40 (see `fixed_point`): the mean of n shards of total
+    weight W is within n / W · 4.6e-13 + A · 4.5e-16 of the exact one, before it is rounded to the
+    deltas' dtype, where A is the weighted mean of |δ|. The sum over the shards of weight times
+    largest magnitude may be at most 2^23.
 
-    Forgetting overwrites the shard's file and the last sum with zeros and removes them. What is
-    beyond that is not covered: copies and backups, compositions exported before, filesystems that
+    Forgetting overwrites the shard's file and the previous sum with zeros and removes them. It does
+    not reach copies and backups, compositions exported before, older versions on filesystems that
     copy on write, and blocks that an SSD keeps.
 
     Args:
-        path: the folder; a new or an empty one becomes a ledger. It must be on a local disk, as
-            SQLite's log needs shared memory. It may be a link to a folder; what is in it may not:
-            links in there are never followed, and files that are not the ledger's never erased.
-        anchor: take deltas of this anchor only: its fingerprint, or a tangent model, which fixes
-            rank, basis, names, shapes and dtypes too. By default the first delta fixes all that.
-        create: False refuses a folder that holds no ledger yet.
+        path: the folder; a new or an empty one becomes a ledger. It must be on a local disk,
+            because SQLite's log needs shared memory. It may be a link to a folder. Links inside it
+            are never followed, and files that are not the ledger's are never erased.
+        anchor: accept only deltas of this anchor: its fingerprint, or a tangent model, which also
+            fixes rank, basis, names, shapes and dtypes. By default the first delta fixes them all.
+        create: False raises LedgerError for a folder without a ledger.
 
     Raises:
-        ArgumentError: anchor is neither.
-        LedgerError: the folder holds something else, or a damaged ledger, or none.
+        ArgumentError: anchor is neither; or the path is a file, or a link that leads nowhere.
+        LedgerError: the folder holds other files, a damaged ledger or, without create, no ledger.
         DeltaError: the ledger is of another anchor, rank, basis or layout.
     """
 
@@ -103,23 +103,23 @@ class Ledger:
         """Add a shard's delta.
 
         Args:
-            shard_id: a name of up to 200 printable characters; one that was forgotten may come
-                again.
-            delta: a delta, or the file of one. A dict without `DeltaMeta` is of unknown anchor: it
-                is taken by its names, shapes and dtypes.
+            shard_id: a name of up to 200 printable characters; that of a forgotten shard may be
+                used again.
+            delta: a delta, or the path of its file. Of a dict without `DeltaMeta` only the names,
+                shapes and dtypes are checked, as its anchor is unknown.
             weight: of this shard in the mean; positive.
-            meta: anything worth knowing about the shard, which `list` shows: strings, numbers,
-                bools and None. It is forgotten with the shard.
+            meta: facts about the shard, which `list` returns: strings, numbers, bools and None.
+                They are erased when the shard is forgotten.
 
         Raises:
             ArgumentError: shard_id, weight or meta is not as above.
             DeltaError: another anchor, rank, basis, names, shapes or dtypes than the ledger's, or
                 values that are not finite.
-            DeltaFileError: the file is truncated, was edited, or is no delta file.
+            DeltaFileError: the file is truncated, was edited, or is not a delta file.
             LedgerError: the shard is present already; a tensor is sparse or on the meta device; the
-                values are out of the range of fixed point, or vanish in it; the sum or the database
-                is damaged.
-            LedgerBusyError: someone else kept the ledger locked for 30 seconds.
+                values are out of the range of fixed point, or all round to zero in it; the sum or
+                the database is damaged.
+            LedgerBusyError: another process or thread kept the ledger locked for 30 seconds.
             OSError: the disk is full, or cannot be written.
         """
         _check_id(shard_id)
@@ -148,20 +148,20 @@ class Ledger:
             current.set_sum(total)
 
     def forget(self, shard_id: str, *, rebuild: bool = False, progress: bool = True) -> None:
-        """Take a shard's delta out of the mean, and erase it with all that is known about it.
+        """Take a shard's delta out of the mean, and erase the delta with its weight and meta.
 
-        Only its id stays, in `history`.
+        Only the shard's id and the times stay, in `history`.
 
         Args:
             shard_id: a present shard.
-            rebuild: do without the shard's file, which may be damaged or gone: add the others up
-                anew, which reads them all.
+            rebuild: do not read the shard's file, which may be damaged or missing, but add up the
+                other shards again, which reads all their files.
             progress: show a bar if rebuilding takes more than two seconds.
 
         Raises:
-            LedgerError: there is no such shard, or a file is damaged: nothing was changed. Or it
-                is forgotten, but a file could not be erased, as the message then says.
-            LedgerBusyError: someone else kept the ledger locked for 30 seconds.
+            LedgerError: there is no such shard, or a file is damaged, and nothing was changed; or
+                the shard is forgotten, but a file could not be erased, as the message then says.
+            LedgerBusyError: another process or thread kept the ledger locked for 30 seconds.
             OSError: the disk is full, or cannot be written.
         """
         with change(self._records, self._folder) as current:
@@ -183,8 +183,8 @@ class Ledger:
 
         Returns:
             The delta. Its meta is None if a shard has none. Otherwise it has the ledger's anchor,
-            rank and basis, and the loss if all shards share it; where their models' names or
-            patterns differ, the first in alphabetical order.
+            rank and basis, the loss if all shards share it, and the alphabetically first of the
+            shards' model names and patterns.
 
         Raises:
             LedgerError: the ledger is empty, or its sum is damaged.
@@ -196,7 +196,7 @@ class Ledger:
         return total.mean()
 
     def list(self) -> list[Entry]:
-        """The present shards, in the order they came.
+        """The present shards, in the order in which they were added.
 
         Raises:
             LedgerError: a shard's file is missing, damaged or was edited.
@@ -204,7 +204,7 @@ class Ledger:
         return self._settled(self._entries)
 
     def origins(self) -> dict[str, DeltaMeta | None]:
-        """The meta that each present shard's delta was added with, in the order they came.
+        """The meta that each present shard's delta was added with, in the order of `list`.
 
         Reads the files' headers, not the deltas.
 
@@ -218,28 +218,28 @@ class Ledger:
         )
 
     def history(self) -> list[Event]:
-        """What was added and forgotten, and when; nothing of the contents."""
+        """Which shards were added and forgotten, and when; it holds nothing of their contents."""
         with self._records.reading() as transaction:
             return transaction.history()
 
     def verify(self, *, progress: bool = True) -> Verified:
-        """Check every file and add the deltas up anew, one in memory at a time.
+        """Check every file and add up the deltas again, one in memory at a time.
 
-        Others cannot change the ledger meanwhile.
+        The ledger is locked against changes meanwhile.
 
         Args:
             progress: show a bar if it takes more than two seconds.
 
         Raises:
-            LedgerError: naming every problem, and the way out of each.
+            LedgerError: there are problems; the message names each of them and the way out.
         """
         with self._records.writing() as transaction:
             return verify(transaction, self._folder, progress)
 
     def rebuild(self, *, progress: bool = True) -> None:
-        """Write the sum anew from the shards' files, in place of a damaged one.
+        """Compute the sum again from the shards' files, for example in place of a damaged one.
 
-        If the old one cannot be read, what fixes the anchor and layout is what the shards say.
+        If the old sum cannot be read, the shards' files fix the anchor and layout.
 
         Args:
             progress: show a bar if it takes more than two seconds.
@@ -249,7 +249,7 @@ class Ledger:
         """
         with change(self._records, self._folder) as current:
             current.set_sum(self._summed_anew(current, progress))
-        sweep(self._records, self._folder)  # which leaves all as it is while the sum is damaged
+        sweep(self._records, self._folder)  # opening erased nothing if the sum was damaged
 
     def __len__(self) -> int:
         with self._records.reading() as transaction:
@@ -290,7 +290,7 @@ class Ledger:
                 current.set_sum(total)
 
     def _settled(self, read: Callable[[Transaction], T]) -> T:
-        """What `read` makes of one state; again if a change erased its files meanwhile."""
+        """The result of `read` on one state; repeated if a change erased its files meanwhile."""
         while True:
             with self._records.reading() as transaction:
                 seal = transaction.sum()
@@ -299,7 +299,7 @@ class Ledger:
                 except LedgerError as error:
                     failure = error
             with self._records.reading() as transaction:
-                if transaction.sum() == seal:  # the file's name: every change has a new one
+                if transaction.sum() == seal:  # same file name, so no change in between
                     raise failure
 
     def _sum(self, transaction: Transaction) -> RunningSum:
@@ -314,7 +314,7 @@ class Ledger:
             if here != summed:
                 raise LedgerError(
                     f"the database of {self.path} names {here} shards, its sum is of {summed}: "
-                    "restore the folder from a copy, or go on with the shards of list()"
+                    "restore the folder from a copy, or keep the shards of list()"
                 )
             return total
         except LedgerError as error:
@@ -327,7 +327,7 @@ class Ledger:
     def _summed_anew(self, current: Change, progress: bool) -> RunningSum:
         try:
             rules = self._rules(current.transaction)
-        except LedgerError:  # damaged: that may be why
+        except LedgerError:  # the sum may be damaged
             rules = Rules()
         return summed(current.transaction.shards(), self._folder, rules, progress)
 

@@ -1,8 +1,8 @@
-"""Which files are the ledger's own: regular ones, with names that nobody else's have.
+"""Recognizes the ledger's own files: regular files with names that only the ledger can make.
 
-A name is 16 random hexadecimal digits, and 16 of their hash with a key in the ledger's database. So
-a file that a killed process left, half written perhaps, is known by its name; a file that merely
-looks like the ledger's own is not erased.
+A name is 16 random hexadecimal digits, then 16 of their hash with a key in the ledger's database.
+So a file that a killed process left, perhaps half-written, is recognized by its name, and a file
+that merely looks like the ledger's own is not erased.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def new_key() -> str:
 
 
 def new_name(key: str) -> str:
-    """A name that says nothing and was never used."""
+    """A random name, which reveals nothing and was not used before."""
     nonce = secrets.token_hex(8)
     return f"{nonce}{_mark(key, nonce)}.safetensors"
 
@@ -43,12 +43,12 @@ def has_own_name(path: Path, key: str) -> bool:
 
 
 def may_be_named(name: object) -> bool:
-    """Whether the database may name such a file: an edited one must not lead out of the folder."""
+    """Whether it is a name as in `new_name`; another, in an edited database, could be a path."""
     return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
 def is_plain(path: Path) -> bool:
-    """Whether it is a regular file, and no link to one."""
+    """Whether it is a regular file, not a link to one."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except FileNotFoundError:
@@ -56,12 +56,12 @@ def is_plain(path: Path) -> bool:
 
 
 def check_file(path: Path) -> None:
-    """Raise LedgerError if there is something else than a regular file."""
+    """Raise LedgerError if the path exists and is not a regular file."""
     _check(path, stat.S_IFREG)
 
 
 def check_folder(path: Path) -> None:
-    """Raise LedgerError if there is something else than a folder."""
+    """Raise LedgerError if the path exists and is not a folder."""
     _check(path, stat.S_IFDIR)
 
 

@@ -1,7 +1,7 @@
 """The database: which shards are present, in which files, and what happened when.
 
-Its commit is the one atomic point of every change. It holds nothing of a delta: weights and meta
-stand in the shards' files, and the hashes here are of salted headers.
+A change takes effect when the database commits. The database holds nothing of a delta: weights and
+meta are in the shards' files, and the hashes here are of salted headers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TABLES = {
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened: ``what`` is "added" or "forgotten".
+    """A shard was added or forgotten: ``what`` is "added" or "forgotten".
 
     ``when`` is in UTC, in ISO format.
     """
@@ -55,16 +55,16 @@ class Row:
 
 
 class Records:
-    """The database file. Each operation opens it anew: processes, threads and forks are safe."""
+    """The database file. Each operation opens it anew, so processes, threads and forks are safe."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def create(self) -> None:
-        """Make the database, if there is none; refuse a folder of something else."""
+        """Make the database if there is none; raise LedgerError for a folder with other files."""
         self._check_files()
-        # Looked for twice: another process may be making a ledger here right now.
-        if not self.path.exists() and self._has_company() and not self.path.exists():
+        # Checked twice, because another process may be making a ledger here at the same time.
+        if not self.path.exists() and self._has_other_files() and not self.path.exists():
             raise LedgerError(
                 f"{self.path.parent} holds no ledger, but other files: give a new or empty folder"
             )
@@ -72,7 +72,7 @@ class Records:
             self._make_tables()
         self.check()
         with self._connected("rw") as connection, suppress(sqlite3.OperationalError):
-            # Only who is alone may switch; until someone is, SQLite's other journal does as well.
+            # The switch needs exclusive access; until then SQLite's other journal works, too.
             connection.execute("PRAGMA journal_mode = WAL")
 
     def check(self) -> None:
@@ -82,14 +82,14 @@ class Records:
             raise LedgerError(f"{self.path.parent} holds no ledger: there is no {self.path.name}")
         application, version = self._owner()
         if application != _APPLICATION_ID:
-            raise LedgerError(f"{self.path} is no ledger's database: give another folder")
+            raise LedgerError(f"{self.path} is not a ledger's database: give another folder")
         if version != _VERSION:
             raise LedgerError(
                 f"{self.path} has format version {version}, this release reads {_VERSION}: "
                 "update tangent-ops"
             )
         with self._connected("rw") as connection:
-            if "names" not in _made(connection):  # made before there was such a key
+            if "names" not in _made(connection):  # an older ledger, from before this table
                 connection.execute("BEGIN IMMEDIATE")
                 if "names" not in _made(connection):
                     _make_names(connection)
@@ -104,7 +104,7 @@ class Records:
         with self._connected("rwc") as connection:
             connection.execute("BEGIN IMMEDIATE")
             if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-                if self._has_company():  # or the first sweep would erase all deltas
+                if self._has_other_files():  # perhaps shards, which new tables would not name
                     raise LedgerError(f"{self.path} lost its content: restore it from a copy")
                 for table in ("shards", "sum", "history"):
                     connection.execute(_TABLES[table])
@@ -113,14 +113,14 @@ class Records:
                 connection.execute(f"PRAGMA user_version = {_VERSION}")
             connection.execute("COMMIT")
 
-    def _has_company(self) -> bool:
+    def _has_other_files(self) -> bool:
         return any(
             not entry.name.startswith(self.path.name) for entry in self.path.parent.iterdir()
         )
 
     @contextmanager
     def reading(self) -> Iterator[Transaction]:
-        """One state of the database, whatever writers do."""
+        """One state of the database, which concurrent writers do not change."""
         with self._connected("rw") as connection:
             connection.execute("BEGIN")
             self._check_tables(connection)
@@ -128,7 +128,7 @@ class Records:
 
     @contextmanager
     def writing(self) -> Iterator[Transaction]:
-        """Alone with the database; commits at the end, and changes nothing if there is an error."""
+        """Holds the write lock; commits at the end, and changes nothing if there is an error."""
         with self._connected("rw") as connection:
             connection.execute("BEGIN IMMEDIATE")
             self._check_tables(connection)
@@ -136,17 +136,17 @@ class Records:
             connection.execute("COMMIT")
 
     def _check_files(self) -> None:
-        # SQLite would follow a link in the database's place, and make a database where it leads.
+        # SQLite would follow a link in the database's place, and create a database at its target.
         for suffix in ("", "-wal", "-shm", "-journal"):
             check_file(self.path.with_name(self.path.name + suffix))
 
     def _check_tables(self, connection: sqlite3.Connection) -> None:
-        # No views and no triggers either: a statement does nothing but what it says.
+        # Views and triggers are refused, too: they could make a statement do other things.
         found = _made(connection)
         different = {*found.items()} ^ {*_TABLES.items()}
         if different:
             name = min(different)[0]
-            what = "has not its own" if name in _TABLES else "has a foreign"
+            what = "lacks its own" if name in _TABLES else "has a foreign"
             raise LedgerError(f"{self.path} {what} {name!r}: restore it from a copy")
 
     @contextmanager
@@ -177,25 +177,25 @@ class Transaction:
         self._connection = connection
 
     def sum(self) -> Seal | None:
-        """The file of the running sum; a new one with every change."""
+        """The file of the running sum; every change writes a new one."""
         row = self._connection.execute("SELECT file, sha256 FROM sum").fetchone()
         return row and _seal(*row)
 
     def key(self) -> str:
-        """Of the names of the ledger's files, see `own_files`."""
+        """The key of the ledger's file names, see `own_files`."""
         row = self._connection.execute("SELECT key FROM names").fetchone()
         if row is None:
             raise LedgerError("the database lost the key of its files' names: restore it")
         return row[0]
 
     def blank(self) -> bool:
-        """Whether no shard is or was there."""
+        """Whether the ledger never had a shard."""
         found = "SELECT EXISTS (SELECT 1 FROM shards) OR EXISTS (SELECT 1 FROM history)"
         return not self._connection.execute(found).fetchone()[0]
 
     def shard(self, shard: object) -> Row | None:
         """A present shard, or None."""
-        if not isinstance(shard, str) or not shard.isprintable():  # half a surrogate pair, say
+        if not isinstance(shard, str) or not shard.isprintable():  # e.g. half a surrogate pair
             return None
         row = self._connection.execute(
             "SELECT shard, file, sha256, added FROM shards WHERE shard = ?", (shard,)
@@ -214,12 +214,12 @@ class Transaction:
         return self._connection.execute("SELECT count(*) FROM shards").fetchone()[0]
 
     def history(self) -> list[Event]:
-        """What happened, the oldest first."""
+        """All events, the oldest first."""
         rows = self._connection.execute('SELECT "when", what, shard FROM history ORDER BY number')
         return [Event(*row) for row in rows]
 
     def set_sum(self, seal: Seal) -> None:
-        """Name another file of the running sum."""
+        """Record a new file of the running sum."""
         self._connection.execute(
             "INSERT OR REPLACE INTO sum VALUES (1, ?, ?)", (seal.name, seal.sha256)
         )
@@ -249,7 +249,7 @@ class Transaction:
 
 
 def _made(connection: sqlite3.Connection) -> dict[str, str]:
-    """Name -> statement of every table, view, index and trigger that was made by one."""
+    """Name -> CREATE statement of every table, view, index and trigger that has one."""
     found = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL")
     return {str(name): str(statement) for name, statement in found}
 
@@ -270,7 +270,7 @@ def _seal(file: str, sha256: str) -> Seal:
 
 
 def _clear(path: Path, error: sqlite3.Error) -> LedgerError:
-    code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF  # without its extension
+    code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF  # the primary code
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL):
         return LedgerBusyError(
             f"{path} is in use by another process or thread for more than {BUSY_SECONDS:g} "
@@ -281,8 +281,8 @@ def _clear(path: Path, error: sqlite3.Error) -> LedgerError:
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
         return LedgerError(
             f"{path} cannot be opened for writing ({error}): nothing was changed. The ledger's "
-            "folder and files must be writable, to read it as well"
+            "folder and files must be writable, even to read it"
         )
     if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
-        return LedgerError(f"{path} is damaged or no database: {error}. Restore it from a copy")
+        return LedgerError(f"{path} is damaged or not a database: {error}. Restore it from a copy")
     return LedgerError(f"{path}: {error}; nothing was changed")

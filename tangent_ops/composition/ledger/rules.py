@@ -1,4 +1,4 @@
-"""What deltas a ledger takes: those of one anchor, kind and layout."""
+"""Which deltas a ledger accepts: those of one anchor, kind and layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Rules:
-    """What is fixed; None is still open.
+    """What the deltas of a ledger have in common; None where it is not fixed yet.
 
     Attributes:
         anchor: fingerprint of the anchor.
@@ -38,7 +38,11 @@ class Rules:
 
     @classmethod
     def of_anchor(cls, anchor: str | LinearizedModel) -> Rules:
-        """Of a fingerprint, or of a model and its deltas."""
+        """The rules that a fingerprint, or a tangent model with its deltas, fixes.
+
+        Raises:
+            ArgumentError: anchor is neither.
+        """
         if isinstance(anchor, str):
             return cls(anchor)
         if not hasattr(anchor, "fingerprint"):
@@ -49,7 +53,7 @@ class Rules:
 
     @classmethod
     def of_delta(cls, delta: Mapping[str, Tensor], meta: DeltaMeta | None) -> Rules:
-        """Of a delta; without meta its anchor and kind are unknown."""
+        """The rules that a delta fixes; without meta its anchor and kind stay open."""
         if meta is None:
             return cls(layout=_layout(delta))
         return cls(meta.anchor, meta.model, (meta.rank, meta.basis), _layout(delta))

@@ -1,7 +1,7 @@
 """The running sum of the present shards, in fixed point, and its file.
 
-Everything here is a function of the present shards alone, whatever was added and forgotten before
-and in whatever order: each field is a sum, exact, to which `add` and `subtract` are inverse.
+Each field is an exact sum, and `subtract` is the exact inverse of `add`. So every field depends on
+the present shards only, not on what was added and forgotten before, or in which order.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tangent_ops.files import to_json
 FORMAT = "tangent-ops ledger sum"
 FORMAT_VERSION = "1"
 
-# Of a shard: model, trainable and loss of its DeltaMeta; None if it has none.
+# Model, trainable and loss of a shard's DeltaMeta; None if the shard has no meta.
 Origin = tuple[str, str, str | None] | None
 
 
@@ -45,9 +45,9 @@ class RunningSum:
         rules: what deltas may be added.
         terms: name -> int64 sum of the shards' terms.
         weight: sum of the weights.
-        reach: sum of the shards' largest terms. Within `LIMIT`, so no sum of any of the shards
-            overflows: not this one, and not what is left when some are forgotten.
-        origins: how many shards come from where.
+        reach: sum of the shards' largest terms. It is at most `LIMIT`, so no sum over a subset of
+            the shards overflows: not this one, nor what is left when some are forgotten.
+        origins: how many shards have each origin.
     """
 
     rules: Rules = field(default_factory=Rules)
@@ -62,8 +62,9 @@ class RunningSum:
         """Add a shard.
 
         Raises:
-            DeltaError: the delta is against the rules.
-            LedgerError: out of the range of fixed point; nothing was added.
+            DeltaError: the delta breaks the rules.
+            LedgerError: a sum would be out of range, or all terms of the delta would round to zero.
+                Nothing was added.
         """
         rules = self.rules.joined(Rules.of_delta(delta, meta), what)
         total = self.reach + reach(delta, weight, what)
@@ -84,9 +85,9 @@ class RunningSum:
     def subtract(
         self, delta: Mapping[str, Tensor], meta: DeltaMeta | None, weight: float, what: str
     ) -> None:
-        """Undo `add` of the same."""
+        """Undo `add` with the same arguments."""
         self._change(delta, meta, weight, what, sign=-1)
-        self.origins = +self.origins  # without those that nobody is from any more
+        self.origins = +self.origins  # drops origins with a count of zero
 
     def _change(
         self,
@@ -107,8 +108,8 @@ class RunningSum:
     def mean(self) -> Delta:
         """The weighted mean, in the deltas' dtypes.
 
-        Its meta is None if a shard has none. Otherwise it has the loss that all share, or none,
-        and the first, in alphabetical order, of their models and patterns.
+        Its meta is None if a shard has none. Otherwise it has the loss if all shards share it, and
+        the alphabetically first of the shards' model names and patterns.
 
         Raises:
             DeltaError: a value is beyond its dtype's range.
@@ -138,7 +139,7 @@ class RunningSum:
         )
 
     def differences(self, other: RunningSum) -> list[str]:
-        """What differs in `other`, the rules aside, in words."""
+        """The names, for a message, of what differs in `other`; the rules are not compared."""
         found = [
             f"the sum of {name}"
             for name in sorted(self.terms.keys() | other.terms.keys())
@@ -149,7 +150,7 @@ class RunningSum:
         return found + (["the shards' origins"] if self.origins != other.origins else [])
 
     def save(self, path: Path) -> Seal:
-        """Write the file, to disk before this returns."""
+        """Write the file; it is synced to disk when this returns."""
         metadata = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -201,7 +202,7 @@ def _header(folder: Path, seal: Seal) -> dict[str, str]:
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:
-    """Equal, and a missing sum counts as zeros."""
+    """Whether two sums are equal; a missing one counts as zeros."""
     if one is None or other is None:
         present = one if one is not None else other
         return present is None or not present.any()

@@ -1,7 +1,8 @@
-"""Sealed files: a safetensors file whose header the database knows by a hash.
+"""Sealed files: safetensors files whose headers' hashes are stored in the database.
 
-The header holds ``content_sha256`` of all the rest, so its hash covers the file. It also holds a
-random salt: a hash that outlives its file tells nothing, not even to whoever guesses the content.
+The header holds ``content_sha256``, the hash of everything else, so the header's hash covers the
+whole file. The header also holds a random salt: a hash that is kept after its file was erased
+cannot confirm a guess of the content.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def header(folder: Path, sealed: Seal) -> dict[str, str]:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a new file to seal, to disk before this returns."""
+    """Write a new file that `seal` can seal; it is synced to disk when this returns."""
     metadata = {**metadata, "salt": salt()}
     metadata["content_sha256"] = content_sha256(tensors, metadata)
     write_new(path, lambda file: write_safetensors(file, tensors, metadata))
@@ -66,7 +67,7 @@ def read(folder: Path, sealed: Seal) -> tuple[dict[str, Tensor], dict[str, str]]
     path = folder / sealed.name
     with _opened(path) as file:
         metadata = _checked(file, folder, sealed)
-        # Cloned: the file stays mapped otherwise, and changes to it would show in the tensors.
+        # Cloned, because the tensors are mapped from the file and would change with it.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     rest = {key: value for key, value in metadata.items() if key != "content_sha256"}
     if content_sha256(tensors, rest) != metadata["content_sha256"]:

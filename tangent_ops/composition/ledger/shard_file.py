@@ -1,6 +1,6 @@
 """A shard's file: its delta as `save_delta` writes it, with weight and meta in the header.
 
-They stand here and not in the database, since SQLite's secure_delete can leave copies of deleted
+Weight and meta are not in the database, because SQLite's secure_delete can leave copies of deleted
 rows behind (where it rebuilds a page). A file can be overwritten and removed as a whole.
 """
 
@@ -19,7 +19,7 @@ from tangent_ops.delta import Delta, DeltaMeta, file_content, parse_meta
 from tangent_ops.errors import LedgerError
 from tangent_ops.files import to_json, write_new, write_safetensors
 
-Value = str | int | float | bool | None  # of the meta that is given to `Ledger.add`
+Value = str | int | float | bool | None  # of `Ledger.add`'s meta
 
 _EXTRA = "ledger"  # our key in DeltaMeta.extra
 _UNKNOWN = DeltaMeta("unknown", "unknown", "unknown")  # stands for a meta that is None
@@ -27,7 +27,7 @@ _UNKNOWN = DeltaMeta("unknown", "unknown", "unknown")  # stands for a meta that 
 
 @dataclass(frozen=True)
 class Label:
-    """What a shard's file says besides its delta."""
+    """What a shard's file holds besides its delta: the shard's id, weight and meta."""
 
     shard: str
     weight: float
@@ -35,7 +35,7 @@ class Label:
 
 
 def save(path: Path, delta: Mapping[str, Tensor], meta: DeltaMeta | None, label: Label) -> Seal:
-    """Write a new file, to disk before this returns."""
+    """Write a new file; it is synced to disk when this returns."""
     line = to_json(
         {
             "known": meta is not None,
@@ -56,7 +56,7 @@ def read_label(folder: Path, seal: Seal, shard: str) -> Label:
     """Weight and meta, without reading the delta.
 
     Raises:
-        LedgerError: the file is missing, damaged, was edited or is another shard's.
+        LedgerError: the file is missing, damaged, was edited or belongs to another shard.
     """
     return _parsed(sealed.header(folder, seal), folder / seal.name, shard)[0]
 

@@ -1,4 +1,4 @@
-"""Adding everything up anew, one delta in memory at a time: to check the sum, or to replace it."""
+"""Adds up the shards' files again, one delta in memory at a time, to check or replace the sum."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tangent_ops.composition.ledger.rules import Rules
 from tangent_ops.composition.ledger.running_sum import RunningSum
 from tangent_ops.errors import LedgerError, TangentOpsError
 
-ANEW = "rebuild(), or ledger verify --rebuild in a shell, adds the shards up anew"
+ANEW = "rebuild(), or ledger verify --rebuild in a shell, adds up the shards again"
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found in order: so many shards, of that weight together, in files of that size."""
+    """A ledger without problems: how many shards, their total weight, the size of their files."""
 
     shards: int
     weight: float
@@ -27,10 +27,10 @@ class Verified:
 
 
 def verify(transaction: Transaction, folder: Folder, progress: bool) -> Verified:
-    """Check everything, alone with the database.
+    """Check every file, the sum and the database, whose write lock `transaction` holds.
 
     Raises:
-        LedgerError: naming every problem, and the way out of each.
+        LedgerError: there are problems; the message names each of them and the way out.
     """
     problems = [f"the database: {problem}" for problem in transaction.problems()]
     if problems:
@@ -52,7 +52,7 @@ def verify(transaction: Transaction, folder: Folder, progress: bool) -> Verified
             stored = RunningSum.load(folder.sums, seal)
             differences = [] if broken else stored.differences(anew)
             if differences:
-                raise LedgerError(f"the sum is not that of the shards: {', '.join(differences)}")
+                raise LedgerError(f"the sum does not match the shards: {', '.join(differences)}")
         except LedgerError as error:
             problems.append(f"{error}; {ANEW}")
 
@@ -60,7 +60,7 @@ def verify(transaction: Transaction, folder: Folder, progress: bool) -> Verified
     for event in transaction.history():
         (present.add if event.what == "added" else present.discard)(event.shard)
     if present != {row.shard for row in rows}:
-        problems.append("the history is not that of the shards; restore the database from a copy")
+        problems.append("the history does not match the shards; restore the database from a copy")
 
     ours, others = folder.unnamed(transaction)
     problems += [
@@ -68,13 +68,14 @@ def verify(transaction: Transaction, folder: Folder, progress: bool) -> Verified
     ]
     problems += [f"{path} is not the ledger's; move it elsewhere" for path in others]
     if problems:
-        raise LedgerError("\n".join([f"{folder.path} has {len(problems)} problems:", *problems]))
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise LedgerError("\n".join([f"{folder.path} has {count}:", *problems]))
     size = sum((folder.deltas / row.seal.name).stat().st_size for row in rows)
     return Verified(len(rows), float(anew.weight), size)
 
 
 def summed(rows: Iterable[Row], folder: Folder, rules: Rules, progress: bool) -> RunningSum:
-    """The sum of those shards, from their files.
+    """The sum of the shards in `rows`, from their files.
 
     Raises:
         LedgerError: a shard's file is missing, damaged or was edited.
@@ -90,7 +91,10 @@ def summed(rows: Iterable[Row], folder: Folder, rules: Rules, progress: bool) ->
 
 def way_out(shard: str) -> str:
     """What to do about a shard whose file is broken."""
-    return f"restore the file from a copy, or forget({shard!r}, rebuild=True), --rebuild in a shell"
+    return (
+        f"restore the file from a copy, or forget({shard!r}, rebuild=True), which is ledger forget "
+        "--rebuild in a shell"
+    )
 
 
 def _add(total: RunningSum, folder: Folder, row: Row) -> None:

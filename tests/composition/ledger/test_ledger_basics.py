@@ -403,9 +403,9 @@ def test_refuses_another_database(tmp_path):
     connection.execute("CREATE TABLE mine (x)")
     connection.commit()
     connection.close()
-    refused(tmp_path, "no ledger's database", lambda: Ledger(tmp_path))
+    refused(tmp_path, "not a ledger's database", lambda: Ledger(tmp_path))
     (tmp_path / "ledger.sqlite").write_bytes(b"dear diary, " * 1000)
-    refused(tmp_path, "no database", lambda: Ledger(tmp_path))
+    refused(tmp_path, "not a database", lambda: Ledger(tmp_path))
 
 
 def test_refuses_a_later_format(ledger, folder):

@@ -124,7 +124,7 @@ def test_a_row_that_was_removed_or_leads_elsewhere(ledger, tmp_path):
     precious = tmp_path / "precious"
     precious.write_text("mine")
     edit_database(ledger, "DELETE FROM shards WHERE shard = 'b'")
-    refused(ledger, r"not that of the shards: the sum of head\.bias.* origins", ledger.verify)
+    refused(ledger, r"does not match the shards: the sum of head\.bias.* origins", ledger.verify)
     edit_database(ledger, "UPDATE shards SET file = '../../precious' WHERE shard = 'a'")
     refused(ledger, "was edited", lambda: ledger.forget("a", rebuild=True))
     assert precious.read_text() == "mine"

@@ -56,7 +56,7 @@ def test_a_shard_that_is_missing(ledger):
     refused(
         ledger, r"names 1 shards, its sum is of 2: .*rebuild\(\)", *changes(ledger), ledger.composed
     )
-    with pytest.raises(LedgerError, match="history is not that of the shards"):
+    with pytest.raises(LedgerError, match="history does not match the shards"):
         ledger.verify()
 
 
@@ -86,7 +86,7 @@ def test_an_old_database_over_newer_files_erases_none(ledger, tmp_path):
 @pytest.mark.parametrize("lost", ["DELETE FROM history", "DELETE FROM history WHERE number = 1"])
 def test_events_that_are_missing(ledger, lost):
     edit_database(ledger, lost)
-    refused(ledger, "history is not that of the shards; restore the database", ledger.verify)
+    refused(ledger, "history does not match the shards; restore the database", ledger.verify)
 
 
 # Tables
@@ -100,7 +100,7 @@ def test_a_table_that_is_gone_or_another(ledger, table, damage):
     edit_database(ledger, damage.format(table))
     refused(
         ledger,
-        rf"has not its own '{table}'|has a foreign 'other'",
+        rf"lacks its own '{table}'|has a foreign 'other'",
         *changes(ledger)[:2],
         ledger.composed,
         ledger.list,

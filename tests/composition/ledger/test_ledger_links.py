@@ -209,7 +209,7 @@ def test_a_file_that_looks_like_the_ledgers_own_is_not_erased(ledger, place, nam
     again = Ledger(ledger.path)
     again.forget("a")
     assert mine.read_text() == "mine"
-    with pytest.raises(LedgerError, match=rf"1 problems:\n.*{mine.name} is not the ledger's"):
+    with pytest.raises(LedgerError, match=rf"1 problem:\n.*{mine.name} is not the ledger's"):
         again.verify()
 
 
