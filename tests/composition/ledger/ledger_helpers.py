@@ -137,7 +137,7 @@ def refused(
     where: Ledger | Path,
     message: str,
     *works: Callable[[], object],
-    error: type[Exception] = LedgerError,
+    error: type[BaseException] = LedgerError,
 ) -> None:
     """Each of the works raises the error and changes no file."""
     path = where.path if isinstance(where, Ledger) else where

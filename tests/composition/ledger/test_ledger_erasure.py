@@ -11,10 +11,9 @@ import struct
 
 import pytest
 import torch
-from ledger_helpers import META, ended, fork, kill_oneself
+from ledger_helpers import META, ended, fork, kill_oneself, refused
 
 from tangent_ops import Delta, Ledger
-from tangent_ops.errors import LedgerError
 
 
 def occurrences(path, patterns):
@@ -142,10 +141,8 @@ def test_files_are_overwritten_before_they_are_removed(ledger, patterns, tmp_pat
 
 
 def test_a_refused_delta_leaves_nothing(ledger):
-    path = ledger.path
     delta, weight, meta, patterns = marked(1)
     ledger.add("a", marked(2)[0])
-    with pytest.raises(LedgerError, match="already"):
-        ledger.add("a", delta, weight, meta)
-    assert occurrences(path, patterns) == 0
-    assert struct.pack("<d", weight) not in (path / "ledger.sqlite").read_bytes()
+    refused(ledger, "already", lambda: ledger.add("a", delta, weight, meta))
+    assert occurrences(ledger.path, patterns) == 0
+    assert struct.pack("<d", weight) not in (ledger.path / "ledger.sqlite").read_bytes()

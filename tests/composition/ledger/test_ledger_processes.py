@@ -15,13 +15,6 @@ from tangent_ops import Ledger
 from tangent_ops.errors import LedgerError
 
 
-@pytest.fixture
-def one_shard(folder):
-    ledger = Ledger(folder)
-    ledger.add("a", some_delta(1))
-    return ledger
-
-
 def come_and_go(path, who, steps, seed):
     """Add and forget shards of one's own; those left are the ones with even numbers."""
     dice = random.Random(seed)
