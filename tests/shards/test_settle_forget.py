@@ -6,10 +6,19 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from shard_runs import FAST, anchor_file, bits, image_folder, make_plan, run_here
+from shard_runs import (
+    anchor_file,
+    bits,
+    create_plan,
+    image_folder,
+    make_plan,
+    run_here,
+    trained,
+)
 
 from tangent_ops import Ledger, compose, fit_exact, load_delta
 from tangent_ops.errors import (
@@ -24,7 +33,6 @@ from tangent_ops.shards import (
     ImageData,
     Plan,
     Settled,
-    ShardRecipe,
     by_column,
     by_hash,
     check_settled,
@@ -34,10 +42,10 @@ from tangent_ops.shards import (
 )
 
 
-def trained(plan: Plan) -> Plan:
-    for shard in plan.shards():
-        if shard.job is not None and not shard.done:
-            assert "error" not in job.attempt(str(plan.path), shard.name)
+def settled(folder: Path, shards: int, weights: str | None = None, **recipe: Any) -> Plan:
+    """A trained and composed run."""
+    plan = trained(make_plan(folder, shards=shards, **recipe))
+    settle(plan, weights=weights)
     return plan
 
 
@@ -69,8 +77,7 @@ def test_settle_adds_what_is_trained(tmp_path: Path) -> None:
 
 
 def test_settle_by_samples(tmp_path: Path) -> None:
-    plan = trained(make_plan(tmp_path, shards=3))
-    settle(plan)
+    plan = settled(tmp_path, shards=3)
     found = settle(plan, weights="samples")
     assert set(found.forgotten) == set(found.added) == {"shard-0", "shard-1", "shard-2"}
     counts = [shard.samples for shard in plan.shards()]
@@ -83,8 +90,7 @@ def test_settle_by_samples(tmp_path: Path) -> None:
 
 
 def test_interrupted_the_weights_are_those_that_were_asked_for(tmp_path: Path, monkeypatch) -> None:
-    plan = trained(make_plan(tmp_path, shards=3))
-    settle(plan)
+    plan = settled(tmp_path, shards=3)
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -99,8 +105,7 @@ def test_interrupted_the_weights_are_those_that_were_asked_for(tmp_path: Path, m
     by_samples = {entry.shard: entry.weight for entry in check_settled(plan).list()}
     assert by_samples == {shard.name: float(shard.samples) for shard in plan.shards()}
 
-    alone = trained(make_plan(tmp_path, shards=1, run="alone"))
-    settle(alone, weights="samples")
+    alone = settled(tmp_path, shards=1, weights="samples", run="alone")
     with monkeypatch.context() as patch:
         patch.setattr("tangent_ops.shards.run.run_local", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -123,8 +128,7 @@ def test_a_delta_of_another_shard_is_refused(tmp_path: Path) -> None:
 
 def test_a_forgotten_sample_was_never_there(tmp_path: Path) -> None:
     """Against a run that is planned, trained and composed without it."""
-    plan = trained(make_plan(tmp_path, shards=3))
-    settle(plan, weights="samples")
+    plan = settled(tmp_path, shards=3, weights="samples")
     target = plan.job("shard-1").samples[0].id
     old = plan.delta_path(plan.job("shard-1").hash)
     others = {name: h for name, h in bits(plan).items() if name != old.name}
@@ -138,17 +142,9 @@ def test_a_forgotten_sample_was_never_there(tmp_path: Path) -> None:
         forget(plan, sample=target, progress=False)
     assert target.encode() not in (plan.path / "plan.sqlite").read_bytes()
 
-    data = ImageData(str(tmp_path / "images"))
-    ids = data.open().ids
+    ids = plan.data.open().ids
     without = {k: [i for i in v if i != target] for k, v in by_hash(ids, 3).items()}
-    never = Plan.create(
-        tmp_path / "never",
-        anchor=tmp_path / "anchor.safetensors",
-        data=data,
-        recipe=ShardRecipe(**FAST),
-        assignment=without,
-        progress=False,
-    )
+    never = create_plan(tmp_path, without, "never")
     settle(trained(never), weights="samples")
     assert bits(plan) == bits(never)
     assert_same(check_settled(plan).composed(), check_settled(never).composed())
@@ -156,16 +152,11 @@ def test_a_forgotten_sample_was_never_there(tmp_path: Path) -> None:
 
 def test_customers(tmp_path: Path) -> None:
     """A customer in one shard, a customer in two, and a whole shard."""
-    images, anchor = image_folder(tmp_path / "images", each=4), tmp_path / "anchor.safetensors"
-    anchor_file(anchor)
-    data = ImageData(str(images))
-    ids = data.open().ids
+    image_folder(tmp_path / "images", each=4)
+    anchor_file(tmp_path / "anchor.safetensors")
+    ids = ImageData(str(tmp_path / "images")).open().ids
     customers = {id: f"customer-{index % 5}" for index, id in enumerate(ids)}
-    options = {"anchor": anchor, "data": data, "recipe": ShardRecipe(**FAST, method="gradient")}
-    by_customer = Plan.create(
-        tmp_path / "run", assignment=by_column(ids, customers), labels=customers,
-        progress=False, **options,
-    )  # fmt: skip
+    by_customer = create_plan(tmp_path, by_column(ids, customers), labels=customers)
     settle(trained(by_customer))
     found = forget(by_customer, label="customer-3", progress=False)
     assert found.dropped == found.shards == ("customer-3",)
@@ -191,8 +182,7 @@ def composed_anew(plan: Plan, folder: Path):
 
 def test_interrupted_after_its_first_step(tmp_path: Path) -> None:
     """The plan no longer has the sample; nothing else is done yet."""
-    plan = trained(make_plan(tmp_path, shards=2))
-    settle(plan)
+    plan = settled(tmp_path, shards=2)
     target = plan.job("shard-0").samples[0].id
     stale = plan.delta_path(plan.job("shard-0").hash)
     plan.manifest.remove(plan.find(sample=target))
@@ -207,8 +197,7 @@ def test_interrupted_after_its_first_step(tmp_path: Path) -> None:
 
 
 def test_the_same_command_does_not_bring_it_back(tmp_path: Path) -> None:
-    plan = trained(make_plan(tmp_path, shards=2))
-    settle(plan)
+    plan = settled(tmp_path, shards=2)
     target = plan.job("shard-0").samples[0].id
     plan.manifest.remove(plan.find(sample=target))
     again = make_plan(tmp_path, shards=2)  # all samples are in the folder still
@@ -234,8 +223,7 @@ def everything(plan: Plan) -> dict[str, bytes]:
 
 
 def test_nothing_is_forgotten_where_training_again_would_fail(tmp_path: Path) -> None:
-    plan = trained(make_plan(tmp_path, shards=2))
-    settle(plan)
+    plan = settled(tmp_path, shards=2)
     first, second, *_ = [sample.id for sample in plan.job("shard-0").samples]
     with plan.locked():
         pass  # which leaves a file
@@ -279,8 +267,7 @@ def test_what_is_needed_for_privacy_is_looked_at_first(tmp_path: Path, monkeypat
 
 def test_images_that_have_moved(tmp_path: Path, monkeypatch) -> None:
     """As if they had always been there; forgotten ones may have gone before."""
-    plan = trained(make_plan(tmp_path, shards=3))
-    settle(plan)
+    plan = settled(tmp_path, shards=3)
     monkeypatch.setattr("tangent_ops.shards.run.run_local", run_here)
     a, b = (plan.job(f"shard-{k}").samples[0].id for k in (0, 1))
     elsewhere = moved(plan)
@@ -291,16 +278,7 @@ def test_images_that_have_moved(tmp_path: Path, monkeypatch) -> None:
     assert set(found.report.trained) == {"shard-0", "shard-1"}
     assert plan.data == Plan.open(plan.path).data == elsewhere
 
-    data = ImageData(str(tmp_path / "elsewhere"))
-    ids = data.open().ids
-    never = Plan.create(
-        tmp_path / "never",
-        anchor=tmp_path / "anchor.safetensors",
-        data=data,
-        recipe=ShardRecipe(**FAST),
-        assignment=by_hash(ids, 3),
-        progress=False,
-    )
+    never = create_plan(tmp_path, by_hash(elsewhere.open().ids, 3), "never", data=elsewhere)
     settle(trained(never))
     assert bits(plan) == bits(never)
     with pytest.raises(ArgumentError, match=f"no sample '{a}'"):
@@ -308,8 +286,7 @@ def test_images_that_have_moved(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_a_whole_shard_is_forgotten_without_its_images(tmp_path: Path) -> None:
-    plan = trained(make_plan(tmp_path, shards=2))
-    settle(plan)
+    plan = settled(tmp_path, shards=2)
     moved(plan)
     assert forget(plan, shard="shard-0", progress=False).dropped == ("shard-0",)
     assert list(check_settled(plan).origins()) == ["shard-1"]
@@ -318,15 +295,10 @@ def test_a_whole_shard_is_forgotten_without_its_images(tmp_path: Path) -> None:
 def test_a_plan_goes_on_with_images_that_have_moved(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, shards=2)
     images, other = tmp_path / "images", image_folder(tmp_path / "other", seed=5)
-    options = {
-        "anchor": tmp_path / "anchor.safetensors",
-        "recipe": ShardRecipe(**FAST),
-        "assignment": by_hash(plan.data.open().ids, 2),
-        "progress": False,
-    }
+    assignment = by_hash(plan.data.open().ids, 2)
     before = everything(plan)
     with pytest.raises(PlanError, match="24 of 24 images are not what they were"):
-        Plan.create(plan.path, data=ImageData(str(other)), **options)
+        create_plan(tmp_path, assignment, data=ImageData(str(other)))
     with pytest.raises(PlanError, match="24 of 24 images are not what they were"):
         plan.relocate(ImageData(str(other)))
     with pytest.raises(PlanError, match="nowhere is no folder"):
@@ -335,15 +307,14 @@ def test_a_plan_goes_on_with_images_that_have_moved(tmp_path: Path) -> None:
     plan.relocate(ImageData(str(tmp_path / "copy")), dry_run=True, progress=False)
     assert everything(plan) == before
     assert plan.data == ImageData(str(images))
-    found = Plan.create(plan.path, data=ImageData(str(tmp_path / "copy")), **options)
+    found = create_plan(tmp_path, assignment, data=ImageData(str(tmp_path / "copy")))
     shutil.rmtree(images)
     trained(found)
     assert [shard.done for shard in plan.shards()] == [True, True]
 
 
 def test_a_quadratic_shard_is_solved_from_where_it_was(tmp_path: Path) -> None:
-    plan = trained(make_plan(tmp_path, shards=2, method="exact", l2=1.0, tol=1e-4))
-    settle(plan)
+    plan = settled(tmp_path, shards=2, method="exact", l2=1.0, tol=1e-4)
     target = plan.job("shard-0").samples[0].id
     before = load_delta(files(plan)[0])
     found = forget(plan, sample=target, progress=False)

@@ -357,12 +357,8 @@ def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_classes_of_a_model(tmp_path: Path) -> None:
     samples = ImageData(str(image_folder(tmp_path / "images", each=1))).open()
-    assert samples.with_classes(["class3", "x", "class1", "class0", "class2"]).targets == [
-        3,
-        2,
-        4,
-        0,
-    ]
+    names = ["class3", "x", "class1", "class0", "class2"]
+    assert samples.with_classes(names).targets == [3, 2, 4, 0]
     assert samples.with_classes(()).targets == [0, 1, 2, 3]
     with pytest.raises(ArgumentError, match="class3"):
         samples.with_classes(["class0", "class1", "class2"])

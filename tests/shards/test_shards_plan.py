@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from shard_runs import OPTIONS, anchor_file, image_folder, make_plan
+from shard_runs import create_plan as create
 
 from tangent_ops.errors import ArgumentError, PlanError, SampleError
 from tangent_ops.shards import ImageData, Plan, ShardRecipe, load_anchor, read_anchor, save_anchor
@@ -24,18 +25,6 @@ def folder(tmp_path: Path) -> Path:
     image_folder(tmp_path / "images")
     anchor_file(tmp_path / "anchor.safetensors")
     return tmp_path
-
-
-def create(folder: Path, assignment, **options) -> Plan:
-    return Plan.create(
-        folder / options.pop("run", "run"),
-        anchor=folder / "anchor.safetensors",
-        data=ImageData(str(folder / "images")),
-        recipe=options.pop("recipe", ShardRecipe()),
-        assignment=assignment,
-        progress=False,
-        **options,
-    )
 
 
 def test_a_plan_of_a_relative_folder_works_elsewhere(folder: Path, tmp_path, monkeypatch) -> None:
@@ -90,9 +79,7 @@ def test_a_worker_reads_its_own_rows(folder: Path, monkeypatch: pytest.MonkeyPat
     ids = ImageData(str(folder / "images")).open().ids
     connect, counts = sqlite3.connect, []
     for shards in (6, 24):
-        path = create(
-            folder, {f"s-{k}": ids[k : k + 1] for k in range(shards)}, run=f"{shards}"
-        ).path
+        path = create(folder, {f"s-{k}": [ids[k]] for k in range(shards)}, run=f"{shards}").path
         rows: list[tuple] = []
 
         def counting(*args, rows=rows, **kwargs) -> sqlite3.Connection:
@@ -109,9 +96,8 @@ def test_a_worker_reads_its_own_rows(folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_job_has_its_samples_in_order(folder: Path) -> None:
     plan = make_plan(folder)
-    assert [s.id for s in plan.job("shard-1").samples] == sorted(
-        s.id for s in plan.job("shard-1").samples
-    )
+    ids = [sample.id for sample in plan.job("shard-1").samples]
+    assert ids == sorted(ids)
     with pytest.raises(ArgumentError, match="no shard 'x'"):
         plan.job("x")
 
@@ -142,9 +128,8 @@ def test_a_plan_of_one_class_is_refused(folder: Path) -> None:
 
 
 def test_odd_names(folder: Path) -> None:
-    (folder / "images" / "class0" / "ü ö 'x'; --.png").write_bytes(
-        (folder / "images" / "class0" / "0.png").read_bytes() + b"\0"
-    )
+    images = folder / "images" / "class0"
+    (images / "ü ö 'x'; --.png").write_bytes((images / "0.png").read_bytes() + b"\0")
     plan = create(folder, {'../../up / "ä"': ["class0/ü ö 'x'; --.png"], "%s": ["class0/0.png"]})
     names = [shard.name for shard in plan.shards()]
     assert names == ['../../up / "ä"', "%s"]
@@ -178,10 +163,9 @@ def test_private_plans(folder: Path) -> None:
         create(folder, {"a": ids}, recipe=private)
     with pytest.raises(ArgumentError, match="disjoint"):
         create(folder, {"a": ids[:1]}, recipe=private, allow_overlap=True)
+    others = {"a": ["class1/0.png", "class1/1.png"]}
     with pytest.raises(ArgumentError, match="below one over the 2 samples"):
-        create(
-            folder, {"a": ["class1/0.png", "class1/1.png"]}, recipe=replace(private, dp_delta=0.5)
-        )
+        create(folder, others, recipe=replace(private, dp_delta=0.5))
 
 
 def test_public_images_are_no_samples(folder: Path) -> None:
