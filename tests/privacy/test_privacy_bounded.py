@@ -1,12 +1,9 @@
-"""What no sample exceeds: gradients, curvature, and J's norm, against dense matrices."""
+"""Bounds on each sample's gradient, curvature and Jacobian norm, against dense matrices."""
 
 import math
 
 import pytest
 import torch
-
-pytest.importorskip("dp_accounting")
-pytest.importorskip("opacus")
 from bounded_problem import (
     BOUNDS,
     CLASSES,
@@ -20,6 +17,7 @@ from bounded_problem import (
     Written,
     dense,
     flat,
+    objective,
     outliers,
     samples,
     tangent,
@@ -28,19 +26,10 @@ from small_models import images, vit
 from torch.utils.data import DataLoader, TensorDataset
 
 from tangent_ops import last_blocks, linearize
-from tangent_ops.data import in_order
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.losses import RescaledSquareLoss
-from tangent_ops.privacy.convex.bounded import BoundedSquareLoss, Bounds, Objective
+from tangent_ops.privacy.convex.bounded import BoundedSquareLoss, Bounds
 from tangent_ops.privacy.convex.jacobian_norms import jacobian_norms
-
-OPTIONS = {"cache": False, "device": None, "progress": False}
-
-
-def objective(data, l2=L2, normalizer=None, model=None, **options):
-    bounds = Bounds(R, B, M, normalizer)
-    model = tangent() if model is None else model
-    return Objective(model, in_order(data, 4), l2, bounds, **OPTIONS | options)
 
 
 def directions(count, scale):
@@ -75,7 +64,7 @@ def _double(data):
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1e3, 1e8])
 def test_no_sample_has_a_gradient_above_the_bound(scale):
-    """Of the sum over one sample: what Objective gives, less the penalty."""
+    """The gradient over one sample is Objective's, less the penalty."""
     data = outliers()
     for index in range(0, len(data), 2):
         one = TensorDataset(*(column[index : index + 1] for column in data.tensors))

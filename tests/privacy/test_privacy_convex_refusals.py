@@ -1,4 +1,4 @@
-"""What would void the convex mechanisms' guarantee in silence is refused before any work."""
+"""The convex mechanisms refuse data and models for which their guarantee does not hold."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import torch
 from bounded_problem import private, samples, tangent
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
-
-pytest.importorskip("opacus", reason="the extra for privacy is not installed")
-pytest.importorskip("dp_accounting", reason="the extra for privacy is not installed")
 
 from tangent_ops import linearize
 from tangent_ops.errors import ArgumentError, UnsupportedError
@@ -55,7 +52,7 @@ def test_inputs_that_were_standardised_by_their_own_statistics(fit):
 
 @pytest.mark.parametrize("fit", FITS)
 def test_a_batch_norm_that_uses_its_batch(fit):
-    """Its Jacobian of one sample alone would bound nothing."""
+    """Such a norm mixes samples, so the Jacobian of one sample bounds nothing."""
     norm = nn.BatchNorm1d(4, track_running_stats=False)
     mixing = linearize(nn.Sequential(nn.Linear(3, 4), norm, nn.Linear(4, 2)).double())
     x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

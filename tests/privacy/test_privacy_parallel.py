@@ -1,4 +1,4 @@
-"""Privacy of a ledger: the largest of its shards', from real files."""
+"""The privacy of a ledger is that of its weakest shard; read from real files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("opacus")
-pytest.importorskip("dp_accounting")
-
 from gaussian_oracle import gaussian_epsilon
 from statements import a_statement
 

@@ -1,4 +1,4 @@
-"""Statements: what they claim, keep, refuse and say."""
+"""Privacy statements: claims, composition, JSON, files, text and refusals."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("opacus")
-pytest.importorskip("dp_accounting")
-
 from statements import a_statement
 
 from tangent_ops import Delta, DeltaMeta, compose, load_delta, save_delta
