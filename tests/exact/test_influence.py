@@ -1,4 +1,4 @@
-"""Leave-one-out against actual retraining, and predictive uncertainty against dense algebra."""
+"""Leave-one-out against retraining, and predictive uncertainty against dense algebra."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EACH = RescaledSquareLoss(reduction="none")
 
 @pytest.fixture(scope="module")
 def dense(shared: Dense) -> Dense:
-    """At the optimum of all samples."""
+    """The problem with its deltas at the optimum of all samples."""
     shared.set(shared.optimum(L2))
     return shared
 
@@ -51,7 +51,7 @@ def retrained(dense: Dense) -> Tensor:
 
 @pytest.fixture(scope="module")
 def truth(dense: Dense, retrained: Tensor) -> Tensor:
-    """(N, M, C): what retraining without each sample does to the logits of INPUTS."""
+    """(N, M, C): the change of INPUTS' logits by retraining without each sample."""
     return torch.einsum("mcp,np->nmc", dense.rows(INPUTS), retrained - dense.optimum(L2))
 
 
@@ -129,7 +129,7 @@ def test_without_a_kernel_matrix(dense: Dense, truth: Tensor) -> None:
 
 @pytest.mark.parametrize("loss", [None, F.cross_entropy], ids=["square", "cross-entropy"])
 def test_first_order_scores(dense: Dense, loss) -> None:
-    """The derivative of the loss by the weight that a sample has, by finite differences."""
+    """Against finite differences of the loss by the weight of sample 4."""
     each = EACH if loss is None else lambda z, y: F.cross_entropy(z, y, reduction="none")
     mean = loss or RescaledSquareLoss()
     fit_exact(dense.problem(L2, loss=loss), tol=1e-12)

@@ -1,4 +1,4 @@
-"""The picture of influences: which samples it shows, in which order."""
+"""The samples that the picture of influences shows, and their order."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_dropping_a_shard_is_composing_the_others(dense: Dense, deltas, curvatur
 
 
 def test_products_from_another_process(dense: Dense, deltas, curvatures) -> None:
-    """The last shard's data are only in a child; here there is a pipe."""
+    """Only a child process has the last shard's data; products come through a pipe."""
     ours, theirs = multiprocessing.Pipe()
     context = multiprocessing.get_context("fork")
     child = context.Process(target=_serve, args=(theirs, curvatures[2]))

@@ -1,4 +1,4 @@
-"""`Problem`: what it computes once, what it never keeps, and what it refuses before any work."""
+"""`Problem`: what it computes once, what it never keeps, and what it refuses."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ STAY, GO = list(range(9)), [9, 10, 11]
 
 @pytest.fixture(scope="module")
 def shared() -> Dense:
-    """Of the last norm and the head."""
+    """The problem with the last norm and the head trainable."""
     return make(trainable=r"^(norm|head)\.")
 
 
 @pytest.fixture
 def through_trunk(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many samples each call of a trunk has had."""
+    """The number of samples in each call of a trunk."""
     seen: list[int] = []
     forward = Trunk.forward
 
@@ -241,7 +241,7 @@ def late_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def test_a_folder_that_is_sorted_by_class(dense: Dense) -> None:
-    """What a loss does with the class of the first samples says nothing about the others."""
+    """The losses differ by class, and the first batch has one class only."""
     inputs, classes = images(10).double(), torch.arange(2).repeat_interleave(5)
     data = TensorDataset(inputs, classes)
     losses = {
@@ -266,7 +266,7 @@ def test_a_folder_that_is_sorted_by_class(dense: Dense) -> None:
 
 
 def test_a_class_weight_on_a_head_of_zeros() -> None:
-    """Its logits are zero: every class has the same loss, whatever the weights."""
+    """With zero logits every class has the same loss, so class weights do not show in it."""
     model = vit(**SIZE).double()
     nn.init.zeros_(model.head.weight)
     nn.init.zeros_(model.head.bias)
