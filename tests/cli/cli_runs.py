@@ -23,12 +23,12 @@ def finetune(images: Path, out: Path, *words: object) -> Result:
 
 
 def parsed(result: Result) -> Any:
-    """What a command with --json printed."""
+    """The JSON that a command with --json printed."""
     return json.loads(result.stdout)
 
 
 def complaint(result: Result) -> str:
-    """What the one line says that a command with wrong options prints."""
+    """The message that a command printed about wrong options, checked to be one line."""
     assert result.exit_code == 2, result.output
     head, _, message = result.stderr.partition("error: ")
     assert (head, message.count("\n")) == ("", 1)

@@ -1,4 +1,4 @@
-"""`tangent-ops audit`, as it is typed."""
+"""The command `tangent-ops audit`."""
 
 from __future__ import annotations
 

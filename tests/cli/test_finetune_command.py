@@ -1,4 +1,4 @@
-"""From `tangent-ops finetune` to `tangent-ops export`, as they are typed."""
+"""The commands on a run, from `tangent-ops finetune` to `tangent-ops export`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_from_images_to_a_program(images: Path, tmp_path: Path) -> None:
     assert "ledger" in run("inspect", out / "ledger").stdout
 
     target = Plan.open(out).job("shard-1").samples[0].id
-    assert run("forget", out, "--sample", target).exit_code == 2  # nobody to ask
+    assert run("forget", out, "--sample", target).exit_code == 2  # it needs --yes here
     would = parsed(run("forget", out, "--sample", target, "--dry-run", "--json"))
     assert would == {"would_forget": {"shard-1": [target]}}
     done = parsed(run("forget", out, "--sample", target, "--json"))
@@ -109,7 +109,7 @@ def test_by_customer_from_a_table(images: Path, tmp_path: Path) -> None:
         (["--l2", "0.5"], "another recipe"),
         (["--label", "sample"], "other samples"),
     ):
-        for dry_run in ([], ["--dry-run"]):  # which says what would be
+        for dry_run in ([], ["--dry-run"]):  # a dry run refuses the same
             refused(finetune(images, out, *words, *more, *dry_run), said)
     refused(
         finetune(images, out, "--by", "owner", "--table", tmp_path / "owners.csv"),
@@ -169,7 +169,7 @@ def test_what_does_not_fit_together(images: Path, tmp_path: Path) -> None:
 
 
 def test_classes_by_their_names(images: Path, tmp_path: Path) -> None:
-    """A test set that lacks a class counts the others as the model does."""
+    """Classes are matched by name where the test set lacks some."""
     assert finetune(images, tmp_path / "run", "--public", images / "public").exit_code == 0
     run("compose", tmp_path / "run")
     (tmp_path / "some").mkdir()

@@ -1,4 +1,4 @@
-"""What the commands on runs refuse before any work, and what they leave as it was."""
+"""Refusals of the commands on runs, and what these commands leave unchanged."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_finetune_goes_on_where_the_images_are_now(images: Path, tmp_path: Path)
     finetune(old, out, "--shards", 2)
     deltas = sorted((out / "deltas").iterdir())
     deltas[0].unlink()
-    for dry in (["--dry-run"], []):  # the same names, and other images: never in silence
+    for dry in (["--dry-run"], []):  # the same names, but other images
         refused(finetune(other, out, "--shards", 2, *dry), "24 of 24 images are not what")
     assert [path.exists() for path in deltas] == [False, True]
     shutil.copytree(old, new)

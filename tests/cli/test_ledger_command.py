@@ -1,4 +1,4 @@
-"""`tangent-ops ledger`, as it is typed."""
+"""The command `tangent-ops ledger`."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_an_unknown_anchor_cannot_be_exported(ledger: Ledger, tmp_path: Path) ->
     assert not (tmp_path / "mean").exists()
 
 
-# Words after the folder, and the message: a pattern.
+# Words around the folder -> a pattern of the message.
 REFUSED = {
     "add a {file}": "shard 'a' is in the ledger already",
     "add c {file} --weight 0": "weight must be finite and positive",

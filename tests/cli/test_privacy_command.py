@@ -1,4 +1,4 @@
-"""`tangent-ops privacy`, as it is typed."""
+"""The command `tangent-ops privacy`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tangent-ops profile`, as it is typed."""
+"""The command `tangent-ops profile`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ run = partial(cli_runs.run, "profile", KINETO_LOG_LEVEL="99")
 
 
 def failing(name: str, error: Exception) -> Callable[..., Any]:
-    """`build`, of which one side raises."""
+    """`build` that raises for one side."""
 
     def build_or_raise(side: str, settings: Any) -> Any:
         if side == name:
@@ -130,7 +130,7 @@ def test_ours_failing_is_an_error_after_the_report(
     assert (tmp_path / "report.html").exists()
 
 
-# Options as they are typed, and the message: a pattern.
+# Options -> a pattern of the message.
 REFUSED = {
     "--model vit_bas_patch16_224": ".* has no such model; did you mean vit_base_patch16_224",
     "--model zzzzzz": r".* has no such model; timm\.list_models\(\) lists them",

@@ -80,15 +80,6 @@ def test_the_matrix_is_the_hessian_by_the_weights(tangent, deltas, data):
     assert torch.allclose(fitted.vector, -gradient, rtol=1e-12, atol=0)
 
 
-def test_one_delta_is_a_quotient(tangent, deltas, data):
-    outputs, columns = dense(tangent, deltas[:1], data)
-    residual = 15.0 * F.one_hot(data.tensors[1], 3) - outputs
-    effect = columns[..., 0]
-    expected = float((effect * residual).sum() / effect.square().sum())
-    found = LeastSquaresWeights(deltas[:1], tangent, data, ridge=0.0).weights()
-    assert_same(found, np.array([expected]), 1e-12)
-
-
 def test_mean_squared_error_takes_float_targets(tangent, deltas, data):
     target = torch.randn(23, 3, dtype=torch.float64)
     outputs, columns = dense(tangent, deltas, data)
@@ -209,7 +200,7 @@ def test_copies_of_a_delta_share_its_weight(tangent, deltas, data, size):
     found = fitted.weights()
     expected = oracle(tangent, distinct, data)
     assert_same([found[0], found[1] + found[4], *found[2:4]], expected)
-    # The ridge, 1e-12 of the mean diagonal entry, against the rounding of the copies' entries, sums
+    # The ridge is 1e-12 of the mean diagonal entry. The copies' entries are rounded, as sums
     # of some hundred products in an order that differs between processors: 16 units in the last
     # place.
     diagonal = fitted.matrix.diagonal()
@@ -264,7 +255,7 @@ def test_a_delta_that_does_nothing(tangent, deltas, data):
     assert LeastSquaresWeights([zero], tangent, data, ridge=1.0).weights() == [0]
 
 
-# With compose, and what is left alone
+# With compose; models, files and loaders
 
 
 def test_compose_takes_the_weights(tangent, deltas, data):
@@ -275,15 +266,6 @@ def test_compose_takes_the_weights(tangent, deltas, data):
         terms = [w * delta[name].numpy() for w, delta in zip(expected, deltas, strict=True)]
         assert_same(value.numpy(), np.sum(terms, axis=0))
     assert found.meta == deltas[0].meta
-
-
-def test_they_beat_the_mean_and_every_delta_alone(tangent, deltas, data):
-    def loss_of(delta):
-        outputs, columns = dense(tangent, [delta], data)
-        return float(RescaledSquareLoss()(outputs + columns[..., 0], data.tensors[1]))
-
-    best = loss_of(compose(deltas, "least-squares", tangent=tangent, data=data))
-    assert best < min(map(loss_of, [compose(deltas), *deltas]))
 
 
 def test_the_tangent_model_is_unchanged(tangent, deltas, data):

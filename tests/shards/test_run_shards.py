@@ -33,14 +33,14 @@ SLOW = {"epochs": 30, "cache": False}  # long enough to be killed on the way
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images and an anchor, and a run in which every shard was trained in this process."""
+    """A folder with images, an anchor and a run whose shards were trained in this process."""
     folder = tmp_path_factory.mktemp("shards")
     trained(make_plan(folder, shards=4, run="reference", **SLOW))
     return folder
 
 
 def test_a_delta_is_what_fit_gives(setting: Path) -> None:
-    """Without plan, worker or file: timm's model, PIL's images, `fit`."""
+    """The same shard without plan, worker or file: timm's model, PIL's images, `fit`."""
     plan = Plan.open(setting / "reference")
     shard = plan.shards()[0]
     data = plan.job(shard.name)
@@ -161,7 +161,7 @@ for moment in ("before", "after"):
 
 
 def test_killed_at_the_renaming(setting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a delta is never there; a whole one is not trained twice."""
+    """No partial delta is left, and a complete one is not trained again."""
     plans = {m: make_plan(setting, shards=4, run=f"renaming-{m}", **SLOW) for m in MOMENTS}
     ended = subprocess.run(
         [sys.executable, "-c", DOOMED, str(setting / "renaming-")],
@@ -238,7 +238,7 @@ def small_disk(path: Path, kilobytes: int) -> Iterator[Path]:
 
 
 def test_a_full_disk_and_a_read_only_one(tmp_path: Path) -> None:
-    """Nothing is half-written, and with room made the same call goes on."""
+    """No partial file is left, and the same call goes on once there is room."""
     make_plan(tmp_path, run="elsewhere")
     with small_disk(tmp_path / "disk", 2600) as disk:
         shutil.copytree(tmp_path / "elsewhere", disk / "run")

@@ -1,4 +1,4 @@
-"""A ledger in line with its plan; what is forgotten is as if it had never been there."""
+"""`settle` brings a ledger in line with its plan; `forget` equals training without the data."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_delta_of_another_shard_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_forgotten_sample_was_never_there(tmp_path: Path) -> None:
-    """Against a run that is planned, trained and composed without it."""
+    """Equals a run that is planned, trained and composed without the sample."""
     plan = settled(tmp_path, shards=3, weights="samples")
     target = plan.job("shard-1").samples[0].id
     old = plan.delta_path(plan.job("shard-1").hash)
@@ -181,7 +181,7 @@ def composed_anew(plan: Plan, folder: Path):
 
 
 def test_interrupted_after_its_first_step(tmp_path: Path) -> None:
-    """The plan no longer has the sample; nothing else is done yet."""
+    """The sample is out of the plan; its delta is still there."""
     plan = settled(tmp_path, shards=2)
     target = plan.job("shard-0").samples[0].id
     stale = plan.delta_path(plan.job("shard-0").hash)
@@ -212,13 +212,13 @@ def test_the_same_command_does_not_bring_it_back(tmp_path: Path) -> None:
 
 
 def moved(plan: Plan, name: str = "elsewhere") -> ImageData:
-    """The images in another folder, and no longer where they were."""
+    """Moves the images to another folder."""
     old = Path(plan.data.root)
     return ImageData(str(old.rename(old.with_name(name))))
 
 
 def everything(plan: Plan) -> dict[str, bytes]:
-    """All that is in a run."""
+    """The content of every file of a run."""
     return {str(p): p.read_bytes() for p in sorted(plan.path.rglob("*")) if p.is_file()}
 
 
@@ -266,7 +266,7 @@ def test_what_is_needed_for_privacy_is_looked_at_first(tmp_path: Path, monkeypat
 
 
 def test_images_that_have_moved(tmp_path: Path, monkeypatch) -> None:
-    """As if they had always been there; forgotten ones may have gone before."""
+    """Equals a run that was made in the new folder; forgotten images may be missing there."""
     plan = settled(tmp_path, shards=3)
     monkeypatch.setattr("tangent_ops.shards.run.run_local", run_here)
     a, b = (plan.job(f"shard-{k}").samples[0].id for k in (0, 1))

@@ -1,4 +1,4 @@
-"""Images by their ids: nothing is executed, nothing is skipped, nothing is taken for another."""
+"""Images by their ids: none is executed, skipped or taken for another."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_images_are_what_timm_makes_of_them(tmp_path: Path, mode: str) -> None:
 
 
 def class_folder(root: Path, *names: str) -> Path:
-    """Small images, alike but for their names."""
+    """Small images that differ by their names alone."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (9, 99, 199)).save(root / name)
@@ -74,7 +74,7 @@ def class_folder(root: Path, *names: str) -> Path:
 
 
 def tiff(bits: int, photometric: int, order: str, pixels: bytes, sample_format: int = 1) -> bytes:
-    """A grey TIFF of two by two pixels, by the book: PIL writes no such files."""
+    """A grey TIFF of two by two pixels, built by hand: PIL writes no such files."""
     short, long = "HHIHH", "HHII"  # a tag's number, type, count and value, as struct writes them
     tags = [
         *((short, tag, 3, 1, 2, 0) for tag in (256, 257)),  # width, height
@@ -216,7 +216,7 @@ BAD = {
 
 @pytest.mark.parametrize("how", BAD)
 def test_a_bad_image_is_named_and_never_replaced(tmp_path: Path, how: str) -> None:
-    """timm's own data set goes on to the next image: another shard's, say."""
+    """timm's own data set would replace it by the next image, maybe of another shard."""
     root = image_folder(tmp_path / "images", each=2)
     samples = ImageData(str(root)).open(CONFIG)
     index = samples.ids.index("class1/0.png")
@@ -291,7 +291,7 @@ def test_torchvision(tmp_path: Path) -> None:
 
 
 def archive(root: Path, broken: bool) -> None:
-    """webdataset: an archive of five images, and timm's description of it."""
+    """A webdataset archive of five images, and timm's description of it."""
     root.mkdir()
     with tarfile.open(root / "train.tar", "w") as tar:
         for index in range(5):
@@ -322,7 +322,7 @@ def test_webdataset(tmp_path: Path) -> None:
 
 
 def test_a_stream_s_16_bits_are_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """timm's reader would convert them: 16 bits to white, before anybody sees them."""
+    """timm's reader would clip 16 bits to white before our code sees them."""
     grey = Image.fromarray(GREY.astype(np.uint16))
 
     class Reader(list):

@@ -1,4 +1,4 @@
-"""Whatever is in a file, it is refused or read, never executed, and nothing else is touched."""
+"""Damaged or hostile files are refused or read; nothing is executed or written elsewhere."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def damages() -> st.SearchStrategy[Callable[[bytes], bytes]]:
-    """Bytes flipped, cut, put in, or all others."""
+    """Functions that flip, cut, insert or replace bytes."""
 
     def flipped(content: bytes, seed: int, count: int) -> bytes:
         draw, found = random.Random(seed), bytearray(content)
-        # Headers are what parsers read: half of the damage goes there.
+        # Half of the damage goes to the headers, which are what parsers read.
         for _ in range(count):
             end = len(found) if draw.random() < 0.5 else min(2000, len(found))
             found[draw.randrange(end)] = draw.randrange(256)
@@ -74,7 +74,7 @@ def tree(path: Path) -> dict[str, bytes]:
 
 
 def read_all(path: Path) -> str:
-    """The fingerprint of the anchor's weights, after all else was read."""
+    """Reads everything in a run; returns the fingerprint of the anchor's weights."""
     plan = Plan.open(path)
     for shard in plan.shards():
         if shard.job is not None:
@@ -114,7 +114,7 @@ def test_damaged_deltas(run: Path, tmp_path: Path, damage) -> None:
         found = load_delta(target)
     except REFUSED:
         return
-    # Whatever passes holds the same values: the hash of its content says so.
+    # A file that loads holds the original values: its content hash was checked.
     original = load_delta(source)
     assert found.meta == original.meta
     assert all(torch.equal(found[name], value) for name, value in original.items())
@@ -202,7 +202,7 @@ def test_a_header_without_end(tmp_path: Path) -> None:
 
 
 def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a folder of images to a composition, with every unpickler taken away."""
+    """From a folder of images to a composition, with every unpickler replaced by an error."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("something was unpickled")
@@ -216,7 +216,7 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_no_line_of_ours_executes_data() -> None:
-    """Calls that unpickle or evaluate; checkpoints of private fits are weights only."""
+    """The sources neither unpickle nor evaluate data; torch.load reads weights only."""
     found = []
     for path in Path(tangent_ops.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

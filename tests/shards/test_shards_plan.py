@@ -1,4 +1,4 @@
-"""Plans: what a job's hash depends on, what is refused, what is left of what was removed."""
+"""Plans: job hashes, assignments, anchors, recipes and what is refused."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_job_is_what_determines_its_delta(folder: Path) -> None:
         ),
     ]  # fmt: skip
     assert len({job.hash, *others}) == len(others) + 1
-    # Neither where the images are, nor what a sample is forgotten by, nor other shards.
+    # The hash does not depend on the folder, on labels or on other shards.
     labelled = (replace(first, label="customer"), *job.samples[1:])
     assert job_hash("shard-0", labelled, replace(info, origin="x"), plan.recipe) == job.hash
     shutil.copytree(folder / "images", folder / "moved" / "images")
@@ -241,7 +241,7 @@ def test_what_private_shards_train_with() -> None:
 
 
 def test_interrupted_before_its_end(folder: Path) -> None:
-    """The plan's file is the last to be written."""
+    """The plan's file is written last, so an unfinished run is started again."""
     assignment = {"a": ["class0/0.png"]}
     (folder / "run" / "deltas").mkdir(parents=True)
     shutil.copy(folder / "anchor.safetensors", folder / "run" / "anchor.safetensors")

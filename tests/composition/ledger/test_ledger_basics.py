@@ -1,4 +1,4 @@
-"""What a ledger gives and what it refuses."""
+"""Results, meta, refusals, anchor and folder of a ledger."""
 
 from __future__ import annotations
 
@@ -32,13 +32,7 @@ def tiny_model(seed=0, **options):
     return tangent_ops.linearize(tiny_vit(seed, depth=1), "head", **options)
 
 
-# What it gives
-
-
-def test_is_the_weighted_mean(ledger):
-    assert_is(ledger.composed(), [(some_delta(1), 1), (some_delta(2), 2.5)])
-    ledger.forget("a")
-    assert_is(ledger.composed(), [(some_delta(2), 2.5)])
+# Results
 
 
 def test_a_file_counts_as_its_delta(ledger, tmp_path):
@@ -186,7 +180,7 @@ def test_the_mean_goes_into_the_model_and_a_file(folder, tmp_path):
     assert all(torch.allclose(mean[n], v, atol=1e-7) for n, v in ledger.composed().items())
 
 
-# What is refused, and changes nothing
+# Refusals, which change nothing
 
 
 BAD = {
@@ -263,7 +257,7 @@ def test_the_first_delta_must_be_one_that_can_be_stored(folder):
     ledger = Ledger(folder)
     reserved = {"__metadata__": torch.ones(1)}
     refused(folder, "reserved", lambda: ledger.add("a", reserved), error=DeltaError)
-    ledger.add("a", {"w": torch.ones(1)})  # the other name was not kept
+    ledger.add("a", {"w": torch.ones(1)})  # the refused delta's layout was not kept
 
 
 # The anchor

@@ -1,4 +1,4 @@
-"""Killed with SIGKILL anywhere, a ledger is as it was before the operation or after it.
+"""A ledger that is killed with SIGKILL is as before the operation or as after it.
 
 Run with -s to see the counts.
 """
@@ -35,13 +35,13 @@ from tangent_ops.errors import LedgerError
 
 
 def state(ledger):
-    """All that may be seen: shards, weights, meta, times, history and the mean."""
+    """Everything that a user can see: shards, weights, meta, times, history and the mean."""
     composed = ledger.composed() if len(ledger) else None
     return ledger.list(), ledger.history(), composed
 
 
 def same(one, other):
-    """Times aside: the operation is run more than once."""
+    """Equal but for the times, since the operation runs more than once."""
     entries = [[(e.shard, e.weight, e.meta) for e in entries] for entries in (one[0], other[0])]
     events = [[(e.what, e.shard) for e in events] for events in (one[1], other[1])]
     if entries[0] != entries[1] or events[0] != events[1]:
@@ -55,7 +55,7 @@ def same(one, other):
 
 
 class Doom:
-    """Counts calls, and dies at the n-th."""
+    """Counts calls and kills the process at call number `fatal`."""
 
     def __init__(self, fatal):
         self.fatal, self.calls = fatal, 0
@@ -90,7 +90,7 @@ class Doom:
         for name in ("fsync", "unlink", "mkdir"):
             setattr(os, name, self.before(getattr(os, name)))
         sqlite3.connect = self.connect
-        # Hashing and writing call it: some of these deaths leave a file half written.
+        # Hashing and writing call it, so some of these kills leave a file half written.
         tangent_ops.files.bytes_of = self.before(tangent_ops.files.bytes_of)
 
 
@@ -183,7 +183,7 @@ def test_killed_at_every_step(name, tmp_path):
         if outcome == "before":
             assert same(found, before)
             assert code == -signal.SIGKILL
-            work(path)  # nothing stands in the way of trying again
+            work(path)  # the operation can be repeated
             assert same(state(Ledger(path)), after)
         outcomes[outcome] += 1
         shutil.rmtree(path)
@@ -201,7 +201,7 @@ def test_killed_at_every_step(name, tmp_path):
 
 @pytest.mark.parametrize("rounds", [80, pytest.param(400, marks=pytest.mark.long)])
 def test_killed_at_random_times(rounds, tmp_path):
-    """Always the same ledger, so that what a kill leaves is there in the next rounds."""
+    """All rounds use one ledger, so that later rounds meet what a kill has left."""
     dice = random.Random(0)
     ledger = Ledger(tmp_path / "ledger")
     shards: dict[str, tuple[Delta, float]] = {}
@@ -232,7 +232,7 @@ def test_killed_at_random_times(rounds, tmp_path):
         late = len(os.read(ours, 100))
         reported += late
         os.close(ours)
-        # Aim at the next step, as fast or slow as the machine is just now.
+        # Aim at the next step, whatever the machine's current speed.
         longest *= 1.1 if late == 0 else 0.9
 
         unswept = len(list((ledger.path / "deltas").iterdir()))
@@ -264,7 +264,7 @@ def test_killed_at_random_times(rounds, tmp_path):
     assert leftovers > rounds / 80
 
 
-# What a power cut could undo
+# The order of writes, in case of a power cut
 
 
 def test_files_are_on_disk_before_the_commit_and_old_ones_go_after_it(one_shard, monkeypatch):
@@ -379,4 +379,4 @@ def test_says_so_when_an_old_file_cannot_be_erased(one_shard, monkeypatch):
 
 
 def test_torch_is_single_threaded_here():
-    assert torch.get_num_threads() == 1  # as children of a fork need it
+    assert torch.get_num_threads() == 1  # a forked child has no threads but its own

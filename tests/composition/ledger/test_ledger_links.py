@@ -50,7 +50,7 @@ def at_once():
 
 
 def leftover_name(ledger):
-    """A name as a change that was killed leaves it behind."""
+    """A file name that a killed change of this ledger could have left."""
     with ledger._records.reading() as transaction:
         return new_name(transaction.key())
 
@@ -116,7 +116,7 @@ def test_a_link_in_place_of_a_folder(ledger, tmp_path, place):
 
 
 def test_a_link_in_place_of_a_shards_file(ledger, precious):
-    """Not even to the file itself: it could not be erased there."""
+    """Even a link to the file itself is refused: the ledger could not erase its target."""
     file = delta_file(ledger, "a")
     shutil.move(file, precious.parent / "moved")
     file.symlink_to(precious.parent / "moved")
@@ -174,7 +174,7 @@ def test_the_ledger_itself_may_be_reached_by_a_link(ledger, tmp_path):
 
 
 def test_nothing_is_erased_or_read_where_a_link_comes_in_the_last_moment(tmp_path, precious):
-    """What the checks by name may miss, the opening of the file does not follow."""
+    """A link that appears after the checks by name is not followed when the file is opened."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(precious)
     (tmp_path / "elsewhere").symlink_to(tmp_path)
@@ -186,7 +186,7 @@ def test_nothing_is_erased_or_read_where_a_link_comes_in_the_last_moment(tmp_pat
     assert sorted(os.listdir(tmp_path)) == ["elsewhere", "folder", "link", "precious"]
 
 
-# Other people's files
+# Files of others
 
 
 @pytest.mark.parametrize("place", ["deltas", "sums"])
@@ -232,7 +232,7 @@ def test_what_is_no_file_is_left_alone(ledger, at_once, make, ours):
         ledger.verify()
 
 
-# In a file's place
+# No regular file in the place of a file
 
 
 @pytest.mark.parametrize("make", OTHERS)
@@ -289,7 +289,7 @@ def test_two_shards_in_one_file(ledger):
 
 
 def test_a_backup_of_hard_links_ends_with_the_shard(ledger, tmp_path):
-    """As docs/promises/ledger.md says: forgetting overwrites the one content of all names."""
+    """Forgetting overwrites the content that all hard links share (docs/promises/ledger.md)."""
     backup = tmp_path / "backup"
     shutil.copytree(ledger.path, backup, copy_function=os.link)
     (backup / "ledger.sqlite").unlink()

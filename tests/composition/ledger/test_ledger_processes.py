@@ -1,4 +1,4 @@
-"""Several processes and threads on one ledger."""
+"""Several processes and threads use one ledger."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tangent_ops.errors import LedgerError
 
 
 def come_and_go(path, who, steps, seed):
-    """Add and forget shards of one's own; those left are the ones with even numbers."""
+    """Adds shards named after `who` and forgets those with odd numbers."""
     dice = random.Random(seed)
     ledger = Ledger(path)
     for number in dice.sample(range(steps), steps):
@@ -72,7 +72,7 @@ def test_readers_see_one_state_or_the_other(tmp_path):
 
     child = fork(write)
     seen, lengths, reads, end = set(), set(), 0, time.monotonic() + 60
-    # How many writes fall between two reads depends on what else the machine does.
+    # The number of writes between two reads depends on the machine's load.
     while (reads < 100 or len(seen) < 3 or len(lengths) < 2) and time.monotonic() < end:
         found = Ledger(path).composed()["w"] if reads % 2 else ledger.composed()["w"]
         seen.add(tuple(found.unique().tolist()))

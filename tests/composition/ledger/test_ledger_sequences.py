@@ -27,7 +27,7 @@ METAS = st.sampled_from(
         None,
     ]
 )
-# Few ids, so that many come twice: present, they are forgotten, by their file or without it.
+# Few ids, so that many come twice: a shard that is present is forgotten, with or without rebuild.
 STEPS = st.tuples(
     st.integers(0, 5), st.integers(0, 10**6), WEIGHTS, METAS, st.sampled_from([False, False, True])
 )
@@ -74,7 +74,7 @@ def test_what_was_forgotten_was_never_there(steps, order):
 def test_the_mean_is_as_close_to_the_exact_one_as_promised(seeds, data):
     shards = [(some_delta(seed), data.draw(WEIGHTS)) for seed in seeds]
     total = sum(Fraction(weight) for _, weight in shards)
-    found = oracle(shards)["head.bias"].tolist()  # which the test above holds composed() to
+    found = oracle(shards)["head.bias"].tolist()  # the test above compares composed() with it
     for index, value in enumerate(found):
         exact = sum(Fraction(w) * Fraction(d["head.bias"][index].item()) for d, w in shards) / total
         size = sum(Fraction(w) * abs(Fraction(d["head.bias"][index].item())) for d, w in shards)
@@ -147,7 +147,7 @@ def test_refuses_a_term_beyond_the_range(folder):
 
 
 def test_no_sum_of_any_of_the_shards_is_beyond_the_range(folder):
-    """Forgetting the negative one would overflow if only the sum itself were watched."""
+    """The limit holds for sums of absolute values: forgetting "down" must not overflow."""
     large = 5e6
     ledger = Ledger(folder)
     ledger.add("up", {"w": torch.tensor([large])})
