@@ -7,10 +7,7 @@ from small_models import exact_vjp
 from torch import Tensor, nn
 
 from tangent_ops.losses import RescaledSquareLoss
-from tangent_ops.privacy.per_sample.gradients import (
-    MODES,
-    PerSampleGradients,
-)
+from tangent_ops.privacy.per_sample.gradients import MODES, PerSampleGradients
 
 LOSS = RescaledSquareLoss()
 

@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 from tangent_ops import linearize
 from tangent_ops.errors import UnsupportedError
-from tangent_ops.privacy.per_sample.gradients import (
-    PerSampleGradients,
-)
+from tangent_ops.privacy.per_sample.gradients import PerSampleGradients
 from tangent_ops.privacy.per_sample.layers import ProductLayer, make_layer
 
 

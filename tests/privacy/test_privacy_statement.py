@@ -15,12 +15,7 @@ from statements import a_statement
 from tangent_ops import Delta, DeltaMeta, compose, load_delta, save_delta
 from tangent_ops.errors import ArgumentError, CertificateError
 from tangent_ops.privacy.accounting import Phase
-from tangent_ops.privacy.statement import (
-    PrivacyStatement,
-    attach,
-    plain,
-    statement_of,
-)
+from tangent_ops.privacy.statement import PrivacyStatement, attach, plain, statement_of
 
 META = DeltaMeta("a" * 64, "tiny", "head", loss="square", extra={"note": "kept"})
 

@@ -68,10 +68,7 @@ def test_a_delta_of_another_run_stays(plan: Plan, different: str) -> None:
     assert delta.meta is not None
     mine = plan.deltas_path / f"{'a' * 32}.safetensors"
     meta = replace(delta.meta, extra={"job": "a" * 64})
-    other = {
-        "anchor": replace(meta, anchor="b" * 64),
-        "job": replace(meta, extra={}),
-    }
+    other = {"anchor": replace(meta, anchor="b" * 64), "job": replace(meta, extra={})}
     save_delta(delta, mine, meta=other[different])
     before = mine.read_bytes()
     settle(plan)

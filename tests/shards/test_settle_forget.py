@@ -10,24 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from shard_runs import (
-    anchor_file,
-    bits,
-    create_plan,
-    image_folder,
-    make_plan,
-    run_here,
-    trained,
-)
+from shard_runs import anchor_file, bits, create_plan, image_folder, make_plan, run_here, trained
 
 from tangent_ops import Ledger, compose, fit_exact, load_delta
-from tangent_ops.errors import (
-    ArgumentError,
-    LedgerError,
-    PlanError,
-    SampleError,
-    UnsupportedError,
-)
+from tangent_ops.errors import ArgumentError, LedgerError, PlanError, SampleError, UnsupportedError
 from tangent_ops.exact import Certificate, Problem
 from tangent_ops.shards import (
     ImageData,

@@ -78,10 +78,7 @@ def write_client(path: Path, script: str) -> None:
 
 CONTENTS = _tar({"package/a": b"1"}, "w:gz")
 DIGEST = hashlib.sha256(CONTENTS).hexdigest()
-PACKAGES = {
-    "npm": npm("thing", "1.0", DIGEST),
-    "apt-get": debian("thing", "1.0~git2-3", DIGEST),
-}
+PACKAGES = {"npm": npm("thing", "1.0", DIGEST), "apt-get": debian("thing", "1.0~git2-3", DIGEST)}
 
 
 @pytest.mark.parametrize("client", PACKAGES)

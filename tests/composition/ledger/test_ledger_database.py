@@ -7,15 +7,7 @@ import shutil
 
 import pytest
 import torch
-from ledger_helpers import (
-    META,
-    SHARDS,
-    assert_is,
-    assert_tidy,
-    edit_database,
-    refused,
-    some_delta,
-)
+from ledger_helpers import META, SHARDS, assert_is, assert_tidy, edit_database, refused, some_delta
 
 from tangent_ops import Ledger
 from tangent_ops.errors import ArgumentError, DeltaError, LedgerError

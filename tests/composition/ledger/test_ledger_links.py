@@ -9,15 +9,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from ledger_helpers import (
-    SHARDS,
-    assert_is,
-    assert_tidy,
-    delta_file,
-    refused,
-    some_delta,
-    sum_file,
-)
+from ledger_helpers import SHARDS, assert_is, assert_tidy, delta_file, refused, some_delta, sum_file
 
 from tangent_ops import Ledger
 from tangent_ops.composition.ledger.own_files import new_name
