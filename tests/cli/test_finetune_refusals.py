@@ -63,17 +63,21 @@ def weights(out: Path) -> dict[str, float]:
         (["--by", "class", "--shards", "2"], "for --by hash"),
         (["--by", "customer"], "--table"),
         (["--data-name", "torch/cifar10"], "unpickling"),
-        (["--dp-epsilon", "3", "--allow-overlap", "--shards", "2"], "disjoint"),
     ],
 )
 @pytest.mark.parametrize("dry", [["--dry-run"], []])
 def test_refused_before_any_work(
     images: Path, tmp_path: Path, words: list[str], said: str, dry: list[str], monkeypatch
 ) -> None:
-    if "--dp-epsilon" in words:
-        pytest.importorskip("opacus")
     monkeypatch.setitem(sys.modules, "ray", None)
     refused(finetune(images, tmp_path / "run", *words, *dry), said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_private_shards_that_overlap_are_refused(images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("opacus", reason="the extra for privacy is not installed")
+    words = ("--dp-epsilon", "3", "--allow-overlap", "--shards", "2")
+    refused(finetune(images, tmp_path / "run", *words), "disjoint")
     assert not (tmp_path / "run").exists()
 
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_deltas import random_deltas
+from refusals import refused
 from small_models import tiny_vit
 
 import tangent_ops
@@ -213,20 +214,17 @@ def test_a_delta_of_unknown_origin_makes_the_origin_unknown(plain):
 
 @pytest.mark.parametrize("weights", [None, []])
 def test_refuses_nothing(weights):
-    with pytest.raises(ArgumentError, match="deltas is empty"):
-        compose([], weights)
+    refused(ArgumentError, "deltas is empty", compose, [], weights)
 
 
 @pytest.mark.parametrize("one", [some_deltas(1)[0], "shard.safetensors"])
 def test_refuses_one_delta_outside_a_list(one):
-    with pytest.raises(ArgumentError, match="use a list"):
-        compose(one)
+    refused(ArgumentError, "use a list", compose, one)
 
 
 @pytest.mark.parametrize("items", [[1], [None], [("a", torch.ones(1))]])
 def test_refuses_what_is_no_delta(items):
-    with pytest.raises(ArgumentError, match="delta 0 must be a dict of tensors or a path"):
-        compose(items)
+    refused(ArgumentError, "delta 0 must be a dict of tensors or a path", compose, items)
 
 
 @pytest.mark.parametrize(
@@ -242,8 +240,7 @@ def test_refuses_what_is_no_delta(items):
     ],
 )
 def test_refuses_weights(weights, message):
-    with pytest.raises(ArgumentError, match=message):
-        compose(some_deltas(2), weights)
+    refused(ArgumentError, message, compose, some_deltas(2), weights)
 
 
 def test_refuses_another_anchor():
@@ -259,10 +256,8 @@ def test_an_unknown_anchor_between_does_not_hide_another():
     deltas = some_deltas(3)
     deltas[1].meta = None
     deltas[2].meta = DeltaMeta("b" * 64, "other", "head")
-    with pytest.raises(DeltaError, match="another anchor"):
-        compose(deltas)
-    with pytest.raises(DeltaError, match="another anchor"):
-        compose([deltas[1], deltas[0], deltas[2]])
+    refused(DeltaError, "another anchor", compose, deltas)
+    refused(DeltaError, "another anchor", compose, [deltas[1], deltas[0], deltas[2]])
 
 
 def test_refuses_other_names_shapes_and_dtypes():
@@ -280,8 +275,7 @@ def test_refuses_other_names_shapes_and_dtypes():
 def test_refuses_values_that_are_not_finite():
     first, second = some_deltas(2)
     second["scale"] = torch.tensor(float("nan"))
-    with pytest.raises(DeltaError, match="delta 1 has values that are not finite in scale"):
-        compose([first, second])
+    refused(DeltaError, "delta 1 has values that are not finite in scale", compose, [first, second])
     large = {"w": torch.tensor([6e4], dtype=torch.float16)}
     with pytest.raises(DeltaError, match="the composition has values that are not finite in w"):
         compose([large, large], [1, 1])
@@ -290,5 +284,4 @@ def test_refuses_values_that_are_not_finite():
 def test_a_damaged_file_is_refused(saved):
     (path,) = saved(some_deltas(1))
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DeltaFileError, match=path.name):
-        compose([path])
+    refused(DeltaFileError, path.name, compose, [path])

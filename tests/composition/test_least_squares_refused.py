@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -33,8 +34,7 @@ def linear(logits, targets):
     ],
 )
 def test_refuses_losses(tangent, deltas, data, loss, message):
-    with pytest.raises(ArgumentError, match=message):
-        LeastSquaresWeights(deltas, tangent, data, loss=loss)
+    refused(ArgumentError, message, LeastSquaresWeights, deltas, tangent, data, loss=loss)
 
 
 def test_a_linear_loss_has_no_minimum_without_ridge(tangent, deltas, data):
@@ -51,17 +51,13 @@ def test_refuses_ridges(tangent, deltas, data, ridge):
 @pytest.mark.parametrize("keep", [[0, 0], [4], [-1], [True], [0.0], ["0"]])
 def test_refuses_positions(tangent, deltas, data, keep):
     fitted = LeastSquaresWeights(deltas, tangent, data)
-    with pytest.raises(ArgumentError, match="keep must be distinct positions from 0 to 3"):
-        fitted.weights(keep)
-    with pytest.raises(ArgumentError, match="keep is empty"):
-        fitted.weights([])
+    refused(ArgumentError, "keep must be distinct positions from 0 to 3", fitted.weights, keep)
+    refused(ArgumentError, "keep is empty", fitted.weights, [])
 
 
 def test_refuses_deltas_and_models(tangent, deltas, data):
-    with pytest.raises(ArgumentError, match="deltas is empty"):
-        LeastSquaresWeights([], tangent, data)
-    with pytest.raises(ArgumentError, match="use a list"):
-        LeastSquaresWeights(deltas[0], tangent, data)
+    refused(ArgumentError, "deltas is empty", LeastSquaresWeights, [], tangent, data)
+    refused(ArgumentError, "use a list", LeastSquaresWeights, deltas[0], tangent, data)
     with pytest.raises(ArgumentError, match="delta 1 must be a dict of tensors or a path"):
         LeastSquaresWeights([deltas[0], 1], tangent, data)
     with pytest.raises(ArgumentError, match="must be a LinearizedModel, got a Sequential"):
@@ -114,7 +110,6 @@ def test_compose_refuses_what_does_not_go_together(tangent, deltas, data):
         compose(deltas, "least-squares", tangent=tangent)
     with pytest.raises(ArgumentError, match="must be numbers or 'least-squares', got 'best'"):
         compose(deltas, "best", tangent=tangent, data=data)
-    with pytest.raises(ArgumentError, match="ridge is for weights='least-squares' only"):
-        compose(deltas, ridge=0.1)
+    refused(ArgumentError, "ridge is for weights='least-squares' only", compose, deltas, ridge=0.1)
     with pytest.raises(ArgumentError, match="tangent is for weights='least-squares' only"):
         compose(deltas, [1.0] * 4, tangent=tangent, data=data)

@@ -32,16 +32,18 @@ class Silent(NoiseSource):
         return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def private(fit, tangent, data, l2=L2, source: NoiseSource | None = None, **options):
+def private(fit, model=None, data=None, l2=L2, source: NoiseSource | None = None, **options):
     """Calls `fit_last_iterate` or `perturb_output` with flat options and noise from `source`."""
+    model = tangent() if model is None else model
+    data = samples() if data is None else data
     groups = []
     for kind in (Privacy, Bounds):
         names = {field.name for field in fields(kind)} & options.keys()
         groups.append(kind(**{name: options.pop(name) for name in names}))
     if source is None:
-        return fit(tangent, data, l2, *groups, **options)
+        return fit(model, data, l2, *groups, **options)
     with patch.object(Privacy, "noise_source", lambda self: source):
-        return fit(tangent, data, l2, *groups, **options)
+        return fit(model, data, l2, *groups, **options)
 
 
 def anchor() -> nn.Module:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from private_runs import COUNT, a_tangent, data, run
+from refusals import refused
 from small_models import images
 from torch import nn
 from torch.utils.data import (
@@ -76,8 +77,7 @@ def standardised(dims) -> TensorDataset:
 )
 def test_refuses_preprocessing_that_was_fitted(dataset):
     tangent = a_tangent()
-    with pytest.raises(UnsupportedError, match="public_preprocessing=True"):
-        run(tangent, dataset)
+    refused(UnsupportedError, "public_preprocessing=True", run, tangent, dataset)
     assert not any(delta.any() for delta in tangent.deltas().values())
     said = run(tangent, dataset, public_preprocessing=True, steps=1).statement
     assert any("preprocessing learned" in line for line in said.assumes)
@@ -95,8 +95,7 @@ def test_refuses_preprocessing_that_was_fitted(dataset):
     ],
 )
 def test_refuses_data(dataset, message):
-    with pytest.raises(ArgumentError, match=message):
-        run(None, dataset)
+    refused(ArgumentError, message, run, None, dataset)
 
 
 def copied(target: int, *, much: float = 0.0) -> TensorDataset:
@@ -173,8 +172,7 @@ def test_reading_the_contents_takes_what_differs_and_draws_no_random_numbers():
 )
 def test_refuses_options(options, message):
     tangent = a_tangent()
-    with pytest.raises(ArgumentError, match=message):
-        run(tangent, **options)
+    refused(ArgumentError, message, run, tangent, **options)
     assert not any(delta.any() for delta in tangent.deltas().values())
 
 
@@ -184,8 +182,7 @@ def test_refuses_losses_that_mix_samples_though_the_first_do_not_show_it():
     data = TensorDataset(inputs, classes)
     weights = torch.tensor([1.0, 2, 3, 4, 5])
     for loss in (nn.CrossEntropyLoss(weights), nn.CrossEntropyLoss(ignore_index=4)):
-        with pytest.raises(ArgumentError, match="mean of the samples"):
-            run(dataset=data, loss=loss)
+        refused(ArgumentError, "mean of the samples", run, dataset=data, loss=loss)
     unknown = TensorDataset(inputs, classes.clone().index_fill(0, torch.tensor([29]), -100))
     with pytest.raises(ArgumentError, match="mean of the samples"):
         run(dataset=unknown, loss=nn.CrossEntropyLoss(), expected_batch_size=COUNT, steps=1)
@@ -206,8 +203,7 @@ def test_refuses_a_batch_norm_that_uses_its_batch(norm):
 
 
 def test_refuses_an_ordinary_model():
-    with pytest.raises(ArgumentError, match="LinearizedModel"):
-        run(nn.Linear(2, 2), data())
+    refused(ArgumentError, "LinearizedModel", run, nn.Linear(2, 2), data())
 
 
 def test_a_sample_that_is_not_finite_stops_it():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from per_sample_oracle import Row, check
-from small_models import moved
+from small_models import moved, shaken
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.layer_scale import LayerScale
 from timm.layers.norm import GroupNorm1, LayerNorm2d
@@ -43,10 +43,7 @@ def test_layers(kind, count, middle, width, out, seed):
         "scale": lambda: LayerScale(2 * width),
         "group norm": lambda: nn.GroupNorm(2, 4),
     }[kind]()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape))
-    tangent = moved(linearize(Row(layer).double()), seed)
+    tangent = moved(linearize(Row(shaken(layer, 0.3)).double()), seed)
     check(tangent, torch.randn(count, *shape, dtype=torch.float64), 1e-9)
 
 
@@ -138,10 +135,7 @@ SUBCLASSES = {
 @pytest.mark.parametrize("name", SUBCLASSES)
 def test_subclasses_and_options_of_known_layers(name):
     torch.manual_seed(0)
-    layer = SUBCLASSES[name]()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape))
+    layer = shaken(SUBCLASSES[name](), 0.3)
     tangent = moved(linearize(Row(layer).double()))
     check(tangent, torch.randn(3, 4, 6, 5, dtype=torch.float64), 1e-9)
 

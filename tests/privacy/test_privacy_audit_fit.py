@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from refusals import refused
 from small_models import generator
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -75,8 +76,7 @@ def test_the_score_is_the_part_along_the_gradient(rank: int | None) -> None:
     delta = {name: torch.randn(part.shape, generator=generator(4)) for name, part in right.items()}
     along = sum(float((delta[name] * part).sum()) for name, part in right.items())
     assert score(delta) == pytest.approx(-along / size, rel=1e-5)
-    with pytest.raises(DeltaError, match="missing"):
-        score({})
+    refused(DeltaError, "missing", score, {})
 
 
 def test_the_score_does_not_depend_on_the_models_deltas() -> None:
@@ -93,16 +93,14 @@ def test_bad_canaries_are_refused() -> None:
     tangent, _, inputs = problem()
     with pytest.raises(ArgumentError, match=r"one sample, of shape \(1, ...\), got shape \(2, 6\)"):
         make_canary(tangent, inputs.repeat(2, 1), 1.0)
-    with pytest.raises(ArgumentError, match="gradient_norm must be positive"):
-        make_canary(tangent, inputs, 0.0)
+    refused(ArgumentError, "gradient_norm must be positive", make_canary, tangent, inputs, 0.0)
     with pytest.raises(ArgumentError, match="canary's gradient has norm 0"):
         with torch.no_grad():
             target = tangent(inputs)
         canary_score(tangent, inputs, target, nn.MSELoss())
     nn.init.zeros_(tangent.anchor.get_parameter("2.weight"))
     headless = linearize(tangent.anchor, r"^0\.", check=False)
-    with pytest.raises(ArgumentError, match="gradient of inputs is zero"):
-        make_canary(headless, inputs, 1.0)
+    refused(ArgumentError, "gradient of inputs is zero", make_canary, headless, inputs, 1.0)
 
 
 def test_the_canary_gives_itself_away_as_much_as_analysis_assumes() -> None:
@@ -195,5 +193,4 @@ BAD_FITS = {
 
 @pytest.mark.parametrize(("message", "wrong"), BAD_FITS.items(), ids=BAD_FITS)
 def test_bad_options_of_fits_are_refused(message: str, wrong: dict) -> None:
-    with pytest.raises(ArgumentError, match=message):
-        audit_fit(*problem(), **{**SAMPLED, **wrong})
+    refused(ArgumentError, message, audit_fit, *problem(), **{**SAMPLED, **wrong})

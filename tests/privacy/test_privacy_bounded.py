@@ -22,6 +22,7 @@ from bounded_problem import (
     samples,
     tangent,
 )
+from refusals import refused
 from small_models import images, vit
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -171,22 +172,18 @@ def test_refuses_targets_that_are_no_classes():
         (torch.full((N,), -1), f"from 0 to {CLASSES - 1}"),
         (torch.zeros(N, dtype=torch.bool), "class indices of shape"),
     ):
-        with pytest.raises(ArgumentError, match=match):
-            objective(TensorDataset(inputs, targets))
+        refused(ArgumentError, match, objective, TensorDataset(inputs, targets))
 
 
 def test_refuses_samples_and_models_that_no_bound_holds_for():
     inputs, targets = samples().tensors
     inputs = inputs.clone()
     inputs[2, 1] = math.nan
-    with pytest.raises(ArgumentError, match="not finite"):
-        objective(TensorDataset(inputs, targets))
+    refused(ArgumentError, "not finite", objective, TensorDataset(inputs, targets))
     half = linearize(torch.nn.Linear(INPUTS, CLASSES).bfloat16())
-    with pytest.raises(UnsupportedError, match="bfloat16"):
-        objective(samples(), model=half)
+    refused(UnsupportedError, "bfloat16", objective, samples(), model=half)
     for l2 in (0.0, -1.0, math.nan):
-        with pytest.raises(ArgumentError, match="l2 must be positive"):
-            objective(samples(), l2=l2)
+        refused(ArgumentError, "l2 must be positive", objective, samples(), l2=l2)
 
 
 @pytest.mark.parametrize("name", [*BOUNDS, "normalizer"])

@@ -1,6 +1,7 @@
 """Noisy gradient descent: the formula, the contraction, and the last iterate's distribution."""
 
 import math
+from functools import partial
 from statistics import NormalDist
 
 import pytest
@@ -36,12 +37,7 @@ from tangent_ops.privacy.statement import statement_of
 OPTIONS = {**BOUNDS, **QUIET, "delta": 1e-3, "steps": 30}
 SMOOTH = L2 + (N + 1) * R**2 / N
 PHI = NormalDist().cdf
-
-
-def fit(model=None, data=None, l2=L2, **options):
-    model = tangent() if model is None else model
-    data = samples() if data is None else data
-    return private(fit_last_iterate, model, data, l2, **OPTIONS | options)
+fit = partial(private, fit_last_iterate, **OPTIONS)
 
 
 def mu(found, normalizer=N):

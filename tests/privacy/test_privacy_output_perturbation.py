@@ -1,6 +1,7 @@
 """Noise on the optimum: how far neighbours' optima are apart, and what is added."""
 
 import math
+from functools import partial
 from statistics import NormalDist
 
 import pytest
@@ -34,12 +35,7 @@ from tangent_ops.privacy.statement import statement_of
 
 OPTIONS = {**BOUNDS, **QUIET, "delta": 1e-3}
 PHI = NormalDist().cdf
-
-
-def fit(model=None, data=None, l2=L2, **options):
-    model = tangent() if model is None else model
-    data = samples() if data is None else data
-    return private(perturb_output, model, data, l2, **OPTIONS | options)
+fit = partial(private, perturb_output, **OPTIONS)
 
 
 def without(data, index):

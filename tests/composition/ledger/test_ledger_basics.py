@@ -93,13 +93,17 @@ def test_everything_is_there_after_opening_again(ledger, folder):
     assert "b" not in ledger  # nothing is kept in memory
 
 
-def test_an_emptied_ledger_keeps_anchor_and_layout(ledger):
-    ledger.forget("a")
-    ledger.forget("b")
+def assert_empty(ledger):
     assert len(ledger) == 0 and ledger.list() == []
     assert ledger.verify() == Verified(0, 0.0, 0)
     with pytest.raises(LedgerError, match="nothing to compose"):
         ledger.composed()
+
+
+def test_an_emptied_ledger_keeps_anchor_and_layout(ledger):
+    ledger.forget("a")
+    ledger.forget("b")
+    assert_empty(ledger)
     with pytest.raises(DeltaError, match="another anchor"):
         ledger.add("a", some_delta(1, dataclasses.replace(META, anchor="b" * 64)))
     with pytest.raises(DeltaError, match=r"missing head\.bias"):
@@ -110,10 +114,8 @@ def test_an_emptied_ledger_keeps_anchor_and_layout(ledger):
 
 def test_a_new_ledger_is_empty(folder):
     ledger = Ledger(folder)
-    assert len(ledger) == 0 and ledger.list() == [] and ledger.history() == []
-    assert ledger.verify() == Verified(0, 0.0, 0)
-    with pytest.raises(LedgerError, match="nothing to compose"):
-        ledger.composed()
+    assert_empty(ledger)
+    assert ledger.history() == []
 
 
 def test_the_stored_files_are_delta_files(ledger, folder):
@@ -210,10 +212,6 @@ def test_weights_and_ids_may_be_unusual(folder):
     ledger.forget("Füchse/../%?#'\" 狐")
     assert_is(ledger.composed(), [(some_delta(1), 1 / 3)])
     assert_tidy(ledger)
-
-
-def test_refuses_an_id_that_is_present(ledger, folder):
-    refused(folder, "'a' is in the ledger already", lambda: ledger.add("a", some_delta(1)))
 
 
 def test_refuses_to_forget_an_unknown_id(ledger, folder):
@@ -362,10 +360,10 @@ def test_says_so_when_it_is_busy(ledger, folder, monkeypatch):
     monkeypatch.setattr("tangent_ops.composition.ledger.records.BUSY_SECONDS", 0.05)
     connection = sqlite3.connect(folder / "ledger.sqlite", isolation_level=None)
     connection.execute("BEGIN IMMEDIATE")
-    for work in (lambda: ledger.add("c", some_delta(3)), lambda: ledger.forget("a")):
-        with pytest.raises(LedgerBusyError, match="try again"):
-            work()
-    assert len(ledger.list()) == 2  # reading does not wait
+    works = (lambda: ledger.add("c", some_delta(3)), lambda: ledger.forget("a"))
+    refused(folder, "in use.*try again", *works, error=LedgerBusyError)
+    assert len(Ledger(folder)) == len(Ledger(folder, create=False)) == 2  # reading does not wait
+    assert len(ledger.list()) == 2
     assert_is(ledger.composed(), [(some_delta(1), 1), (some_delta(2), 2.5)])
     connection.close()
     ledger.forget("a")

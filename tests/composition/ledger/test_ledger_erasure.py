@@ -144,6 +144,6 @@ def test_files_are_overwritten_before_they_are_removed(ledger, patterns, tmp_pat
 def test_a_refused_delta_leaves_nothing(ledger):
     delta, weight, meta, patterns = marked(1)
     ledger.add("a", marked(2)[0])
-    refused(ledger, "already", lambda: ledger.add("a", delta, weight, meta))
+    refused(ledger, "'a' is in the ledger already", lambda: ledger.add("a", delta, weight, meta))
     assert occurrences(ledger.path, patterns) == 0
     assert struct.pack("<d", weight) not in (ledger.path / "ledger.sqlite").read_bytes()
