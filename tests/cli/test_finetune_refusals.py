@@ -197,23 +197,20 @@ def test_weights_stay_until_others_are_asked_for(images: Path, tmp_path: Path) -
     assert set(weights(out).values()) == {1.0}
 
 
-@pytest.mark.parametrize(
-    "words",
-    [["--workers", "0"], ["--executor", "ray"], ["--retries", "-1"], ["--address", "ray://head:1"]],
-)
 def test_nothing_is_forgotten_by_a_command_that_is_refused(
-    images: Path, tmp_path: Path, words: list[str], monkeypatch
+    images: Path, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     out = tmp_path / "run"
     finetune(images, out)
     run("compose", out)
     before = bits(Plan.open(out))
-    result = run("forget", out, "--sample", "class1/1.png", "--yes", *words)
-    assert result.exit_code == 2
-    assert Plan.open(out).find(sample="class1/1.png")
-    assert bits(Plan.open(out)) == before
-    assert len(Ledger(out / "ledger", create=False)) == 1
+    for wrong in ("--workers=0", "--executor=ray", "--retries=-1", "--address=ray://head:1"):
+        result = run("forget", out, "--sample", "class1/1.png", "--yes", wrong)
+        assert result.exit_code == 2, wrong
+        assert Plan.open(out).find(sample="class1/1.png")
+        assert bits(Plan.open(out)) == before
+        assert len(Ledger(out / "ledger", create=False)) == 1
 
 
 def test_a_run_whose_images_have_moved(images: Path, tmp_path: Path) -> None:
@@ -291,11 +288,11 @@ def test_an_interruption_says_whether_anything_is_forgotten(
     with monkeypatch.context() as patch:
         patch.setattr("tangent_ops.shards.forget", interrupted)
         result = run("forget", out, "--sample", "class1/1.png", "--yes")
-    assert (result.exit_code, "nothing was forgotten yet" in result.stderr) == (130, True)
+    refused(result, "nothing was forgotten yet", 130)
     with monkeypatch.context() as patch:
         patch.setattr(job, "attempt", interrupted)
         result = run("forget", out, "--sample", "class1/1.png", "--yes")
-    assert (result.exit_code, "out of the plan" in result.stderr) == (130, True)
+    refused(result, "out of the plan", 130)
 
 
 def test_a_failure_says_that_the_images_are_gone(images: Path, tmp_path: Path, monkeypatch) -> None:
