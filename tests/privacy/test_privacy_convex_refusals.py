@@ -27,9 +27,9 @@ FITS = [
     partial(private, fit_last_iterate, steps=2, **OPTIONS),
     partial(private, perturb_output, **OPTIONS),
 ]
+pytestmark = pytest.mark.parametrize("fit", FITS)
 
 
-@pytest.mark.parametrize("fit", FITS)
 def test_a_sample_that_is_in_the_data_twice(fit):
     """It would move the result by twice the sensitivity."""
     with pytest.raises(ArgumentError, match="one sample 2 times"):
@@ -41,7 +41,6 @@ def test_a_sample_that_is_in_the_data_twice(fit):
             fit(tangent(), data)
 
 
-@pytest.mark.parametrize("fit", FITS)
 def test_inputs_that_were_standardised_by_their_own_statistics(fit):
     x, y = samples().tensors
     x = (x - x.mean(0)) / x.std(0)
@@ -50,7 +49,6 @@ def test_inputs_that_were_standardised_by_their_own_statistics(fit):
     fit(tangent(), TensorDataset(x, y), public_preprocessing=True)
 
 
-@pytest.mark.parametrize("fit", FITS)
 def test_a_batch_norm_that_uses_its_batch(fit):
     """Such a norm mixes samples, so the Jacobian of one sample bounds nothing."""
     norm = nn.BatchNorm1d(4, track_running_stats=False)
@@ -60,7 +58,6 @@ def test_a_batch_norm_that_uses_its_batch(fit):
         fit(mixing, TensorDataset(x, torch.arange(6) % 2))
 
 
-@pytest.mark.parametrize("fit", FITS)
 def test_fields_of_privacy_that_it_does_not_use(fit):
     for field, value in {"max_grad_norm": 1.0, "expected_batch_size": 8, "start": "public"}.items():
         with pytest.raises(ArgumentError, match=f"does not use {field}"):
