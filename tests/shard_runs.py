@@ -43,21 +43,35 @@ def anchor_file(path: Path, classes: int = 4) -> Path:
     return path
 
 
+def create_plan(folder: Path, assignment: Any, run: str = "run", **options: Any) -> Plan:
+    """A plan in folder/run for the images and the anchor in the folder."""
+    given = {
+        "anchor": folder / "anchor.safetensors",
+        "data": ImageData(str(folder / "images")),
+        "recipe": ShardRecipe(**FAST),
+        "progress": False,
+    }
+    return Plan.create(folder / run, assignment=assignment, **{**given, **options})
+
+
 def make_plan(folder: Path, shards: int = 3, run: str = "run", **recipe: Any) -> Plan:
     """A plan in folder/run; images and anchor are made in the folder if they are not there."""
-    images, anchor = folder / "images", folder / "anchor.safetensors"
+    images = folder / "images"
     if not images.exists():
         image_folder(images)
-        anchor_file(anchor)
-    data = ImageData(str(images))
-    return Plan.create(
-        folder / run,
-        anchor=anchor,
-        data=data,
-        recipe=ShardRecipe(**{**FAST, **recipe}),
-        assignment=by_hash(data.open().ids, shards),
-        progress=False,
-    )
+        anchor_file(folder / "anchor.safetensors")
+    assignment = by_hash(ImageData(str(images)).open().ids, shards)
+    return create_plan(folder, assignment, run, recipe=ShardRecipe(**{**FAST, **recipe}))
+
+
+def trained(plan: Plan) -> Plan:
+    """The plan, after every shard without a delta was trained in this process."""
+    threads = torch.get_num_threads()
+    for shard in plan.shards():
+        if shard.job is not None and not shard.done:
+            assert "error" not in job.attempt(str(plan.path), shard.name)
+    torch.set_num_threads(threads)
+    return plan
 
 
 def run_here(run, shards, *, on_result, **_) -> None:

@@ -11,7 +11,7 @@ import torch
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Without workers."""
+    """Shards are trained in this process."""
     from shard_runs import run_here
 
     monkeypatch.setattr("tangent_ops.shards.run.run_local", run_here)
@@ -22,7 +22,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def not_installed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Hides a package."""
+    """Makes a package look as if it were not installed."""
 
     def hide(package: str) -> None:
         find = importlib.util.find_spec

@@ -1,4 +1,4 @@
-"""The command line around its commands."""
+"""Version, help, missing extras and start-up of the command line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ IN_HELP = {
 
 @pytest.mark.parametrize(("command", "words"), IN_HELP.items())
 def test_help_says_where_to_begin(command: str, words: list[str]) -> None:
-    """Without an extra: whoever misses it reads this first."""
+    """Users who miss an extra read the help first."""
     result = CliRunner().invoke(app, [*command.split(), "--help"])
     assert result.exit_code == 0
     assert [word for word in words if word not in result.stdout] == []

@@ -1,4 +1,4 @@
-"""Whatever is in a file of options, the command line reads it or refuses it with exit code 2."""
+"""The command line reads any file of options or refuses it with exit code 2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options that are the fields of dataclasses: none is forgotten, and each is read as its type."""
+"""Each field of an options dataclass is an option and is read as its type."""
 
 from __future__ import annotations
 

@@ -1,14 +1,16 @@
-"""`tangent-ops privacy`, as it is typed."""
+"""The command `tangent-ops privacy`."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import cli_runs
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from cli_runs import parsed, refused
 
 pytest.importorskip("opacus")
 pytest.importorskip("dp_accounting")
@@ -16,14 +18,12 @@ pytest.importorskip("dp_accounting")
 from statements import a_statement
 
 from tangent_ops import Delta, DeltaMeta, Ledger, save_delta
-from tangent_ops.cli.app import app
 from tangent_ops.privacy.statement import PrivacyStatement, attach
 
 PLAIN = Delta({"w": torch.tensor([1.0])}, DeltaMeta("a" * 64, "tiny", "head"))
 
 
-def run(*words: object) -> Result:
-    return CliRunner().invoke(app, ["privacy", *map(str, words)])
+run = partial(cli_runs.run, "privacy")
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +47,10 @@ def test_of_a_file(file: Path, statement: PrivacyStatement) -> None:
 
 
 def test_of_a_file_as_json(file: Path, statement: PrivacyStatement) -> None:
-    record = json.loads(run(file, "--json", "--delta", "1e-3").stdout)
+    record = parsed(run(file, "--json", "--delta", "1e-3"))
     assert record["delta"] == 1e-3 and record["epsilon"] == pytest.approx(3.1387, rel=1e-4)
     assert PrivacyStatement.from_json(json.dumps(record["statement"])) == statement
-    assert json.loads(run(file, "--json").stdout)["epsilon"] == statement.epsilon
+    assert parsed(run(file, "--json"))["epsilon"] == statement.epsilon
 
 
 def test_of_a_ledger(file: Path, tmp_path: Path) -> None:
@@ -60,14 +60,14 @@ def test_of_a_ledger(file: Path, tmp_path: Path) -> None:
     result = run(ledger.path)
     assert result.exit_code == 0
     assert result.stdout.startswith("(4.378, 1e-05)-diff") and "2 shards" in result.stdout
-    record = json.loads(run(ledger.path, "--json").stdout)
+    record = parsed(run(ledger.path, "--json"))
     assert record["epsilon"] == pytest.approx(4.3772, rel=1e-4)
     assert list(record["ledger"]["shards"]) == ["a", "b"]
 
     ledger.add("bare", PLAIN)
     result = run(ledger.path)
     assert result.exit_code == 1 and "'bare'" in result.stdout
-    assert json.loads(run(ledger.path, "--json").stdout)["epsilon"] == "inf"
+    assert parsed(run(ledger.path, "--json"))["epsilon"] == "inf"
 
 
 def test_without_a_statement_it_exits_with_1(tmp_path: Path) -> None:
@@ -105,6 +105,4 @@ def test_bad_input_exits_with_2(file: Path, tmp_path: Path) -> None:
 
 def test_without_the_extra_it_says_how_to_get_it(file: Path, not_installed) -> None:
     not_installed("opacus")
-    result = run(file)
-    assert result.exit_code == 2
-    assert 'needs opacus: pip install "tangent-ops[privacy]"' in result.stderr
+    refused(run(file), 'needs opacus: pip install "tangent-ops[privacy]"')

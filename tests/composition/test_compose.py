@@ -1,3 +1,5 @@
+"""Weighted sums of deltas: values, meta, memory, and what is refused."""
+
 import dataclasses
 import weakref
 
@@ -6,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_deltas import random_deltas
+from refusals import refused
 from small_models import tiny_vit
 
 import tangent_ops
 from tangent_ops.composition.compose import compose
-from tangent_ops.delta import Delta, DeltaMeta, load_delta, save_delta
+from tangent_ops.delta import Delta, DeltaMeta
 from tangent_ops.errors import ArgumentError, DeltaError, DeltaFileError
 
 META = DeltaMeta("a" * 64, "tiny", "head", loss="square", shard="0", extra={"note": "x"})
@@ -74,10 +78,8 @@ def test_the_order_does_not_matter(data, count):
     deltas = some_deltas(count, torch.float64)
     weights = [0.5 * k - 1 for k in range(count)]
     order = data.draw(st.permutations(range(count)))
-    one, other = (
-        compose(deltas, weights),
-        compose([deltas[i] for i in order], [weights[i] for i in order]),
-    )
+    one = compose(deltas, weights)
+    other = compose([deltas[i] for i in order], [weights[i] for i in order])
     for name in one:
         assert torch.allclose(one[name], other[name], rtol=0, atol=1e-14)
 
@@ -127,18 +129,10 @@ def tangent():
     return tangent_ops.linearize(model.double(), tangent_ops.last_blocks(model, 1))
 
 
-def random_deltas(tangent, count):
-    empty = tangent.delta_dict()
-    return [
-        Delta({name: 0.1 * torch.randn_like(value) for name, value in empty.items()}, empty.meta)
-        for _ in range(count)
-    ]
-
-
 def test_composing_deltas_composes_outputs(tangent):
     torch.manual_seed(1)
     images, weights = torch.randn(3, 3, 16, 16, dtype=torch.float64), [0.7, -1.3, 2.0]
-    deltas = random_deltas(tangent, 3)
+    deltas = random_deltas(tangent, 3, 0.1)
     primal = tangent.anchor(images)
     expected = primal.clone()
     with torch.no_grad():
@@ -151,12 +145,10 @@ def test_composing_deltas_composes_outputs(tangent):
     assert torch.allclose(found, expected, rtol=0, atol=1e-12)
 
 
-def test_forgetting_is_composing_the_rest(tangent, tmp_path):
+def test_forgetting_is_composing_the_rest(tangent, saved):
     """The mean over K with shard s taken out is (K mean - delta_s) / (K - 1)."""
-    deltas = random_deltas(tangent, 4)
-    paths = [tmp_path / f"{shard}.safetensors" for shard in range(4)]
-    for path, delta in zip(paths, deltas, strict=True):
-        save_delta(delta, path)
+    deltas = random_deltas(tangent, 4, 0.1)
+    paths = saved(deltas)
     mean, rest = compose(paths), compose(path for path in paths if path != paths[2])
     for name in mean:
         expected = (4 * mean[name] - deltas[2][name]) / 3
@@ -186,24 +178,11 @@ def test_only_one_delta_is_alive_at_a_time():
     assert np.allclose(found["head.weight"].numpy(), expected["head.weight"], atol=1e-6)
 
 
-def test_paths_are_opened_one_by_one(tmp_path, monkeypatch):
+def test_paths_are_opened_one_by_one(saved, opened):
     deltas = some_deltas(4)
-    paths = [tmp_path / f"{shard}.safetensors" for shard in range(4)]
-    for path, delta in zip(paths, deltas, strict=True):
-        save_delta(delta, path)
-    alive = weakref.WeakSet()
-    opened = []
-
-    def spy(path):
-        assert len(alive) == 0
-        delta = load_delta(path)
-        alive.add(delta["head.weight"])
-        opened.append(path)
-        return delta
-
-    monkeypatch.setattr("tangent_ops.delta.load_delta", spy)
-    found = compose(str(path) for path in paths)
-    assert opened == [str(path) for path in paths]
+    paths = [str(path) for path in saved(deltas)]
+    found = compose(iter(paths))
+    assert opened == paths
     assert torch.equal(found["head.weight"], compose(deltas)["head.weight"])
 
 
@@ -233,23 +212,19 @@ def test_a_delta_of_unknown_origin_makes_the_origin_unknown(plain):
 # What is refused
 
 
-def test_refuses_nothing():
-    with pytest.raises(ArgumentError, match="deltas is empty"):
-        compose([])
-    with pytest.raises(ArgumentError, match="deltas is empty"):
-        compose([], [])
+@pytest.mark.parametrize("weights", [None, []])
+def test_refuses_nothing(weights):
+    refused(ArgumentError, "deltas is empty", compose, [], weights)
 
 
 @pytest.mark.parametrize("one", [some_deltas(1)[0], "shard.safetensors"])
 def test_refuses_one_delta_outside_a_list(one):
-    with pytest.raises(ArgumentError, match="use a list"):
-        compose(one)
+    refused(ArgumentError, "use a list", compose, one)
 
 
 @pytest.mark.parametrize("items", [[1], [None], [("a", torch.ones(1))]])
 def test_refuses_what_is_no_delta(items):
-    with pytest.raises(ArgumentError, match="delta 0 must be a dict of tensors or a path"):
-        compose(items)
+    refused(ArgumentError, "delta 0 must be a dict of tensors or a path", compose, items)
 
 
 @pytest.mark.parametrize(
@@ -265,8 +240,7 @@ def test_refuses_what_is_no_delta(items):
     ],
 )
 def test_refuses_weights(weights, message):
-    with pytest.raises(ArgumentError, match=message):
-        compose(some_deltas(2), weights)
+    refused(ArgumentError, message, compose, some_deltas(2), weights)
 
 
 def test_refuses_another_anchor():
@@ -282,10 +256,8 @@ def test_an_unknown_anchor_between_does_not_hide_another():
     deltas = some_deltas(3)
     deltas[1].meta = None
     deltas[2].meta = DeltaMeta("b" * 64, "other", "head")
-    with pytest.raises(DeltaError, match="another anchor"):
-        compose(deltas)
-    with pytest.raises(DeltaError, match="another anchor"):
-        compose([deltas[1], deltas[0], deltas[2]])
+    refused(DeltaError, "another anchor", compose, deltas)
+    refused(DeltaError, "another anchor", compose, [deltas[1], deltas[0], deltas[2]])
 
 
 def test_refuses_other_names_shapes_and_dtypes():
@@ -303,16 +275,13 @@ def test_refuses_other_names_shapes_and_dtypes():
 def test_refuses_values_that_are_not_finite():
     first, second = some_deltas(2)
     second["scale"] = torch.tensor(float("nan"))
-    with pytest.raises(DeltaError, match="delta 1 has values that are not finite in scale"):
-        compose([first, second])
+    refused(DeltaError, "delta 1 has values that are not finite in scale", compose, [first, second])
     large = {"w": torch.tensor([6e4], dtype=torch.float16)}
     with pytest.raises(DeltaError, match="the composition has values that are not finite in w"):
         compose([large, large], [1, 1])
 
 
-def test_a_damaged_file_is_refused(tmp_path):
-    path = tmp_path / "shard.safetensors"
-    save_delta(some_deltas(1)[0], path)
+def test_a_damaged_file_is_refused(saved):
+    (path,) = saved(some_deltas(1))
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DeltaFileError, match=path.name):
-        compose([path])
+    refused(DeltaFileError, path.name, compose, [path])

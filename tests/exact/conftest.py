@@ -1,4 +1,4 @@
-"""The small dense problem, made once for all files here."""
+"""The small dense problem, made once per session."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ def shared() -> Dense:
 
 @pytest.fixture
 def dense(shared: Dense) -> Dense:
-    """At zero."""
+    """The problem with deltas of zero."""
     shared.set(torch.zeros_like(shared.delta))
     return shared

@@ -1,4 +1,4 @@
-"""A small problem, written out: J by torch.func in float64, and ridge regression by solving."""
+"""A small problem as dense matrices in float64: J by torch.func, ridge regression by solving."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Dense:
     targets: Tensor
 
     def problem(self, l2: float, data: Data | None = None, **options: Any) -> Problem:
-        """Over all samples, or other data, without bars."""
+        """A `Problem` over all samples or other data, without progress bars."""
         data = self.data if data is None else data
         return Problem(self.tangent, data, l2, **{"progress": False, "batch_size": 5} | options)
 
@@ -49,7 +49,7 @@ class Dense:
         return replace(self, tangent=tangent, data=TensorDataset(inputs.float(), classes))
 
     def optimum(self, l2: float, k: float = 1.0, keep: list[int] | None = None) -> Tensor:
-        """Of mean RescaledSquareLoss(k) + l2/2 ‖Δ‖² over some of the samples, (P,)."""
+        """The minimum of mean RescaledSquareLoss(k) + l2/2 ‖Δ‖² over samples `keep`, (P,)."""
         keep = list(range(SAMPLES)) if keep is None else keep
         rows = self.jacobian[keep].flatten(0, 1)
         weights = 2 / CLASSES * torch.where(self.targets[keep] > 0, k, 1.0).double().flatten()
@@ -59,7 +59,7 @@ class Dense:
         return rows.T @ torch.linalg.solve(small, (self.targets - self.anchor)[keep].flatten())
 
     def hessian(self, l2: float, keep: list[int] | None = None) -> Tensor:
-        """Of the sum over samples, penalty included, for k = 1: (P, P)."""
+        """The Hessian of the sum over samples, penalty included, for k = 1, (P, P)."""
         rows = self.jacobian if keep is None else self.jacobian[keep]
         found = 2 / CLASSES * rows.flatten(0, 1).T @ rows.flatten(0, 1)
         found.diagonal().add_(len(rows) * l2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_other_quadratic_losses(dense: Dense, method: str) -> None:
 
 @pytest.mark.parametrize("method", ["cg", "dual"])
 def test_a_loss_that_is_flat_along_a_direction(dense: Dense, method: str) -> None:
-    """Differences of logits alone count: the Hessian by the logits is singular."""
+    """The loss depends on differences of logits only: its Hessian by the logits is singular."""
 
     def centred(logits: Tensor, targets: Tensor) -> Tensor:
         wanted = 15.0 * F.one_hot(targets, CLASSES)
@@ -92,7 +93,7 @@ def test_the_bound_holds_anywhere(dense: Dense, scale: float) -> None:
     _, gradient, _ = dense.problem(0.1).passes.gradient(start)
     distance = float((start - dense.optimum(0.1)).norm())
     assert distance <= float(gradient.norm()) / 0.1 + 1e-9
-    assert scale == 0 or float(gradient.norm()) / 0.1 < 1e6 * distance  # it says something
+    assert scale == 0 or float(gradient.norm()) / 0.1 < 1e6 * distance  # the bound is not trivial
 
 
 def test_cross_entropy_by_newton(dense: Dense) -> None:
@@ -135,10 +136,26 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Counts Hessian products; the one with the number `fatal` raises Interrupted."""
+    count = SimpleNamespace(calls=0, fatal=0)
+    product = Passes.product
+
+    def counted(*args, **kwargs):
+        count.calls += 1
+        if count.calls == count.fatal:
+            raise Interrupted
+        return product(*args, **kwargs)
+
+    monkeypatch.setattr(Passes, "product", counted)
+    return count
+
+
 @pytest.mark.parametrize("loss", [None, F.cross_entropy], ids=["square", "cross-entropy"])
 @pytest.mark.parametrize("at", [3, 9, 17, 26])
 def test_a_resumed_fit_is_the_same_bit_for_bit(
-    dense: Dense, tmp_path, monkeypatch: pytest.MonkeyPatch, loss, at: int
+    dense: Dense, tmp_path, products: SimpleNamespace, loss, at: int
 ) -> None:
     path = tmp_path / "solve.safetensors"
     options = {"tol": 1e-7, "rank": 4, "checkpoint": path, "checkpoint_every": 2}
@@ -148,22 +165,11 @@ def test_a_resumed_fit_is_the_same_bit_for_bit(
     assert not path.exists() and whole.iterations > 13
 
     dense.set(torch.zeros_like(expected))
-    calls = 0
-    product = Passes.product
-
-    def interrupted(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == at:
-            raise Interrupted
-        return product(*args, **kwargs)
-
-    monkeypatch.setattr(Passes, "product", interrupted)
+    products.fatal = products.calls + at
     with pytest.raises(Interrupted):
         fit_exact(problem, **options)
     assert not dense.delta.any()
     assert path.exists() == (at > 7)  # four products make the preconditioner
-    monkeypatch.undo()
     rest = fit_exact(dense.problem(1e-3, loss=loss), **options)
     assert torch.equal(dense.delta, expected)
     assert (rest.iterations, rest.newton_steps) == (whole.iterations, whole.newton_steps)
@@ -171,25 +177,15 @@ def test_a_resumed_fit_is_the_same_bit_for_bit(
 
 
 def test_a_fit_that_rounding_ends_is_resumed(
-    tmp_path, dense: Dense, monkeypatch: pytest.MonkeyPatch
+    tmp_path, dense: Dense, products: SimpleNamespace
 ) -> None:
     single = dense.in_single()
     options = {"tol": 1e-12, "checkpoint": tmp_path / "solve", "checkpoint_every": 1, "rank": 0}
-    product, calls, last = Passes.product, 0, 10**9
-
-    def counted(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == last:
-            raise Interrupted
-        return product(*args, **kwargs)
-
-    monkeypatch.setattr(Passes, "product", counted)
     with pytest.warns(NotConvergedWarning):
         whole = fit_exact(single.problem(0.1), **options)
     expected = single.delta
     single.set(torch.zeros_like(expected))
-    calls, last = 0, calls
+    products.calls, products.fatal = 0, products.calls  # the last one
     with pytest.raises(Interrupted):
         fit_exact(single.problem(0.1), **options)
     with pytest.warns(NotConvergedWarning):

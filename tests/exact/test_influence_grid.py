@@ -1,4 +1,4 @@
-"""The picture of influences: which samples it shows, in which order."""
+"""The samples that the picture of influences shows, and their order."""
 
 from __future__ import annotations
 
@@ -21,13 +21,7 @@ def test_the_most_helpful_and_the_most_harmful_are_drawn() -> None:
     scores = torch.tensor([0.5, -2.0, 3.0, 0.0, -0.1, 1.0])
     figure = influence_grid(QUERY, sample, scores, top=2)
     captions = [axes.get_xlabel() for axes in figure.axes if axes.get_xlabel()]
-    assert captions == [
-        "a query",
-        "sample 2\n+3",
-        "sample 5\n+1",
-        "sample 1\n-2",
-        "sample 4\n-0.1",
-    ]
+    assert captions == ["a query", "sample 2\n+3", "sample 5\n+1", "sample 1\n-2", "sample 4\n-0.1"]
     figure.canvas.draw()
 
 

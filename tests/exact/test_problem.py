@@ -1,4 +1,4 @@
-"""`Problem`: what it computes once, what it never keeps, and what it refuses before any work."""
+"""`Problem`: what it computes once, what it never keeps, and what it refuses."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense import CLASSES, SAMPLES, SIZE, Dense, flat, make
+from refusals import refused
 from small_models import images, vit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
@@ -36,13 +37,13 @@ STAY, GO = list(range(9)), [9, 10, 11]
 
 @pytest.fixture(scope="module")
 def shared() -> Dense:
-    """Of the last norm and the head."""
+    """The problem with the last norm and the head trainable."""
     return make(trainable=r"^(norm|head)\.")
 
 
 @pytest.fixture
 def through_trunk(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many samples each call of a trunk has had."""
+    """The number of samples in each call of a trunk."""
     seen: list[int] = []
     forward = Trunk.forward
 
@@ -141,19 +142,16 @@ def test_a_changed_model_or_data_are_noticed() -> None:
     problem, plain = dense.problem(L2, cache=True), dense.problem(L2)
     certificate = certify(problem)
     dense.data.tensors[0][3] += 1
-    with pytest.raises(CertificateError, match="another data"):
-        certificate.verify()
+    refused(CertificateError, "another data", certificate.verify)
     assert certify(problem).data == certificate.data  # still about what was cached
     with torch.no_grad():
         state = {name: value + 0.1 for name, value in dense.tangent.state_dict().items()}
     dense.tangent.load_state_dict(state)
     for method in (fit_exact, certify, Influence, lambda p: p.curvature()({})):
-        with pytest.raises(ArgumentError, match="moved, cast or loaded"):
-            method(problem)
+        refused(ArgumentError, "moved, cast or loaded", method, problem)
     certify(plain)  # keeps nothing of the model
     dense.tangent.float()
-    with pytest.raises(ArgumentError, match="moved, cast or loaded"):
-        fit_exact(plain)
+    refused(ArgumentError, "moved, cast or loaded", fit_exact, plain)
 
 
 def test_ids_out_of_range(dense: Dense) -> None:
@@ -165,15 +163,11 @@ def test_ids_out_of_range(dense: Dense) -> None:
         ([], "ids is empty"),
         (range(12), "nothing is left"),
     ):
-        with pytest.raises(ArgumentError, match=match):
-            forget_samples(problem, ids)
-        with pytest.raises(ArgumentError, match=match):
-            problem.without(ids)
+        refused(ArgumentError, match, forget_samples, problem, ids)
+        refused(ArgumentError, match, problem.without, ids)
     assert not dense.delta.any()
-    with pytest.raises(ArgumentError, match="got a DataLoader"):
-        add_samples(problem, DataLoader(dense.data))
-    with pytest.raises(ArgumentError, match="l2 must be positive"):
-        problem.with_l2(0)
+    refused(ArgumentError, "got a DataLoader", add_samples, problem, DataLoader(dense.data))
+    refused(ArgumentError, "l2 must be positive", problem.with_l2, 0)
 
 
 class Noisy(Dataset):
@@ -216,8 +210,7 @@ NO_MEAN = "mean of the samples' own losses"
 def test_refused_before_any_work(
     dense: Dense, through_trunk: list[int], match: str, options: dict[str, Any]
 ) -> None:
-    with pytest.raises(ArgumentError, match=match):
-        dense.problem(**{"l2": L2, "cache": True, **options})
+    refused(ArgumentError, match, dense.problem, **{"l2": L2, "cache": True, **options})
     assert not through_trunk
 
 
@@ -241,7 +234,7 @@ def late_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def test_a_folder_that_is_sorted_by_class(dense: Dense) -> None:
-    """What a loss does with the class of the first samples says nothing about the others."""
+    """The losses differ by class, and the first batch has one class only."""
     inputs, classes = images(10).double(), torch.arange(2).repeat_interleave(5)
     data = TensorDataset(inputs, classes)
     losses = {
@@ -250,23 +243,20 @@ def test_a_folder_that_is_sorted_by_class(dense: Dense) -> None:
         negative: "must be convex",
     }
     for loss, match in losses.items():
-        with pytest.raises(ArgumentError, match=match):
-            dense.problem(L2, data, loss=loss)
+        refused(ArgumentError, match, dense.problem, L2, data, loss=loss)
     assert not dense.problem(L2, data, loss=late_entropy).quadratic
     unknown = TensorDataset(inputs, classes.clone().index_fill(0, torch.tensor([9]), -100))
     problem = dense.problem(L2, unknown, loss=F.cross_entropy)
     for first_pass in (fit_exact, certify):
-        with pytest.raises(ArgumentError, match="leave out samples whose target it ignores"):
-            first_pass(problem)
+        refused(ArgumentError, "leave out samples whose target it ignores", first_pass, problem)
     known = dense.problem(L2, data, loss=F.cross_entropy)
     certify(known)  # its own targets are tried; new ones still have to be
-    with pytest.raises(ArgumentError, match="leave out samples whose target it ignores"):
-        add_samples(known, unknown)
+    refused(ArgumentError, "leave out samples whose target it ignores", add_samples, known, unknown)
     assert not dense.delta.any()
 
 
 def test_a_class_weight_on_a_head_of_zeros() -> None:
-    """Its logits are zero: every class has the same loss, whatever the weights."""
+    """With zero logits every class has the same loss, so class weights do not show in it."""
     model = vit(**SIZE).double()
     nn.init.zeros_(model.head.weight)
     nn.init.zeros_(model.head.bias)

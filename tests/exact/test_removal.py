@@ -37,7 +37,7 @@ STAY, GO = list(range(9)), [9, 10, 11]
 
 @pytest.fixture
 def dense(shared: Dense) -> Dense:
-    """At the optimum of all samples."""
+    """The problem with its deltas at the optimum of all samples."""
     shared.set(shared.optimum(L2))
     return shared
 
@@ -130,7 +130,7 @@ def _numbers(certificate: Certificate) -> dict[str, float]:
 
 
 def test_a_certificate_of_a_float32_model_is_in_float64(dense: Dense) -> None:
-    """Its bound goes on falling where float32 gradients are all rounding."""
+    """The bound still falls where float32 gradients consist of rounding errors."""
     single = dense.in_single()
     inputs, labels = single.data.tensors
     rounded = TensorDataset(inputs.double(), labels)

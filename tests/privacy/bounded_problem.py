@@ -1,4 +1,4 @@
-"""A small private problem, written out: J by torch.func, F and its minimum without the library."""
+"""A small private problem: J by torch.func, the objective and its minimum without the library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch.func import functional_call, jacrev
 from torch.utils.data import TensorDataset
 
 from tangent_ops import LinearizedModel, linearize
-from tangent_ops.privacy.convex.bounded import Bounds
+from tangent_ops.data import in_order
+from tangent_ops.privacy.convex.bounded import Bounds, Objective
 from tangent_ops.privacy.noise import NoiseSource
 from tangent_ops.privacy.options import Privacy
 
@@ -24,23 +25,25 @@ BOUNDS = {"jacobian": R, "residual": B, "target": M}
 
 
 class Silent(NoiseSource):
-    """No noise at all, to see what it would be added to."""
+    """Draws zeros, so that results can be compared with exact ones."""
 
     def normal(self, shape, std, dtype, device):
         assert std > 0
         return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def private(fit, tangent, data, l2=L2, source: NoiseSource | None = None, **options):
-    """`fit_last_iterate` or `perturb_output`, of flat options, with noise from `source`."""
+def private(fit, model=None, data=None, l2=L2, source: NoiseSource | None = None, **options):
+    """Calls `fit_last_iterate` or `perturb_output` with flat options and noise from `source`."""
+    model = tangent() if model is None else model
+    data = samples() if data is None else data
     groups = []
     for kind in (Privacy, Bounds):
         names = {field.name for field in fields(kind)} & options.keys()
         groups.append(kind(**{name: options.pop(name) for name in names}))
     if source is None:
-        return fit(tangent, data, l2, *groups, **options)
+        return fit(model, data, l2, *groups, **options)
     with patch.object(Privacy, "noise_source", lambda self: source):
-        return fit(tangent, data, l2, *groups, **options)
+        return fit(model, data, l2, *groups, **options)
 
 
 def anchor() -> nn.Module:
@@ -58,10 +61,21 @@ def samples(count: int = N, scale: float = 1.0, seed: int = 1) -> TensorDataset:
     return TensorDataset(inputs, torch.randint(CLASSES, (count,), generator=noise))
 
 
+def joined(*parts: TensorDataset) -> TensorDataset:
+    columns = zip(*(part.tensors for part in parts), strict=True)
+    return TensorDataset(*(torch.cat(column) for column in columns))
+
+
 def outliers() -> TensorDataset:
-    """Inputs of all sizes, and J's with them."""
-    parts = [samples(4, scale, seed) for seed, scale in enumerate((1e-6, 1.0, 30.0, 1e6))]
-    return TensorDataset(*(torch.cat(column) for column in zip(*(p.tensors for p in parts))))  # noqa: B905
+    """Inputs of all sizes, and Jacobians that grow with them."""
+    return joined(*(samples(4, scale, n) for n, scale in enumerate((1e-6, 1.0, 30.0, 1e6))))
+
+
+def objective(data, l2=L2, normalizer=None, model=None) -> Objective:
+    bounds = Bounds(R, B, M, normalizer)
+    model = tangent() if model is None else model
+    options = {"cache": False, "device": None, "progress": False}
+    return Objective(model, in_order(data, 4), l2, bounds, **options)
 
 
 @functools.cache
@@ -111,7 +125,7 @@ class Written:
         return self.each(delta).sum(dim=0) / self.normalizer + self.l2 * delta
 
     def minimum(self) -> Tensor:
-        """By gradient steps of 1/M: a linear rate, whatever is clipped."""
+        """By gradient steps of 1/M, which converge linearly with any clipping."""
         smooth = self.l2 + len(self.rows) * R**2 / self.normalizer
         delta = torch.zeros(self.rows.shape[2], dtype=torch.float64)
         for _ in range(2000):

@@ -1,77 +1,28 @@
-"""`fit_private` against DP-SGD written out, its noise, sampling, resuming, processes, refusals."""
+"""`fit_private` against DP-SGD written out, its noise, sampling, resuming and processes."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from small_models import images, moved, vit
+from private_runs import COUNT, a_tangent, data, flat, run
+from small_models import moved
+from statements import a_statement
 from torch import Tensor, nn
-from torch.utils.data import (
-    ConcatDataset,
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    Subset,
-    TensorDataset,
-)
 from two_processes import results
 
-pytest.importorskip("opacus", reason="the extra for privacy is not installed")
-pytest.importorskip("dp_accounting", reason="the extra for privacy is not installed")
-
-from statements import a_statement
-
-from tangent_ops import Delta, last_blocks, linearize, load_delta, save_delta
-from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
+from tangent_ops import Delta, load_delta, save_delta
+from tangent_ops.errors import ArgumentError
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.privacy import state as _state
 from tangent_ops.privacy.accounting import Phase, epsilon
-from tangent_ops.privacy.checks import check_contents
-from tangent_ops.privacy.fit import PrivateFit, fit_private
 from tangent_ops.privacy.noise import NoiseSource
-from tangent_ops.privacy.options import Privacy
-from tangent_ops.privacy.per_sample.gradients import per_sample_gradients
 from tangent_ops.privacy.sampling import PoissonBatches
 from tangent_ops.privacy.statement import statement_of
-from tangent_ops.training.options import Recipe
-
-COUNT = 30
-FIELDS = {field.name for field in fields(Privacy)}
-
-
-def a_tangent(dtype=torch.float32):
-    model = vit(depth=1, embed_dim=12, num_heads=2).to(dtype)
-    return linearize(model, last_blocks(model, 1))
-
-
-def data(count=COUNT, dtype=torch.float32) -> TensorDataset:
-    return TensorDataset(images(count).to(dtype), torch.arange(count) % 5)
-
-
-def run(tangent=None, dataset=None, **options) -> PrivateFit:
-    options = {
-        "delta": 1e-3,
-        "max_grad_norm": 1.0,
-        "noise_multiplier": 1.0,
-        "expected_batch_size": 8,
-        "steps": 5,
-        "seed": 0,
-        "progress": False,
-        **options,
-    }
-    privacy = Privacy(**{name: options.pop(name) for name in FIELDS & options.keys()})
-    dataset = data() if dataset is None else dataset
-    return fit_private(tangent or a_tangent(), dataset, privacy, **options)
-
-
-def flat(delta) -> Tensor:
-    return torch.cat([value.double().flatten() for value in delta.values()])
 
 
 def written_out(
@@ -97,7 +48,7 @@ def written_out(
 
 @pytest.mark.parametrize("clip, l2, cosine", [(1.0, 0.0, False), (1e4, 0.3, True)])
 def test_is_dp_sgd(clip, l2, cosine):
-    """With noise too small to see; a clip that binds, and one that does not."""
+    """With negligible noise; with a clip that binds and one that does not."""
     found = run(
         a_tangent(torch.float64),
         data(dtype=torch.float64),
@@ -134,7 +85,7 @@ def test_the_noise_has_the_deviation_that_is_claimed(secure):
     spread = 5 / math.sqrt(2 * len(z))
     assert abs(float(z.std()) - 1) < spread
     assert abs(float(z.mean())) < 5 / math.sqrt(len(z))
-    assert abs(float((z[1:] * z[:-1]).mean())) < 5 / math.sqrt(len(z))  # each entry its own
+    assert abs(float((z[1:] * z[:-1]).mean())) < 5 / math.sqrt(len(z))  # entries are independent
 
 
 def test_modes_virtual_batches_and_cache_change_rounding_alone():
@@ -152,7 +103,7 @@ def test_modes_virtual_batches_and_cache_change_rounding_alone():
 
 @pytest.mark.gpu
 def test_on_a_gpu():
-    """The same batches; other noise, which is small here."""
+    """The GPU draws the same batches but other noise, which is small here."""
     quiet = {"noise_multiplier": 1e-3, "max_grad_norm": 1e-2, "optimizer": "sgd", "lr": 0.1}
     right = flat(run(**quiet).delta)
     found = run(**quiet, device="cuda")
@@ -217,7 +168,7 @@ def stopping(at: int):
 
 
 def test_without_a_seed_a_checkpoint_goes_on_with_the_same_noise(tmp_path, monkeypatch):
-    """A step may be made twice, but never with two draws of noise on the same sum."""
+    """A repeated step must not draw new noise for the same sum."""
     options = {"checkpoint": tmp_path / "fit", "checkpoint_every": 2, "seed": None}
     seen = []
     take = _state.State.advance
@@ -261,7 +212,7 @@ def test_the_statement_goes_with_the_delta(tmp_path):
     assert isinstance(loaded, Delta)
     assert statement_of(loaded) == said
     assert any("seed" in line for line in said.assumes)
-    assert not hasattr(found, "loss")  # of the private data, and not paid for
+    assert not hasattr(found, "loss")  # the loss depends on private data and is not accounted for
 
 
 def test_going_on_adds_up():
@@ -274,7 +225,7 @@ def test_going_on_adds_up():
     assert second.statement.epsilon > 1.2 * first.statement.epsilon
     spent = replace(first.statement, assumes=("the moon is full",), clip=9.0)
     said = run(moved(a_tangent()), start=spent).statement
-    assert "the moon is full" in said.assumes and said.clip == 9.0  # that has to hold still
+    assert "the moon is full" in said.assumes and said.clip == 9.0  # they still hold
     target = run(
         moved(a_tangent()), start=first.statement, noise_multiplier=None, target_epsilon=9.0
     )
@@ -309,7 +260,7 @@ def work(rank: int, folder: Path) -> tuple[Tensor, str]:
 
 
 def test_processes_of_a_group_train_what_one_would(tmp_path):
-    """Batches that are empty on one process, or on both, are among them; noise comes once."""
+    """Some batches are empty on one process or on both; noise is added once."""
     (one, said), (other, _) = results("test_fit_private", tmp_path)
     right = run(noise_multiplier=2.0, expected_batch_size=3, steps=6)
     assert torch.equal(one, other)
@@ -318,7 +269,7 @@ def test_processes_of_a_group_train_what_one_would(tmp_path):
 
 
 def test_a_group_goes_on_from_one_checkpoint_or_not_at_all(monkeypatch):
-    """A file that one process alone can see: they would draw other batches, in silence."""
+    """With a file that only one process sees, the processes would draw different batches."""
     state = _state.State({}, torch.optim.SGD([nn.Parameter(torch.ones(1))]), NoiseSource(0), (0, 1))
 
     others = []
@@ -336,201 +287,8 @@ def test_a_group_goes_on_from_one_checkpoint_or_not_at_all(monkeypatch):
             state.check_group()
 
 
-class Fitted:
-    def __init__(self) -> None:
-        self.mean_ = 0.5
-
-    def __call__(self, x):
-        return x - self.mean_
-
-
-class Photos(TensorDataset):
-    transform: object = None
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        yield from [data()[0]]
-
-
-def photos(transform) -> Photos:
-    dataset = Photos(images(COUNT), torch.arange(COUNT) % 5)
-    dataset.transform = transform
-    return dataset
-
-
-def composed(*steps):
-    return SimpleNamespace(transforms=[*steps])
-
-
-def standardised(dims) -> TensorDataset:
-    x = images(COUNT) * 3 + 1
-    x = (x - x.mean(dims, keepdim=True)) / x.std(dims, keepdim=True)
-    return TensorDataset(x, torch.arange(COUNT) % 5)
-
-
-@pytest.mark.parametrize(
-    "dataset",
-    [
-        photos(Fitted()),
-        Subset(photos(composed(str, Fitted())), range(20)),
-        ConcatDataset(
-            [
-                Subset(photos(None), range(10)),
-                Subset(photos(composed(composed(Fitted()))), range(10, COUNT)),
-            ]
-        ),
-        standardised((0,)),
-        standardised((0, 2, 3)),
-    ],
-)
-def test_refuses_preprocessing_that_was_fitted(dataset):
-    tangent = a_tangent()
-    with pytest.raises(UnsupportedError, match="public_preprocessing=True"):
-        run(tangent, dataset)
-    assert not any(delta.any() for delta in tangent.deltas().values())
-    said = run(tangent, dataset, public_preprocessing=True, steps=1).statement
-    assert any("preprocessing learned" in line for line in said.assumes)
-
-
-@pytest.mark.parametrize(
-    "dataset, message",
-    [
-        (DataLoader(data()), r"pass loader\.dataset"),
-        (Stream(), "map-style"),
-        ([1, 2], "map-style"),
-        (Subset(data(), []), "empty"),
-        (Subset(data(), [0, 1, 2, 1]), "one sample 2 times"),
-        (ConcatDataset([whole := data(), Subset(whole, [4])]), "one sample 2 times"),
-    ],
-)
-def test_refuses_data(dataset, message):
-    with pytest.raises(ArgumentError, match=message):
-        run(None, dataset)
-
-
-def copied(target: int, *, much: float = 0.0) -> TensorDataset:
-    """Sample 4 once more, as sample 30."""
-    inputs, classes = data().tensors
-    again = inputs[4:5] + much
-    return TensorDataset(torch.cat([inputs, again]), torch.cat([classes, torch.tensor([target])]))
-
-
-class Decoded(Dataset):
-    """Reads a sample anew each time, and has an index for each."""
-
-    def __init__(self, dataset: TensorDataset) -> None:
-        self.inner = dataset
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        torch.rand(1)  # as an augmentation does
-        x, y = self.inner[index]
-        return x.numpy().copy(), int(y)
-
-
-@pytest.mark.parametrize(
-    "dataset",
-    [
-        copied(4),
-        copied(1),  # another target makes it no other person's
-        Decoded(copied(4)),
-        ConcatDataset([data(), Subset(copied(4), [30])]),
-        ConcatDataset([data(), data()]),
-    ],
-)
-def test_refuses_a_copy_of_a_sample(dataset):
-    with pytest.raises(ArgumentError, match=r"one sample 2 times: the inputs [04] and 30 are the"):
-        run(None, dataset)
-
-
-def test_reading_the_contents_takes_what_differs_and_draws_no_random_numbers():
-    other = copied(4, much=2.0**-20)
-    assert not torch.equal(other[4][0], other[30][0])
-    state = torch.get_rng_state()
-    check_contents(DataLoader(Decoded(other), 7, generator=torch.Generator()))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"delta": 1 / COUNT}, r"not below 1/N = 0\.0333"),
-        ({"delta": 0.0}, "between 0 and 1"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm must be positive"),
-        ({"max_grad_norm": float("inf")}, "max_grad_norm must be positive"),
-        ({"noise_multiplier": None}, "one of target_epsilon and noise_multiplier"),
-        ({"target_epsilon": 1.0}, "one of target_epsilon and noise_multiplier"),
-        ({"noise_multiplier": 0.0}, "noise_multiplier must be positive"),
-        ({"noise_multiplier": None, "target_epsilon": -1.0}, "target_epsilon must be positive"),
-        ({"expected_batch_size": COUNT + 1}, "from 1 to the number of samples, 30"),
-        ({"steps": 0}, "steps"),
-        ({"mode": "fast"}, r"mode must be one of \['bookkeeping'"),
-        ({"optimizer": "lion"}, "optimizer must be one of"),
-        ({"schedule": "up"}, "schedule must be one of"),
-        ({"start": "somewhere"}, "start must be one of"),
-        ({"l2": -1.0}, "l2 must be finite and not negative"),
-        ({"seed": 0, "secure_mode": True}, "seed and secure"),
-        ({"loss": nn.CrossEntropyLoss(reduction="sum")}, "mean of the samples"),
-        ({"checkpoint": "/nowhere/fit"}, "does not exist"),
-        ({"max_grad_norm": None}, r"give Privacy\(max_grad_norm="),
-        ({"epochs": 15}, r"does not use the recipe's epochs: give Privacy\(steps="),
-        ({"recipe": Recipe(seed=1)}, r"recipe's seed: give Privacy\(seed="),
-        ({"rate": 0.1}, "fit_private has no option 'rate'; there are loss, .*checkpoint"),
-    ],
-)
-def test_refuses_options(options, message):
-    tangent = a_tangent()
-    with pytest.raises(ArgumentError, match=message):
-        run(tangent, **options)
-    assert not any(delta.any() for delta in tangent.deltas().values())
-
-
-def test_refuses_losses_that_mix_samples_though_the_first_do_not_show_it():
-    """Class weights and ignored targets tie a sample's gradient to the others of its batch."""
-    inputs, classes = images(COUNT), torch.arange(5).repeat_interleave(6)
-    data = TensorDataset(inputs, classes)
-    weights = torch.tensor([1.0, 2, 3, 4, 5])
-    for loss in (nn.CrossEntropyLoss(weights), nn.CrossEntropyLoss(ignore_index=4)):
-        with pytest.raises(ArgumentError, match="mean of the samples"):
-            run(dataset=data, loss=loss)
-    unknown = TensorDataset(inputs, classes.clone().index_fill(0, torch.tensor([29]), -100))
-    with pytest.raises(ArgumentError, match="mean of the samples"):
-        run(dataset=unknown, loss=nn.CrossEntropyLoss(), expected_batch_size=COUNT, steps=1)
-    with pytest.raises(ArgumentError, match="mean of the samples"):
-        per_sample_gradients(a_tangent(), inputs[:6], classes[:6], nn.CrossEntropyLoss(weights))
-
-
-@pytest.mark.parametrize("norm", [nn.BatchNorm1d(12, track_running_stats=False), "training"])
-def test_refuses_a_batch_norm_that_uses_its_batch(norm):
-    layer = nn.BatchNorm1d(12) if norm == "training" else norm
-    tangent = linearize(nn.Sequential(nn.Linear(6, 12), layer, nn.Linear(12, 5)))
-    if norm == "training":
-        run(tangent, TensorDataset(torch.randn(COUNT, 6) + 1, torch.arange(COUNT) % 5))
-        tangent = linearize(nn.Sequential(nn.Linear(6, 12), layer, nn.Linear(12, 5)))
-        tangent.anchor.train()
-    with pytest.raises(UnsupportedError, match=r"^1 is a batch norm"):
-        run(tangent, TensorDataset(torch.randn(COUNT, 6) + 1, torch.arange(COUNT) % 5))
-
-
-def test_refuses_an_ordinary_model():
-    with pytest.raises(ArgumentError, match="LinearizedModel"):
-        run(nn.Linear(2, 2), data())
-
-
-def test_a_sample_that_is_not_finite_stops_it():
-    x, y = data().tensors
-    x[3] = float("nan")
-    tangent = a_tangent()
-    with pytest.raises(NonFiniteLossError, match="gradient of a sample"):
-        run(tangent, TensorDataset(x, y), expected_batch_size=COUNT, steps=1)
-    assert not any(delta.any() for delta in tangent.deltas().values())
-
-
 def test_a_statement_of_other_samples_does_not_vanish():
-    """What was spent before counts at the delta of this fit."""
+    """Earlier phases are accounted for at the delta of this fit."""
     spent = a_statement(Phase(0.7, 1.0, 1), delta=1e-6)
     found = run(moved(a_tangent()), start=spent).statement
     assert found.delta == 1e-3

@@ -1,90 +1,27 @@
-"""Per-sample gradients: every layer of vision transformers, every mode, against one at a time."""
+"""Per-sample gradients of vision transformers in every mode, against one sample at a time."""
 
 from __future__ import annotations
 
-import types
-
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from small_models import Computes, exact_vjp, images, moved, vit
-from torch import Tensor, nn
-
-pytest.importorskip("opacus", reason="the extra for privacy is not installed")
-
-from timm.layers.conv2d_same import Conv2dSame
-from timm.layers.layer_scale import LayerScale
+from per_sample_oracle import LOSS, Row, check
+from small_models import Computes, images, moved, vit
 from timm.layers.mlp import SwiGLUPacked
-from timm.layers.norm import GroupNorm1, LayerNorm2d, RmsNorm
-from timm.layers.std_conv import ScaledStdConv2d, StdConv2d, StdConv2dSame
+from timm.layers.norm import RmsNorm
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor, nn
 
 from tangent_ops import linearize
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
-from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.privacy.per_sample.gradients import (
     MODES,
     PerSampleGradients,
     clip_factors,
     per_sample_gradients,
 )
-from tangent_ops.privacy.per_sample.layers import ProductLayer, make_layer
 from tangent_ops.profiling.memory import peak_bytes
-
-LOSS = RescaledSquareLoss()
-
-
-def by_loops(tangent, inputs: Tensor, cotangents: Tensor) -> dict[str, Tensor]:
-    """J(x_i)ᵀ c_i through torch.func.vjp of the anchor, one sample at a time, in float64."""
-    names = list(tangent.deltas())
-    each = [
-        exact_vjp(tangent.anchor, names, c, x)
-        for x, c in zip(inputs.split(1), cotangents.split(1), strict=True)
-    ]
-    return {name: torch.stack([one[name] for one in each]) for name in names}
-
-
-def low_rank(tangent, samples: dict[str, Tensor]) -> dict[str, Tensor]:
-    bases = tangent.basis.tensors()
-    return {
-        name: value.flatten(2) @ bases[name].double().T if name in bases else value
-        for name, value in samples.items()
-    }
-
-
-def check(tangent, inputs: Tensor, tolerance: float = 1e-6) -> None:
-    """Samples, and the clipped sums of all modes."""
-    own = PerSampleGradients(tangent, inputs)
-    with torch.no_grad():
-        logits = tangent(inputs)
-    targets = torch.arange(len(inputs)) % logits.shape[1]
-    cotangents = _cotangents(logits, targets)
-    right = low_rank(tangent, by_loops(tangent, inputs, cotangents))
-    size = torch.stack([value.flatten(1).square().sum(1) for value in right.values()]).sum(0).sqrt()
-    found = own.samples(inputs, cotangents)
-    clip = float(size.median())
-    factors = (clip / size).clamp_max(1)
-    for name, value in right.items():
-        error = (found[name].double() - value).flatten(1).norm(dim=1)
-        assert float((error / size).max()) <= tolerance, name
-    for mode in MODES:
-        sums = own.clipped_sum(inputs, targets, LOSS, clip, mode)
-        assert sums.keys() == right.keys()
-        for name, value in right.items():
-            expected = torch.tensordot(factors, value, 1)
-            error = float((sums[name].double() - expected).norm())
-            assert error <= tolerance * float(factors @ size), (mode, name)
-
-
-def _cotangents(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of each sample's own loss, written out: (2/C)(f - M y)."""
-    wanted = 15.0 * nn.functional.one_hot(targets, logits.shape[1])
-    return (2 / logits.shape[1] * (logits.double() - wanted)).to(logits)
-
 
 SMALL = {"img_size": 16, "patch_size": 4, "num_classes": 3, "embed_dim": 12, "depth": 1}
 TRANSFORMERS = {
@@ -152,7 +89,7 @@ def test_single_precision():
 
 @pytest.mark.gpu
 def test_on_a_gpu():
-    """By the Triton kernels, whose products of float32 may be of TF32."""
+    """With the Triton kernels, which may multiply float32 in TF32."""
     check(moved(linearize(vit(depth=2))).cuda(), images(4).cuda(), 5e-3)
 
 
@@ -163,158 +100,6 @@ def test_sixteen_bits_are_summed_in_float32():
     assert {value.dtype for value in sums.values()} == {torch.float32}
     norm = sum(float(value.double().square().sum()) for value in sums.values()) ** 0.5
     assert 0.1 < norm <= 3.0
-
-
-class Row(nn.Module):
-    """One layer, and logits of its output."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.tanh(self.layer(x)).flatten(1)
-        return torch.stack([y.sum(1), (y * y).sum(1), y[:, 0]], dim=1)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    kind=st.sampled_from(["linear", "no bias", "layer norm", "bare norm", "scale", "group norm"]),
-    count=st.integers(1, 4),
-    middle=st.lists(st.integers(1, 9), max_size=2),
-    width=st.integers(1, 8),
-    out=st.integers(1, 6),
-    seed=st.integers(0, 99),
-)
-def test_layers(kind, count, middle, width, out, seed):
-    torch.manual_seed(seed)
-    shape = [4, 2 * width] if kind == "group norm" else [*middle, 2 * width]
-    layer = {
-        "linear": lambda: nn.Linear(2 * width, out),
-        "no bias": lambda: nn.Linear(2 * width, out, bias=False),
-        "layer norm": lambda: nn.LayerNorm(2 * width),
-        "bare norm": lambda: nn.LayerNorm(2 * width, bias=False),
-        "scale": lambda: LayerScale(2 * width),
-        "group norm": lambda: nn.GroupNorm(2, 4),
-    }[kind]()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape))
-    tangent = moved(linearize(Row(layer).double()), seed)
-    check(tangent, torch.randn(count, *shape, dtype=torch.float64), 1e-9)
-
-
-@settings(max_examples=15, deadline=None)
-@given(
-    kind=st.sampled_from([1, 2, 3]),
-    kernel=st.integers(1, 3),
-    stride=st.integers(1, 3),
-    padding=st.integers(0, 2),
-    groups=st.sampled_from([1, 2]),
-    size=st.integers(3, 6),
-    seed=st.integers(0, 99),
-)
-def test_convolutions(kind, kernel, stride, padding, groups, size, seed):
-    torch.manual_seed(seed)
-    make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[kind - 1]
-    layer = make(2, 4, kernel, stride, padding, groups=groups)
-    tangent = moved(linearize(Row(layer).double()), seed)
-    inputs = torch.randn(3, 2, *(size + k for k in range(kind)), dtype=torch.float64)
-    check(tangent, inputs, 1e-9)
-
-
-class ChannelsFirst(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
-
-
-class Squared(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight, self.bias).square()
-
-
-class Centring(nn.Conv2d):
-    """The base's forward calls this, too."""
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return super()._conv_forward(input, weight - weight.mean(), bias)
-
-
-class Factored(nn.Linear):
-    """The base's forward, of a weight that is made of other parameters."""
-
-    def __init__(self, size: int, out: int) -> None:
-        super().__init__(size, out)
-        direction = self.weight
-        del self.weight  # pyright: ignore[reportAttributeAccessIssue]
-        self.direction, self.length = direction, nn.Parameter(torch.ones(out, 1))
-
-    @property
-    def weight(self) -> Tensor:
-        return self.length * self.direction
-
-
-class Halved(nn.LayerNorm):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) / 2
-
-
-class Renamed(nn.Linear):
-    """A subclass that computes what its base does."""
-
-
-def set_on_the_instance() -> nn.Module:
-    layer = nn.Linear(5, 3)
-    sine = types.MethodType(lambda self, x: torch.sin(F.linear(x, self.weight, self.bias)), layer)
-    setattr(layer, "forward", sine)  # noqa: B010
-    return layer
-
-
-SUBCLASSES = {
-    "timm's LayerNorm2d": lambda: LayerNorm2d(4),
-    "timm's Conv2dSame": lambda: Conv2dSame(4, 3, 3, 2),
-    "timm's StdConv2d": lambda: StdConv2d(4, 3, 3),
-    "timm's StdConv2dSame": lambda: StdConv2dSame(4, 3, 3, 2),
-    "timm's ScaledStdConv2d": lambda: ScaledStdConv2d(4, 3, 3),
-    "timm's GroupNorm1": lambda: GroupNorm1(4),
-    "channels-first linear": lambda: ChannelsFirst(4, 3),
-    "squared linear": lambda: Squared(5, 3),
-    "convolution of a centred weight": lambda: Centring(4, 3, 3),
-    "linear of a factored weight": lambda: Factored(5, 3),
-    "halved layer norm without bias": lambda: Halved(5, bias=False),
-    "renamed linear": lambda: Renamed(5, 3),
-    "forward of the instance": set_on_the_instance,
-    "reflected padding": lambda: nn.Conv2d(4, 3, 3, padding=1, padding_mode="reflect"),
-    "circular padding": lambda: nn.Conv2d(4, 2, 3, padding=1, padding_mode="circular", groups=2),
-}
-
-
-@pytest.mark.parametrize("name", SUBCLASSES)
-def test_subclasses_and_options_of_known_layers(name):
-    torch.manual_seed(0)
-    layer = SUBCLASSES[name]()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape))
-    tangent = moved(linearize(Row(layer).double()))
-    check(tangent, torch.randn(3, 4, 6, 5, dtype=torch.float64), 1e-9)
-
-
-def test_a_subclass_that_computes_what_its_base_does_is_not_run_anew():
-    names = {"weight": "w", "bias": "b"}
-    assert isinstance(make_layer(Renamed(6, 3), names, {}), ProductLayer)
-    assert not isinstance(make_layer(Squared(6, 3), names, {}), ProductLayer)
-
-
-class DataDependent(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if bool(input.sum() < 1e9) else input
-
-
-def test_a_layer_that_functorch_cannot_map_is_named():
-    tangent = linearize(Row(DataDependent(6, 3)))
-    with pytest.raises(UnsupportedError, match=r"of a DataDependent need functorch.*`trainable`"):
-        PerSampleGradients(tangent, torch.randn(2, 6))
 
 
 def test_norms_of_many_positions_take_the_other_way():
@@ -359,7 +144,7 @@ def test_parameters_that_are_used_without_their_layer():
 
 
 class Keeping(nn.Module):
-    """Computes something of its weight once."""
+    """Keeps a tensor that it computes from its weight in the first call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -440,7 +225,7 @@ def test_the_deltas_are_left_alone():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_no_sample_adds_more_than_the_bound(mode):
-    """In float32, where norms are rounded, with samples from tame to huge."""
+    """In float32, where norms are rounded, for inputs of several sizes."""
     tangent = moved(linearize(vit(depth=1)))
     own = PerSampleGradients(tangent, images(2))
     for scale in (1e-3, 1.0, 1e3):
@@ -451,7 +236,7 @@ def test_no_sample_adds_more_than_the_bound(mode):
 
 @pytest.mark.parametrize("width", [100, 30])  # by Gram matrices, and by the product
 def test_norms_never_come_out_too_small(width):
-    """Positions that cancel almost: the norm is small beside what is summed."""
+    """The positions nearly cancel, so that the norm is small beside its terms."""
     torch.manual_seed(0)
     half = torch.randn(64, 20, width)
     own = PerSampleGradients(linearize(Row(nn.Linear(width, width, bias=False))), half)
@@ -476,7 +261,7 @@ def test_clip_factors():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_memory(mode):
-    """Only "per-sample" has something of the size batch times parameters."""
+    """Only "per-sample" allocates memory of the size batch times parameters."""
     torch.manual_seed(0)
     tangent = moved(linearize(Row(nn.Linear(400, 400))))
     inputs, targets = torch.randn(64, 2, 400), torch.zeros(64, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Accounting, against closed forms, a simulation and figures that others published."""
+"""Accounting against closed forms, a simulation and published figures."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ import math
 
 import numpy as np
 import pytest
-
-pytest.importorskip("opacus")
-pytest.importorskip("dp_accounting")
-
 from gaussian_oracle import gaussian_epsilon, gaussian_failure
 from scipy.optimize import brentq
 from scipy.stats import norm
@@ -103,7 +99,7 @@ def test_many_small_steps(sigma: float, rate: float) -> None:
 
 @pytest.mark.parametrize("delta", [1e-11, 3e-12])
 def test_rounding_is_on_the_safe_side(delta: float) -> None:
-    # All but every sample in each step: the Gaussian mechanism, by a transform to the power of T.
+    # Nearly every sample is in each step: almost the Gaussian mechanism, composed by a transform.
     phases = [Phase(100, 1 - 1e-13, 10_000)]
     exact = gaussian_epsilon(1, delta)
     assert exact <= epsilon(phases, delta) <= 1.03 * exact  # without the margin 0.03% below

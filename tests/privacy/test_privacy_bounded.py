@@ -1,12 +1,9 @@
-"""What no sample exceeds: gradients, curvature, and J's norm, against dense matrices."""
+"""Bounds on each sample's gradient, curvature and Jacobian norm, against dense matrices."""
 
 import math
 
 import pytest
 import torch
-
-pytest.importorskip("dp_accounting")
-pytest.importorskip("opacus")
 from bounded_problem import (
     BOUNDS,
     CLASSES,
@@ -20,27 +17,20 @@ from bounded_problem import (
     Written,
     dense,
     flat,
+    objective,
     outliers,
     samples,
     tangent,
 )
+from refusals import refused
 from small_models import images, vit
 from torch.utils.data import DataLoader, TensorDataset
 
 from tangent_ops import last_blocks, linearize
-from tangent_ops.data import in_order
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.losses import RescaledSquareLoss
-from tangent_ops.privacy.convex.bounded import BoundedSquareLoss, Bounds, Objective
+from tangent_ops.privacy.convex.bounded import BoundedSquareLoss, Bounds
 from tangent_ops.privacy.convex.jacobian_norms import jacobian_norms
-
-OPTIONS = {"cache": False, "device": None, "progress": False}
-
-
-def objective(data, l2=L2, normalizer=None, model=None, **options):
-    bounds = Bounds(R, B, M, normalizer)
-    model = tangent() if model is None else model
-    return Objective(model, in_order(data, 4), l2, bounds, **OPTIONS | options)
 
 
 def directions(count, scale):
@@ -75,7 +65,7 @@ def _double(data):
 
 @pytest.mark.parametrize("scale", [0.0, 0.3, 1e3, 1e8])
 def test_no_sample_has_a_gradient_above_the_bound(scale):
-    """Of the sum over one sample: what Objective gives, less the penalty."""
+    """The gradient over one sample is Objective's, less the penalty."""
     data = outliers()
     for index in range(0, len(data), 2):
         one = TensorDataset(*(column[index : index + 1] for column in data.tensors))
@@ -182,22 +172,18 @@ def test_refuses_targets_that_are_no_classes():
         (torch.full((N,), -1), f"from 0 to {CLASSES - 1}"),
         (torch.zeros(N, dtype=torch.bool), "class indices of shape"),
     ):
-        with pytest.raises(ArgumentError, match=match):
-            objective(TensorDataset(inputs, targets))
+        refused(ArgumentError, match, objective, TensorDataset(inputs, targets))
 
 
 def test_refuses_samples_and_models_that_no_bound_holds_for():
     inputs, targets = samples().tensors
     inputs = inputs.clone()
     inputs[2, 1] = math.nan
-    with pytest.raises(ArgumentError, match="not finite"):
-        objective(TensorDataset(inputs, targets))
+    refused(ArgumentError, "not finite", objective, TensorDataset(inputs, targets))
     half = linearize(torch.nn.Linear(INPUTS, CLASSES).bfloat16())
-    with pytest.raises(UnsupportedError, match="bfloat16"):
-        objective(samples(), model=half)
+    refused(UnsupportedError, "bfloat16", objective, samples(), model=half)
     for l2 in (0.0, -1.0, math.nan):
-        with pytest.raises(ArgumentError, match="l2 must be positive"):
-            objective(samples(), l2=l2)
+        refused(ArgumentError, "l2 must be positive", objective, samples(), l2=l2)
 
 
 @pytest.mark.parametrize("name", [*BOUNDS, "normalizer"])

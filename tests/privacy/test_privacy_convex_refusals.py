@@ -1,4 +1,4 @@
-"""What would void the convex mechanisms' guarantee in silence is refused before any work."""
+"""The convex mechanisms refuse data and models for which their guarantee does not hold."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import torch
 from bounded_problem import private, samples, tangent
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
-
-pytest.importorskip("opacus", reason="the extra for privacy is not installed")
-pytest.importorskip("dp_accounting", reason="the extra for privacy is not installed")
 
 from tangent_ops import linearize
 from tangent_ops.errors import ArgumentError, UnsupportedError
@@ -30,9 +27,9 @@ FITS = [
     partial(private, fit_last_iterate, steps=2, **OPTIONS),
     partial(private, perturb_output, **OPTIONS),
 ]
+pytestmark = pytest.mark.parametrize("fit", FITS)
 
 
-@pytest.mark.parametrize("fit", FITS)
 def test_a_sample_that_is_in_the_data_twice(fit):
     """It would move the result by twice the sensitivity."""
     with pytest.raises(ArgumentError, match="one sample 2 times"):
@@ -44,7 +41,6 @@ def test_a_sample_that_is_in_the_data_twice(fit):
             fit(tangent(), data)
 
 
-@pytest.mark.parametrize("fit", FITS)
 def test_inputs_that_were_standardised_by_their_own_statistics(fit):
     x, y = samples().tensors
     x = (x - x.mean(0)) / x.std(0)
@@ -53,9 +49,8 @@ def test_inputs_that_were_standardised_by_their_own_statistics(fit):
     fit(tangent(), TensorDataset(x, y), public_preprocessing=True)
 
 
-@pytest.mark.parametrize("fit", FITS)
 def test_a_batch_norm_that_uses_its_batch(fit):
-    """Its Jacobian of one sample alone would bound nothing."""
+    """Such a norm mixes samples, so the Jacobian of one sample bounds nothing."""
     norm = nn.BatchNorm1d(4, track_running_stats=False)
     mixing = linearize(nn.Sequential(nn.Linear(3, 4), norm, nn.Linear(4, 2)).double())
     x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -63,7 +58,6 @@ def test_a_batch_norm_that_uses_its_batch(fit):
         fit(mixing, TensorDataset(x, torch.arange(6) % 2))
 
 
-@pytest.mark.parametrize("fit", FITS)
 def test_fields_of_privacy_that_it_does_not_use(fit):
     for field, value in {"max_grad_norm": 1.0, "expected_batch_size": 8, "start": "public"}.items():
         with pytest.raises(ArgumentError, match=f"does not use {field}"):

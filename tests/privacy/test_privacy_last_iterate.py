@@ -1,13 +1,11 @@
 """Noisy gradient descent: the formula, the contraction, and the last iterate's distribution."""
 
 import math
+from functools import partial
 from statistics import NormalDist
 
 import pytest
 import torch
-
-pytest.importorskip("dp_accounting")
-pytest.importorskip("opacus")
 from bounded_problem import (
     BOUNDS,
     L2,
@@ -18,16 +16,16 @@ from bounded_problem import (
     Silent,
     Written,
     flat,
+    joined,
+    objective,
     outliers,
     private,
     samples,
     tangent,
 )
-from torch.utils.data import TensorDataset
 
-from tangent_ops.data import in_order
 from tangent_ops.errors import ArgumentError, NonFiniteLossError
-from tangent_ops.privacy.convex.bounded import Bounds, Objective
+from tangent_ops.privacy.convex.bounded import Bounds
 from tangent_ops.privacy.convex.last_iterate import (
     contraction_gap,
     fit_last_iterate,
@@ -39,6 +37,7 @@ from tangent_ops.privacy.statement import statement_of
 OPTIONS = {**BOUNDS, **QUIET, "delta": 1e-3, "steps": 30}
 SMOOTH = L2 + (N + 1) * R**2 / N
 PHI = NormalDist().cdf
+fit = partial(private, fit_last_iterate, **OPTIONS)
 
 
 def mu(found, normalizer=N):
@@ -68,16 +67,11 @@ def test_growth_stays_finite():
 @pytest.mark.parametrize("data", [samples(), outliers()], ids=["samples", "outliers"])
 @pytest.mark.parametrize("share", [0.5, 1.0, 1.6, 1.95])
 def test_steps_contract_and_neighbours_steps_are_near(data, share):
-    """On random pairs, by the objective's own gradients; also of a data set with one more."""
+    """On random pairs of points, for two data sets that differ by one sample."""
     size = len(data)
-    more = TensorDataset(
-        *(torch.cat(c) for c in zip(data.tensors, samples(1, 5.0, 9).tensors, strict=True))
-    )
-    options = {"cache": False, "device": None, "progress": False}
+    more = joined(data, samples(1, 5.0, 9))
     bounds = Bounds(R, B, BOUNDS["target"], float(size))
-    mine, others = (
-        Objective(tangent(), in_order(d, 4), L2, bounds, **options) for d in (data, more)
-    )
+    mine, others = (objective(d, normalizer=float(size)) for d in (data, more))
     smooth = bounds.smoothness(L2, size)
     assert smooth == pytest.approx(L2 + (size + 1) * R**2 / size)
     lr = share / smooth
@@ -101,16 +95,7 @@ def test_steps_contract_and_neighbours_steps_are_near(data, share):
 def test_noise_fits_the_theorem(share, normalizer):
     size = normalizer or N
     smooth = L2 + (N + 1) * R**2 / size
-    found = private(
-        fit_last_iterate,
-        tangent(),
-        samples(),
-        L2,
-        target_epsilon=1.0,
-        lr=share / smooth,
-        normalizer=normalizer,
-        **OPTIONS,
-    )
+    found = fit(target_epsilon=1.0, lr=share / smooth, normalizer=normalizer)
     mine = mu(found, size)
     # δ(ε) of μ-Gaussian privacy: Dong, Roth, Su 2022, corollary 2.13.
     failure = [PHI(-1 / m + m / 2) - math.e * PHI(-1 / m - m / 2) for m in (mine, 1.003 * mine)]
@@ -127,9 +112,7 @@ def test_noise_fits_the_theorem(share, normalizer):
 def test_it_is_noisy_gradient_descent():
     """The same noise on the gradients written out gives the same iterate."""
     model, data = tangent(), outliers()
-    found = private(
-        fit_last_iterate, model, data, L2, noise_multiplier=2.0, source=NoiseSource(3), **OPTIONS
-    )
+    found = fit(model, data, noise_multiplier=2.0, source=NoiseSource(3))
     written, noise = Written(data, len(data)), NoiseSource(3)
     assert mu(found, len(data)) == pytest.approx(1 / 2.0, rel=1e-9)
     delta = torch.zeros(flat(model.deltas()).numel(), dtype=torch.float64)
@@ -143,14 +126,13 @@ def test_it_is_noisy_gradient_descent():
 
 def test_without_noise_it_arrives_at_the_optimum():
     model, data = tangent(), samples()
-    options = {**OPTIONS, "steps": 200}
-    private(fit_last_iterate, model, data, L2, noise_multiplier=1.0, source=Silent(), **options)
+    fit(model, data, noise_multiplier=1.0, source=Silent(), steps=200)
     exact = Written(data, N).minimum()
     assert float((flat(model.deltas()) - exact).norm()) <= 1e-6 * float(exact.norm())
 
 
 def test_simulated_neighbours_are_no_further_apart_than_stated():
-    """Many runs of one parameter, not quadratic: the best threshold's advantage is below μ's."""
+    """The best threshold's advantage over many runs of a one-parameter problem is below μ's."""
     runs, steps, m, smooth, shift, nu = 200_000, 12, 0.2, 1.0, 0.3, 0.5
     lr = 1.3 / smooth
     gap = contraction_gap(lr, m, smooth)
@@ -176,15 +158,11 @@ def test_simulated_neighbours_are_no_further_apart_than_stated():
 def test_refuses_steps_that_do_not_contract():
     model = tangent()
     with pytest.raises(ArgumentError, match=f"below 2/M = {2 / SMOOTH:.6g}"):
-        private(
-            fit_last_iterate, model, samples(), L2, target_epsilon=1.0, lr=2 / SMOOTH, **OPTIONS
-        )
-    # 2/M of N samples, not of a neighbour's N + 1, is too much, too.
+        fit(model, target_epsilon=1.0, lr=2 / SMOOTH)
+    # 2/M for N samples is too large for a neighbour with N + 1.
     alone = L2 + R**2
     with pytest.raises(ArgumentError, match="do not contract"):
-        private(
-            fit_last_iterate, model, samples(), L2, target_epsilon=1.0, lr=1.99 / alone, **OPTIONS
-        )
+        fit(model, target_epsilon=1.0, lr=1.99 / alone)
     assert not flat(model.deltas()).any()
 
 
@@ -193,7 +171,7 @@ def test_refuses_deltas_that_are_not_zero():
     with torch.no_grad():
         next(iter(model.deltas().values()))[0, 0] = 1e-30
     with pytest.raises(ArgumentError, match="not zero"):
-        private(fit_last_iterate, model, samples(), L2, target_epsilon=1.0, **OPTIONS)
+        fit(model, target_epsilon=1.0)
 
 
 def test_refuses():
@@ -209,12 +187,7 @@ def test_refuses():
         ({"residual": 0.0}, "residual must be positive"),
     ):
         with pytest.raises(ArgumentError, match=match):
-            private(
-                fit_last_iterate,
-                tangent(),
-                samples(),
-                **{"l2": L2, "target_epsilon": 1.0, **OPTIONS} | options,
-            )
+            fit(**{"target_epsilon": 1.0} | options)
 
 
 def test_a_failure_on_the_way_releases_nothing():
@@ -224,21 +197,12 @@ def test_a_failure_on_the_way_releases_nothing():
 
     model = tangent()
     with pytest.raises(NonFiniteLossError):
-        private(
-            fit_last_iterate, model, samples(), L2, noise_multiplier=1.0, source=Broken(), **OPTIONS
-        )
+        fit(model, noise_multiplier=1.0, source=Broken())
     assert not flat(model.deltas()).any()
 
 
 def test_nothing_of_the_way_is_shown(capsys):
-    private(
-        fit_last_iterate,
-        tangent(),
-        samples(),
-        L2,
-        target_epsilon=1.0,
-        **OPTIONS | {"progress": True, "steps": 3},
-    )
+    fit(target_epsilon=1.0, progress=True, steps=3)
     shown = capsys.readouterr().err
     assert "private fit" in shown
     assert "loss" not in shown and "bound" not in shown

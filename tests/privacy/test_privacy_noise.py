@@ -1,12 +1,10 @@
-"""Where noise comes from: its distribution, by scipy's tests, and what may repeat."""
+"""Sources of noise: their distribution by scipy's tests, and which of them repeat."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("scipy")
 from scipy import stats
 
 from tangent_ops.errors import ArgumentError
@@ -23,7 +21,7 @@ def source(request):
 
 def test_is_gaussian_of_the_standard_deviation_asked_for(source):
     draws = source.normal((N,), 2.5, torch.float64, "cpu").numpy()
-    # One false alarm in 10^9 runs each: nobody sees one.
+    # Each bound fails by chance once in 10^9 runs.
     assert stats.kstest(draws, "norm", args=(0, 2.5)).pvalue > 1e-9
     assert abs(draws.mean()) < 6.2 * 2.5 / math.sqrt(N)
     assert abs(draws.std() / 2.5 - 1) < 6.2 / math.sqrt(2 * N)

@@ -1,13 +1,11 @@
 """Noise on the optimum: how far neighbours' optima are apart, and what is added."""
 
 import math
+from functools import partial
 from statistics import NormalDist
 
 import pytest
 import torch
-
-pytest.importorskip("dp_accounting")
-pytest.importorskip("opacus")
 from bounded_problem import (
     BOUNDS,
     INPUTS,
@@ -19,6 +17,7 @@ from bounded_problem import (
     Silent,
     Written,
     flat,
+    joined,
     outliers,
     private,
     samples,
@@ -36,10 +35,7 @@ from tangent_ops.privacy.statement import statement_of
 
 OPTIONS = {**BOUNDS, **QUIET, "delta": 1e-3}
 PHI = NormalDist().cdf
-
-
-def joined(*parts):
-    return TensorDataset(*(torch.cat(c) for c in zip(*(p.tensors for p in parts), strict=True)))
+fit = partial(private, perturb_output, **OPTIONS)
 
 
 def without(data, index):
@@ -50,7 +46,7 @@ def without(data, index):
 @pytest.mark.parametrize("data", [samples(), outliers()], ids=["samples", "outliers"])
 @pytest.mark.parametrize("l2", [L2, 0.02])
 def test_neighbours_optima_are_within_the_sensitivity(data, l2):
-    """Without each sample, and with one more that pulls as hard as it can, at a fixed E."""
+    """Without each sample, and with one more of two sizes, at a fixed normalizer."""
     size = len(data)
     optimum = Written(data, size, l2).minimum()
     others = [without(data, index) for index in range(size)]
@@ -75,22 +71,13 @@ def misleading():
 @pytest.mark.parametrize("data", [samples(), outliers(), misleading()], ids=["s", "o", "m"])
 @pytest.mark.parametrize("normalizer", [None, 25.0])
 def test_without_noise_it_is_the_optimum(data, normalizer):
-    """Up to τ, where the allowance is small; from any start."""
+    """Up to the allowance τ, which is small here, and from any start."""
     model = tangent()
     with torch.no_grad():
         for value in model.deltas().values():
             value.add_(0.3)
-    found = private(
-        perturb_output,
-        model,
-        data,
-        L2,
-        noise_multiplier=3.0,
-        source=Silent(),
-        inexactness=1e-5,
-        normalizer=normalizer,
-        **OPTIONS,
-    )
+    noise = {"noise_multiplier": 3.0, "source": Silent()}
+    found = fit(model, data, **noise, inexactness=1e-5, normalizer=normalizer)
     size = normalizer or len(data)
     exact = Written(data, size).minimum()
     bound = R * B / (size * L2)
@@ -100,20 +87,11 @@ def test_without_noise_it_is_the_optimum(data, normalizer):
 
 
 def test_noise_has_the_standard_deviation_stated():
-    data = samples()
-    exact = Written(data, N).minimum()
+    exact = Written(samples(), N).minimum()
     drawn = []
     for seed in range(4):
         model = tangent()
-        found = private(
-            perturb_output,
-            model,
-            data,
-            L2,
-            noise_multiplier=3.0,
-            source=NoiseSource(seed),
-            **OPTIONS,
-        )
+        found = fit(model, noise_multiplier=3.0, source=NoiseSource(seed))
         drawn.append(flat(model.deltas()) - exact)
         assert torch.equal(flat(found.delta), flat(model.deltas()))
     entries = torch.cat(drawn)
@@ -127,7 +105,7 @@ def test_noise_has_the_standard_deviation_stated():
 @pytest.mark.parametrize("epsilon", [0.3, 1.0, 5.0])
 def test_the_noise_for_a_target_is_that_of_the_analytic_gaussian_mechanism(epsilon):
     """Balle, Wang 2018, theorem 8: δ(ε) = Φ(Δ/2σ - εσ/Δ) - e^ε Φ(-Δ/2σ - εσ/Δ)."""
-    found = private(perturb_output, tangent(), samples(), L2, target_epsilon=epsilon, **OPTIONS)
+    found = fit(target_epsilon=epsilon)
     ratio = found.sigma / found.sensitivity
 
     def failure(s):
@@ -142,7 +120,7 @@ def test_the_noise_for_a_target_is_that_of_the_analytic_gaussian_mechanism(epsil
 
 def test_the_statement_travels_with_the_delta(tmp_path):
     model = tangent()
-    found = private(perturb_output, model, samples(), L2, target_epsilon=1.0, **OPTIONS)
+    found = fit(model, target_epsilon=1.0)
     save_delta(found.delta, tmp_path / "delta.safetensors")
     loaded = load_delta(tmp_path / "delta.safetensors", anchor=model.fingerprint)
     assert statement_of(loaded) == found.statement
@@ -151,10 +129,7 @@ def test_the_statement_travels_with_the_delta(tmp_path):
 
 
 def test_default_noise_is_the_systems():
-    found = [
-        private(perturb_output, tangent(), samples(), L2, target_epsilon=1.0, **OPTIONS)
-        for _ in "ab"
-    ]
+    found = [fit(target_epsilon=1.0) for _ in "ab"]
     assert not torch.equal(flat(found[0].delta), flat(found[1].delta))
     assert "operating system" in found[0].statement.noise
 
@@ -162,25 +137,11 @@ def test_default_noise_is_the_systems():
 def test_a_solver_that_did_not_arrive_releases_nothing():
     model = tangent()
     with pytest.raises(ConvergenceError, match=r"within .* was allowed"):
-        private(
-            perturb_output,
-            model,
-            samples(),
-            1e-4,
-            target_epsilon=1.0,
-            max_iterations=1,
-            inexactness=1e-9,
-            **OPTIONS,
-        )
+        fit(model, l2=1e-4, target_epsilon=1.0, max_iterations=1, inexactness=1e-9)
     assert not flat(model.deltas()).any()
 
 
 def test_refuses():
-    def run(**options):
-        return private(
-            perturb_output, tangent(), samples(), **{"l2": L2, "target_epsilon": 1.0} | options
-        )
-
     for options, match in (
         ({"delta": 1 / N}, "not below 1/N = 0.111"),
         ({"delta": 0.0}, "delta must be between 0 and 1"),
@@ -195,27 +156,25 @@ def test_refuses():
         ({"jacobian": -1.0}, "jacobian must be positive"),
     ):
         with pytest.raises(ArgumentError, match=match):
-            run(**OPTIONS | options)
+            fit(**{"target_epsilon": 1.0} | options)
     with pytest.raises(ArgumentError, match="LinearizedModel"):
-        private(
-            perturb_output, torch.nn.Linear(INPUTS, 2), samples(), L2, target_epsilon=1.0, **OPTIONS
-        )
+        fit(torch.nn.Linear(INPUTS, 2), target_epsilon=1.0)
     with pytest.raises(UnsupportedError, match="blocks"):
-        run(**OPTIONS | {"cache": True})
+        fit(target_epsilon=1.0, cache=True)
 
 
-@pytest.mark.parametrize("fit", [perturb_output, fit_last_iterate])
-def test_a_vision_transformer_in_single_precision_with_cached_features(fit):
-    """As in float64 without a cache, to single precision."""
+@pytest.mark.parametrize("mechanism", [perturb_output, fit_last_iterate])
+def test_a_vision_transformer_in_single_precision_with_cached_features(mechanism):
+    """Agrees with float64 without a cache to single precision."""
     deltas = []
     for dtype, cache in ((torch.float64, False), (torch.float32, True)):
         model = vit(depth=2, embed_dim=12, num_heads=2).to(dtype)
         model = linearize(model, last_blocks(model, 1))
         data = TensorDataset(images(8).to(dtype), torch.arange(8) % 5)
         median = 4.64  # of the Jacobian norms, some below and some above
-        options = {"steps": 20} if fit is fit_last_iterate else {}
+        options = {"steps": 20} if mechanism is fit_last_iterate else {}
         found = private(
-            fit,
+            mechanism,
             model,
             data,
             median**2 / 20,
@@ -229,7 +188,7 @@ def test_a_vision_transformer_in_single_precision_with_cached_features(fit):
             **options,
         )
         deltas.append(flat(found.delta).double())
-    allowed = 5.0 / (8 * median / 20) * 0.01 if fit is perturb_output else 0.0
+    allowed = 5.0 / (8 * median / 20) * 0.01 if mechanism is perturb_output else 0.0
     apart = float((deltas[0] - deltas[1]).norm())
     # Twice the solver's allowance; the weights' slack of 1e-4 and rounding besides.
     assert apart <= 2 * allowed + 5e-4 * float(deltas[0].norm())

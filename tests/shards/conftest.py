@@ -1,4 +1,4 @@
-"""A shard is trained with its plan's number of threads: every test puts back its own."""
+"""Restores the number of threads after each test; training a shard sets its plan's number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same bits whatever the executor, however many workers, and whoever is killed on the way."""
+"""A run gives the same bits with any executor, any number of workers, and workers killed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from shard_runs import anchor_file, bits, image_folder, make_plan
+from shard_runs import anchor_file, bits, create_plan, image_folder, make_plan, trained
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import TensorDataset
 
 import tangent_ops
 from tangent_ops.errors import ArgumentError, PlanError, UnsupportedError
-from tangent_ops.shards import ImageData, Plan, ShardRecipe, find, job, run_shards
+from tangent_ops.shards import ImageData, Plan, find, job, run_shards
 
 MOMENTS = ("before", "after")
 SLOW = {"epochs": 30, "cache": False}  # long enough to be killed on the way
@@ -33,19 +33,14 @@ SLOW = {"epochs": 30, "cache": False}  # long enough to be killed on the way
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images and an anchor, and a run in which every shard was trained in this process."""
+    """A folder with images, an anchor and a run whose shards were trained in this process."""
     folder = tmp_path_factory.mktemp("shards")
-    plan = make_plan(folder, shards=4, run="reference", **SLOW)
-    threads = torch.get_num_threads()
-    for shard in plan.shards():
-        found = job.attempt(str(plan.path), shard.name)
-        assert "error" not in found
-    torch.set_num_threads(threads)
+    trained(make_plan(folder, shards=4, run="reference", **SLOW))
     return folder
 
 
 def test_a_delta_is_what_fit_gives(setting: Path) -> None:
-    """Without plan, worker or file: timm's model, PIL's images, `fit`."""
+    """The same shard without plan, worker or file: timm's model, PIL's images, `fit`."""
     plan = Plan.open(setting / "reference")
     shard = plan.shards()[0]
     data = plan.job(shard.name)
@@ -71,10 +66,10 @@ def test_a_delta_is_what_fit_gives(setting: Path) -> None:
 
 @contextmanager
 def killing(pattern: bytes, most: int, servers: bool = False) -> Iterator[list[int]]:
-    """Meanwhile processes that are at a shard are killed, at random times.
+    """Kills processes that train a shard, at random times, while the block runs.
 
-    Their command lines have `pattern`. Of the local executor they are what its servers forked, and
-    with `servers` these, too.
+    Their command lines contain `pattern`. For the local executor they are the children that its
+    servers forked, and the servers too if `servers` is set.
     """
     killed: list[int] = []
     done = threading.Event()
@@ -103,7 +98,7 @@ def killing(pattern: bytes, most: int, servers: bool = False) -> Iterator[list[i
 
 
 def _family(pid: int) -> dict[int, int]:
-    """All below a process -> their parents."""
+    """Every descendant of a process -> its parent."""
     parents = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):
@@ -166,7 +161,7 @@ for moment in ("before", "after"):
 
 
 def test_killed_at_the_renaming(setting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a delta is never there; a whole one is not trained twice."""
+    """No partial delta is left, and a complete one is not trained again."""
     plans = {m: make_plan(setting, shards=4, run=f"renaming-{m}", **SLOW) for m in MOMENTS}
     ended = subprocess.run(
         [sys.executable, "-c", DOOMED, str(setting / "renaming-")],
@@ -189,12 +184,11 @@ def test_killed_at_the_renaming(setting: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_one_bad_shard_keeps_no_other_from_its_end(tmp_path: Path) -> None:
-    """A poisoned image, one sample, none, and a worker that dies each time."""
+    """Shards with a damaged image, one sample, none, and an image that was replaced."""
     images = image_folder(tmp_path / "images")
-    anchor = anchor_file(tmp_path / "anchor.safetensors")
+    anchor_file(tmp_path / "anchor.safetensors")
     (images / "class0" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"poison" * 100)
-    data = ImageData(str(images))
-    ids = data.open().ids
+    ids = ImageData(str(images)).open().ids
     assignment = {
         "poisoned": ["class0/0.png", "class1/0.png"],
         "single": ["class2/0.png"],
@@ -202,14 +196,7 @@ def test_one_bad_shard_keeps_no_other_from_its_end(tmp_path: Path) -> None:
         "good": ids[8:12],
         "changed": ["class3/5.png"],
     }
-    plan = Plan.create(
-        tmp_path / "run",
-        anchor=anchor,
-        data=data,
-        recipe=ShardRecipe(epochs=1, batch_size=4),
-        assignment=assignment,
-        progress=False,
-    )
+    plan = create_plan(tmp_path, assignment)
     shutil.copy(images / "class3" / "4.png", images / "class3" / "5.png")
     events = {}
     report = run_shards(plan, workers=1, progress=False, on_done=events.__setitem__)
@@ -251,7 +238,7 @@ def small_disk(path: Path, kilobytes: int) -> Iterator[Path]:
 
 
 def test_a_full_disk_and_a_read_only_one(tmp_path: Path) -> None:
-    """Nothing is half-written, and with room made the same call goes on."""
+    """No partial file is left, and the same call goes on once there is room."""
     make_plan(tmp_path, run="elsewhere")
     with small_disk(tmp_path / "disk", 2600) as disk:
         shutil.copytree(tmp_path / "elsewhere", disk / "run")
@@ -269,8 +256,7 @@ def test_a_full_disk_and_a_read_only_one(tmp_path: Path) -> None:
             run_shards(plan, workers=1, progress=False)
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
         filler.unlink()
-        for shard in plan.shards():
-            assert "error" not in job.attempt(str(plan.path), shard.name)
+        trained(plan)
         assert all(shard.done for shard in plan.shards())
 
 
@@ -320,14 +306,12 @@ def test_refusals(tmp_path: Path, monkeypatch) -> None:
 
 def test_other_images_in_two_shards(tmp_path: Path) -> None:
     images = image_folder(tmp_path / "images")
-    anchor = anchor_file(tmp_path / "anchor.safetensors")
+    anchor_file(tmp_path / "anchor.safetensors")
     shutil.copy(images / "class0" / "0.png", images / "class0" / "copy.png")
-    data = ImageData(str(images))
     shards = {"a": ["class0/0.png", "class1/0.png"], "b": ["class0/copy.png"]}
-    options = {"anchor": anchor, "data": data, "recipe": ShardRecipe(), "progress": False}
     with pytest.raises(ArgumentError, match=r"copy\.png.*same content.*0\.png.*allow overlap"):
-        Plan.create(tmp_path / "run", assignment=shards, **options)
+        create_plan(tmp_path, shards)
     assert not (tmp_path / "run").exists()
-    plan = Plan.create(tmp_path / "run", assignment=shards, allow_overlap=True, **options)
+    plan = create_plan(tmp_path, shards, allow_overlap=True)
     assert plan.overlap and Plan.open(plan.path).overlap
     assert plan.find(sample="class0/0.png") == {"a": ["class0/0.png"], "b": ["class0/copy.png"]}

@@ -1,4 +1,4 @@
-"""What `settle` erases: the deltas that the run's workers wrote, and nothing else."""
+"""`settle` erases deltas that the run's workers wrote, and nothing else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tangent_ops.shards import Plan, job, settle
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
-    """Of two shards whose deltas are there, though nobody trained them."""
+    """A plan of two shards with deltas of zeros."""
     plan = make_plan(tmp_path, shards=2)
     delta = plan.tangent().delta_dict()
     for shard in plan.shards():
@@ -27,7 +27,7 @@ def plan(tmp_path: Path) -> Plan:
 
 
 def stale(plan: Plan) -> Path:
-    """The delta of a job that the plan no longer asks for."""
+    """Removes a sample from the plan; returns the delta that is out of date now."""
     path = plan.delta_path(plan.job("shard-0").hash)
     sample = plan.job("shard-0").samples[0].id
     plan.manifest.remove({"shard-0": [sample]})
@@ -63,15 +63,12 @@ def test_a_users_file_stays(plan: Plan, name: str) -> None:
 
 @pytest.mark.parametrize("different", ["anchor", "job"])
 def test_a_delta_of_another_run_stays(plan: Plan, different: str) -> None:
-    """Though it has such a name: it was not written here."""
+    """Its name looks like that of a delta of this run, its meta does not."""
     delta = load_delta(plan.delta_path(plan.job("shard-0").hash))
     assert delta.meta is not None
     mine = plan.deltas_path / f"{'a' * 32}.safetensors"
     meta = replace(delta.meta, extra={"job": "a" * 64})
-    other = {
-        "anchor": replace(meta, anchor="b" * 64),
-        "job": replace(meta, extra={}),
-    }
+    other = {"anchor": replace(meta, anchor="b" * 64), "job": replace(meta, extra={})}
     save_delta(delta, mine, meta=other[different])
     before = mine.read_bytes()
     settle(plan)
@@ -82,7 +79,7 @@ def test_a_delta_of_another_run_stays(plan: Plan, different: str) -> None:
 
 
 def test_what_nobody_can_tell_is_named_and_stays(plan: Plan, tmp_path: Path) -> None:
-    """Others are erased first."""
+    """Deltas that are out of date are erased first."""
     settle(plan)
     old = stale(plan)
     damaged = plan.deltas_path / f"{'0' * 32}.safetensors"
@@ -108,7 +105,7 @@ def test_what_nobody_can_tell_is_named_and_stays(plan: Plan, tmp_path: Path) -> 
 
 
 def test_a_link_in_place_of_a_delta_is_refused(plan: Plan, tmp_path: Path) -> None:
-    """Forgotten one day, it could not be erased where it leads."""
+    """`forget` could not erase the link's target."""
     path = plan.delta_path(plan.job("shard-0").hash)
     shutil.move(path, tmp_path / "moved")
     path.symlink_to(tmp_path / "moved")
@@ -122,7 +119,7 @@ def test_a_link_in_place_of_a_delta_is_refused(plan: Plan, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["deltas", "ledger", ".lock"])
 def test_a_link_out_of_the_run_is_refused(plan: Plan, tmp_path: Path, name: str) -> None:
-    """To another run's, say, whose files would be erased and whose shards forgotten."""
+    """Through a link `settle` would erase another run's files and forget its shards."""
     settle(plan)
     other = make_plan(tmp_path, shards=3, run="other")
     job.save(other, other.job("shard-2"), other.tangent().delta_dict())

@@ -1,4 +1,4 @@
-"""A ledger in line with its plan; what is forgotten is as if it had never been there."""
+"""`settle` brings a ledger in line with its plan; `forget` equals training without the data."""
 
 from __future__ import annotations
 
@@ -6,25 +6,20 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from shard_runs import FAST, anchor_file, bits, image_folder, make_plan, run_here
+from refusals import refused
+from shard_runs import anchor_file, bits, create_plan, image_folder, make_plan, run_here, trained
 
 from tangent_ops import Ledger, compose, fit_exact, load_delta
-from tangent_ops.errors import (
-    ArgumentError,
-    LedgerError,
-    PlanError,
-    SampleError,
-    UnsupportedError,
-)
+from tangent_ops.errors import ArgumentError, LedgerError, PlanError, SampleError, UnsupportedError
 from tangent_ops.exact import Certificate, Problem
 from tangent_ops.shards import (
     ImageData,
     Plan,
     Settled,
-    ShardRecipe,
     by_column,
     by_hash,
     check_settled,
@@ -34,10 +29,10 @@ from tangent_ops.shards import (
 )
 
 
-def trained(plan: Plan) -> Plan:
-    for shard in plan.shards():
-        if shard.job is not None and not shard.done:
-            assert "error" not in job.attempt(str(plan.path), shard.name)
+def settled(folder: Path, shards: int, weights: str | None = None, **recipe: Any) -> Plan:
+    """A trained and composed run."""
+    plan = trained(make_plan(folder, shards=shards, **recipe))
+    settle(plan, weights=weights)
     return plan
 
 
@@ -52,14 +47,12 @@ def assert_same(found, expected) -> None:
 
 def test_settle_adds_what_is_trained(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, shards=3)
-    with pytest.raises(LedgerError, match="not composed yet"):
-        check_settled(plan)
+    refused(LedgerError, "not composed yet", check_settled, plan)
     assert "error" not in job.attempt(str(plan.path), "shard-1")
     assert settle(plan) == Settled(("shard-1",), (), ("shard-0", "shard-2"))
     assert settle(plan) == Settled((), (), ("shard-0", "shard-2"))
     trained(plan)
-    with pytest.raises(LedgerError, match="not in line"):
-        check_settled(plan)
+    refused(LedgerError, "not in line", check_settled, plan)
     found = settle(plan)
     assert (found.added, found.missing) == (("shard-0", "shard-2"), ())
     mean = compose(files(plan))
@@ -69,8 +62,7 @@ def test_settle_adds_what_is_trained(tmp_path: Path) -> None:
 
 
 def test_settle_by_samples(tmp_path: Path) -> None:
-    plan = trained(make_plan(tmp_path, shards=3))
-    settle(plan)
+    plan = settled(tmp_path, shards=3)
     found = settle(plan, weights="samples")
     assert set(found.forgotten) == set(found.added) == {"shard-0", "shard-1", "shard-2"}
     counts = [shard.samples for shard in plan.shards()]
@@ -78,13 +70,11 @@ def test_settle_by_samples(tmp_path: Path) -> None:
     expected = compose(files(plan), [count / sum(counts) for count in counts])
     for name, value in check_settled(plan).composed().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-9)
-    with pytest.raises(ArgumentError, match="weights"):
-        settle(plan, weights="best")
+    refused(ArgumentError, "weights", settle, plan, weights="best")
 
 
 def test_interrupted_the_weights_are_those_that_were_asked_for(tmp_path: Path, monkeypatch) -> None:
-    plan = trained(make_plan(tmp_path, shards=3))
-    settle(plan)
+    plan = settled(tmp_path, shards=3)
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -93,14 +83,12 @@ def test_interrupted_the_weights_are_those_that_were_asked_for(tmp_path: Path, m
         patch.setattr(Ledger, "forget", interrupted)
         with pytest.raises(KeyboardInterrupt):
             settle(plan, weights="samples")
-    with pytest.raises(LedgerError, match="3 of them out of date"):
-        check_settled(plan)
+    refused(LedgerError, "3 of them out of date", check_settled, plan)
     settle(plan)
     by_samples = {entry.shard: entry.weight for entry in check_settled(plan).list()}
     assert by_samples == {shard.name: float(shard.samples) for shard in plan.shards()}
 
-    alone = trained(make_plan(tmp_path, shards=1, run="alone"))
-    settle(alone, weights="samples")
+    alone = settled(tmp_path, shards=1, weights="samples", run="alone")
     with monkeypatch.context() as patch:
         patch.setattr("tangent_ops.shards.run.run_local", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -114,17 +102,14 @@ def test_a_delta_of_another_shard_is_refused(tmp_path: Path) -> None:
     plan = trained(make_plan(tmp_path, shards=2))
     first, second = files(plan)
     first.write_bytes(second.read_bytes())
-    with pytest.raises(PlanError, match="is not the delta of shard 'shard-0'"):
-        settle(plan)
+    refused(PlanError, "is not the delta of shard 'shard-0'", settle, plan)
     first.write_bytes(second.read_bytes()[:-1])
-    with pytest.raises(PlanError, match="truncated"):
-        settle(plan)
+    refused(PlanError, "truncated", settle, plan)
 
 
 def test_a_forgotten_sample_was_never_there(tmp_path: Path) -> None:
-    """Against a run that is planned, trained and composed without it."""
-    plan = trained(make_plan(tmp_path, shards=3))
-    settle(plan, weights="samples")
+    """Equals a run that is planned, trained and composed without the sample."""
+    plan = settled(tmp_path, shards=3, weights="samples")
     target = plan.job("shard-1").samples[0].id
     old = plan.delta_path(plan.job("shard-1").hash)
     others = {name: h for name, h in bits(plan).items() if name != old.name}
@@ -134,21 +119,12 @@ def test_a_forgotten_sample_was_never_there(tmp_path: Path) -> None:
     assert found.report.trained == ("shard-1",)
     assert not old.exists()
     assert others.items() <= bits(plan).items()
-    with pytest.raises(ArgumentError, match="no sample"):
-        forget(plan, sample=target, progress=False)
+    refused(ArgumentError, "no sample", forget, plan, sample=target, progress=False)
     assert target.encode() not in (plan.path / "plan.sqlite").read_bytes()
 
-    data = ImageData(str(tmp_path / "images"))
-    ids = data.open().ids
+    ids = plan.data.open().ids
     without = {k: [i for i in v if i != target] for k, v in by_hash(ids, 3).items()}
-    never = Plan.create(
-        tmp_path / "never",
-        anchor=tmp_path / "anchor.safetensors",
-        data=data,
-        recipe=ShardRecipe(**FAST),
-        assignment=without,
-        progress=False,
-    )
+    never = create_plan(tmp_path, without, "never")
     settle(trained(never), weights="samples")
     assert bits(plan) == bits(never)
     assert_same(check_settled(plan).composed(), check_settled(never).composed())
@@ -156,16 +132,11 @@ def test_a_forgotten_sample_was_never_there(tmp_path: Path) -> None:
 
 def test_customers(tmp_path: Path) -> None:
     """A customer in one shard, a customer in two, and a whole shard."""
-    images, anchor = image_folder(tmp_path / "images", each=4), tmp_path / "anchor.safetensors"
-    anchor_file(anchor)
-    data = ImageData(str(images))
-    ids = data.open().ids
+    image_folder(tmp_path / "images", each=4)
+    anchor_file(tmp_path / "anchor.safetensors")
+    ids = ImageData(str(tmp_path / "images")).open().ids
     customers = {id: f"customer-{index % 5}" for index, id in enumerate(ids)}
-    options = {"anchor": anchor, "data": data, "recipe": ShardRecipe(**FAST, method="gradient")}
-    by_customer = Plan.create(
-        tmp_path / "run", assignment=by_column(ids, customers), labels=customers,
-        progress=False, **options,
-    )  # fmt: skip
+    by_customer = create_plan(tmp_path, by_column(ids, customers), labels=customers)
     settle(trained(by_customer))
     found = forget(by_customer, label="customer-3", progress=False)
     assert found.dropped == found.shards == ("customer-3",)
@@ -190,14 +161,12 @@ def composed_anew(plan: Plan, folder: Path):
 
 
 def test_interrupted_after_its_first_step(tmp_path: Path) -> None:
-    """The plan no longer has the sample; nothing else is done yet."""
-    plan = trained(make_plan(tmp_path, shards=2))
-    settle(plan)
+    """The sample is out of the plan; its delta is still there."""
+    plan = settled(tmp_path, shards=2)
     target = plan.job("shard-0").samples[0].id
     stale = plan.delta_path(plan.job("shard-0").hash)
     plan.manifest.remove(plan.find(sample=target))
-    with pytest.raises(LedgerError, match="not in line"):
-        check_settled(plan)
+    refused(LedgerError, "not in line", check_settled, plan)
     found = settle(plan)
     assert (found.forgotten, found.missing) == (("shard-0",), ("shard-0",))
     assert not stale.exists()
@@ -207,8 +176,7 @@ def test_interrupted_after_its_first_step(tmp_path: Path) -> None:
 
 
 def test_the_same_command_does_not_bring_it_back(tmp_path: Path) -> None:
-    plan = trained(make_plan(tmp_path, shards=2))
-    settle(plan)
+    plan = settled(tmp_path, shards=2)
     target = plan.job("shard-0").samples[0].id
     plan.manifest.remove(plan.find(sample=target))
     again = make_plan(tmp_path, shards=2)  # all samples are in the folder still
@@ -216,55 +184,50 @@ def test_the_same_command_does_not_bring_it_back(tmp_path: Path) -> None:
     (tmp_path / "images" / target).unlink()
     again = make_plan(tmp_path, shards=2)  # and now that it is gone there, too
     assert target not in [sample.id for sample in again.job("shard-0").samples]
-    with pytest.raises(PlanError, match="another recipe"):
-        make_plan(tmp_path, shards=2, seed=1)
-    with pytest.raises(PlanError, match="other samples"):
-        make_plan(tmp_path, shards=3)
+    refused(PlanError, "another recipe", make_plan, tmp_path, shards=2, seed=1)
+    refused(PlanError, "other samples", make_plan, tmp_path, shards=3)
 
 
 def moved(plan: Plan, name: str = "elsewhere") -> ImageData:
-    """The images in another folder, and no longer where they were."""
+    """Moves the images to another folder."""
     old = Path(plan.data.root)
     return ImageData(str(old.rename(old.with_name(name))))
 
 
 def everything(plan: Plan) -> dict[str, bytes]:
-    """All that is in a run."""
+    """The content of every file of a run."""
     return {str(p): p.read_bytes() for p in sorted(plan.path.rglob("*")) if p.is_file()}
 
 
 def test_nothing_is_forgotten_where_training_again_would_fail(tmp_path: Path) -> None:
-    plan = trained(make_plan(tmp_path, shards=2))
-    settle(plan)
+    plan = settled(tmp_path, shards=2)
     first, second, *_ = [sample.id for sample in plan.job("shard-0").samples]
     with plan.locked():
         pass  # which leaves a file
     before, images = everything(plan), Path(plan.data.root)
 
-    def refused(said: str, **which) -> None:
+    def unchanged(said: str, **which) -> None:
         with pytest.raises((SampleError, PlanError), match=said):
             forget(plan, **which, progress=False)
         assert everything(plan) == before
 
     content = (images / second).read_bytes()
     (images / second).write_bytes(content + b"\0")
-    refused(
-        f"1 of .* are not what they were, '{second}' first.*Nothing was forgotten", sample=first
-    )
+    said = f"1 of .* are not what they were, '{second}' first.*Nothing was forgotten"
+    unchanged(said, sample=first)
     (images / second).unlink()
-    refused(f"1 of .* cannot be read, '{second}' first.*--data FOLDER", sample=first)
+    unchanged(f"1 of .* cannot be read, '{second}' first.*--data FOLDER", sample=first)
     (images / second).write_bytes(content)
     anchor = plan.anchor_path.read_bytes()
     plan.anchor_path.write_bytes(anchor[:-1] + bytes([anchor[-1] ^ 1]))
-    with pytest.raises(PlanError, match="changed after it was written"):
-        forget(plan, sample=first, progress=False)
+    refused(PlanError, "changed after it was written", forget, plan, sample=first, progress=False)
     plan.anchor_path.write_bytes(anchor)
     assert everything(plan) == before
     elsewhere = moved(plan)
-    refused("images is no folder.*--data FOLDER", sample=first)
+    unchanged("images is no folder.*--data FOLDER", sample=first)
     (tmp_path / "elsewhere" / second).unlink()
-    refused(f"elsewhere: 1 of 23 images cannot be read, '{second}' first", sample=first,
-            data=elsewhere)  # fmt: skip
+    said = f"elsewhere: 1 of 23 images cannot be read, '{second}' first"
+    unchanged(said, sample=first, data=elsewhere)
 
 
 def test_what_is_needed_for_privacy_is_looked_at_first(tmp_path: Path, monkeypatch) -> None:
@@ -278,9 +241,8 @@ def test_what_is_needed_for_privacy_is_looked_at_first(tmp_path: Path, monkeypat
 
 
 def test_images_that_have_moved(tmp_path: Path, monkeypatch) -> None:
-    """As if they had always been there; forgotten ones may have gone before."""
-    plan = trained(make_plan(tmp_path, shards=3))
-    settle(plan)
+    """Equals a run that was made in the new folder; forgotten images may be missing there."""
+    plan = settled(tmp_path, shards=3)
     monkeypatch.setattr("tangent_ops.shards.run.run_local", run_here)
     a, b = (plan.job(f"shard-{k}").samples[0].id for k in (0, 1))
     elsewhere = moved(plan)
@@ -291,16 +253,7 @@ def test_images_that_have_moved(tmp_path: Path, monkeypatch) -> None:
     assert set(found.report.trained) == {"shard-0", "shard-1"}
     assert plan.data == Plan.open(plan.path).data == elsewhere
 
-    data = ImageData(str(tmp_path / "elsewhere"))
-    ids = data.open().ids
-    never = Plan.create(
-        tmp_path / "never",
-        anchor=tmp_path / "anchor.safetensors",
-        data=data,
-        recipe=ShardRecipe(**FAST),
-        assignment=by_hash(ids, 3),
-        progress=False,
-    )
+    never = create_plan(tmp_path, by_hash(elsewhere.open().ids, 3), "never", data=elsewhere)
     settle(trained(never))
     assert bits(plan) == bits(never)
     with pytest.raises(ArgumentError, match=f"no sample '{a}'"):
@@ -308,8 +261,7 @@ def test_images_that_have_moved(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_a_whole_shard_is_forgotten_without_its_images(tmp_path: Path) -> None:
-    plan = trained(make_plan(tmp_path, shards=2))
-    settle(plan)
+    plan = settled(tmp_path, shards=2)
     moved(plan)
     assert forget(plan, shard="shard-0", progress=False).dropped == ("shard-0",)
     assert list(check_settled(plan).origins()) == ["shard-1"]
@@ -318,32 +270,25 @@ def test_a_whole_shard_is_forgotten_without_its_images(tmp_path: Path) -> None:
 def test_a_plan_goes_on_with_images_that_have_moved(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, shards=2)
     images, other = tmp_path / "images", image_folder(tmp_path / "other", seed=5)
-    options = {
-        "anchor": tmp_path / "anchor.safetensors",
-        "recipe": ShardRecipe(**FAST),
-        "assignment": by_hash(plan.data.open().ids, 2),
-        "progress": False,
-    }
+    assignment = by_hash(plan.data.open().ids, 2)
     before = everything(plan)
     with pytest.raises(PlanError, match="24 of 24 images are not what they were"):
-        Plan.create(plan.path, data=ImageData(str(other)), **options)
+        create_plan(tmp_path, assignment, data=ImageData(str(other)))
     with pytest.raises(PlanError, match="24 of 24 images are not what they were"):
         plan.relocate(ImageData(str(other)))
-    with pytest.raises(PlanError, match="nowhere is no folder"):
-        plan.relocate(ImageData(str(tmp_path / "nowhere")))
+    refused(PlanError, "nowhere is no folder", plan.relocate, ImageData(str(tmp_path / "nowhere")))
     shutil.copytree(images, tmp_path / "copy")
     plan.relocate(ImageData(str(tmp_path / "copy")), dry_run=True, progress=False)
     assert everything(plan) == before
     assert plan.data == ImageData(str(images))
-    found = Plan.create(plan.path, data=ImageData(str(tmp_path / "copy")), **options)
+    found = create_plan(tmp_path, assignment, data=ImageData(str(tmp_path / "copy")))
     shutil.rmtree(images)
     trained(found)
     assert [shard.done for shard in plan.shards()] == [True, True]
 
 
 def test_a_quadratic_shard_is_solved_from_where_it_was(tmp_path: Path) -> None:
-    plan = trained(make_plan(tmp_path, shards=2, method="exact", l2=1.0, tol=1e-4))
-    settle(plan)
+    plan = settled(tmp_path, shards=2, method="exact", l2=1.0, tol=1e-4)
     target = plan.job("shard-0").samples[0].id
     before = load_delta(files(plan)[0])
     found = forget(plan, sample=target, progress=False)

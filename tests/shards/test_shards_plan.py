@@ -1,4 +1,4 @@
-"""Plans: what a job's hash depends on, what is refused, what is left of what was removed."""
+"""Plans: job hashes, assignments, anchors, recipes and what is refused."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import load_file
 from shard_runs import OPTIONS, anchor_file, image_folder, make_plan
+from shard_runs import create_plan as create
 
 from tangent_ops.errors import ArgumentError, PlanError, SampleError
 from tangent_ops.shards import ImageData, Plan, ShardRecipe, load_anchor, read_anchor, save_anchor
@@ -24,18 +26,6 @@ def folder(tmp_path: Path) -> Path:
     image_folder(tmp_path / "images")
     anchor_file(tmp_path / "anchor.safetensors")
     return tmp_path
-
-
-def create(folder: Path, assignment, **options) -> Plan:
-    return Plan.create(
-        folder / options.pop("run", "run"),
-        anchor=folder / "anchor.safetensors",
-        data=ImageData(str(folder / "images")),
-        recipe=options.pop("recipe", ShardRecipe()),
-        assignment=assignment,
-        progress=False,
-        **options,
-    )
 
 
 def test_a_plan_of_a_relative_folder_works_elsewhere(folder: Path, tmp_path, monkeypatch) -> None:
@@ -77,7 +67,7 @@ def test_a_job_is_what_determines_its_delta(folder: Path) -> None:
         ),
     ]  # fmt: skip
     assert len({job.hash, *others}) == len(others) + 1
-    # Neither where the images are, nor what a sample is forgotten by, nor other shards.
+    # The hash does not depend on the folder, on labels or on other shards.
     labelled = (replace(first, label="customer"), *job.samples[1:])
     assert job_hash("shard-0", labelled, replace(info, origin="x"), plan.recipe) == job.hash
     shutil.copytree(folder / "images", folder / "moved" / "images")
@@ -90,9 +80,7 @@ def test_a_worker_reads_its_own_rows(folder: Path, monkeypatch: pytest.MonkeyPat
     ids = ImageData(str(folder / "images")).open().ids
     connect, counts = sqlite3.connect, []
     for shards in (6, 24):
-        path = create(
-            folder, {f"s-{k}": ids[k : k + 1] for k in range(shards)}, run=f"{shards}"
-        ).path
+        path = create(folder, {f"s-{k}": [ids[k]] for k in range(shards)}, run=f"{shards}").path
         rows: list[tuple] = []
 
         def counting(*args, rows=rows, **kwargs) -> sqlite3.Connection:
@@ -109,11 +97,9 @@ def test_a_worker_reads_its_own_rows(folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_job_has_its_samples_in_order(folder: Path) -> None:
     plan = make_plan(folder)
-    assert [s.id for s in plan.job("shard-1").samples] == sorted(
-        s.id for s in plan.job("shard-1").samples
-    )
-    with pytest.raises(ArgumentError, match="no shard 'x'"):
-        plan.job("x")
+    ids = [sample.id for sample in plan.job("shard-1").samples]
+    assert ids == sorted(ids)
+    refused(ArgumentError, "no shard 'x'", plan.job, "x")
 
 
 def test_assignments_that_are_none(folder: Path) -> None:
@@ -128,8 +114,7 @@ def test_assignments_that_are_none(folder: Path) -> None:
         ({"a": ["class0/none.png"]}, "not in the data"),
         ({"a": ["class0/0.png"], "b": ["class0/0.png"]}, "is in shard 'a', too"),
     ):
-        with pytest.raises(ArgumentError, match=words):
-            create(folder, assignment)
+        refused(ArgumentError, words, create, folder, assignment)
         assert not (folder / "run").exists()
 
 
@@ -142,9 +127,8 @@ def test_a_plan_of_one_class_is_refused(folder: Path) -> None:
 
 
 def test_odd_names(folder: Path) -> None:
-    (folder / "images" / "class0" / "ü ö 'x'; --.png").write_bytes(
-        (folder / "images" / "class0" / "0.png").read_bytes() + b"\0"
-    )
+    images = folder / "images" / "class0"
+    (images / "ü ö 'x'; --.png").write_bytes((images / "0.png").read_bytes() + b"\0")
     plan = create(folder, {'../../up / "ä"': ["class0/ü ö 'x'; --.png"], "%s": ["class0/0.png"]})
     names = [shard.name for shard in plan.shards()]
     assert names == ['../../up / "ä"', "%s"]
@@ -159,15 +143,13 @@ def test_a_file_name_that_is_no_text(folder: Path) -> None:
     with open(name, "wb") as file:
         file.write((folder / "images" / "class0" / "1.png").read_bytes() + b"\0")
     data = ImageData(str(folder / "images"))
-    with pytest.raises(ArgumentError, match="do not print"):
-        create(folder, {"all": data.open().ids})
+    refused(ArgumentError, "do not print", create, folder, {"all": data.open().ids})
 
 
 def test_a_sample_that_cannot_be_read(folder: Path) -> None:
     (folder / "images" / "class0" / "0.png").unlink()
     (folder / "images" / "class0" / "0.png").symlink_to(folder / "nowhere")
-    with pytest.raises(SampleError, match=r"class0/0\.png.*cannot be read"):
-        create(folder, {"a": ["class0/0.png"]})
+    refused(SampleError, r"class0/0\.png.*cannot be read", create, folder, {"a": ["class0/0.png"]})
 
 
 def test_private_plans(folder: Path) -> None:
@@ -178,10 +160,9 @@ def test_private_plans(folder: Path) -> None:
         create(folder, {"a": ids}, recipe=private)
     with pytest.raises(ArgumentError, match="disjoint"):
         create(folder, {"a": ids[:1]}, recipe=private, allow_overlap=True)
+    others = {"a": ["class1/0.png", "class1/1.png"]}
     with pytest.raises(ArgumentError, match="below one over the 2 samples"):
-        create(
-            folder, {"a": ["class1/0.png", "class1/1.png"]}, recipe=replace(private, dp_delta=0.5)
-        )
+        create(folder, others, recipe=replace(private, dp_delta=0.5))
 
 
 def test_public_images_are_no_samples(folder: Path) -> None:
@@ -200,8 +181,7 @@ def test_another_anchor_in_its_place(folder: Path) -> None:
     with torch.no_grad():
         next(model.parameters()).add_(1)
     save_anchor(model, plan.anchor_path, name=info.name, options=info.options)
-    with pytest.raises(PlanError, match="not the anchor of the plan"):
-        Plan.open(plan.path)
+    refused(PlanError, "not the anchor of the plan", Plan.open, plan.path)
 
 
 def test_an_anchor_comes_back(folder: Path) -> None:
@@ -233,8 +213,7 @@ def test_an_anchor_comes_back(folder: Path) -> None:
 def test_recipes() -> None:
     recipe = ShardRecipe(rank=4, l2=1)
     assert recipe == ShardRecipe.from_dict(recipe.to_dict()) == ShardRecipe(rank=4, l2=1.0)
-    with pytest.raises(ArgumentError, match="did you mean epochs"):
-        ShardRecipe.from_dict({"epoch": 3})
+    refused(ArgumentError, "did you mean epochs", ShardRecipe.from_dict, {"epoch": 3})
     for wrong in (
         {"epochs": 0}, {"epochs": 1.5}, {"epochs": True}, {"lr": float("nan")}, {"lr": "1"},
         {"loss": "l1"}, {"method": "exact"}, {"seed": -1}, {"rank": 0}, {"augment": 1},
@@ -257,7 +236,7 @@ def test_what_private_shards_train_with() -> None:
 
 
 def test_interrupted_before_its_end(folder: Path) -> None:
-    """The plan's file is the last to be written."""
+    """The plan's file is written last, so an unfinished run is started again."""
     assignment = {"a": ["class0/0.png"]}
     (folder / "run" / "deltas").mkdir(parents=True)
     shutil.copy(folder / "anchor.safetensors", folder / "run" / "anchor.safetensors")
@@ -265,5 +244,4 @@ def test_interrupted_before_its_end(folder: Path) -> None:
     create(folder, assignment)
     (folder / "other").mkdir()
     (folder / "other" / "thesis.tex").write_text("...")
-    with pytest.raises(PlanError, match="other files"):
-        create(folder, assignment, run="other")
+    refused(PlanError, "other files", create, folder, assignment, run="other")

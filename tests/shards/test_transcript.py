@@ -1,4 +1,4 @@
-"""examples/shards.sh: its commands in this process; as it is typed, on Ray and locally."""
+"""The commands of examples/shards.sh in this process, and the script itself on Ray and locally."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def commands(folder: Path, executor: str) -> list[list[str]]:
     lines = SCRIPT.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
     calls = [line.removesuffix("&") for line in lines if line.startswith("say tangent-ops ")]
     assert len(calls) == 7
-    rest = shlex.join([*SMALL, "--epochs", "12"])  # nobody is killed here: no need to be slow
+    rest = shlex.join([*SMALL, "--epochs", "12"])  # no worker is killed: fewer are enough
     return [
         [string.Template(word).substitute(values) for word in shlex.split(call)[2:]]
         for call in (line.replace('"$@"', rest) for line in calls)
@@ -51,7 +51,7 @@ def commands(folder: Path, executor: str) -> list[list[str]]:
 
 
 def check(printed: str, out: Path, logits: torch.Tensor) -> tuple[object, ...]:
-    """What was printed and written is right; gives what has to be the same on every executor."""
+    """Checks output and files; returns what has to be the same on every executor."""
     assert "6 shards trained" in printed
     assert "forgot" in printed
     assert re.findall(r"(\d) shards composed", printed) == ["6", "5"]

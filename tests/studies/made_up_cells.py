@@ -1,4 +1,4 @@
-"""Cells that processes can import: what they do is in their arguments."""
+"""Cells that worker processes can import."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def plan(found: Found) -> Iterator[Cell]:
 
 
 def run(cell: Cell) -> dict[str, Any]:
-    """Square a number, and leave a mark; fail where a file says so."""
+    """Squares a number and records the run in a file; fails if a file demands it."""
     number = cell.arguments["number"]
     marks = Path(os.environ["MARKS"])
     if (marks / f"fail-{number}").exists():

@@ -1,4 +1,4 @@
-"""Cells: planned in waves, kept one by one, never run twice, run again when sources change."""
+"""Cells are planned in waves, stored one by one, and run again only if sources change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What comes out of other people's packages: archives, pickles, IDX files, duplicates."""
+"""Data from packages: archives, pickles, IDX files, duplicates."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_what_is_no_debian_package_is_said(tmp_path: Path) -> None:
 
 @pytest.fixture
 def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is all of PATH: no client is there but those that a test writes."""
+    """The only folder of PATH: no client exists but those that a test writes."""
     folder = tmp_path / "clients"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
@@ -78,10 +78,7 @@ def write_client(path: Path, script: str) -> None:
 
 CONTENTS = _tar({"package/a": b"1"}, "w:gz")
 DIGEST = hashlib.sha256(CONTENTS).hexdigest()
-PACKAGES = {
-    "npm": npm("thing", "1.0", DIGEST),
-    "apt-get": debian("thing", "1.0~git2-3", DIGEST),
-}
+PACKAGES = {"npm": npm("thing", "1.0", DIGEST), "apt-get": debian("thing", "1.0~git2-3", DIGEST)}
 
 
 @pytest.mark.parametrize("client", PACKAGES)
@@ -132,7 +129,7 @@ def test_a_client_that_brings_nothing(
     assert ("apt-get update" in words) == (client == "apt-get")
     assert not [file for file in cache.rglob("*") if file.is_file()]
 
-    by_hand = Path(words.splitlines()[-1].strip())  # what the message ends with is all it takes
+    by_hand = Path(words.splitlines()[-1].strip())  # the message ends with this path
     by_hand.write_bytes(CONTENTS)
     (clients / client).unlink(missing_ok=True)
     assert fetch_package(package, cache) == by_hand
@@ -150,7 +147,7 @@ def test_a_wheel_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_no_registry_has_its_address_in_the_tree() -> None:
-    """Clients are set up by whoever uses them; we name packages."""
+    """The user configures the clients; the project names packages only."""
     places = r"registry\.npmjs|\bnpmjs\.|deb\.debian|debian\.org|pypi\.(org|python)|pythonhosted|"
     settings = r"index[-_]url|npm_config_|DEBIAN_MIRROR|urlopen|urlretrieve"
     address = re.compile(places + settings, re.IGNORECASE)

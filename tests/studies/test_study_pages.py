@@ -1,4 +1,4 @@
-"""docs/study is what its results.json makes, and its plots can be told apart without colours."""
+"""docs/study follows from its results.json, and its plots are readable without colours."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def _command(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 class ThisProcess:
-    """In place of a pool of processes, which takes longer to start than the tiny study to run."""
+    """Replaces the pool of processes, which starts slower than the tiny study runs."""
 
     submitted = 0
 
@@ -116,7 +116,7 @@ def run_tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], 
         patch.setattr("studies.paper.tokens.load_model", _model)
         patch.setattr(context, "load_model", _model)
         patch.setattr(cells, "ProcessPoolExecutor", ThisProcess)
-        # Tighter: not one image of three hundred may change sides.
+        # Tighter tolerances: no prediction of three hundred may change.
         patch.setattr(composition, "FIT_TOLERANCE", 1e-3)
         patch.setattr(composition, "COMPOSE_TOLERANCE", 1e-4)
         yield run
@@ -138,13 +138,13 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _found(folder: Path) -> tuple[Found, str]:
-    """The results, and the name of the set of images."""
+    """The results and the name of their set of images."""
     results = json.loads((folder / "pages" / "results.json").read_text(encoding="utf-8"))
     return Found(results["cells"]), results["configuration"]["forgetting"]["images"]
 
 
 def _areas(found: Found, name: str) -> list[float]:
-    """Under the ROC curves of the attack on a model, for each seed."""
+    """Areas under the ROC curves of the attack on a model, for each seed."""
     cells = [cell["scores"][name] for cell in found.of(forgetting.ATTACK)]
     return [auc(cell["members"], cell["others"]) for cell in cells]
 

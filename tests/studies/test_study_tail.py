@@ -1,4 +1,4 @@
-"""The class token's tail is timm's own function, and so is its derivative."""
+"""The class token's tail and its derivative agree with timm's blocks."""
 
 from __future__ import annotations
 

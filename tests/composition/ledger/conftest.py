@@ -1,11 +1,11 @@
-"""A ledger of two shards for every test of ledgers."""
+"""Small ledgers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from ledger_helpers import SHARDS
+from ledger_helpers import SHARDS, some_delta
 
 from tangent_ops import Ledger
 
@@ -13,6 +13,14 @@ from tangent_ops import Ledger
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "ledger"
+
+
+@pytest.fixture
+def one_shard(folder: Path) -> Ledger:
+    """The shard "a" alone."""
+    ledger = Ledger(folder)
+    ledger.add("a", some_delta(1))
+    return ledger
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Deltas, and what a ledger must make of them, worked out without it."""
+"""Deltas, an oracle for their weighted mean, and tools that damage or kill a ledger."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def assert_same(found: Delta, expected: Delta) -> None:
 
 
 def oracle(shards: Iterable[tuple[Delta, float]]) -> dict[str, torch.Tensor]:
-    """The weighted mean in Python's integers and fractions, rounded where the docs say."""
+    """The weighted mean in Python's integers and fractions, rounded as documented."""
     shards = list(shards)
     total = float(sum(Fraction(weight) for _, weight in shards))
     mean = {}
@@ -73,7 +73,7 @@ def assert_is(found: Delta, shards: Iterable[tuple[Delta, float]]) -> None:
 
 
 def tree(path: Path) -> dict[str, str]:
-    """Every file of a folder, by its content."""
+    """Relative path of each file in a folder -> SHA-256 of its content."""
     return {
         str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(path.rglob("*"))
@@ -82,16 +82,16 @@ def tree(path: Path) -> dict[str, str]:
 
 
 def assert_tidy(ledger: Ledger) -> None:
-    """One file for each shard and one sum; no log of SQLite's is left either."""
+    """The folder holds one file per shard, at most one sum, and no log of SQLite."""
     assert sorted(os.listdir(ledger.path)) == ["deltas", "ledger.sqlite", "sums"]
     assert len(os.listdir(ledger.path / "deltas")) == len(ledger)
     assert len(os.listdir(ledger.path / "sums")) <= 1
 
 
 def fork(work: Callable[[], object]) -> int:
-    """A child that does `work` and exits with 0, or with 1 and a traceback; its process id."""
+    """Starts a child that calls `work` and exits with 0, or 1 after an error; returns its id."""
     with warnings.catch_warnings():
-        # Python 3.12 and later warn of threads; ours wait for work that the child does not give.
+        # Python 3.12 and later warn about threads; the child gives ours no work.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child:
@@ -109,7 +109,7 @@ def fork(work: Callable[[], object]) -> int:
 
 
 def ended(child: int) -> int:
-    """Wait for a child: its exit code, or minus the signal that killed it."""
+    """Waits for a child; returns its exit code, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -137,9 +137,9 @@ def refused(
     where: Ledger | Path,
     message: str,
     *works: Callable[[], object],
-    error: type[Exception] = LedgerError,
+    error: type[BaseException] = LedgerError,
 ) -> None:
-    """Each of the works raises the error and changes no file."""
+    """Each call of `works` raises the error and changes no file."""
     path = where.path if isinstance(where, Ledger) else where
     before = tree(path)
     for work in works:

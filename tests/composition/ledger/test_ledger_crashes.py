@@ -1,4 +1,4 @@
-"""Killed with SIGKILL anywhere, a ledger is as it was before the operation or after it.
+"""A ledger that is killed with SIGKILL is as before the operation or as after it.
 
 Run with -s to see the counts.
 """
@@ -12,6 +12,7 @@ import signal
 import sqlite3
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from ledger_helpers import (
     ended,
     fork,
     kill_oneself,
+    refused,
     some_delta,
     tree,
 )
@@ -33,13 +35,13 @@ from tangent_ops.errors import LedgerError
 
 
 def state(ledger):
-    """All that may be seen: shards, weights, meta, times, history and the mean."""
+    """Everything that a user can see: shards, weights, meta, times, history and the mean."""
     composed = ledger.composed() if len(ledger) else None
     return ledger.list(), ledger.history(), composed
 
 
 def same(one, other):
-    """Times aside: the operation is run more than once."""
+    """Equal but for the times, since the operation runs more than once."""
     entries = [[(e.shard, e.weight, e.meta) for e in entries] for entries in (one[0], other[0])]
     events = [[(e.what, e.shard) for e in events] for events in (one[1], other[1])]
     if entries[0] != entries[1] or events[0] != events[1]:
@@ -53,7 +55,7 @@ def same(one, other):
 
 
 class Doom:
-    """Counts calls, and dies at the n-th."""
+    """Counts calls and kills the process at call number `fatal`."""
 
     def __init__(self, fatal):
         self.fatal, self.calls = fatal, 0
@@ -88,11 +90,22 @@ class Doom:
         for name in ("fsync", "unlink", "mkdir"):
             setattr(os, name, self.before(getattr(os, name)))
         sqlite3.connect = self.connect
-        # Hashing and writing call it: some of these deaths leave a file half written.
+        # Hashing and writing call it, so some of these kills leave a file half written.
         tangent_ops.files.bytes_of = self.before(tangent_ops.files.bytes_of)
 
 
 CONNECT = sqlite3.connect
+
+
+def watch_statements(monkeypatch, watch):
+    """Calls `watch(execute, statement)` before each statement that SQLite executes."""
+
+    class Connection(sqlite3.Connection):
+        def execute(self, statement, *args):
+            watch(super().execute, statement)
+            return super().execute(statement, *args)
+
+    monkeypatch.setattr(sqlite3, "connect", partial(CONNECT, factory=Connection))
 
 
 def nothing(path):
@@ -170,7 +183,7 @@ def test_killed_at_every_step(name, tmp_path):
         if outcome == "before":
             assert same(found, before)
             assert code == -signal.SIGKILL
-            work(path)  # nothing stands in the way of trying again
+            work(path)  # the operation can be repeated
             assert same(state(Ledger(path)), after)
         outcomes[outcome] += 1
         shutil.rmtree(path)
@@ -188,7 +201,7 @@ def test_killed_at_every_step(name, tmp_path):
 
 @pytest.mark.parametrize("rounds", [80, pytest.param(400, marks=pytest.mark.long)])
 def test_killed_at_random_times(rounds, tmp_path):
-    """Always the same ledger, so that what a kill leaves is there in the next rounds."""
+    """All rounds use one ledger, so that later rounds meet what a kill has left."""
     dice = random.Random(0)
     ledger = Ledger(tmp_path / "ledger")
     shards: dict[str, tuple[Delta, float]] = {}
@@ -219,7 +232,7 @@ def test_killed_at_random_times(rounds, tmp_path):
         late = len(os.read(ours, 100))
         reported += late
         os.close(ours)
-        # Aim at the next step, as fast or slow as the machine is just now.
+        # Aim at the next step, whatever the machine's current speed.
         longest *= 1.1 if late == 0 else 0.9
 
         unswept = len(list((ledger.path / "deltas").iterdir()))
@@ -251,12 +264,10 @@ def test_killed_at_random_times(rounds, tmp_path):
     assert leftovers > rounds / 80
 
 
-# What a power cut could undo
+# The order of writes, in case of a power cut
 
 
-def test_files_are_on_disk_before_the_commit_and_old_ones_go_after_it(tmp_path, monkeypatch):
-    ledger = Ledger(tmp_path / "ledger")
-    ledger.add("a", some_delta(1))
+def test_files_are_on_disk_before_the_commit_and_old_ones_go_after_it(one_shard, monkeypatch):
     events: list[str] = []
     fsync, unlink = os.fsync, os.unlink
 
@@ -274,17 +285,13 @@ def test_files_are_on_disk_before_the_commit_and_old_ones_go_after_it(tmp_path, 
         events.append(f"remove from {path.parent.name}")
         unlink(file, dir_fd=dir_fd)
 
-    class Connection(sqlite3.Connection):
-        def execute(self, statement, *args):
-            if statement == "COMMIT":
-                events.append("commit")
-            return super().execute(statement, *args)
+    def spy_commit(execute, statement):
+        if statement == "COMMIT":
+            events.append("commit")
 
     monkeypatch.setattr(os, "fsync", spy_fsync)
     monkeypatch.setattr(os, "unlink", spy_unlink)
-    monkeypatch.setattr(
-        sqlite3, "connect", lambda *args, **kwargs: CONNECT(*args, factory=Connection, **kwargs)
-    )
+    watch_statements(monkeypatch, spy_commit)
 
     def written(folder):
         return [f"sync file in {folder}", f"sync {folder}"]
@@ -292,21 +299,23 @@ def test_files_are_on_disk_before_the_commit_and_old_ones_go_after_it(tmp_path, 
     def erased(folder):
         return [f"sync file in {folder}", f"remove from {folder}", f"sync {folder}"]
 
-    ledger.add("b", some_delta(2))
+    one_shard.add("b", some_delta(2))
     assert events == [*written("deltas"), *written("sums"), "commit", *erased("sums")]
     events.clear()
-    ledger.forget("a")
+    one_shard.forget("a")
     assert events == [*written("sums"), "commit", *erased("deltas"), *erased("sums")]
 
 
 # Errors on the way
 
 
+def changes(ledger):
+    return (lambda: ledger.add("b", some_delta(2)), lambda: ledger.forget("a"))
+
+
 @pytest.mark.parametrize("call", range(4))
-def test_a_full_disk_changes_nothing(call, tmp_path, monkeypatch):
-    ledger = Ledger(tmp_path / "ledger")
-    ledger.add("a", some_delta(1))
-    before = tree(ledger.path)
+def test_a_full_disk_changes_nothing(call, one_shard, monkeypatch):
+    before = tree(one_shard.path)
     function, calls = os.fsync, []
 
     def fail(*args):
@@ -315,67 +324,48 @@ def test_a_full_disk_changes_nothing(call, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return function(*args)
 
-    works = (
-        lambda: ledger.add("b", some_delta(2)),
-        lambda: ledger.forget("a"),
-    )
-    for work in works:
+    for work in changes(one_shard):
         calls.clear()
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", fail)
             try:
                 work()
             except OSError:
-                assert tree(ledger.path) == before
+                assert tree(one_shard.path) == before
             except LedgerError as error:  # after the commit
                 assert "the change is made" in str(error)
                 break
             else:
                 break  # fewer calls than that
-    assert_tidy(Ledger(ledger.path))
-    ledger.verify()
+    assert_tidy(Ledger(one_shard.path))
+    one_shard.verify()
 
 
-def test_an_interrupt_changes_nothing(tmp_path, monkeypatch):
-    ledger = Ledger(tmp_path / "ledger")
-    ledger.add("a", some_delta(1))
-    before = tree(ledger.path)
-
+def test_an_interrupt_changes_nothing(one_shard, monkeypatch):
     def interrupt(*args):
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("here")
 
     monkeypatch.setattr("tangent_ops.composition.ledger.records.Transaction.set_sum", interrupt)
-    for work in (lambda: ledger.add("b", some_delta(2)), lambda: ledger.forget("a")):
-        with pytest.raises(KeyboardInterrupt):
-            work()
-        assert tree(ledger.path) == before
+    refused(one_shard, "here", *changes(one_shard), error=KeyboardInterrupt)
 
 
-def test_a_database_that_is_full_changes_nothing(tmp_path, monkeypatch):
-    ledger = Ledger(tmp_path / "ledger")
-    ledger.add("a", some_delta(1))
-    before = tree(ledger.path)
+def test_a_database_that_is_full_changes_nothing(one_shard, monkeypatch):
+    before = tree(one_shard.path)
 
-    class Connection(sqlite3.Connection):
-        def execute(self, statement, *args):
-            if statement == "BEGIN IMMEDIATE":
-                pages = super().execute("PRAGMA page_count").fetchone()[0]
-                super().execute(f"PRAGMA max_page_count = {pages}")
-            return super().execute(statement, *args)
+    def no_more_pages(execute, statement):
+        if statement == "BEGIN IMMEDIATE":
+            pages = execute("PRAGMA page_count").fetchone()[0]
+            execute(f"PRAGMA max_page_count = {pages}")
 
-    monkeypatch.setattr(
-        sqlite3, "connect", lambda *args, **kwargs: CONNECT(*args, factory=Connection, **kwargs)
-    )
+    watch_statements(monkeypatch, no_more_pages)
     with pytest.raises(LedgerError, match=r"disk is full; nothing was changed"):
         for number in range(1000):
-            before = tree(ledger.path)
-            ledger.add(f"{number:0200}", {n: v.clone() for n, v in some_delta(1).items()})
-    assert tree(ledger.path) == before
+            before = tree(one_shard.path)
+            one_shard.add(f"{number:0200}", {n: v.clone() for n, v in some_delta(1).items()})
+    assert tree(one_shard.path) == before
 
 
-def test_says_so_when_an_old_file_cannot_be_erased(tmp_path, monkeypatch):
-    ledger = Ledger(tmp_path / "ledger")
-    ledger.add("a", some_delta(1))
+def test_says_so_when_an_old_file_cannot_be_erased(one_shard, monkeypatch):
     with monkeypatch.context() as patch:
 
         def fail(path, **options):
@@ -383,10 +373,10 @@ def test_says_so_when_an_old_file_cannot_be_erased(tmp_path, monkeypatch):
 
         patch.setattr(os, "unlink", fail)
         with pytest.raises(LedgerError, match=r"the change is made, but .* could not be erased"):
-            ledger.forget("a")
-    assert "a" not in ledger
-    assert_tidy(Ledger(ledger.path))
+            one_shard.forget("a")
+    assert "a" not in one_shard
+    assert_tidy(Ledger(one_shard.path))
 
 
 def test_torch_is_single_threaded_here():
-    assert torch.get_num_threads() == 1  # as children of a fork need it
+    assert torch.get_num_threads() == 1  # a forked child has no threads but its own

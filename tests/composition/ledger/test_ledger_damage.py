@@ -1,4 +1,4 @@
-"""Files that were truncated, edited, swapped or removed are noticed, and there is a way out."""
+"""A ledger detects truncated, edited, swapped and removed files, and can be repaired."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def edit_values(file):
 
 
 def edit_header(file):
-    """Of deltas the weight, of sums the total weight, by the same number of characters."""
+    """Changes a delta's weight or a sum's total weight without changing the file's length."""
     content = file.read_bytes()
     edited = content.replace(b'\\"weight\\":1.0', b'\\"weight\\":2.0', 1)
     edited = edited.replace(b'"weight":"4"', b'"weight":"5"', 1)
@@ -131,7 +131,7 @@ def test_a_row_that_was_removed_or_leads_elsewhere(ledger, tmp_path):
 
 
 def test_an_old_sum_put_back(ledger):
-    """A consistent pair of files is not enough: the database names the one that counts."""
+    """An intact old file is refused too: the database names the current one."""
     old = sum_file(ledger)
     content = old.read_bytes()
     ledger.forget("a")
@@ -159,7 +159,7 @@ def test_verify_names_every_problem(ledger):
         strict=True,
     ):
         assert words in problem
-    # Each way out, taken:
+    # With two deltas damaged, each suggested repair fails with its own error.
     (ledger.path / "deltas" / "notes.txt").unlink()
     ledger = Ledger(ledger.path)
     with pytest.raises(LedgerError, match=r"forget\('b', rebuild=True\)"):
@@ -236,7 +236,7 @@ def test_a_copy_without_its_empty_folders(tmp_path):
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_file_that_vanishes_while_it_is_opened(ledger, monkeypatch, number):
-    """Another process may erase it between safetensors' own look at it and torch's."""
+    """Another process may erase it after safetensors has opened it and before torch does."""
     opened = sealed.safe_open
     calls = []
 

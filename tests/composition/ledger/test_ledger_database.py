@@ -1,4 +1,4 @@
-"""A database that lost a row or a table is found out before anything is added or forgotten."""
+"""A ledger detects a lost row or table in its database before it adds or forgets anything."""
 
 from __future__ import annotations
 
@@ -7,15 +7,7 @@ import shutil
 
 import pytest
 import torch
-from ledger_helpers import (
-    META,
-    SHARDS,
-    assert_is,
-    assert_tidy,
-    edit_database,
-    refused,
-    some_delta,
-)
+from ledger_helpers import META, SHARDS, assert_is, assert_tidy, edit_database, refused, some_delta
 
 from tangent_ops import Ledger
 from tangent_ops.errors import ArgumentError, DeltaError, LedgerError
@@ -43,7 +35,7 @@ def test_a_sum_that_is_missing(ledger):
 
 
 def test_a_sum_that_is_missing_in_an_emptied_ledger(ledger):
-    """It would take deltas of any anchor and layout."""
+    """Without the sum the ledger would accept deltas of any anchor and layout."""
     for shard in SHARDS:
         ledger.forget(shard)
     edit_database(ledger, "DELETE FROM sum")
@@ -61,7 +53,7 @@ def test_a_shard_that_is_missing(ledger):
 
 
 def test_the_file_of_a_shard_that_is_missing_stays(ledger, tmp_path):
-    """It may be all there is of the shard: opening must not take it for a leftover."""
+    """It may be the shard's only copy: opening must not erase it as a leftover."""
     copy = tmp_path / "ledger.sqlite"
     shutil.copy(ledger.path / "ledger.sqlite", copy)
     edit_database(ledger, "DELETE FROM shards WHERE shard = 'b'")
@@ -119,7 +111,7 @@ def test_a_trigger_that_undoes_what_is_recorded(ledger):
 
 
 def test_a_ledger_made_before_names_had_a_key_goes_on(ledger):
-    """It gets one, and its files are found and erased as ever."""
+    """Opening adds a key; the ledger's files are still found and erased."""
     edit_database(ledger, "DROP TABLE names")
     ledger = Ledger(ledger.path)
     ledger.add("c", some_delta(3))
@@ -134,7 +126,7 @@ def test_the_key_of_names_is_missing(ledger):
     refused(ledger, "lost the key", *changes(ledger), ledger.verify)
 
 
-# Ids and tensors that are none
+# Invalid ids and tensors
 
 
 @pytest.mark.parametrize("shard", ["\ud800", "a\udfff", 3, None, b"a", ("a",), "a\0"])

@@ -1,4 +1,4 @@
-"""What a thousand shards cost: no more memory, and no more of anything per shard."""
+"""A thousand shards take no more memory than ten, and no more bytes and time per shard."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ for count in map(int, sys.argv[2:]):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux resets the peak")
 def test_many_shards_take_no_more_memory_than_ten(tmp_path):
-    """The peak of a process beyond what it had before its first shard."""
+    """Peak memory of a process beyond what it had before its first shard."""
     done = subprocess.run(
         [sys.executable, "-c", GROWTH, str(tmp_path), "10", "300"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
@@ -60,7 +60,7 @@ def test_many_shards_take_no_more_memory_than_ten(tmp_path):
 
 
 class Reads:
-    """Bytes that this process read and wrote, by Linux's count."""
+    """Counts the bytes that this process reads and writes (Linux)."""
 
     def __enter__(self):
         self._before = self._now()

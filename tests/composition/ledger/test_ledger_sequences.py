@@ -1,4 +1,4 @@
-"""Random sequences of operations, against a dict and against a ledger of the survivors alone."""
+"""Random sequences of operations, how exact the mean is, and the range of fixed point."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ledger_helpers import META, assert_is, assert_same, assert_tidy, oracle, some_delta
+from ledger_helpers import META, assert_is, assert_same, assert_tidy, oracle, refused, some_delta
 
 from tangent_ops import Delta, Ledger
 from tangent_ops.errors import LedgerError
@@ -27,7 +27,7 @@ METAS = st.sampled_from(
         None,
     ]
 )
-# Few ids, so that many come twice: present, they are forgotten, by their file or without it.
+# Few ids, so that many come twice: a shard that is present is forgotten, with or without rebuild.
 STEPS = st.tuples(
     st.integers(0, 5), st.integers(0, 10**6), WEIGHTS, METAS, st.sampled_from([False, False, True])
 )
@@ -74,7 +74,7 @@ def test_what_was_forgotten_was_never_there(steps, order):
 def test_the_mean_is_as_close_to_the_exact_one_as_promised(seeds, data):
     shards = [(some_delta(seed), data.draw(WEIGHTS)) for seed in seeds]
     total = sum(Fraction(weight) for _, weight in shards)
-    found = oracle(shards)["head.bias"].tolist()  # which the test above holds composed() to
+    found = oracle(shards)["head.bias"].tolist()  # the test above compares composed() with it
     for index, value in enumerate(found):
         exact = sum(Fraction(w) * Fraction(d["head.bias"][index].item()) for d, w in shards) / total
         size = sum(Fraction(w) * abs(Fraction(d["head.bias"][index].item())) for d, w in shards)
@@ -108,9 +108,7 @@ def test_the_promise_holds_for_large_values(scale, weights):
         assert error <= promised(3, total, sum(map(abs, terms)) / total)
         largest = max(largest, float(error / (3 / total * Fraction("4.6e-13"))))
     if scale > 1e6:
-        assert (
-            largest > 1
-        )  # the first part of the bound alone, as it once was promised, is exceeded
+        assert largest > 1  # the first part of the bound alone is exceeded
 
 
 @given(dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), data=st.data())
@@ -132,3 +130,46 @@ def test_smaller_values_are_rounded_to_the_documented_step():
         ledger.add("one", {"w": values})
         expected = torch.tensor([1.0, 0, 0, 1, 2, 2, 0, -1, 1000]) * step
         assert torch.equal(ledger.composed()["w"], expected)
+
+
+# The range of fixed point
+
+
+def test_refuses_a_term_beyond_the_range(folder):
+    ledger = Ledger(folder)
+    limit = 2.0**23
+    for value, weight in ((limit, 1), (-limit, 1), (1.0, limit), (1e300, 1e300)):
+        delta = {"w": torch.tensor([0.0, value], dtype=torch.float64)}
+        refused(folder, "out of range", lambda: ledger.add("a", delta, weight))  # noqa: B023
+    below = {"w": torch.tensor([limit], dtype=torch.float64).nextafter(torch.zeros(1).double())}
+    ledger.add("a", below)
+    assert torch.equal(ledger.composed()["w"], below["w"])
+
+
+def test_no_sum_of_any_of_the_shards_is_beyond_the_range(folder):
+    """The limit holds for sums of absolute values: forgetting "down" must not overflow."""
+    large = 5e6
+    ledger = Ledger(folder)
+    ledger.add("up", {"w": torch.tensor([large])})
+    refused(folder, "the sum out of range", lambda: ledger.add("d", {"w": -torch.tensor([large])}))
+    ledger.add("down", {"w": -torch.tensor([2.0**23 - large - 1])})
+    refused(folder, "the sum out of", lambda: ledger.add("x", {"w": torch.ones(1)}))
+    ledger.forget("up")
+    ledger.add("x", {"w": torch.tensor([large])})
+    ledger.forget("down")
+    assert ledger.composed()["w"].item() == large
+
+
+def test_refuses_a_delta_that_would_vanish(folder):
+    ledger = Ledger(folder)
+    delta = {"w": torch.tensor([1e-3, 0.0])}
+    refused(folder, "would vanish", lambda: ledger.add("a", delta, weight=1e-10))
+    ledger.add("zeros", {"w": torch.zeros(2)}, weight=1e-10)
+    assert torch.equal(ledger.composed()["w"], torch.zeros(2))
+
+
+def test_refuses_an_infinite_total_weight(folder):
+    ledger = Ledger(folder)
+    zeros = {"w": torch.zeros(1)}
+    ledger.add("a", zeros, weight=1.5e308)
+    refused(folder, "infinite", lambda: ledger.add("b", zeros, weight=1.5e308))
