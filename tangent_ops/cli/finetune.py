@@ -167,6 +167,7 @@ def finetune(
 
     from tangent_ops.cli.make_anchor import check_model, make_anchor
     from tangent_ops.shards import ImageData, Plan
+    from tangent_ops.shards.disjoint import check_private
     from tangent_ops.shards.plan import DATABASE, check_folder
 
     with errors():
@@ -181,6 +182,7 @@ def finetune(
             say(described(samples))
         samples.check_classes(str(data))
         dealt, labels = assignment.deal(samples)
+        check_private(recipe, dealt, assignment.allow_overlap)
         classes = classes_of(samples)
         check_model(anchor, recipe, len(classes))
         there = Plan.open(out) if (out / DATABASE).exists() else None

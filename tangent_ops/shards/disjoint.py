@@ -37,20 +37,26 @@ def check_public(public: Samples, shards: Mapping[str, Sequence[Sample]]) -> Non
 
 
 def check_private(
-    recipe: ShardRecipe, shards: Mapping[str, Sequence[Sample]], allow_overlap: bool
+    recipe: ShardRecipe, assignment: Mapping[str, Sequence[str]], allow_overlap: bool
 ) -> None:
-    """Raise ArgumentError if the guarantee of private fits would not hold for these shards."""
+    """Raise ArgumentError if the recipe is private, and not for shards of these samples' ids."""
+    if recipe.dp_epsilon is None:
+        return
     if allow_overlap:
         raise ArgumentError(
             "allow_overlap is not for private fits: a sample in k shards is protected k times "
             "less. Make the shards disjoint"
         )
-    largest = max(map(len, shards.values()))
+    largest = max(map(len, assignment.values()))
     if recipe.dp_delta is not None and recipe.dp_delta * largest >= 1:
         raise ArgumentError(
             f"dp_delta={recipe.dp_delta:g} is not below one over the {largest} samples of the "
             "largest shard: publishing one whole sample would be allowed"
         )
+
+
+def check_no_copies(shards: Mapping[str, Sequence[Sample]]) -> None:
+    """Raise ArgumentError if a shard has a sample twice: a private fit would protect it less."""
     for samples in shards.values():
         first: dict[str, str] = {}
         for sample in samples:

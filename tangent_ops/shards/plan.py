@@ -19,7 +19,7 @@ from tangent_ops.model.linearize import linearize
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.shards.anchor import AnchorInfo, load_anchor, read_anchor
 from tangent_ops.shards.data import ImageData, Samples
-from tangent_ops.shards.disjoint import check_disjoint, check_private, check_public
+from tangent_ops.shards.disjoint import check_disjoint, check_no_copies, check_private, check_public
 from tangent_ops.shards.manifest import Manifest, Sample
 from tangent_ops.shards.recipe import ShardRecipe, job_hash
 from tangent_ops.shards.rows import Rows, changes, check_names, difference, digest, hashed, rows_of
@@ -128,6 +128,7 @@ class Plan:
                 plan.relocate(data, progress=progress)
             return plan
         check_folder(path)
+        check_private(recipe, assignment, allow_overlap)
 
         shards: dict[str, list[Sample]] = {name: [] for name in assignment}
         for shard, sample in hashed(samples, rows, progress):
@@ -137,7 +138,7 @@ class Plan:
         if not allow_overlap:
             check_disjoint(shards)
         if recipe.dp_epsilon is not None:
-            check_private(recipe, shards, allow_overlap)
+            check_no_copies(shards)
         path.mkdir(parents=True, exist_ok=True)
         with open(anchor, "rb") as source:
             write_atomically(path / ANCHOR, lambda file: shutil.copyfileobj(source, file))

@@ -74,10 +74,19 @@ def test_refused_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
-def test_private_shards_that_overlap_are_refused(images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--allow-overlap", "--shards", "2"], "disjoint"),
+        (["--dp-delta", "0.2"], "the largest shard"),
+    ],
+)
+def test_private_shards_without_a_guarantee_are_refused(
+    images: Path, tmp_path: Path, words: list[str], said: str, dry: list[str]
+) -> None:
     pytest.importorskip("opacus", reason="the extra for privacy is not installed")
-    words = ("--dp-epsilon", "3", "--allow-overlap", "--shards", "2")
-    refused(finetune(images, tmp_path / "run", *words), "disjoint")
+    refused(finetune(images, tmp_path / "run", "--dp-epsilon", "3", *words, *dry), said)
     assert not (tmp_path / "run").exists()
 
 
