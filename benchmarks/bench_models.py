@@ -17,37 +17,83 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks.case import (
-    Call,
-    Case,
-    Cost,
-    Extent,
-    Outputs,
-    Provider,
-    Suite,
-    compiling_is_slow,
-    finite_difference_step,
-)
-from benchmarks.vits import (
-    EVERYTHING,
-    Weights,
-    model_cost,
-    random_batch,
-    random_vit,
-    torch_jvp,
-    trained_parameters,
-)
+from benchmarks import ops
+from benchmarks.case import Call, Case, Cost, Extent, Outputs, Provider, Suite, compiling_is_slow
+from benchmarks.roofline import forward_cost, model_cost
 from tangent_ops import last_blocks, linearize
-from tangent_ops.model.features import blocks_of
+from tangent_ops.model.features import Tail, blocks_of
+
+Weights = dict[str, Tensor]
 
 FORWARD, STEP = "model-forward", "train-step"
 MODELS = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
-NOTHING = "$^"  # a pattern of parameter names
+EVERYTHING, NOTHING = "", "$^"  # patterns of parameter names
+
+
+# --- vision transformers -------------------------------------------------------------------------
+
+
+def random_vit(name: str) -> nn.Module:
+    """In eval mode and frozen, on the CPU in float32; weights from torch's default generator."""
+    model = timm.create_model(name).eval().requires_grad_(False)
+    for parameter in model.parameters():  # fresh ones are zeros and ones too often
+        parameter.add_(0.01 * torch.randn_like(parameter))
+    return model
+
+
+def random_batch(model: Any, images: int) -> tuple[Tensor, Tensor]:
+    """Images (images, 3, H, W) of the model's size and targets (images,), on the CPU."""
+    inputs = torch.randn(images, *model.pretrained_cfg["input_size"])
+    return inputs, torch.randint(model.num_classes, (images,))
+
+
+def trained_parameters(model: nn.Module, pattern: str) -> Weights:
+    """The parameters whose names match, which require gradients from now on."""
+    named = model.named_parameters()
+    return {name: p.requires_grad_() for name, p in named if re.search(pattern, name)}
+
+
+def torch_jvp(model: nn.Module, images: Tensor, delta: Weights) -> tuple[Tensor, Tensor]:
+    """f and JΔw by PyTorch alone."""
+    weights = {name: model.get_parameter(name) for name in delta}
+    return ops.torch_jvp(lambda some: functional_call(model, some, images), (weights,), (delta,))
+
+
+def least_work(question: str, case: Case, dtype: torch.dtype, images: int, part: str) -> Cost:
+    """Of a pass or a step of the case's model.
+
+    Args:
+        question: as in ``roofline.model_cost``.
+        case: its op is the model.
+        dtype: of the weights.
+        images: of one call.
+        part: what is trained: "all"; "last": block, norm and head, where the trunk below runs
+            forward alone; "tail": the same without the trunk.
+    """
+    whole, tail = _forward_costs(case.op, dtype, images)
+    asked = model_cost(question, whole if part == "all" else tail)
+    if part != "last":
+        return asked
+    return Cost(asked.flops + whole.flops - tail.flops, asked.bytes + whole.bytes - tail.bytes)
+
+
+@functools.cache
+def _forward_costs(name: str, dtype: torch.dtype, images: int) -> tuple[Cost, Cost]:
+    """Of the model, and of its last block, norm and head."""
+    with torch.device("meta"):
+        model: Any = timm.create_model(name).to(dtype)
+    tail, tokens = Tail(model, len(blocks_of(model)) - 1), model.pos_embed.shape[1:]
+    whole = forward_cost(model, (images, *model.pretrained_cfg["input_size"]))
+    return whole, forward_cost(tail, (images, *tokens))  # class token included
+
+
+# --- the suite -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -79,10 +125,10 @@ class Operands:
             self._exact[pattern] = torch_jvp(model, self.images.double(), delta)
         return self._exact[pattern]
 
-    def besides(self, pattern: str) -> Tensor | None:
-        """J Δw of the parameters that do not match, float32 (B, classes); None if all do."""
+    def besides(self, pattern: str) -> Tensor | float:
+        """J Δw of the parameters that do not match, float32 (B, classes); 0 if all do."""
         if pattern == EVERYTHING:
-            return None
+            return 0.0
         _, whole = self.exact()
         return (whole if pattern == NOTHING else whole - self.exact(pattern)[1]).float()
 
@@ -94,12 +140,12 @@ class Subject:
     Attributes:
         run: gives f and the tangent that this provider computes, or f alone; (B, classes) each.
         trained: the leaves whose gradients a step gives, by the model's parameter names.
-        given: the rest of JΔw, or None.
+        given: the rest of JΔw; 0 if there is none.
     """
 
     run: Call
     trained: Weights
-    given: Tensor | None
+    given: Tensor | float
 
 
 class ModelSuite(Suite):
@@ -152,7 +198,7 @@ class ModelSuite(Suite):
         if case.group == STEP:
             questions = {"tangent": "tangent-step", "primal": "ordinary-step"}
         question = questions.get(provider.question, provider.question)
-        return model_cost(question, case.op, case.torch_dtype, case.shape[0], provider.part)
+        return least_work(question, case, case.torch_dtype, case.shape[0], provider.part)
 
 
 @functools.lru_cache(maxsize=1)  # both groups use it, and the exact tangent takes long
@@ -181,17 +227,14 @@ def _compared(model: Any) -> list[str]:
 
 def _forward(subject: Subject) -> Outputs:
     f, *tangent = subject.run()
-    if subject.given is None:
-        return f, *tangent
     return f, *(one + subject.given for one in tangent)
 
 
 def _step(subject: Subject, targets: Tensor, names: Sequence[str]) -> Outputs:
     """Forward, loss, backward; the gradients are dropped but for the named ones."""
     f, *tangent = subject.run()
-    logits = sum(tangent, start=f).float()  # as fit takes the loss of 16-bit logits
-    if subject.given is not None:
-        logits = logits + subject.given
+    # As fit takes the loss of 16-bit logits.
+    logits = sum(tangent, start=f).float() + subject.given
     F.cross_entropy(logits, targets).backward()
     found: Any = tuple(subject.trained[name].grad for name in names)
     for parameter in subject.trained.values():
@@ -241,24 +284,22 @@ SUITE.provider("finetune-1", groups=(STEP,), part="last", **PLAIN)(partial(ordin
 @SUITE.provider("torch-jvp")
 def by_torch_jvp(operands: Operands) -> Subject:
     delta = {name: d.detach().requires_grad_() for name, d in operands.delta.items()}
-    return Subject(lambda: torch_jvp(operands.model, operands.images, delta), delta, None)
+    return Subject(lambda: torch_jvp(operands.model, operands.images, delta), delta, 0.0)
 
 
-@SUITE.provider(
-    "finite-differences", groups=(FORWARD,), question="finite-differences", approximate=True
-)
+@SUITE.provider("finite-differences", groups=(FORWARD,), **ops.APPROXIMATE)
 def by_finite_differences(operands: Operands) -> Subject:
     """Two ordinary forward passes."""
     model, images = operands.model, operands.images
     weights = dict(model.named_parameters())
-    step = finite_difference_step(images.dtype)
+    step = ops.finite_difference_step(images.dtype)
 
     def run() -> Outputs:
         f = model(images)
         moved = {name: w + step * operands.delta[name] for name, w in weights.items()}
         return f, (functional_call(model, moved, images) - f) / step
 
-    return Subject(run, {}, None)
+    return Subject(run, {}, 0.0)
 
 
 SLOW: Any = {"missing": compiling_is_slow}

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.bench_models import least_work, random_batch, random_vit, trained_parameters
 from benchmarks.case import Case, clock_of
-from benchmarks.vits import model_cost, random_batch, random_vit, trained_parameters
 from tangent_ops import cache_features, fit, last_blocks, linearize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,7 +79,7 @@ def test_epoch(name: str, benchmark) -> None:
 
     question, part = WAYS[name]
     images, batch = CASE.shape
-    step = model_cost(question, CASE.op, torch.float32, batch, part)
+    step = least_work(question, CASE, torch.float32, batch, part)
     work = {"flops": images / batch * step.flops, "bytes": images / batch * step.bytes}
     benchmark.extra_info.update(case=vars(CASE), provider=name, **work)
     benchmark.pedantic(epoch, setup=restart, rounds=5, warmup_rounds=1)

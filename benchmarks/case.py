@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -56,10 +55,6 @@ class Case:
         return DTYPES[self.dtype]
 
 
-def never_missing(case: Case, device: torch.device) -> str | None:
-    return None
-
-
 @dataclass(frozen=True)
 class Provider:
     """One way to compute a case.
@@ -81,7 +76,7 @@ class Provider:
     question: str = "tangent"
     part: str = "all"
     approximate: bool = False
-    missing: Missing = never_missing
+    missing: Missing = lambda case, device: None
 
 
 class Suite:
@@ -118,7 +113,7 @@ class Suite:
         return min(1e4 * bound, 0.1) if provider.approximate else bound
 
     def cases(self, device: torch.device, extent: Extent) -> Sequence[Case]:
-        """The cases that fit the device: some minutes of them, or all."""
+        """The cases that fit the device: those that take some minutes ("default"), or all."""
         raise NotImplementedError
 
     def inputs(self, case: Case, device: torch.device, seed: int) -> Any:
@@ -153,16 +148,6 @@ class Suite:
 # --- shared by several suites --------------------------------------------------------------------
 
 
-def finite_difference_step(dtype: torch.dtype) -> float:
-    """The h of (f(p + h t) - f(p)) / h: √eps, rounded up to a power of two.
-
-    The difference rounds at eps |f| / h, and the curvature adds h |f''|: both are then √eps where
-    p, t and the derivatives are of one size. A power of two multiplies and divides exactly.
-    float32: 2^-11; float16: 2^-5; bfloat16: 2^-3.
-    """
-    return 2.0 ** math.ceil(math.log2(torch.finfo(dtype).eps) / 2)
-
-
 def compiling_is_slow(case: Case, device: torch.device) -> str | None:
     """Why a compiled provider is left out, or None."""
     if device.type != "cpu" or os.environ.get(COMPILE_ON_CPU) == "1":
@@ -172,14 +157,9 @@ def compiling_is_slow(case: Case, device: torch.device) -> str | None:
 
 def clock_of(device: torch.device) -> Callable[[], float]:
     """Seconds on the host's clock; on CUDA, once the device has finished all that was launched."""
-    return _device_clock if device.type == "cuda" else time.perf_counter
 
+    def after_the_device() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
-def _device_clock() -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def leaves(tensors: Sequence[Tensor]) -> Any:
-    """The tensors, detached, as leaves that require gradients."""
-    return tuple(tensor.detach().requires_grad_() for tensor in tensors)
+    return after_the_device if device.type == "cuda" else time.perf_counter

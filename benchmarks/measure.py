@@ -18,6 +18,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from benchmarks.case import Call, Case, Outputs, Provider, Suite, clock_of
 from tangent_ops.profiling.memory import peak_bytes, saved_bytes
 
+SECONDS = 0.3  # for the timed rounds of a provider
 # Below this, Python and launches take most of a call on CUDA: replays of a graph are timed then.
 GRAPH_BELOW = 1e-3  # seconds
 # A backward pass runs on the stream of its forward pass, which no capture may touch.
@@ -109,17 +110,15 @@ class Contender:
         prepared: the case.
         provider: who answers it.
         call: on the case's operands.
-        seconds: for the timed rounds.
         turns: how often the providers of a case take turns.
-        turn: which one this is; memory is measured in the first.
+        turn: which one this is, from 0; memory is measured in the first.
     """
 
     prepared: Prepared
     provider: Provider
     call: Call
-    seconds: float
-    turns: int = 1
-    turn: int = 0
+    turns: int
+    turn: int
 
     def time(self, benchmark: Any) -> None:
         """Times the call by pytest-benchmark, on operands that take turns."""
@@ -140,10 +139,10 @@ class Contender:
         following = itertools.cycle(calls)
         # A timer that waits for the device is read twice a round: rounds of a millisecond hide it.
         iterations = max(1, round(1e-3 / estimate)) if device.type == "cuda" else 1
-        fewest = max(2, -(-5 // self.turns))
+        fewest = max(2, math.ceil(5 / self.turns))
         benchmark.pedantic(
             lambda: _drop(next(following)()),
-            rounds=min(100, max(fewest, int(self.seconds / self.turns / estimate / iterations))),
+            rounds=min(100, max(fewest, int(SECONDS / self.turns / estimate / iterations))),
             iterations=iterations,
             warmup_rounds=1 if estimate < SHORT else 0,
         )
@@ -170,10 +169,12 @@ class Contender:
         Parameters and what else is there anyway is not counted. Empty without memory to measure it.
         """
         gc.collect()
-        there = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
         # What the compiler leaves of its tracing, and other layouts (oneDNN's), have no storage.
         there = [
-            x for x in there if not is_functorch_wrapped_tensor(x) and x.layout is torch.strided
+            x
+            for x in gc.get_objects()
+            if type(x) in (torch.Tensor, torch.nn.Parameter)
+            if not is_functorch_wrapped_tensor(x) and x.layout is torch.strided
         ]
         try:
             saved = saved_bytes(self.call, exclude=there)

@@ -12,15 +12,16 @@ Questions: "primal", "dual" (value and tangent), "finite-differences" (two prima
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import nn
-from torch.func import functional_call
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.case import DTYPES, Cost, clock_of
+from benchmarks.case import DTYPES, Cost
 from benchmarks.stored import Row
 
 STATISTIC = 4  # bytes of a row statistic (lse, mean ...): float32 always
@@ -94,32 +95,25 @@ def row_cost(op: str, question: str, rows: int, width: int, itemsize: int) -> Co
     )
 
 
-def vit_cost(question: str, module: nn.Module, batch: int, image_size: int) -> Cost:
-    """A whole model of (batch, 3, image_size, image_size) with all its parameters trained.
+def model_cost(question: str, forward: Cost) -> Cost:
+    """A model with all its parameters trained, by the cost of its forward pass.
 
     Each product of the forward pass becomes three in a dual pass and two in a backward pass; that
     images have neither tangent nor gradient (1 % of a ViT-S) is not taken off. Bytes are those of
     the parameters alone: each read once per pass, its gradient written once.
     """
-    flops = forward_flops(module, (batch, 3, image_size, image_size))
-    weights = float(sum(p.numel() * p.element_size() for p in module.parameters()))
-    return _asked(
-        question,
-        forward=Cost(flops, weights),
-        dual=Cost(3 * flops, 2 * weights),
-        backward=Cost(2 * flops, 2 * weights),
-    )
+    dual = Cost(3 * forward.flops, 2 * forward.bytes)
+    return _asked(question, forward, dual, backward=Cost(2 * forward.flops, 2 * forward.bytes))
 
 
-def forward_flops(module: nn.Module, input_shape: tuple[int, ...]) -> float:
-    """FLOPs of the products in `module`, attention's too, counted on the meta device."""
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    hollow = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    dtype = next(module.parameters()).dtype
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        functional_call(module, hollow, (torch.empty(input_shape, dtype=dtype, device="meta"),))
-    return float(counter.get_total_flops())
+def forward_cost(module: nn.Module, input_shape: tuple[int, ...]) -> Cost:
+    """FLOPs of the products in `module`, attention's too, counted on the meta device; its bytes."""
+    hollow = copy.deepcopy(module).to("meta")
+    dtype = next(hollow.parameters()).dtype
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        hollow(torch.empty(input_shape, dtype=dtype, device="meta"))
+    weights = sum(p.numel() * p.element_size() for p in hollow.parameters())
+    return Cost(float(counter.get_total_flops()), float(weights))
 
 
 def _asked(question: str, forward: Cost, dual: Cost, backward: Cost) -> Cost:
@@ -145,27 +139,21 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
     cuda = device.type == "cuda"
     size = 2**30 if cuda else 2**28  # bytes, out of any cache
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-    found = {"bytes/s": 2 * size / _best(partial(torch.Tensor.copy_, target, source), device)}
+    found = {"bytes/s": 2 * size / _best(partial(torch.Tensor.copy_, target, source))}
     side = 8192 if cuda else 1536
     for name in ("fp32", "bf16", "fp16") if cuda else ("fp32", "bf16"):
         one, other, out = (
             torch.randn(side, side, device=device).to(DTYPES[name]) for _ in range(3)
         )
         multiply = partial(torch.mm, one, other, out=out)
-        found[f"flops/s {name}"] = 2.0 * side**3 / _best(multiply, device)
+        found[f"flops/s {name}"] = 2.0 * side**3 / _best(multiply)
     return found
 
 
-def _best(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of at least three calls, half a second of them; after one untimed."""
-    clock = clock_of(device)
-    call()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < 0.5 and len(times) < 50):
-        start = clock()
-        call()
-        times.append(clock() - start)
-    return min(times)
+def _best(call: Callable[[], object]) -> float:
+    """Seconds of the fastest call (or block of short calls) in half a second of them."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=0.5).times)
 
 
 def percent_of_floor(row: Row, ceilings: Mapping[str, float]) -> float | None:

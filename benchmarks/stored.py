@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import re
 import statistics
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.case import Case
-from benchmarks.record import ROOT
+from tools.machine import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = ("ours", "taft-all")  # of an op, of a model
@@ -51,6 +53,11 @@ class Row:
     flops: float = 0.0
     bytes: float = 0.0
 
+    @property
+    def plain(self) -> bool:
+        """Whether its provider is PyTorch's ordinary computation, without a tangent."""
+        return self.provider.startswith("sdpa-") or self.provider in ("plain", "finetune")
+
 
 Answers = Mapping[str, Row]  # by provider
 
@@ -86,9 +93,9 @@ class Result:
         parts = [about.get("gpu", about.get("cpu", "unknown machine"))]
         if self.kind == "cpu":
             parts.append(f"{about.get('threads', '?')} threads")
-        parts += [f"{name} {about[name]}" for name in ("torch", "triton", "timm") if name in about]
-        parts += [f"commit {about.get('commit', 'unknown')}", about.get("date", "unknown date")]
-        return ", ".join(parts)
+        named = [name for name in ("torch", "triton", "timm", "commit") if name in about]
+        parts += [f"{name} {about[name]}" for name in named]
+        return ", ".join([*parts, about.get("date", "unknown date")])
 
     def by_case(self) -> dict[Case, dict[str, Row]]:
         """Rows by case, then by provider."""
@@ -106,11 +113,8 @@ def read(paths: Iterable[Path]) -> Result:
     Raises:
         BadFile: a file cannot be read, is none of the suite's, or nothing was measured.
     """
-    files = [
-        file
-        for path in paths
-        for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])
-    ]
+    some = [sorted(path.glob("*.json")) if path.is_dir() else [path] for path in paths]
+    files = list(itertools.chain(*some))
     results = [_parsed(file) for file in files]
     rows = [row for one in results for row in one.rows]
     if not rows:
@@ -144,15 +148,12 @@ def _rows(benchmarks: Sequence[Mapping[str, Any]]) -> list[Row]:
         if "case" in (info := one["extra_info"]):
             turns.setdefault((_case(info["case"]), info["provider"]), []).append(one)
     rows = []
-    for (case, provider), several in turns.items():
-        info = dict(several[0]["extra_info"])
-        del info["case"], info["provider"]
-        names = {"seconds": "median", "lower": "q1", "upper": "q3"}
+    for (case, _), several in turns.items():
         times = {
             own: statistics.median(one["stats"][theirs] for one in several)
-            for own, theirs in names.items()
+            for own, theirs in {"seconds": "median", "lower": "q1", "upper": "q3"}.items()
         }
-        rows.append(Row(case, provider, **times, **info))
+        rows.append(Row(**{**several[0]["extra_info"], "case": case, **times}))
     return rows
 
 
@@ -175,38 +176,28 @@ def newest(folder: Path = RESULTS) -> dict[str, Result]:
     return dict(sorted(latest.items(), key=lambda item: (item[0] != "cpu", item[0])))
 
 
-def folder_for(out: Path) -> Path:
-    """`out`, made if it is missing.
-
-    Raises:
-        BadFile: it is a file, or cannot be made.
-    """
-    if out.exists() and not out.is_dir():
-        raise BadFile(f"--out {out} is a file: name a folder")
+def folder(name: str) -> Path:
+    """The folder of a command's option, made if it is missing."""
+    path = Path(name).resolve()
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise BadFile(f"--out {out}: {problem.strerror}") from None
-    return out
+        raise argparse.ArgumentTypeError(f"{name}: {problem.strerror}; name a folder") from None
+    return path
 
 
 # --- who is compared with whom -------------------------------------------------------------------
 
 
-def plain(row: Row) -> bool:
-    """Whether its provider is PyTorch's ordinary computation, without a tangent."""
-    return row.provider.startswith("sdpa-") or row.provider in ("plain", "finetune")
-
-
 def fastest_plain(answers: Answers) -> Row | None:
     """The fastest ordinary computation that was timed."""
-    timed = [row for row in answers.values() if plain(row) and row.seconds is not None]
+    timed = [row for row in answers.values() if row.plain and row.seconds is not None]
     return min(timed, key=lambda row: row.seconds or 0.0, default=None)
 
 
 def our_row(answers: Answers) -> Row | None:
     """The library's own, where it was timed."""
-    mine = [answers[name] for name in OURS if name in answers]
+    mine = (answers[name] for name in OURS if name in answers)
     return next((row for row in mine if row.seconds is not None), None)
 
 

@@ -14,7 +14,7 @@ from benchmarks.case import Case
 from benchmarks.stored import Answers, Result, fastest_plain, ratio
 
 Verdict = Literal["met", "not met", "not measured"]
-Figure = Callable[[Result], list["Value"]]  # of every case that is meant
+Figure = Callable[[Result], list["Value"]]  # a value of every case that the target describes
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,8 @@ def _value(case: Case, answers: Answers, ours: str, rival: str, value: float | N
             return Value(f"{case}: {name}: {row.status}: {row.note}", None, broken)
     if value is not None:
         return Value(str(case), value)
-    missing = [name for name in (ours, rival) if name not in answers and name != "sdpa"]
-    return Value(
-        f"{case}: {' and '.join(f'no {name}' for name in missing) or 'not measured'}", None
-    )
+    missing = [f"no {name}" for name in (ours, rival) if name not in answers and name != "sdpa"]
+    return Value(f"{case}: {' and '.join(missing) or 'not measured'}", None)
 
 
 def _of_ceiling(result: Result) -> list[Value]:

@@ -14,12 +14,12 @@ from benchmarks import roofline
 from benchmarks.case import Case
 from benchmarks.roofline import (
     attention_cost,
-    forward_flops,
+    forward_cost,
     linear_cost,
     measure_ceilings,
+    model_cost,
     percent_of_floor,
     row_cost,
-    vit_cost,
 )
 
 B, H, N, D = 2, 3, 16, 8
@@ -168,13 +168,14 @@ def test_vit() -> None:
     batch, tokens, width, classes = 2, 17, 192, 1000
     block = 2 * tokens * width * 12 * width + 2 * 2 * tokens**2 * width
     flops = batch * (2 * block + 2 * 16 * 768 * width + 2 * width * classes)
-    assert forward_flops(model, (batch, 3, 64, 64)) == flops
+    forward = forward_cost(model, (batch, 3, 64, 64))
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert (forward.flops, forward.bytes) == (flops, weights)
     ratios = {"primal": (1, 1), "dual": (3, 2), "finite-differences": (2, 2)}
     ratios |= {"ordinary-step": (3, 3), "tangent-step": (5, 4)}
     for question, (operations, moved) in ratios.items():
-        cost = vit_cost(question, model, batch, 64)
+        cost = model_cost(question, forward)
         assert (cost.flops, cost.bytes) == (operations * flops, moved * weights), question
 
 
@@ -211,7 +212,7 @@ def test_ceilings(monkeypatch) -> None:
     """What is measured, with a clock of our own: one call takes 10 ms."""
     calls = []
 
-    def best(call, device):
+    def best(call):
         calls.append(call)
         return 0.01
 

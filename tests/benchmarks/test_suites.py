@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_attention, bench_layers, bench_models, bench_steps
+from benchmarks import bench_attention, bench_layers, bench_models, bench_steps, ops
 from benchmarks.bench_attention import BACKWARD, DUAL, FORWARD, SECOND
 from benchmarks.bench_layers import LAYERS
 from benchmarks.case import COMPILE_ON_CPU, Case, Cost, Provider, Suite
@@ -41,8 +41,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled providers run what they compile."""
     monkeypatch.setenv(COMPILE_ON_CPU, "1")
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    bench_attention._compiled_formula.cache_clear()
-    bench_layers._compiled_jvp.cache_clear()
+    ops._compiled_jvp.cache_clear()
 
 
 @pytest.mark.usefixtures("uncompiled")
