@@ -22,10 +22,6 @@ from benchmarks.roofline import attention_cost
 from tangent_ops import scaled_dot_product_attention
 
 FORWARD, BACKWARD, SECOND = "attention-forward", "attention-backward", "attention-second-order"
-# roofline's name of what a group computes, with a tangent and without.
-DUAL = {FORWARD: "dual", BACKWARD: "tangent-backward", SECOND: "dual-backward"}
-PRIMAL = {FORWARD: "primal", BACKWARD: "primal-backward", SECOND: "primal-backward"}
-
 # What a call of the group gives, for ops.call_of.
 KINDS = {FORWARD: "forward", BACKWARD: "backward", SECOND: "second-order"}
 
@@ -73,7 +69,7 @@ class AttentionSuite(Suite):
             causal = LONG if full else SOME_CAUSAL
         return [
             Case(group, "attention", shape, dtype, is_causal)
-            for group in DUAL
+            for group in KINDS
             for dtype in dtypes
             for is_causal, some in ((False, shapes), (True, causal))
             for shape in some
@@ -107,8 +103,9 @@ class AttentionSuite(Suite):
             return call_of(exact, KINDS[case.group], some)()
 
         batch, heads, *_ = _corners(inputs.primals[0]).shape
-        rows = [_joined([answer(b, h) for h in range(heads)], dim=1) for b in range(batch)]
-        return _joined(rows, dim=0)
+        answers = [answer(b, h) for b in range(batch) for h in range(heads)]
+        joined = map(torch.cat, zip(*answers, strict=True))
+        return tuple(x.view(batch, heads, *x.shape[2:]) for x in joined)
 
     def compared(self, case: Case, outputs: Outputs) -> Outputs:
         return tuple(_corners(x) for x in outputs)
@@ -121,10 +118,8 @@ class AttentionSuite(Suite):
         return {"fp32": 1e-5, "fp16": 4e-3, "bf16": 2e-2}[case.dtype]
 
     def cost(self, case: Case, provider: Provider) -> Cost:
-        question = {"tangent": DUAL[case.group], "primal": PRIMAL[case.group]}.get(
-            provider.question, provider.question
-        )
-        return attention_cost(question, case.shape, case.torch_dtype.itemsize, case.causal)
+        size = case.torch_dtype.itemsize
+        return attention_cost(KINDS[case.group], provider.question, case.shape, size, case.causal)
 
 
 def _corners(x: Tensor) -> Tensor:
@@ -132,12 +127,6 @@ def _corners(x: Tensor) -> Tensor:
     batch, heads = x.shape[:2]
     return x[:: max(1, batch - 1), :: max(1, heads - 1)]
 
-
-def _joined(parts: Sequence[Outputs], dim: int) -> Outputs:
-    return tuple(torch.cat(some, dim) for some in zip(*parts, strict=True))
-
-
-# --- providers -----------------------------------------------------------------------------------
 
 SUITE = AttentionSuite()
 
@@ -195,10 +184,9 @@ def compiled(attention: Attention, primals: Tensors, tangents: Tensors) -> Pair:
 
 
 SUITE.provider("torch-jvp")(ops.torch_jvp)
-SUITE.provider("finite-differences", groups=(FORWARD,), **ops.APPROXIMATE)(ops.finite_differences)
-
-
-# --- benchmarks ----------------------------------------------------------------------------------
+SUITE.provider("finite-differences", groups=(FORWARD,), question="finite-differences")(
+    ops.finite_differences
+)
 
 
 def test_attention_forward(provider, benchmark) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +18,6 @@ from benchmarks.ops import Op, Operands, Pair, Tensors, call_of, in_dual_level
 from benchmarks.roofline import linear_cost, row_cost
 from tangent_ops import fused_forward_ad
 
-Normal = Callable[..., Tensor]  # standard normal numbers of a shape
-Draw = Callable[..., Tensors]
-
 STEP = "-step"  # ends the name of an op whose tangents' gradients are computed, too
 EPS = 1e-5
 # Rows (images times tokens), width and MLP width of a ViT at 224 pixels in patches of 16.
@@ -27,22 +25,18 @@ VIT_SMALL, VIT_LARGE_ON_CPU = (8 * 197, 384, 1536), (8 * 197, 1024, 4096)
 VIT_BASE, VIT_LARGE = (64 * 197, 768, 3072), (64 * 197, 1024, 4096)
 
 
-# --- layers --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Layer:
     """A layer by PyTorch's functions.
 
     Attributes:
-        op: takes inputs (rows, width) and parameters, gives one output.
-        draw: random operands of (rows, width), of linear (rows, inner, outer).
+        op: its parameters are named after its operands: input (rows, width), weight and bias
+            (width,); of linear (rows, inner), (outer, inner), (outer,).
         wide: whether the width is the MLP's.
         always: whether it is measured by default, not in extent "full" alone.
     """
 
     op: Op
-    draw: Draw
     wide: bool
     always: bool
 
@@ -50,63 +44,44 @@ class Layer:
 LAYERS: dict[str, Layer] = {}
 
 
-def layer(draw: Draw, wide: bool = False, always: bool = False) -> Callable[[Op], Op]:
+def layer(wide: bool = False, always: bool = False) -> Callable[[Op], Op]:
     """Registers the decorated function as a layer of that name."""
 
     def register(op: Any) -> Op:
-        LAYERS[op.__name__] = Layer(op, draw, wide, always)
+        LAYERS[op.__name__] = Layer(op, wide, always)
         return op
 
     return register
 
 
-def input_only(normal: Normal, rows: int, width: int) -> Tensors:
-    return (normal(rows, width),)
-
-
-def with_weight(normal: Normal, rows: int, width: int) -> Tensors:
-    return normal(rows, width), 1 + 0.1 * normal(width)
-
-
-def with_weight_and_bias(normal: Normal, rows: int, width: int) -> Tensors:
-    return *with_weight(normal, rows, width), normal(width)
-
-
-def of_linear(normal: Normal, rows: int, inner: int, outer: int) -> Tensors:
-    return normal(rows, inner), inner**-0.5 * normal(outer, inner), normal(outer)
-
-
-@layer(with_weight_and_bias, always=True)
+@layer(always=True)
 def layer_norm(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(input, weight.shape, weight, bias, EPS)
 
 
-@layer(input_only, wide=True, always=True)
+@layer(wide=True, always=True)
 def gelu(input: Tensor) -> Tensor:
     return F.gelu(input)
 
 
-@layer(with_weight)
+@layer()
 def rms_norm(input: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(input, weight.shape, weight, EPS)
 
 
-@layer(input_only)
+@layer()
 def softmax(input: Tensor) -> Tensor:
     return F.softmax(input, -1)
 
 
-@layer(input_only, wide=True)
+@layer(wide=True)
 def silu(input: Tensor) -> Tensor:
     return F.silu(input)
 
 
-@layer(of_linear, always=True)
+@layer(always=True)
 def linear(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(input, weight, bias)
-
-
-# --- the suite -----------------------------------------------------------------------------------
 
 
 class LayerSuite(Suite):
@@ -140,10 +115,20 @@ class LayerSuite(Suite):
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device, dtype=case.torch_dtype)
 
-        one, (rows, *widths) = _layer(case), case.shape
-        primals, tangents = one.draw(normal, *case.shape), one.draw(normal, *case.shape)
-        grad = normal(rows, widths[-1])
-        return Operands(one.op, primals, tangents, (grad, grad))
+        def draw() -> Tensors:
+            makers = {
+                "input": lambda: normal(rows, width),
+                "weight": lambda: (
+                    width**-0.5 * normal(*outer, width) if outer else 1 + normal(width) / 10
+                ),
+                "bias": lambda: normal(*widths[-1:]),
+            }
+            return tuple(makers[name]() for name in inspect.signature(op).parameters)
+
+        op, (rows, *widths) = _layer(case).op, case.shape
+        width, *outer = widths
+        primals, tangents, grad = draw(), draw(), normal(rows, widths[-1])
+        return Operands(op, primals, tangents, (grad, grad))
 
     def expected(self, case: Case, inputs: Operands) -> Outputs:
         """By PyTorch's rules in float64: its ordinary passes, and torch.func.jvp."""
@@ -157,19 +142,16 @@ class LayerSuite(Suite):
     def providers(self, case: Case) -> list[Provider]:
         """Those that answer the case: finite differences have no gradients."""
         found, step = super().providers(case), _kind(case) == "step"
-        return [one for one in found if not (step and one.approximate)]
+        return [one for one in found if not (step and one.question == "finite-differences")]
 
     def bound(self, case: Case) -> float:
         """Some roundings of the dtype; eager PyTorch errs up to 1e-6, 1e-3 and 7e-3."""
         return {"fp32": 1e-5, "fp16": 5e-3, "bf16": 2e-2}[case.dtype]
 
     def cost(self, case: Case, provider: Provider) -> Cost:
-        step = {"tangent": "tangent-step", "primal": "ordinary-step"}
-        asked = step if _kind(case) == "step" else {"tangent": "dual"}
-        question = asked.get(provider.question, provider.question)
         name, sizes = case.op.removesuffix(STEP), (*case.shape, case.torch_dtype.itemsize)
         count: Any = linear_cost if name == "linear" else partial(row_cost, name)
-        return count(question, *sizes)
+        return count(_kind(case), provider.question, *sizes)
 
 
 def _shapes(name: str, rows: int, width: int, mlp: int) -> list[tuple[int, ...]]:
@@ -185,8 +167,6 @@ def _layer(case: Case) -> Layer:
 def _kind(case: Case) -> str:
     return "step" if case.op.endswith(STEP) else "forward"
 
-
-# --- providers -----------------------------------------------------------------------------------
 
 SUITE = LayerSuite()
 
@@ -205,10 +185,7 @@ def plain(op: Op, primals: Tensors, _: None) -> Tensor:
 
 SUITE.provider("torch-jvp")(ops.torch_jvp)
 SUITE.provider("compiled", missing=compiling_is_slow)(ops.compiled)
-SUITE.provider("finite-differences", **ops.APPROXIMATE)(ops.finite_differences)
-
-
-# --- benchmarks ----------------------------------------------------------------------------------
+SUITE.provider("finite-differences", question="finite-differences")(ops.finite_differences)
 
 
 def test_elementwise(provider, benchmark) -> None:

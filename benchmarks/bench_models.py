@@ -36,9 +36,6 @@ MODELS = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_22
 EVERYTHING, NOTHING = "", "$^"  # patterns of parameter names
 
 
-# --- vision transformers -------------------------------------------------------------------------
-
-
 def random_vit(name: str) -> nn.Module:
     """In eval mode and frozen, on the CPU in float32; weights from torch's default generator."""
     model = timm.create_model(name).eval().requires_grad_(False)
@@ -65,19 +62,15 @@ def torch_jvp(model: nn.Module, images: Tensor, delta: Weights) -> tuple[Tensor,
     return ops.torch_jvp(lambda some: functional_call(model, some, images), (weights,), (delta,))
 
 
-def least_work(question: str, case: Case, dtype: torch.dtype, images: int, part: str) -> Cost:
-    """Of a pass or a step of the case's model.
+def least_work(
+    kind: str, question: str, case: Case, dtype: torch.dtype, images: int, part: str
+) -> Cost:
+    """Of a call of the case's model, with weights of this dtype; `part` as in Provider.
 
-    Args:
-        question: as in ``roofline.model_cost``.
-        case: its op is the model.
-        dtype: of the weights.
-        images: of one call.
-        part: what is trained: "all"; "last": block, norm and head, where the trunk below runs
-            forward alone; "tail": the same without the trunk.
+    Below the last block, norm and head ("last") the trunk runs forward alone.
     """
     whole, tail = _forward_costs(case.op, dtype, images)
-    asked = model_cost(question, whole if part == "all" else tail)
+    asked = model_cost(kind, question, whole if part == "all" else tail)
     if part != "last":
         return asked
     return Cost(asked.flops + whole.flops - tail.flops, asked.bytes + whole.bytes - tail.bytes)
@@ -91,9 +84,6 @@ def _forward_costs(name: str, dtype: torch.dtype, images: int) -> tuple[Cost, Co
     tail, tokens = Tail(model, len(blocks_of(model)) - 1), model.pos_embed.shape[1:]
     whole = forward_cost(model, (images, *model.pretrained_cfg["input_size"]))
     return whole, forward_cost(tail, (images, *tokens))  # class token included
-
-
-# --- the suite -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -194,11 +184,9 @@ class ModelSuite(Suite):
         return {"fp32": 2e-5, "fp16": 5e-3, "bf16": 5e-2}[case.dtype]
 
     def cost(self, case: Case, provider: Provider) -> Cost:
-        questions = {"tangent": "dual"}
-        if case.group == STEP:
-            questions = {"tangent": "tangent-step", "primal": "ordinary-step"}
-        question = questions.get(provider.question, provider.question)
-        return least_work(question, case, case.torch_dtype, case.shape[0], provider.part)
+        kind = "step" if case.group == STEP else "forward"
+        images, dtype = case.shape[0], case.torch_dtype
+        return least_work(kind, provider.question, case, dtype, images, provider.part)
 
 
 @functools.lru_cache(maxsize=1)  # both groups use it, and the exact tangent takes long
@@ -241,8 +229,6 @@ def _step(subject: Subject, targets: Tensor, names: Sequence[str]) -> Outputs:
         parameter.grad = None
     return found
 
-
-# --- providers -----------------------------------------------------------------------------------
 
 SUITE = ModelSuite()
 
@@ -287,7 +273,7 @@ def by_torch_jvp(operands: Operands) -> Subject:
     return Subject(lambda: torch_jvp(operands.model, operands.images, delta), delta, 0.0)
 
 
-@SUITE.provider("finite-differences", groups=(FORWARD,), **ops.APPROXIMATE)
+@SUITE.provider("finite-differences", groups=(FORWARD,), question="finite-differences")
 def by_finite_differences(operands: Operands) -> Subject:
     """Two ordinary forward passes."""
     model, images = operands.model, operands.images
@@ -306,9 +292,6 @@ SLOW: Any = {"missing": compiling_is_slow}
 SUITE.provider("taft-all-compiled", **SLOW)(partial(taft, compiled=True))
 SUITE.provider("taft-1-compiled", part="last", **SLOW)(partial(taft, blocks=1, compiled=True))
 SUITE.provider("finetune-compiled", **SLOW, **PLAIN)(partial(ordinary, compiled=True))
-
-
-# --- benchmarks ----------------------------------------------------------------------------------
 
 
 def test_model_forward(provider, benchmark) -> None:

@@ -64,9 +64,8 @@ class Provider:
         answer: the decorated function; its suite says what it takes and gives.
         groups: the groups that it answers; empty: all.
         question: what its least work is counted for: "tangent" (value and tangent), "primal" (the
-            value alone), or "finite-differences".
+            value alone), or "finite-differences", which have half the digits.
         part: of a model: "all", "last" (block, norm and head) or "tail" (last, on cached tokens).
-        approximate: whether its tangent is a finite difference, with half the digits.
         missing: (case, device) -> why it cannot run here, or None.
     """
 
@@ -75,7 +74,6 @@ class Provider:
     groups: Sequence[str] = ()
     question: str = "tangent"
     part: str = "all"
-    approximate: bool = False
     missing: Missing = lambda case, device: None
 
 
@@ -110,7 +108,9 @@ class Suite:
         Finite differences may err 1e4 times as much, or 10 % where that is less.
         """
         bound = self.bound(case)
-        return min(1e4 * bound, 0.1) if provider.approximate else bound
+        return min(1e4 * bound, 0.1) if provider.question == "finite-differences" else bound
+
+    # A subclass defines the rest.
 
     def cases(self, device: torch.device, extent: Extent) -> Sequence[Case]:
         """The cases that fit the device: those that take some minutes ("default"), or all."""
@@ -129,10 +129,9 @@ class Suite:
         return outputs
 
     def prepare(self, provider: Provider, case: Case, inputs: Any) -> Call:
-        """The call that is checked, then timed.
+        """The call that is checked, then timed. It gives what ``expected`` gives.
 
-        It gives the tensors of ``expected``, in that order. A provider that computes less, such as
-        plain attention, gives the first ones.
+        A provider that computes less, such as plain attention, gives the first tensors.
         """
         raise NotImplementedError
 
@@ -143,9 +142,6 @@ class Suite:
     def cost(self, case: Case, provider: Provider) -> Cost:
         """The least work that the provider's question needs."""
         raise NotImplementedError
-
-
-# --- shared by several suites --------------------------------------------------------------------
 
 
 def compiling_is_slow(case: Case, device: torch.device) -> str | None:

@@ -25,19 +25,12 @@ from tools.machine import about, cpu, cpuinfo
 
 @dataclass
 class Run:
-    """One run of the benchmarks.
+    """One run of the benchmarks."""
 
-    Attributes:
-        device: where the suites compute.
-        prepared: the case that was prepared last.
-        not_timed: providers without a time: case, provider, status and note.
-        ceilings: of the machine; measured where they are written.
-    """
-
-    device: torch.device
-    prepared: Prepared | None = None
-    not_timed: dict[tuple[Case, str], NotTimedError] = field(default_factory=dict)
-    ceilings: dict[str, float] = field(default_factory=dict)
+    device: torch.device  # where the suites compute
+    prepared: Prepared | None = None  # the last one
+    not_timed: dict[tuple[Case, str], NotTimedError] = field(default_factory=dict)  # by provider
+    ceilings: dict[str, float] = field(default_factory=dict)  # measured where they are written
 
 
 RUN = pytest.StashKey[Run]()
@@ -45,19 +38,11 @@ RUN = pytest.StashKey[Run]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tangent-ops benchmarks")
-    group.addoption(
-        "--extent",
-        choices=("default", "full"),
-        default="default",
-        help="cases: those that fit into minutes (default), or all",
-    )
-    group.addoption(
-        "--turns",
-        type=int,
-        default=1,
-        help="how often the providers of a case are timed in turns, so that a slow minute of the "
-        "machine affects all of them (default: 1)",
-    )
+    words = "cases: those that fit into minutes (default), or all"
+    group.addoption("--extent", choices=("default", "full"), default="default", help=words)
+    words = "how often the providers of a case are timed in turns, so that a slow minute of the "
+    words += "machine affects all of them (default: 1)"
+    group.addoption("--turns", type=int, default=1, help=words)
 
 
 def pytest_configure(config: pytest.Config) -> None:

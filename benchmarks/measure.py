@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import itertools
 import math
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,8 +23,7 @@ from tangent_ops.profiling.memory import peak_bytes, saved_bytes
 SECONDS = 0.3  # for the timed rounds of a provider
 # Below this, Python and launches take most of a call on CUDA: replays of a graph are timed then.
 GRAPH_BELOW = 1e-3  # seconds
-# A backward pass runs on the stream of its forward pass, which no capture may touch.
-WITHOUT_BACKWARD = ("attention-forward", "elementwise", "linear", "model-forward")
+FORWARD = ("attention-forward", "elementwise", "linear", "model-forward")
 MOST_OPERANDS = 16
 SHORT = 0.2  # seconds: calls below are warmed up again in every turn
 
@@ -46,17 +47,15 @@ class Prepared:
 
     def __init__(self, suite: Suite, case: Case, device: torch.device):
         self.suite, self.case, self.device = suite, case, device
-        before = _allocated(device)
+        before = torch.cuda.memory_allocated()
         self.inputs = suite.inputs(case, device, 0)
-        self.input_bytes = _allocated(device) - before  # 0 on the CPU
+        self.input_bytes = torch.cuda.memory_allocated() - before  # 0 on the CPU
         self.errors: dict[str, float | None] = {}  # of the providers that were checked
         self.estimates: dict[str, float] = {}  # seconds of a call
         self.exact: Outputs | None = None
-        try:
+        with contextlib.suppress(torch.OutOfMemoryError):
             self.exact = suite.expected(case, self.inputs)
-        except torch.OutOfMemoryError:
-            free_memory()
-        return_to_system()
+        free_memory()  # the exact answer of a large model, in float64, took gigabytes
 
     def checked_call(self, provider: Provider) -> Call:
         """The provider's call; it is compared with the exact answer at the first time.
@@ -78,7 +77,9 @@ class Prepared:
             raise NotTimedError("failed", "out of memory") from None
         except Exception as problem:  # a rival's own: the run goes on
             free_memory()
-            raise NotTimedError("failed", _one_line(problem)) from problem
+            raise NotTimedError(
+                "failed", textwrap.shorten(f"{type(problem).__name__}: {problem}", 160)
+            ) from problem
         allowed = self.suite.allowed(self.case, provider)
         if error is not None and error > allowed:
             raise NotTimedError("wrong", f"error {error:.1e}, allowed {allowed:.1e}")
@@ -124,10 +125,12 @@ class Contender:
         """Times the call by pytest-benchmark, on operands that take turns."""
         prepared, name = self.prepared, self.provider.name
         case, device, clock = prepared.case, prepared.device, clock_of(prepared.device)
+        # A backward pass runs on the stream of its forward pass, which no capture may touch.
+        forward = case.group in FORWARD and not case.op.endswith("-step")
         calls: list[Callable[[], object]] = [self.call, *self._other_operands()]
         estimate = prepared.estimates.get(name) or _estimate(calls, clock)
         prepared.estimates[name] = estimate
-        if device.type == "cuda" and estimate < GRAPH_BELOW and _can_be_captured(case):
+        if device.type == "cuda" and estimate < GRAPH_BELOW and forward:
             captured = [replay for call in calls if (replay := cuda_graph(call)) is not None]
             if len(captured) == len(calls):
                 benchmark.extra_info["called"] = estimate  # with Python and launches
@@ -202,10 +205,6 @@ def _drop(result: object) -> None:
     """Outputs are freed within the timed call, as they are in a training loop."""
 
 
-def _can_be_captured(case: Case) -> bool:
-    return case.group in WITHOUT_BACKWARD and not case.op.endswith("-step")
-
-
 def cuda_graph(call: Callable[[], object]) -> Callable[[], object] | None:
     """Replays of what `call` launches, without its Python; None where it cannot be captured."""
     stream = torch.cuda.Stream()
@@ -230,28 +229,11 @@ def cuda_graph(call: Callable[[], object]) -> Callable[[], object] | None:
     return replay
 
 
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
 def free_memory() -> None:
     """Frees what calls have left behind: cycles, compiled code and all it holds, caches."""
     gc.collect()
     torch.compiler.reset()  # or its limit of recompilations would end in eager code
-    return_to_system()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def return_to_system() -> None:
-    """Returns to the system what malloc was told to keep (KEEP_MEMORY in the Makefile).
-
-    After the exact answer of a large model, in float64, it is gigabytes.
-    """
+    # glibc keeps what is freed (KEEP_MEMORY in the Makefile), until it is told to return it.
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)  # glibc's
-
-
-def _one_line(problem: Exception) -> str:
-    text = " ".join(f"{type(problem).__name__}: {problem}".split())
-    return text if len(text) <= 160 else text[:157] + "..."
+        trim(0)
+    torch.cuda.empty_cache()

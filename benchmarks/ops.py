@@ -93,12 +93,6 @@ def leaves(tensors: Tensors) -> Tensors:
     return tuple(tensor.detach().requires_grad_() for tensor in tensors)
 
 
-# --- providers -----------------------------------------------------------------------------------
-
-# Options of a provider by finite differences.
-APPROXIMATE: Any = {"question": "finite-differences", "approximate": True}
-
-
 def in_dual_level(op: Op, primals: Tensors, tangents: Tensors) -> Pair:
     with forward_ad.dual_level():
         output = op(*map(forward_ad.make_dual, primals, tangents))

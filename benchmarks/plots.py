@@ -61,9 +61,6 @@ def colours_of(result: Result, groups: Container[str]) -> dict[str, str]:
     return {name: f"#{colour}" for name, colour in zip(ordered, itertools.cycle(COLOURS))}
 
 
-# --- attention against the number of tokens ------------------------------------------------------
-
-
 def _against_tokens(result: Result, out: Path, what: str, of: str, unit: str) -> list[Path]:
     """One picture per dtype, causal and head dimension that has two lengths or more.
 
@@ -85,8 +82,8 @@ def _against_tokens(result: Result, out: Path, what: str, of: str, unit: str) ->
         )
         if len(lengths) < 2:
             continue
-        figure, axes = _panels(len(directions))
-        for axis, (group, lines) in zip(axes, directions.items(), strict=True):
+        figure, axes = _panels(len(directions), rows=1, width=3.6, height=3.2)
+        for axis, (group, lines) in zip(axes[0], directions.items(), strict=True):
             for name, points in lines.items():
                 style = "s--" if name.startswith("sdpa-") else "o-"
                 pairs = zip(*sorted(points.items()), strict=True)
@@ -96,16 +93,13 @@ def _against_tokens(result: Result, out: Path, what: str, of: str, unit: str) ->
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter(lambda y, _: re.sub(r"\.0+ ", " ", si(y, unit)))
             axis.minorticks_off()
-        axes[0].set_ylabel(f"{what} per image and head")
+        axes[0, 0].set_ylabel(f"{what} per image and head")
         kind = ", causal" if causal else ""
         title = f"Attention, {dtype}, D = {depth}{kind}: {what} per image and head"
         note = "Dashed: PyTorch's attention without a tangent."
         name = f"{what.split()[-1]}-{dtype}-d{depth}{'-causal' if causal else ''}"
         drawn.append(_save(figure, out, name, title, result, note))
     return drawn
-
-
-# --- roofline ------------------------------------------------------------------------------------
 
 
 def _rooflines(result: Result, out: Path) -> list[Path]:
@@ -118,7 +112,7 @@ def _rooflines(result: Result, out: Path) -> list[Path]:
         rows = [row for row in rows if row.seconds and row.flops and row.bytes]
         if not rows or bandwidth is None:
             continue
-        figure, (axis,) = _panels(1, width=7.5, height=5.4)
+        figure, ((axis,),) = _panels(1, rows=1, width=7.5, height=4.4)
         for row in rows:
             style: Any = {"color": colours[row.provider], "label": row.provider, "lw": 0}
             point = row.flops / row.bytes, row.flops / (row.seconds or 1.0)
@@ -141,72 +135,37 @@ def _rooflines(result: Result, out: Path) -> list[Path]:
     return drawn
 
 
-# --- whole models --------------------------------------------------------------------------------
-
-
 def _models(result: Result, out: Path) -> list[Path]:
-    """Time and memory over fine-tuning's: a picture per question, dtype and batch."""
+    """Time and memory over fine-tuning's: a picture per question, a line of panels per case."""
     drawn, colours = [], colours_of(result, MODELS)
-    cases = {c: a for c, a in result.by_case().items() if c.group in MODELS}
-    for group, dtype, batch in dict.fromkeys((c.group, c.dtype, c.shape[0]) for c in cases):
-        chosen = {
-            case.op.removesuffix("_patch16_224"): answers
-            for case, answers in cases.items()
-            if (case.group, case.dtype, case.shape[0]) == (group, dtype, batch)
-        }
-        panels = {"time": "seconds", "peak memory": "peak_bytes"}
-        bars = {
-            title: {
-                (model, name): times
-                for model, answers in chosen.items()
-                for name, row in answers.items()
-                if (times := ratio(row, answers.get("finetune"), of)) is not None
-            }
-            for title, of in panels.items()
-        }
-        bars = {title: heights for title, heights in bars.items() if heights}
-        if not bars:
+    for group, (words, bound) in MODELS.items():
+        cases = {case: row for case, row in result.by_case().items() if case.group == group}
+        if not cases:
             continue
-        words, bound = MODELS[group]
-        figure, axes = _panels(len(bars), width=4.6)
-        for axis, (title, heights) in zip(axes, bars.items(), strict=True):
-            _draw_bars(axis, list(chosen), heights, colours)
-            axis.set(title=title)
-            if title == "time":
-                axis.axhline(bound, color="#444444", linewidth=1, linestyle=":")
-        axes[0].set_ylabel("times fine-tuning")
-        title = f"{words}, whole models, {dtype}, batch {batch}"
+        figure, axes = _panels(2, rows=len(cases), width=4.6, height=2.6)
+        for line, (case, answers) in zip(axes, cases.items(), strict=True):
+            for axis, of in zip(line, ("seconds", "peak_bytes"), strict=True):
+                base = answers.get("finetune")
+                times = {name: ratio(row, base, of) or 0.0 for name, row in answers.items()}
+                names = [name for name in colours if times.get(name)]
+                heights = [times[name] for name in names]
+                bars = axis.barh(names, heights, color=[colours[name] for name in names])
+                axis.bar_label(bars, fmt=" %.2f", fontsize=7)
+                axis.set(title=f"{case}: {'time' if of == 'seconds' else 'peak memory'}")
+                axis.axvline(1, color="#444444", linewidth=0.8)
+                axis.margins(x=0.15)
+                axis.invert_yaxis()
+                axis.grid(visible=False, axis="y")
+            line[0].axvline(bound, color="#444444", linewidth=1, linestyle=":")
         note = "Over ordinary fine-tuning. Dotted: the bound by counting products, 3 or 5/3."
-        drawn.append(_save(figure, out, f"{group}-{dtype}-b{batch}", title, result, note))
+        drawn.append(_save(figure, out, group, f"{words}, whole models", result, note))
     return drawn
 
 
-def _draw_bars(
-    axis: Any, models: list[str], heights: dict[tuple[str, str], float], colours: dict[str, str]
-) -> None:
-    """A group of bars per model, a bar per provider, with their heights written above."""
-    names = [name for name in colours if any((model, name) in heights for model in models)]
-    width = 0.8 / len(names)
-    for place, name in enumerate(names):
-        known = [index for index, model in enumerate(models) if (model, name) in heights]
-        x = [index - 0.4 + width * (place + 0.5) for index in known]
-        y = [heights[models[index], name] for index in known]
-        bars = axis.bar(x, y, 0.9 * width, color=colours[name], label=name)
-        axis.bar_label(bars, fmt=" %.2f", rotation=90, fontsize=6.5)
-    axis.set_xticks(range(len(models)), models)
-    axis.axhline(1, color="#444444", linewidth=0.8)
-    axis.margins(y=0.25)
-    axis.grid(visible=False, axis="x")
-
-
-# --- how pictures look ---------------------------------------------------------------------------
-
-
-def _panels(count: int, width: float = 3.6, height: float = 4.2) -> tuple[Figure, Any]:
-    """A figure with panels in a row, each of that many inches."""
-    size = (width * count, height)
-    figure, axes = plt.subplots(1, count, figsize=size, squeeze=False, layout="constrained")
-    return figure, axes[0]
+def _panels(columns: int, rows: int, width: float, height: float) -> tuple[Figure, Any]:
+    """A figure with panels of that many inches."""
+    size = (width * columns, height * rows + 1)
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
 
 
 def _save(figure: Figure, out: Path, name: str, title: str, result: Result, note: str) -> Path:

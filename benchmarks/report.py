@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from benchmarks.roofline import percent_of_floor
@@ -49,13 +49,12 @@ def si(value: float, unit: str) -> str:
     return f"{digits(value / size)} {prefix}{unit}" if value else f"0 {unit}"
 
 
-# --- the terminal --------------------------------------------------------------------------------
-
-
-def table(result: Result) -> str:
-    """Every case with its providers, group by group, and the circumstances at the end."""
+def table(result: Result, groups: Collection[str] = ()) -> str:
+    """Every case of these groups (none: of all) with its providers, and the circumstances."""
     parts, group = [], None
     for case, answers in result.by_case().items():
+        if groups and case.group not in groups:
+            continue
         if case.group != group:
             group = case.group
             parts.append(f"== {group}\n")
@@ -64,11 +63,8 @@ def table(result: Result) -> str:
         headings = [h for h, cell in columns.items() if any(cell(row) for row in timed)]
         lines = [(str(case), *headings)]
         lines += [(f"  {r.provider}", *(columns[h](r) or "" for h in headings)) for r in timed]
-        notes = [
-            f"  {row.provider}: {row.status}: {row.note}"
-            for row in answers.values()
-            if row.seconds is None
-        ]
+        others = [row for row in answers.values() if row.seconds is None]
+        notes = [f"  {row.provider}: {row.status}: {row.note}" for row in others]
         parts.append("\n".join([*aligned(lines), *notes]) + "\n")
     limits = [f"{name} {digits(value / 1e9)}e9" for name, value in result.ceilings.items()]
     parts.append(f"limits of this machine: {', '.join(limits)}\n{result.conditions}")
@@ -112,13 +108,12 @@ def _columns(answers: Answers, result: Result) -> dict[str, Callable[[Row], str 
 
 def targets_table(result: Result) -> str:
     """All targets: bound, worst value, verdict, and where."""
-    lines, where = [("Targets", "bound", "measured", "")], [""]
-    for target in TARGETS:
-        found = judge(target, result)
-        value = "" if found.value is None else f"{found.value:.3f}"
-        bound = f"{target.sense} {target.bound:.2f}"
-        lines.append((target.name, bound, value, found.verdict))
-        where.append(found.where)
+    found = [(target, judge(target, result)) for target in TARGETS]
+    lines = [("Targets", "bound", "measured", "")]
+    for target, one in found:
+        value = "" if one.value is None else f"{one.value:.3f}"
+        lines.append((target.name, f"{target.sense} {target.bound:.2f}", value, one.verdict))
+    where = ["", *(one.where for _, one in found)]
     return "\n".join(f"{line}  {at}" for line, at in zip(aligned(lines), where, strict=True))
 
 
@@ -133,8 +128,7 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 
 def misses(result: Result) -> list[str]:
     """What makes a run red: targets not met, and answers of ours that are wrong or failed."""
-    found = [judge(target, result) for target in TARGETS]
-    missed = [f"not met: {one.target.name}" for one in found if one.verdict == "not met"]
+    missed = [f"not met: {one.name}" for one in TARGETS if judge(one, result).verdict == "not met"]
     broken = [
         f"{row.status}: {row.provider}, {row.case.group} {row.case}: {row.note}"
         for row in result.rows
@@ -143,62 +137,24 @@ def misses(result: Result) -> list[str]:
     return broken + missed
 
 
-# --- the docs ------------------------------------------------------------------------------------
-
 MARKED = re.compile(
-    r"<!-- measured (?P<kind>\w+): (?P<what>.+?) -->.*?<!-- /measured -->", re.DOTALL
+    r"(<!-- measured (?P<kind>\w+): (?P<groups>.+?) -->).*?(<!-- /measured -->)", re.DOTALL
 )
-FIGURES = {
-    "seconds": "median time",
-    "saved_bytes": "saved for backward",
-    "peak_bytes": "peak memory",
-}
 
 
 def rewritten(text: str, results: Sequence[Result]) -> str:
-    """The page with fresh tables between `<!-- measured KIND: GROUP FIGURE, ... -->` and its end.
+    """The page with fresh tables between `<!-- measured KIND: GROUP ... -->` and its end.
 
-    KIND is "cpu" or "gpu", FIGURE a key of FIGURES.
+    KIND is "cpu" or "gpu".
     """
 
     def fresh(marker: re.Match[str]) -> str:
-        parts = [
-            "\n\n".join(
-                [
-                    *(pivot(result, *one.split()) for one in marker["what"].split(", ")),
-                    f"Medians. {result.conditions}.",
-                ]
-            )
-            for result in results
-            if result.kind == marker["kind"]
-        ]
-        body = "\n\n".join(parts) or "Not measured yet."
-        return f"{marker[0].partition('-->')[0]}-->\n{body}\n<!-- /measured -->"
+        groups = marker["groups"].split()
+        tables = [table(one, groups) for one in results if one.kind == marker["kind"]]
+        body = "\n\n".join(f"```text\n{each}\n```" for each in tables) or "Not measured yet."
+        return f"{marker[1]}\n{body}\n{marker[4]}"
 
     return MARKED.sub(fresh, text)
-
-
-def pivot(result: Result, group: str, figure: str) -> str:
-    """A Markdown table of one figure: a line per case, a column per provider.
-
-    In brackets: over the fastest ordinary computation's.
-    """
-    cases = {case: answers for case, answers in result.by_case().items() if case.group == group}
-    rows = [row for answers in cases.values() for row in answers.values()]
-    names = dict.fromkeys(row.provider for row in rows if getattr(row, figure) is not None)
-
-    def cell(answers: Answers, name: str) -> str:
-        value = getattr(answers.get(name), figure, None)
-        times = ratio(answers.get(name), fastest_plain(answers), figure)
-        brackets = "" if times is None else f" ({times:.2f}x)"
-        return "–" if value is None else si(value, "s" if figure == "seconds" else "B") + brackets
-
-    lines = [(f"{group}: {FIGURES[figure]}", *names), ["---"] * (1 + len(names))]
-    lines += [(str(case), *(cell(a, name) for name in names)) for case, a in cases.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-# --- the command ---------------------------------------------------------------------------------
 
 
 def write_docs() -> None:

@@ -5,9 +5,9 @@ every provider has about as much, are left out. Bytes count every operand read o
 result written once per pass, as a perfect fusion moves them. No provider is faster than such a
 floor; a whole model, whose layers pass their results on through memory, cannot reach it.
 
-Questions: "primal", "dual" (value and tangent), "finite-differences" (two primals); of attention
-"primal-backward", "tangent-backward", "dual-backward"; of others "ordinary-step" and
-"tangent-step": forward and backward to inputs and parameters. An unknown one raises KeyError.
+A kind of call is "forward", or "step": forward and backward to inputs and parameters; of attention
+"forward", "backward" and "second-order". A question is a provider's: "primal", "tangent" (value and
+tangent), "finite-differences" (two primals). Unknown ones raise KeyError.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ STATISTIC = 4  # bytes of a row statistic (lse, mean ...): float32 always
 # Of attention: products of N x M x D, tensors of (B, H, N, D) moved, and statistics of (B, H, N)
 # that the forward pass has saved.
 ATTENTION = {
-    "primal": (2, 4, 0),  # QKᵀ, PV
-    "dual": (6, 8, 0),
-    "finite-differences": (4, 8, 0),
-    "primal-backward": (5, 8, 1),  # S again, HVᵀ, three gradients; q k v o do, dq dk dv; lse
-    "tangent-backward": (5, 8, 1),  # the same map
+    ("forward", "primal"): (2, 4, 0),  # QKᵀ, PV
+    ("forward", "tangent"): (6, 8, 0),
+    ("forward", "finite-differences"): (4, 8, 0),
+    ("backward", "primal"): (5, 8, 1),  # S again, HVᵀ, three gradients; q k v o do, dq dk dv; lse
+    ("backward", "tangent"): (5, 8, 1),  # the same map
+    ("second-order", "primal"): (5, 8, 1),
     # S, S_t (2), HVᵀ, GVᵀ + HV_tᵀ (2), and 1 + 2 for each of V, Q, K; q k v o, their tangents,
     # cotangents of o and o_t, six gradients; lse, mu.
-    "dual-backward": (15, 16, 2),
+    ("second-order", "tangent"): (15, 16, 2),
 }
 
 # Of an op on (rows, width): inputs of (rows, width); vectors of (width,); tensors that the backward
@@ -52,11 +53,11 @@ ROW_OPS = {
 
 
 def attention_cost(
-    question: str, shape: tuple[int, ...], itemsize: int, causal: bool = False
+    kind: str, question: str, shape: tuple[int, ...], itemsize: int, causal: bool = False
 ) -> Cost:
     """Self-attention of shape (B, H, N, D); causal counts the N (N + 1) / 2 pairs not masked."""
     batch, heads, tokens, depth = shape
-    products, tensors, statistics = ATTENTION[question]
+    products, tensors, statistics = ATTENTION[kind, question]
     pairs = tokens * (tokens + 1) // 2 if causal else tokens**2
     rows = batch * heads * tokens
     return Cost(
@@ -65,13 +66,14 @@ def attention_cost(
     )
 
 
-def linear_cost(question: str, rows: int, inner: int, outer: int, itemsize: int) -> Cost:
+def linear_cost(kind: str, question: str, rows: int, inner: int, outer: int, itemsize: int) -> Cost:
     """y = x Wᵀ + b, of x (rows, inner) and W (outer, inner)."""
     product = 2.0 * rows * inner * outer
     operands = (rows * inner + outer * inner + outer) * itemsize  # as many bytes as their gradients
     output = rows * outer * itemsize
     read_again = (rows * inner + outer * inner) * itemsize
     return _asked(
+        kind,
         question,
         forward=Cost(product, operands + output),
         dual=Cost(3 * product, 2 * (operands + output)),
@@ -79,7 +81,7 @@ def linear_cost(question: str, rows: int, inner: int, outer: int, itemsize: int)
     )
 
 
-def row_cost(op: str, question: str, rows: int, width: int, itemsize: int) -> Cost:
+def row_cost(op: str, kind: str, question: str, rows: int, width: int, itemsize: int) -> Cost:
     """An op of ROW_OPS on (rows, width)."""
     inputs, vectors, saved, gradients, statistics, operations = ROW_OPS[op]
     elements = rows * width
@@ -88,6 +90,7 @@ def row_cost(op: str, question: str, rows: int, width: int, itemsize: int) -> Co
     weight = 1 if vectors else 0  # is read again; of a bias only the gradient is written
     moved_back = (saved + 1 + gradients) * elements + (weight + vectors) * width
     return _asked(
+        kind,
         question,
         forward=Cost(forward, moved),
         dual=Cost(forward + added, 2 * moved),
@@ -95,7 +98,7 @@ def row_cost(op: str, question: str, rows: int, width: int, itemsize: int) -> Co
     )
 
 
-def model_cost(question: str, forward: Cost) -> Cost:
+def model_cost(kind: str, question: str, forward: Cost) -> Cost:
     """A model with all its parameters trained, by the cost of its forward pass.
 
     Each product of the forward pass becomes three in a dual pass and two in a backward pass; that
@@ -103,7 +106,8 @@ def model_cost(question: str, forward: Cost) -> Cost:
     the parameters alone: each read once per pass, its gradient written once.
     """
     dual = Cost(3 * forward.flops, 2 * forward.bytes)
-    return _asked(question, forward, dual, backward=Cost(2 * forward.flops, 2 * forward.bytes))
+    backward = Cost(2 * forward.flops, 2 * forward.bytes)
+    return _asked(kind, question, forward, dual, backward)
 
 
 def forward_cost(module: nn.Module, input_shape: tuple[int, ...]) -> Cost:
@@ -116,15 +120,10 @@ def forward_cost(module: nn.Module, input_shape: tuple[int, ...]) -> Cost:
     return Cost(float(counter.get_total_flops()), float(weights))
 
 
-def _asked(question: str, forward: Cost, dual: Cost, backward: Cost) -> Cost:
-    parts = {
-        "primal": (forward,),
-        "dual": (dual,),
-        "finite-differences": (forward, forward),
-        "ordinary-step": (forward, backward),
-        "tangent-step": (dual, backward),
-    }[question]
-    return Cost(float(sum(p.flops for p in parts)), float(sum(p.bytes for p in parts)))
+def _asked(kind: str, question: str, forward: Cost, dual: Cost, backward: Cost) -> Cost:
+    passes = {"primal": [forward], "tangent": [dual], "finite-differences": [forward] * 2}[question]
+    passes += {"forward": [], "step": [backward]}[kind]
+    return Cost(float(sum(p.flops for p in passes)), float(sum(p.bytes for p in passes)))
 
 
 def measure_ceilings(device: torch.device) -> dict[str, float]:

@@ -186,9 +186,6 @@ def folder(name: str) -> Path:
     return path
 
 
-# --- who is compared with whom -------------------------------------------------------------------
-
-
 def fastest_plain(answers: Answers) -> Row | None:
     """The fastest ordinary computation that was timed."""
     timed = [row for row in answers.values() if row.plain and row.seconds is not None]

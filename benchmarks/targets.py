@@ -13,17 +13,7 @@ from typing import Literal
 from benchmarks.case import Case
 from benchmarks.stored import Answers, Result, fastest_plain, ratio
 
-Verdict = Literal["met", "not met", "not measured"]
-Figure = Callable[[Result], list["Value"]]  # a value of every case that the target describes
-
-
-@dataclass(frozen=True)
-class Value:
-    """A figure of one case: its value, or None and why; broken: ours is wrong, or failed."""
-
-    where: str
-    value: float | None
-    broken: bool = False
+Figure = Callable[[Result], list["Finding"]]  # one of every case that the target describes
 
 
 @dataclass(frozen=True)
@@ -39,31 +29,26 @@ class Target:
 
 @dataclass(frozen=True)
 class Finding:
-    """A target compared with a result: the worst value, and where; or why there is none."""
+    """A figure of a case, or of the worst case; without a value `where` says why."""
 
-    target: Target
-    value: float | None
     where: str
-    verdict: Verdict
+    value: float | None = None
+    verdict: Literal["met", "not met", "not measured"] = "not measured"
 
 
 def judge(target: Target, result: Result) -> Finding:
-    """Whether the result meets the target."""
+    """Whether the result meets the target: the worst value, and where."""
     if target.kind != result.kind:
-        return Finding(target, None, f"a target for a {target.kind.upper()}", "not measured")
-    values = target.figure(result)
-    for one in values:
-        if one.broken:
-            return Finding(target, None, one.where, "not met")
-    numbers = [(one.value, one.where) for one in values if one.value is not None]
+        return Finding(f"a target for a {target.kind.upper()}")
+    found = target.figure(result)
+    if broken := [one for one in found if one.verdict == "not met"]:
+        return broken[0]
+    numbers = [(one.value, one.where) for one in found if one.value is not None]
     if not numbers:
-        return Finding(target, None, values[0].where if values else "no such case", "not measured")
+        return found[0] if found else Finding("no such case")
     value, where = max(numbers) if target.sense == "<=" else min(numbers)
     met = value <= target.bound if target.sense == "<=" else value >= target.bound
-    return Finding(target, value, where, "met" if met else "not met")
-
-
-# --- figures -------------------------------------------------------------------------------------
+    return Finding(where, value, "met" if met else "not met")
 
 
 def _over(
@@ -76,7 +61,7 @@ def _over(
 ) -> Figure:
     """The provider's seconds (or `of`) over its rival's, or the inverse; "sdpa": the fastest."""
 
-    def figure(result: Result) -> list[Value]:
+    def figure(result: Result) -> list[Finding]:
         found = []
         for case, answers in _matching(result, group, which):
             ours = answers.get(provider)
@@ -88,20 +73,21 @@ def _over(
     return figure
 
 
-def _value(case: Case, answers: Answers, ours: str, rival: str, value: float | None) -> Value:
-    """The value, or why there is none."""
+def _value(case: Case, answers: Answers, ours: str, rival: str, value: float | None) -> Finding:
+    """The value, or why there is none; "not met" if ours is wrong, or failed."""
     for name in (ours, rival):
         row = answers.get(name)
         if row is not None and row.status != "ok":
             broken = name == ours and row.status != "absent"
-            return Value(f"{case}: {name}: {row.status}: {row.note}", None, broken)
+            where = f"{case}: {name}: {row.status}: {row.note}"
+            return Finding(where, None, "not met" if broken else "not measured")
     if value is not None:
-        return Value(str(case), value)
+        return Finding(str(case), value)
     missing = [f"no {name}" for name in (ours, rival) if name not in answers and name != "sdpa"]
-    return Value(f"{case}: {' and '.join(missing) or 'not measured'}", None)
+    return Finding(f"{case}: {' and '.join(missing) or 'not measured'}")
 
 
-def _of_ceiling(result: Result) -> list[Value]:
+def _of_ceiling(result: Result) -> list[Finding]:
     """FLOP/s of the dual attention over those of a large matmul, from 4096 tokens on."""
     limit, found = result.ceilings.get("flops/s bf16"), []
     for case, answers in _matching(result, "attention-forward", {"dtype": "bf16"}):
@@ -111,7 +97,7 @@ def _of_ceiling(result: Result) -> list[Value]:
     return found
 
 
-def _growth(result: Result) -> list[Value]:
+def _growth(result: Result) -> list[Finding]:
     """Peak memory per token and head, of the longest over the shortest sequence from 1024 on."""
     series: dict[tuple, list[tuple[int, float]]] = {}
     for case, answers in _matching(result, "attention-forward", {"dtype": "bf16"}):
@@ -125,7 +111,7 @@ def _growth(result: Result) -> list[Value]:
         (first, low), (last, high) = min(points), max(points)
         if last > first:
             where = f"N = {first} to {last}, D = {depth}{' causal' if causal else ''}"
-            found.append(Value(where, high / low))
+            found.append(Finding(where, high / low))
     return found
 
 
@@ -138,8 +124,6 @@ def _matching(
         if case.group == group and all(about[key] == value for key, value in which.items()):
             yield case, answers
 
-
-# --- the targets ---------------------------------------------------------------------------------
 
 _SMALL = {"op": "vit_small_patch16_224", "shape": (8,), "dtype": "fp32"}
 _BASE = {"op": "vit_base_patch16_224", "dtype": "bf16"}
