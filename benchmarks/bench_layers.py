@@ -27,18 +27,13 @@ VIT_BASE, VIT_LARGE = (64 * 197, 768, 3072), (64 * 197, 1024, 4096)
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer by PyTorch's functions.
+    """A layer by PyTorch's functions."""
 
-    Attributes:
-        op: its parameters are named after its operands: input (rows, width), weight and bias
-            (width,); of linear (rows, inner), (outer, inner), (outer,).
-        wide: whether the width is the MLP's.
-        always: whether it is measured by default, not in extent "full" alone.
-    """
-
+    # Its parameters are named after its operands: input (rows, width), weight and bias (width,); of
+    # linear (rows, inner), (outer, inner), (outer,).
     op: Op
-    wide: bool
-    always: bool
+    wide: bool  # whether the width is the MLP's
+    always: bool  # whether it is measured by default, not in extent "full" alone
 
 
 LAYERS: dict[str, Layer] = {}

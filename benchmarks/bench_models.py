@@ -88,19 +88,12 @@ def _forward_costs(name: str, dtype: torch.dtype, images: int) -> tuple[Cost, Co
 
 @dataclass
 class Operands:
-    """A model at w0, a Δw, and a batch.
+    """A model at w0, a Δw, and a batch."""
 
-    Attributes:
-        model: in eval mode, frozen, all its parameters random.
-        delta: Δw of all parameters by name, normal with standard deviation 1e-2.
-        images: (B, 3, H, W).
-        targets: (B,), class indices.
-    """
-
-    model: Any
-    delta: Weights
-    images: Tensor
-    targets: Tensor
+    model: Any  # in eval mode, frozen, all its parameters random
+    delta: Weights  # Δw of all parameters by name, normal with standard deviation 1e-2
+    images: Tensor  # (B, 3, H, W)
+    targets: Tensor  # (B,), class indices
     _exact: dict[str, Outputs] = field(default_factory=dict)
 
     def delta_of(self, pattern: str) -> Weights:
@@ -125,17 +118,11 @@ class Operands:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model as a provider runs it.
+    """A model as a provider runs it."""
 
-    Attributes:
-        run: gives f and the tangent that this provider computes, or f alone; (B, classes) each.
-        trained: the leaves whose gradients a step gives, by the model's parameter names.
-        given: the rest of JΔw; 0 if there is none.
-    """
-
-    run: Call
-    trained: Weights
-    given: Tensor | float
+    run: Call  # gives f and the tangent that this provider computes, or f alone: (B, classes)
+    trained: Weights  # the leaves whose gradients a step gives, by the model's parameter names
+    given: Tensor | float  # the rest of JΔw; 0 if there is none
 
 
 class ModelSuite(Suite):

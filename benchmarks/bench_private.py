@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -54,47 +55,41 @@ def ordinary(tail: LinearizedModel, _: nn.Module, batch: Batch) -> Step:
     return step_of(tail, torch.optim.AdamW(tail.deltas().values(), lr=LR), batch)
 
 
-def private(mode: str, secure: bool = False) -> Callable[..., Step]:
+def private(
+    tail: LinearizedModel, _: nn.Module, batch: Batch, mode: str, secure: bool = False
+) -> Step:
     """A step of `fit_private`."""
+    gradients, deltas = PerSampleGradients(tail, batch[0]), tail.deltas()
+    noise = NoiseSource(None if secure else 0, secure)
+    inner = torch.optim.AdamW(deltas.values(), lr=LR)
+    optimizer = PrivateOptimizer(inner, noise, l2=0.0, group=False, **OPTIONS)
 
-    def prepared(tail: LinearizedModel, _: nn.Module, batch: Batch) -> Step:
-        gradients, deltas = PerSampleGradients(tail, batch[0]), tail.deltas()
-        noise = NoiseSource(None if secure else 0, secure)
-        inner = torch.optim.AdamW(deltas.values(), lr=LR)
-        optimizer = PrivateOptimizer(inner, noise, l2=0.0, group=False, **OPTIONS)
+    def step() -> None:
+        found = gradients.clipped_sum(*batch, LOSS, CLIP, mode)
+        optimizer.take({deltas[name]: value for name, value in found.items()})
 
-        def step() -> None:
-            found = gradients.clipped_sum(*batch, LOSS, CLIP, mode)
-            optimizer.take({deltas[name]: value for name, value in found.items()})
-
-        return step
-
-    return prepared
+    return step
 
 
-def opacus(mode: str) -> Callable[..., Step]:
+def opacus(_: LinearizedModel, plain: nn.Module, batch: Batch, mode: str) -> Step:
     """Opacus on the same parameters of the ordinary model: one forward pass, not three."""
-
-    def prepared(_: LinearizedModel, plain: nn.Module, batch: Batch) -> Step:
-        ghost: Any = {"max_grad_norm": CLIP} if mode == "ghost" else {}
-        model = copy.deepcopy(plain).requires_grad_(True).train()
-        module: Any = wrap_model(model, grad_sample_mode=mode, **ghost)
-        kind: Any = get_optimizer_class("flat", distributed=False, grad_sample_mode=mode)
-        optimizer = kind(torch.optim.AdamW(model.parameters(), lr=LR), **OPTIONS)
-        loss = DPLossFastGradientClipping(module, optimizer, LOSS, "mean") if ghost else LOSS
-        return step_of(module, optimizer, batch, loss)
-
-    return prepared
+    ghost: Any = {"max_grad_norm": CLIP} if mode == "ghost" else {}
+    model = copy.deepcopy(plain).requires_grad_(True).train()
+    module: Any = wrap_model(model, grad_sample_mode=mode, **ghost)
+    kind: Any = get_optimizer_class("flat", distributed=False, grad_sample_mode=mode)
+    optimizer = kind(torch.optim.AdamW(model.parameters(), lr=LR), **OPTIONS)
+    loss = DPLossFastGradientClipping(module, optimizer, LOSS, "mean") if ghost else LOSS
+    return step_of(module, optimizer, batch, loss)
 
 
-STEPS = {
+STEPS: dict[str, Callable[..., Step]] = {
     "not private": ordinary,
-    "bookkeeping": private("bookkeeping"),
-    "ghost": private("ghost"),
-    "per-sample": private("per-sample"),
-    "secure noise": private("bookkeeping", secure=True),
-    "Opacus per-sample": opacus("hooks"),
-    "Opacus ghost": opacus("ghost"),
+    "bookkeeping": partial(private, mode="bookkeeping"),
+    "ghost": partial(private, mode="ghost"),
+    "per-sample": partial(private, mode="per-sample"),
+    "secure noise": partial(private, mode="bookkeeping", secure=True),
+    "Opacus per-sample": partial(opacus, mode="hooks"),
+    "Opacus ghost": partial(opacus, mode="ghost"),
 }
 
 

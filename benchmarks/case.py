@@ -30,21 +30,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape.
+    """One op at one shape."""
 
-    Attributes:
-        group: "attention-forward", "train-step" ...: the name of the test, with dashes.
-        op: "attention", "layer_norm", a timm model's name ...
-        shape: its sizes, in the order that the suite documents.
-        dtype: a key of DTYPES.
-        causal: of attention.
-    """
-
-    group: str
-    op: str
-    shape: tuple[int, ...]
-    dtype: str
-    causal: bool = False
+    group: str  # "attention-forward", "train-step" ...: the name of the test, with dashes
+    op: str  # "attention", "layer_norm", a timm model's name ...
+    shape: tuple[int, ...]  # in the order that the suite documents
+    dtype: str  # a key of DTYPES
+    causal: bool = False  # of attention
 
     def __str__(self) -> str:
         words = [self.op, "x".join(map(str, self.shape)), self.dtype]
@@ -57,24 +49,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute a case.
+    """One way to compute a case."""
 
-    Attributes:
-        name: "ours", "torch-jvp", "sdpa-flash" ...
-        answer: the decorated function; its suite says what it takes and gives.
-        groups: the groups that it answers; empty: all.
-        question: what its least work is counted for: "tangent" (value and tangent), "primal" (the
-            value alone), or "finite-differences", which have half the digits.
-        part: of a model: "all", "last" (block, norm and head) or "tail" (last, on cached tokens).
-        missing: (case, device) -> why it cannot run here, or None.
-    """
-
-    name: str
-    answer: Callable[..., Any]
-    groups: Sequence[str] = ()
+    name: str  # "ours", "torch-jvp", "sdpa-flash" ...
+    answer: Callable[..., Any]  # the decorated function; its suite says what it takes and gives
+    groups: Sequence[str] = ()  # that it answers; empty: all
+    # What its least work is counted for: "tangent" (value and tangent), "primal" (the value alone),
+    # or "finite-differences", which have half the digits.
     question: str = "tangent"
-    part: str = "all"
-    missing: Missing = lambda case, device: None
+    part: str = "all"  # of a model; or "last" (block, norm and head), "tail" (on cached tokens)
+    missing: Missing = lambda case, device: None  # why it cannot run here, or None
 
 
 class Suite:

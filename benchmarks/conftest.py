@@ -52,11 +52,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "provider" not in metafunc.fixturenames or not hasattr(metafunc.module, "SUITE"):
+    suite: Any = getattr(metafunc.module, "SUITE", None)
+    if suite is None or "provider" not in metafunc.fixturenames:
         return
-    module: Any = metafunc.module
-    suite, options = module.SUITE, metafunc.config.option
-    device = metafunc.config.stash[RUN].device
+    device, options = metafunc.config.stash[RUN].device, metafunc.config.option
     group = metafunc.function.__name__.removeprefix("test_").replace("_", "-")
     params = []
     for case in suite.cases(device, options.extent):

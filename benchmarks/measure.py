@@ -37,13 +37,7 @@ class NotTimedError(Exception):
 
 
 class Prepared:
-    """A case with its operands and its exact answer.
-
-    Args:
-        suite: of the case.
-        case: what is computed.
-        device: where.
-    """
+    """A case with its operands and its exact answer."""
 
     def __init__(self, suite: Suite, case: Case, device: torch.device):
         self.suite, self.case, self.device = suite, case, device
@@ -72,14 +66,11 @@ class Prepared:
             if provider.name in self.errors:
                 return call
             error = relative_error(self.suite.compared(self.case, call()), self.exact)
-        except torch.OutOfMemoryError:
-            free_memory()
-            raise NotTimedError("failed", "out of memory") from None
         except Exception as problem:  # a rival's own: the run goes on
             free_memory()
-            raise NotTimedError(
-                "failed", textwrap.shorten(f"{type(problem).__name__}: {problem}", 160)
-            ) from problem
+            full = isinstance(problem, torch.OutOfMemoryError)
+            note = "out of memory" if full else f"{type(problem).__name__}: {problem}"
+            raise NotTimedError("failed", textwrap.shorten(note, 160)) from problem
         allowed = self.suite.allowed(self.case, provider)
         if error is not None and error > allowed:
             raise NotTimedError("wrong", f"error {error:.1e}, allowed {allowed:.1e}")
@@ -105,21 +96,13 @@ def relative_error(found: Outputs, exact: Outputs) -> float | None:
 
 @dataclass
 class Contender:
-    """A provider that was found right, ready to be timed; the ``provider`` fixture.
-
-    Attributes:
-        prepared: the case.
-        provider: who answers it.
-        call: on the case's operands.
-        turns: how often the providers of a case take turns.
-        turn: which one this is, from 0; memory is measured in the first.
-    """
+    """A provider that was found right, ready to be timed; the ``provider`` fixture."""
 
     prepared: Prepared
     provider: Provider
-    call: Call
-    turns: int
-    turn: int
+    call: Call  # on the case's operands
+    turns: int  # how often the providers of the case take turns
+    turn: int  # from 0; memory is measured in the first
 
     def time(self, benchmark: Any) -> None:
         """Times the call by pytest-benchmark, on operands that take turns."""

@@ -23,19 +23,12 @@ Pair = tuple[Tensor, Tensor]  # output and tangent
 
 @dataclass(frozen=True)
 class Operands:
-    """Operands of one call.
+    """Operands of one call."""
 
-    Attributes:
-        op: what is computed, by PyTorch's functions: (*primals) -> output.
-        primals: the op's inputs and parameters.
-        tangents: their tangents.
-        grads: cotangents of the output and of its tangent, shaped as the output.
-    """
-
-    op: Op
-    primals: Tensors
-    tangents: Tensors
-    grads: Pair
+    op: Op  # what is computed, by PyTorch's functions
+    primals: Tensors  # the op's inputs and parameters
+    tangents: Tensors  # of the primals
+    grads: Pair  # cotangents of the output and of its tangent
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Operands:
         """The same op on changed tensors."""

@@ -26,7 +26,6 @@ STYLE: Any = {  # matplotlib types its keys
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 10,
-    "axes.labelsize": 9,
     "font.size": 9,
     "grid.color": "#DDDDDD",
     "axes.axisbelow": True,

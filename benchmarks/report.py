@@ -64,6 +64,8 @@ def table(result: Result, groups: Collection[str] = ()) -> str:
         lines = [(str(case), *headings)]
         lines += [(f"  {r.provider}", *(columns[h](r) or "" for h in headings)) for r in timed]
         others = [row for row in answers.values() if row.seconds is None]
+        if groups:  # in the docs
+            others = [row for row in others if row.status != "absent"]
         notes = [f"  {row.provider}: {row.status}: {row.note}" for row in others]
         parts.append("\n".join([*aligned(lines), *notes]) + "\n")
     limits = [f"{name} {digits(value / 1e9)}e9" for name, value in result.ceilings.items()]

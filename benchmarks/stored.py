@@ -25,33 +25,21 @@ class BadFile(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """A provider's answer to a case. Times in seconds, memory in bytes.
-
-    Attributes:
-        status: "ok"; "wrong": its error is too large, so it was not timed; "failed": it raised;
-            "absent": it cannot run here. `note` says why.
-        error: relative error against the exact answer, the worst of its results.
-        seconds: the median; of several turns the median of their medians. On CUDA that of replays
-            of a graph where the case is small; then `called` is with Python and launches.
-        lower: the first quartile; `upper`: the third.
-        peak_bytes: allocated at most during the call, above what was there before.
-        saved_bytes: what autograd saves for the backward pass, parameters not counted.
-        flops: the least operations that its question needs; `bytes`: the least memory traffic.
-    """
+    """A provider's answer to a case. Times in seconds, memory in bytes."""
 
     case: Case
     provider: str
-    status: str = "ok"
-    note: str = ""
-    error: float | None = None
-    seconds: float | None = None
-    lower: float | None = None
-    upper: float | None = None
-    called: float | None = None
-    peak_bytes: int | None = None
-    saved_bytes: int | None = None
-    flops: float = 0.0
-    bytes: float = 0.0
+    status: str = "ok"  # or "wrong" (so not timed), "failed" (raised), "absent" (cannot run here)
+    note: str = ""  # why
+    error: float | None = None  # relative, against the exact answer; the worst of its results
+    seconds: float | None = None  # the median; of several turns the median of their medians
+    lower: float | None = None  # the first quartile
+    upper: float | None = None  # the third
+    called: float | None = None  # with Python and launches, where replays of a graph are timed
+    peak_bytes: int | None = None  # allocated at most during the call, above what was there before
+    saved_bytes: int | None = None  # by autograd for the backward pass, parameters not counted
+    flops: float = 0.0  # the least operations that its question needs
+    bytes: float = 0.0  # the least memory traffic
 
     @property
     def plain(self) -> bool:
@@ -64,17 +52,11 @@ Answers = Mapping[str, Row]  # by provider
 
 @dataclass(frozen=True)
 class Result:
-    """All rows of one run, with its circumstances.
+    """All rows of one run, with its circumstances."""
 
-    Attributes:
-        environment: machine, versions, commit, clocks, date: ``record.environment``.
-        ceilings: of this machine in this run: "bytes/s", and "flops/s fp32" (bf16, fp16).
-        rows: in the order they were measured.
-    """
-
-    environment: Mapping[str, str]
-    ceilings: Mapping[str, float]
-    rows: Sequence[Row]
+    environment: Mapping[str, str]  # machine, versions, commit, clocks, date
+    ceilings: Mapping[str, float]  # of the machine in this run: "bytes/s", "flops/s fp32" ...
+    rows: Sequence[Row]  # in the order they were measured
 
     @property
     def kind(self) -> str:
@@ -114,8 +96,7 @@ def read(paths: Iterable[Path]) -> Result:
         BadFile: a file cannot be read, is none of the suite's, or nothing was measured.
     """
     some = [sorted(path.glob("*.json")) if path.is_dir() else [path] for path in paths]
-    files = list(itertools.chain(*some))
-    results = [_parsed(file) for file in files]
+    results = [_parsed(file) for file in itertools.chain(*some)]
     rows = [row for one in results for row in one.rows]
     if not rows:
         raise BadFile(f"{', '.join(map(str, paths))}: nothing was measured")
@@ -162,14 +143,7 @@ def _case(entry: Mapping[str, Any]) -> Case:
 
 
 def newest(folder: Path = RESULTS) -> dict[str, Result]:
-    """The latest result of each device; the CPU first.
-
-    Args:
-        folder: of results: files, or folders of a file per benchmark, named by date.
-
-    Raises:
-        BadFile: one cannot be read.
-    """
+    """The latest result of each device, the CPU first: of the files and folders named by date."""
     results = [read([path]) for path in sorted(folder.glob("20*"))]
     results.sort(key=lambda result: result.environment.get("date", ""))
     latest = {result.device: result for result in results}

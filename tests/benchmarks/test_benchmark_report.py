@@ -150,7 +150,9 @@ def test_docs() -> None:
     both = [result(ROWS), result(ROWS, gpu=True)]
     text = report.rewritten(page.format("cpu: attention-forward"), both)
     assert "old" not in text and text.startswith("# A\n") and text.endswith("\n\nB\n")
-    assert f"```text\n{report.table(both[0])}\n```" in text and "NVIDIA" not in text
+    table = report.table(both[0], ["attention-forward"])
+    assert f"```text\n{table}\n```" in text and "NVIDIA" not in text
+    assert "failed: no tangent" in table and "absent" not in table
     assert report.rewritten(text, both) == text
     assert "Not measured yet." in report.rewritten(page.format("gpu: epoch"), both[:1])
     models = report.rewritten(page.format("cpu: train-step"), [result([*ROWS, *model_rows()])])
