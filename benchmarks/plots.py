@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import textwrap
 from collections.abc import Container
@@ -19,8 +18,6 @@ from matplotlib.ticker import LogLocator
 from benchmarks.report import digits, si
 from benchmarks.stored import Result, ratio
 
-# Of Okabe and Ito, which colour-blind people tell apart, too; the last three are greys.
-COLOURS = "D55E00 0072B2 009E73 CC79A7 E69F00 56B4E9 882255 000000 777777 AAAAAA".split()  # noqa: SIM905
 STYLE: Any = {  # matplotlib types its keys
     "figure.facecolor": "white",  # readable on a dark page, too
     "axes.spines.top": False,
@@ -47,7 +44,7 @@ MARKERS = {  # of the roofline
 
 def draw_all(result: Result, out: Path) -> list[Path]:
     """Draws every picture that the result has data for; the files begin with the device's name."""
-    with plt.rc_context(STYLE):
+    with plt.style.context(["tableau-colorblind10", STYLE]):
         time = _against_tokens(result, out, "time", "seconds", "s")
         memory = _against_tokens(result, out, "peak memory", "peak_bytes", "B")
         return [*time, *memory, *_rooflines(result, out), *_models(result, out)]
@@ -57,7 +54,7 @@ def colours_of(result: Result, groups: Container[str]) -> dict[str, str]:
     """A colour per provider of these groups, in their order; compiled ones come last."""
     names = dict.fromkeys(row.provider for row in result.rows if row.case.group in groups)
     ordered = sorted(names, key=lambda name: name.endswith("-compiled"))
-    return {name: f"#{colour}" for name, colour in zip(ordered, itertools.cycle(COLOURS))}
+    return {name: f"C{index % 10}" for index, name in enumerate(ordered)}
 
 
 def _against_tokens(result: Result, out: Path, what: str, of: str, unit: str) -> list[Path]:
