@@ -6,7 +6,7 @@ runs for each case of the group and each provider. Other benchmarks are plain py
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import importlib.util
 import os
 import platform
@@ -126,7 +126,7 @@ def environment(device: torch.device) -> dict[str, str]:
     malloc = [f"{name}={value}" for name, value in os.environ.items() if name[:7] == "MALLOC_"]
     found = about() | {
         "python": platform.python_version(),
-        "triton": importlib.metadata.version("triton") if triton else "not installed",
+        "triton": importlib.import_module("triton").__version__ if triton else "not installed",
         "fp32 products": torch.get_float32_matmul_precision(),
         "threads": str(torch.get_num_threads()),
         "malloc": " ".join(malloc) or "defaults",
