@@ -17,54 +17,83 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks.case import (
-    Call,
-    Case,
-    Cost,
-    Extent,
-    Outputs,
-    Provider,
-    Suite,
-    compiling_is_slow,
-    finite_difference_step,
-)
-from benchmarks.vits import (
-    EVERYTHING,
-    Weights,
-    model_cost,
-    random_batch,
-    random_vit,
-    torch_jvp,
-    trained_parameters,
-)
+from benchmarks import ops
+from benchmarks.case import Call, Case, Cost, Extent, Outputs, Provider, Suite, compiling_is_slow
+from benchmarks.roofline import forward_cost, model_cost
 from tangent_ops import last_blocks, linearize
-from tangent_ops.model.features import blocks_of
+from tangent_ops.model.features import Tail, blocks_of
+
+Weights = dict[str, Tensor]
 
 FORWARD, STEP = "model-forward", "train-step"
 MODELS = ("vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")
-NOTHING = "$^"  # a pattern of parameter names
+EVERYTHING, NOTHING = "", "$^"  # patterns of parameter names
+
+
+def random_vit(name: str) -> nn.Module:
+    """In eval mode and frozen, on the CPU in float32; weights from torch's default generator."""
+    model = timm.create_model(name).eval().requires_grad_(False)
+    for parameter in model.parameters():  # fresh ones are zeros and ones too often
+        parameter.add_(0.01 * torch.randn_like(parameter))
+    return model
+
+
+def random_batch(model: Any, images: int) -> tuple[Tensor, Tensor]:
+    """Images (images, 3, H, W) of the model's size and targets (images,), on the CPU."""
+    inputs = torch.randn(images, *model.pretrained_cfg["input_size"])
+    return inputs, torch.randint(model.num_classes, (images,))
+
+
+def trained_parameters(model: nn.Module, pattern: str) -> Weights:
+    """The parameters whose names match, which require gradients from now on."""
+    named = model.named_parameters()
+    return {name: p.requires_grad_() for name, p in named if re.search(pattern, name)}
+
+
+def torch_jvp(model: nn.Module, images: Tensor, delta: Weights) -> tuple[Tensor, Tensor]:
+    """f and JΔw by PyTorch alone."""
+    weights = {name: model.get_parameter(name) for name in delta}
+    return ops.torch_jvp(lambda some: functional_call(model, some, images), (weights,), (delta,))
+
+
+def least_work(
+    kind: str, question: str, case: Case, dtype: torch.dtype, images: int, part: str
+) -> Cost:
+    """Of a call of the case's model, with weights of this dtype; `part` as in Provider.
+
+    Below the last block, norm and head ("last") the trunk runs forward alone.
+    """
+    whole, tail = _forward_costs(case.op, dtype, images)
+    asked = model_cost(kind, question, whole if part == "all" else tail)
+    if part != "last":
+        return asked
+    return Cost(asked.flops + whole.flops - tail.flops, asked.bytes + whole.bytes - tail.bytes)
+
+
+@functools.cache
+def _forward_costs(name: str, dtype: torch.dtype, images: int) -> tuple[Cost, Cost]:
+    """Of the model, and of its last block, norm and head."""
+    with torch.device("meta"):
+        model: Any = timm.create_model(name).to(dtype)
+    tail, tokens = Tail(model, len(blocks_of(model)) - 1), model.pos_embed.shape[1:]
+    whole = forward_cost(model, (images, *model.pretrained_cfg["input_size"]))
+    return whole, forward_cost(tail, (images, *tokens))  # class token included
 
 
 @dataclass
 class Operands:
-    """A model at w0, a Δw, and a batch.
+    """A model at w0, a Δw, and a batch."""
 
-    Attributes:
-        model: in eval mode, frozen, all its parameters random.
-        delta: Δw of all parameters by name, normal with standard deviation 1e-2.
-        images: (B, 3, H, W).
-        targets: (B,), class indices.
-    """
-
-    model: Any
-    delta: Weights
-    images: Tensor
-    targets: Tensor
+    model: Any  # in eval mode, frozen, all its parameters random
+    delta: Weights  # Δw of all parameters by name, normal with standard deviation 1e-2
+    images: Tensor  # (B, 3, H, W)
+    targets: Tensor  # (B,), class indices
     _exact: dict[str, Outputs] = field(default_factory=dict)
 
     def delta_of(self, pattern: str) -> Weights:
@@ -79,27 +108,21 @@ class Operands:
             self._exact[pattern] = torch_jvp(model, self.images.double(), delta)
         return self._exact[pattern]
 
-    def besides(self, pattern: str) -> Tensor | None:
-        """J Δw of the parameters that do not match, float32 (B, classes); None if all do."""
+    def besides(self, pattern: str) -> Tensor | float:
+        """J Δw of the parameters that do not match, float32 (B, classes); 0 if all do."""
         if pattern == EVERYTHING:
-            return None
+            return 0.0
         _, whole = self.exact()
         return (whole if pattern == NOTHING else whole - self.exact(pattern)[1]).float()
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model as a provider runs it.
+    """A model as a provider runs it."""
 
-    Attributes:
-        run: gives f and the tangent that this provider computes, or f alone; (B, classes) each.
-        trained: the leaves whose gradients a step gives, by the model's parameter names.
-        given: the rest of JΔw, or None.
-    """
-
-    run: Call
-    trained: Weights
-    given: Tensor | None
+    run: Call  # gives f and the tangent that this provider computes, or f alone: (B, classes)
+    trained: Weights  # the leaves whose gradients a step gives, by the model's parameter names
+    given: Tensor | float  # the rest of JΔw; 0 if there is none
 
 
 class ModelSuite(Suite):
@@ -148,11 +171,9 @@ class ModelSuite(Suite):
         return {"fp32": 2e-5, "fp16": 5e-3, "bf16": 5e-2}[case.dtype]
 
     def cost(self, case: Case, provider: Provider) -> Cost:
-        questions = {"tangent": "dual"}
-        if case.group == STEP:
-            questions = {"tangent": "tangent-step", "primal": "ordinary-step"}
-        question = questions.get(provider.question, provider.question)
-        return model_cost(question, case.op, case.torch_dtype, case.shape[0], provider.part)
+        kind = "step" if case.group == STEP else "forward"
+        images, dtype = case.shape[0], case.torch_dtype
+        return least_work(kind, provider.question, case, dtype, images, provider.part)
 
 
 @functools.lru_cache(maxsize=1)  # both groups use it, and the exact tangent takes long
@@ -181,25 +202,20 @@ def _compared(model: Any) -> list[str]:
 
 def _forward(subject: Subject) -> Outputs:
     f, *tangent = subject.run()
-    if subject.given is None:
-        return f, *tangent
     return f, *(one + subject.given for one in tangent)
 
 
 def _step(subject: Subject, targets: Tensor, names: Sequence[str]) -> Outputs:
     """Forward, loss, backward; the gradients are dropped but for the named ones."""
     f, *tangent = subject.run()
-    logits = sum(tangent, start=f).float()  # as fit takes the loss of 16-bit logits
-    if subject.given is not None:
-        logits = logits + subject.given
+    # As fit takes the loss of 16-bit logits.
+    logits = sum(tangent, start=f).float() + subject.given
     F.cross_entropy(logits, targets).backward()
     found: Any = tuple(subject.trained[name].grad for name in names)
     for parameter in subject.trained.values():
         parameter.grad = None
     return found
 
-
-# --- providers -----------------------------------------------------------------------------------
 
 SUITE = ModelSuite()
 
@@ -241,33 +257,28 @@ SUITE.provider("finetune-1", groups=(STEP,), part="last", **PLAIN)(partial(ordin
 @SUITE.provider("torch-jvp")
 def by_torch_jvp(operands: Operands) -> Subject:
     delta = {name: d.detach().requires_grad_() for name, d in operands.delta.items()}
-    return Subject(lambda: torch_jvp(operands.model, operands.images, delta), delta, None)
+    return Subject(lambda: torch_jvp(operands.model, operands.images, delta), delta, 0.0)
 
 
-@SUITE.provider(
-    "finite-differences", groups=(FORWARD,), question="finite-differences", approximate=True
-)
+@SUITE.provider("finite-differences", groups=(FORWARD,), question="finite-differences")
 def by_finite_differences(operands: Operands) -> Subject:
     """Two ordinary forward passes."""
     model, images = operands.model, operands.images
     weights = dict(model.named_parameters())
-    step = finite_difference_step(images.dtype)
+    step = ops.finite_difference_step(images.dtype)
 
     def run() -> Outputs:
         f = model(images)
         moved = {name: w + step * operands.delta[name] for name, w in weights.items()}
         return f, (functional_call(model, moved, images) - f) / step
 
-    return Subject(run, {}, None)
+    return Subject(run, {}, 0.0)
 
 
 SLOW: Any = {"missing": compiling_is_slow}
 SUITE.provider("taft-all-compiled", **SLOW)(partial(taft, compiled=True))
 SUITE.provider("taft-1-compiled", part="last", **SLOW)(partial(taft, blocks=1, compiled=True))
 SUITE.provider("finetune-compiled", **SLOW, **PLAIN)(partial(ordinary, compiled=True))
-
-
-# --- benchmarks ----------------------------------------------------------------------------------
 
 
 def test_model_forward(provider, benchmark) -> None:

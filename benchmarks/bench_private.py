@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import pytest
 import timm
@@ -18,93 +19,77 @@ from tangent_ops import LinearizedModel, last_blocks, linearize
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.model.features import split_model
 
-opacus = pytest.importorskip("opacus", reason="the extra for privacy is not installed")
+pytest.importorskip("opacus", reason="the extra for privacy is not installed")
+
+from opacus.grad_sample.utils import wrap_model
+from opacus.optimizers import get_optimizer_class
+from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+
+from tangent_ops.privacy.noise import NoiseSource
+from tangent_ops.privacy.optimizer import PrivateOptimizer
+from tangent_ops.privacy.per_sample.gradients import PerSampleGradients
+
 pytestmark = pytest.mark.filterwarnings("ignore")  # Opacus' own
 
-MODEL, BATCH = "vit_small_patch16_224", 8
-NOISE, CLIP, LR = 1.0, 1.0, 1e-4
-LOSS = RescaledSquareLoss()
+MODEL, BATCH, CLIP, LR = "vit_small_patch16_224", 8, 1.0, 1e-4
+OPTIONS: Any = {"noise_multiplier": 1.0, "max_grad_norm": CLIP, "expected_batch_size": BATCH}
+LOSS: Any = RescaledSquareLoss()
 Step = Callable[[], object]
+Batch = tuple[
+    Tensor, Tensor
+]  # tokens (batch, 197, 384) that enter the last block; classes (batch,)
 
 
-class Batch(NamedTuple):
-    """Tokens (batch, 197, 384) that enter the last block, and classes (batch,)."""
-
-    tokens: Tensor
-    targets: Tensor
-
-
-def ordinary(tail: LinearizedModel, batch: Batch) -> Step:
-    optimizer = torch.optim.AdamW(tail.deltas().values(), lr=LR)
+def step_of(model: nn.Module, optimizer: Any, batch: Batch, loss: Any = LOSS) -> Step:
+    tokens, targets = batch
 
     def step() -> None:
         optimizer.zero_grad()
-        LOSS(tail(batch.tokens), batch.targets).backward()
+        loss(model(tokens), targets).backward()
         optimizer.step()
 
     return step
 
 
-def private(tail: LinearizedModel, batch: Batch, mode: str, secure: bool = False) -> Step:
-    """A step of `fit_private`."""
-    from tangent_ops.privacy.noise import NoiseSource
-    from tangent_ops.privacy.optimizer import PrivateOptimizer
-    from tangent_ops.privacy.per_sample.gradients import PerSampleGradients
+def ordinary(tail: LinearizedModel, _: nn.Module, batch: Batch) -> Step:
+    return step_of(tail, torch.optim.AdamW(tail.deltas().values(), lr=LR), batch)
 
-    gradients, deltas = PerSampleGradients(tail, batch.tokens), tail.deltas()
-    optimizer = PrivateOptimizer(
-        torch.optim.AdamW(deltas.values(), lr=LR),
-        NoiseSource(None if secure else 0, secure),
-        noise_multiplier=NOISE,
-        max_grad_norm=CLIP,
-        expected_batch_size=BATCH,
-        l2=0.0,
-        group=False,
-    )
+
+def private(
+    tail: LinearizedModel, _: nn.Module, batch: Batch, mode: str, secure: bool = False
+) -> Step:
+    """A step of `fit_private`."""
+    gradients, deltas = PerSampleGradients(tail, batch[0]), tail.deltas()
+    noise = NoiseSource(None if secure else 0, secure)
+    inner = torch.optim.AdamW(deltas.values(), lr=LR)
+    optimizer = PrivateOptimizer(inner, noise, l2=0.0, group=False, **OPTIONS)
 
     def step() -> None:
-        found = gradients.clipped_sum(batch.tokens, batch.targets, LOSS, CLIP, mode)
+        found = gradients.clipped_sum(*batch, LOSS, CLIP, mode)
         optimizer.take({deltas[name]: value for name, value in found.items()})
 
     return step
 
 
-def opacus_step(tail: nn.Module, batch: Batch, ghost: bool) -> Step:
+def opacus(_: LinearizedModel, plain: nn.Module, batch: Batch, mode: str) -> Step:
     """Opacus on the same parameters of the ordinary model: one forward pass, not three."""
-    from opacus import grad_sample, optimizers
-    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
-
-    model = copy.deepcopy(tail).requires_grad_(True).train()
-    inner = torch.optim.AdamW(model.parameters(), lr=LR)
-    options: dict[str, Any] = {"noise_multiplier": NOISE, "max_grad_norm": CLIP}
-    options["expected_batch_size"] = BATCH
-    loss: Any = LOSS
-    if ghost:
-        module: Any = grad_sample.GradSampleModuleFastGradientClipping(model, max_grad_norm=CLIP)  # pyright: ignore[reportArgumentType]
-        optimizer: Any = optimizers.DPOptimizerFastGradientClipping(inner, **options)
-        loss = DPLossFastGradientClipping(module, optimizer, LOSS, "mean")
-    else:
-        module, optimizer = (
-            grad_sample.GradSampleModule(model),
-            optimizers.DPOptimizer(inner, **options),
-        )
-
-    def step() -> None:
-        optimizer.zero_grad()
-        loss(module(batch.tokens), batch.targets).backward()
-        optimizer.step()
-
-    return step
+    ghost: Any = {"max_grad_norm": CLIP} if mode == "ghost" else {}
+    model = copy.deepcopy(plain).requires_grad_(True).train()
+    module: Any = wrap_model(model, grad_sample_mode=mode, **ghost)
+    kind: Any = get_optimizer_class("flat", distributed=False, grad_sample_mode=mode)
+    optimizer = kind(torch.optim.AdamW(model.parameters(), lr=LR), **OPTIONS)
+    loss = DPLossFastGradientClipping(module, optimizer, LOSS, "mean") if ghost else LOSS
+    return step_of(module, optimizer, batch, loss)
 
 
-STEPS: dict[str, Callable[[LinearizedModel, nn.Module, Batch], Step]] = {
-    "not private": lambda tail, plain, batch: ordinary(tail, batch),
-    "bookkeeping": lambda tail, plain, batch: private(tail, batch, "bookkeeping"),
-    "ghost": lambda tail, plain, batch: private(tail, batch, "ghost"),
-    "per-sample": lambda tail, plain, batch: private(tail, batch, "per-sample"),
-    "secure noise": lambda tail, plain, batch: private(tail, batch, "bookkeeping", secure=True),
-    "Opacus per-sample": lambda tail, plain, batch: opacus_step(plain, batch, ghost=False),
-    "Opacus ghost": lambda tail, plain, batch: opacus_step(plain, batch, ghost=True),
+STEPS: dict[str, Callable[..., Step]] = {
+    "not private": ordinary,
+    "bookkeeping": partial(private, mode="bookkeeping"),
+    "ghost": partial(private, mode="ghost"),
+    "per-sample": partial(private, mode="per-sample"),
+    "secure noise": partial(private, mode="bookkeeping", secure=True),
+    "Opacus per-sample": partial(opacus, mode="hooks"),
+    "Opacus ghost": partial(opacus, mode="ghost"),
 }
 
 
@@ -115,6 +100,6 @@ def test_step(benchmark, name: str) -> None:
     tail = linearize(model, last_blocks(model, 1), check=False).split()[1]
     plain = split_model(model, len(model.blocks) - 1)[1]
     tokens = torch.randn(BATCH, *model.pos_embed.shape[1:])
-    batch = Batch(tokens, torch.randint(model.num_classes, (BATCH,)))
+    batch = tokens, torch.randint(model.num_classes, (BATCH,))
     benchmark.group = f"step of {MODEL}'s last block, norm and head, batch {BATCH}, CPU"
     benchmark.pedantic(STEPS[name](tail, plain, batch), rounds=3, warmup_rounds=1)

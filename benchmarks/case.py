@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -31,21 +30,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape.
+    """One op at one shape."""
 
-    Attributes:
-        group: "attention-forward", "train-step" ...: the name of the test, with dashes.
-        op: "attention", "layer_norm", a timm model's name ...
-        shape: its sizes, in the order that the suite documents.
-        dtype: a key of DTYPES.
-        causal: of attention.
-    """
-
-    group: str
-    op: str
-    shape: tuple[int, ...]
-    dtype: str
-    causal: bool = False
+    group: str  # "attention-forward", "train-step" ...: the name of the test, with dashes
+    op: str  # "attention", "layer_norm", a timm model's name ...
+    shape: tuple[int, ...]  # in the order that the suite documents
+    dtype: str  # a key of DTYPES
+    causal: bool = False  # of attention
 
     def __str__(self) -> str:
         words = [self.op, "x".join(map(str, self.shape)), self.dtype]
@@ -56,32 +47,18 @@ class Case:
         return DTYPES[self.dtype]
 
 
-def never_missing(case: Case, device: torch.device) -> str | None:
-    return None
-
-
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute a case.
+    """One way to compute a case."""
 
-    Attributes:
-        name: "ours", "torch-jvp", "sdpa-flash" ...
-        answer: the decorated function; its suite says what it takes and gives.
-        groups: the groups that it answers; empty: all.
-        question: what its least work is counted for: "tangent" (value and tangent), "primal" (the
-            value alone), or "finite-differences".
-        part: of a model: "all", "last" (block, norm and head) or "tail" (last, on cached tokens).
-        approximate: whether its tangent is a finite difference, with half the digits.
-        missing: (case, device) -> why it cannot run here, or None.
-    """
-
-    name: str
-    answer: Callable[..., Any]
-    groups: Sequence[str] = ()
+    name: str  # "ours", "torch-jvp", "sdpa-flash" ...
+    answer: Callable[..., Any]  # the decorated function; its suite says what it takes and gives
+    groups: Sequence[str] = ()  # that it answers; empty: all
+    # What its least work is counted for: "tangent" (value and tangent), "primal" (the value alone),
+    # or "finite-differences", which have half the digits.
     question: str = "tangent"
-    part: str = "all"
-    approximate: bool = False
-    missing: Missing = never_missing
+    part: str = "all"  # of a model; or "last" (block, norm and head), "tail" (on cached tokens)
+    missing: Missing = lambda case, device: None  # why it cannot run here, or None
 
 
 class Suite:
@@ -115,10 +92,12 @@ class Suite:
         Finite differences may err 1e4 times as much, or 10 % where that is less.
         """
         bound = self.bound(case)
-        return min(1e4 * bound, 0.1) if provider.approximate else bound
+        return min(1e4 * bound, 0.1) if provider.question == "finite-differences" else bound
+
+    # A subclass defines the rest.
 
     def cases(self, device: torch.device, extent: Extent) -> Sequence[Case]:
-        """The cases that fit the device: some minutes of them, or all."""
+        """The cases that fit the device: those that take some minutes ("default"), or all."""
         raise NotImplementedError
 
     def inputs(self, case: Case, device: torch.device, seed: int) -> Any:
@@ -134,10 +113,9 @@ class Suite:
         return outputs
 
     def prepare(self, provider: Provider, case: Case, inputs: Any) -> Call:
-        """The call that is checked, then timed.
+        """The call that is checked, then timed. It gives what ``expected`` gives.
 
-        It gives the tensors of ``expected``, in that order. A provider that computes less, such as
-        plain attention, gives the first ones.
+        A provider that computes less, such as plain attention, gives the first tensors.
         """
         raise NotImplementedError
 
@@ -150,19 +128,6 @@ class Suite:
         raise NotImplementedError
 
 
-# --- shared by several suites --------------------------------------------------------------------
-
-
-def finite_difference_step(dtype: torch.dtype) -> float:
-    """The h of (f(p + h t) - f(p)) / h: √eps, rounded up to a power of two.
-
-    The difference rounds at eps |f| / h, and the curvature adds h |f''|: both are then √eps where
-    p, t and the derivatives are of one size. A power of two multiplies and divides exactly.
-    float32: 2^-11; float16: 2^-5; bfloat16: 2^-3.
-    """
-    return 2.0 ** math.ceil(math.log2(torch.finfo(dtype).eps) / 2)
-
-
 def compiling_is_slow(case: Case, device: torch.device) -> str | None:
     """Why a compiled provider is left out, or None."""
     if device.type != "cpu" or os.environ.get(COMPILE_ON_CPU) == "1":
@@ -172,14 +137,9 @@ def compiling_is_slow(case: Case, device: torch.device) -> str | None:
 
 def clock_of(device: torch.device) -> Callable[[], float]:
     """Seconds on the host's clock; on CUDA, once the device has finished all that was launched."""
-    return _device_clock if device.type == "cuda" else time.perf_counter
 
+    def after_the_device() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
-def _device_clock() -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def leaves(tensors: Sequence[Tensor]) -> Any:
-    """The tensors, detached, as leaves that require gradients."""
-    return tuple(tensor.detach().requires_grad_() for tensor in tensors)
+    return after_the_device if device.type == "cuda" else time.perf_counter

@@ -6,33 +6,31 @@ runs for each case of the group and each provider. Other benchmarks are plain py
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
+import platform
+import subprocess
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.case import Case, Provider, clock_of
+from benchmarks.case import Case, clock_of
 from benchmarks.measure import Contender, NotTimedError, Prepared, free_memory
-from benchmarks.record import environment
 from benchmarks.roofline import measure_ceilings
+from tools.machine import about, cpu, cpuinfo
 
 
 @dataclass
 class Run:
-    """One run of the benchmarks.
+    """One run of the benchmarks."""
 
-    Attributes:
-        device: where the suites compute.
-        prepared: the case that was prepared last.
-        not_timed: providers without a time: case, provider, status and note.
-        ceilings: of the machine; measured where they are written.
-    """
-
-    device: torch.device
-    prepared: Prepared | None = None
-    not_timed: dict[tuple[Case, str], NotTimedError] = field(default_factory=dict)
-    ceilings: dict[str, float] = field(default_factory=dict)
+    device: torch.device  # where the suites compute
+    prepared: Prepared | None = None  # the last one
+    not_timed: dict[tuple[Case, str], NotTimedError] = field(default_factory=dict)  # by provider
+    ceilings: dict[str, float] = field(default_factory=dict)  # measured where they are written
 
 
 RUN = pytest.StashKey[Run]()
@@ -40,46 +38,33 @@ RUN = pytest.StashKey[Run]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tangent-ops benchmarks")
-    group.addoption(
-        "--extent",
-        choices=("default", "full"),
-        default="default",
-        help="cases: those that fit into minutes (default), or all",
-    )
-    group.addoption(
-        "--seconds", type=float, default=0.3, help="for the timed rounds of a provider (0.3)"
-    )
-    group.addoption(
-        "--turns",
-        type=int,
-        default=1,
-        help="how often the providers of a case are timed in turns, so that a slow minute of the "
-        "machine affects all of them (default: 1)",
-    )
+    words = "cases: those that fit into minutes (default), or all"
+    group.addoption("--extent", choices=("default", "full"), default="default", help=words)
+    words = "how often the providers of a case are timed in turns, so that a slow minute of the "
+    words += "machine affects all of them (default: 1)"
+    group.addoption("--turns", type=int, default=1, help=words)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for name in ("seconds", "turns"):
-        value: Any = config.getoption(name)
-        if value <= 0:
-            raise pytest.UsageError(f"--{name}={value}: expected more than 0")
+    if (turns := config.option.turns) <= 0:
+        raise pytest.UsageError(f"--turns={turns}: expected more than 0")
     config.stash[RUN] = Run(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "provider" not in metafunc.fixturenames or not hasattr(metafunc.module, "SUITE"):
+    suite: Any = getattr(metafunc.module, "SUITE", None)
+    if suite is None or "provider" not in metafunc.fixturenames:
         return
-    module: Any = metafunc.module
-    device, suite = metafunc.config.stash[RUN].device, module.SUITE
+    device, options = metafunc.config.stash[RUN].device, metafunc.config.option
     group = metafunc.function.__name__.removeprefix("test_").replace("_", "-")
     params = []
-    for case in suite.cases(device, metafunc.config.option.extent):
-        for turn in range(metafunc.config.option.turns):
+    for case in suite.cases(device, options.extent):
+        marks = pytest.mark.benchmark(group=f"{group} {case}", timer=clock_of(device))
+        for turn in range(options.turns):
             for provider in suite.providers(case) if case.group == group else ():
                 if turn and provider.missing(case, device):
                     continue
                 name = f"{case} {provider.name}{f' turn {turn + 1}' if turn else ''}"
-                marks = pytest.mark.benchmark(group=f"{group} {case}", timer=clock_of(device))
                 values = (case, (provider, turn))
                 params.append(pytest.param(*values, id=name.replace(" ", "-"), marks=marks))
     metafunc.parametrize(("case", "provider"), params, indirect=True)
@@ -99,24 +84,22 @@ def case(request: pytest.FixtureRequest) -> Prepared:
 @pytest.fixture
 def provider(request: pytest.FixtureRequest, case: Prepared) -> Contender:
     """The provider, checked; a wrong one is skipped with the reason, and fails if it is ours."""
-    run, options = request.config.stash[RUN], request.config.option
-    one: Provider = request.param[0]
-    key = case.case, one.name
+    run, (one, turn) = request.config.stash[RUN], request.param
     try:
-        if key in run.not_timed:  # in an earlier turn
-            raise run.not_timed[key]
+        if (case.case, one.name) in run.not_timed:  # in an earlier turn
+            raise run.not_timed[case.case, one.name]
         call = case.checked_call(one)
     except NotTimedError as problem:
-        run.not_timed[key] = problem
+        run.not_timed[case.case, one.name] = problem
         ours = one == case.suite.providers(case.case)[0] and problem.status != "absent"
         end = pytest.fail if ours else pytest.skip
         end(f"{one.name}: {problem.status}: {problem}")
-    return Contender(case, one, call, options.seconds, options.turns, request.param[1])
+    return Contender(case, one, call, request.config.option.turns, turn)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     machine_info.pop("node", None)
-    machine_info["cpu"] = environment()["cpu"]  # pytest-benchmark's has the clock of the moment
+    machine_info["cpu"] = cpu()  # pytest-benchmark's has the clock of the moment
 
 
 def pytest_benchmark_update_json(
@@ -135,3 +118,24 @@ def pytest_benchmark_update_json(
             for (case, name), why in run.not_timed.items()
         ],
     }
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Machine, versions, clocks, date and commit, for people to read."""
+    triton = importlib.util.find_spec("triton") is not None
+    malloc = [f"{name}={value}" for name, value in os.environ.items() if name[:7] == "MALLOC_"]
+    found = about() | {
+        "python": platform.python_version(),
+        "triton": importlib.import_module("triton").__version__ if triton else "not installed",
+        "fp32 products": torch.get_float32_matmul_precision(),
+        "threads": str(torch.get_num_threads()),
+        "malloc": " ".join(malloc) or "defaults",
+        "clocks": f"{cpuinfo('cpu MHz')} MHz",
+    }
+    if device.type == "cuda":
+        fields = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,persistence_mode"
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["cuda"] = str(torch.version.cuda)
+        command = f"nvidia-smi --query-gpu={fields} --format=csv,noheader"
+        found["clocks"] = f"{fields}: {subprocess.getoutput(command)}"
+    return found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import itertools
 import math
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,10 +20,10 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from benchmarks.case import Call, Case, Outputs, Provider, Suite, clock_of
 from tangent_ops.profiling.memory import peak_bytes, saved_bytes
 
+SECONDS = 0.3  # for the timed rounds of a provider
 # Below this, Python and launches take most of a call on CUDA: replays of a graph are timed then.
 GRAPH_BELOW = 1e-3  # seconds
-# A backward pass runs on the stream of its forward pass, which no capture may touch.
-WITHOUT_BACKWARD = ("attention-forward", "elementwise", "linear", "model-forward")
+FORWARD = ("attention-forward", "elementwise", "linear", "model-forward")
 MOST_OPERANDS = 16
 SHORT = 0.2  # seconds: calls below are warmed up again in every turn
 
@@ -35,27 +37,19 @@ class NotTimedError(Exception):
 
 
 class Prepared:
-    """A case with its operands and its exact answer.
-
-    Args:
-        suite: of the case.
-        case: what is computed.
-        device: where.
-    """
+    """A case with its operands and its exact answer."""
 
     def __init__(self, suite: Suite, case: Case, device: torch.device):
         self.suite, self.case, self.device = suite, case, device
-        before = _allocated(device)
+        before = torch.cuda.memory_allocated()
         self.inputs = suite.inputs(case, device, 0)
-        self.input_bytes = _allocated(device) - before  # 0 on the CPU
+        self.input_bytes = torch.cuda.memory_allocated() - before  # 0 on the CPU
         self.errors: dict[str, float | None] = {}  # of the providers that were checked
         self.estimates: dict[str, float] = {}  # seconds of a call
         self.exact: Outputs | None = None
-        try:
+        with contextlib.suppress(torch.OutOfMemoryError):
             self.exact = suite.expected(case, self.inputs)
-        except torch.OutOfMemoryError:
-            free_memory()
-        return_to_system()
+        free_memory()  # the exact answer of a large model, in float64, took gigabytes
 
     def checked_call(self, provider: Provider) -> Call:
         """The provider's call; it is compared with the exact answer at the first time.
@@ -72,12 +66,11 @@ class Prepared:
             if provider.name in self.errors:
                 return call
             error = relative_error(self.suite.compared(self.case, call()), self.exact)
-        except torch.OutOfMemoryError:
-            free_memory()
-            raise NotTimedError("failed", "out of memory") from None
         except Exception as problem:  # a rival's own: the run goes on
             free_memory()
-            raise NotTimedError("failed", _one_line(problem)) from problem
+            full = isinstance(problem, torch.OutOfMemoryError)
+            note = "out of memory" if full else f"{type(problem).__name__}: {problem}"
+            raise NotTimedError("failed", textwrap.shorten(note, 160)) from problem
         allowed = self.suite.allowed(self.case, provider)
         if error is not None and error > allowed:
             raise NotTimedError("wrong", f"error {error:.1e}, allowed {allowed:.1e}")
@@ -103,32 +96,24 @@ def relative_error(found: Outputs, exact: Outputs) -> float | None:
 
 @dataclass
 class Contender:
-    """A provider that was found right, ready to be timed; the ``provider`` fixture.
-
-    Attributes:
-        prepared: the case.
-        provider: who answers it.
-        call: on the case's operands.
-        seconds: for the timed rounds.
-        turns: how often the providers of a case take turns.
-        turn: which one this is; memory is measured in the first.
-    """
+    """A provider that was found right, ready to be timed; the ``provider`` fixture."""
 
     prepared: Prepared
     provider: Provider
-    call: Call
-    seconds: float
-    turns: int = 1
-    turn: int = 0
+    call: Call  # on the case's operands
+    turns: int  # how often the providers of the case take turns
+    turn: int  # from 0; memory is measured in the first
 
     def time(self, benchmark: Any) -> None:
         """Times the call by pytest-benchmark, on operands that take turns."""
         prepared, name = self.prepared, self.provider.name
         case, device, clock = prepared.case, prepared.device, clock_of(prepared.device)
+        # A backward pass runs on the stream of its forward pass, which no capture may touch.
+        forward = case.group in FORWARD and not case.op.endswith("-step")
         calls: list[Callable[[], object]] = [self.call, *self._other_operands()]
         estimate = prepared.estimates.get(name) or _estimate(calls, clock)
         prepared.estimates[name] = estimate
-        if device.type == "cuda" and estimate < GRAPH_BELOW and _can_be_captured(case):
+        if device.type == "cuda" and estimate < GRAPH_BELOW and forward:
             captured = [replay for call in calls if (replay := cuda_graph(call)) is not None]
             if len(captured) == len(calls):
                 benchmark.extra_info["called"] = estimate  # with Python and launches
@@ -140,10 +125,10 @@ class Contender:
         following = itertools.cycle(calls)
         # A timer that waits for the device is read twice a round: rounds of a millisecond hide it.
         iterations = max(1, round(1e-3 / estimate)) if device.type == "cuda" else 1
-        fewest = max(2, -(-5 // self.turns))
+        fewest = max(2, math.ceil(5 / self.turns))
         benchmark.pedantic(
             lambda: _drop(next(following)()),
-            rounds=min(100, max(fewest, int(self.seconds / self.turns / estimate / iterations))),
+            rounds=min(100, max(fewest, int(SECONDS / self.turns / estimate / iterations))),
             iterations=iterations,
             warmup_rounds=1 if estimate < SHORT else 0,
         )
@@ -170,10 +155,12 @@ class Contender:
         Parameters and what else is there anyway is not counted. Empty without memory to measure it.
         """
         gc.collect()
-        there = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
         # What the compiler leaves of its tracing, and other layouts (oneDNN's), have no storage.
         there = [
-            x for x in there if not is_functorch_wrapped_tensor(x) and x.layout is torch.strided
+            x
+            for x in gc.get_objects()
+            if type(x) in (torch.Tensor, torch.nn.Parameter)
+            if not is_functorch_wrapped_tensor(x) and x.layout is torch.strided
         ]
         try:
             saved = saved_bytes(self.call, exclude=there)
@@ -201,10 +188,6 @@ def _drop(result: object) -> None:
     """Outputs are freed within the timed call, as they are in a training loop."""
 
 
-def _can_be_captured(case: Case) -> bool:
-    return case.group in WITHOUT_BACKWARD and not case.op.endswith("-step")
-
-
 def cuda_graph(call: Callable[[], object]) -> Callable[[], object] | None:
     """Replays of what `call` launches, without its Python; None where it cannot be captured."""
     stream = torch.cuda.Stream()
@@ -229,28 +212,11 @@ def cuda_graph(call: Callable[[], object]) -> Callable[[], object] | None:
     return replay
 
 
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
 def free_memory() -> None:
     """Frees what calls have left behind: cycles, compiled code and all it holds, caches."""
     gc.collect()
     torch.compiler.reset()  # or its limit of recompilations would end in eager code
-    return_to_system()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def return_to_system() -> None:
-    """Returns to the system what malloc was told to keep (KEEP_MEMORY in the Makefile).
-
-    After the exact answer of a large model, in float64, it is gigabytes.
-    """
+    # glibc keeps what is freed (KEEP_MEMORY in the Makefile), until it is told to return it.
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)  # glibc's
-
-
-def _one_line(problem: Exception) -> str:
-    text = " ".join(f"{type(problem).__name__}: {problem}".split())
-    return text if len(text) <= 160 else text[:157] + "..."
+        trim(0)
+    torch.cuda.empty_cache()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +13,20 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator
 
-from benchmarks.stored import Result, Row, ratio
-from benchmarks.units import amount, digits, duration
+from benchmarks.report import digits, si
+from benchmarks.stored import Result, ratio
 
-# Okabe and Ito's, which the colour-blind tell apart, too; plain attention is grey to black.
-COLOURS = {
-    "ours": "#D55E00",
-    "taft-all": "#D55E00",
-    "taft-1": "#009E73",
-    "taft-1-cached": "#CC79A7",
-    "torch-jvp": "#0072B2",
-    "compiled": "#009E73",
-    "jvp-flash-attention": "#CC79A7",
-    "finite-differences": "#E69F00",
-    "sdpa-flash": "#000000",
-    "sdpa-efficient": "#56B4E9",
-    "sdpa-cudnn": "#777777",
-    "sdpa-math": "#AAAAAA",
-    "plain": "#882255",
-    "finetune": "#000000",
-    "finetune-1": "#777777",
-}
-UNKNOWN = "#B0A000"
-COMPILED = "-compiled"
 STYLE: Any = {  # matplotlib types its keys
     "figure.facecolor": "white",  # readable on a dark page, too
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 10,
-    "axes.labelsize": 9,
     "font.size": 9,
     "grid.color": "#DDDDDD",
     "axes.axisbelow": True,
+    "axes.grid": True,
 }
 DIRECTIONS = {
     "attention-forward": "forward with tangent",
@@ -66,83 +44,63 @@ MARKERS = {  # of the roofline
 
 def draw_all(result: Result, out: Path) -> list[Path]:
     """Draws every picture that the result has data for; the files begin with the device's name."""
-    with plt.rc_context(STYLE):
-        time = _against_tokens(result, out, "time", lambda row: row.seconds, duration)
-        memory = _against_tokens(result, out, "peak memory", lambda row: row.peak_bytes, amount)
+    with plt.style.context(["tableau-colorblind10", STYLE]):
+        time = _against_tokens(result, out, "time", "seconds", "s")
+        memory = _against_tokens(result, out, "peak memory", "peak_bytes", "B")
         return [*time, *memory, *_rooflines(result, out), *_models(result, out)]
 
 
-# --- attention against the number of tokens ------------------------------------------------------
-
-Lines = dict[str, dict[int, float]]  # value by provider and number of tokens
-
-
-def _against_tokens(
-    result: Result,
-    out: Path,
-    what: str,
-    figure_of: Callable[[Row], float | None],
-    words: Callable[[float], str],
-) -> list[Path]:
-    """One picture per dtype, causal and head dimension that has two lengths or more."""
-    drawn = []
-    for (dtype, causal, depth), directions in _series(result, figure_of).items():
-        figure, axes = _panels(len(directions))
-        for axis, (group, lines) in zip(axes, directions.items(), strict=True):
-            for provider, points in lines.items():
-                tokens, values = zip(*sorted(points.items()), strict=True)
-                axis.plot(tokens, values, color=colour(provider), **_line_style(provider))
-            lengths = sorted({n for points in lines.values() for n in points})
-            values = [value for points in lines.values() for value in points.values()]
-            steps = (1, 2, 5) if max(values) < 100 * min(values) else (1,)
-            axis.set(xscale="log", yscale="log", title=DIRECTIONS[group], xlabel="tokens N")
-            axis.set_xticks(lengths, [str(n) for n in lengths], rotation=90, fontsize=8)
-            axis.yaxis.set_major_locator(LogLocator(subs=steps))
-            axis.yaxis.set_major_formatter(lambda value, _: re.sub(r"\.0+ ", " ", words(value)))
-            axis.minorticks_off()
-            axis.grid(True)
-        label = f"{what} per image and head"
-        axes[0].set_ylabel(label)
-        shown = dict.fromkeys(name for lines in directions.values() for name in lines)
-        keys = [Line2D([], [], color=colour(one), label=one, **_line_style(one)) for one in shown]
-        kind = " causal" if causal else ""
-        title = f"Attention, {dtype}, D = {depth},{kind}: {label}".replace(",:", ":")
-        note = "Dashed: PyTorch's attention without a tangent."
-        name = f"{result.device}-{what.split()[-1]}-{dtype}-d{depth}{'-causal' if causal else ''}"
-        drawn.append(_save(figure, out / f"{name}.png", title, keys, result, note))
-    return drawn
+def colours_of(result: Result, groups: Container[str]) -> dict[str, str]:
+    """A colour per provider of these groups, in their order; compiled ones come last."""
+    names = dict.fromkeys(row.provider for row in result.rows if row.case.group in groups)
+    ordered = sorted(names, key=lambda name: name.endswith("-compiled"))
+    return {name: f"C{index % 10}" for index, name in enumerate(ordered)}
 
 
-def _series(
-    result: Result, figure_of: Callable[[Row], float | None]
-) -> dict[tuple[str, bool, int], dict[str, Lines]]:
-    """Values per image and head, by (dtype, causal, D), direction, provider and tokens.
+def _against_tokens(result: Result, out: Path, what: str, of: str, unit: str) -> list[Path]:
+    """One picture per dtype, causal and head dimension that has two lengths or more.
 
-    Of several batches or heads with as many tokens, the first measured counts.
+    Values are per image and head. Of several batches or heads with as many tokens, the first
+    measured counts.
     """
-    found: dict[tuple[str, bool, int], dict[str, Lines]] = {}
+    series: dict[tuple, dict[str, dict[str, dict[int, float]]]] = {}
     for row in result.rows:
-        value = figure_of(row) if row.case.group in DIRECTIONS else None
+        value = getattr(row, of) if row.case.group in DIRECTIONS else None
         if value:  # 0 has no logarithm
             batch, heads, tokens, depth = row.case.shape
-            directions = found.setdefault((row.case.dtype, row.case.causal, depth), {})
+            directions = series.setdefault((row.case.dtype, row.case.causal, depth), {})
             points = directions.setdefault(row.case.group, {}).setdefault(row.provider, {})
             points.setdefault(tokens, value / (batch * heads))
-    for key, directions in found.items():
-        found[key] = {
-            group: lines
-            for group, lines in directions.items()
-            if len({n for points in lines.values() for n in points}) >= 2
-        }
-    return {key: directions for key, directions in found.items() if directions}
-
-
-# --- roofline ------------------------------------------------------------------------------------
+    drawn, colours = [], colours_of(result, DIRECTIONS)
+    for (dtype, causal, depth), directions in series.items():
+        lengths = sorted(
+            {n for lines in directions.values() for one in lines.values() for n in one}
+        )
+        if len(lengths) < 2:
+            continue
+        figure, axes = _panels(len(directions), rows=1, width=3.6, height=3.2)
+        for axis, (group, lines) in zip(axes[0], directions.items(), strict=True):
+            for name, points in lines.items():
+                style = "s--" if name.startswith("sdpa-") else "o-"
+                pairs = zip(*sorted(points.items()), strict=True)
+                axis.plot(*pairs, style, ms=4, color=colours[name], label=name)
+            axis.set(xscale="log", yscale="log", title=DIRECTIONS[group], xlabel="tokens N")
+            axis.set_xticks(lengths, [str(n) for n in lengths], rotation=90, fontsize=8)
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(lambda y, _: re.sub(r"\.0+ ", " ", si(y, unit)))
+            axis.minorticks_off()
+        axes[0, 0].set_ylabel(f"{what} per image and head")
+        kind = ", causal" if causal else ""
+        title = f"Attention, {dtype}, D = {depth}{kind}: {what} per image and head"
+        note = "Dashed: PyTorch's attention without a tangent."
+        name = f"{what.split()[-1]}-{dtype}-d{depth}{'-causal' if causal else ''}"
+        drawn.append(_save(figure, out, name, title, result, note))
+    return drawn
 
 
 def _rooflines(result: Result, out: Path) -> list[Path]:
     """One picture per dtype whose limits are known: attention and linear, every provider."""
-    drawn = []
+    drawn, colours = [], colours_of(result, MARKERS)
     bandwidth = result.ceilings.get("bytes/s")
     rates = {n.split()[1]: rate for n, rate in result.ceilings.items() if n.startswith("flops/s ")}
     for dtype, rate in rates.items():
@@ -150,11 +108,11 @@ def _rooflines(result: Result, out: Path) -> list[Path]:
         rows = [row for row in rows if row.seconds and row.flops and row.bytes]
         if not rows or bandwidth is None:
             continue
-        figure, (axis,) = _panels(1, width=7.5, height=4.6)
+        figure, ((axis,),) = _panels(1, rows=1, width=7.5, height=4.4)
         for row in rows:
-            style: Any = {"color": colour(row.provider), "marker": MARKERS[row.case.group][0]}
+            style: Any = {"color": colours[row.provider], "label": row.provider, "lw": 0}
             point = row.flops / row.bytes, row.flops / (row.seconds or 1.0)
-            axis.scatter(*point, s=22, alpha=0.8, linewidths=0, **style)
+            axis.plot(*point, MARKERS[row.case.group][0], ms=5, alpha=0.8, **style)
         ridge = rate / bandwidth
         reach = [row.flops / row.bytes for row in rows] + [ridge]
         ends = (min(reach) / 2, max(reach) * 3)
@@ -167,118 +125,59 @@ def _rooflines(result: Result, out: Path) -> list[Path]:
         axis.annotate(words, (ends[0], bandwidth * ends[0]), (6, -10), **options)
         axis.set(xscale="log", yscale="log", ylabel="FLOP/s", xlim=ends)
         axis.set_xlabel("arithmetic intensity: least FLOPs / least bytes")
-        axis.grid(True)
-        keys = [
-            Line2D([], [], color=colour(one), label=one, linestyle="", marker="o")
-            for one in dict.fromkeys(row.provider for row in rows)
-        ]
         groups = dict.fromkeys(row.case.group for row in rows)
         note = "; ".join(f"{MARKERS[group][1]}: {group}" for group in groups)
-        path = out / f"{result.device}-roofline-{dtype}.png"
-        drawn.append(_save(figure, path, f"Roofline, {dtype}", keys, result, note))
+        drawn.append(_save(figure, out, f"roofline-{dtype}", f"Roofline, {dtype}", result, note))
     return drawn
-
-
-# --- whole models --------------------------------------------------------------------------------
 
 
 def _models(result: Result, out: Path) -> list[Path]:
-    """Time and memory over fine-tuning's: a picture per question, dtype and batch."""
-    drawn = []
-    cases = {c: a for c, a in result.by_case().items() if c.group in MODELS}
-    for group, dtype, batch in dict.fromkeys((c.group, c.dtype, c.shape[0]) for c in cases):
-        panels: dict[str, dict[str, dict[str, float]]] = {}
-        for case, answers in cases.items():
-            if (case.group, case.dtype, case.shape[0]) != (group, dtype, batch):
-                continue
-            for title, of in (("time", "seconds"), ("peak memory", "peak_bytes")):
-                ratios = {
-                    name: ratio(row, answers.get("finetune"), of) for name, row in answers.items()
-                }
-                known = {name: value for name, value in ratios.items() if value is not None}
-                if known:
-                    label = case.op.removesuffix("_patch16_224")
-                    panels.setdefault(title, {})[label] = known
-        if not panels:
+    """Time and memory over fine-tuning's: a picture per question, a line of panels per case."""
+    drawn, colours = [], colours_of(result, MODELS)
+    for group, (words, bound) in MODELS.items():
+        cases = {case: row for case, row in result.by_case().items() if case.group == group}
+        if not cases:
             continue
-        words, bound = MODELS[group]
-        figure, axes = _panels(len(panels), width=4.6)
-        for axis, (title, bars) in zip(axes, panels.items(), strict=True):
-            _draw_bars(axis, bars)
-            axis.set(title=title)
-            if title == "time":
-                axis.axhline(bound, color="#444444", linewidth=1, linestyle=":")
-        axes[0].set_ylabel("times fine-tuning")
-        shown = dict.fromkeys(n for bars in panels.values() for one in bars.values() for n in one)
-        keys = [
-            Patch(facecolor=colour(one), hatch=_hatch(one), edgecolor="white", label=one)
-            for one in shown
-        ]
-        title = f"{words}, whole models, {dtype}, batch {batch}"
+        figure, axes = _panels(2, rows=len(cases), width=4.6, height=2.6)
+        for line, (case, answers) in zip(axes, cases.items(), strict=True):
+            for axis, of in zip(line, ("seconds", "peak_bytes"), strict=True):
+                base = answers.get("finetune")
+                times = {name: ratio(row, base, of) or 0.0 for name, row in answers.items()}
+                names = [name for name in colours if times.get(name)]
+                heights = [times[name] for name in names]
+                bars = axis.barh(names, heights, color=[colours[name] for name in names])
+                axis.bar_label(bars, fmt=" %.2f", fontsize=7)
+                axis.set(title=f"{case}: {'time' if of == 'seconds' else 'peak memory'}")
+                axis.axvline(1, color="#444444", linewidth=0.8)
+                axis.margins(x=0.15)
+                axis.invert_yaxis()
+                axis.grid(visible=False, axis="y")
+            line[0].axvline(bound, color="#444444", linewidth=1, linestyle=":")
         note = "Over ordinary fine-tuning. Dotted: the bound by counting products, 3 or 5/3."
-        path = out / f"{result.device}-{group}-{dtype}-b{batch}.png"
-        drawn.append(_save(figure, path, title, keys, result, note))
+        drawn.append(_save(figure, out, group, f"{words}, whole models", result, note))
     return drawn
 
 
-def _draw_bars(axis: Any, bars: dict[str, dict[str, float]]) -> None:
-    """A group of bars per label, with their heights written above."""
-    highest = max(height for group in bars.values() for height in group.values())
-    for index, group in enumerate(bars.values()):
-        width = 0.8 / len(group)
-        for position, (provider, height) in enumerate(group.items()):
-            x = index - 0.4 + width * (position + 0.5)
-            style: Any = {"color": colour(provider), "hatch": _hatch(provider), "ec": "white"}
-            axis.bar(x, height, 0.9 * width, lw=0, **style)
-            words = f" {height:.2f}"
-            axis.text(x, height, words, ha="center", va="bottom", fontsize=6.5, rotation=90)
-    axis.set_xticks(range(len(bars)), list(bars))
-    axis.axhline(1, color="#444444", linewidth=0.8)
-    axis.set_ylim(0, 1.25 * highest)
-    axis.grid(True, axis="y")
+def _panels(columns: int, rows: int, width: float, height: float) -> tuple[Figure, Any]:
+    """A figure with panels of that many inches."""
+    size = (width * columns, height * rows + 1)
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
 
 
-# --- how pictures look ---------------------------------------------------------------------------
-
-
-def colour(provider: str) -> str:
-    """A provider's, in every picture; a compiled one has that of its original."""
-    return COLOURS.get(provider.removesuffix(COMPILED), UNKNOWN)
-
-
-def _hatch(provider: str) -> str:
-    """Of a bar: compiled ones are striped."""
-    return "///" if provider.endswith(COMPILED) else ""
-
-
-def _line_style(provider: str) -> dict[str, Any]:
-    """Plain attention is dashed, ours is bold."""
-    if provider.startswith("sdpa-"):
-        return {"linestyle": "--", "linewidth": 1.2, "marker": "s", "markersize": 3.5}
-    width = 2.4 if provider == "ours" else 1.5
-    return {"linestyle": "-", "linewidth": width, "marker": "o", "markersize": 4.5}
-
-
-def _panels(count: int, width: float = 3.6, height: float = 3.4) -> tuple[Figure, Any]:
-    """A figure with panels in a row, each of that many inches."""
-    figure, axes = plt.subplots(1, count, figsize=(width * count, height), squeeze=False)
-    return figure, axes[0]
-
-
-def _save(
-    figure: Figure, path: Path, title: str, keys: Iterable[Any], result: Result, note: str
-) -> Path:
+def _save(figure: Figure, out: Path, name: str, title: str, result: Result, note: str) -> Path:
     """Writes the picture with the key above and the conditions in small print below."""
-    keys, columns = list(keys), max(1, int(figure.get_figwidth() // 1.4))
-    options: Any = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "frameon": False}
-    figure.legend(handles=keys, ncols=columns, **options)
-    figure.tight_layout()
-    top = 1.0 + (0.28 + 0.19 * -(-len(keys) // columns)) / figure.get_figheight()
-    figure.text(0.5, top, title, ha="center", va="bottom", fontsize=11, weight="bold")
+    keys = {
+        label: handle
+        for axis in figure.axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    options: Any = {"title": title, "title_fontproperties": {"size": 11, "weight": "bold"}}
+    options["ncols"] = max(1, int(figure.get_figwidth() // 1.4))
+    figure.legend(keys.values(), keys, loc="outside upper center", frameon=False, **options)
     width = int(figure.get_figwidth() * 17)  # characters of the small print
     lines = textwrap.wrap(note, width) + textwrap.wrap(result.conditions, width)
-    small: Any = {"ha": "center", "va": "top", "fontsize": 7, "color": "#555555"}
-    figure.text(0.5, -0.1 / figure.get_figheight(), "\n".join(lines), **small)
-    figure.savefig(path, format="png", dpi=150, bbox_inches="tight", pad_inches=0.15)
+    figure.supxlabel("\n".join(lines), fontsize=7, color="#555555")
+    path = out / f"{result.device}-{name}.png"
+    figure.savefig(path, dpi=150)
     plt.close(figure)
     return path

@@ -5,22 +5,23 @@ every provider has about as much, are left out. Bytes count every operand read o
 result written once per pass, as a perfect fusion moves them. No provider is faster than such a
 floor; a whole model, whose layers pass their results on through memory, cannot reach it.
 
-Questions: "primal", "dual" (value and tangent), "finite-differences" (two primals); of attention
-"primal-backward", "tangent-backward", "dual-backward"; of others "ordinary-step" and
-"tangent-step": forward and backward to inputs and parameters. An unknown one raises KeyError.
+A kind of call is "forward", or "step": forward and backward to inputs and parameters; of attention
+"forward", "backward" and "second-order". A question is a provider's: "primal", "tangent" (value and
+tangent), "finite-differences" (two primals). Unknown ones raise KeyError.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import nn
-from torch.func import functional_call
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.case import DTYPES, Cost, clock_of
+from benchmarks.case import DTYPES, Cost
 from benchmarks.stored import Row
 
 STATISTIC = 4  # bytes of a row statistic (lse, mean ...): float32 always
@@ -28,14 +29,15 @@ STATISTIC = 4  # bytes of a row statistic (lse, mean ...): float32 always
 # Of attention: products of N x M x D, tensors of (B, H, N, D) moved, and statistics of (B, H, N)
 # that the forward pass has saved.
 ATTENTION = {
-    "primal": (2, 4, 0),  # QKᵀ, PV
-    "dual": (6, 8, 0),
-    "finite-differences": (4, 8, 0),
-    "primal-backward": (5, 8, 1),  # S again, HVᵀ, three gradients; q k v o do, dq dk dv; lse
-    "tangent-backward": (5, 8, 1),  # the same map
+    ("forward", "primal"): (2, 4, 0),  # QKᵀ, PV
+    ("forward", "tangent"): (6, 8, 0),
+    ("forward", "finite-differences"): (4, 8, 0),
+    ("backward", "primal"): (5, 8, 1),  # S again, HVᵀ, three gradients; q k v o do, dq dk dv; lse
+    ("backward", "tangent"): (5, 8, 1),  # the same map
+    ("second-order", "primal"): (5, 8, 1),
     # S, S_t (2), HVᵀ, GVᵀ + HV_tᵀ (2), and 1 + 2 for each of V, Q, K; q k v o, their tangents,
     # cotangents of o and o_t, six gradients; lse, mu.
-    "dual-backward": (15, 16, 2),
+    ("second-order", "tangent"): (15, 16, 2),
 }
 
 # Of an op on (rows, width): inputs of (rows, width); vectors of (width,); tensors that the backward
@@ -51,11 +53,11 @@ ROW_OPS = {
 
 
 def attention_cost(
-    question: str, shape: tuple[int, ...], itemsize: int, causal: bool = False
+    kind: str, question: str, shape: tuple[int, ...], itemsize: int, causal: bool = False
 ) -> Cost:
     """Self-attention of shape (B, H, N, D); causal counts the N (N + 1) / 2 pairs not masked."""
     batch, heads, tokens, depth = shape
-    products, tensors, statistics = ATTENTION[question]
+    products, tensors, statistics = ATTENTION[kind, question]
     pairs = tokens * (tokens + 1) // 2 if causal else tokens**2
     rows = batch * heads * tokens
     return Cost(
@@ -64,13 +66,14 @@ def attention_cost(
     )
 
 
-def linear_cost(question: str, rows: int, inner: int, outer: int, itemsize: int) -> Cost:
+def linear_cost(kind: str, question: str, rows: int, inner: int, outer: int, itemsize: int) -> Cost:
     """y = x Wᵀ + b, of x (rows, inner) and W (outer, inner)."""
     product = 2.0 * rows * inner * outer
     operands = (rows * inner + outer * inner + outer) * itemsize  # as many bytes as their gradients
     output = rows * outer * itemsize
     read_again = (rows * inner + outer * inner) * itemsize
     return _asked(
+        kind,
         question,
         forward=Cost(product, operands + output),
         dual=Cost(3 * product, 2 * (operands + output)),
@@ -78,7 +81,7 @@ def linear_cost(question: str, rows: int, inner: int, outer: int, itemsize: int)
     )
 
 
-def row_cost(op: str, question: str, rows: int, width: int, itemsize: int) -> Cost:
+def row_cost(op: str, kind: str, question: str, rows: int, width: int, itemsize: int) -> Cost:
     """An op of ROW_OPS on (rows, width)."""
     inputs, vectors, saved, gradients, statistics, operations = ROW_OPS[op]
     elements = rows * width
@@ -87,6 +90,7 @@ def row_cost(op: str, question: str, rows: int, width: int, itemsize: int) -> Co
     weight = 1 if vectors else 0  # is read again; of a bias only the gradient is written
     moved_back = (saved + 1 + gradients) * elements + (weight + vectors) * width
     return _asked(
+        kind,
         question,
         forward=Cost(forward, moved),
         dual=Cost(forward + added, 2 * moved),
@@ -94,43 +98,32 @@ def row_cost(op: str, question: str, rows: int, width: int, itemsize: int) -> Co
     )
 
 
-def vit_cost(question: str, module: nn.Module, batch: int, image_size: int) -> Cost:
-    """A whole model of (batch, 3, image_size, image_size) with all its parameters trained.
+def model_cost(kind: str, question: str, forward: Cost) -> Cost:
+    """A model with all its parameters trained, by the cost of its forward pass.
 
     Each product of the forward pass becomes three in a dual pass and two in a backward pass; that
     images have neither tangent nor gradient (1 % of a ViT-S) is not taken off. Bytes are those of
     the parameters alone: each read once per pass, its gradient written once.
     """
-    flops = forward_flops(module, (batch, 3, image_size, image_size))
-    weights = float(sum(p.numel() * p.element_size() for p in module.parameters()))
-    return _asked(
-        question,
-        forward=Cost(flops, weights),
-        dual=Cost(3 * flops, 2 * weights),
-        backward=Cost(2 * flops, 2 * weights),
-    )
+    dual = Cost(3 * forward.flops, 2 * forward.bytes)
+    backward = Cost(2 * forward.flops, 2 * forward.bytes)
+    return _asked(kind, question, forward, dual, backward)
 
 
-def forward_flops(module: nn.Module, input_shape: tuple[int, ...]) -> float:
-    """FLOPs of the products in `module`, attention's too, counted on the meta device."""
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    hollow = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    dtype = next(module.parameters()).dtype
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        functional_call(module, hollow, (torch.empty(input_shape, dtype=dtype, device="meta"),))
-    return float(counter.get_total_flops())
+def forward_cost(module: nn.Module, input_shape: tuple[int, ...]) -> Cost:
+    """FLOPs of the products in `module`, attention's too, counted on the meta device; its bytes."""
+    hollow = copy.deepcopy(module).to("meta")
+    dtype = next(hollow.parameters()).dtype
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        hollow(torch.empty(input_shape, dtype=dtype, device="meta"))
+    weights = sum(p.numel() * p.element_size() for p in hollow.parameters())
+    return Cost(float(counter.get_total_flops()), float(weights))
 
 
-def _asked(question: str, forward: Cost, dual: Cost, backward: Cost) -> Cost:
-    parts = {
-        "primal": (forward,),
-        "dual": (dual,),
-        "finite-differences": (forward, forward),
-        "ordinary-step": (forward, backward),
-        "tangent-step": (dual, backward),
-    }[question]
-    return Cost(float(sum(p.flops for p in parts)), float(sum(p.bytes for p in parts)))
+def _asked(kind: str, question: str, forward: Cost, dual: Cost, backward: Cost) -> Cost:
+    passes = {"primal": [forward], "tangent": [dual], "finite-differences": [forward] * 2}[question]
+    passes += {"forward": [], "step": [backward]}[kind]
+    return Cost(float(sum(p.flops for p in passes)), float(sum(p.bytes for p in passes)))
 
 
 def measure_ceilings(device: torch.device) -> dict[str, float]:
@@ -145,27 +138,21 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
     cuda = device.type == "cuda"
     size = 2**30 if cuda else 2**28  # bytes, out of any cache
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-    found = {"bytes/s": 2 * size / _best(partial(torch.Tensor.copy_, target, source), device)}
+    found = {"bytes/s": 2 * size / _best(partial(torch.Tensor.copy_, target, source))}
     side = 8192 if cuda else 1536
     for name in ("fp32", "bf16", "fp16") if cuda else ("fp32", "bf16"):
         one, other, out = (
             torch.randn(side, side, device=device).to(DTYPES[name]) for _ in range(3)
         )
         multiply = partial(torch.mm, one, other, out=out)
-        found[f"flops/s {name}"] = 2.0 * side**3 / _best(multiply, device)
+        found[f"flops/s {name}"] = 2.0 * side**3 / _best(multiply)
     return found
 
 
-def _best(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of at least three calls, half a second of them; after one untimed."""
-    clock = clock_of(device)
-    call()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < 0.5 and len(times) < 50):
-        start = clock()
-        call()
-        times.append(clock() - start)
-    return min(times)
+def _best(call: Callable[[], object]) -> float:
+    """Seconds of the fastest call (or block of short calls) in half a second of them."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=0.5).times)
 
 
 def percent_of_floor(row: Row, ceilings: Mapping[str, float]) -> float | None:

@@ -21,47 +21,41 @@ from pathlib import Path
 import torch
 
 from benchmarks import report
-from benchmarks.record import ROOT, commit
-from benchmarks.stored import BadFile, folder_for
+from benchmarks.stored import RESULTS, folder
+from tools.machine import ROOT, commit
 
-FOLDER = ROOT / "benchmarks"
 NO_TESTS = 5  # pytest's exit status where nothing was selected
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/DATE-COMMIT-DEVICE")
+    parser.add_argument("--out", type=folder, help="default: benchmarks/results/DATE-COMMIT-DEVICE")
     parser.add_argument("--resume", action="store_true", help="skip what is measured already")
     parser.add_argument("pytest", nargs="*", help="after --: options of pytest")
     options = parser.parse_args(arguments)
-    try:
-        out = folder_for((options.out or default_folder()).resolve())
-    except BadFile as problem:
-        print(problem, file=sys.stderr)
-        return 2
-    parts = {out / "suite.json": FOLDER}
+    out, parts = options.out or folder(default_folder()), {"suite": ROOT / "benchmarks"}
     if options.resume:
-        benches = sorted(FOLDER.glob("bench_*.py"))
-        parts = {out / f"{one.stem.removeprefix('bench_')}.json": one for one in benches}
-    status = 0
-    for file, tests in parts.items():
+        benches = sorted(parts["suite"].glob("bench_*.py"))
+        parts = {one.stem.removeprefix("bench_"): one for one in benches}
+    status, files = 0, []
+    for name, tests in parts.items():
+        file = out / f"{name}.json"
         if options.resume and _commit_of(file) == commit():
             print(f"{tests.name}: measured already, in {file}")
         else:
             status = max(status, _measure(tests, file, options.pytest))
-    files = [str(file) for file in parts if file.exists()]
+        files += [str(file)] if file.exists() else []
     if not files:
         print("nothing was measured", file=sys.stderr)
         return status or 1
     return max(status, report.main(files))
 
 
-def default_folder() -> Path:
+def default_folder() -> str:
     """benchmarks/results/DATE-COMMIT-DEVICE."""
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name().replace(" ", "-").lower()
-    return FOLDER / "results" / f"{datetime.now(UTC):%Y-%m-%d}-{commit()}-{device}"
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name().replace(" ", "-").lower() if cuda else "cpu"
+    return str(RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{commit()}-{device}")
 
 
 def _commit_of(file: Path) -> str | None:

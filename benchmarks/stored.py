@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import re
 import statistics
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.case import Case
-from benchmarks.record import ROOT
+from tools.machine import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = ("ours", "taft-all")  # of an op, of a model
@@ -23,33 +25,26 @@ class BadFile(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """A provider's answer to a case. Times in seconds, memory in bytes.
-
-    Attributes:
-        status: "ok"; "wrong": its error is too large, so it was not timed; "failed": it raised;
-            "absent": it cannot run here. `note` says why.
-        error: relative error against the exact answer, the worst of its results.
-        seconds: the median; of several turns the median of their medians. On CUDA that of replays
-            of a graph where the case is small; then `called` is with Python and launches.
-        lower: the first quartile; `upper`: the third.
-        peak_bytes: allocated at most during the call, above what was there before.
-        saved_bytes: what autograd saves for the backward pass, parameters not counted.
-        flops: the least operations that its question needs; `bytes`: the least memory traffic.
-    """
+    """A provider's answer to a case. Times in seconds, memory in bytes."""
 
     case: Case
     provider: str
-    status: str = "ok"
-    note: str = ""
-    error: float | None = None
-    seconds: float | None = None
-    lower: float | None = None
-    upper: float | None = None
-    called: float | None = None
-    peak_bytes: int | None = None
-    saved_bytes: int | None = None
-    flops: float = 0.0
-    bytes: float = 0.0
+    status: str = "ok"  # or "wrong" (so not timed), "failed" (raised), "absent" (cannot run here)
+    note: str = ""  # why
+    error: float | None = None  # relative, against the exact answer; the worst of its results
+    seconds: float | None = None  # the median; of several turns the median of their medians
+    lower: float | None = None  # the first quartile
+    upper: float | None = None  # the third
+    called: float | None = None  # with Python and launches, where replays of a graph are timed
+    peak_bytes: int | None = None  # allocated at most during the call, above what was there before
+    saved_bytes: int | None = None  # by autograd for the backward pass, parameters not counted
+    flops: float = 0.0  # the least operations that its question needs
+    bytes: float = 0.0  # the least memory traffic
+
+    @property
+    def plain(self) -> bool:
+        """Whether its provider is PyTorch's ordinary computation, without a tangent."""
+        return self.provider.startswith("sdpa-") or self.provider in ("plain", "finetune")
 
 
 Answers = Mapping[str, Row]  # by provider
@@ -57,17 +52,11 @@ Answers = Mapping[str, Row]  # by provider
 
 @dataclass(frozen=True)
 class Result:
-    """All rows of one run, with its circumstances.
+    """All rows of one run, with its circumstances."""
 
-    Attributes:
-        environment: machine, versions, commit, clocks, date: ``record.environment``.
-        ceilings: of this machine in this run: "bytes/s", and "flops/s fp32" (bf16, fp16).
-        rows: in the order they were measured.
-    """
-
-    environment: Mapping[str, str]
-    ceilings: Mapping[str, float]
-    rows: Sequence[Row]
+    environment: Mapping[str, str]  # machine, versions, commit, clocks, date
+    ceilings: Mapping[str, float]  # of the machine in this run: "bytes/s", "flops/s fp32" ...
+    rows: Sequence[Row]  # in the order they were measured
 
     @property
     def kind(self) -> str:
@@ -86,9 +75,9 @@ class Result:
         parts = [about.get("gpu", about.get("cpu", "unknown machine"))]
         if self.kind == "cpu":
             parts.append(f"{about.get('threads', '?')} threads")
-        parts += [f"{name} {about[name]}" for name in ("torch", "triton", "timm") if name in about]
-        parts += [f"commit {about.get('commit', 'unknown')}", about.get("date", "unknown date")]
-        return ", ".join(parts)
+        named = [name for name in ("torch", "triton", "timm", "commit") if name in about]
+        parts += [f"{name} {about[name]}" for name in named]
+        return ", ".join([*parts, about.get("date", "unknown date")])
 
     def by_case(self) -> dict[Case, dict[str, Row]]:
         """Rows by case, then by provider."""
@@ -106,12 +95,8 @@ def read(paths: Iterable[Path]) -> Result:
     Raises:
         BadFile: a file cannot be read, is none of the suite's, or nothing was measured.
     """
-    files = [
-        file
-        for path in paths
-        for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])
-    ]
-    results = [_parsed(file) for file in files]
+    some = [sorted(path.glob("*.json")) if path.is_dir() else [path] for path in paths]
+    results = [_parsed(file) for file in itertools.chain(*some)]
     rows = [row for one in results for row in one.rows]
     if not rows:
         raise BadFile(f"{', '.join(map(str, paths))}: nothing was measured")
@@ -144,15 +129,12 @@ def _rows(benchmarks: Sequence[Mapping[str, Any]]) -> list[Row]:
         if "case" in (info := one["extra_info"]):
             turns.setdefault((_case(info["case"]), info["provider"]), []).append(one)
     rows = []
-    for (case, provider), several in turns.items():
-        info = dict(several[0]["extra_info"])
-        del info["case"], info["provider"]
-        names = {"seconds": "median", "lower": "q1", "upper": "q3"}
+    for (case, _), several in turns.items():
         times = {
             own: statistics.median(one["stats"][theirs] for one in several)
-            for own, theirs in names.items()
+            for own, theirs in {"seconds": "median", "lower": "q1", "upper": "q3"}.items()
         }
-        rows.append(Row(case, provider, **times, **info))
+        rows.append(Row(**{**several[0]["extra_info"], "case": case, **times}))
     return rows
 
 
@@ -161,52 +143,32 @@ def _case(entry: Mapping[str, Any]) -> Case:
 
 
 def newest(folder: Path = RESULTS) -> dict[str, Result]:
-    """The latest result of each device; the CPU first.
-
-    Args:
-        folder: of results: files, or folders of a file per benchmark, named by date.
-
-    Raises:
-        BadFile: one cannot be read.
-    """
+    """The latest result of each device, the CPU first: of the files and folders named by date."""
     results = [read([path]) for path in sorted(folder.glob("20*"))]
     results.sort(key=lambda result: result.environment.get("date", ""))
     latest = {result.device: result for result in results}
     return dict(sorted(latest.items(), key=lambda item: (item[0] != "cpu", item[0])))
 
 
-def folder_for(out: Path) -> Path:
-    """`out`, made if it is missing.
-
-    Raises:
-        BadFile: it is a file, or cannot be made.
-    """
-    if out.exists() and not out.is_dir():
-        raise BadFile(f"--out {out} is a file: name a folder")
+def folder(name: str) -> Path:
+    """The folder of a command's option, made if it is missing."""
+    path = Path(name).resolve()
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise BadFile(f"--out {out}: {problem.strerror}") from None
-    return out
-
-
-# --- who is compared with whom -------------------------------------------------------------------
-
-
-def plain(row: Row) -> bool:
-    """Whether its provider is PyTorch's ordinary computation, without a tangent."""
-    return row.provider.startswith("sdpa-") or row.provider in ("plain", "finetune")
+        raise argparse.ArgumentTypeError(f"{name}: {problem.strerror}; name a folder") from None
+    return path
 
 
 def fastest_plain(answers: Answers) -> Row | None:
     """The fastest ordinary computation that was timed."""
-    timed = [row for row in answers.values() if plain(row) and row.seconds is not None]
+    timed = [row for row in answers.values() if row.plain and row.seconds is not None]
     return min(timed, key=lambda row: row.seconds or 0.0, default=None)
 
 
 def our_row(answers: Answers) -> Row | None:
     """The library's own, where it was timed."""
-    mine = [answers[name] for name in OURS if name in answers]
+    mine = (answers[name] for name in OURS if name in answers)
     return next((row for row in mine if row.seconds is not None), None)
 
 

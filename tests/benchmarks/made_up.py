@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_attention import DUAL, PRIMAL
+from benchmarks.bench_attention import KINDS
 from benchmarks.case import Case
 from benchmarks.roofline import attention_cost
 from benchmarks.stored import Result, Row
@@ -53,11 +53,11 @@ def model_rows(forward: float = 3.0, step: float = 1.7, saved: float = 1.1) -> l
 def attention_rows(shapes: Sequence[tuple[int, int, int, int]]) -> list[Row]:
     """Every provider at a fixed part of the arithmetic limit, fp32."""
     found = []
-    for group, shape in ((group, shape) for group in DUAL for shape in shapes):
+    for group, shape in ((group, shape) for group in KINDS for shape in shapes):
         case = Case(group, "attention", shape, "fp32")
         for provider, speed in SPEEDS.items():
-            question = (PRIMAL if provider.startswith("sdpa") else DUAL)[group]
-            cost = attention_cost(question, shape, 4)
+            question = "primal" if provider.startswith("sdpa") else "tangent"
+            cost = attention_cost(KINDS[group], question, shape, 4)
             seconds = cost.flops / (speed * CEILINGS["flops/s fp32"])
             work = {"flops": cost.flops, "bytes": cost.bytes, "peak_bytes": 4 * shape[2] ** 2}
             found.append(row(case, provider, seconds, **work))

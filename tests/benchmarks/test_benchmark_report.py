@@ -9,7 +9,7 @@ import pytest
 from made_up import attention_rows, model_rows, result, row, write
 from matplotlib import image
 
-from benchmarks import report, units
+from benchmarks import report
 from benchmarks.case import Case
 from benchmarks.stored import BadFile, Row, newest, read
 
@@ -64,8 +64,8 @@ def test_the_table() -> None:
     ours = dict(zip(cells(text, str(CASE))[1:], cells(text, "ours")[1:], strict=True))
     assert ours == {
         "median": "20.0 ms",
-        "quartiles": "19.6 to 21.0",
-        "TFLOP/s": "0.050",
+        "quartiles": "19.6 ms to 21.0 ms",
+        "TFLOP/s": "0.0500",
         "GB/s": "2.00",
         "% floor": "50 %",
         "/ ours": "1.00",
@@ -86,7 +86,7 @@ def test_the_table() -> None:
 
 def test_a_graph_stands_for_the_device() -> None:
     text = report.table(result([replace(ROWS[0], called=0.03), ROWS[1]]))
-    assert cells(text, "ours")[1:4] == ["20.0 ms", "19.6 to 21.0", "30.0 ms"]
+    assert cells(text, "ours")[1:4] == ["20.0 ms", "19.6 ms to 21.0 ms", "30.0 ms"]
 
 
 @pytest.mark.parametrize(
@@ -139,35 +139,36 @@ def test_pictures(tmp_path) -> None:
         "cpu-time-fp32-d64.png",
         "cpu-memory-fp32-d64.png",
         "cpu-roofline-fp32.png",
-        "cpu-model-forward-fp32-b8.png",
-        "cpu-train-step-fp32-b8.png",
+        "cpu-model-forward.png",
+        "cpu-train-step.png",
     }
     assert all(min(one.shape[:2]) > 300 and one.std() > 0.05 for one in drawn.values())
 
 
 def test_docs() -> None:
-    page = "# A\n\n<!-- measured:{} -->\nold\n<!-- /measured -->\n\nB\n"
+    page = "# A\n\n<!-- measured {} -->\nold\n<!-- /measured -->\n\nB\n"
     both = [result(ROWS), result(ROWS, gpu=True)]
-    text = report.rewritten(page.format("cpu-attention"), both)
+    text = report.rewritten(page.format("cpu: attention-forward"), both)
     assert "old" not in text and text.startswith("# A\n") and text.endswith("\n\nB\n")
-    line = "| 8x12x197x64 | 20.0 ms (2.00x) | 10.0 ms (sdpa-flash) |"
-    assert line in text and text.count("Medians.") == 1 and "NVIDIA" not in text
+    table = report.table(both[0], ["attention-forward"])
+    assert f"```text\n{table}\n```" in text and "NVIDIA" not in text
+    assert "failed: no tangent" in table and "absent" not in table
     assert report.rewritten(text, both) == text
-    assert "Not measured yet." in report.rewritten(page.format("gpu-models"), both[:1])
-    models = report.rewritten(page.format("cpu-models"), [result(model_rows())])
-    taft = f"| {model_rows()[0].case.op}, batch 8, fp32 | taft-all |"
-    assert f"{taft} 300 ms (3.00x) | 510 ms (1.70x) | 110 MB | 330 MB |" in models
+    assert "Not measured yet." in report.rewritten(page.format("gpu: epoch"), both[:1])
+    models = report.rewritten(page.format("cpu: train-step"), [result([*ROWS, *model_rows()])])
+    assert "== train-step" in models and "== model-forward" not in models
+    assert cells(models, "taft-all")[1] == "510 ms" and "sdpa" not in models
 
 
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        (units.duration(1.5), "1.50 s"),
-        (units.duration(0.0123), "12.3 ms"),
-        (units.duration(2e-7), "0.200 µs"),
-        (units.amount(0), "0 B"),
-        (units.amount(999), "999 B"),
-        (units.amount(12.34e9), "12.3 GB"),
+        (report.si(1.5, "s"), "1.50 s"),
+        (report.si(0.0123, "s"), "12.3 ms"),
+        (report.si(2e-7, "s"), "0.200 µs"),
+        (report.si(0, "B"), "0 B"),
+        (report.si(999, "B"), "999 B"),
+        (report.si(12.34e9, "B"), "12.3 GB"),
     ],
 )
 def test_units(found, words) -> None:

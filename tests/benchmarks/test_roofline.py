@@ -14,12 +14,12 @@ from benchmarks import roofline
 from benchmarks.case import Case
 from benchmarks.roofline import (
     attention_cost,
-    forward_flops,
+    forward_cost,
     linear_cost,
     measure_ceilings,
+    model_cost,
     percent_of_floor,
     row_cost,
-    vit_cost,
 )
 
 B, H, N, D = 2, 3, 16, 8
@@ -62,13 +62,18 @@ def dual_backward(q, k, v, q_t, k_t, v_t, g, h):
 
 
 FORMULAS = {
-    "primal": (primal, 3),
-    "dual": (dual, 6),
-    "finite-differences": (lambda *x: (primal(*x[:3]), primal(*x[3:])), 6),
-    "primal-backward": (backward, 4),
-    "tangent-backward": (backward, 4),
-    "dual-backward": (dual_backward, 8),
+    ("forward", "primal"): (primal, 3),
+    ("forward", "tangent"): (dual, 6),
+    ("forward", "finite-differences"): (lambda *x: (primal(*x[:3]), primal(*x[3:])), 6),
+    ("backward", "primal"): (backward, 4),
+    ("backward", "tangent"): (backward, 4),
+    ("second-order", "primal"): (backward, 4),
+    ("second-order", "tangent"): (dual_backward, 8),
 }
+PASSES = [  # of a layer or a model
+    *(("forward", "primal"), ("forward", "tangent"), ("forward", "finite-differences")),
+    *(("step", "primal"), ("step", "tangent")),
+]
 
 
 def counted(call, *operands) -> int:
@@ -81,7 +86,7 @@ def counted(call, *operands) -> int:
 def test_attention_flops(question) -> None:
     formula, operands = FORMULAS[question]
     expected = counted(formula, *torch.randn(operands, B, H, N, D).unbind(0))
-    assert attention_cost(question, (B, H, N, D), 4).flops == expected
+    assert attention_cost(*question, (B, H, N, D), 4).flops == expected
 
 
 def test_the_written_out_backward_is_the_gradient() -> None:
@@ -98,22 +103,23 @@ def test_attention_bytes() -> None:
     """2 x 3 heads of 16 tokens, 8 wide: tensors of 768 elements, statistics of 96 floats."""
     tensor, statistic = 768 * 2, 96 * 4
     expected = {
-        "primal": 4 * tensor,  # q k v, o
-        "dual": 8 * tensor,
-        "finite-differences": 8 * tensor,
-        "primal-backward": 8 * tensor + statistic,  # q k v o do, dq dk dv; lse
-        "tangent-backward": 8 * tensor + statistic,
-        "dual-backward": 16 * tensor + 2 * statistic,
+        ("forward", "primal"): 4 * tensor,  # q k v, o
+        ("forward", "tangent"): 8 * tensor,
+        ("forward", "finite-differences"): 8 * tensor,
+        ("backward", "primal"): 8 * tensor + statistic,  # q k v o do, dq dk dv; lse
+        ("backward", "tangent"): 8 * tensor + statistic,
+        ("second-order", "primal"): 8 * tensor + statistic,
+        ("second-order", "tangent"): 16 * tensor + 2 * statistic,
     }
-    found = {name: attention_cost(name, (B, H, N, D), 2).bytes for name in expected}
+    found = {name: attention_cost(*name, (B, H, N, D), 2).bytes for name in expected}
     assert found == expected
 
 
 @pytest.mark.parametrize("question", FORMULAS)
 def test_causal_counts_the_pairs_that_are_seen(question) -> None:
     pairs = int(torch.ones(N, N).tril().sum())
-    full = attention_cost(question, (B, H, N, D), 2)
-    causal = attention_cost(question, (B, H, N, D), 2, causal=True)
+    full = attention_cost(*question, (B, H, N, D), 2)
+    causal = attention_cost(*question, (B, H, N, D), 2, causal=True)
     assert causal.flops == pytest.approx(full.flops * pairs / N**2)
     assert causal.bytes == full.bytes
 
@@ -132,13 +138,10 @@ def test_linear() -> None:
         y.sum().backward()
 
     product = counted(torch.nn.functional.linear, x, w, b)
-    costs = {
-        name: linear_cost(name, 7, 5, 3, 4)
-        for name in ("primal", "dual", "finite-differences", "ordinary-step", "tangent-step")
-    }
+    costs = {name: linear_cost(*name, 7, 5, 3, 4) for name in PASSES}
     assert [cost.flops / product for cost in costs.values()] == [1, 3, 2, 3, 5]
-    assert costs["ordinary-step"].flops == counted(step, False)
-    assert costs["tangent-step"].flops == counted(step, True)
+    assert costs["step", "primal"].flops == counted(step, False)
+    assert costs["step", "tangent"].flops == counted(step, True)
     forward = 4 * (35 + 15 + 3 + 21)
     backward = 4 * (35 + 15 + 21 + 35 + 15 + 3)  # x W dy; dx dW db
     expected = [forward, 2 * forward, 2 * forward, forward + backward, 2 * forward + backward]
@@ -155,11 +158,11 @@ def test_linear() -> None:
 )
 def test_elementwise(op, forward, backward) -> None:
     cost = partial(row_cost, op)
-    assert cost("primal", 7, 5, 2).bytes == forward
-    assert cost("dual", 7, 5, 2).bytes == 2 * forward
-    assert cost("ordinary-step", 7, 5, 2).bytes == forward + backward
-    assert cost("tangent-step", 7, 5, 2).bytes == 2 * forward + backward
-    assert cost("dual", 7, 5, 2).flops > cost("primal", 7, 5, 2).flops > 0
+    assert cost("forward", "primal", 7, 5, 2).bytes == forward
+    assert cost("forward", "tangent", 7, 5, 2).bytes == 2 * forward
+    assert cost("step", "primal", 7, 5, 2).bytes == forward + backward
+    assert cost("step", "tangent", 7, 5, 2).bytes == 2 * forward + backward
+    assert cost("forward", "tangent", 7, 5, 2).flops > cost("forward", "primal", 7, 5, 2).flops > 0
 
 
 def test_vit() -> None:
@@ -168,23 +171,23 @@ def test_vit() -> None:
     batch, tokens, width, classes = 2, 17, 192, 1000
     block = 2 * tokens * width * 12 * width + 2 * 2 * tokens**2 * width
     flops = batch * (2 * block + 2 * 16 * 768 * width + 2 * width * classes)
-    assert forward_flops(model, (batch, 3, 64, 64)) == flops
+    forward = forward_cost(model, (batch, 3, 64, 64))
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
-    ratios = {"primal": (1, 1), "dual": (3, 2), "finite-differences": (2, 2)}
-    ratios |= {"ordinary-step": (3, 3), "tangent-step": (5, 4)}
+    assert (forward.flops, forward.bytes) == (flops, weights)
+    ratios = dict(zip(PASSES, [(1, 1), (3, 2), (2, 2), (3, 3), (5, 4)], strict=True))
     for question, (operations, moved) in ratios.items():
-        cost = vit_cost(question, model, batch, 64)
+        cost = model_cost(*question, forward)
         assert (cost.flops, cost.bytes) == (operations * flops, moved * weights), question
 
 
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda: attention_cost("third", (B, H, N, D), 4),
-        lambda: linear_cost("third", 1, 1, 1, 4),
-        lambda: row_cost("gelu", "third", 1, 1, 4),
-        lambda: row_cost("third", "dual", 1, 1, 4),
+        lambda: attention_cost("forward", "third", (B, H, N, D), 4),
+        lambda: linear_cost("third", "primal", 1, 1, 1, 4),
+        lambda: row_cost("gelu", "forward", "third", 1, 1, 4),
+        lambda: row_cost("third", "forward", "tangent", 1, 1, 4),
     ],
 )
 def test_unknown_questions(ask) -> None:
@@ -211,7 +214,7 @@ def test_ceilings(monkeypatch) -> None:
     """What is measured, with a clock of our own: one call takes 10 ms."""
     calls = []
 
-    def best(call, device):
+    def best(call):
         calls.append(call)
         return 0.01
 

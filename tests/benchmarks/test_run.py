@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from benchmarks import report, run
-from benchmarks.record import ROOT
 from benchmarks.stored import read
+from tools.machine import ROOT
 
 TINY = """
 import time
@@ -83,7 +83,7 @@ def test_pytest_benchmark_times_what_is_right(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("benchmarks.conftest.measure_ceilings", lambda device: {"bytes/s": 1e10})
     before = signal.getsignal(signal.SIGINT)
     file = tmp_path / "tiny.json"
-    assert pytest_run(tmp_path, 1.0, f"--benchmark-json={file}", "--turns=2", "--seconds=0.1") == 0
+    assert pytest_run(tmp_path, 1.0, f"--benchmark-json={file}", "--turns=2") == 0
     assert signal.getsignal(signal.SIGINT) is before  # Ctrl-C still ends the session
     stored = json.loads(file.read_text())["benchmarks"]
     names = [re.sub(r".*fp32-", "", one["name"]) for one in stored]
@@ -183,5 +183,6 @@ def test_a_killed_run_goes_on(suite, tmp_path, capsys, monkeypatch) -> None:
 
 def test_out_that_is_a_file(suite, tmp_path, capsys) -> None:
     (tmp_path / "file").write_text("")
-    assert run.main(["--out", str(tmp_path / "file")]) == 2
-    assert "is a file: name a folder" in capsys.readouterr().err and suite[0] == []
+    with pytest.raises(SystemExit, match="2"):
+        run.main(["--out", str(tmp_path / "file")])
+    assert "file: File exists; name a folder" in capsys.readouterr().err and suite[0] == []

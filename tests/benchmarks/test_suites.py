@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_attention, bench_layers, bench_models, bench_steps
-from benchmarks.bench_attention import BACKWARD, DUAL, FORWARD, SECOND
+from benchmarks import bench_attention, bench_layers, bench_models, bench_steps, ops
+from benchmarks.bench_attention import BACKWARD, FORWARD, KINDS, SECOND
 from benchmarks.bench_layers import LAYERS
 from benchmarks.case import COMPILE_ON_CPU, Case, Cost, Provider, Suite
 from benchmarks.measure import NotTimedError, Prepared, relative_error
@@ -18,7 +18,7 @@ from benchmarks.measure import NotTimedError, Prepared, relative_error
 CPU = torch.device("cpu")
 ATTENTION = [
     Case(group, "attention", (3, 4, 10, 8), "fp32", causal)
-    for group, causal in itertools.product(DUAL, (False, True))
+    for group, causal in itertools.product(KINDS, (False, True))
 ]
 STEPS = [
     Case("linear" if op == "linear" else "elementwise", op + suffix, (7, 48), dtype)
@@ -41,8 +41,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled providers run what they compile."""
     monkeypatch.setenv(COMPILE_ON_CPU, "1")
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    bench_attention._compiled_formula.cache_clear()
-    bench_layers._compiled_jvp.cache_clear()
+    ops._compiled_jvp.cache_clear()
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -51,7 +50,7 @@ def test_every_provider_is_right(suite: Suite, case: Case) -> None:
     prepared = Prepared(suite, case, CPU)
     assert prepared.exact and all(one.dtype == torch.float64 for one in prepared.exact[1:])
     for provider in suite.providers(case):
-        if case.dtype == "bf16" and provider.approximate:  # half of two digits
+        if case.dtype == "bf16" and provider.question == "finite-differences":  # half of two digits
             continue
         if case.dtype == "fp16" and provider.name == "torch-jvp" and case.op == "test_vit":
             continue  # PyTorch's own rules overflow
@@ -226,7 +225,7 @@ def test_who_is_not_timed(answer, options, status, note) -> None:
 
 
 def test_approximations_may_err_more() -> None:
-    assert check(lambda x: (2 * x, x * x * 1.0001), approximate=True) == pytest.approx(
+    assert check(lambda x: (2 * x, x * x * 1.0001), question="finite-differences") == pytest.approx(
         1e-4, rel=0.1
     )
 

@@ -1,13 +1,6 @@
 """Linearize a small member of every architecture family and compare it with float64.
 
-    python -m tools.coverage                     # all; 25 minutes on 2 cores
-    python -m tools.coverage --only 'swin|eva'   # some: a regular expression
-    python -m tools.coverage --resume            # those without a row
-    python -m tools.coverage --write             # only docs/coverage.md, from the stored rows
-
-Each model has a process, 10 GB and 400 s. Hugging Face's models take part where transformers is
-installed (`pip install transformers`); otherwise their stored rows stay. Exit status 1: a model is
-wrong without an error.
+tools/README.md lists the options. Exit status 1: a model is wrong without an error.
 """
 
 from __future__ import annotations

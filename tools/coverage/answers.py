@@ -25,17 +25,11 @@ Tensors = Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Question:
-    """A model in eval mode, x and Δw; the answer is f(x), J Δw and Jᵀ c.
+    """A model in eval mode, x and Δw; the answer is f(x), J Δw and Jᵀ c."""
 
-    Attributes:
-        model: float32, not called yet: in eval mode some models cache what they computed.
-        input: x.
-        deltas: Δw for every parameter.
-    """
-
-    model: nn.Module
-    input: Tensor
-    deltas: Named
+    model: nn.Module  # float32, not called yet: in eval mode some models cache what they computed
+    input: Tensor  # x
+    deltas: Named  # Δw for every parameter
 
 
 @dataclass(frozen=True)

@@ -33,26 +33,19 @@ REFUSED, FAILED, UNKNOWN = "refused", "failed", "no answer"
 
 @dataclass
 class Row:
-    """A model's line; `tools/coverage/page.py` explains the verdicts.
-
-    Attributes:
-        reason: the error message, where there are no numbers.
-        errors: ours in float32, one for each input, until an input is right.
-        pytorch: PyTorch's own in float32, for the same inputs.
-        float64: ours in float64 at the last input, where float32 was not right.
-    """
+    """A model's line; `tools/coverage/page.py` explains the verdicts."""
 
     member: dict[str, Any]
     verdict: str = UNKNOWN
-    reason: str = ""
+    reason: str = ""  # the error message, where there are no numbers
     size: list[int] = field(default_factory=list)
     parameters: int = 0
     attention: str = ""
     parts: list[str] = field(default_factory=list)
     fused: dict[str, int] = field(default_factory=dict)
-    errors: list[Errors] = field(default_factory=list)
-    pytorch: list[Errors] = field(default_factory=list)
-    float64: Errors | None = None
+    errors: list[Errors] = field(default_factory=list)  # ours, by input, until one is right
+    pytorch: list[Errors] = field(default_factory=list)  # PyTorch's own, for the same inputs
+    float64: Errors | None = None  # ours at the last input, where float32 was not right
     seconds: float = 0.0
     about: dict[str, str] = field(default_factory=dict)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -18,21 +19,13 @@ TIMM, TORCHVISION, TRANSFORMERS, TORCH = "timm", "torchvision", "transformers", 
 
 @dataclass(frozen=True)
 class Member:
-    """A model with random weights.
+    """A model with random weights."""
 
-    Attributes:
-        source: the package that provides it.
-        family: for timm, its module in `timm.models`.
-        model: its name in the package.
-        options: keyword arguments that make the model smaller than its name says.
-        size: height and width of its images; None for the model's default.
-    """
-
-    source: str
-    family: str
-    model: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    size: int | None = None
+    source: str  # the package that provides it
+    family: str  # for timm, its module in `timm.models`
+    model: str  # its name in the package
+    options: Mapping[str, Any] = field(default_factory=dict)  # make it smaller than its name says
+    size: int | None = None  # height and width of its images; None: the model's default
 
     @property
     def key(self) -> str:
@@ -126,8 +119,6 @@ def members(only: str = "") -> Iterator[Member]:
 
 
 def _timm_families() -> dict[str, list[str]]:
-    import timm
-
     families: dict[str, list[str]] = {}
     for name in timm.list_models():
         if not name.startswith("test_"):
@@ -138,7 +129,6 @@ def _timm_families() -> dict[str, list[str]]:
 
 def _smallest(names: list[str]) -> str:
     """The name with the fewest parameters, counted on the meta device."""
-    import timm
 
     def count(name: str) -> int:
         with torch.device("meta"):
@@ -148,8 +138,6 @@ def _smallest(names: list[str]) -> str:
 
 
 def _timm(member: Member) -> Built:
-    import timm
-
     model: Any = timm.create_model(member.model, **member.options)
     config = model.pretrained_cfg
     least = None if config.get("fixed_input_size") else config.get("min_input_size")

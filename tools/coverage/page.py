@@ -132,14 +132,11 @@ def _table(lines: Iterable[Sequence[str]]) -> str:
 
 def _circumstances(rows: Sequence[Row]) -> str:
     """Machines, versions, commits and dates of all rows, in one line."""
-    about: dict[str, list[str]] = {}
+    about: dict[str, dict[str, None]] = {}  # values by name, in their order
     for row in rows:
         for name, value in row.about.items():
-            known = about.setdefault(name, [])
-            if value not in known:
-                known.append(value)
-    machine = ", ".join(about.pop("cpu", []))
-    dates = about.pop("date", [])
+            about.setdefault(name, {})[value] = None
+    machine, dates = ", ".join(about.pop("cpu", {})), about.pop("date", {})
     others = ", ".join(f"{name} {' and '.join(values)}" for name, values in about.items())
     when = f", {min(dates)} to {max(dates)}" if dates else ""
     return f"{machine}, {others}{when}.\n"
