@@ -171,11 +171,11 @@ def layer_norm_backward_kernel(
                 into_normal += cotangent_t * _vector(weight_t, line, width)
             result = _project(into_normal, normal, scale, inside, width, CENTER)
             if x_t is not None:
-                alpha = tl.sum(normal * into, 1)[:, None]
-                beta = tl.sum(normal * direction, 1)[:, None]
-                both = tl.sum(into * pushed, 1)[:, None]
-                curved = both * normal + beta * pulled + alpha * pushed
-                result -= scale / width * curved
+                per_row = scale / width  # scales rows, not the tile: fewer registers
+                alpha = per_row * tl.sum(normal * into, 1)[:, None]
+                beta = per_row * tl.sum(normal * direction, 1)[:, None]
+                both = per_row * tl.sum(into * pushed, 1)[:, None]
+                result -= both * normal + beta * pulled + alpha * pushed
             store_row(grad_x, row, cols, result, inside)
 
     keep = line < width

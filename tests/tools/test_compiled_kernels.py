@@ -33,7 +33,8 @@ pytestmark = [
 OPTIONAL = ("forward x2", "forward x4")  # only where several tangents fit into registers
 ALWAYS = [direction for direction in configs.DIRECTIONS if direction not in OPTIONAL]
 
-# Kernels whose tiles are tall enough for sm_90's own matrix instructions, and do not spill.
+# Kernels whose tiles are tall enough for sm_90's own matrix instructions, in bfloat16 and for heads
+# of 64 and 128: float32 does not use them, wider heads take lower tiles.
 WARP_GROUPS = ("forward x1", "first query", "first key value", "first mask")
 
 
@@ -48,7 +49,8 @@ def marked(case: Case):
 def test_a_kernel_fits_with_its_default_tiles(case) -> None:
     found = measure(case)
     assert problems_of(case, found) == []
-    if case.arch == 90 and case.dim >= 64 and case.direction in WARP_GROUPS:
+    usual = case.dtype == torch.bfloat16 and case.dim in (64, 128)
+    if case.arch == 90 and usual and case.direction in WARP_GROUPS:
         assert found.hgmma > 0
 
 
