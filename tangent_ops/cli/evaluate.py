@@ -25,7 +25,7 @@ def evaluate(
         str, typer.Option(help="Use another reader: torch/NAME, hfds/NAME or wds/NAME.")
     ] = "",
     split: Annotated[
-        str, typer.Option(help="Split of the data set, or sub-folder of DATA.")
+        str, typer.Option(help="Split of the data set; a sub-folder of DATA, if there is one.")
     ] = "validation",
     delta: Annotated[
         Path | None, typer.Option(help="A delta (of one shard, say) instead of the composed one.")

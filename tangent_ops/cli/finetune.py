@@ -144,7 +144,10 @@ def finetune(
     ] = "",
     split: Annotated[
         str,
-        typer.Option(help="Split of the data set, or sub-folder of DATA.", rich_help_panel="Data"),
+        typer.Option(
+            help="Split of the data set; a sub-folder of DATA, if there is one.",
+            rich_help_panel="Data",
+        ),
     ] = "train",
     tensorboard: Annotated[
         Path | None, typer.Option(help="Folder for TensorBoard files, with losses by epoch.")
