@@ -9,7 +9,7 @@ _NEEDED = ("typer", "rich", "jinja2")
 
 
 def main() -> None:
-    """Run the command line; without the packages of its extra, say how to get them."""
+    """Run the command line; if packages of its extra are missing, print how to install them."""
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         print(
             f"tangent-ops: the command line needs {', '.join(missing)}: "

@@ -1,4 +1,4 @@
-"""``python -m tangent_ops.cli``."""
+"""Runs ``python -m tangent_ops.cli``."""
 
 from tangent_ops.cli import main
 

@@ -1,4 +1,4 @@
-"""The typer app, and its commands. Each command imports what it runs when it runs."""
+"""The Typer app and its commands. A command imports what it needs only when it runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _tangent_ops(
         ),
     ] = False,
 ) -> None:
-    pass  # its option is eager
+    pass  # it only holds --version, which is eager
 
 
 app.command(epilog=EXAMPLES)(grouped(finetune))

@@ -1,4 +1,4 @@
-"""Which image goes to which shard in ``tangent-ops finetune``, and its label for ``forget``."""
+"""Assigns images to shards for ``tangent-ops finetune``, and labels for ``forget``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SHOWN = 50  # classes
 
 @dataclass(frozen=True)
 class Assignment:
-    """How samples are dealt to shards: the options in the panel Shards."""
+    """How samples are assigned to shards: the options in the panel Shards."""
 
     shards: int = 1
     proportions: str | None = None
@@ -41,7 +41,7 @@ class Assignment:
         labels: dict[str, str] = {}
         if self.table is not None and label is not None:
             labels = _column(self.table, label)
-            by_column(samples.ids, labels)  # an image without one would never be found by it
+            by_column(samples.ids, labels)  # raises for an image without a label
         if column is not None and self.table is not None:
             owners = labels if column == label else _column(self.table, column)
             return by_column(samples.ids, owners), labels
@@ -58,24 +58,24 @@ class Assignment:
             return [float(part) for part in self.proportions.split(",")]
         except ValueError as error:
             raise ArgumentError(
-                f"--proportions {self.proportions}: expected 5,1,1 or so"
+                f"--proportions {self.proportions}: expected numbers, such as 5,1,1"
             ) from error
 
 
 def classes_of(samples: Samples) -> list[str]:
-    """Their names, or their numbers where they have none."""
+    """The names of the classes, or their numbers if they have no names."""
     return list(samples.classes) or [str(k) for k in range(max(samples.targets) + 1)]
 
 
 def described(samples: Samples) -> str:
-    """Classes and images per class, and what was passed over."""
+    """Text that lists the classes with their numbers of images, and the files passed over."""
     counts = samples.counts()
     listed = [f"{_printable(name)} {count}" for name, count in list(counts.items())[:_SHOWN]]
     if len(counts) > _SHOWN:
-        listed.append(f"and {len(counts) - _SHOWN} classes more, which --json lists")
+        listed.append(f"and {len(counts) - _SHOWN} more classes, which --json lists")
     words = f"{len(samples)} images of {len(counts)} classes: {', '.join(listed)}"
     if others := [_printable(name) for name in samples.passed_over[:3]]:
-        words += f"\nno images by their names, passed over: {len(samples.passed_over)} files"
+        words += f"\nfiles without an image's name, passed over: {len(samples.passed_over)} files"
         words += f" ({', '.join(others)}{', ...' if len(samples.passed_over) > 3 else ''})"
     return words
 

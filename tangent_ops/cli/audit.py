@@ -18,29 +18,29 @@ _LR = 0.1
 
 def audit(
     noise_multiplier: Annotated[
-        float, typer.Option(help="The noise's deviation, over the clipping norm.")
+        float, typer.Option(help="Standard deviation of the noise / clipping norm.")
     ] = 1.0,
     sample_rate: Annotated[
-        float, typer.Option(help="Each sample's chance to be in a step, 0.001 to 1.")
+        float, typer.Option(help="Probability of a sample to be in a step, 0.001 to 1.")
     ] = 0.5,
-    steps: Annotated[int, typer.Option(help="Steps in a training.")] = 5,
+    steps: Annotated[int, typer.Option(help="Steps per training.")] = 5,
     max_grad_norm: Annotated[float, typer.Option(help="The clipping norm.")] = 1.0,
     delta: Annotated[float, typer.Option(help="State epsilon at this delta.")] = 1e-5,
     runs: Annotated[int, typer.Option(help="Trainings, half of them with the canary.")] = 400,
-    confidence: Annotated[float, typer.Option(help="Of all that is concluded.")] = 0.95,
+    confidence: Annotated[float, typer.Option(help="Confidence level of the result.")] = 0.95,
     mode: Annotated[
-        str, typer.Option(help="Of the clipped sums: bookkeeping, ghost or per-sample.")
+        str, typer.Option(help="How gradients are clipped: bookkeeping, ghost or per-sample.")
     ] = "bookkeeping",
     seed: Annotated[
-        int | None, typer.Option(help="For a run that is repeated. Default: another each time.")
+        int | None, typer.Option(help="To repeat a run. Default: a new one each time.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Check on this machine that private training is as private as it claims.
+    """Test on this machine whether private training is as private as it claims.
 
-    Trains a small model by fit_private again and again, with and without a canary: a sample that
-    is as easy to find as any can be. What an attacker finds out bounds epsilon from below. Exits
-    with 1 if that refutes the claim. tangent_ops.privacy.audit does it for your own model.
+    Trains a small model by fit_private many times, with and without a canary: a sample that is as
+    easy to detect as possible. An attacker's success bounds epsilon from below. Exits with 1 if
+    this refutes the claim. For your own model use tangent_ops.privacy.audit.
     """
     need_privacy()
 
@@ -91,8 +91,8 @@ def _problem(samples: int, seed: int):
         model = nn.Sequential(nn.Linear(_FEATURES, _WIDTH), nn.GELU(), nn.Linear(_WIDTH, _OUTPUTS))
         inputs = torch.randn(samples, _FEATURES)
         residuals = torch.randn(samples, _OUTPUTS)
-        # The canary's is there; so the others' gradients have hardly a part along its own, which
-        # would drown it.
+        # The canary's residual is in output 0 only. Without one there, the others' gradients hardly
+        # overlap with the canary's and cannot hide it.
         residuals[:, 0] = 0
         with torch.no_grad():
             dataset = TensorDataset(inputs, model(inputs) + residuals)

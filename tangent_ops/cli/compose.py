@@ -12,7 +12,7 @@ import typer
 from tangent_ops.cli.config import Config
 from tangent_ops.cli.messages import errors, say
 
-Run = Annotated[Path, typer.Argument(help="The run's folder, of `tangent-ops finetune`.")]
+Run = Annotated[Path, typer.Argument(help="The run's folder, made by `tangent-ops finetune`.")]
 
 
 def compose(
@@ -20,8 +20,8 @@ def compose(
     weights: Annotated[
         Literal["uniform", "samples"] | None,
         typer.Option(
-            help="Of the shards in the mean: equal, or by their number of images. Default: those "
-            "of the last time, or else uniform."
+            help="Weights of the shards in the mean: equal, or their numbers of images. Default: "
+            "as in the last call; uniform in the first."
         ),
     ] = None,
     out: Annotated[
@@ -33,8 +33,8 @@ def compose(
 ) -> None:
     """Add up the deltas of a run's trained shards.
 
-    They go into the ledger RUN/ledger. Run again, it takes in what was trained since, and drops
-    what was forgotten.
+    They are kept in the ledger RUN/ledger. A later call adds the shards that were trained since
+    then, and drops those that were forgotten.
     """
     from tangent_ops.delta import save_delta
     from tangent_ops.errors import ArgumentError

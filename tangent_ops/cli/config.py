@@ -1,4 +1,4 @@
-"""``--config FILE``: options from a TOML or YAML file; the command line goes first."""
+"""``--config FILE``: options from a TOML or YAML file; the command line overrides them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import typer
 
 from tangent_ops.cli.messages import fail
 
-_LARGEST = 1 << 20  # bytes: nobody writes more options
+_LARGEST = 1 << 20  # bytes; nobody writes so many options
 
 
 def _read(context: typer.Context, path: Path | None) -> Path | None:
-    if path is None or context.resilient_parsing:  # the shell asks what could come next
+    if path is None or context.resilient_parsing:  # shell completion
         return path
     values = _parsed(path)
     known = {parameter.name for parameter in context.command.params} - {"config"}
@@ -29,14 +29,14 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
         if name not in known:
             close = difflib.get_close_matches(name, sorted(known - {None}), n=1)  # pyright: ignore
             hint = f": did you mean {close[0]}?" if close else "; --help lists the options"
-            fail(f"{path} has an option {key!r}, which {context.info_name} has not{hint}", 2)
+            fail(f"{path} has an option {key!r}, which {context.info_name} does not have{hint}", 2)
         if isinstance(value, (dict, list)):
             fail(f"{path}: {key} must be one value, got {value!r}", 2)
         kinds = {hints.get(name), *get_args(hints.get(name))}
         if value is not None and isinstance(value, bool) != (bool in kinds):
-            what = "is true or false" if bool in kinds else "is no switch"
+            what = "must be true or false" if bool in kinds else "is not a switch"
             fail(f"{path}: {key} {what}, got {value!r}", 2)
-        if isinstance(value, float) and int in kinds:  # some releases of Typer cut it off
+        if isinstance(value, float) and int in kinds:  # some releases of Typer truncate it
             fail(f"{path}: {key} must be an integer, got {value!r}", 2)
         found[name] = [value] if name in repeated else value
     context.default_map = {**(context.default_map or {}), **found}
@@ -59,7 +59,7 @@ def _parsed(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         fail(f"{path} cannot be read: {error}", 2, error)
     if not isinstance(found, dict):
-        fail(f"{path} holds no options: write one `name: value` to a line", 2)
+        fail(f"{path} holds no options: write one `name: value` per line", 2)
     return found
 
 
@@ -78,7 +78,7 @@ Config = Annotated[
         is_eager=True,
         exists=True,
         dir_okay=False,
-        help="Options from a .toml or .yaml file, one `name = value` (or `name: value`) to a line. "
-        "Those on the command line go first.",
+        help="Options from a .toml or .yaml file, one `name = value` (or `name: value`) per line. "
+        "The command line overrides them.",
     ),
 ]

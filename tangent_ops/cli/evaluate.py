@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 def evaluate(
     run: Run,
-    data: Annotated[Path, typer.Argument(help="Folder with a folder of images for each class.")],
+    data: Annotated[Path, typer.Argument(help="Folder with one folder of images per class.")],
     data_name: Annotated[
-        str, typer.Option(help="Another reader: torch/NAME, hfds/NAME or wds/NAME.")
+        str, typer.Option(help="Use another reader: torch/NAME, hfds/NAME or wds/NAME.")
     ] = "",
     split: Annotated[
-        str, typer.Option(help="Of the data set, or a sub-folder of DATA.")
+        str, typer.Option(help="Split of the data set; a sub-folder of DATA, if there is one.")
     ] = "validation",
     delta: Annotated[
-        Path | None, typer.Option(help="This delta, a shard's say, instead of the composition.")
+        Path | None, typer.Option(help="A delta (of one shard, say) instead of the composed one.")
     ] = None,
     anchor_only: Annotated[
-        bool, typer.Option("--anchor-only", help="The anchor alone, without any delta.")
+        bool, typer.Option("--anchor-only", help="Evaluate the anchor, without any delta.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 64,
     config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Accuracy of a run's composition on labelled images."""
+    """Measure the accuracy of a run's composition on labelled images."""
     from tangent_ops.cli.assignment import described
     from tangent_ops.data import check_integer
     from tangent_ops.errors import ArgumentError
@@ -67,7 +67,7 @@ def evaluate(
 
 
 def composed(plan: Plan, delta: Path | None, anchor_only: bool) -> tuple[LinearizedModel, str]:
-    """A run's model with one delta, the composition's by default; and what to call it."""
+    """A run's model with one delta, by default the composed one, and a name for messages."""
     import torch
 
     from tangent_ops.delta import load_delta

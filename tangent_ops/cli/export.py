@@ -17,23 +17,27 @@ def export(
     run: Run,
     file: Annotated[
         Path | None,
-        typer.Argument(help="A .pt2 file: the composed model as a program of plain PyTorch."),
+        typer.Argument(
+            help="Write the composed model to this .pt2 file, a program of plain PyTorch."
+        ),
     ] = None,
     task_vector: Annotated[
         Path | None,
-        typer.Option(help="A .safetensors file: the composed delta, in full, as a task vector."),
+        typer.Option(
+            help="Write the full composed delta to this .safetensors file, as a task vector."
+        ),
     ] = None,
     delta: Annotated[
-        Path | None, typer.Option(help="This delta, a shard's say, instead of the composition.")
+        Path | None, typer.Option(help="A delta (of one shard, say) instead of the composed one.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files.")] = False,
     config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Take the composed model out: for PyTorch without this library, or for other tools.
+    """Write the composed model for PyTorch without this library, or for other tools.
 
-    torch.export.load("model.pt2").module()(images) runs it, on a batch of any size of images that
-    were prepared as `tangent-ops inspect RUN` says.
+    To run it: torch.export.load("model.pt2").module()(images), with a batch of any size. Prepare
+    the images as `tangent-ops inspect RUN` shows.
     """
     from tangent_ops.cli.evaluate import composed
     from tangent_ops.errors import ArgumentError

@@ -61,13 +61,13 @@ ANCHOR = Group(
     AnchorOptions,
     {
         "Anchor": {
-            "model": "A timm model.",
-            "img_size": "Side of its images in pixels. Default: the model's.",
-            "pretrained": "Fetch timm's published weights.",
-            "weights": "Weights in a .safetensors file, instead.",
-            "public": "Folder of images that will never have to be forgotten: they fit the head "
+            "model": "Name of a timm model.",
+            "img_size": "Side of the images in pixels. Default: the model's own.",
+            "pretrained": "Download timm's published weights.",
+            "weights": "Weights in a .safetensors file, instead of timm's.",
+            "public": "Folder of images that will never have to be forgotten, to train the head on "
             "first.",
-            "anchor": "An anchor's file, of another run say, instead of all that.",
+            "anchor": "An anchor's file (of another run, say), instead of all these.",
         }
     },
 )
@@ -75,32 +75,32 @@ RECIPE = Group(
     ShardRecipe,
     {
         "Training": {
-            "blocks": "Train the last so many blocks, norm and head; or all.",
-            "rank": "Of low-rank deltas.",
-            "basis": "Seed of their fixed factors.",
-            "method": "By steps; or to the optimum, by conjugate gradients.",
-            "loss": "Rescaled square loss, for which forgetting is exact; or another.",
+            "blocks": "Number of last blocks to train, with norm and head; or all.",
+            "rank": "Rank of low-rank deltas. Default: full deltas.",
+            "basis": "Seed of the fixed factors of low-rank deltas.",
+            "method": "gradient: by steps. exact: to the optimum, by conjugate gradients.",
+            "loss": "rsl: the rescaled square loss, which is quadratic.",
             "epochs": "Passes over a shard.",
             "lr": "Learning rate at the start.",
-            "batch_size": "Images in a step.",
-            "accumulate": "Parts that a step is computed in, to save memory.",
-            "optimizer": "adamw or sgd.",
+            "batch_size": "Images per step.",
+            "accumulate": "Number of parts that a step is computed in, to save memory.",
+            "optimizer": "adamw, sgd or momentum.",
             "schedule": "cosine, step or constant.",
             "l2": "Weight of half the squared norm.",
-            "tol": "Of the method exact: relative distance left.",
-            "augment": "timm's training transforms.",
-            "grad_checkpointing": "Trade time for memory.",
-            "amp": "bfloat16 autocast.",
+            "tol": "Of --method exact: the relative distance that is left.",
+            "augment": "Use timm's training transforms.",
+            "grad_checkpointing": "Compute blocks again in the backward pass, to save memory.",
+            "amp": "Use bfloat16 autocast.",
             "cache": "Run the frozen blocks once per image.",
-            "seed": "Of all that is drawn.",
+            "seed": "Seed of all random draws.",
         },
-        "Machines": {"threads": "Of a shard's process."},
+        "Machines": {"threads": "Threads of a shard's process."},
         "Privacy": {
             "dp_epsilon": "Train with (epsilon, delta)-differential privacy.",
-            "dp_delta": "Its delta. Default: 1e-5.",
-            "dp_clip": "Bound of an image's gradient.",
-            "dp_batch_size": "Expected images in a step.",
-            "dp_steps": "Steps, in place of epochs.",
+            "dp_delta": "The delta of (epsilon, delta). Default: 1e-5.",
+            "dp_clip": "Norm that each image's gradient is clipped to.",
+            "dp_batch_size": "Expected number of images per step.",
+            "dp_steps": "Number of steps, instead of epochs.",
         },
     },
     texts={"blocks": _blocks},
@@ -110,11 +110,11 @@ ASSIGNMENT = Group(
     Assignment,
     {
         "Shards": {
-            "shards": "How many, by the hash of an image's path.",
-            "proportions": "Of their sizes: 5,1,1 for three.",
-            "by": "hash; class; or a column of --table, customer say.",
-            "table": "CSV with a column `sample`, the path in DATA, and others.",
-            "label": "Column that images are forgotten by. Default: that of --by.",
+            "shards": "Number of shards; images are assigned by the hash of their path.",
+            "proportions": "Relative sizes of the shards: 5,1,1 for three.",
+            "by": "Assign images by hash, by class, or by a column of --table, such as customer.",
+            "table": "CSV file with a column `sample`, the path in DATA, and others.",
+            "label": "Column of labels, to forget images by. Default: that of --by.",
             "allow_overlap": "Let shards share images; the plan records it.",
         }
     },
@@ -126,11 +126,11 @@ def finetune(
     data: Annotated[
         Path,
         typer.Argument(
-            help="Folder with a folder of images for each class; where a run's images have moved, "
-            "the new one: they are compared first."
+            help="Folder with one folder of images per class. If a run's images have moved, give "
+            "the new folder: the images are compared first."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The run's folder; the same command goes on in it.")],
+    out: Annotated[Path, typer.Option(help="The run's folder. The same command continues a run.")],
     anchor: Annotated[AnchorOptions, ANCHOR],
     recipe: Annotated[ShardRecipe, RECIPE],
     assignment: Annotated[Assignment, ASSIGNMENT],
@@ -138,26 +138,30 @@ def finetune(
     data_name: Annotated[
         str,
         typer.Option(
-            help="Another reader: torch/NAME, hfds/NAME or wds/NAME; DATA is its root.",
+            help="Use another reader: torch/NAME, hfds/NAME or wds/NAME; DATA is its root.",
             rich_help_panel="Data",
         ),
     ] = "",
     split: Annotated[
-        str, typer.Option(help="Of the data set, or a sub-folder of DATA.", rich_help_panel="Data")
+        str,
+        typer.Option(
+            help="Split of the data set; a sub-folder of DATA, if there is one.",
+            rich_help_panel="Data",
+        ),
     ] = "train",
     tensorboard: Annotated[
-        Path | None, typer.Option(help="Folder for losses by epoch, for TensorBoard.")
+        Path | None, typer.Option(help="Folder for TensorBoard files, with losses by epoch.")
     ] = None,
     config: Config = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
+        bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Fine-tune a tangent model on shards of your images, each apart from the others.
+    """Fine-tune a tangent model on each shard of your images, separately.
 
-    Every shard becomes a delta: `compose` adds them up, `forget` takes one out. Shards that are
-    trained already are skipped, so after Ctrl-C, or a crash, the same command goes on.
+    Every shard gets a delta: `compose` adds them up, `forget` removes one. Trained shards are
+    skipped, so after Ctrl-C or a crash the same command continues.
     """
     sources = {p.name: context.get_parameter_source(p.name or "") for p in context.command.params}
     given = [
@@ -257,7 +261,7 @@ def _train(
     else:
         say(
             f"{len(report.trained)} shards trained in {report.seconds:.1f} s, "
-            f"{len(report.skipped)} were there, {len(report.empty)} are empty, "
+            f"{len(report.skipped)} were trained before, {len(report.empty)} are empty, "
             f"{len(report.failed)} failed"
         )
         for shard, why in report.failed.items():
@@ -271,7 +275,7 @@ def _train(
 
 
 def _statement(plan: Plan) -> Any:
-    """Of all compositions of what is trained; None if nothing is."""
+    """The statement of all compositions of the trained shards; None if there are none."""
     from tangent_ops.privacy.parallel_composition import ledger_privacy
     from tangent_ops.shards import check_settled, settle
 
@@ -283,7 +287,7 @@ def _statement(plan: Plan) -> Any:
 def _check_alone(given: list[str]) -> None:
     """Raise ArgumentError for options that would be ignored."""
     private = [name for name in given if name.startswith("dp_")]
-    if private and "dp_epsilon" not in given:  # training that only looks private
+    if private and "dp_epsilon" not in given:  # training would only look private
         option = private[0].replace("_", "-")
         raise ArgumentError(f"--{option} is for a private fit: give --dp-epsilon, too")
     made = [name for name in ("model", "img_size", "pretrained") if name in given]

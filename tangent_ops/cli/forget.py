@@ -25,7 +25,7 @@ GONE = (
 )
 WHERE = {
     **HELPS,
-    "executor": "Where the shards concerned are trained again.",
+    "executor": "Where the affected shards are trained again.",
     "workers": "Shards at a time.",
 }
 
@@ -37,31 +37,31 @@ def forget(
     sample: Annotated[
         list[str] | None,
         typer.Option(
-            help="An image and its exact copies, by its path in the data. Again for each image."
+            help="An image, by its path in the data, and its exact copies. Repeat for more images."
         ),
     ] = None,
     label: Annotated[
-        str | None, typer.Option(help="All of a customer's images, say: a value of the label.")
+        str | None, typer.Option(help="All images with this label, such as a customer's name.")
     ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Where the run's images are now, if they have moved; those that stay are compared."
+            help="Folder of the run's images, if they have moved; those that stay are compared."
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     config: Config = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be forgotten, and do nothing.")
+        bool, typer.Option("--dry-run", help="Show what would be forgotten, and do nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Take an image, a customer or a shard out of a run, for good.
+    """Forget an image, a customer or a shard of a run, for good.
 
-    The shards that saw it lose their deltas, which are overwritten on disk; what is left of them is
-    trained anew, and the composition is as if the images had never been there. So the images that
-    stay have to be there: without them nothing is forgotten. The images themselves, copies of
-    files, and what was exported before stay where they are.
+    The deltas of the affected shards are overwritten on disk, and what is left of these shards is
+    trained again: the composition is as if the images had never been there. If an image that stays
+    is missing, nothing is forgotten. The images themselves, copies of files, and earlier exports
+    stay where they are.
     """
     from tangent_ops.errors import TangentOpsError
     from tangent_ops.shards import Plan, find
@@ -106,7 +106,7 @@ def forget(
 
 
 def _there(plan: Plan, which: dict[str, Any]) -> bool:
-    """Whether the plan still has them: they leave it in one transaction."""
+    """Whether the plan still has them; one transaction removes them all."""
     from tangent_ops.errors import ArgumentError
     from tangent_ops.shards import find
 

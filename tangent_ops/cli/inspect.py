@@ -25,7 +25,7 @@ def inspect(
     shards: Annotated[bool, typer.Option("--shards", help="List a run's shards, too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Say what a folder or file is."""
+    """Show what a folder or file is."""
     from tangent_ops.composition.ledger.ledger import DATABASE as LEDGER
     from tangent_ops.shards.plan import DATABASE as PLAN
 
@@ -110,7 +110,7 @@ def _ledger(path: Path) -> dict[str, Any]:
 
 
 def _program(path: Path) -> dict[str, Any]:
-    """Of an archive's table of contents alone: nothing in it is loaded."""
+    """Describe an exported program. Nothing in it is loaded."""
     from tangent_ops.errors import ArgumentError
 
     try:
@@ -148,11 +148,11 @@ def _file(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             form = (file.metadata() or {}).get("format")
     except SafetensorError as error:
-        raise ArgumentError(f"{path} is no file of ours: {error}") from error
+        raise ArgumentError(f"{path} is not a file of tangent-ops: {error}") from error
     if form == anchor.FORMAT:
         return {"what": "anchor", **_anchor(path)}
     if form != delta.FORMAT:
-        raise ArgumentError(f"{path} is a safetensors file, but no delta's and no anchor's")
+        raise ArgumentError(f"{path} is a safetensors file, but neither a delta nor an anchor")
     found = delta.load_delta(path)
     meta = found.meta
     assert meta is not None

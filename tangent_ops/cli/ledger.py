@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from tangent_ops.composition.ledger import Ledger
 
 app = typer.Typer(
-    help="Keep the deltas of many shards in a folder: their weighted mean is there at any time, "
-    "and any shard can be forgotten, exactly and for good.",
+    help="Keep the deltas of many shards in a folder, with their weighted mean. Any shard can be "
+    "forgotten, exactly and for good.",
     no_args_is_help=True,
 )
 
@@ -29,13 +29,13 @@ Shard = Annotated[str, typer.Argument(help="The shard's id: a name of your choic
 
 @app.command()
 def add(
-    folder: Annotated[Path, typer.Argument(help="The ledger's folder; made if it is not there.")],
+    folder: Annotated[Path, typer.Argument(help="The ledger's folder; made if it does not exist.")],
     shard: Shard,
     file: Annotated[Path, typer.Argument(help="The shard's delta, as save_delta writes it.")],
     weight: Annotated[float, typer.Option(help="The shard's weight in the mean.")] = 1.0,
     meta: Annotated[
         list[str] | None,
-        typer.Option(help="key=value, to be shown by list; give it again for more."),
+        typer.Option(help="key=value, shown by list. Repeat for more."),
     ] = None,
 ) -> None:
     """Add a shard's delta."""
@@ -48,7 +48,7 @@ def add(
         for pair, (key, equals, _) in zip(meta or (), pairs, strict=True):
             if not key or not equals:
                 raise ArgumentError(f"--meta {pair}: expected key=value")
-        delta = load_delta(file)  # before a ledger is made for nothing
+        delta = load_delta(file)  # it may raise: before a ledger is made
         Ledger(folder).add(shard, delta, weight, {key: value for key, _, value in pairs})
     say(f"added {shard}")
 
@@ -58,10 +58,13 @@ def forget(
     folder: Folder,
     shard: Shard,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Do without the shard's file: it is damaged or gone.")
+        bool,
+        typer.Option(
+            "--rebuild", help="Sum the others again: this shard's file is damaged or gone."
+        ),
     ] = False,
 ) -> None:
-    """Take a shard's delta out of the mean, and erase it; its id stays in the history."""
+    """Remove a shard's delta from the mean, and erase it; its id stays in the history."""
     with errors():
         _open(folder).forget(shard, rebuild=rebuild)
     say(f"forgot {shard}")
@@ -72,10 +75,10 @@ def list_shards(
     folder: Folder,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     history: Annotated[
-        bool, typer.Option("--history", help="What was added and forgotten, and when, instead.")
+        bool, typer.Option("--history", help="Show what was added and forgotten, and when.")
     ] = False,
 ) -> None:
-    """Show the shards that are there."""
+    """List the shards."""
     with errors():
         ledger = _open(folder)
         rows = [asdict(row) for row in (ledger.history() if history else ledger.list())]
@@ -96,10 +99,10 @@ def list_shards(
 def verify(
     folder: Folder,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="First write the sum anew, in place of a damaged one.")
+        bool, typer.Option("--rebuild", help="First replace a damaged sum by a new one.")
     ] = False,
 ) -> None:
-    """Check every file, and add the deltas up anew."""
+    """Check every file, and compare the sum with a new one."""
     with errors():
         ledger = _open(folder)
         if rebuild:
@@ -115,7 +118,7 @@ def export(
     file: Annotated[Path, typer.Argument(help="The delta file to write.")],
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
-    """Write the weighted mean of the shards that are there to a delta file."""
+    """Write the weighted mean of the shards to a delta file."""
     from tangent_ops.delta import save_delta
     from tangent_ops.errors import ArgumentError, LedgerError
 
@@ -123,8 +126,8 @@ def export(
         composed = _open(folder).composed()
         if composed.meta is None:
             raise LedgerError(
-                f"{folder} has a shard of unknown anchor, and a delta file names its anchor: add "
-                "that shard from a delta file"
+                f"{folder} has a shard of unknown anchor, but a delta file must name its anchor: "
+                "add that shard from a delta file"
             )
         if file.exists() and not force:
             raise ArgumentError(f"{file} exists: give another name, or --force to overwrite it")

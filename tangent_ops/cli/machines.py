@@ -30,7 +30,7 @@ class Machines:
 
 HELPS = {
     "executor": "Where shards are trained.",
-    "workers": "Shards at a time. Default: GPUs, or cores for them.",
-    "retries": "Of a shard whose process died.",
-    "address": "Of a Ray cluster.",
+    "workers": "Shards at a time. Default: one per GPU, or as many as the cores allow.",
+    "retries": "How often a shard is started again if its process dies.",
+    "address": "Address of a Ray cluster. Default: start Ray on this machine.",
 }

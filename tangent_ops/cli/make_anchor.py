@@ -23,7 +23,7 @@ from tangent_ops.training.head import fit_head
 
 @dataclass(frozen=True)
 class AnchorOptions:
-    """The options in the panel Anchor, and the seed of what is drawn for it."""
+    """The options in the panel Anchor, and the seed of its random draws."""
 
     model: str = "vit_base_patch16_224"
     img_size: int | None = None
@@ -39,7 +39,7 @@ class AnchorOptions:
         return {"num_classes": classes, **size}
 
     def check(self) -> None:
-        """Raise ArgumentError for what can be seen without building anything."""
+        """Raise ArgumentError for wrong options, without building a model."""
         if self.anchor is not None:
             if self.weights or self.public:
                 raise ArgumentError("--anchor is a whole model: leave --weights and --public out")
@@ -87,7 +87,7 @@ def check_model(options: AnchorOptions, recipe: ShardRecipe, classes: int) -> No
 def make_anchor(
     options: AnchorOptions, run: Path, scratch: Path, classes: Sequence[str], quiet: bool
 ) -> tuple[Path, str]:
-    """A file of the anchor, and what there is to say about its head.
+    """The anchor's file, and a message about its head.
 
     Args:
         options: checked.
@@ -180,8 +180,8 @@ def _built(options: AnchorOptions, built: dict[str, Any]) -> tuple[nn.Module, bo
         )
     if unknown := sorted(state.keys() - own.keys()):
         raise ArgumentError(
-            f"--weights {options.weights} is of another model than {options.model}, which has no "
-            f"{unknown[0]}: without it the model is not the one that was trained"
+            f"--weights {options.weights} is of another model: it has {unknown[0]}, which "
+            f"{options.model} does not have"
         )
     model.load_state_dict({**own, **fitting})
     return model, head <= fitting.keys()

@@ -1,4 +1,4 @@
-"""What commands print besides their results: errors, and what was done."""
+"""Prints the errors and messages of commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.markup import escape
 
 @contextmanager
 def errors(code: int = 2) -> Iterator[None]:
-    """Print what the library refuses, and exit."""
+    """Print an error of the library, and exit."""
     from tangent_ops.errors import TangentOpsError
 
     try:
@@ -38,17 +38,17 @@ def say(text: str) -> None:
 
 
 def tell(text: str) -> None:
-    """Print text as it is to stderr: what is no result."""
+    """Print text that is not a result to stderr, as it is."""
     Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def hidden(as_json: bool) -> bool:
-    """Whether to show no bars: for programs, and where nobody is looking."""
+    """Whether to hide progress bars: the output is JSON, or stderr is not a terminal."""
     return as_json or not sys.stderr.isatty()
 
 
 def need_privacy() -> None:
-    """Exit, saying how to get them, if packages of the extra for privacy are missing."""
+    """Exit with an install command if packages of the extra ``privacy`` are missing."""
     needed = ("dp_accounting", "opacus", "scipy")
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         fail(f'this needs {", ".join(missing)}: pip install "tangent-ops[privacy]"', code=2)

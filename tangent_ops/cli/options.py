@@ -1,4 +1,4 @@
-"""Options of a command that are the fields of a dataclass: type and default stand there alone."""
+"""Makes command options from the fields of a dataclass, with their types and defaults."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ class Group:
 
     Args:
         kind: the dataclass.
-        helps: panel -> field -> help. Fields that are not in it are no options.
-        texts: fields that are read as text -> what reads them.
-        build: options by name -> the object; None for `kind`. It may raise a TangentOpsError.
+        helps: panel -> field -> help. Other fields are not options.
+        texts: field -> function that reads it from text.
+        build: function of the options, by name, that returns the object; None for `kind`. It may
+            raise a TangentOpsError.
     """
 
     kind: Callable[..., Any]
@@ -31,7 +32,7 @@ class Group:
     build: Callable[..., Any] | None = None
 
     def parameters(self) -> list[inspect.Parameter]:
-        """One for each option, with its Annotated type for Typer."""
+        """One parameter per option, with its Annotated type for Typer."""
         hints = get_type_hints(self.kind)
         defaults = {one.name: one.default for one in fields(self.kind)}  # pyright: ignore
         found = []
@@ -47,7 +48,7 @@ class Group:
         return found
 
     def read(self, values: dict[str, Any]) -> Any:
-        """The object; its options leave `values`."""
+        """Return the object; remove its options from `values`."""
         names = [name for helps in self.helps.values() for name in helps]
         own = {name: values.pop(name) for name in names}
         with errors():

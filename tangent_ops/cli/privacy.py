@@ -20,9 +20,10 @@ def privacy(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """What a delta, or all of a ledger's compositions, tell of a single sample at most.
+    """Show how much a delta, or all compositions of a ledger, can reveal about one sample.
 
-    Recomputes every epsilon. Exits with 1 if nothing is promised, or less than is claimed.
+    Recomputes every epsilon. Exits with 1 if there is no privacy statement, if epsilon is infinite,
+    or if a statement claims a smaller one.
     """
     need_privacy()
 

@@ -16,15 +16,13 @@ def profile(
     model: Annotated[
         str, typer.Option(help="A timm model; its weights are random.")
     ] = "vit_base_patch16_224",
-    batch: Annotated[int, typer.Option(help="Images in a step.")] = 8,
+    batch: Annotated[int, typer.Option(help="Images per step.")] = 8,
     dtype: Annotated[
-        str, typer.Option(help="fp32, bf16 or fp16: of weights, deltas and images.")
+        str, typer.Option(help="fp32, bf16 or fp16, for weights, deltas and images.")
     ] = "fp32",
     against: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A rival, torch-jvp or finetune; give it again for the other. Default: both."
-        ),
+        typer.Option(help="A rival: torch-jvp or finetune. Repeat for more. Default: both."),
     ] = None,
     mode: Annotated[
         str,
@@ -38,18 +36,18 @@ def profile(
     blocks: Annotated[
         int | None, typer.Option(help="Train the last K blocks, norm and head. Default: all.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps timed, and as many profiled.")] = 5,
-    warmup: Annotated[int, typer.Option(help="Steps before those.")] = 2,
+    steps: Annotated[int, typer.Option(help="Number of steps to time, and to profile.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Steps before these.")] = 2,
     out: Annotated[
         Path, typer.Option(help="Folder for traces, profile.json and report.html.")
     ] = Path("out/profile"),
 ) -> None:
-    """Where a linearized model's time and memory go, beside its rivals.
+    """Show where a linearized model's time and memory go, beside its rivals.
 
-    Runs torch.profiler on the linearized model and on each rival, prints time by kernel family,
-    and writes Chrome traces (for ui.perfetto.dev), profile.json and report.html.
+    Runs torch.profiler on the linearized model and on each rival, prints time by family of
+    operations, and writes Chrome traces (for ui.perfetto.dev), profile.json and report.html.
     """
-    # Kineto, the profiler underneath, logs every start and stop otherwise.
+    # Otherwise Kineto, which torch.profiler uses, logs every start and stop.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     errors = Console(stderr=True)
     # torch's own: it scripts its forward-mode decompositions at the first dual tensor.

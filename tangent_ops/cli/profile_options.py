@@ -28,14 +28,14 @@ def check(
     warmup: int,
     blocks: int | None,
 ) -> Settings:
-    """The settings that the options ask for.
+    """The settings that the options describe.
 
     Raises:
         ArgumentError: naming the option, its value, what is supported and the way out.
     """
     _at_least("--batch", batch, 1, "give the number of images in a step")
     _at_least("--steps", steps, 1, "give the number of steps to time")
-    _at_least("--warmup", warmup, 1, "the first step compiles and allocates, and is no measure")
+    _at_least("--warmup", warmup, 1, "the first step compiles and allocates, and is not timed")
     _one_of("--dtype", dtype, tuple(DTYPES))
     _one_of("--mode", mode, MODES)
     for rival in against:
@@ -74,13 +74,13 @@ def _device(name: str | None) -> str:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise ArgumentError(
-            f"--device {name}: expected cpu, cuda or cuda:N; leave it out for CUDA where there is "
-            "a device, and the CPU elsewhere"
+            f"--device {name}: expected cpu, cuda or cuda:N; leave it out for CUDA if there is "
+            "a device, or else the CPU"
         )
     if device.type == "cuda" and count == 0:
         raise ArgumentError(
             f"--device {name}: PyTorch {torch.__version__} finds no CUDA device here; use "
-            "--device cpu, or see what nvidia-smi and torch.version.cuda say"
+            "--device cpu, or check nvidia-smi and torch.version.cuda"
         )
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ArgumentError(f"--device {name}: expected cuda:0 to cuda:{count - 1}")
@@ -91,7 +91,7 @@ def _check_out(out: Path) -> None:
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ArgumentError(
-            f"--out {out}: {existing} is a file; give a folder, which is made if it is not there"
+            f"--out {out}: {existing} is a file; give a folder, which is made if it does not exist"
         )
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ArgumentError(f"--out {out}: {existing} cannot be written to; give another folder")

@@ -1,4 +1,4 @@
-"""What ``finetune`` shows while shards are trained: a bar, TensorBoard."""
+"""Shows the progress of ``finetune``: a bar, and files for TensorBoard."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Event = Callable[[str, dict[str, Any]], None]
 
 @contextmanager
 def watching(total: int, folder: Path | None, quiet: bool) -> Iterator[Event]:
-    """What to call as each shard ends.
+    """A function to call as each shard ends.
 
     Args:
-        total: shards to come.
-        folder: where TensorBoard's files go, if anywhere.
+        total: number of shards to train.
+        folder: for TensorBoard's files; None for no files.
         quiet: no bar.
     """
     writer = _writer(folder)
@@ -61,7 +61,7 @@ def watching(total: int, folder: Path | None, quiet: bool) -> Iterator[Event]:
 
 
 def check_tensorboard(folder: Path | None) -> None:
-    """Exit, saying how to get it, if it is asked for and missing."""
+    """Exit with an install command if a folder is given and TensorBoard is missing."""
     if folder is not None and importlib.util.find_spec("tensorboard") is None:
         fail('--tensorboard needs tensorboard: pip install "tangent-ops[tensorboard]"', code=2)
 

@@ -1,10 +1,10 @@
-"""The version, wherever the package runs from."""
+"""The version of tangent-ops."""
 
 from importlib import metadata
 
 
 def version() -> str:
-    """Of the installed package, or "not installed" where it runs from its sources."""
+    """The installed package's version, or "(not installed)" if it runs from its sources."""
     try:
         return metadata.version("tangent-ops")
     except metadata.PackageNotFoundError:

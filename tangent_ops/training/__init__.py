@@ -1,1 +1,1 @@
-"""Training of deltas: one model, many at once, several processes."""
+"""Training by gradient descent: `fit`, `fit_head`, `fit_grouped`, groups of processes, FSDP."""

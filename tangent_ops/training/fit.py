@@ -36,17 +36,16 @@ def fit(
     with a certificate, lossless composition) would not hold.
 
     Runs with the same seed on a CPU give the same parameters bit for bit. The states of torch's,
-    numpy's, Python's and the loader's generators are put back. Train and eval modes stay as the
+    numpy's, Python's and the loader's generators are restored. Train and eval modes stay as the
     caller set them; gradients of the trained parameters are cleared.
 
-    In a group of processes (`torch.distributed` is initialised, as by torchrun) each calls this
-    with the same model, data and recipe, and takes its part of every batch; all read all batches.
+    In a group of processes (`torch.distributed` is initialised, for example under torchrun) each
+    one calls this with the same model, data and recipe, reads all batches and trains on its part.
     Trained parameters start as the first process has them, gradients are summed, and every process
     ends with the same parameters and history. They equal those of one process except for what a
     model in train mode draws (dropout), and for the order of sums: 2e-7 of the deltas' norm after
-    60 steps of SGD in float32, on a small ViT and two CPU processes. AdamW also makes steps of
-    rounding errors where the gradient consists of them, as for the keys' biases, which change no
-    output.
+    60 steps of SGD in float32, on a small ViT and two CPU processes. With AdamW, parameters whose
+    true gradient is zero move by rounding errors, too; the keys' biases do, which change no output.
 
     Args:
         model: a module of one input; parameters with requires_grad are trained.
@@ -69,7 +68,7 @@ def fit(
             processes of a group that differ in model, data or recipe.
         UnsupportedError: cache, for a model that cannot be split; float16, which needs a loss
             scaler; parts of batches (accumulate, a group) for a batch norm that normalises by
-            them; in a group, a DistributedDataParallel or sharded parameters that are trained.
+            them; in a group, a DistributedDataParallel, or trained parameters under FSDP.
         NonFiniteLossError: the loss or its gradient is NaN or infinite, in any process of a group;
             the parameters are as before that step.
     """

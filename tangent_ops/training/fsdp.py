@@ -1,4 +1,4 @@
-"""FSDP for the anchor: each process of a group keeps its part of the frozen parameters.
+"""FSDP for the anchor: each process of a group keeps a part of the frozen parameters.
 
 `torch.distributed.fsdp.fully_shard` gathers a block's parameters during its forward pass. It finds
 the backward pass by hooks on primals, which need no gradient here. The hooks of this module gather

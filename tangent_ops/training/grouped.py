@@ -47,23 +47,23 @@ def fit_grouped(
 ) -> dict[str, Delta]:
     """Train one delta per shard, all in one process, in common steps.
 
-    A step runs the batches of G shards of b samples as one: products with the anchor's weights
-    are over all G b rows, those with the deltas, of each shard with its own rows, are batched
+    A step runs the batches of G shards of b samples as one. Products with the anchor's weights are
+    over all G b rows; products of each shard's delta with its own rows are batched
     (`torch.func.vmap`). No row depends on another shard's delta, so one backward pass of the sum of
-    the losses gives each its own gradient. It pays where b is small. Activations are kept of all
-    G b rows, and blocks are not repeated in the backward pass (``grad_checkpointing``).
+    the losses gives each shard its own gradient. This saves time if b is small. The activations of
+    all G b rows are kept: ``grad_checkpointing`` is not used.
 
-    Each shard takes the batches, steps and learning rates that ``fit(tangent, shard, recipe)``
-    takes, so deltas are those of separate fits up to rounding. Batches of unequal
-    shapes, an epoch's last, say, run apart; a shard that has taken all its steps leaves.
+    Each shard has the batches, steps and learning rates of ``fit(tangent, shard, recipe)``, so
+    deltas are those of separate fits up to rounding. Batches of another shape, such as the last one
+    of an epoch, run in a step of their own. A shard leaves after its last step.
 
     Args:
         tangent: where each shard starts; its own deltas stay as they are.
         shards: name -> data as in `fit`: a Dataset of (input, target), or a DataLoader.
         recipe: how to train each shard, over its own steps and from its own seed; None for
             `Recipe()`. accumulate is not used.
-        cache: compute what the frozen blocks below the first trained one give once a sample, and
-            keep it in memory for all shards; for inputs without random augmentation.
+        cache: compute the outputs of the frozen blocks below the first trained one only once, in
+            memory, for all shards; for inputs without random augmentation.
         device: as in `fit`.
         progress: show a progress bar, of the steps of all shards.
         options: fields of the `Recipe`, which replace those of `recipe`.
@@ -76,7 +76,7 @@ def fit_grouped(
             under two names; a parameter of the anchor requires a gradient; a loss that does not
             depend on deltas.
         UnsupportedError: cache, for a model that cannot be split; float16; a model that
-            `torch.func.vmap` cannot run, found out on noise before its first step in a group.
+            `torch.func.vmap` cannot run, which is tested on noise before the first common step.
         NonFiniteLossError: the loss of a shard or its gradient is NaN or infinite.
     """
     unused = {"accumulate": "give a smaller batch_size, or fit one shard after the other"}
@@ -137,7 +137,7 @@ class Shard:
             raise ArgumentError(f"shard {self.name!r}: {error}") from error
 
     def loss(self, outputs: Any, loss: Loss) -> Tensor:
-        """Of the outputs for this shard's batch."""
+        """The loss of the outputs for this shard's batch."""
         assert self.batch is not None
         with self._generators.own():
             return loss_of(outputs, self.batch[1], loss)
@@ -242,7 +242,7 @@ def step(model: LinearizedModel, group: list[Shard], device: torch.device, recip
     with recipe.autocast(device):
         outputs = forward(model, [shard.parameters for shard in group], inputs)
     values = [shard.loss(own, loss) for shard, own in zip(group, outputs, strict=True)]
-    with torch.autocast(device.type, enabled=False):  # a caller's own would round once more
+    with torch.autocast(device.type, enabled=False):  # a caller's context would round once more
         torch.autograd.backward(values)
     norms = [shard.penalize() for shard in group]
     # Read together, so that the device is synchronised once.

@@ -42,10 +42,10 @@ def fit_head(
 ) -> tuple[nn.Module, History]:
     """Train a linear probe: a new classifier, from zeros, on features computed once.
 
-    In a group of processes it works as `fit`; each computes all features.
+    In a group of processes it works like `fit`; each process computes all features.
 
-    Linearize a model after this, not before: while its classifier is zero, no block below has a
-    derivative, and a tangent model there is no more than a probe.
+    Linearize a model after this, not before: while its classifier is zero, no block below it has a
+    derivative, and its tangent model is only a probe.
 
     Args:
         model: a timm model (forward_features, forward_head, get_classifier, reset_classifier) whose

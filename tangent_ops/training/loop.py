@@ -34,7 +34,7 @@ from tangent_ops.training.processes import (
 
 @dataclass
 class History:
-    """The course of a training.
+    """The losses and learning rates of a training.
 
     Attributes:
         loss: of each epoch, the mean over its samples of the objective, penalty included.
@@ -60,7 +60,7 @@ def check_group(group: Group, model: nn.Module, loader: DataLoader[Any], recipe:
     Raises:
         ArgumentError: they do not.
         UnsupportedError: a batch norm would normalise by part of a batch; a model that averages
-            gradients itself, or whose trained parameters are sharded.
+            gradients itself, or whose trained parameters are under FSDP.
     """
     if group.world > 1 or recipe.accumulate > 1:
         check_statistics(model)
@@ -158,12 +158,14 @@ def _backward(
     objective = 0.0
     for inputs, targets in group.parts(batch, recipe.accumulate):
         weight = len(inputs) / len(batch[0])
-        if not weight:  # one sample that counts nothing: a sharded model needs every process
+        if not weight:  # one sample of weight 0: FSDP needs a call in every process
             inputs, targets = batch[0][:1], batch[1][:1]
         with recipe.autocast(inputs.device):
             logits = model(inputs)
         value = weight * loss_of(logits, targets, loss)
-        with torch.autocast(inputs.device.type, enabled=False):  # a caller's would round once more
+        with torch.autocast(
+            inputs.device.type, enabled=False
+        ):  # a caller's context would round once more
             value.backward()
         objective += value.item()
     objective = group.sum(parameters, objective)
@@ -174,7 +176,7 @@ def _backward(
 
 
 def loss_of(logits: Any, targets: Tensor, loss: Loss) -> Tensor:
-    """The loss of logits, those in 16 bits taken in float32.
+    """The loss of logits; 16-bit logits are cast to float32.
 
     Raises:
         ArgumentError: it is no scalar, or does not depend on a trained parameter.
@@ -207,7 +209,7 @@ def cached_loader(
     recipe: Recipe,
     progress: bool,
 ) -> DataLoader[Any]:
-    """Compute the trunk's outputs once; give a loader of them with the batches of `loader`."""
+    """Compute the trunk's outputs once; return a loader of them in the batches of `loader`."""
     if loader.batch_sampler is None:
         raise ArgumentError("features can only be cached for a DataLoader that makes batches")
     in_order = DataLoader(
@@ -232,7 +234,7 @@ def own_generators(loader: DataLoader[Any] | None) -> list[torch.Generator]:
 def seeded(
     seed: int, device: torch.device, loader: DataLoader[Any] | None = None
 ) -> Iterator[None]:
-    """Seed every generator that training draws from; put their states back at the end."""
+    """Seed every generator that training draws from; restore their states at the end."""
     states = [(generator, generator.get_state()) for generator in own_generators(loader)]
     python, numpy = random.getstate(), np.random.get_state()
     cuda = [device] if device.type == "cuda" else []

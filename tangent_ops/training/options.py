@@ -58,7 +58,7 @@ class RecipeOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: what `fit`, `fit_head`, `fit_grouped`, `fit_private` and plans of shards share.
+    """How to train: options of `fit`, `fit_head`, `fit_grouped`, `fit_private` and plans of shards.
 
     Each of these functions takes a recipe, or its fields as keywords, or both; then the keywords
     replace the recipe's fields.

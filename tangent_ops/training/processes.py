@@ -20,7 +20,7 @@ from tangent_ops.errors import ArgumentError, UnsupportedError
 
 Batch = tuple[Tensor, Tensor]
 
-_BITS = 2**62 - 1  # a number, and its negative, in an int64
+_BITS = 2**62 - 1  # the number and its negative fit into an int64
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -42,7 +42,7 @@ class Group:
         self.device = device
 
     def agree(self, **values: object) -> None:
-        """Raise ArgumentError, in every process, unless each value has one repr in all of them."""
+        """Raise ArgumentError, in every process, if a value's repr differs between processes."""
         if self.world == 1:
             return
         numbers = torch.tensor([_digest(value) for value in values.values()], device=self.device)
@@ -197,7 +197,7 @@ def _digest(value: object) -> int:
 
 
 def _checksum(x: Tensor) -> Tensor:
-    """A number of a batch's content, and of the order of its samples."""
+    """A checksum of a batch's content and of the order of its samples."""
     rows = x.detach().contiguous().reshape(len(x), -1) if x.numel() else x.new_zeros(1, 1)
     sums = rows.view(_WORDS[min(x.element_size(), 8)]).sum(1, dtype=torch.int64)
     weights = 6364136223846793005 * torch.arange(1, 2 * len(sums), 2, device=x.device)

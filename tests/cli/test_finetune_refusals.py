@@ -124,7 +124,7 @@ def test_many_classes_are_counted_and_the_first_shown(tmp_path: Path) -> None:
         (tmp_path / "many" / f"{index}" / "x.png").write_bytes(b"")
     text = described(ImageData(str(tmp_path / "many")).open())
     assert text.startswith("52 images of 52 classes: 0 1, 1 1, 2 1,")
-    assert text.endswith("49 1, and 2 classes more, which --json lists")
+    assert text.endswith("49 1, and 2 more classes, which --json lists")
 
 
 def test_data_of_one_class_are_refused(images: Path, tmp_path: Path) -> None:
@@ -178,9 +178,9 @@ def test_weights_of_another_model_are_refused(images: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("epochs = true", "epochs is no switch, got True"),
+        ("epochs = true", "epochs is not a switch, got True"),
         ("epochs = 2.7", "epochs must be an integer, got 2.7"),
-        ("augment = 1", "augment is true or false, got 1"),
+        ("augment = 1", "augment must be true or false, got 1"),
     ],
 )
 def test_types_in_a_file(images: Path, tmp_path: Path, line: str, said: str) -> None:

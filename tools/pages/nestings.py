@@ -38,13 +38,13 @@ MEANINGS = {
     "vjp": "`torch.func.vjp`: a fixed cotangent pulled back",
     "grad": "`torch.func.grad` of a weighted sum",
     "vmap": "`torch.func.vmap` over two inputs",
-    "jacfwd": "`torch.func.jacfwd`, by two coefficients that make up the input",
-    "jacrev": "`torch.func.jacrev` of two weighted sums, by the same two",
-    "hessian": "`torch.func.hessian` of a weighted sum, by the same two",
+    "jacfwd": "`torch.func.jacfwd` with respect to two coefficients that the input is made from",
+    "jacrev": "`torch.func.jacrev` of two weighted sums, with respect to the same two",
+    "hessian": "`torch.func.hessian` of a weighted sum, with respect to the same two",
     "linearize": "`torch.func.linearize`: value, and the linear map at a second tangent",
     "dual_level": "`torch.autograd.forward_ad.dual_level()`: value and tangent",
     "checkpoint": "`torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`; the cell then "
-    "includes the gradient by a backward pass after all else, for which it recomputes",
+    "includes the gradient by a last backward pass, which recomputes the checkpoint",
     "autocast": "`torch.autocast` to bfloat16, of float32 inputs",
     "compile": '`torch.compile(..., fullgraph=True, backend="aot_eager")`',
 }
@@ -55,14 +55,14 @@ INTRO = """\
 
 What `tangent_ops.scaled_dot_product_attention` does in every pair of PyTorch's transforms, with
 torch {version}. The row is the outer transform, the column the inner one: row `grad`, column `jvp`
-is `grad(jvp(attention))`. The row and column `-` are one transform alone. Below are nestings of
-three.
+is `grad(jvp(attention))`. The row and column `-` are one transform alone. Nestings of three follow
+below each table.
 
-**✓** is right: it agrees with PyTorch's MATH attention in the same nesting in float64, within
-rounding. A word says why the cell raises; see [why a cell raises](#why-a-cell-raises). No cell is
-wrong in silence but those marked *pytorch*: there PyTorch's `torch.func.linearize` is wrong for any
-function, elementwise ones too, and `torch.func.jvp` is the way out.
-`tests/ops/test_attention_matrix.py` evaluates each.
+**✓** means right: the result agrees with PyTorch's MATH attention in the same nesting in float64,
+within rounding. A word says [why the cell raises an error](#why-a-cell-raises). Only cells marked
+*pytorch* are wrong without an error: PyTorch's own `torch.func.linearize` is wrong there for any
+function, even elementwise ones; use `torch.func.jvp` instead. `tests/ops/test_attention_matrix.py`
+evaluates all cells.
 """
 
 
@@ -138,14 +138,14 @@ def page(outcomes: dict[str, dict[Cell, str]]) -> str:
     if wrong := [as_text(cell) for cell in EAGER if outcome(cell, MATH).startswith("wrong")]:
         lines += [
             "",
-            f"PyTorch's MATH attention itself is wrong in silence in: {', '.join(wrong)}. (The "
-            "forward-mode rule of its softmax changes in place what the backward pass needs.)",
+            f"PyTorch's MATH attention itself is wrong without an error in: {', '.join(wrong)}. "
+            "(The forward-mode rule of its softmax changes in place what the backward pass needs.)",
         ]
     return "\n".join(lines) + "\n"
 
 
 def documented(backend: str) -> dict[Cell, str] | None:
-    """The outcomes that the page tells; None if it was written with another torch."""
+    """The outcomes that the page states; None if it was written with another torch."""
     text = PAGE.read_text(encoding="utf-8")
     if f"torch {VERSION}." not in text:
         return None
