@@ -200,27 +200,22 @@ def test_plain_tensors_by_the_named_backend(device) -> None:
 @pytest.mark.parametrize("mask", [None, (4, 4), (1, 4), (1,), "whole", "outer"])
 def test_any_number_of_leading_dimensions(lead, mask, device) -> None:
     torch.manual_seed(0)
-    primals = list(torch.randn(3, *lead, 4, 8, device=device).unbind())
     shapes = {"whole": (*lead, 4, 4), "outer": (*lead[:1], *(1 for _ in lead[1:]), 4, 4)}
-    if mask is not None:
-        primals.append(torch.randn(shapes.get(mask, mask), device=device))
-    tangents = [torch.randn_like(p).requires_grad_() for p in primals]
-    found = jvp(attention, tuple(primals), tuple(tangents))
-    assert found[0].shape == found[1].shape == (*lead, 4, 8)
-    right = [t.detach().double().requires_grad_() for t in tangents]
-    exact = oracle.attention_jvp(oracle.double(primals), right)
-    agree(found, exact)
-    agree(
-        torch.autograd.grad(found[1].sin().sum(), tangents),
-        torch.autograd.grad(exact[1].sin().sum(), right),
-    )
+    masks = [] if mask is None else [torch.randn(shapes.get(mask, mask), device=device)]
+    check_jvp([*torch.randn(3, *lead, 4, 8, device=device), *masks], (*lead, 4, 8))
 
 
 def test_heads_that_broadcast(device) -> None:
     torch.manual_seed(0)
-    primals = [torch.randn(1, 3, 4, 8, device=device), *torch.randn(2, 1, 3, 5, 8, device=device)]
+    query = torch.randn(1, 3, 4, 8, device=device)
+    check_jvp([query, *torch.randn(2, 1, 3, 5, 8, device=device)], query.shape)
+
+
+def check_jvp(primals, shape) -> None:
+    """Value and tangent, of this shape, and gradients by the tangents."""
     tangents = [torch.randn_like(p).requires_grad_() for p in primals]
     found = jvp(attention, tuple(primals), tuple(tangents))
+    assert found[0].shape == found[1].shape == shape
     right = [t.detach().double().requires_grad_() for t in tangents]
     exact = oracle.attention_jvp(oracle.double(primals), right)
     agree(found, exact)
@@ -246,32 +241,13 @@ def test_operators_obey_their_schema(device) -> None:
         (None, None, tangents[2], None),
     ):
         check(ops.attention_jvp, (packed, k, v, bias, None, *some, *options))
-        output, output_t, lse, mu = ops.attention_jvp(q, k, v, bias, None, *some, *options)
+        call = (q, k, v, bias, None)
+        output, _, lse, _ = found = ops.attention_jvp(*call, *some, *options)
         for needs in ([True] * 8, [False, True, False, True, False, False, True, False]):
-            check(
-                ops.attention_second_vjp,
-                (
-                    q,
-                    k,
-                    v,
-                    bias,
-                    None,
-                    *some,
-                    output,
-                    output_t,
-                    lse,
-                    mu,
-                    grad,
-                    grad_t,
-                    *options,
-                    needs,
-                ),
-            )
-        check(ops.attention_vjp, (q, k, v, bias, None, output, lse, grad_t, *options, [True] * 4))
-        check(
-            ops.attention_vjp,
-            (q, k, v, bias, None, output, lse, grad_t, *options, [False, True, False, False]),
-        )
+            arguments = (*call, *some, *found, grad, grad_t, *options, needs)
+            check(ops.attention_second_vjp, arguments)
+        for needs in ([True] * 4, [False, True, False, False]):
+            check(ops.attention_vjp, (*call, output, lse, grad_t, *options, needs))
 
 
 @pytest.mark.parametrize("second_order", [False, True])
