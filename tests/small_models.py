@@ -46,7 +46,7 @@ def vit(**options) -> VisionTransformer:
 
 
 class Computes(nn.Module):
-    """Layers and parameters by name, and what `call(module, x)` makes of them."""
+    """Layers and parameters by name; its forward is `call(module, x)`."""
 
     def __init__(self, call: Callable[[Any, Tensor], Any], **parts: nn.Module | nn.Parameter):
         super().__init__()
@@ -59,7 +59,7 @@ class Computes(nn.Module):
 
 
 def tiny_vit(seed: int = 0, **options) -> VisionTransformer:
-    """As timm makes it, with weights of that seed."""
+    """A ViT with the weights that timm initializes it with, drawn from that seed."""
     torch.manual_seed(seed)
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
     return VisionTransformer(**{**sizes, "num_classes": 5, **options})
@@ -148,6 +148,14 @@ def exact_jvp(model: nn.Module, deltas: dict[str, Tensor], *args, **kwargs) -> t
     tangents = double({name: delta.detach() for name, delta in deltas.items()})
     weights = double({n: p.detach() for n, p in model.named_parameters() if n in tangents})
     return torch.func.jvp(oracle(model)(*args, **kwargs), (weights,), (tangents,))
+
+
+def exact_input_jvp(
+    model: nn.Module, x: tuple[Tensor, ...], x_t: tuple[Tensor, ...], **kwargs
+) -> tuple[Any, Any]:
+    """f(x; w0) and its tangent along x_t by torch.func.jvp in float64."""
+    run = oracle(model)
+    return torch.func.jvp(lambda *x: run(*x, **kwargs)({}), double(x), double(x_t))
 
 
 def exact_vjp(
