@@ -58,6 +58,18 @@ class Computes(nn.Module):
         return self.call(self, x)
 
 
+class NoJvp(torch.autograd.Function):
+    """Doubles its input, and has no forward-mode derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
 def tiny_vit(seed: int = 0, **options) -> VisionTransformer:
     """A ViT with the weights that timm initializes it with, drawn from that seed."""
     torch.manual_seed(seed)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_models import (
     VIT,
+    Computes,
     assert_near,
     exact_jvp,
     exact_vjp,
@@ -324,20 +325,14 @@ def test_bad_loaders(tmp_path, loader, message, in_file):
 
 
 def test_features_that_change_shape_or_number(tmp_path):
-    class Widening(nn.Module):
-        def forward(self, x):
-            return x[:, : int(x[0, 0]) + 1]
-
-    class Halving(nn.Module):
-        def forward(self, x):
-            return x[::2]
-
+    widening = Computes(lambda _, x: x[:, : int(x[0, 0]) + 1])
+    halving = Computes(lambda _, x: x[::2])
     batches = [(torch.full((4, 3), value), torch.zeros(4)) for value in (0.0, 1.0)]
     for path in (None, tmp_path):
         with pytest.raises(ArgumentError, match=r"gives \(4, 2\).*after rows of \(1,\)"):
-            cached(batches, path, Widening())
+            cached(batches, path, widening)
         with pytest.raises(ArgumentError, match=r"gives \(2, 3\).*for 4 targets"):
-            cached(batches, path, Halving())
+            cached(batches, path, halving)
     assert list(tmp_path.iterdir()) == []
 
 
