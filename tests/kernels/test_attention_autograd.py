@@ -175,7 +175,7 @@ def test_dropout_in_second_derivatives_and_under_checkpointing(device) -> None:
         jvp(lambda x: jvp(lambda y: dropped(y, k, v), (x,), (q_t,))[1], (q,), (k_t,))
 
 
-def test_dropout_under_vmap_draws_as_it_is_told(device) -> None:
+def test_dropout_under_vmap_follows_its_randomness(device) -> None:
     q, k, v, q_t, *_ = inputs(device=device)
     one = lambda x, t: jvp(lambda y: attention(y, k, v, dropout_p=0.4), (x,), (t,))  # noqa: E731
     stack, stack_t = torch.stack([q, q]), torch.stack([q_t, q_t])
@@ -265,8 +265,8 @@ def test_nothing_saved_for_backward_is_square(second_order, device) -> None:
     assert sorted(saved) == sorted(first + second if second_order else first)
 
 
-def test_a_model_s_hessian_vector_product(device) -> None:
-    """Parameters, not operands: what a user of NTKs, Laplace or influence functions calls."""
+def test_hessian_vector_product_of_a_model(device) -> None:
+    """By parameters, as tangent kernels, Laplace and influence functions need it."""
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(
         16, 2, 32, dropout=0.0, batch_first=True, activation="gelu"

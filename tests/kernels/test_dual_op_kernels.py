@@ -1,4 +1,4 @@
-"""What the kernels of norms, activations, softmax and linear refuse; and what a sanitizer watches.
+"""What the kernels of norms, activations, softmax and linear refuse; the sanitizer's launches.
 
 What they compute is in tests/ops/test_dual_ops.py.
 """
@@ -40,7 +40,7 @@ def test_what_the_kernels_do_not_compute_is_refused(device) -> None:
 
 
 def test_what_does_not_fit_is_not_read(device) -> None:
-    """The kernels take a weight's address, and know no end of it."""
+    """The kernels take a weight's address alone, and would read past its end."""
     x, line = torch.ones(2, 24, device=device), torch.ones(1, device=device)
     calls = [
         (lambda x, w: ops.layer_norm(x, (24,), w, backend="triton"), [x, line]),
@@ -57,5 +57,5 @@ def test_what_does_not_fit_is_not_read(device) -> None:
         oracle.pushforward(lambda *a: ops.linear(*a, backend="triton"), operands, operands)
 
 
-def test_what_the_sanitizer_watches(device) -> None:
+def test_the_launches_of_the_sanitizer(device) -> None:
     launch_rows(70, torch.float16, device)

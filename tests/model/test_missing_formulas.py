@@ -86,7 +86,7 @@ def test_timm_describes_its_own_input(capfd):
         lambda x: torch.from_numpy(x.numpy()),
     ],
 )
-def test_other_trouble_is_no_answer(call):
+def test_other_errors_are_left_to_the_call(call):
     linearize(model_of(call), example=X)
 
 

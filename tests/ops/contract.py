@@ -1,4 +1,4 @@
-"""What an operation's contract compares: values, tangents, gradients, with those in float64."""
+"""The contract of an operation: values, tangents and gradients against those in float64."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def check(
     """Values, tangents and gradients are right.
 
     Args:
-        op: what is right: its words in float64; rounding as in its PyTorch function.
-        ours: what is tested, a function of the operands.
+        op: the oracle, in float64; its PyTorch function sets the rounding that is allowed.
+        ours: the function under test, of the operands.
         primals: its operands.
         tangents: of each, or None where absent.
         tracked: gradients by the primals, too.

@@ -69,7 +69,7 @@ def test_the_oracle_agrees_with_attention_spelled_out(cell) -> None:
 
 @pytest.mark.parametrize("cell", [("jvp",), ("autocast", "jvp"), ("jvp", "grad")], ids=title)
 def test_a_lost_tangent_is_seen(cell) -> None:
-    def forgetful(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def of_a_constant_key(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return oracle.math_attention(query, key.detach(), value)
 
-    assert outcome(cell, forgetful).startswith("wrong")
+    assert outcome(cell, of_a_constant_key).startswith("wrong")

@@ -1,4 +1,4 @@
-"""What a convolution does not compute; all else is in test_dual_ops.py."""
+"""A convolution skips the product of a zero tangent; all else is in test_dual_ops.py."""
 
 from __future__ import annotations
 

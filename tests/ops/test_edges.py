@@ -1,6 +1,6 @@
 """Inputs at the edges: one vector, no elements, five dimensions, meta tensors, odd dtypes.
 
-What one vector, no elements and five dimensions are to all operations is in test_dual_ops.py.
+test_dual_ops.py gives one vector, no elements and five dimensions to every operation.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def test_linear(shape, channels) -> None:
 @pytest.mark.parametrize("lead", [(2,), (0,), ()], ids=["two", "none", "unbatched"])
 @pytest.mark.parametrize("channels", [2, 0])
 def test_convolutions(function, lead, channels) -> None:
-    """Against PyTorch's own rule by torch.func.jvp: what is spelled out is the subset."""
+    """Against PyTorch's own rule, by torch.func.jvp."""
     spatial = (F.conv1d, F.conv2d, F.conv3d).index(function) + 1
     primals = [draw(*lead, channels, *[4] * spatial), draw(4, channels, *[2] * spatial), draw(4)]
     assert_right(functools.partial(functional.convolution, function), function, primals)

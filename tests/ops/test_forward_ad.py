@@ -1,4 +1,4 @@
-"""fused_forward_ad: dual attention in models that know nothing of this library."""
+"""fused_forward_ad: unmodified models on dual tensors."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_multi_head_attention_of_torch(fused_calls):
 
 
 class Encoder(nn.Module):
-    """What of an encoder's output means something: not its padded places."""
+    """An encoder whose output leaves out the padded tokens."""
 
     padded: Tensor
 

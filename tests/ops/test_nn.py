@@ -162,7 +162,7 @@ def test_parameters_are_shared_in_timms_order(kind):
 
 
 def test_the_state_of_an_optimizer_goes_over():
-    """gate.weight and proj.weight have one shape: in another order nothing would complain."""
+    """gate.weight and proj.weight have one shape, so another order would raise no error."""
     original = attention(gated=True, qkv_bias=True)
     other = TangentAttention.from_timm(copy.deepcopy(original))
     first = torch.optim.AdamW(original.parameters(), lr=0.1)

@@ -30,7 +30,7 @@ X, W, B, LINE = draw(2, 3, 4, 6), draw(5, 6), draw(5), draw(6)
 KERNEL = draw(5, 3, 2, 2)
 conv2d = functools.partial(functional.convolution, F.conv2d)
 
-# Ours, the same in PyTorch's own operations, and where: all tangents, and those of one operand.
+# Ours, the same in PyTorch's own operations, and the primals, each of which has a tangent.
 CASES = {
     "attention": (attention, oracle.math_attention, (X, X.roll(1, -2), X.sin())),
     "attention by value": (

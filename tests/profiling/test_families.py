@@ -60,7 +60,7 @@ OPERATIONS = [
     ((), "other"),
 ]
 
-# Kernels that nobody is known to have launched: by their name alone.
+# Kernels whose launch is not known: by their name alone.
 KERNELS = [
     ("attention_jvp_kernel", "attention"),
     ("grad_query_kernel", "attention"),
