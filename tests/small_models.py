@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from tangent_ops import LinearizedModel
+from tests.ops.oracle import double
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 3}
+
+SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (2, 2),
+        "num_heads": (2, 3)}  # fmt: skip
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -110,6 +114,10 @@ def family(name: str, **options) -> nn.Module:
     return shaken(timm.create_model(name, num_classes=5, **options))
 
 
+def swin(**options) -> nn.Module:
+    return family("swin_tiny_patch4_window7_224", **{**SWIN, **options})
+
+
 def moved(tangent: LinearizedModel, seed: int = 3, scale: float = 0.05) -> LinearizedModel:
     """The tangent model with random deltas."""
     noise = generator(seed)
@@ -117,12 +125,6 @@ def moved(tangent: LinearizedModel, seed: int = 3, scale: float = 0.05) -> Linea
         for delta in tangent.deltas().values():
             delta.copy_(scale * torch.randn(delta.shape, generator=noise))
     return tangent
-
-
-def double(value: Any) -> Any:
-    return tree_map(
-        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, value
-    )
 
 
 class RightLayerNorm(TorchFunctionMode):

@@ -22,7 +22,7 @@ TWO = struct.pack("<ff", 1, 2)
 
 @pytest.fixture
 def path(tmp_path):
-    return tmp_path / "delta.safetensors"
+    return tmp_path / "shard.safetensors"
 
 
 def craft(path, data=TWO, *, code="F32", dtype="float32", shape=(2,), tensors=True, **metadata):
@@ -55,6 +55,9 @@ def test_a_file_written_by_the_documentation_is_read(path):
         ({"format_version": "2", "rank": "007", "basis": "b"}, "rank '007'"),
         ({"format_version": "2", "rank": "٣", "basis": "b"}, "rank"),
         ({"format_version": "2", "rank": "9" * 5000, "basis": "b"}, "rank '999"),
+        ({"format_version": "2", "rank": "two", "basis": "b"}, "'two' in .*not a number from 1 up"),
+        ({"format_version": "2", "rank": "3"}, "lacks basis"),
+        ({"format_version": "2", "basis": "b"}, "lacks rank"),
         ({"rank": "3"}, "rank in its header, which format 1 does not"),
         ({"basis": "b"}, "basis in its header, which format 1 does not"),
         ({"rank": "3", "basis": "b"}, "basis, rank in its header"),

@@ -19,6 +19,7 @@ from small_models import (
     images,
     levit,
     moved,
+    swin,
     vit,
 )
 from torch import nn
@@ -31,11 +32,7 @@ from tangent_ops.profiling.memory import saved_bytes
 
 MODELS = {
     "vit": lambda: (vit(), images()),
-    "swin": lambda: (
-        family("swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=24,
-               depths=(1, 2), num_heads=(2, 4)),
-        images(size=64),
-    ),
+    "swin": lambda: (swin(depths=(1, 2)), images(size=32)),
     "resnet": lambda: (family("resnet10t"), images(size=32)),
 }  # fmt: skip
 

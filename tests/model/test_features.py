@@ -18,6 +18,7 @@ from small_models import (
     generator,
     images,
     moved,
+    swin,
     vit,
 )
 from torch import Tensor, nn
@@ -151,10 +152,8 @@ class TwoOutputs(BetweenBlocksAndNorm):
 
 
 def test_models_that_cannot_be_split():
-    swin = family("swin_tiny_patch4_window7_224", img_size=32, patch_size=2, window_size=4,
-                  embed_dim=12, depths=(1, 1), num_heads=(2, 3))  # fmt: skip
     with pytest.raises(UnsupportedError, match="SwinTransformer has no `blocks`"):
-        linearize(swin, "head").split()
+        linearize(swin(), "head").split()
     with pytest.raises(UnsupportedError, match=r"no `norm`\. Train without a feature cache"):
         split_model(family("test_efficientnet"), 1)
     with pytest.raises(UnsupportedError, match=r"`norm` is registered before its blocks"):

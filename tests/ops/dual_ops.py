@@ -129,10 +129,10 @@ def attention(shapes: Shapes, mask: bool = False, **options: Any) -> Op:
     def keys(query, key):
         if not mask:
             return {}
-        scores = torch.arange(query.shape[-2] * key.shape[-2], device=query.device) % 3
-        allowed = scores.reshape(query.shape[-2], -1) > 0
-        allowed[:, 0] = True
-        return {"attn_mask": allowed}
+        # Nothing in place: torch.func.linearize would lose it.
+        score = torch.arange(query.shape[-2] * key.shape[-2], device=query.device)
+        allowed = (score % 3 > 0) | (score % key.shape[-2] == 0)
+        return {"attn_mask": allowed.reshape(query.shape[-2], -1)}
 
     def ours(q, k, *rest, backend=None):
         call = functools.partial(ops.scaled_dot_product_attention, backend=backend, **options)

@@ -187,6 +187,9 @@ def test_fewer_dimensions_than_the_query_broadcast() -> None:
         torch.testing.assert_close(one, right, rtol=1e-11, atol=1e-12)
 
 
-def test_heads_merge_without_a_copy() -> None:
-    pair = run(draw([(2, 3, 5, 4)] * 3), draw([(2, 3, 5, 4)] * 3, seed=1))
-    assert all(one.transpose(1, 2).is_contiguous() for one in pair)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("present", PRESENT)
+def test_heads_merge_without_a_copy(present, dtype) -> None:
+    primals, tangents = (draw([(2, 3, 5, 4)] * 3, dtype, seed) for seed in (0, 1))
+    given = [t if here else None for t, here in zip(tangents, present, strict=True)]
+    assert all(one.transpose(1, 2).is_contiguous() for one in run(primals, given))

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import Computes, shaken, vit
+from small_models import Computes, shaken, swin, vit
 from timm.models.convnext import ConvNeXt
-from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -114,12 +113,6 @@ def test_cached_features_are_computed_once_for_each_shard(rank):
     fit_grouped(tangent, data, cache=True, epochs=3, batch_size=4, progress=False)
     check_of_the_split = 2 * 4  # on the first batch, against the whole model
     assert sum(rows) == 8 + 10 + check_of_the_split
-
-
-def swin():
-    sizes = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16}
-    torch.manual_seed(0)
-    return shaken(SwinTransformer(**sizes, depths=(2, 2), num_heads=(2, 2), num_classes=5))
 
 
 def convnext():
