@@ -1,4 +1,4 @@
-"""What every test folder shares: long files first, and no GPU tests where there is no GPU."""
+"""For all test folders: long files run first, GPU tests only on a GPU, Ctrl-C stops the run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 torch.set_num_threads(1)
 
 
-# They take longest: started first where files are shared out over processes (`make test`).
+# These take longest, so they start first where processes share the files (`make test`).
 FIRST = ("test_interpreted_", "test_run_shards.py", "test_ledger_crashes.py")
 
 

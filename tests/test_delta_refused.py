@@ -114,7 +114,7 @@ def test_a_folder_whose_name_is_no_utf8(tmp_path):
 
 @pytest.mark.parametrize("field", ["anchor", "model", "loss", "extra"])
 def test_text_that_no_file_can_hold_is_refused(field):
-    """Half a surrogate pair: the file would be written, and never read again."""
+    """Half a surrogate pair: such a file could be written but not read."""
     half = "a\ud800"
     with pytest.raises(ArgumentError, match=f"{field}.* must be text"):
         dataclasses.replace(META, **{field: {"key": half} if field == "extra" else half})

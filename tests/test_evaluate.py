@@ -86,7 +86,7 @@ def test_modes_and_grad_mode_come_back_after_an_error(model, data):
 
 
 class Stream(IterableDataset):
-    """One sample after another; its length, if it is given one, is not what it holds."""
+    """A stream without samples."""
 
     def __iter__(self):
         return iter(())

@@ -1,4 +1,4 @@
-"""Whether a loss is a mean of the samples' convex losses: against two batch sizes in float64."""
+"""The checks that a loss is a mean of convex losses of samples, against two batch sizes."""
 
 from __future__ import annotations
 

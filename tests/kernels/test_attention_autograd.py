@@ -32,7 +32,7 @@ def agree(found, exact) -> None:
 
 @pytest.mark.parametrize("transform", ["hessian", "jacrev", "vmap_of_hvp", "third"])
 def test_derivatives_of_a_bias(transform, device) -> None:
-    """A bias shared by batch and heads, and its derivatives alone: sums over what it reaches."""
+    """By a bias alone that batch and heads share: its derivatives are sums over both."""
     q, k, v, *_, w, _ = inputs(device=device)
     bias, along = (torch.randn(3, 3, generator=torch.Generator().manual_seed(s)) for s in (4, 5))
 
@@ -306,7 +306,7 @@ def test_hessian_vector_product_of_a_model(device) -> None:
     what=st.sampled_from(["jvp", "gradient of the tangent", "hvp"]),
 )
 def test_vmap_over_any_operands(seed, mapped, dims, mask, what, device) -> None:
-    """Any subset of operands, tangents and cotangent, mapped along any axis: as a loop does."""
+    """Any subset of operands, tangents and cotangent, mapped along any axis, against a loop."""
     torch.manual_seed(seed)
     boolean = mask == "boolean"
     shapes = [(2, 2, 3, 8), (2, 1, 4, 8), (2, 1, 4, 8), (1, 2, 3, 4) if boolean else mask]

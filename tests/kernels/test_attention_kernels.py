@@ -33,8 +33,8 @@ from tests.kernels.attention_calls import (
 from tests.ops import oracle
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# The interpreter truncates to bfloat16 where a GPU rounds: at odds with eager PyTorch by more than
-# twice its error where few keys compete, so there only the home shapes are tried in bfloat16.
+# The interpreter truncates to bfloat16 where a GPU rounds. Where few keys compete, that exceeds
+# twice the error of eager PyTorch, so the interpreter runs only the home shapes in bfloat16.
 DRAWN_DTYPES = [torch.float32, torch.float16] if interpreting() else DTYPES
 
 
@@ -79,7 +79,7 @@ def test_any_call(
     check(call, tangents, grad, grad_t)
 
 
-# One key tile and a tail of the default tiles; the home shape itself where that takes no seconds.
+# One key tile, and a tail of the default tiles; on a GPU the home shape itself.
 ROWS = [50, 70] if interpreting() else [50, 197]
 
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("small_tiles")
 
 @pytest.mark.parametrize("name", ["bias of queries", "one bias"])
 def test_a_bias_that_shifts_whole_rows(name, device) -> None:
-    """Softmax does not notice it: its gradient is a sum of terms that cancel."""
+    """Softmax is invariant to it, so its gradient is a sum of terms that cancel."""
     torch.manual_seed(0)
     bias = make_mask(name, (2, 2, 18, 17), dtype=torch.float32, device=device)
     assert bias is not None

@@ -35,7 +35,7 @@ def peaked_with_large_tangents(q, k, v, q_t, k_t, v_t):
 
 
 def offset_keys(q, k, v, q_t, k_t, v_t):
-    """A common part of all keys moves every S_t of a row alike, which O_t must not notice."""
+    """An offset of all keys shifts every S_t of a row alike, which must leave O_t unchanged."""
     return q, k + 8, v, q_t, k_t + 8, v_t
 
 

@@ -74,7 +74,7 @@ def test_value_tangent_and_gradient_of_real_architectures(name):
     largest = max(float(g.abs().max()) for g in gradients.values())
     for key, delta in deltas.items():
         found = torch.zeros_like(delta) if delta.grad is None else delta.grad
-        # Against the largest of all: some, as the key's bias, are zero but for rounding.
+        # Relative to the largest gradient: some, as the key's bias's, are zero but for rounding.
         assert float((found - gradients[key]).abs().max()) <= 2e-5 * largest, key
 
 

@@ -37,7 +37,7 @@ def derivatives(function, primals, tangents, tracked: bool, level: bool):
     primals = [p.detach().requires_grad_(tracked) for p in primals]
     tangents = [None if t is None else t.detach().requires_grad_() for t in tangents]
     results = pushed(function, primals, tangents, level)
-    if not tracked:  # or the next layer would take its primal operand for one that is trained
+    if not tracked:  # or the next layer would treat its primal as trained
         assert not results[0].requires_grad
     source = torch.Generator().manual_seed(9)
     loss: Any = 0.0

@@ -50,7 +50,7 @@ def double(value):
 
 @contextmanager
 def poison() -> Iterator[None]:
-    """Fills memory that ``torch.empty`` and its kin return with NaN."""
+    """Fills uninitialized memory, as ``torch.empty`` returns it, with NaN."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(2, 3).new_empty(4).isnan().all()

@@ -144,7 +144,9 @@ def test_blocks_cover_every_score_once(blocks) -> None:
         seen = torch.zeros(3, 5, 7, 11)
         for (images, heads, rows), keys, start in eager._blocks(query, key, is_causal):
             assert keys[:2] == (images, heads) and start == (rows.start if is_causal else None)
-            assert not is_causal or keys[2].stop <= rows.stop  # a triangle of them for nothing
+            assert (
+                not is_causal or keys[2].stop <= rows.stop
+            )  # masked scores in the diagonal block alone
             seen[images, heads, rows, keys[2]] += 1
         assert seen.max() == 1
         assert seen.tril().equal(torch.ones_like(seen).tril())
@@ -177,7 +179,7 @@ def test_empty_batches(shape) -> None:
 
 
 def test_fewer_dimensions_than_the_query_broadcast() -> None:
-    """Their leading two are not the batch and the heads, even if the numbers agree."""
+    """Their first two dimensions are not batch and heads, even where the sizes agree."""
     shapes = [(2, 2, 5, 4), (2, 2, 4), (2, 2, 4)]
     primals, tangents = ([torch.randn(s, dtype=torch.float64) for s in shapes] for _ in range(2))
     lifted = [[xs[0], *(x.expand(2, *x.shape) for x in xs[1:])] for xs in (primals, tangents)]

@@ -1,4 +1,4 @@
-"""Every pair of transforms: right, or it raises by name, as docs/nestings.md says of a CPU."""
+"""Every pair of transforms is right or raises a named error, as docs/nestings.md lists for CPUs."""
 
 from __future__ import annotations
 

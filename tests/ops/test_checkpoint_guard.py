@@ -37,7 +37,7 @@ def test_within_a_level_of_the_caller(how, reentrant):
         else:
             with forward_ad.dual_level():
                 call(forward_ad.make_dual(X, V))
-    # Reentrant ones are a Function, which PyTorch refuses on its own where its operands are dual.
+    # A reentrant checkpoint is a Function without a jvp: PyTorch itself refuses dual operands.
     refused_by_torch = reentrant and not isinstance(raised.value, UnsupportedError)
     assert refused_by_torch or "within fused_forward_ad" in str(raised.value)
     assert forward_ad._current_level == -1 and torch.is_grad_enabled()

@@ -33,7 +33,7 @@ def tangent(op: Op, primals: Sequence[Tensor], tangents: Sequence[Tensor | None]
 
 
 def central_difference(op: Op, primals, tangents, direction: Tensor) -> Tensor:
-    """Of sin of the tangent, summed, along a direction of the first primal."""
+    """The derivative of the sum of sin(tangent) along a direction of the first primal."""
     first, *rest = primals
     both = [
         tangent(op, (first + s * direction, *rest), tangents).sin().sum() for s in (STEP, -STEP)

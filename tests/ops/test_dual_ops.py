@@ -65,7 +65,7 @@ def own_calls(monkeypatch):
 
 
 def subsets(name: str, count: int):
-    """Which operands have a tangent; of attention's all, and each alone."""
+    """Every choice of operands that have a tangent; for attention all, and each alone."""
     for present in itertools.product([True, False], repeat=count):
         if any(present) and (name not in ATTENTION or sum(present) in (1, count)):
             yield present
@@ -109,7 +109,7 @@ def second(function, primals, tangents, tracked: bool, level: bool):
 @both_ways
 @every_op
 def test_derivatives_of_the_backward_pass(name, backend, tracked) -> None:
-    """From what the forward pass saved: in a dual level, and with tracked primals by jvp."""
+    """From saved tensors: in a dual level, and by jvp where primals are tracked."""
     op, ours, kind = row(name, backend)
     operands = op.draw((3,), 8, **kind)
     exact = second(op.exact, *oracle.double(operands), tracked, False)
@@ -199,7 +199,7 @@ LAYOUTS = [contiguous, spread, half, transposed]
 def test_any_shape_and_stride(name, backend, lead, width, layouts, tracked, seed) -> None:
     op, ours, kind = row(name, backend)
     if name in NORMS:
-        width = max(width, 4)  # of fewer x̂ is nearly given, and derivatives are mostly rounding
+        width = max(width, 4)  # narrower rows nearly fix x̂, so derivatives are mostly rounding
     primals, tangents = op.draw(tuple(lead), width, seed, **kind)
     laid = [layout(x) for layout, x in zip(layouts, primals + tangents, strict=False)]
     check(op, ours, laid[: len(primals)], laid[len(primals) :], tracked)

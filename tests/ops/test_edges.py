@@ -211,6 +211,6 @@ def test_recurrent_layers_where_global_flags_are_frozen(layer, monkeypatch) -> N
     step = 1e-6
     around = [model(x + sign * step * x_t)[0] for sign in (1, -1)]
     torch.testing.assert_close(output, model(x)[0])
-    # Central differences: step² for what they leave out, a rounding over the step.
+    # Central differences err by step², and by a rounding divided by the step.
     torch.testing.assert_close(output_t, (around[0] - around[1]) / (2 * step), rtol=0, atol=1e-8)
     assert (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled) == kept

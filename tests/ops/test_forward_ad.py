@@ -126,7 +126,7 @@ def test_calls_without_a_tangent_stay_pytorchs(fused_calls):
     with fused_forward_ad():
         assert torch.equal(F.scaled_dot_product_attention(q, k, v), plain)
         with forward_ad.dual_level():
-            forward_ad.make_dual(q, k)  # there is a tangent, but not here
+            forward_ad.make_dual(q, k)  # another tensor has a tangent
             assert torch.equal(F.scaled_dot_product_attention(q, k, v), plain)
 
         def mixed(x):
@@ -142,7 +142,7 @@ def test_calls_without_a_tangent_stay_pytorchs(fused_calls):
 
 
 def test_multi_head_attention_of_torch(fused_calls):
-    """Its functional form is overridable itself, which hides the attention within."""
+    """A mode sees its functional form first, and has to reach the attention inside."""
     torch.manual_seed(3)
     attention = nn.MultiheadAttention(16, 2, batch_first=True).eval()
     mask = torch.ones(5, 5, dtype=torch.bool).triu(1)

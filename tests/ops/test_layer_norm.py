@@ -46,7 +46,7 @@ def test_gradients_of_tangents_are_the_ordinary_ones_bit_for_bit(dtype) -> None:
 
 @pytest.mark.parametrize("native", [False, True])
 def test_second_derivatives_of_the_tangent_by_a_bias_without_a_weight(native) -> None:
-    """PyTorch's own are wrong in silence."""
+    """PyTorch's own second derivatives are wrong without an error."""
     x, bias, bias_t = torch.randn(2, 3, 5).double(), *torch.randn(2, 5).double()
 
     def second(norm):

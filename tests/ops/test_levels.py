@@ -34,7 +34,7 @@ from tangent_ops.ops.backend import in_forward_ad
 
 @contextlib.contextmanager
 def in_a_jvp() -> Iterator[None]:
-    """A block in a thread's own torch.func.jvp."""
+    """A block inside a torch.func.jvp of the thread."""
     with jvp_increment_nesting(), forward_ad.dual_level():
         yield
 
@@ -58,7 +58,7 @@ def test_a_level_of_another_thread_is_refused(level) -> None:
 
 @pytest.mark.parametrize("leaves", [True, False])
 def test_a_thread_in_the_middle_of_leaving(leaves: bool) -> None:
-    """PyTorch closes a level first, and says so to Python second."""
+    """PyTorch closes a level first and updates ``_current_level`` second."""
 
     def opened() -> bool:
         time.sleep(0.2)
@@ -107,7 +107,7 @@ def test_a_long_block_of_another_thread(monkeypatch) -> None:
 
 
 def test_a_backward_pass_does_not_wait_for_blocks() -> None:
-    """On a GPU it is another thread's, for which the one in the block waits."""
+    """On a GPU it runs in another thread, for which the thread in the block waits."""
     tangent = moved(linearize(vit(depth=2)))
     tangent.set_grad_checkpointing()
     output = tangent(images()).sum()
@@ -116,7 +116,7 @@ def test_a_backward_pass_does_not_wait_for_blocks() -> None:
 
 
 def test_a_backward_pass_of_the_check_is_part_of_it(monkeypatch) -> None:
-    """On a GPU it is another thread's, for which the check waits, with the lock."""
+    """On a GPU it runs in another thread, for which the check waits while it holds the lock."""
     model, grad, passes = vit(depth=2), torch.autograd.grad, []
     model.set_grad_checkpointing()
 

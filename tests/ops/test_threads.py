@@ -119,7 +119,7 @@ def test_one_model_trains_with_checkpointing_and_serves() -> None:
 
 
 def test_other_deltas_in_one_thread_are_not_seen_in_another() -> None:
-    """As in exact fits, which take J times any direction."""
+    """Exact fits call the model with other deltas, for J times any direction."""
     tangent, x, (primal, primal_t), serve = small()
     doubled = {f"tangent.delta.{n}": 2 * d.detach() for n, d in tangent.deltas().items()}
     right, pair = tangent.delta_dict(), Pair(tangent)
@@ -273,7 +273,7 @@ def test_fused_blocks_with_levels_of_their_own() -> None:
 
 
 def test_a_jvp_of_pytorchs_alone_beside_linearized_calls() -> None:
-    """Outside of fused_forward_ad() one of the two may be refused; no number is wrong."""
+    """Outside of fused_forward_ad() either may be refused, but no result is wrong."""
     *_, call = small()
     z, z_t = torch.randn(2, 3, generator=generator(1))
     right = z_t * z.cos()

@@ -16,7 +16,7 @@ from tangent_ops import fused_forward_ad
 from tests.ops import oracle
 from tests.ops.dual_ops import ATTENTION, OPS
 
-# torch's own, of the constants that it folds.
+# PyTorch's own warning, of constants that it folds.
 pytestmark = pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
 
 attention = tangent_ops.scaled_dot_product_attention

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from tangent_ops import LinearizedModel, linearize
 
-HANGS = 60.0  # seconds that no thread here takes
+HANGS = 60.0  # seconds; no thread here takes that long
 
 
 @pytest.fixture(autouse=True)

@@ -128,7 +128,7 @@ def test_cache_is_for_tangent_models_and_batches():
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_repeated_blocks_train_the_same(accumulate):
-    """Not AdamW: it makes a step of the rounding that is all the gradient of a key's bias."""
+    """By SGD: AdamW would scale up the gradient of a key's bias, which is rounding alone."""
     options = {"accumulate": accumulate, "optimizer": "sgd"}
     kept, repeated = (trained_deltas(False, repeat=r, **options) for r in (False, True))
     for name, value in kept.items():

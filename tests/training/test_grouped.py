@@ -37,7 +37,7 @@ def shards(*sizes: int, size: int = 16) -> dict[str, TensorDataset]:
 def tangent_of(model: nn.Module, trainable=None, **options):
     tangent = linearize(model.double(), trainable, **options)
     noise = torch.Generator().manual_seed(4)
-    with torch.no_grad():  # shards start where it stands, not at zero
+    with torch.no_grad():  # shards start from these deltas, not from zero
         for delta in tangent.deltas().values():
             delta.copy_(0.01 * torch.randn(delta.shape, generator=noise, dtype=delta.dtype))
     return tangent
@@ -176,7 +176,7 @@ def linear_tangent():
 
 def test_rows_that_see_their_batch_see_their_own_shard_alone():
     mixing = head_of(lambda m, x: m.head((x - x.mean(0)).tanh()))
-    tangent = tangent_of(mixing, check=False)  # of one sample alone nothing is left
+    tangent = tangent_of(mixing, check=False)  # which one sample leaves at zero
     check(tangent, vectors(8, 7, 4), optimizer="sgd")
 
 
