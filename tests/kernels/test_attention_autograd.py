@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves, tree_map
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import tangent_ops
 from tangent_ops.errors import UnsupportedError
 from tests.ops import oracle
+from tests.ops.backends import examples
 
 attention = functools.partial(tangent_ops.scaled_dot_product_attention, backend="triton")
 
@@ -292,12 +293,7 @@ def test_hessian_vector_product_of_a_model(device) -> None:
         assert oracle.error(found[n], exact[n]) <= 2e-4 * float(exact[n].norm()) + 1e-6
 
 
-@settings(
-    max_examples=15,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    phases=[Phase.explicit, Phase.reuse, Phase.generate],
-)
+@examples(15)
 @given(
     seed=st.integers(0, 2**31),
     mapped=st.lists(st.booleans(), min_size=9, max_size=9).filter(any),

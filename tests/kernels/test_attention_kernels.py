@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tangent_kernels.attention import (
     Call,
@@ -31,6 +31,7 @@ from tests.kernels.attention_calls import (
     tangents_like,
 )
 from tests.ops import oracle
+from tests.ops.backends import examples
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The interpreter truncates to bfloat16 where a GPU rounds. Where few keys compete, that exceeds
@@ -42,12 +43,7 @@ several_tiles = pytest.mark.usefixtures("small_tiles")
 
 
 @several_tiles
-@settings(
-    max_examples=16,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
-    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking interpreted kernels is slow
-)
+@examples(16)
 @given(
     seed=st.integers(0, 2**31),
     dtype=st.sampled_from(DRAWN_DTYPES),
