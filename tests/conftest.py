@@ -1,4 +1,4 @@
-"""What every test folder shares: long files first, and which tests this process can run."""
+"""For all test folders: long files run first, others where they can run, Ctrl-C stops the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tangent_ops.ops.backend import interpreting
 torch.set_num_threads(1)
 
 
-# They take longest: started first where files are shared out over processes (`make test`).
+# These take longest, so they start first where processes share the files (`make test`).
 FIRST = (
     "test_attention_matrix.py",
     "test_attention_kernels.py",

@@ -30,7 +30,7 @@ def image_folder(path: Path, classes: int = 4, each: int = 6, seed: int = 0) -> 
 
 
 def anchor_file(path: Path, classes: int = 4) -> Path:
-    """timm's test_vit with random weights, and all its head's too."""
+    """The file of timm's test_vit with noise on all weights, the head's included."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         options = {**OPTIONS, "num_classes": classes}
@@ -75,7 +75,7 @@ def trained(plan: Plan) -> Plan:
 
 
 def run_here(run, shards, *, on_result, **_) -> None:
-    """In place of `run_local`: workers are tested elsewhere, and take seconds to start."""
+    """Stands in for `run_local`, whose workers take seconds to start."""
     for shard in shards:
         on_result(shard, job.attempt(str(run), shard))
 

@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from tangent_ops import LinearizedModel
+from tests.ops.oracle import double
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 3}
+
+SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (2, 2),
+        "num_heads": (2, 3)}  # fmt: skip
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -46,7 +50,7 @@ def vit(**options) -> VisionTransformer:
 
 
 class Computes(nn.Module):
-    """Layers and parameters by name, and what `call(module, x)` makes of them."""
+    """Layers and parameters by name; its forward is `call(module, x)`."""
 
     def __init__(self, call: Callable[[Any, Tensor], Any], **parts: nn.Module | nn.Parameter):
         super().__init__()
@@ -58,8 +62,20 @@ class Computes(nn.Module):
         return self.call(self, x)
 
 
+class NoJvp(torch.autograd.Function):
+    """Doubles its input, and has no forward-mode derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
 def tiny_vit(seed: int = 0, **options) -> VisionTransformer:
-    """As timm makes it, with weights of that seed."""
+    """A ViT with the weights that timm initializes it with, drawn from that seed."""
     torch.manual_seed(seed)
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
     return VisionTransformer(**{**sizes, "num_classes": 5, **options})
@@ -98,6 +114,10 @@ def family(name: str, **options) -> nn.Module:
     return shaken(timm.create_model(name, num_classes=5, **options))
 
 
+def swin(**options) -> nn.Module:
+    return family("swin_tiny_patch4_window7_224", **{**SWIN, **options})
+
+
 def moved(tangent: LinearizedModel, seed: int = 3, scale: float = 0.05) -> LinearizedModel:
     """The tangent model with random deltas."""
     noise = generator(seed)
@@ -105,12 +125,6 @@ def moved(tangent: LinearizedModel, seed: int = 3, scale: float = 0.05) -> Linea
         for delta in tangent.deltas().values():
             delta.copy_(scale * torch.randn(delta.shape, generator=noise))
     return tangent
-
-
-def double(value: Any) -> Any:
-    return tree_map(
-        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, value
-    )
 
 
 class RightLayerNorm(TorchFunctionMode):
@@ -148,6 +162,14 @@ def exact_jvp(model: nn.Module, deltas: dict[str, Tensor], *args, **kwargs) -> t
     tangents = double({name: delta.detach() for name, delta in deltas.items()})
     weights = double({n: p.detach() for n, p in model.named_parameters() if n in tangents})
     return torch.func.jvp(oracle(model)(*args, **kwargs), (weights,), (tangents,))
+
+
+def exact_input_jvp(
+    model: nn.Module, x: tuple[Tensor, ...], x_t: tuple[Tensor, ...], **kwargs
+) -> tuple[Any, Any]:
+    """f(x; w0) and its tangent along x_t by torch.func.jvp in float64."""
+    run = oracle(model)
+    return torch.func.jvp(lambda *x: run(*x, **kwargs)({}), double(x), double(x_t))
 
 
 def exact_vjp(

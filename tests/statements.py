@@ -9,7 +9,7 @@ from tangent_ops.privacy.statement import PrivacyStatement, make_statement
 
 
 def a_statement(*phases: Phase, **changes: Any) -> PrivacyStatement:
-    """Of one Gaussian mechanism with sigma = 1, where nothing else is said."""
+    """A statement of one Gaussian mechanism with sigma = 1; ``changes`` replace its arguments."""
     given = {
         "mechanism": "Gaussian",
         "phases": phases or (Phase(1, 1.0, 1),),

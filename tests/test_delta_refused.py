@@ -1,4 +1,4 @@
-"""Files and tensors that are no delta's, however well they are made up: one kind of error each."""
+"""Files and tensors that are no delta, and damaged files: each is refused."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ import os
 import struct
 
 import pytest
+import safetensors.torch
 import torch
+from delta_files import META, assert_same, read_header, some_delta
 
 from tangent_ops import compose
-from tangent_ops.delta import DeltaMeta, load_delta, save_delta
+from tangent_ops.delta import Delta, load_delta, save_delta
 from tangent_ops.errors import ArgumentError, DeltaError, DeltaFileError
 
-META = DeltaMeta("a" * 64, "tiny", "head")
 TWO = struct.pack("<ff", 1, 2)
 
 
 @pytest.fixture
 def path(tmp_path):
-    return tmp_path / "delta.safetensors"
+    return tmp_path / "shard.safetensors"
 
 
 def craft(path, data=TWO, *, code="F32", dtype="float32", shape=(2,), tensors=True, **metadata):
-    """A file of one tensor, with the hash that the format's documentation asks for."""
+    """A file of one tensor, with the hash that the format's documentation defines."""
     kept = {"format": "tangent-ops delta", "format_version": "1"}
     kept |= {"anchor": "a", "model": "m", "trainable": "t", **metadata}
     listed = [["w", dtype, list(shape)]] if tensors else []
@@ -54,6 +55,9 @@ def test_a_file_written_by_the_documentation_is_read(path):
         ({"format_version": "2", "rank": "007", "basis": "b"}, "rank '007'"),
         ({"format_version": "2", "rank": "٣", "basis": "b"}, "rank"),
         ({"format_version": "2", "rank": "9" * 5000, "basis": "b"}, "rank '999"),
+        ({"format_version": "2", "rank": "two", "basis": "b"}, "'two' in .*not a number from 1 up"),
+        ({"format_version": "2", "rank": "3"}, "lacks basis"),
+        ({"format_version": "2", "basis": "b"}, "lacks rank"),
         ({"rank": "3"}, "rank in its header, which format 1 does not"),
         ({"basis": "b"}, "basis in its header, which format 1 does not"),
         ({"rank": "3", "basis": "b"}, "basis, rank in its header"),
@@ -108,6 +112,50 @@ def test_a_folder_whose_name_is_no_utf8(tmp_path):
     assert torch.equal(load_delta(folder / "delta")["w"], torch.ones(2))
 
 
+@pytest.mark.parametrize("field", ["anchor", "model", "loss", "extra"])
+def test_text_that_no_file_can_hold_is_refused(field):
+    """Half a surrogate pair: such a file could be written but not read."""
+    half = "a\ud800"
+    with pytest.raises(ArgumentError, match=f"{field}.* must be text"):
+        dataclasses.replace(META, **{field: {"key": half} if field == "extra" else half})
+
+
+def test_names_that_no_file_can_hold_are_refused(path):
+    with pytest.raises(DeltaError, match="no text"):
+        save_delta({"\udfff": torch.ones(1)}, path, meta=META)
+    save_delta({"füchse 狐 🦊": torch.ones(1)}, path, meta=META)
+    assert load_delta(path).keys() == {"füchse 狐 🦊"}
+
+
+# Tensors
+
+
+@pytest.mark.parametrize(
+    ("delta", "message"),
+    [
+        ({}, "no tensors"),
+        ({"w": torch.tensor([1.0, float("nan")])}, "not finite in w"),
+        ({"w": torch.tensor([float("-inf")])}, "not finite in w"),
+        ({"w": torch.arange(3)}, "w is torch.int64; supported are float64"),
+        ({"w": [1.0]}, "'w' to a list"),
+        ({1: torch.ones(1)}, "1 to a Tensor"),
+        ({"__metadata__": torch.ones(1)}, "reserved"),
+    ],
+)
+def test_refuses_to_save(delta, message, path):
+    path.write_bytes(b"precious")
+    with pytest.raises(DeltaError, match=message):
+        save_delta(delta, path, meta=META)
+    assert path.read_bytes() == b"precious"
+
+
+def test_refuses_a_folder_and_a_missing_folder(tmp_path):
+    with pytest.raises(ArgumentError, match="is a folder"):
+        save_delta(some_delta(), tmp_path)
+    with pytest.raises(ArgumentError, match="in a folder that does not exist"):
+        save_delta(some_delta(), tmp_path / "missing" / "shard.safetensors")
+
+
 WITHOUT_VALUES = {
     "sparse": (torch.eye(2).to_sparse(), "is sparse_coo"),
     "jagged": (
@@ -128,16 +176,103 @@ def test_tensors_without_plain_values_are_refused(value, message, path):
     assert not path.exists()
 
 
-@pytest.mark.parametrize("field", ["anchor", "model", "loss", "extra"])
-def test_text_that_no_file_can_hold_is_refused(field):
-    """Half a surrogate pair: the file would be written, and never read again."""
-    half = "a\ud800"
-    with pytest.raises(ArgumentError, match=f"{field}.* must be text"):
-        dataclasses.replace(META, **{field: {"key": half} if field == "extra" else half})
+# Damaged files
 
 
-def test_names_that_no_file_can_hold_are_refused(path):
-    with pytest.raises(DeltaError, match="no text"):
-        save_delta({"\udfff": torch.ones(1)}, path, meta=META)
-    save_delta({"füchse 狐 🦊": torch.ones(1)}, path, meta=META)
-    assert load_delta(path).keys() == {"füchse 狐 🦊"}
+def edit_header(path, edit):
+    """Rewrite the header as a careful person with an editor would."""
+    header, start = read_header(path)
+    data = path.read_bytes()[start:]
+    edit(header)
+    encoded = json.dumps(header).encode()
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
+
+
+def test_editing_nothing_is_no_edit(path):
+    save_delta(some_delta(), path)
+    edit_header(path, lambda header: None)
+    assert_same(load_delta(path), some_delta())
+
+
+def test_a_file_cut_anywhere_is_refused(path):
+    save_delta(Delta({"w": torch.randn(3), "b": torch.randn(1)}, META), path)
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(DeltaFileError, match=path.name):
+            load_delta(path)
+    path.write_bytes(content + b"\0")
+    with pytest.raises(DeltaFileError):
+        load_delta(path)
+
+
+@pytest.mark.parametrize("mask", [0x01, 0x20, 0xFF])
+def test_a_byte_flipped_anywhere_is_refused(path, mask):
+    # An "ü" is escaped in hexadecimal, where c and C are the same content.
+    meta = dataclasses.replace(META, extra={"labels": "foxes"})
+    save_delta(Delta({"w": torch.randn(3), "b": torch.randn(1)}, meta), path)
+    content = path.read_bytes()
+    for position in range(len(content)):
+        path.write_bytes(
+            content[:position] + bytes([content[position] ^ mask]) + content[position + 1 :]
+        )
+        with pytest.raises(DeltaFileError):
+            load_delta(path)
+
+
+def metadata(**fields):
+    return lambda header: header["__metadata__"].update(fields)
+
+
+TEXTS = ["anchor", "model", "trainable", "loss", "shard", "extra.labels", "content_sha256"]
+EDITS = {
+    "name": lambda header: header.update(scala=header.pop("scale")),
+    "shape": lambda header: header["head.weight"].update(shape=[4, 3]),
+    "dtype": lambda header: header["gamma"].update(dtype="F16"),
+    "swapped": lambda header: header.update(gamma=header["scale"], scale=header["gamma"]),
+    "added": metadata(**{"extra.note": "trust me"}),
+    **{field: metadata(**{field: "b" * 64}) for field in TEXTS},
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_an_edited_header_is_refused(path, edit):
+    save_delta(some_delta(), path)
+    edit_header(path, edit)
+    with pytest.raises(DeltaFileError, match="changed after it was written"):
+        load_delta(path)
+
+
+@pytest.mark.parametrize("field", ["anchor", "model", "trainable", "content_sha256"])
+def test_missing_metadata_is_refused(path, field):
+    save_delta(some_delta(), path)
+    edit_header(path, lambda header: header["__metadata__"].pop(field))
+    with pytest.raises(DeltaFileError, match=f"lacks {field}"):
+        load_delta(path)
+
+
+def test_a_later_format_is_refused(path):
+    save_delta(some_delta(), path)
+    edit_header(path, metadata(format_version="3"))
+    with pytest.raises(DeltaFileError, match=r"format version 3.*reads 1 and 2.*update"):
+        load_delta(path)
+
+
+def test_other_files_are_refused(path):
+    safetensors.torch.save_file({"w": torch.ones(2)}, path)
+    others = {
+        "not a delta file": path.read_bytes(),
+        "no safetensors file": b"dear diary",
+        "shard": b"",
+    }
+    for message, content in others.items():
+        path.write_bytes(content)
+        with pytest.raises(DeltaFileError, match=message):
+            load_delta(path)
+
+
+def test_a_missing_file_is_missing(path):
+    with pytest.raises(FileNotFoundError, match="shard"):
+        load_delta(path)
+    with pytest.raises(IsADirectoryError):
+        load_delta(path.parent)

@@ -54,7 +54,7 @@ def test_promises(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def setting() -> dict[str, Any]:
-    """What the pages take for granted, small."""
+    """Small versions of the names that the pages use without defining them."""
     model = vit(depth=1, embed_dim=12, num_heads=2)
     tangent = tangent_ops.linearize(model)
     train_set = TensorDataset(images(12), torch.arange(12) % 4)

@@ -1,3 +1,5 @@
+"""`predict` and `accuracy`; and the data that they and `fit` refuse."""
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from tangent_ops.errors import ArgumentError
 from tangent_ops.evaluate import accuracy, predict
+from tangent_ops.training.fit import fit
 
 
 class Pairs(Dataset):
@@ -19,12 +22,6 @@ class Pairs(Dataset):
 
     def __getitem__(self, index):
         return self.items[index]
-
-
-class Endless(IterableDataset):
-    def __iter__(self):
-        while True:
-            yield torch.zeros(6), 0
 
 
 @pytest.fixture
@@ -88,22 +85,64 @@ def test_modes_and_grad_mode_come_back_after_an_error(model, data):
     assert model.training and torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("run", [predict, accuracy])
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (torch.zeros(3, 6), "got a Tensor: wrap tensors"),
-        ([(torch.zeros(6), 1)], "got a list"),
-        (TensorDataset(torch.zeros(0, 6), torch.zeros(0)), "data is empty"),
-        (
-            DataLoader(TensorDataset(torch.zeros(3, 6)), batch_size=4, drop_last=True),
-            "drop_last=True",
-        ),
-        (Endless(), "must have a length, this Endless has none"),
-        (Pairs({"image": torch.zeros(6)}), "got a dict"),
-        (Pairs(("a", "b")), r"got a (list|tuple) of 2: \((list|tuple), "),
-    ],
-)
+class Stream(IterableDataset):
+    """A stream without samples."""
+
+    def __iter__(self):
+        return iter(())
+
+
+class Promising(Stream):
+    def __len__(self):
+        return 5
+
+
+def fit_it(model, data):
+    return fit(model, data, progress=False)
+
+
+FEW = TensorDataset(torch.zeros(3, 6), torch.zeros(3, dtype=torch.int64))
+OF_ALL = [
+    (torch.zeros(3, 6), "data must be a DataLoader or a Dataset .* got a Tensor: wrap tensors"),
+    (FEW.tensors, "data must be a DataLoader or a Dataset .* got a tuple"),
+    ([(torch.zeros(6), 1)], "got a list"),
+    (TensorDataset(torch.zeros(0, 6), torch.zeros(0)), "data is empty$"),
+    (DataLoader(FEW, batch_size=4, drop_last=True), "empty: .*drop_last=True"),
+    (Stream(), "must have a length, this Stream has none"),
+    (DataLoader(Stream()), "must have a length, this DataLoader has none"),
+]
+OF_INPUTS = [
+    (Pairs({"image": torch.zeros(6)}), "got a dict"),
+    (Pairs(("a", "b")), r"got a (list|tuple) of 2: \((list|tuple), "),
+]
+OF_PAIRS = [
+    (DataLoader(Promising()), "yielded no batch"),
+    (Pairs(*torch.zeros(4, 6)), r"\(input, target\) batches, got a Tensor"),
+    (
+        Pairs((torch.zeros(6), 1, 2)),
+        r"got a (list|tuple) of 3: \(Tensor, Tensor, Tensor\)",
+    ),
+    (
+        Pairs((torch.zeros(6), "cat")),
+        r"must be tensors, got .*\(Tensor, (list|tuple)\)",
+    ),
+    (
+        DataLoader(FEW, 2, collate_fn=lambda items: (torch.zeros(2, 6), torch.zeros(3))),
+        r"got shapes \(2, 6\) and \(3,\)",
+    ),
+    (
+        DataLoader(FEW, 2, collate_fn=lambda items: (torch.zeros(0, 6), torch.zeros(0))),
+        "a batch without samples",
+    ),
+]
+REFUSED = [
+    *((run, *each) for run in (predict, accuracy, fit_it) for each in OF_ALL),
+    *((run, *each) for run in (predict, accuracy) for each in OF_INPUTS),
+    *((fit_it, *each) for each in OF_PAIRS),
+]
+
+
+@pytest.mark.parametrize(("run", "data", "message"), REFUSED)
 def test_refuses_data(model, run, data, message):
     with pytest.raises(ArgumentError, match=message):
         run(model, data)

@@ -1,4 +1,4 @@
-"""Whether a loss is a mean of the samples' convex losses: against two batch sizes in float64."""
+"""The checks that a loss is a mean of convex losses of samples, against two batch sizes."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def objective(loss: Loss, logits: Tensor, targets: Tensor, batch: int) -> float:
 
 
 def tried(loss: Loss, targets: Tensor, shape: tuple[int, ...], logits: Callable) -> None:
-    """As the data come: four samples first, then batches."""
+    """Checks four samples first, then batch after batch, as the data come."""
     check = MeanOfSamples(loss, logits(4, *shape), targets[:4])
     for some in targets.split(7):
         check.check(some)
@@ -112,7 +112,7 @@ def tried(loss: Loss, targets: Tensor, shape: tuple[int, ...], logits: Callable)
 @pytest.mark.parametrize("logits", [torch.zeros, torch.ones])
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_loss_that_mixes_samples_is_refused_whatever_comes_first(name, logits):
-    """A new head's logits are zero, and the losses of one class all alike: neither shows it."""
+    """Neither the zero logits of a new head nor samples of one class reveal that it mixes."""
     loss, targets, shape = REFUSED[name]
     some = torch.randn(30, *shape, dtype=torch.float64, generator=generator(1))
     one, other = (objective(loss, some, targets, batch) for batch in (4, 9))
@@ -161,7 +161,7 @@ def test_one_sample_that_curves_down_is_not_hidden_by_others():
 
 
 def test_cross_entropy_is_convex_where_it_saturates():
-    """Terms of the curvature cancel there: rounding must not pass for a curve down."""
+    """Terms of the curvature cancel there; rounding must not count as negative curvature."""
     for scale in (1.0, 10.0, 100.0):
         logits = scale * torch.randn(64, CLASSES, generator=generator(2))
         check_convex(F.cross_entropy, logits, torch.arange(64) % CLASSES)

@@ -1,3 +1,5 @@
+"""RescaledSquareLoss against its formula, and what it refuses."""
+
 import numpy as np
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The house as others meet it: imported, built, installed elsewhere, driven by make."""
+"""The package imported, built and installed elsewhere, and the targets of make."""
 
 from __future__ import annotations
 

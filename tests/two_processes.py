@@ -19,7 +19,7 @@ import os, sys
 sys.path[:0] = {paths!r}
 from two_processes import join
 from {module} import work
-other = os.fork()  # imports take longer than all the rest: they are done once
+other = os.fork()  # after the imports, which take longest
 join(work, int(other == 0), sys.argv[1])
 sys.exit(other and os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))
 """

@@ -1,4 +1,4 @@
-"""Results that nobody measured, for tests of what is made of results."""
+"""Made-up results, for tests of tables, targets and pictures."""
 
 from __future__ import annotations
 

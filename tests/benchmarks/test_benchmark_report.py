@@ -1,4 +1,4 @@
-"""What is made of a stored result: rows, table, targets' verdict, pictures, docs."""
+"""Rows, table, verdicts, pictures and pages of a stored result."""
 
 from __future__ import annotations
 

@@ -20,3 +20,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def device() -> str:
     return "cpu" if interpreting() else "cuda"
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, a call of few tokens has several tiles, and edges."""
+    from tangent_kernels.attention import configs  # it needs Triton
+
+    if interpreting():
+        tiles = configs.Config(16, 16, 4, 1)
+        monkeypatch.setattr(configs, "_tuned", dict.fromkeys(configs.table(), tiles))

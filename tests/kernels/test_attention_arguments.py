@@ -95,7 +95,7 @@ def test_cotangents() -> None:
 
 
 def test_any_stride_is_taken(device) -> None:
-    """A last stride other than 1 is copied, not refused: only memory is at stake."""
+    """An operand whose last stride is not 1 is copied, at the cost of memory alone."""
     make = lambda heads, rows, dim: torch.randn(2, heads, dim, rows, device=device).mT  # noqa: E731
     operands = [make(4, 5, 16), make(2, 6, 16), make(2, 6, 24)]
     call = Call(*operands, None, None, 0.25, 0.0, False)

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves, tree_map
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import tangent_ops
 from tangent_ops.errors import UnsupportedError
 from tests.ops import oracle
+from tests.ops.backends import examples
 
 attention = functools.partial(tangent_ops.scaled_dot_product_attention, backend="triton")
 
@@ -32,7 +33,7 @@ def agree(found, exact) -> None:
 
 @pytest.mark.parametrize("transform", ["hessian", "jacrev", "vmap_of_hvp", "third"])
 def test_derivatives_of_a_bias(transform, device) -> None:
-    """A bias shared by batch and heads, and its derivatives alone: sums over what it reaches."""
+    """By a bias alone that batch and heads share: its derivatives are sums over both."""
     q, k, v, *_, w, _ = inputs(device=device)
     bias, along = (torch.randn(3, 3, generator=torch.Generator().manual_seed(s)) for s in (4, 5))
 
@@ -175,7 +176,7 @@ def test_dropout_in_second_derivatives_and_under_checkpointing(device) -> None:
         jvp(lambda x: jvp(lambda y: dropped(y, k, v), (x,), (q_t,))[1], (q,), (k_t,))
 
 
-def test_dropout_under_vmap_draws_as_it_is_told(device) -> None:
+def test_dropout_under_vmap_follows_its_randomness(device) -> None:
     q, k, v, q_t, *_ = inputs(device=device)
     one = lambda x, t: jvp(lambda y: attention(y, k, v, dropout_p=0.4), (x,), (t,))  # noqa: E731
     stack, stack_t = torch.stack([q, q]), torch.stack([q_t, q_t])
@@ -200,27 +201,22 @@ def test_plain_tensors_by_the_named_backend(device) -> None:
 @pytest.mark.parametrize("mask", [None, (4, 4), (1, 4), (1,), "whole", "outer"])
 def test_any_number_of_leading_dimensions(lead, mask, device) -> None:
     torch.manual_seed(0)
-    primals = list(torch.randn(3, *lead, 4, 8, device=device).unbind())
     shapes = {"whole": (*lead, 4, 4), "outer": (*lead[:1], *(1 for _ in lead[1:]), 4, 4)}
-    if mask is not None:
-        primals.append(torch.randn(shapes.get(mask, mask), device=device))
-    tangents = [torch.randn_like(p).requires_grad_() for p in primals]
-    found = jvp(attention, tuple(primals), tuple(tangents))
-    assert found[0].shape == found[1].shape == (*lead, 4, 8)
-    right = [t.detach().double().requires_grad_() for t in tangents]
-    exact = oracle.attention_jvp(oracle.double(primals), right)
-    agree(found, exact)
-    agree(
-        torch.autograd.grad(found[1].sin().sum(), tangents),
-        torch.autograd.grad(exact[1].sin().sum(), right),
-    )
+    masks = [] if mask is None else [torch.randn(shapes.get(mask, mask), device=device)]
+    check_jvp([*torch.randn(3, *lead, 4, 8, device=device), *masks], (*lead, 4, 8))
 
 
 def test_heads_that_broadcast(device) -> None:
     torch.manual_seed(0)
-    primals = [torch.randn(1, 3, 4, 8, device=device), *torch.randn(2, 1, 3, 5, 8, device=device)]
+    query = torch.randn(1, 3, 4, 8, device=device)
+    check_jvp([query, *torch.randn(2, 1, 3, 5, 8, device=device)], query.shape)
+
+
+def check_jvp(primals, shape) -> None:
+    """Value and tangent, of this shape, and gradients by the tangents."""
     tangents = [torch.randn_like(p).requires_grad_() for p in primals]
     found = jvp(attention, tuple(primals), tuple(tangents))
+    assert found[0].shape == found[1].shape == shape
     right = [t.detach().double().requires_grad_() for t in tangents]
     exact = oracle.attention_jvp(oracle.double(primals), right)
     agree(found, exact)
@@ -246,32 +242,13 @@ def test_operators_obey_their_schema(device) -> None:
         (None, None, tangents[2], None),
     ):
         check(ops.attention_jvp, (packed, k, v, bias, None, *some, *options))
-        output, output_t, lse, mu = ops.attention_jvp(q, k, v, bias, None, *some, *options)
+        call = (q, k, v, bias, None)
+        output, _, lse, _ = found = ops.attention_jvp(*call, *some, *options)
         for needs in ([True] * 8, [False, True, False, True, False, False, True, False]):
-            check(
-                ops.attention_second_vjp,
-                (
-                    q,
-                    k,
-                    v,
-                    bias,
-                    None,
-                    *some,
-                    output,
-                    output_t,
-                    lse,
-                    mu,
-                    grad,
-                    grad_t,
-                    *options,
-                    needs,
-                ),
-            )
-        check(ops.attention_vjp, (q, k, v, bias, None, output, lse, grad_t, *options, [True] * 4))
-        check(
-            ops.attention_vjp,
-            (q, k, v, bias, None, output, lse, grad_t, *options, [False, True, False, False]),
-        )
+            arguments = (*call, *some, *found, grad, grad_t, *options, needs)
+            check(ops.attention_second_vjp, arguments)
+        for needs in ([True] * 4, [False, True, False, False]):
+            check(ops.attention_vjp, (*call, output, lse, grad_t, *options, needs))
 
 
 @pytest.mark.parametrize("second_order", [False, True])
@@ -289,8 +266,8 @@ def test_nothing_saved_for_backward_is_square(second_order, device) -> None:
     assert sorted(saved) == sorted(first + second if second_order else first)
 
 
-def test_a_model_s_hessian_vector_product(device) -> None:
-    """Parameters, not operands: what a user of NTKs, Laplace or influence functions calls."""
+def test_hessian_vector_product_of_a_model(device) -> None:
+    """By parameters, as tangent kernels, Laplace and influence functions need it."""
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(
         16, 2, 32, dropout=0.0, batch_first=True, activation="gelu"
@@ -316,12 +293,7 @@ def test_a_model_s_hessian_vector_product(device) -> None:
         assert oracle.error(found[n], exact[n]) <= 2e-4 * float(exact[n].norm()) + 1e-6
 
 
-@settings(
-    max_examples=15,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    phases=[Phase.explicit, Phase.reuse, Phase.generate],
-)
+@examples(15)
 @given(
     seed=st.integers(0, 2**31),
     mapped=st.lists(st.booleans(), min_size=9, max_size=9).filter(any),
@@ -330,7 +302,7 @@ def test_a_model_s_hessian_vector_product(device) -> None:
     what=st.sampled_from(["jvp", "gradient of the tangent", "hvp"]),
 )
 def test_vmap_over_any_operands(seed, mapped, dims, mask, what, device) -> None:
-    """Any subset of operands, tangents and cotangent, mapped along any axis: as a loop does."""
+    """Any subset of operands, tangents and cotangent, mapped along any axis, against a loop."""
     torch.manual_seed(seed)
     boolean = mask == "boolean"
     shapes = [(2, 2, 3, 8), (2, 1, 4, 8), (2, 1, 4, 8), (1, 2, 3, 4) if boolean else mask]

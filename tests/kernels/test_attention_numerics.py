@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tangent_kernels.attention import Call, Tangents, attention_jvp, attention_second_vjp
+from tangent_kernels.attention import attention_jvp
 
 from tangent_ops.ops.backend import interpreting
+from tests.kernels.attention_calls import check, make_call
 from tests.ops import oracle
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -34,7 +35,7 @@ def peaked_with_large_tangents(q, k, v, q_t, k_t, v_t):
 
 
 def offset_keys(q, k, v, q_t, k_t, v_t):
-    """A common part of all keys moves every S_t of a row alike, which O_t must not notice."""
+    """An offset of all keys shifts every S_t of a row alike, which must leave O_t unchanged."""
     return q, k + 8, v, q_t, k_t + 8, v_t
 
 
@@ -54,7 +55,7 @@ CASES = [unit, peaked, large_tangents, peaked_with_large_tangents, offset_keys]
 def test_value_and_tangent(case, keys, dtype, device) -> None:
     operands = [x.to(dtype) for x in case(*draw(keys, device))]
     primals, tangents = operands[:3], operands[3:]
-    call = Call(*primals, None, None, 0.125, 0.0, False)
+    call = make_call(*primals)
     with oracle.poison():
         output, output_t, *_ = attention_jvp(call, *(t[None] for t in tangents))
     exact = oracle.attention_jvp(oracle.double(primals), oracle.double(tangents), scale=0.125)
@@ -66,26 +67,11 @@ def test_value_and_tangent(case, keys, dtype, device) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_gradients(case, dtype, device) -> None:
     operands = [x.to(dtype) for x in case(*draw(130, device))]
-    primals, tangents = [*operands[:3], None], [*(t[None] for t in operands[3:]), None]
-    call = Call(*operands[:3], None, None, 0.125, 0.0, False)
     source = torch.Generator().manual_seed(1)
     grad, grad_t = (torch.randn(operands[0].shape, generator=source) for _ in range(2))
-    grad, grad_t = grad.to(device, dtype), grad_t.to(device, dtype)[None]
-    needs = (True, True, True, False)
-    with oracle.poison():
-        output, output_t, lse, mu = attention_jvp(call, *tangents)
-        primal, tangent = attention_second_vjp(
-            call, Tangents(call, *tangents), output, output_t, lse, mu, grad, grad_t, needs, needs
-        )
-    wide = oracle.double([primals, tangents, grad, grad_t])
-    exact = oracle.attention_derivatives(*wide, scale=0.125)[2:]
-    in_float32 = oracle.attention_derivatives(primals, tangents, grad, grad_t, scale=0.125)[2:]
-    with oracle.rounding_as_it_goes():
-        eager = oracle.attention_derivatives(primals, tangents, grad, grad_t, scale=0.125)[2:]
-    eager = oracle.where_finite(eager, in_float32)
-    query, key = wide[0][:2]
-    scores = float((0.125 * query @ key.mT).abs().max())
-    oracle.assert_as_good_as((list(primal[:3]), list(tangent[:3])), exact, eager, scores)
+    tangents = [*(t[None] for t in operands[3:]), None]
+    call = make_call(*operands[:3])
+    check(call, tangents, grad.to(device, dtype), grad_t.to(device, dtype)[None])
 
 
 def draw(keys: int, device: str) -> list[torch.Tensor]:
@@ -97,7 +83,7 @@ def draw(keys: int, device: str) -> list[torch.Tensor]:
 
 def test_scores_far_from_zero_do_not_overflow(device) -> None:
     q, k, v, q_t, k_t, v_t = draw(70, device)
-    call = Call(100 * q, k, v, None, None, 1.0, 0.0, False)
+    call = make_call(100 * q, k, v, scale=1.0)
     with oracle.poison():
         output, output_t, lse, _ = attention_jvp(call, q_t[None], k_t[None], v_t[None])
     assert lse.max() > 500  # exp(500) is infinite even in float32
@@ -116,7 +102,7 @@ def test_a_long_sequence(dtype, device) -> None:
     source = torch.Generator(device).manual_seed(0)
     kind = {"generator": source, "device": device, "dtype": dtype}
     operands = [torch.randn(1, 2, 4096, 64, **kind) for _ in range(6)]
-    call = Call(*operands[:3], None, None, 0.125, 0.0, False)
+    call = make_call(*operands[:3])
     with oracle.poison():
         output, output_t, *_ = attention_jvp(call, *(t[None] for t in operands[3:]))
     exact = oracle.attention_jvp(

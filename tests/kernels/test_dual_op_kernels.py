@@ -1,9 +1,11 @@
-"""What the kernels of norms, activations, softmax and linear refuse; and what a sanitizer watches.
+"""What the kernels of norms, activations, softmax and linear refuse; the sanitizer's launches.
 
 What they compute is in tests/ops/test_dual_ops.py.
 """
 
 from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
@@ -25,22 +27,17 @@ def test_activations_near_zero_and_far_out(name, device) -> None:
 
 def test_what_the_kernels_do_not_compute_is_refused(device) -> None:
     x, wide = torch.randn(2, 3, device=device), torch.randn(1, 4097, device=device)
-    refused = [
-        ("float64", lambda x: ops.gelu(x, backend="triton"), x.double()),
-        (
-            "4097 elements are longer than 4096",
-            lambda x: ops.softmax(x, -1, backend="triton"),
-            wide,
-        ),
-        ("dim=0 is not the last", lambda x: ops.softmax(x, 0, backend="triton"), x),
-    ]
-    for message, call, operand in refused:
+    for message, call, operand in (
+        ("float64", ops.gelu, x.double()),
+        ("4097 elements are longer than 4096", functools.partial(ops.softmax, dim=-1), wide),
+        ("dim=0 is not the last", functools.partial(ops.softmax, dim=0), x),
+    ):
         with pytest.raises(UnsupportedError, match=message):
-            oracle.pushforward(call, [operand], [operand])
+            oracle.pushforward(functools.partial(call, backend="triton"), [operand], [operand])
 
 
 def test_what_does_not_fit_is_not_read(device) -> None:
-    """The kernels take a weight's address, and know no end of it."""
+    """The kernels take a weight's address alone, and would read past its end."""
     x, line = torch.ones(2, 24, device=device), torch.ones(1, device=device)
     calls = [
         (lambda x, w: ops.layer_norm(x, (24,), w, backend="triton"), [x, line]),
@@ -57,5 +54,5 @@ def test_what_does_not_fit_is_not_read(device) -> None:
         oracle.pushforward(lambda *a: ops.linear(*a, backend="triton"), operands, operands)
 
 
-def test_what_the_sanitizer_watches(device) -> None:
+def test_the_launches_of_the_sanitizer(device) -> None:
     launch_rows(70, torch.float16, device)

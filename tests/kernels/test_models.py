@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from small_models import tiny_vit
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -20,11 +20,8 @@ def jvp_of_parameters(model, parameters, tangents, x):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_vit_and_the_gradient_of_its_tangents(compiled, device) -> None:
-    torch.manual_seed(0)
     torch._dynamo.reset()
-    model = VisionTransformer(
-        img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=5
-    )
+    model = tiny_vit(img_size=8, embed_dim=16, num_heads=2)
     model = model.eval().requires_grad_(False).to(device)
     parameters = dict(model.named_parameters())
     tangents = {n: (0.1 * torch.randn_like(p)).requires_grad_() for n, p in parameters.items()}
@@ -52,10 +49,7 @@ def test_a_vit_and_the_gradient_of_its_tangents(compiled, device) -> None:
 def test_a_linearized_model_chooses_the_kernels_on_a_gpu(monkeypatch) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    model = VisionTransformer(
-        img_size=16, patch_size=4, embed_dim=48, depth=2, num_heads=3, num_classes=5
-    )
-    tangent = tangent_ops.linearize(model).cuda()
+    tangent = tangent_ops.linearize(tiny_vit(embed_dim=48)).cuda()
     calls = []
     launch = torch.ops.tangent_ops.attention_jvp
     monkeypatch.setattr(

@@ -36,7 +36,7 @@ Op = Callable[..., Tensor]
 Operands = tuple[Tensor, ...]
 
 
-# --- what is asked of an op ------------------------------------------------------------------
+# --- the derivatives -------------------------------------------------------------------------
 
 
 def output_and_tangent(op: Op, p: Operands, t: Operands, w: Tensor) -> Operands:
@@ -104,7 +104,7 @@ def bias(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def bias_and_minus_100(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """-100 is the rival's constant for "masked out"; it asks for one at least."""
+    """-100 is the rival's constant for "masked out"; it requires one at least."""
     return bias(shape, generator).masked_fill(~some(shape, generator), -100.0)
 
 
@@ -119,7 +119,7 @@ def zero_and_minus_infinity(shape: tuple[int, ...], generator: torch.Generator) 
 @dataclass(frozen=True)
 class Case:
     name: str
-    ask: Callable[[Op, Operands, Operands, Tensor], Operands] = output_and_tangent
+    derivative: Callable[[Op, Operands, Operands, Tensor], Operands] = output_and_tangent
     queries: int = 64
     keys: int = 64
     dim: int = 64
@@ -184,7 +184,7 @@ def run(op: Op, case: Case, device: str, dtype: torch.dtype) -> Operands:
         if mask.is_floating_point():
             mask = mask.to(case.dtype).to(dtype)
         options["attn_mask"] = mask.to(device)
-    return case.ask(partial(op, **options), primals, tangents, weight)
+    return case.derivative(partial(op, **options), primals, tangents, weight)
 
 
 # --- the three ops ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The check of J against the ordinary model's gradients: models that fail, and that pass."""
+"""The check of J against the ordinary model's gradients, and the warning of a zero head."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import timm
 import torch
 import torch.nn.functional as F
 from small_models import (
+    VIT,
+    Computes,
+    Mlp,
     assert_exact,
     assert_near,
     exact_jvp,
@@ -21,26 +24,19 @@ from small_models import (
     moved,
     vit,
 )
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tangent_ops import linearize
-from tangent_ops.errors import NoGradientWarning, UnsupportedError
+from tangent_ops.errors import NoGradientWarning, UnsupportedError, ZeroHeadWarning
 
 X = torch.randn(3, 4, generator=generator(1))
 
 
-class Model(nn.Module):
-    """Three layers, whose forward is ``call(self, x)``."""
-
-    def __init__(self, call) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
-        self.call = call
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(self, x)
+def layers(call) -> nn.Module:
+    """Three layers, a, b and c; their forward is ``call(module, x)``."""
+    torch.manual_seed(0)
+    return Computes(call, a=nn.Linear(4, 6), b=nn.Linear(6, 6), c=nn.Linear(6, 3))
 
 
 # --- what gets lost ----------------------------------------------------------------------------
@@ -82,7 +78,7 @@ WRONG = {
     + [(name, torch.bfloat16) for name in WRONG if "hundredth" not in name],
 )
 def test_a_lost_derivative_is_found_by_name(name, dtype):
-    model, x = Model(WRONG[name]).to(dtype), X.to(dtype)
+    model, x = layers(WRONG[name]).to(dtype), X.to(dtype)
     with pytest.raises(UnsupportedError, match=r"a\.weight.*\(in Linear\) gets lost"):
         linearize(model, example=x)
     tangent = linearize(model)
@@ -153,7 +149,7 @@ def test_it_waits_for_inputs_that_work():
 
 def test_it_waits_for_a_sample_that_gives_numbers():
     tangent = linearize(
-        Model(lambda m, x: m.c(m.a(x).sum(-1, True).sqrt() * x.new_ones(1, 6))), "^a"
+        layers(lambda m, x: m.c(m.a(x).sum(-1, True).sqrt() * x.new_ones(1, 6))), "^a"
     )
     tangent(torch.full((2, 4), torch.nan))
     assert tangent._unchecked
@@ -172,7 +168,7 @@ def test_it_leaves_no_trace():
 
 
 def test_inside_a_checkpoint_of_the_caller():
-    tangent = linearize(Model(lambda m, x: m.c(torch.tanh(m.a(x)))), "^[ac]")
+    tangent = linearize(layers(lambda m, x: m.c(torch.tanh(m.a(x)))), "^[ac]")
     output = checkpoint(tangent, X, use_reentrant=False)  # the first call is checked
     cotangent = torch.randn(3, 3, generator=generator(2))
     grads = torch.autograd.grad(output, list(tangent.deltas().values()), cotangent)
@@ -233,13 +229,13 @@ WITHOUT = {
 @pytest.mark.parametrize("name", WITHOUT)
 def test_what_gets_no_gradient_has_no_tangent(name, outside):
     """Ordinary fine-tuning does not change it either; one warning names it."""
-    model = Model(WITHOUT[name])
+    model = layers(WITHOUT[name])
     with pytest.warns(NoGradientWarning, match=r"either, on one sample: a\.weight, a\.bias\."):
         tangent = moved(linearize(model, example=X))
     with outside():
         primal, tangent_of_it = tangent.primal_and_tangent(X)
     deltas = {n: d for n, d in tangent.deltas().items() if not n.startswith("a.")}
-    exact = exact_jvp(Model(WITHOUT["detach"] if name != "unused" else WITHOUT[name]), deltas, X)
+    exact = exact_jvp(layers(WITHOUT["detach"] if name != "unused" else WITHOUT[name]), deltas, X)
     assert_near((primal, tangent_of_it), exact)
     output = tangent(X)
     grads = torch.autograd.grad(output.sum(), list(tangent.deltas().values()), allow_unused=True)
@@ -249,20 +245,44 @@ def test_what_gets_no_gradient_has_no_tangent(name, outside):
 
 @pytest.mark.parametrize("outside", [torch.no_grad, torch.enable_grad])
 def test_a_layer_that_is_used_both_ways(outside):
-    model = Model(_in_part)
+    model = layers(_in_part)
     tangent = moved(linearize(model, example=X))
     constant = model.a(X).detach() * 2
-    same = Model(lambda m, x: m.c(torch.tanh(m.b(constant.to(x) * m.a(x)))))
+    same = layers(lambda m, x: m.c(torch.tanh(m.b(constant.to(x) * m.a(x)))))
     with outside():
         assert_near(tangent.primal_and_tangent(X), exact_jvp(same, tangent.deltas(), X))
     assert_exact(tangent, same, X)
 
 
-def test_without_gradients_nothing_is_tracked():
-    tangent = moved(linearize(vit()))
-    with torch.no_grad():
-        output = tangent(images().requires_grad_())
-    assert not output.requires_grad
+# --- checkpoints inside the model ----------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint:UserWarning")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("trained", ["^b", None])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_inside_the_model_is_refused(reentrant, trained):
+    call = lambda m, x: m.c(checkpoint(m.b, m.a(x), use_reentrant=reentrant))  # noqa: E731
+    tangent = linearize(layers(call), trained, check=False)
+    with pytest.raises(UnsupportedError, match=r"set_grad_checkpointing\(\)"):
+        tangent(X)
+    with pytest.raises(UnsupportedError, match=r"set_grad_checkpointing\(\)"):
+        linearize(layers(call), trained)(X)
+    blocks = linearize(nn.Sequential(nn.Sequential(layers(call))), "b", check=False)
+    blocks.set_grad_checkpointing()
+    with pytest.raises(UnsupportedError, match=r"set_grad_checkpointing\(\)"):
+        blocks(X)
+
+
+def test_a_model_that_uses_forward_mode_itself():
+    def call(m, x):
+        return m.c(torch.func.jvp(m.b, (m.a(x),), (torch.ones(len(x), 6),))[1])
+
+    with pytest.raises(UnsupportedError, match="do not nest"):
+        linearize(layers(call))(X)
+
+
+# --- a zero head -----------------------------------------------------------------------------
 
 
 def test_a_zero_head_is_said_once():
@@ -275,29 +295,27 @@ def test_a_zero_head_is_said_once():
     assert ours == ["ZeroHeadWarning"]
 
 
-# --- checkpoints inside the model ----------------------------------------------------------------
+def zeroed(model, *heads):
+    with torch.no_grad():
+        for head in heads:
+            getattr(model, head).weight.zero_()
+    return model
 
 
-@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint:UserWarning")
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
-@pytest.mark.parametrize("trained", ["^b", None])
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_a_checkpoint_inside_the_model_is_refused(reentrant, trained):
-    call = lambda m, x: m.c(checkpoint(m.b, m.a(x), use_reentrant=reentrant))  # noqa: E731
-    tangent = linearize(Model(call), trained, check=False)
-    with pytest.raises(UnsupportedError, match=r"set_grad_checkpointing\(\)"):
-        tangent(X)
-    with pytest.raises(UnsupportedError, match=r"set_grad_checkpointing\(\)"):
-        linearize(Model(call), trained)(X)
-    blocks = linearize(nn.Sequential(nn.Sequential(Model(call))), "b", check=False)
-    blocks.set_grad_checkpointing()
-    with pytest.raises(UnsupportedError, match=r"set_grad_checkpointing\(\)"):
-        blocks(X)
+def test_zero_head_warns_at_the_caller():
+    with pytest.warns(ZeroHeadWarning, match=r"only the head can learn.*fit_head") as caught:
+        linearize(zeroed(vit(), "head"))
+    assert caught[0].filename == __file__
+    distilled = zeroed(family("deit_tiny_distilled_patch16_224", **VIT), "head", "head_dist")
+    with pytest.warns(ZeroHeadWarning):
+        linearize(distilled)
 
 
-def test_a_model_that_uses_forward_mode_itself():
-    def call(m, x):
-        return m.c(torch.func.jvp(m.b, (m.a(x),), (torch.ones(len(x), 6),))[1])
-
-    with pytest.raises(UnsupportedError, match="do not nest"):
-        linearize(Model(call))(X)
+def test_no_warning_where_the_head_is_trained_alone_or_not_zero():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        linearize(zeroed(vit(), "head"), r"^head\.")
+        linearize(vit())
+        linearize(zeroed(family("deit_tiny_distilled_patch16_224", **VIT), "head"))
+        linearize(vit(num_classes=0))
+        linearize(Mlp())

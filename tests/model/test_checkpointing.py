@@ -10,7 +10,18 @@ import timm
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from small_models import assert_near, exact_vjp, family, generator, images, levit, moved, vit
+from small_models import (
+    Computes,
+    assert_near,
+    exact_vjp,
+    family,
+    generator,
+    images,
+    levit,
+    moved,
+    swin,
+    vit,
+)
 from torch import nn
 
 from tangent_ops import last_blocks, linearize
@@ -21,11 +32,7 @@ from tangent_ops.profiling.memory import saved_bytes
 
 MODELS = {
     "vit": lambda: (vit(), images()),
-    "swin": lambda: (
-        family("swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=24,
-               depths=(1, 2), num_heads=(2, 4)),
-        images(size=64),
-    ),
+    "swin": lambda: (swin(depths=(1, 2)), images(size=32)),
     "resnet": lambda: (family("resnet10t"), images(size=32)),
 }  # fmt: skip
 
@@ -131,15 +138,8 @@ def test_autocast_is_that_of_the_forward_pass() -> None:
     ],
 )
 def test_a_block_that_cannot_be_repeated_is_refused(call, message) -> None:
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return call(self.linear, x)
-
-    tangent = linearize(nn.Sequential(Block(), Block()))
+    blocks = (Computes(lambda m, x: call(m.linear, x), linear=nn.Linear(4, 4)) for _ in range(2))
+    tangent = linearize(nn.Sequential(*blocks))
     tangent.set_grad_checkpointing()
     with pytest.raises(UnsupportedError, match=message):
         tangent(torch.ones(2, 4))
@@ -184,17 +184,13 @@ def test_a_model_without_blocks_is_refused() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_models_own_checkpointing_is_never_silently_wrong(reentrant) -> None:
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+    def call(m, x):
+        inner = lambda x: m.first(x).tanh()  # noqa: E731
+        return m.last(torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=reentrant))
 
-        def forward(self, x):
-            inner = lambda x: self.first(x).tanh()  # noqa: E731
-            return self.last(torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=reentrant))
-
+    model = Computes(call, first=nn.Linear(4, 8), last=nn.Linear(8, 2))
     with pytest.raises((RuntimeError, UserWarning)):
-        tangent = moved(linearize(Model()))
+        tangent = moved(linearize(model))
         tangent(torch.ones(3, 4)).square().sum().backward()
 
 

@@ -1,7 +1,8 @@
-"""The anchor shares nothing with the model, also with functions set on instances."""
+"""The anchor is a copy that shares nothing with the model, and stays in eval mode."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 import weakref
@@ -9,7 +10,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import assert_exact, assert_near, exact_jvp, generator, moved
+from small_models import assert_exact, assert_near, exact_jvp, generator, images, moved, vit
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -192,3 +193,41 @@ def test_old_weight_norm_is_refused_by_name():
     torch.nn.utils.weight_norm(original[0])  # pyright: ignore
     with pytest.raises(UnsupportedError, match="_weight_norm_interface has no forward-mode"):
         linearize(original, example=X)
+
+
+def test_the_model_is_left_alone_and_later_changes_do_not_reach_the_anchor():
+    model, x = vit(drop_rate=0.5).train(), images()
+    before = copy.deepcopy(model.state_dict())
+    tangent = moved(linearize(model))
+    exact = sum(exact_jvp(model, tangent.deltas(), x))
+    tangent(x).sum().backward()
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert_near(tangent(x), exact)
+
+
+def test_the_anchor_stays_in_eval_mode():
+    options = {"drop_rate": 0.5, "attn_drop_rate": 0.5, "proj_drop_rate": 0.5}
+    model, x = vit(**options, drop_path_rate=0.5), images()
+    tangent = moved(linearize(model.train()))
+    exact = sum(exact_jvp(model, tangent.deltas(), x))
+    nn.Sequential(tangent).train()
+    assert tangent.training
+    assert not any(module.training for module in tangent.anchor.modules())
+    assert_near(tangent(x), exact)
+
+
+def test_batch_norm_uses_its_running_statistics_and_keeps_them():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(784, 2))
+    model(3 * images(4) + 1)  # statistics other than 0 and 1
+    tangent = moved(linearize(model)).train()
+    before = copy.deepcopy(tangent.anchor.state_dict())
+    x = images(3)
+    assert_near(tangent(x), sum(exact_jvp(model, tangent.deltas(), x)))
+    after = tangent.anchor.state_dict()
+    assert all(torch.equal(value, after[n]) for n, value in before.items())

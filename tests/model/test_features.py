@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_models import (
     VIT,
+    Computes,
     assert_near,
     exact_jvp,
     exact_vjp,
@@ -17,6 +18,7 @@ from small_models import (
     generator,
     images,
     moved,
+    swin,
     vit,
 )
 from torch import Tensor, nn
@@ -150,10 +152,8 @@ class TwoOutputs(BetweenBlocksAndNorm):
 
 
 def test_models_that_cannot_be_split():
-    swin = family("swin_tiny_patch4_window7_224", img_size=32, patch_size=2, window_size=4,
-                  embed_dim=12, depths=(1, 1), num_heads=(2, 3))  # fmt: skip
     with pytest.raises(UnsupportedError, match="SwinTransformer has no `blocks`"):
-        linearize(swin, "head").split()
+        linearize(swin(), "head").split()
     with pytest.raises(UnsupportedError, match=r"no `norm`\. Train without a feature cache"):
         split_model(family("test_efficientnet"), 1)
     with pytest.raises(UnsupportedError, match=r"`norm` is registered before its blocks"):
@@ -324,20 +324,14 @@ def test_bad_loaders(tmp_path, loader, message, in_file):
 
 
 def test_features_that_change_shape_or_number(tmp_path):
-    class Widening(nn.Module):
-        def forward(self, x):
-            return x[:, : int(x[0, 0]) + 1]
-
-    class Halving(nn.Module):
-        def forward(self, x):
-            return x[::2]
-
+    widening = Computes(lambda _, x: x[:, : int(x[0, 0]) + 1])
+    halving = Computes(lambda _, x: x[::2])
     batches = [(torch.full((4, 3), value), torch.zeros(4)) for value in (0.0, 1.0)]
     for path in (None, tmp_path):
         with pytest.raises(ArgumentError, match=r"gives \(4, 2\).*after rows of \(1,\)"):
-            cached(batches, path, Widening())
+            cached(batches, path, widening)
         with pytest.raises(ArgumentError, match=r"gives \(2, 3\).*for 4 targets"):
-            cached(batches, path, Halving())
+            cached(batches, path, halving)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,17 +1,17 @@
-"""linearize: value, tangent and gradients against float64, the anchor, and what is trained."""
+"""linearize: value, tangent and gradients against float64, and which parameters are trained."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import re
-import warnings
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import (
+    SWIN,
     VIT,
     Mlp,
     assert_near,
@@ -33,36 +33,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tangent_ops import last_blocks, linearize
-from tangent_ops.errors import ArgumentError, UnsupportedError, ZeroHeadWarning
+from tangent_ops.errors import ArgumentError, UnsupportedError
 
-# name: timm architecture, options that make it small, image size
+SMALL = "vit_small_patch16_224"
+# name: timm architecture, and options that make it small
 FAMILIES = {
-    "plain": ("vit_small_patch16_224", VIT, 16),
-    "qk_norm": ("vit_small_patch16_224", {**VIT, "qk_norm": True, "scale_attn_norm": True}, 16),
-    "registers": ("vit_small_patch16_224", {**VIT, "reg_tokens": 2, "global_pool": "map"}, 16),
-    "distilled": ("deit_tiny_distilled_patch16_224", VIT, 16),
-    "rope": ("eva02_tiny_patch14_224", {**VIT, "depth": 2}, 16),
-    "GEGLU": ("vit_small_patch16_224", {**VIT, "mlp_layer": GluMlp, "act_layer": nn.GELU}, 16),
-    "SwiGLU": (
-        "vit_small_patch16_224",
-        {**VIT, "mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU},
-        16,
-    ),
-    "bias": ("beit_base_patch16_224", {**VIT, "depth": 2}, 16),
-    "windows": (
-        "swin_tiny_patch4_window7_224",
-        {
-            "img_size": 32,
-            "patch_size": 2,
-            "window_size": 4,
-            "embed_dim": 12,
-            "depths": (2, 2),
-            "num_heads": (2, 3),
-        },
-        32,
-    ),
-    "batch norm": ("test_resnet", {}, 32),
-    "convolutions": ("test_convnext", {}, 32),
+    "plain": (SMALL, VIT),
+    "qk_norm": (SMALL, {**VIT, "qk_norm": True, "scale_attn_norm": True}),
+    "registers": (SMALL, {**VIT, "reg_tokens": 2, "global_pool": "map"}),
+    "distilled": ("deit_tiny_distilled_patch16_224", VIT),
+    "rope": ("eva02_tiny_patch14_224", {**VIT, "depth": 2}),
+    "GEGLU": (SMALL, {**VIT, "mlp_layer": GluMlp, "act_layer": nn.GELU}),
+    "SwiGLU": (SMALL, {**VIT, "mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}),
+    "bias": ("beit_base_patch16_224", {**VIT, "depth": 2}),
+    "windows": ("swin_tiny_patch4_window7_224", SWIN),
+    "batch norm": ("test_resnet", {}),
+    "convolutions": ("test_convnext", {}),
 }
 
 
@@ -71,8 +57,8 @@ FAMILIES = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_value_tangent_and_gradient_of_real_architectures(name):
-    architecture, options, size = FAMILIES[name]
-    model, x = family(architecture, **options), images(2, size)
+    architecture, options = FAMILIES[name]
+    model, x = family(architecture, **options), images(2, options.get("img_size", 32))
     tangent = moved(linearize(model))
     deltas = tangent.deltas()
     assert deltas.keys() == dict(model.named_parameters()).keys()
@@ -88,7 +74,7 @@ def test_value_tangent_and_gradient_of_real_architectures(name):
     largest = max(float(g.abs().max()) for g in gradients.values())
     for key, delta in deltas.items():
         found = torch.zeros_like(delta) if delta.grad is None else delta.grad
-        # Against the largest of all: some, as the key's bias, are zero but for rounding.
+        # Relative to the largest gradient: some, as the key's bias's, are zero but for rounding.
         assert float((found - gradients[key]).abs().max()) <= 2e-5 * largest, key
 
 
@@ -134,14 +120,6 @@ def test_linear_in_the_deltas(weights, seed):
     assert_near(tangent(x), exact)
 
 
-def test_linear_in_the_deltas_of_a_transformer():
-    model, x = vit(), images()
-    one, two, both = (moved(linearize(model), seed) for seed in (7, 8, 9))
-    both.load_delta_dict({n: 3 * d - 0.5 * two.deltas()[n] for n, d in one.delta_dict().items()})
-    tangents = [exact_jvp(model, t.deltas(), x)[1] for t in (one, two)]
-    assert_near(both(x), oracle(model)(x)({}) + 3 * tangents[0] - 0.5 * tangents[1])
-
-
 def test_float64():
     model, x = vit(), images()
     tangent = moved(linearize(copy.deepcopy(model).double()))
@@ -155,7 +133,7 @@ def test_under_no_grad_inference_mode_and_torch_func():
     exact = sum(exact_jvp(model, tangent.deltas(), x))
     with torch.no_grad():
         assert_near(tangent(x), exact)
-        assert not tangent(x).requires_grad
+        assert not tangent(images().requires_grad_()).requires_grad
     with torch.inference_mode():
         assert_near(tangent(x), exact)
     assert_near(torch.func.vmap(lambda image: tangent(image[None])[0])(x), exact)
@@ -206,47 +184,6 @@ def test_compiles_whole(trainable):
     output.backward(cotangent)
     name = "blocks.0.attn.qkv.weight"
     assert_near(tangent.deltas()[name].grad, exact_vjp(model, [name], cotangent, x)[name])
-
-
-# --- the anchor ------------------------------------------------------------------------------
-
-
-def test_the_model_is_left_alone_and_later_changes_do_not_reach_the_anchor():
-    model, x = vit(drop_rate=0.5).train(), images()
-    before = copy.deepcopy(model.state_dict())
-    tangent = moved(linearize(model))
-    exact = sum(exact_jvp(model, tangent.deltas(), x))
-    tangent(x).sum().backward()
-    assert model.training and all(p.requires_grad for p in model.parameters())
-    assert all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
-
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    assert_near(tangent(x), exact)
-
-
-def test_the_anchor_stays_in_eval_mode():
-    options = {"drop_rate": 0.5, "attn_drop_rate": 0.5, "proj_drop_rate": 0.5}
-    model, x = vit(**options, drop_path_rate=0.5), images()
-    tangent = moved(linearize(model.train()))
-    exact = sum(exact_jvp(model, tangent.deltas(), x))
-    nn.Sequential(tangent).train()
-    assert tangent.training
-    assert not any(module.training for module in tangent.anchor.modules())
-    assert_near(tangent(x), exact)
-
-
-def test_batch_norm_uses_its_running_statistics_and_keeps_them():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(784, 2))
-    model(3 * images(4) + 1)  # statistics other than 0 and 1
-    tangent = moved(linearize(model)).train()
-    before = copy.deepcopy(tangent.anchor.state_dict())
-    x = images(3)
-    assert_near(tangent(x), sum(exact_jvp(model, tangent.deltas(), x)))
-    after = tangent.anchor.state_dict()
-    assert all(torch.equal(value, after[n]) for n, value in before.items())
 
 
 # --- what to train ---------------------------------------------------------------------------
@@ -342,7 +279,8 @@ def test_a_dual_forward_costs_three_times_the_products():
     tangent = moved(linearize(model))
     with sdpa_kernel(SDPBackend.MATH):  # torch 2.11 does not count the fast one of the CPU
         plain = flops(lambda: model(images()))
-        patches = flops(lambda: model.patch_embed(images()))  # two products, not three
+        # Two products, not three: the images have no tangent. PyTorch's rule convolves zeros.
+        patches = flops(lambda: model.patch_embed(images()))
     assert flops(lambda: tangent(images())) == 3 * plain - patches
 
 
@@ -421,45 +359,3 @@ def test_an_output_of_unknown_type_is_refused():
 
     with pytest.raises(UnsupportedError, match=r"returns a Output.*tuple, list or dict of tensors"):
         linearize(Wrapped())(rows())
-
-
-def test_multi_head_attention_of_torch():
-    torch.manual_seed(14)
-    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    x = torch.randn(2, 5, 16, generator=generator(15))
-    tangent = moved(linearize(layer))
-    found = tangent.primal_and_tangent(x)
-    torch.backends.mha.set_fastpath_enabled(False)  # it has no derivative: the oracle goes without
-    try:
-        assert_near(found, exact_jvp(layer, tangent.deltas(), x))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
-
-
-# --- a zero head -----------------------------------------------------------------------------
-
-
-def zeroed(model, *heads):
-    with torch.no_grad():
-        for head in heads:
-            getattr(model, head).weight.zero_()
-    return model
-
-
-def test_zero_head_warns_at_the_caller():
-    with pytest.warns(ZeroHeadWarning, match=r"only the head can learn.*fit_head") as caught:
-        linearize(zeroed(vit(), "head"))
-    assert caught[0].filename == __file__
-    distilled = zeroed(family("deit_tiny_distilled_patch16_224", **VIT), "head", "head_dist")
-    with pytest.warns(ZeroHeadWarning):
-        linearize(distilled)
-
-
-def test_no_warning_where_the_head_is_trained_alone_or_not_zero():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        linearize(zeroed(vit(), "head"), r"^head\.")
-        linearize(vit())
-        linearize(zeroed(family("deit_tiny_distilled_patch16_224", **VIT), "head"))
-        linearize(vit(num_classes=0))
-        linearize(Mlp())

@@ -7,47 +7,36 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import VIT, family, generator, levit
+from small_models import VIT, Computes, NoJvp, family, generator, levit
 from torch import Tensor, nn
 
 from tangent_ops import linearize
 from tangent_ops.errors import NoGradientWarning, UnsupportedError
 
 
-class Double(torch.autograd.Function):
-    """No jvp."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 2 * grad
-
-
-class Calls(nn.Module):
-    def __init__(self, call):
-        super().__init__()
-        self.call = call
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(x)
-
-
 def sampled(x: Tensor) -> Tensor:
     return F.grid_sample(x.view(-1, 1, 2, 4), torch.zeros(len(x), 3, 3, 2), align_corners=False)
 
 
+def calling(call) -> nn.Module:
+    return Computes(lambda _, x: call(x))
+
+
 def model_of(call) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.ReLU(), Calls(call)))
+    return nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.ReLU(), calling(call)))
 
 
 X = torch.randn(3, 4, generator=generator(1))
 LACKING = {
-    "an operation": (sampled, r"grid_sampler_2d has no forward-mode .*; Calls calls it, as 1\.1\."),
-    "a Function": (Double.apply, r"Double, a torch\.autograd\.Function.*; Calls calls it, as 1\.1"),
+    "an operation": (
+        sampled,
+        r"grid_sampler_2d has no forward-mode .*; Computes calls it, as 1\.1\.",
+    ),
+    "a Function": (
+        NoJvp.apply,
+        r"NoJvp, a torch\.autograd\.Function.*; Computes calls it, as 1\.1",
+    ),
 }
 
 
@@ -79,12 +68,12 @@ def test_only_what_is_trained_needs_derivatives():
 
 def test_timm_describes_its_own_input(capfd):
     model = family("vit_tiny_patch16_224", depth=1)
-    model.norm = Calls(Double.apply)
-    with pytest.raises(UnsupportedError, match="Calls calls it, as norm"):
+    model.norm = calling(NoJvp.apply)
+    with pytest.raises(UnsupportedError, match="Computes calls it, as norm"):
         linearize(model)
     # The described size does not fit these models, so nothing is checked or printed.
     for model in (family("vit_tiny_patch16_224", **VIT), levit()):
-        model.norm = Calls(Double.apply)
+        model.norm = calling(NoJvp.apply)
         linearize(model)
     assert capfd.readouterr().err == ""
 
@@ -97,15 +86,15 @@ def test_timm_describes_its_own_input(capfd):
         lambda x: torch.from_numpy(x.numpy()),
     ],
 )
-def test_other_trouble_is_no_answer(call):
+def test_other_errors_are_left_to_the_call(call):
     linearize(model_of(call), example=X)
 
 
 def test_neither_model_nor_random_numbers_change():
     torch.manual_seed(0)
     calls = []
-    layers = (nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), Calls(torch.rand_like))
-    model = nn.Sequential(*layers, Calls(lambda x: calls.append(type(x)) or x.mul_(2)))
+    layers = (nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), calling(torch.rand_like))
+    model = nn.Sequential(*layers, calling(lambda x: calls.append(type(x)) or x.mul_(2)))
     before, numbers = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     with pytest.warns(NoGradientWarning):  # random numbers depend on nothing
         linearize(model, example=X)

@@ -51,7 +51,6 @@ PRECISIONS = {
     "fp16 anchor": Precision(torch.float16),
 }
 SMALL = {**VIT, "depth": 2}
-SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12}
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "attention, layer norm, gelu": lambda: vit(depth=2),
     "attention with a bias": lambda: family("beit_base_patch16_224", **SMALL),

@@ -1,10 +1,11 @@
-"""The backends that a test runs on, and their devices."""
+"""The backends that a test runs on, their devices, and numbers of examples."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, Phase, settings
 
 from tangent_ops.ops.backend import interpreting
 
@@ -16,3 +17,13 @@ def backends(*names: str) -> list[Any]:
 
 def device_of(backend: str | None) -> str:
     return "cuda" if backend == "triton" and not interpreting() else "cpu"
+
+
+def examples(count: int) -> settings:
+    """Hypothesis' settings for kernels: few examples, not shrunk, since interpreting is slow."""
+    return settings(
+        max_examples=count,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
+        phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    )

@@ -1,4 +1,4 @@
-"""What an operation's contract compares: values, tangents, gradients, with those in float64."""
+"""The contract of an operation: values, tangents and gradients against those in float64."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def derivatives(function, primals, tangents, tracked: bool, level: bool):
     primals = [p.detach().requires_grad_(tracked) for p in primals]
     tangents = [None if t is None else t.detach().requires_grad_() for t in tangents]
     results = pushed(function, primals, tangents, level)
-    if not tracked:  # or the next layer would take its primal operand for one that is trained
+    if not tracked:  # or the next layer would treat its primal as trained
         assert not results[0].requires_grad
     source = torch.Generator().manual_seed(9)
     loss: Any = 0.0
@@ -56,8 +56,8 @@ def check(
     """Values, tangents and gradients are right.
 
     Args:
-        op: what is right: its words in float64; rounding as in its PyTorch function.
-        ours: what is tested, a function of the operands.
+        op: the oracle, in float64; its PyTorch function sets the rounding that is allowed.
+        ours: the function under test, of the operands.
         primals: its operands.
         tangents: of each, or None where absent.
         tracked: gradients by the primals, too.

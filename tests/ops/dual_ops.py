@@ -83,7 +83,7 @@ def layer_norm(shapes: Shapes, dims: int = 1, **options: Any) -> Op:
 
 
 def of_bias(function):
-    """Of x and bias, without a weight."""
+    """The function of x and bias, without a weight."""
     return lambda x, bias, **options: function(x, None, bias, **options)
 
 
@@ -113,7 +113,7 @@ def softmax(dim: int, **options: Any) -> Op:
 
 
 def convolution(function, input: Shape, weight: Shape, fused=("reference",), **options) -> Op:
-    """One of fixed shapes; ``options`` are PyTorch's."""
+    """A convolution of fixed shapes; ``options`` are PyTorch's."""
     return Op(
         lambda *a, backend=None: ops.convolution(function, *a, **options),
         functools.partial(function, **options),
@@ -124,15 +124,15 @@ def convolution(function, input: Shape, weight: Shape, fused=("reference",), **o
 
 
 def attention(shapes: Shapes, mask: bool = False, **options: Any) -> Op:
-    """``mask``: a boolean one, in which every query has a key."""
+    """Attention; with ``mask`` under a boolean mask that leaves every query a key."""
 
     def keys(query, key):
         if not mask:
             return {}
-        scores = torch.arange(query.shape[-2] * key.shape[-2], device=query.device) % 3
-        allowed = scores.reshape(query.shape[-2], -1) > 0
-        allowed[:, 0] = True
-        return {"attn_mask": allowed}
+        # Nothing in place: torch.func.linearize would lose it.
+        score = torch.arange(query.shape[-2] * key.shape[-2], device=query.device)
+        allowed = (score % 3 > 0) | (score % key.shape[-2] == 0)
+        return {"attn_mask": allowed.reshape(query.shape[-2], -1)}
 
     def ours(q, k, *rest, backend=None):
         call = functools.partial(ops.scaled_dot_product_attention, backend=backend, **options)
@@ -156,7 +156,7 @@ def attention(shapes: Shapes, mask: bool = False, **options: Any) -> Op:
 
 
 def heads(query: int, key: int, bias: bool = False) -> Shapes:
-    """Of query, key, value (and a bias that the batch shares); keys of any width in eights."""
+    """Shapes of query, key, value (and a bias shared by the batch); head_dim a multiple of 8."""
 
     def shapes(lead, width):
         tokens, dim = (1, *lead)[-1], 8 * -(-width // 24)
@@ -207,7 +207,7 @@ OPS["layer_norm, bias alone"] = _BIAS_ALONE._replace(
     pytorchs=of_bias(_BIAS_ALONE.pytorchs),
     words=of_bias(_BIAS_ALONE.words),
 )
-# Their shapes, strides and dtypes have tests of their own.
+# Tests of attention itself cover its shapes, strides and dtypes.
 ATTENTION: dict[str, Op] = {
     "attention": attention(heads(2, 2), scale=-0.3),
     "attention, causal": attention(heads(2, 2), is_causal=True),

@@ -1,4 +1,4 @@
-"""The independent answer: PyTorch's own formula in float64, and how far rounding may stray."""
+"""The oracle: PyTorch's own formula in float64, and how much rounding is allowed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def double(value):
 
 @contextmanager
 def poison() -> Iterator[None]:
-    """Fills memory that ``torch.empty`` and its kin return with NaN."""
+    """Fills uninitialized memory, as ``torch.empty`` returns it, with NaN."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(2, 3).new_empty(4).isnan().all()
@@ -156,9 +156,9 @@ def assert_as_good_as(found, exact, eager, scores: float = 0.0, terms: float = 0
         exact: the same in float64.
         eager: the same by eager PyTorch in the dtype of ``found``.
         scores: the largest |S|. Whatever the order of computation, such scores in float32 err by
-            eps times themselves and weights as much relatively; how lucky eager PyTorch is in
-            this depends on the processor. So twice that is allowed, relative to the result.
-        terms: what intermediates that cancel come to, in an entry of the result.
+            eps times themselves and weights as much relatively; eager PyTorch's own error here
+            depends on the processor. So twice that is allowed, relative to the result.
+        terms: the size of intermediates that cancel in an entry of the result.
     """
     cancelled = max(1e-6, torch.finfo(torch.float32).eps * terms)
     conditioning = 2 * torch.finfo(torch.float32).eps * scores

@@ -1,11 +1,13 @@
-"""The attention op on its default backend for the CPU, against float64 MATH."""
+"""The attention op by its default backend for the CPU: masks, dropout, precision, refusals.
+
+Subsets of tangents, gradients and nestings are in test_dual_ops.py, shapes in test_edges.py and
+test_attention_in_parts.py.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
 import tangent_ops
@@ -23,27 +25,6 @@ def draw(*shape: int, dtype: torch.dtype = torch.float64, count: int = 1) -> lis
 def close(found, exact) -> None:
     for one, right in zip(found, exact, strict=True):
         torch.testing.assert_close(one, right, rtol=1e-11, atol=1e-12)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 2**31),
-    lead=st.lists(st.integers(1, 3), max_size=3),
-    queries=st.integers(1, 9),
-    keys=st.integers(1, 9),
-    dims=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    present=st.tuples(st.booleans(), st.booleans(), st.booleans()).filter(any),
-    scale=st.sampled_from([None, 0.3]),
-)
-def test_any_shape_and_any_subset_of_tangents(
-    seed, lead, queries, keys, dims, present, scale
-) -> None:
-    torch.manual_seed(seed)
-    shapes = [(*lead, queries, dims[0]), (*lead, keys, dims[0]), (*lead, keys, dims[1])]
-    primals = [draw(*shape)[0] for shape in shapes]
-    tangents = [draw(*s)[0] if p else None for s, p in zip(shapes, present, strict=True)]
-    found = oracle.pushforward(lambda *dual: attention(*dual, scale=scale), primals, tangents)
-    close(found, oracle.attention_jvp(primals, tangents, scale=scale))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -72,19 +53,6 @@ def test_autocast_casts_mixed_operands_as_pytorchs_does() -> None:
     oracle.assert_as_good_as(found, exact, oracle.attention_jvp(primals, tangents))
 
 
-def test_reverse_mode_through_value_and_tangent_of_a_dual_level() -> None:
-    torch.manual_seed(0)
-    primals = [x.requires_grad_() for x in draw(1, 2, 5, 4, count=3)]
-    tangents = draw(1, 2, 5, 4, count=3)
-    with forward_ad.dual_level():
-        dual = map(forward_ad.make_dual, primals, tangents)
-        output, output_t = forward_ad.unpack_dual(attention(*dual))
-        assert output_t is not None
-        grads = torch.autograd.grad((output * output_t).sum(), primals)
-    output, output_t = oracle.attention_jvp(primals, tangents)
-    close(grads, torch.autograd.grad((output * output_t).sum(), primals))
-
-
 MASKS = {
     "boolean": torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 1]]).bool(),
     "per head": torch.rand(3, 1, 4, generator=torch.Generator().manual_seed(1)) > 0.3,
@@ -94,40 +62,21 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("name", MASKS)
-def test_masks(name) -> None:
+CASES = {
+    **{name: (3, 4, {"attn_mask": mask}) for name, mask in MASKS.items()},
+    "causal": (5, 5, {"is_causal": True}),
+    "causal, more keys": (3, 6, {"is_causal": True}),
+    "causal, more queries": (6, 3, {"is_causal": True}),
+}
+
+
+@pytest.mark.parametrize(("queries", "keys", "options"), CASES.values(), ids=CASES)
+def test_masks(queries, keys, options) -> None:
     torch.manual_seed(0)
-    primals = [*draw(2, 3, 3, 5), *draw(2, 3, 4, 5, count=2)]
-    tangents = [*draw(2, 3, 3, 5), *draw(2, 3, 4, 5, count=2)]
-    mask = MASKS[name]
-    found = torch.func.jvp(
-        lambda *a: attention(*a, attn_mask=mask), tuple(primals), tuple(tangents)
-    )
-    close(found, oracle.attention_jvp(primals, tangents, attn_mask=mask))
-
-
-def test_tangent_of_an_additive_mask() -> None:
-    torch.manual_seed(0)
-    primals = [*draw(2, 3, 4, 5), *draw(2, 3, 4, 5, count=2), *draw(3, 4, 4)]
-    tangents = [*draw(2, 3, 4, 5), *draw(2, 3, 4, 5, count=2), *draw(3, 4, 4)]
-    leaves = [t.requires_grad_() for t in tangents]
-    grads, pairs = [], []
-    for op in (attention, oracle.math_attention):
-        pairs.append(torch.func.jvp(op, tuple(primals), tuple(leaves)))
-        grads.append(torch.autograd.grad(pairs[-1][1].sin().sum(), leaves))
-    close(pairs[0], pairs[1])
-    close(grads[0], grads[1])
-
-
-def test_a_tangent_of_the_mask_alone() -> None:
-    torch.manual_seed(0)
-    query, key, value = draw(2, 3, 4, 5, count=3)
-    mask, mask_t = draw(3, 4, 4, count=2)
-    found = torch.func.jvp(lambda m: attention(query, key, value, m), (mask,), (mask_t,))
-    exact = torch.func.jvp(
-        lambda m: oracle.math_attention(query, key, value, m), (mask,), (mask_t,)
-    )
-    close(found, exact)
+    primals = [*draw(2, 3, queries, 5), *draw(2, 3, keys, 5, count=2)]
+    tangents = [torch.randn_like(p) for p in primals]
+    found = torch.func.jvp(lambda *a: attention(*a, **options), tuple(primals), tuple(tangents))
+    close(found, oracle.attention_jvp(primals, tangents, **options))
 
 
 @pytest.mark.parametrize("additive", [False, True])
@@ -153,27 +102,6 @@ def test_a_fully_masked_row_is_zero_everywhere(additive, inside_reverse_mode) ->
     grad_query_t, grad_key_t, grad_value_t = torch.autograd.grad(output_t.sum(), leaves)
     assert torch.equal(grad_query_t[:, :, 1], torch.zeros(1, 2, 4, dtype=torch.float64))
     assert grad_key_t.isfinite().all() and grad_value_t.isfinite().all()
-
-
-@pytest.mark.parametrize("queries, keys", [(5, 5), (3, 6), (6, 3)])
-def test_causal_is_aligned_top_left(queries, keys) -> None:
-    torch.manual_seed(0)
-    primals = [*draw(1, 2, queries, 4), *draw(1, 2, keys, 4, count=2)]
-    tangents = [torch.randn_like(p) for p in primals]
-    found = torch.func.jvp(
-        lambda *a: attention(*a, is_causal=True), tuple(primals), tuple(tangents)
-    )
-    close(found, oracle.attention_jvp(primals, tangents, is_causal=True))
-
-
-def test_grouped_heads() -> None:
-    torch.manual_seed(0)
-    primals = [*draw(2, 6, 5, 4), *draw(2, 2, 5, 4, count=2)]
-    tangents = [torch.randn_like(p) for p in primals]
-    found = torch.func.jvp(
-        lambda *a: attention(*a, enable_gqa=True), tuple(primals), tuple(tangents)
-    )
-    close(found, oracle.attention_jvp(primals, tangents, enable_gqa=True))
 
 
 def test_dropout_drops_the_same_weights_from_output_and_tangent() -> None:
@@ -214,10 +142,7 @@ def test_without_tangents_it_is_pytorchs(monkeypatch) -> None:
     [
         ({"key": torch.randn(1, 2, 3, 5)}, "head_dim"),
         ({"value": torch.randn(1, 2, 4, 4)}, "differ in tokens"),
-        (
-            {"key": torch.randn(1, 2, 3, 4).half()},
-            "key is torch.float16 but query is",
-        ),
+        ({"key": torch.randn(1, 2, 3, 4).half()}, "key is torch.float16 but query is"),
         ({"query": torch.ones(1, 2, 3, 4, dtype=torch.int64)}, "query is torch.int64"),
         ({"query": torch.randn(4)}, r"query is \(4,\)"),
         (

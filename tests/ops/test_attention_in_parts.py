@@ -144,7 +144,9 @@ def test_blocks_cover_every_score_once(blocks) -> None:
         seen = torch.zeros(3, 5, 7, 11)
         for (images, heads, rows), keys, start in eager._blocks(query, key, is_causal):
             assert keys[:2] == (images, heads) and start == (rows.start if is_causal else None)
-            assert not is_causal or keys[2].stop <= rows.stop  # a triangle of them for nothing
+            assert (
+                not is_causal or keys[2].stop <= rows.stop
+            )  # masked scores in the diagonal block alone
             seen[images, heads, rows, keys[2]] += 1
         assert seen.max() == 1
         assert seen.tril().equal(torch.ones_like(seen).tril())
@@ -177,7 +179,7 @@ def test_empty_batches(shape) -> None:
 
 
 def test_fewer_dimensions_than_the_query_broadcast() -> None:
-    """Their leading two are not the batch and the heads, even if the numbers agree."""
+    """Their first two dimensions are not batch and heads, even where the sizes agree."""
     shapes = [(2, 2, 5, 4), (2, 2, 4), (2, 2, 4)]
     primals, tangents = ([torch.randn(s, dtype=torch.float64) for s in shapes] for _ in range(2))
     lifted = [[xs[0], *(x.expand(2, *x.shape) for x in xs[1:])] for xs in (primals, tangents)]
@@ -187,6 +189,9 @@ def test_fewer_dimensions_than_the_query_broadcast() -> None:
         torch.testing.assert_close(one, right, rtol=1e-11, atol=1e-12)
 
 
-def test_heads_merge_without_a_copy() -> None:
-    pair = run(draw([(2, 3, 5, 4)] * 3), draw([(2, 3, 5, 4)] * 3, seed=1))
-    assert all(one.transpose(1, 2).is_contiguous() for one in pair)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("present", PRESENT)
+def test_heads_merge_without_a_copy(present, dtype) -> None:
+    primals, tangents = (draw([(2, 3, 5, 4)] * 3, dtype, seed) for seed in (0, 1))
+    given = [t if here else None for t, here in zip(tangents, present, strict=True)]
+    assert all(one.transpose(1, 2).is_contiguous() for one in run(primals, given))

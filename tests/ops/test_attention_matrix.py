@@ -1,4 +1,4 @@
-"""Every pair of transforms: right, or it raises by name, as docs/nestings.md says of a CPU."""
+"""Every pair of transforms is right or raises a named error, as docs/nestings.md lists for CPUs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_oracle_agrees_with_attention_spelled_out(cell) -> None:
 
 @pytest.mark.parametrize("cell", [("jvp",), ("autocast", "jvp"), ("jvp", "grad")], ids=title)
 def test_a_lost_tangent_is_seen(cell) -> None:
-    def forgetful(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def of_a_constant_key(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return oracle.math_attention(query, key.detach(), value)
 
-    assert outcome(cell, forgetful).startswith("wrong")
+    assert outcome(cell, of_a_constant_key).startswith("wrong")

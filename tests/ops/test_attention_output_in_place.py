@@ -121,10 +121,3 @@ def test_grad_of_jvp() -> None:
 
             answers.append(torch.func.grad(total, argnums=(0, 1))(w, w_t))
         torch.testing.assert_close(*answers, rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merging_the_heads_is_still_free(dtype) -> None:
-    q, k, v, v_t = torch.randn(4, BATCH, HEADS, TOKENS, DIM).to(dtype)
-    for output in by_dual_level(lambda v: scaled_dot_product_attention(q, k, v), v, v_t):
-        assert output.transpose(1, 2).flatten(2).data_ptr() == output.data_ptr()

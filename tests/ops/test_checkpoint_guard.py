@@ -37,14 +37,14 @@ def test_within_a_level_of_the_caller(how, reentrant):
         else:
             with forward_ad.dual_level():
                 call(forward_ad.make_dual(X, V))
-    # Reentrant ones are a Function, which PyTorch refuses on its own where its operands are dual.
+    # A reentrant checkpoint is a Function without a jvp: PyTorch itself refuses dual operands.
     refused_by_torch = reentrant and not isinstance(raised.value, UnsupportedError)
     assert refused_by_torch or "within fused_forward_ad" in str(raised.value)
     assert forward_ad._current_level == -1 and torch.is_grad_enabled()
 
 
 def test_a_reentrant_one_without_a_dual_operand():
-    """PyTorch drops the tangent of the weights, without a word."""
+    """PyTorch drops the tangent of the weights without an error."""
     model = layer()
     with fused_forward_ad(), forward_ad.dual_level():
         weights = {n: forward_ad.make_dual(p, p.clone()) for n, p in model.named_parameters()}
@@ -54,7 +54,7 @@ def test_a_reentrant_one_without_a_dual_operand():
 
         with pytest.raises(UnsupportedError, match="within fused_forward_ad"):
             checkpoint(call, X, use_reentrant=True)
-        call(X)  # what follows is as ever
+        call(X)  # later calls work
 
 
 def tangent(x: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ def test_around_the_context():
 @pytest.mark.parametrize("level", ["func.jvp", "dual level"])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_around_the_level_alone(reentrant, level, tracked):
-    """A repetition, or a level within the reentrant one, would be without a word of us."""
+    """A repetition, or a level within a reentrant checkpoint, would go unnoticed."""
 
     def in_a_dual_level(x):
         with forward_ad.dual_level():

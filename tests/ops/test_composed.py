@@ -1,4 +1,4 @@
-"""Operations in words: PyTorch's values bit for bit, tangents right to one rounding."""
+"""Operations composed of others: PyTorch's values bit for bit, tangents right to one rounding."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tangent_ops import fused_forward_ad
+from tests.ops import nestings
 from tests.ops.oracle import pushforward
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -96,52 +97,23 @@ def test_glu_refuses_what_it_refuses_without_a_tangent(args) -> None:
     assert str(ours.value) == str(own.value)
 
 
-@pytest.mark.parametrize("name", ["hardsigmoid", "glu", "normalize"])
-def test_nested(name) -> None:
-    """Against the same nestings of float64 formulas that have every derivative."""
-    in_words: dict[str, Op] = {
-        "hardsigmoid": lambda x: x.clamp(-3, 3) / 6 + 0.5,
-        "glu": lambda x: x[..., :2] / (1 + (-x[..., 2:]).exp()),
-        "normalize": lambda x: x / (x * x).sum(-1, keepdim=True).sqrt(),
-    }
+# The same in elementary operations, which have derivatives of every order.
+IN_WORDS: dict[str, Op] = {
+    "hardsigmoid": lambda x: x.clamp(-3, 3) / 6 + 0.5,
+    "glu": lambda x: x[..., :2] / (1 + (-x[..., 2:]).exp()),
+    "normalize": lambda x: x / (x * x).sum(-1, keepdim=True).sqrt(),
+}
+
+
+@pytest.mark.parametrize("case", nestings.CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("name", IN_WORDS)
+def test_nestings(name, case) -> None:
     source = torch.Generator().manual_seed(0)
-    x, x_t = (torch.randn(3, 4, generator=source, dtype=torch.float64) for _ in range(2))
-    answers = []
-    for op in (OPS[name], in_words[name]):
-
-        def along(x, x_t, op=op):
-            return torch.func.jvp(op, (x,), (x_t,))[1]
-
-        def total(x, op=op):
-            return op(x).sin().sum()
-
-        with fused_forward_ad():
-            answers.append(
-                (
-                    torch.func.vmap(along)(x, x_t),
-                    torch.func.jvp(torch.func.vmap(op), (x,), (x_t,)),
-                    torch.func.jacfwd(op)(x),
-                    torch.func.hessian(total)(x),
-                    torch.func.jvp(torch.func.grad(total), (x,), (x_t,)),
-                    torch.func.jvp(lambda x, f=along: f(x, x_t), (x,), (x_t,)),
-                    torch.func.vmap(torch.func.grad(lambda x, f=along: f(x, x).sum()))(x),
-                )
-            )
-    torch.testing.assert_close(*answers, rtol=1e-12, atol=1e-13)
-
-
-def test_forward_over_reverse_in_a_dual_level() -> None:
-    x, x_t = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).double()
-    for name in ("hardsigmoid", "glu", "normalize"):
-        with fused_forward_ad(), forward_ad.dual_level():
-            leaf = x.clone().requires_grad_()
-            dual = forward_ad.make_dual(leaf, x_t)
-            (grad,) = torch.autograd.grad(OPS[name](dual).sin().sum(), dual, create_graph=True)
-            found = forward_ad.unpack_dual(grad).tangent
-        total = torch.func.grad(lambda x, op=OPS[name]: op(x).sin().sum())
-        exact = (total(x + 1e-5 * x_t) - total(x - 1e-5 * x_t)) / 2e-5
-        # h² times a third derivative of order 1 to 100
-        torch.testing.assert_close(found, exact, rtol=1e-7, atol=1e-8)
+    operands = [(torch.randn(3, 4, generator=source, dtype=torch.float64),) for _ in range(3)]
+    with fused_forward_ad():
+        found = case(OPS[name], *operands)
+    exact = case(IN_WORDS[name], *operands)
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-13)
 
 
 def test_complex_rows_have_pytorchs_length() -> None:

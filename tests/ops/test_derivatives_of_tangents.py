@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import family, generator, shaken
+from small_models import generator, shaken, swin
 from torch import Tensor, nn
 
 from tangent_ops import fused_forward_ad, linearize
@@ -33,7 +33,7 @@ def tangent(op: Op, primals: Sequence[Tensor], tangents: Sequence[Tensor | None]
 
 
 def central_difference(op: Op, primals, tangents, direction: Tensor) -> Tensor:
-    """Of sin of the tangent, summed, along a direction of the first primal."""
+    """The derivative of the sum of sin(tangent) along a direction of the first primal."""
     first, *rest = primals
     both = [
         tangent(op, (first + s * direction, *rest), tangents).sin().sum() for s in (STEP, -STEP)
@@ -199,15 +199,13 @@ class Head(nn.Sequential):
         return self.function(super().forward(x))
 
 
-SWIN = {"img_size": 16, "patch_size": 2, "window_size": 2, "embed_dim": 12, "depths": (2, 1),
-        "num_heads": (2, 2)}  # fmt: skip
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "instance norm": (lambda: nn.Sequential(nn.InstanceNorm2d(3, affine=True)), (2, 3, 4, 4)),
     "batch norm": (lambda: nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)), (2, 3, 5, 5)),
     "group norm": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), (2, 3, 5, 5)),
     "attention with weights": (lambda: SelfAttention(6, 2, batch_first=True), (2, 3, 6)),
-    "swin": (lambda: family("swin_tiny_patch4_window7_224", **SWIN), (1, 3, 16, 16)),
+    "swin": (lambda: swin(img_size=16, window_size=2, depths=(2, 1)), (1, 3, 16, 16)),
     "log_softmax": (lambda: Head(lambda x: x.log_softmax(-1)), (2, 6)),
     "logsumexp": (lambda: Head(lambda x: x.logsumexp(-1)), (2, 6)),
     "cross entropy": (lambda: Head(lambda x: F.cross_entropy(x, TARGET[:2])), (2, 6)),

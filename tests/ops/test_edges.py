@@ -1,6 +1,6 @@
 """Inputs at the edges: one vector, no elements, five dimensions, meta tensors, odd dtypes.
 
-What one vector, no elements and five dimensions are to all operations is in test_dual_ops.py.
+test_dual_ops.py gives one vector, no elements and five dimensions to every operation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tangent_ops import functional, fused_forward_ad
 from tangent_ops.errors import ArgumentError
 from tests.ops import oracle
 from tests.ops.contract import check, derivatives
-from tests.ops.dual_ops import Op
+from tests.ops.dual_ops import ATTENTION, OPS, Op
 
 attention = functional.scaled_dot_product_attention
 
@@ -55,7 +55,7 @@ def test_linear(shape, channels) -> None:
 @pytest.mark.parametrize("lead", [(2,), (0,), ()], ids=["two", "none", "unbatched"])
 @pytest.mark.parametrize("channels", [2, 0])
 def test_convolutions(function, lead, channels) -> None:
-    """Against PyTorch's own rule by torch.func.jvp: what is spelled out is the subset."""
+    """Against PyTorch's own rule, by torch.func.jvp."""
     spatial = (F.conv1d, F.conv2d, F.conv3d).index(function) + 1
     primals = [draw(*lead, channels, *[4] * spatial), draw(4, channels, *[2] * spatial), draw(4)]
     assert_right(functools.partial(functional.convolution, function), function, primals)
@@ -179,34 +179,18 @@ def test_an_additive_mask_of_another_dtype_is_pytorchs_or_refused(dtype, of_mask
 
 # --- meta tensors --------------------------------------------------------------------------
 
-META = {
-    "linear": (F.linear, [(2, 3, 6), (4, 6), (4,)]),
-    "conv2d": (F.conv2d, [(2, 3, 6, 6), (4, 3, 2, 2), (4,)]),
-    "layer_norm": (lambda x, *a: F.layer_norm(x, (6,), *a), [(2, 6), (6,), (6,)]),
-    "rms_norm": (lambda x, w: F.rms_norm(x, (6,), w), [(2, 6), (6,)]),
-    "softmax": (lambda x: F.softmax(x, -1), [(2, 6)]),
-    "gelu": (F.gelu, [(2, 6)]),
-    "attention": (F.scaled_dot_product_attention, [(2, 3, 4, 8)] * 3),
-    "masked attention": (F.scaled_dot_product_attention, [(2, 3, 4, 8)] * 3 + [(4, 4)]),
-    "causal attention": (
-        functools.partial(F.scaled_dot_product_attention, is_causal=True),
-        [(2, 3, 4, 8)] * 3,
-    ),
-}
-
 
 @pytest.mark.parametrize("level", [True, False])
-@pytest.mark.parametrize("name", META)
+@pytest.mark.parametrize("name", [*OPS, *ATTENTION])
 def test_meta_tensors_have_the_shapes_of_others(name, level) -> None:
-    op, shapes = META[name]
-    found = {}
-    for device in ("meta", "cpu"):
-        primals = [draw(*shape).to(device) for shape in shapes]
-        with fused_forward_ad():
-            found[device] = derivatives(op, primals, [p.cos() for p in primals], False, level)
-    for meta, cpu in zip(*map(tree_leaves, (found["meta"], found["cpu"])), strict=True):
-        assert meta.is_meta
-        assert (meta.shape, meta.dtype) == (cpu.shape, cpu.dtype)
+    op = (OPS | ATTENTION)[name]
+    meta, cpu = (
+        derivatives(op.ours, *op.draw((2,), 6, device=device), False, level)
+        for device in ("meta", "cpu")
+    )
+    for one, other in zip(tree_leaves(meta), tree_leaves(cpu), strict=True):
+        assert one.is_meta
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
 
 
 # --- recurrent layers ----------------------------------------------------------------------
@@ -227,6 +211,6 @@ def test_recurrent_layers_where_global_flags_are_frozen(layer, monkeypatch) -> N
     step = 1e-6
     around = [model(x + sign * step * x_t)[0] for sign in (1, -1)]
     torch.testing.assert_close(output, model(x)[0])
-    # Central differences: step² for what they leave out, a rounding over the step.
+    # Central differences err by step², and by a rounding divided by the step.
     torch.testing.assert_close(output_t, (around[0] - around[1]) / (2 * step), rtol=0, atol=1e-8)
     assert (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled) == kept

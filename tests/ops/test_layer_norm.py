@@ -1,4 +1,4 @@
-"""What is special to layer norm: rows far from 0 or constant, mixed dtypes, 16-bit sums."""
+"""Layer norm of rows far from 0 or constant, in mixed dtypes, with 16-bit sums."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_rows_far_from_zero(eps) -> None:
 
 
 def test_a_constant_row_has_a_derivative() -> None:
-    """Its variance is 0, and ε all that is under the root."""
+    """Its variance is 0: only ε is left under the root."""
     primals, tangents = OP.draw((2, 3), 5)
     primals[0].fill_(3.0)
     check(OP, OP.ours, primals, tangents, tracked=False, rtol=1e-11, atol=1e-11)
@@ -46,7 +46,7 @@ def test_gradients_of_tangents_are_the_ordinary_ones_bit_for_bit(dtype) -> None:
 
 @pytest.mark.parametrize("native", [False, True])
 def test_second_derivatives_of_the_tangent_by_a_bias_without_a_weight(native) -> None:
-    """PyTorch's own are wrong in silence."""
+    """PyTorch's own second derivatives are wrong without an error."""
     x, bias, bias_t = torch.randn(2, 3, 5).double(), *torch.randn(2, 5).double()
 
     def second(norm):

@@ -1,4 +1,4 @@
-"""The routed functions at PyTorch's own samples of them: value, tangent and its gradient.
+"""The routed functions on PyTorch's own samples: value, tangent and its gradient.
 
 The samples are the installed torch's (``op_db``), which PyTorch tests its derivatives with.
 """
@@ -50,7 +50,7 @@ FUNCTIONS = [
 @functools.cache
 def op_infos() -> dict[str, Any]:
     """PyTorch's descriptions of its functions, in float64; importing them takes seconds."""
-    if importlib.util.find_spec("expecttest") is None:  # their base class, which nothing here runs
+    if importlib.util.find_spec("expecttest") is None:  # their base class, unused here
         sys.modules["expecttest"] = types.ModuleType("expecttest")
         vars(sys.modules["expecttest"])["TestCase"] = unittest.TestCase
     flags = torch.backends.flags_frozen.__globals__
@@ -103,7 +103,7 @@ def cotangent(like: Tensor) -> Tensor:
 
 
 def derivatives(call: Call, moving, level: bool):
-    """Of the routed function: value, tangent, gradients of the tangent by tangents."""
+    """Value and tangent of the routed function, and gradients of the tangent by tangents."""
     primals = [call.primals[i] for i in moving]
     leaves = [(2 * p).cos().requires_grad_() for p in primals]
     with fused_forward_ad():

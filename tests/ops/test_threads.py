@@ -1,4 +1,4 @@
-"""Threads that call linearized models, train them and run other things: every number is right."""
+"""Threads that call and train linearized models beside others: every number is right."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from small_models import (
     vit,
 )
 from threaded import (
-    again_until,
     busy_switching,  # noqa: F401 - around every test
+    calling,
     for_seconds,
     linearized_call_elsewhere,
     run,
+    run_for_a_second,
     small,
 )
 from timm.models.vision_transformer import VisionTransformer
@@ -36,36 +37,44 @@ import tangent_ops
 from tangent_ops import functional, fused_forward_ad, last_blocks, linearize
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.exact.jacobian import Pair
-from tangent_ops.ops import levels as _threads
+from tangent_ops.ops import levels
 from tangent_ops.ops.backend import in_forward_ad
-from tangent_ops.ops.levels import is_compiling
 from tangent_ops.privacy.per_sample.taps import Pass
 
 
 def test_eight_threads_serve_one_model() -> None:
-    tangent, x, primal, primal_t = small()
+    *_, call = small()
     counts = [0] * 8
     stop = for_seconds(5)
 
     def serve(k: int) -> None:
         while not stop():
-            with torch.no_grad():
-                found = tangent.primal_and_tangent(x)
-            assert_near(found, (primal, primal_t))
+            call()
             counts[k] += 1
 
     assert run(*(lambda k=k: serve(k) for k in range(8))) == []
     assert min(counts) > 0
-    assert_near(tangent.primal_and_tangent(x), (primal, primal_t))
+    call()
 
 
 @pytest.mark.parametrize("transform", ["vmap", "jvp"])
 def test_threads_under_other_transforms(transform: str) -> None:
-    """There a call opens its level by torch.func.jvp, or nests in the thread's own."""
-    tangent, x, primal, primal_t = small()
+    """There a call opens its level by torch.func.jvp, or nests in the level of its thread."""
+    tangent, x, (primal, primal_t), _ = small()
     x_t = torch.ones_like(x)
-    exact = tangent.anchor
-    stop = for_seconds(1)
+    deltas = {name: delta.detach().double() for name, delta in tangent.deltas().items()}
+    weights = {n: p.detach().double() for n, p in tangent.anchor.named_parameters()}
+
+    def exact(x: Tensor) -> Tensor:
+        """f + J Δ by PyTorch's own transform, in float64."""
+
+        def of_weights(w: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(tangent.anchor, w, (x,))
+
+        return torch.add(*torch.func.jvp(of_weights, (weights,), (deltas,)))
+
+    with RightLayerNorm():
+        right = torch.func.jvp(exact, (x.double(),), (x_t.double(),))
 
     def serve() -> None:
         with torch.no_grad():
@@ -76,31 +85,10 @@ def test_threads_under_other_transforms(transform: str) -> None:
                 found = torch.func.jvp(tangent, (x,), (x_t,))
         assert_near(found, right)
 
-    double = [d.double() for d in (x, x_t)]
-    deltas = {name: delta.double() for name, delta in tangent.deltas().items()}
-    oracle = linear_by_torch(exact, deltas)
-    with RightLayerNorm():
-        right = torch.func.jvp(oracle, (double[0],), (double[1],))
-    right = tuple(y.detach() for y in right)
-    assert run(*[again_until(stop, serve)] * 4) == []
-
-
-def linear_by_torch(model: nn.Module, deltas: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    """f + J Δ by PyTorch's own transform, in float64."""
-    weights = {n: p.detach().double() for n, p in model.named_parameters()}
-
-    def run(x: Tensor) -> Tensor:
-        value, slope = torch.func.jvp(
-            lambda w: torch.func.functional_call(model, w, (x,)), (weights,), (deltas,)
-        )
-        return value + slope
-
-    return run
+    run_for_a_second(*[serve] * 4)
 
 
 def test_two_models_train_in_two_threads() -> None:
-    stop = for_seconds(1)
-
     def training(seed: int) -> Callable[[], None]:
         tangent, x, *_ = small(seed)
         cotangent = torch.randn(2, 3, generator=generator(seed + 1))
@@ -110,61 +98,53 @@ def test_two_models_train_in_two_threads() -> None:
             grads = torch.autograd.grad(tangent(x), list(tangent.deltas().values()), cotangent)
             assert_near(grads, list(exact.values()))
 
-        return again_until(stop, step)
+        return step
 
-    assert run(training(0), training(1)) == []
+    run_for_a_second(training(0), training(1))
 
 
 def test_one_model_trains_with_checkpointing_and_serves() -> None:
-    """The backward pass puts tensors in the place of the anchor's parameters, to run blocks."""
+    """The backward pass swaps the anchor's parameters for tensors while it repeats blocks."""
     model, x = vit(depth=2), images()
     tangent = moved(linearize(model))
     tangent.set_grad_checkpointing()
     cotangent = torch.randn(2, 5, generator=generator(4))
     exact = list(exact_vjp(model, list(tangent.deltas()), cotangent, x).values())
-    right = exact_jvp(model, tangent.deltas(), x)
-    stop = for_seconds(1)
 
     def train() -> None:
         grads = torch.autograd.grad(tangent(x), list(tangent.deltas().values()), cotangent)
         assert_near(grads, exact)
 
-    def serve() -> None:
-        with torch.no_grad():
-            assert_near(tangent.primal_and_tangent(x), right)
-
-    assert run(again_until(stop, train), again_until(stop, serve)) == []
+    run_for_a_second(train, calling(tangent, x, exact_jvp(model, tangent.deltas(), x)))
 
 
 def test_other_deltas_in_one_thread_are_not_seen_in_another() -> None:
-    """As in exact fits, which take J times any direction."""
-    tangent, x, primal, primal_t = small()
+    """Exact fits call the model with other deltas, for J times any direction."""
+    tangent, x, (primal, primal_t), serve = small()
     doubled = {f"tangent.delta.{n}": 2 * d.detach() for n, d in tangent.deltas().items()}
-    pair = Pair(tangent)
-    stop = for_seconds(1)
+    right, pair = tangent.delta_dict(), Pair(tangent)
 
     def fit() -> None:
         with torch.no_grad():
-            found = _threads.functional_call(pair, doubled, (x,))
+            found = levels.functional_call(pair, doubled, (x,))
         assert_near(found, (primal, 2 * primal_t))
 
-    def serve() -> None:
-        with torch.no_grad():
-            assert_near(tangent.primal_and_tangent(x), (primal, primal_t))
+    def read() -> None:
+        assert all(torch.equal(d, right[n]) for n, d in tangent.delta_dict().items())
 
-    assert run(again_until(stop, fit), again_until(stop, serve)) == []
+    run_for_a_second(fit, serve)
+    run_for_a_second(fit, read)
 
 
 def test_features_and_hooks_of_one_thread_are_not_those_of_another() -> None:
-    """The trunk stops the anchor by a hook; per-sample gradients listen to its layers."""
+    """The trunk stops the anchor by a hook; per-sample gradients hook its layers."""
     model, x = vit(depth=2), images()
     tangent = moved(linearize(model, last_blocks(model, 1)))
     trunk, _ = tangent.split()
     with torch.no_grad():
         tokens = oracle_tokens(model, x)
-    right = exact_jvp(model, tangent.deltas(), x)
+    serve = calling(tangent, x, exact_jvp(model, tangent.deltas(), x))
     layers = {"head": tangent.anchor.get_submodule("head")}
-    stop = for_seconds(1)
 
     def features() -> None:
         assert_near(trunk(x), tokens)
@@ -172,11 +152,7 @@ def test_features_and_hooks_of_one_thread_are_not_those_of_another() -> None:
     def gradients() -> None:
         assert [len(calls) for calls in Pass(tangent, layers, x).calls.values()] == [1]
 
-    def serve() -> None:
-        with torch.no_grad():
-            assert_near(tangent.primal_and_tangent(x), right)
-
-    assert run(*[again_until(stop, f) for f in (features, gradients, serve)]) == []
+    run_for_a_second(features, gradients, serve)
 
 
 def oracle_tokens(model: VisionTransformer, x: Tensor) -> Tensor:
@@ -187,41 +163,24 @@ def oracle_tokens(model: VisionTransformer, x: Tensor) -> Tensor:
 
 
 def test_models_are_linearized_in_several_threads() -> None:
-    """Their check opens a level, and silences warnings in all of the process for a while."""
+    """The check of a model opens a level, and filters warnings in the whole process meanwhile."""
     before = list(warnings.filters)
-    stop = for_seconds(1)
 
     def make() -> None:
         tangent = linearize(nn.Linear(6, 3), example=torch.ones(2, 6))
         assert tangent(torch.ones(2, 6)).shape == (2, 3)
 
-    assert run(*[again_until(stop, make)] * 4) == []
+    run_for_a_second(*[make] * 4)
     assert list(warnings.filters) == before
 
 
-def test_deltas_of_one_thread_are_not_read_in_another() -> None:
-    tangent, x, *_ = small()
-    doubled = {f"tangent.delta.{n}": 2 * d.detach() for n, d in tangent.deltas().items()}
-    right, pair = tangent.delta_dict(), Pair(tangent)
-    stop = for_seconds(1)
-
-    def read() -> None:
-        assert all(torch.equal(d, right[n]) for n, d in tangent.delta_dict().items())
-
-    def fit() -> None:
-        _threads.functional_call(pair, doubled, (x,))
-
-    assert run(again_until(stop, fit), again_until(stop, read)) == []
-
-
 def test_compiling_in_one_thread_is_not_compiling_in_another(monkeypatch) -> None:
-    """PyTorch's flag says so in every thread; calls would open levels as traced code does."""
-    tangent, x, primal, primal_t = small()
+    """PyTorch's flag holds for all threads: calls would open their levels as traced code does."""
+    _, x, _, call = small()
 
     def serve() -> None:
-        assert torch.compiler.is_compiling() and not is_compiling()
-        with torch.no_grad():
-            assert_near(tangent.primal_and_tangent(x), (primal, primal_t))
+        assert torch.compiler.is_compiling() and not levels.is_compiling()
+        call()
 
     def backend(graph, _inputs):
         monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # as from torch 2.14 on
@@ -229,14 +188,16 @@ def test_compiling_in_one_thread_is_not_compiling_in_another(monkeypatch) -> Non
         monkeypatch.undo()
         return graph
 
-    compiled = torch.compile(lambda x: (is_compiling(), x.sin()), backend=backend, fullgraph=True)
+    compiled = torch.compile(
+        lambda x: (levels.is_compiling(), x.sin()), backend=backend, fullgraph=True
+    )
     assert compiled(x)[0]
-    assert not is_compiling()
+    assert not levels.is_compiling()
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's own vmap
 def test_plain_operations_beside_a_linearized_call() -> None:
-    """Nothing here has a tangent: all is PyTorch's own, to the bit."""
+    """No operand has a tangent: every result is PyTorch's own, bit for bit."""
     q, k, v = torch.randn(3, 2, 3, 5, 8, generator=generator())
     x, weight = torch.randn(2, 4, 4, generator=generator(1))
 
@@ -259,23 +220,17 @@ def test_plain_operations_beside_a_linearized_call() -> None:
 
 
 def test_plain_operations_while_levels_come_and_go() -> None:
-    tangent, x, primal, primal_t = small()
     q, k, v = torch.randn(3, 2, 3, 5, 8, generator=generator())
     right = F.scaled_dot_product_attention(q, k, v)
-    stop = for_seconds(1)
 
     def plain() -> None:
         assert torch.equal(tangent_ops.scaled_dot_product_attention(q, k, v), right)
 
-    def serve() -> None:
-        with torch.no_grad():
-            assert_near(tangent.primal_and_tangent(x), (primal, primal_t))
-
-    assert run(*[again_until(stop, f) for f in (plain, plain, serve)]) == []
+    run_for_a_second(plain, plain, small()[-1])
 
 
 def test_a_backward_pass_in_another_thread_has_part_in_the_level() -> None:
-    """As PyTorch's threads of GPUs have in the level of the one that waits for them."""
+    """On a GPU, PyTorch's backward threads share the level of the thread that waits for them."""
     seen = []
 
     class Looks(torch.autograd.Function):
@@ -300,8 +255,7 @@ def test_fused_blocks_with_levels_of_their_own() -> None:
         right = torch.func.jvp(exact, (x.double(),), (x_t.double(),))
     right = tuple(y.detach() for y in right)
     model = model.float()
-    tangent, z, primal, primal_t = small()
-    stop = for_seconds(1)
+    tangent, z, exact_z, _ = small()
 
     def by_jvp() -> None:
         with fused_forward_ad():
@@ -313,22 +267,21 @@ def test_fused_blocks_with_levels_of_their_own() -> None:
             assert_near(tuple(forward_ad.unpack_dual(output)), right)
 
     def serve() -> None:
-        assert_near(tangent.primal_and_tangent(z), (primal, primal_t))
+        assert_near(tangent.primal_and_tangent(z), exact_z)
 
-    assert run(*[again_until(stop, f) for f in (by_jvp, by_level, by_jvp, serve)]) == []
+    run_for_a_second(by_jvp, by_level, by_jvp, serve)
 
 
 def test_a_jvp_of_pytorchs_alone_beside_linearized_calls() -> None:
-    """Outside of fused_forward_ad() one of the two may be refused; no number is wrong."""
-    tangent, x, primal, primal_t = small()
+    """Outside of fused_forward_ad() either may be refused, but no result is wrong."""
+    *_, call = small()
     z, z_t = torch.randn(2, 3, generator=generator(1))
     right = z_t * z.cos()
-    stop = for_seconds(1)
     counts = {"ours": 0, "theirs": 0}
 
     def serve() -> None:
-        with torch.no_grad(), contextlib.suppress(UnsupportedError):
-            assert_near(tangent.primal_and_tangent(x), (primal, primal_t))
+        with contextlib.suppress(UnsupportedError):
+            call()
             counts["ours"] += 1
 
     def theirs() -> None:
@@ -340,6 +293,6 @@ def test_a_jvp_of_pytorchs_alone_beside_linearized_calls() -> None:
             assert torch.allclose(found, right)
             counts["theirs"] += 1
 
-    assert run(*[again_until(stop, f) for f in (serve, theirs)]) == []
+    run_for_a_second(serve, theirs)
     assert min(counts.values()) > 0
-    assert_near(tangent.primal_and_tangent(x), (primal, primal_t))
+    call()

@@ -12,10 +12,11 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import tangent_ops
-from tangent_ops import functional, fused_forward_ad
+from tangent_ops import fused_forward_ad
 from tests.ops import oracle
+from tests.ops.dual_ops import ATTENTION, OPS
 
-# torch's own, of the constants that it folds.
+# PyTorch's own warning, of constants that it folds.
 pytestmark = pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
 
 attention = tangent_ops.scaled_dot_product_attention
@@ -26,60 +27,31 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(shape, generator=source, dtype=torch.float64)
 
 
-X, W, B, LINE = draw(2, 3, 4, 6), draw(5, 6), draw(5), draw(6)
-KERNEL = draw(5, 3, 2, 2)
-conv2d = functools.partial(functional.convolution, F.conv2d)
-
-# Ours, the same in PyTorch's own operations, and where: all tangents, and those of one operand.
-CASES = {
-    "attention": (attention, oracle.math_attention, (X, X.roll(1, -2), X.sin())),
-    "attention by value": (
-        lambda v: attention(X, X, v),
-        lambda v: oracle.math_attention(X, X, v),
-        (X,),
-    ),
-    "reference": (
-        lambda q: attention(q, q, q, backend="reference"),
-        lambda q: oracle.math_attention(q, q, q),
-        (X,),
-    ),
-    "causal": (
-        lambda q: attention(q, q, q, is_causal=True),
-        lambda q: oracle.math_attention(q, q, q, is_causal=True),
-        (X,),
-    ),
-    "linear": (functional.linear, F.linear, (X, W, B)),
-    "linear by weight": (lambda w: functional.linear(X, w), lambda w: F.linear(X, w), (W,)),
-    "layer_norm": (
-        lambda *a: functional.layer_norm(a[0], (6,), *a[1:]),
-        lambda *a: F.layer_norm(a[0], (6,), *a[1:]),
-        (X, LINE, LINE.sin()),
-    ),
-    "rms_norm": (
-        lambda x, w: functional.rms_norm(x, (6,), w),
-        lambda x, w: F.rms_norm(x, (6,), w),
-        (X, LINE),
-    ),
-    "gelu": (functional.gelu, F.gelu, (X,)),
-    "softmax": (lambda x: functional.softmax(x, -1), lambda x: x.softmax(-1), (X,)),
-    "silu": (functional.silu, F.silu, (X,)),
-    "conv2d": (conv2d, F.conv2d, (X, KERNEL, B)),
-    "conv2d by bias": (lambda b: conv2d(X, KERNEL, b), lambda b: F.conv2d(X, KERNEL, b), (B,)),
-}
+X = draw(2, 3, 4, 6)
 
 
 def close(found, exact) -> None:
     torch.testing.assert_close(found, exact, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_linearize(name) -> None:
-    ours, pytorchs, primals = CASES[name]
-    output, along = torch.func.linearize(ours, *primals)
-    for phase in (1.0, 2.0):  # a call must leave the next one right
-        tangents = tuple((3 * p + phase).sin() for p in primals)
-        exact, exact_t = torch.func.jvp(pytorchs, primals, tangents)
-        close((output, along(*tangents)), (exact, exact_t))
+# Left to PyTorch, whose graph adds eps to a constant in place, once more in each call.
+WRONG_IN_PYTORCH = "rms_norm, two dimensions"
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("name", [n for n in OPS | ATTENTION if n != WRONG_IN_PYTORCH])
+def test_linearize(name, backend) -> None:
+    op = (OPS | ATTENTION)[name]
+    primals, _ = op.draw((3,), 8)
+    backends = {} if backend is None else {"backend": backend}
+    ours = functools.partial(op.ours, **backends)
+    for moving in (range(len(primals)), [len(primals) - 1]):  # all operands, and the last alone
+        some = tuple(primals[i] for i in moving)
+        output, along = torch.func.linearize(oracle.of_some(ours, primals, moving), *some)
+        for phase in (1.0, 2.0):  # a call must leave the next one right
+            tangents = tuple((3 * p + phase).sin() for p in some)
+            exact = torch.func.jvp(oracle.of_some(op.exact, primals, moving), some, tangents)
+            close((output, along(*tangents)), exact)
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])

@@ -1,4 +1,4 @@
-"""What tests of threads share: small models, and threads that are known to be somewhere."""
+"""Shared by the tests of threads: small models, and threads held at a known place."""
 
 from __future__ import annotations
 
@@ -10,20 +10,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from small_models import (
-    exact_jvp,
-    generator,
-    moved,
-)
+from small_models import assert_near, exact_jvp, generator, moved
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from tangent_ops import (
-    LinearizedModel,
-    linearize,
-)
+from tangent_ops import LinearizedModel, linearize
 
-HANGS = 60.0  # seconds that no thread here takes
+HANGS = 60.0  # seconds; no thread here takes that long
 
 
 @pytest.fixture(autouse=True)
@@ -33,21 +26,33 @@ def busy_switching() -> Iterator[None]:
     yield
     sys.setswitchinterval(before)
     assert forward_ad._current_level == -1
-    call = run(lambda: small()[0](small()[1]))  # no lock is left behind, nor a level
-    assert call == []
+    assert run(lambda: small()[-1]()) == []  # no lock is left behind, nor a level
 
 
-def small(seed: int = 0) -> tuple[LinearizedModel, Tensor, Tensor, Tensor]:
-    """A model, an input, and what its primal and tangent are, in float64."""
+def calling(tangent: LinearizedModel, x: Tensor, right: tuple[Tensor, Tensor]):
+    """A call without gradients that compares primal and tangent with ``right``."""
+
+    def call() -> None:
+        with torch.no_grad():
+            assert_near(tangent.primal_and_tangent(x), right)
+
+    return call
+
+
+def small(
+    seed: int = 0,
+) -> tuple[LinearizedModel, Tensor, tuple[Tensor, Tensor], Callable[[], None]]:
+    """A model, an input, its exact primal and tangent in float64, and their `calling`."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 3))
     tangent = moved(linearize(model), seed, scale=1.0)
     x = torch.randn(2, 6, generator=generator(seed))
-    return tangent, x, *exact_jvp(model, tangent.deltas(), x)
+    right = exact_jvp(model, tangent.deltas(), x)
+    return tangent, x, right, calling(tangent, x, right)
 
 
 def run(*functions: Callable[[], object]) -> list[BaseException]:
-    """Each in a thread of its own; what they raised."""
+    """Runs each function in a thread of its own; returns what they raised."""
     raised: list[BaseException] = []
 
     def guarded(function: Callable[[], object]) -> None:
@@ -73,22 +78,27 @@ def again_until(stop: Callable[[], bool], function: Callable[[], object]) -> Cal
     return repeated
 
 
+def run_for_a_second(*functions: Callable[[], None]) -> None:
+    """Calls each function again and again, in a thread of its own; none raises."""
+    stop = for_seconds(1)
+    assert run(*(again_until(stop, function) for function in functions)) == []
+
+
 def for_seconds(seconds: float) -> Callable[[], bool]:
     end = time.monotonic() + seconds
     return lambda: time.monotonic() > end
 
 
 @contextlib.contextmanager
-def elsewhere(context: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
-    """With another thread inside of that context."""
+def held(stay: Callable[[Callable[[], object]], object]) -> Iterator[None]:
+    """With another thread in ``stay(wait)``, which calls ``wait`` once."""
     inside, done = threading.Event(), threading.Event()
 
-    def stay() -> None:
-        with context():
-            inside.set()
-            assert done.wait(HANGS)
+    def wait() -> None:
+        inside.set()
+        assert done.wait(HANGS)
 
-    thread = threading.Thread(target=stay, daemon=True)
+    thread = threading.Thread(target=stay, args=(wait,), daemon=True)
     thread.start()
     assert inside.wait(HANGS)
     try:
@@ -96,6 +106,16 @@ def elsewhere(context: Callable[[], contextlib.AbstractContextManager]) -> Itera
     finally:
         done.set()
         thread.join(HANGS)
+
+
+def elsewhere(context: Callable[[], contextlib.AbstractContextManager]):
+    """With another thread inside of that context."""
+
+    def stay(wait: Callable[[], object]) -> None:
+        with context():
+            wait()
+
+    return held(stay)
 
 
 class Waiting(nn.Module):
@@ -117,16 +137,6 @@ class Waiting(nn.Module):
         return output
 
 
-@contextlib.contextmanager
-def linearized_call_elsewhere() -> Iterator[None]:
+def linearized_call_elsewhere() -> contextlib.AbstractContextManager[None]:
     """With another thread in the middle of a linearized call."""
-    inside, done = threading.Event(), threading.Event()
-    tangent = linearize(Waiting(lambda: (inside.set(), done.wait(HANGS))), check=False)
-    thread = threading.Thread(target=lambda: tangent(torch.ones(2, 6)), daemon=True)
-    thread.start()
-    assert inside.wait(HANGS)
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join(HANGS)
+    return held(lambda wait: linearize(Waiting(wait), check=False)(torch.ones(2, 6)))

@@ -30,7 +30,7 @@ SHAPE = (3, 1, 2, 3, 16)  # query, key and value of one image, two heads, three 
 
 
 def pattern(shape: torch.Size | tuple[int, ...], like: Tensor, phase: float) -> Tensor:
-    """Fixed numbers in [-1, 1] that look like nothing in particular."""
+    """Fixed numbers in [-1, 1] without a visible order."""
     count = torch.Size(shape).numel()
     angle = 2.3 * torch.arange(count, dtype=torch.float64, device=like.device) + phase
     return angle.sin().reshape(shape).to(like.dtype)

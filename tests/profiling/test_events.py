@@ -102,7 +102,7 @@ def test_kernels_by_their_launch_and_by_their_name() -> None:
         on_cuda("sgemm", 200, 300),
         on_cuda("sgemm", 300, 307),
         on_cuda("sgemm", 307, 314),
-        on_cuda("sgemm", 400, 407),  # a third of 7 us, which nobody is known to have launched
+        on_cuda("sgemm", 400, 407),  # a third of 7 us, whose launch is not known
         on_cuda("grad_query_kernel", 500, 520),
         on_cuda("Memset (Device)", 530, 533),
         on_cuda("a range of the user", 0, 900, is_user_annotation=True),

@@ -9,7 +9,7 @@ from tangent_ops.profiling.families import FAMILIES, MEANING, family
 ENGINE = "autograd::engine::evaluate_function: "
 MATH = ("aten::scaled_dot_product_attention", "aten::_scaled_dot_product_attention_math")
 
-# One line each: what it is part of, from the outside in, and the family.
+# The names of the operations around it, outermost first, its own last; and the family.
 OPERATIONS = [
     # by what it is part of
     ((*MATH, "aten::matmul", "aten::bmm"), "attention"),
@@ -60,7 +60,7 @@ OPERATIONS = [
     ((), "other"),
 ]
 
-# Kernels that nobody is known to have launched: by their name alone.
+# Kernels whose launch is not known: by their name alone.
 KERNELS = [
     ("attention_jvp_kernel", "attention"),
     ("grad_query_kernel", "attention"),

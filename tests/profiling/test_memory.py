@@ -16,7 +16,7 @@ def block(kib: int, device: str = "cpu") -> torch.Tensor:
 
 
 def rises_and_falls(device: str = "cpu") -> torch.Tensor:
-    """32 + 16 held at the most, KiB: 8 comes after 32 has gone."""
+    """Holds at most 32 + 16 KiB: 8 are allocated after 32 have been freed."""
     first = block(32, device)
     second = block(16, device)
     del first

@@ -1,4 +1,4 @@
-"""What is compared computes the same function, and trains the same parameters."""
+"""All sides of a profile compute the same function and train the same parameters."""
 
 from __future__ import annotations
 

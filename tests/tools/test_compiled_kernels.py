@@ -185,7 +185,7 @@ def test_autotuning_keeps_the_fastest(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("wanted", ["0", "1"])
-def test_only_who_asks_is_tuned_for(wanted, monkeypatch) -> None:
+def test_autotuning_is_off_unless_it_is_switched_on(wanted, monkeypatch) -> None:
     call, tangent = small_call()
     timed: list[str] = []
     monkeypatch.setattr(configs, "_tuned", {})

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from small_models import NoJvp
 from torch import nn
 
 from tools.coverage import __main__ as command
@@ -77,16 +78,6 @@ def test_attention_by_hand_is_seen(name):
             return (scores.softmax(-1) if name == "softmax by hand" else scores) @ q
 
     assert row_of(Mixes(2, 2)).attention == name
-
-
-class NoJvp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 2 * grad
 
 
 class Applies(nn.Linear):

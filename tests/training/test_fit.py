@@ -1,4 +1,4 @@
-"""`fit`: the problem it solves, batches, schedules, seeds, precision, caching."""
+"""`fit`: the problem that it solves, parts of batches, schedules, seeds, modes."""
 
 import copy
 import math
@@ -22,10 +22,9 @@ from training_cases import (
     vectors,
 )
 
-from tangent_ops.delta import Delta
-from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
+from tangent_ops.errors import NonFiniteLossError, UnsupportedError
 from tangent_ops.losses import RescaledSquareLoss
-from tangent_ops.model.linearize import last_blocks, linearize
+from tangent_ops.model.linearize import linearize
 from tangent_ops.training.fit import fit
 from tangent_ops.training.head import fit_head
 from tangent_ops.training.options import SCHEDULES
@@ -167,17 +166,6 @@ def test_accumulation_takes_the_whole_batchs_step(accumulate, parts):
         assert error < 1e-14, name
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_repeated_blocks_train_the_same(accumulate):
-    """Not AdamW: it makes a step of the rounding that is all the gradient of a key's bias."""
-    options = {"accumulate": accumulate, "optimizer": "sgd"}
-    kept, repeated = (trained_deltas(False, repeat=r, **options) for r in (False, True))
-    for name, value in kept.items():
-        largest = float(value.abs().max())
-        assert largest > 1e-4, name
-        assert torch.allclose(repeated[name], value, rtol=0, atol=1e-13 * largest), name
-
-
 def test_a_nan_in_any_part_stops_before_the_step():
     inputs, targets = (tensor.clone() for tensor in vectors(count=6).tensors)
     inputs[5] = float("nan")
@@ -273,7 +261,7 @@ def test_the_callers_generators_are_left_alone(fails):
     assert torch.equal(own.get_state(), own_before)
 
 
-# Modes and precision
+# Modes
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -296,124 +284,7 @@ def test_gradients_are_cleared():
     assert model.weight.grad is None
 
 
-@pytest.mark.parametrize(("amp", "dtype"), [(True, torch.bfloat16), (None, torch.float32)])
-@pytest.mark.parametrize("cache", [False, True])
-def test_autocast_of_a_tangent_model(amp, dtype, cache):
-    model, data = tiny_vit(), images()
-    tangent = linearize(model, last_blocks(model, 1))
-    seen = set()
-    # Both parts of the model: below the first trained block, and the block itself.
-    for block in (0, 2):
-        layer = tangent.anchor.get_submodule(f"blocks.{block}.mlp.fc1")
-        layer.register_forward_hook(lambda *args: seen.add(args[2].dtype))
-    history = quiet(tangent, data, amp=amp, epochs=2, lr=1e-3, cache=cache)
-    assert seen == {dtype}
-    assert {delta.dtype for delta in tangent.deltas().values()} == {torch.float32}
-
-    exact = linearize(model, last_blocks(model, 1))
-    expected = quiet(exact, data, amp=False, epochs=2, lr=1e-3)
-    assert history.loss == pytest.approx(expected.loss, rel=2e-2)
-
-
-def test_amp_none_keeps_the_callers_autocast():
-    model, data = tiny_vit(), images()
-
-    def trained(amp):
-        tangent = linearize(model, last_blocks(model, 1))
-        quiet(tangent, data, amp=amp, epochs=2, lr=1e-3)
-        return {name: delta.detach() for name, delta in tangent.deltas().items()}
-
-    inside = trained(True)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_equal(trained(None), inside)
-        single = trained(False)
-    assert_equal(single, trained(None))
-    assert not torch.equal(single["head.weight"], inside["head.weight"])
-
-
-@pytest.mark.parametrize("model", [linear(), linear().half()])
-def test_float16_is_refused(model):
-    data = vectors(dtype=torch.float16)
-    autocast = torch.autocast("cpu", torch.float16, enabled=model.weight.dtype != torch.float16)
-    refused = pytest.raises(UnsupportedError, match=r"fit in float16.*torch\.amp\.GradScaler")
-    with autocast, refused:
-        quiet(model, data, epochs=1)
-
-
-def test_losses_get_16_bit_logits_in_float32():
-    seen = []
-
-    def loss(logits, targets):
-        seen.append(logits.dtype)
-        return F.cross_entropy(logits, targets)
-
-    model = nn.Linear(4, 3)
-    quiet(model, vectors(dtype=torch.float32), loss=loss, epochs=1, amp=True)
-    assert seen == [torch.float32]
-
-
-# Caching
-
-
-def trained_deltas(cache, dtype=torch.float64, loader=None, repeat=False, **options) -> Delta:
-    model = tiny_vit().to(dtype)
-    tangent = linearize(model, last_blocks(model, 2))
-    tangent.set_grad_checkpointing(repeat)
-    data = images(dtype=dtype)
-    data = data if loader is None else loader(data)
-    quiet(tangent, data, epochs=2, batch_size=8, lr=1e-3, cache=cache, **options)
-    return tangent.delta_dict()
-
-
-@pytest.mark.parametrize(
-    "loader",
-    [
-        None,
-        lambda data: DataLoader(data, batch_size=6, shuffle=True, drop_last=True),
-        lambda data: DataLoader(data, batch_size=6, generator=torch.Generator()),
-    ],
-    ids=["dataset", "shuffled", "in order"],
-)
-def test_cached_features_change_nothing_but_rounding(loader):
-    plain = trained_deltas(False, loader=loader)
-    cached = trained_deltas(True, loader=loader)
-    for name, value in plain.items():
-        assert value.abs().max() > 1e-4, name
-        assert torch.allclose(cached[name], value, rtol=0, atol=1e-9), name
-
-
-def test_features_can_be_cached_in_a_folder(tmp_path):
-    options = {"dtype": torch.float32, "optimizer": "sgd"}
-    plain, cached = trained_deltas(False, **options), trained_deltas(tmp_path, **options)
-    assert any(tmp_path.iterdir())
-    for name, value in plain.items():
-        assert torch.allclose(cached[name], value, rtol=0, atol=1e-4 * float(value.abs().max()))
-
-
-def test_cached_features_are_computed_once():
-    def forwards(epochs):
-        model, count = tiny_vit(), []
-        tangent = linearize(model, last_blocks(model, 1))
-        entry = tangent.anchor.get_submodule("patch_embed")
-        entry.register_forward_hook(lambda *args: count.append(1))
-        quiet(tangent, images(), epochs=epochs, cache=True)
-        return len(count)
-
-    assert forwards(epochs=5) == forwards(epochs=1) > 0
-
-
-def test_cache_is_for_tangent_models_and_batches():
-    with pytest.raises(ArgumentError, match="needs a LinearizedModel, got a VisionTransformer"):
-        quiet(tiny_vit(), images(), cache=True)
-    tangent = linearize(tiny_vit(), "head")
-    unbatched = DataLoader(images(), batch_size=None)
-    with pytest.raises(ArgumentError, match="makes batches"):
-        quiet(tangent, unbatched, cache=True)
-    with pytest.raises(UnsupportedError):
-        quiet(linearize(tiny_vit()), images(), cache=True)
-
-
-# Progress and devices
+# Progress
 
 
 def test_progress_shows_the_loss_and_can_be_silenced(capsys):
@@ -423,19 +294,3 @@ def test_progress_shows_the_loss_and_can_be_silenced(capsys):
     quiet(linear(), vectors(), epochs=2)
     fit_head(tiny_vit(), images(), epochs=1, progress=False)
     assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("cache", [False, True])
-def test_moves_model_and_batches(cache):
-    model = tiny_vit()
-    tangent = linearize(model, last_blocks(model, 1))
-    generator = torch.cuda.get_rng_state()
-    history = quiet(tangent, images(), device="cuda", lr=1e-3, epochs=2, cache=cache)
-    assert all(delta.is_cuda for delta in tangent.deltas().values())
-    assert torch.equal(torch.cuda.get_rng_state(), generator)
-    expected = linearize(model, last_blocks(model, 1))
-    assert history.loss == pytest.approx(
-        quiet(expected, images(), lr=1e-3, epochs=2).loss, rel=5e-2
-    )

@@ -89,7 +89,7 @@ class Sometimes(nn.Module):
 
 
 class Drops(nn.Module):
-    """Keeps what its dropout drew: of ones."""
+    """Records what dropout made of ones in each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ def refusal(call: Callable[[], Any]) -> str:
 
 
 def scattered(model: nn.Module, rank: int) -> nn.Module:
-    """Trained parameters that are different in each process, if not put right."""
+    """Moves trained parameters by the rank; the group must make them equal again."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -296,7 +296,7 @@ def test_a_parameter_without_gradient_stays(both):
 
 
 def test_processes_draw_apart(both):
-    """The samples of one process are dropped from without those of another's."""
+    """The dropout of one process does not repeat that of the other."""
     one, other = (process["drawn"] for process in both)
     assert len({tuple(row.tolist()) for row in torch.cat([one, other])}) > 0.8 * 2 * len(one)
 

@@ -1,3 +1,5 @@
+"""`fit_grouped`: the deltas are those of separate fits, and the anchor runs once for all shards."""
+
 import copy
 import random
 from collections import Counter
@@ -6,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import Computes, shaken, vit
+from small_models import Computes, shaken, swin, vit
 from timm.models.convnext import ConvNeXt
-from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
+from training_cases import generator_states
 
 from tangent_ops import last_blocks, linearize
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
@@ -35,7 +37,7 @@ def shards(*sizes: int, size: int = 16) -> dict[str, TensorDataset]:
 def tangent_of(model: nn.Module, trainable=None, **options):
     tangent = linearize(model.double(), trainable, **options)
     noise = torch.Generator().manual_seed(4)
-    with torch.no_grad():  # shards start where it stands, not at zero
+    with torch.no_grad():  # shards start from these deltas, not from zero
         for delta in tangent.deltas().values():
             delta.copy_(0.01 * torch.randn(delta.shape, generator=noise, dtype=delta.dtype))
     return tangent
@@ -113,12 +115,6 @@ def test_cached_features_are_computed_once_for_each_shard(rank):
     assert sum(rows) == 8 + 10 + check_of_the_split
 
 
-def swin():
-    sizes = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16}
-    torch.manual_seed(0)
-    return shaken(SwinTransformer(**sizes, depths=(2, 2), num_heads=(2, 2), num_classes=5))
-
-
 def convnext():
     torch.manual_seed(0)
     return shaken(ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=5))
@@ -137,7 +133,7 @@ def test_blocks_that_are_repeated_in_separate_fits():
 
 
 def head_of(call) -> nn.Module:
-    """A linear head, and what `call(module, x)` makes of it."""
+    """`call(module, x)`, which has a linear head."""
     torch.manual_seed(5)
     return Computes(call, head=nn.Linear(6, 5))
 
@@ -180,7 +176,7 @@ def linear_tangent():
 
 def test_rows_that_see_their_batch_see_their_own_shard_alone():
     mixing = head_of(lambda m, x: m.head((x - x.mean(0)).tanh()))
-    tangent = tangent_of(mixing, check=False)  # of one sample alone nothing is left
+    tangent = tangent_of(mixing, check=False)  # which one sample leaves at zero
     check(tangent, vectors(8, 7, 4), optimizer="sgd")
 
 
@@ -217,12 +213,7 @@ def test_generators_are_put_back():
     data["own"] = DataLoader(vectors(6)["s0"], 3, shuffle=True, generator=own)
 
     def states():
-        return [
-            torch.get_rng_state().tolist(),
-            own.get_state().tolist(),
-            np.random.get_state()[1].tolist(),
-            random.getstate(),
-        ]
+        return own.get_state().tolist(), generator_states()
 
     tangent = linear_tangent()
     options = {"epochs": 2, "lr": 1e-2, "batch_size": 4, "progress": False}
@@ -291,30 +282,24 @@ def test_no_product_is_computed_twice():
     assert 0 < together == one_by_one
 
 
-class FrozenMask(nn.Module):
-    """Attention with a mask of each kind, below a trained head."""
-
-    def __init__(self, kind):
-        super().__init__()
-        torch.manual_seed(8)
-        self.kind = kind
-        self.head = nn.Linear(6, 5)
-
-    def forward(self, x):
-        tokens = x[:, None, :, None] * torch.ones(6, dtype=x.dtype)
-        masks = {
-            "shared": torch.ones(6, 6, dtype=torch.bool).tril(),
-            "of samples": (x > -1)[:, None, None],
-            "of tokens": x.mean(0).expand(6, 6),
-        }
-        mask = masks[self.kind]
-        mixed = F.scaled_dot_product_attention(tokens, tokens, tokens, attn_mask=mask)
-        return self.head(mixed.mean((1, 2)))
+MASKS = {
+    "shared": lambda x: torch.ones(6, 6, dtype=torch.bool).tril(),
+    "of samples": lambda x: (x > -1)[:, None, None],
+    "of tokens": lambda x: x.mean(0).expand(6, 6),
+}
 
 
-@pytest.mark.parametrize("kind", ["shared", "of samples", "of tokens"])
+@pytest.mark.parametrize("kind", MASKS)
 def test_masks_of_frozen_attention(kind):
-    check(tangent_of(FrozenMask(kind)), vectors(6, 5), optimizer="sgd")
+    """Below a trained head."""
+
+    def call(m, x):
+        tokens = x[:, None, :, None] * torch.ones(6, dtype=x.dtype)
+        mask = MASKS[kind](x)
+        mixed = F.scaled_dot_product_attention(tokens, tokens, tokens, attn_mask=mask)
+        return m.head(mixed.mean((1, 2)))
+
+    check(tangent_of(head_of(call)), vectors(6, 5), optimizer="sgd")
 
 
 class Diverging(nn.Module):
@@ -335,75 +320,61 @@ def test_a_loss_that_is_not_finite_names_its_shard():
     assert all(torch.equal(tangent.deltas()[name], value) for name, value in before.items())
 
 
-class Remembering(nn.Module):
-    """Uses what the call before left."""
-
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(6, 5)
-        self.calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return self.head(x) * self.calls
+def remembering(m, x):
+    """The result depends on the number of calls before."""
+    m.calls = getattr(m, "calls", 0) + 1
+    return m.head(x) * m.calls
 
 
-class Branching(nn.Linear):
-    def forward(self, x):
-        output = super().forward(x)
-        return output if x.sum() > 0 else -output
+def branching(m, x):
+    return m.head(x) if x.sum() > 0 else -m.head(x)
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
-    [(Remembering(), "tried on noise"), (Branching(6, 5), "torch.func.vmap cannot run")],
+    ("call", "message"),
+    [(remembering, "tried on noise"), (branching, "torch.func.vmap cannot run")],
 )
-def test_models_that_cannot_be_grouped_are_refused(model, message):
+def test_models_that_cannot_be_grouped_are_refused(call, message):
     with pytest.raises(UnsupportedError, match=message):
-        fit_grouped(tangent_of(model, check=False), vectors(4, 4), progress=False)
-
-
-def frozen(tangent):
-    for delta in tangent.deltas().values():
-        delta.requires_grad_(False)
-    return tangent
-
-
-def with_trained_anchor(tangent):
-    tangent.anchor.weight.requires_grad_(True)
-    return tangent
+        fit_grouped(tangent_of(head_of(call), check=False), vectors(4, 4), progress=False)
 
 
 SOME = vectors(4)["s0"]
 
 
 @pytest.mark.parametrize(
-    ("make", "data", "options", "message"),
+    ("data", "options", "message"),
     [
-        (linear_tangent, {}, {}, "got none"),
-        (linear_tangent, [vectors(4)["s0"]], {}, "got a list"),
-        (linear_tangent, {"a": SOME, "b": SOME}, {}, "'a' and 'b' are the same data"),
-        (linear_tangent, {"a": SOME, "b": vectors(0)["s0"]}, {}, "shard 'b': data is empty"),
-        (linear_tangent, {"a": [1, 2]}, {}, "shard 'a': data must be"),
-        (linear_tangent, {"a": TensorDataset(torch.ones(4, 6))}, {}, "shard 'a': data must yield"),
-        (linear_tangent, {3: SOME}, {}, "must be a string, got 3"),
-        (linear_tangent, {"a": SOME}, {"optimizer": "adam"}, "optimizer must be"),
-        (linear_tangent, {"a": SOME}, {"cache": "folder"}, "cache must be True or False"),
-        (linear_tangent, {"a": SOME}, {"loss": lambda y, t: y}, "loss must return a scalar"),
-        (
-            linear_tangent,
-            {"a": SOME},
-            {"loss": lambda y, t: y.detach().sum()},
-            "loss does not depend",
-        ),
-        (lambda: nn.Linear(6, 5), {"a": SOME}, {}, "must be a LinearizedModel"),
-        (lambda: frozen(linear_tangent()), {"a": SOME}, {}, "no trainable deltas"),
-        (lambda: with_trained_anchor(linear_tangent()), {"a": SOME}, {}, "share the anchor"),
+        ({}, {}, "got none"),
+        ([vectors(4)["s0"]], {}, "got a list"),
+        ({"a": SOME, "b": SOME}, {}, "'a' and 'b' are the same data"),
+        ({"a": SOME, "b": vectors(0)["s0"]}, {}, "shard 'b': data is empty"),
+        ({"a": [1, 2]}, {}, "shard 'a': data must be"),
+        ({"a": TensorDataset(torch.ones(4, 6))}, {}, "shard 'a': data must yield"),
+        ({3: SOME}, {}, "must be a string, got 3"),
+        ({"a": SOME}, {"optimizer": "adam"}, "optimizer must be"),
+        ({"a": SOME}, {"cache": "folder"}, "cache must be True or False"),
+        ({"a": SOME}, {"loss": lambda y, t: y}, "loss must return a scalar"),
+        ({"a": SOME}, {"loss": lambda y, t: y.detach().sum()}, "loss does not depend"),
     ],
 )
-def test_bad_arguments(make, data, options, message):
+def test_bad_arguments(data, options, message):
     with pytest.raises(ArgumentError, match=message):
-        fit_grouped(make(), data, progress=False, **options)
+        fit_grouped(linear_tangent(), data, progress=False, **options)
+
+
+def test_bad_models():
+    frozen, trained = linear_tangent(), linear_tangent()
+    for delta in frozen.deltas().values():
+        delta.requires_grad_(False)
+    trained.anchor.weight.requires_grad_(True)
+    for model, message in (
+        (nn.Linear(6, 5), "must be a LinearizedModel"),
+        (frozen, "no trainable deltas"),
+        (trained, "share the anchor"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            fit_grouped(model, {"a": SOME}, progress=False)
 
 
 def test_float16_and_models_without_a_trunk_are_refused():

@@ -17,7 +17,9 @@ def quiet(*args, **options) -> History:
 
 def tiny_vit(**options):
     model = small_models.tiny_vit(depth=3, **options)
-    with torch.no_grad():  # timm's start is so small that every image looks the same
+    with (
+        torch.no_grad()
+    ):  # timm's initial weights are so small that outputs hardly depend on the image
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(5)
