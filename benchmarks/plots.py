@@ -15,7 +15,6 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from benchmarks.report import digits, si
 from benchmarks.stored import Result, ratio
 
 STYLE: Any = {  # matplotlib types its keys
@@ -87,7 +86,7 @@ def _against_tokens(result: Result, out: Path, what: str, of: str, unit: str) ->
             axis.set(xscale="log", yscale="log", title=DIRECTIONS[group], xlabel="tokens N")
             axis.set_xticks(lengths, [str(n) for n in lengths], rotation=90, fontsize=8)
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter(lambda y, _: re.sub(r"\.0+ ", " ", si(y, unit)))
+            axis.yaxis.set_major_formatter(EngFormatter(unit))
             axis.minorticks_off()
         axes[0, 0].set_ylabel(f"{what} per image and head")
         kind = ", causal" if causal else ""
@@ -119,9 +118,9 @@ def _rooflines(result: Result, out: Path) -> list[Path]:
         roof = [min(rate, bandwidth * x) for x in (ends[0], ridge, ends[1])]
         axis.plot([ends[0], ridge, ends[1]], roof, color="#444444", linewidth=1.2)
         options: Any = {"textcoords": "offset points", "fontsize": 8}
-        words = f"matmul, {digits(rate / 1e12)} TFLOP/s"
+        words = f"matmul, {rate / 1e12:.3g} TFLOP/s"
         axis.annotate(words, (ends[1], rate), (0, 4), ha="right", **options)
-        words = f"copy, {digits(bandwidth / 1e9)} GB/s"
+        words = f"copy, {bandwidth / 1e9:.3g} GB/s"
         axis.annotate(words, (ends[0], bandwidth * ends[0]), (6, -10), **options)
         axis.set(xscale="log", yscale="log", ylabel="FLOP/s", xlim=ends)
         axis.set_xlabel("arithmetic intensity: least FLOPs / least bytes")
