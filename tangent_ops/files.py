@@ -81,11 +81,11 @@ def write_safetensors(
         file.write(bytes_of(tensors[name]))
 
 
-def check_target(path: Path) -> None:
-    """Raise ArgumentError if `path` is a folder or its folder does not exist."""
+def check_target(path: Path, argument: str = "path") -> None:
+    """Raise ArgumentError, naming the argument, if it is a folder or its folder does not exist."""
     if path.is_dir() or not path.parent.is_dir():
         reason = "is a folder" if path.is_dir() else "is in a folder that does not exist"
-        raise ArgumentError(f"cannot write {path}: it {reason}")
+        raise ArgumentError(f"cannot write {argument}={path}: it {reason}")
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:

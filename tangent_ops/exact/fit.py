@@ -109,7 +109,7 @@ def fit_exact(
     check_integer("checkpoint_every", checkpoint_every, 1)
     check_rank(rank)
     if checkpoint is not None:
-        check_target(Path(checkpoint).resolve())
+        check_target(Path(checkpoint).resolve(), "checkpoint")
         if method == "dual":
             raise ArgumentError("checkpoint is for method='cg': the dual solution is one solve")
     passes = problem.passes

@@ -57,7 +57,7 @@ class State:
                 folder, or its folder does not exist.
         """
         path = Path(path).resolve()
-        check_target(path)
+        check_target(path, "checkpoint")
         self._file, self._every = Checkpoint(path, identity), every
         found = self._file.read()
         if found is None:

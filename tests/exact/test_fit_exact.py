@@ -255,7 +255,7 @@ def test_refusals(dense: Dense) -> None:
     entropy = dense.problem(0.1, loss=F.cross_entropy)
     refused("for quadratic losses", error=UnsupportedError, method="dual", problem=entropy)
     refused("checkpoint is for method='cg'", method="dual", checkpoint="x")
-    refused("is in a folder that does not exist", checkpoint="/nowhere/x")
+    refused("checkpoint=/nowhere/x: it is in a folder that does not exist", checkpoint="/nowhere/x")
     refused("problem must be a Problem, got a Linearized", problem=dense.tangent)
     inputs, classes = dense.data.tensors
     broken = TensorDataset(inputs.clone().index_fill(0, torch.tensor([7]), math.nan), classes)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from small_models import VIT, Computes, NoJvp, family, generator, levit
 from torch import Tensor, nn
 
-from tangent_ops import linearize
+from tangent_ops import LinearizedModel, linearize
 from tangent_ops.errors import NoGradientWarning, UnsupportedError
 
 
@@ -87,7 +87,7 @@ def test_timm_describes_its_own_input(capfd):
     ],
 )
 def test_other_errors_are_left_to_the_call(call):
-    linearize(model_of(call), example=X)
+    assert isinstance(linearize(model_of(call), example=X), LinearizedModel)
 
 
 def test_neither_model_nor_random_numbers_change():

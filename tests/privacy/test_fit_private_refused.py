@@ -163,7 +163,7 @@ def test_reading_the_contents_takes_what_differs_and_draws_no_random_numbers():
         ({"l2": -1.0}, "l2 must be finite and not negative"),
         ({"seed": 0, "secure_mode": True}, "seed and secure"),
         ({"loss": nn.CrossEntropyLoss(reduction="sum")}, "mean of the samples"),
-        ({"checkpoint": "/nowhere/fit"}, "does not exist"),
+        ({"checkpoint": "/nowhere/fit"}, "checkpoint=/nowhere/fit: it is in"),
         ({"max_grad_norm": None}, r"give Privacy\(max_grad_norm="),
         ({"epochs": 15}, r"does not use the recipe's epochs: give Privacy\(steps="),
         ({"recipe": Recipe(seed=1)}, r"recipe's seed: give Privacy\(seed="),

@@ -108,6 +108,9 @@ def test_float32_excuses_only_what_it_explains():
     small, large, exact = Errors(1e-7, 1e-7, 1e-7), Errors(1e-7, 1e-3, 1e-7), Errors(0, 1e-14, 0)
     assert judge(large, large, exact) == ROUNDED
     assert judge(large, small, exact) == WRONG
+    rounded = Errors(0, 5e-8, 0)  # in float64, where PyTorch itself rounds to float32
+    assert judge(large, large, rounded, 1e-7) == ROUNDED
+    assert judge(large, large, rounded) == WRONG
     assert judge(large, large, large) == WRONG
     assert judge(Errors(1e-7, 1e-7, 1e-3), large, exact) == WRONG
     assert judge(Errors(1e-7, float("nan"), 1e-7), large, exact) == WRONG

@@ -34,8 +34,9 @@ attention, and ordinary reverse mode, which must agree with each other. An error
 WORDS = """
 - **right**: all three errors below 1e-4.
 - **float32**: an error above 1e-4, but PyTorch in float32 is as far away at the same input, and
-  ours in float64 is exact to 1e-9: a ReLU switches differently in float32, or the model amplifies
-  rounding. Up to four more inputs are tried; "input 3" says which one was right.
+  ours in float64 is exact to 1e-9 (1.2e-7 with hardsigmoid, whose derivative PyTorch rounds to
+  float32): a ReLU switches differently in float32, or the model amplifies rounding. Up to four more
+  inputs are tried; "input 3" says which one was right.
 - **wrong**: any other error above 1e-4.
 - **refused**: an `UnsupportedError` that names the operation. **failed**: any other exception.
 - **no answer**: PyTorch has no derivative in float64, or its two modes disagree.
