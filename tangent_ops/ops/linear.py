@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from tangent_ops.ops.backend import Backend, autocast, in_forward_ad, why_not_in_float
 from tangent_ops.ops.dual_op import DualOp, Maps, dual_output
@@ -46,6 +47,26 @@ def linear(
     why_not = why_not_in_float(operands[0]) or why_not_in_float(operands[1])
     found = dual_output(_OP, operands, (), backend or "reference", why_not)
     return F.linear(input, weight, bias) if found is None else found
+
+
+def head_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear map of its own to each head: y_h = W_h x_h + b_h.
+
+    Torch function modes see the call, as they see ``F.linear``.
+
+    Args:
+        input: (..., H, K), plain or dual.
+        weight: (H, C, K), plain or dual.
+        bias: (H, C), plain or dual, or None.
+
+    Returns:
+        (..., H, C), dual if an input is dual.
+    """
+    if has_torch_function((input, weight)):
+        return handle_torch_function(head_linear, (input, weight), input, weight, bias)
+    rows = input.flatten(0, -3)  # (B, H, K)
+    output = (rows.transpose(0, 1) @ weight.mT).transpose(0, 1).unflatten(0, input.shape[:-2])
+    return output if bias is None else output + bias
 
 
 def _jvp(primals, tangents, options):
