@@ -1,0 +1,357 @@
+"""`Extractor`: the layer factors of J for batches of inputs, by C backward passes of the anchor."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.func import vjp, vmap
+from torch.overrides import TorchFunctionMode
+
+from tangent_ops.errors import UnsupportedError, few
+from tangent_ops.exact.jacobian import Jacobian
+from tangent_ops.exact.parts import Factors, Part, Place, Rows
+from tangent_ops.exact.stored import Stored
+from tangent_ops.exact.weights import Use, Weight, weights_of
+from tangent_ops.model.linearized import LinearizedModel
+from tangent_ops.ops.levels import functional_call, in_turn
+from tangent_ops.ops.linear import head_linear
+
+CHECKED = 8  # samples of the comparison with J by passes
+CHUNK = 1 << 24  # entries of a layer's explicit rows that are formed at a time
+
+
+class Extractor:
+    """Makes `Stored` of batches of inputs.
+
+    The constructor runs the model on some inputs, finds out how each trained parameter is used, and
+    compares Jᵀu, parameter by parameter, with `Jacobian.pull_back`. A weight that linear maps use
+    gives `Factors`. The parameters of another module that is called once with one tensor give
+    `Rows`, by functorch over that module alone. What remains gives `Rows` by backward passes for
+    one sample at a time, which is slow.
+
+    Args:
+        tangent: the model.
+        inputs: (n, ...), the first inputs.
+        explicit: all rows are explicit.
+
+    Raises:
+        UnsupportedError: the factors do not give J: the model mixes samples, for example.
+    """
+
+    def __init__(self, tangent: LinearizedModel, inputs: Tensor, *, explicit: bool = False) -> None:
+        self._tangent = tangent
+        self._jacobian = Jacobian(tangent)
+        self._explicit = explicit
+        self._weights = weights_of(tangent)
+        self._slow: set[str] = set()
+        self._plan(inputs[:1])
+        wrong = self._wrong(inputs[:CHECKED])
+        if wrong and self._slow.isdisjoint(wrong):  # also used outside of the layers
+            self._slow |= wrong
+            self._plan(inputs[:1])
+            wrong = self._wrong(inputs[:CHECKED])
+        if wrong:
+            raise UnsupportedError(
+                f"layer factors do not give the derivative by {few(sorted(wrong))}: the model "
+                "mixes samples, or its samples are not in the first dimension. Use "
+                "representation='passes'"
+            )
+
+    def __call__(self, inputs: Tensor) -> Stored:
+        """J of some inputs (n, ...), with f of them."""
+        inputs = inputs.to(self._jacobian.device)
+        if not self._slow:
+            return self._of_batch(inputs)
+        return Stored.joined([self._of_batch(one) for one in inputs.split(1)])
+
+    def _plan(self, inputs: Tensor) -> None:
+        """Find out which modules' parameters `Factors` do not cover, and which remain."""
+        self._modules: dict[str, nn.Module] = {}
+        used = self._run(inputs, everything=True)
+        self._precision = used.output.dtype
+        covered = _covered(used.maps, self._weights, self._jacobian.layout.size) - self._slow
+        rest = self._weights.keys() - covered
+        calls = Counter(name for name, *_ in used.modules)
+        fine = {name for name, count in calls.items() if count == 1}
+        for name, module in self._tangent.anchor.named_modules():
+            own = {_joined(name, key) for key, _ in module.named_parameters(recurse=False)} & rest
+            if own and name in fine and own.isdisjoint(self._slow):
+                self._modules[name] = module
+                rest -= own
+        self._covered, self._slow = covered, rest
+
+    def _wrong(self, inputs: Tensor) -> set[str]:
+        """Parameters by which Jᵀu differs from that of a pass, for a random u."""
+        layout = self._jacobian.layout
+        stored = self(inputs)
+        self.bytes_per_sample = stored.nbytes // len(stored)
+        noise = torch.Generator().manual_seed(0)
+        u = torch.randn(stored.logits.shape, generator=noise).to(stored.logits)
+        total = layout.zeros()
+        stored.add_vjp(u[None], total[None])
+        exact = self._jacobian.pull_back(
+            layout.zeros(), inputs, lambda primal, _: u.view(primal.shape).to(primal.dtype)
+        )
+        size = torch.stack([part.double().norm() for part in exact]).norm()
+        tolerance = 3 * torch.finfo(self._precision).eps ** 0.5
+        wrong = set()
+        for (name, found), right in zip(layout.named(total).items(), exact, strict=True):
+            off = (found.double() - right.double()).norm()
+            # A gradient that is rounding, such as that of keys' biases, is not compared.
+            if not off <= tolerance * right.double().norm() + 10 * tolerance**2 * size:
+                wrong.add(name)
+        return wrong
+
+    def _of_batch(self, inputs: Tensor) -> Stored:
+        used = self._run(inputs)
+        logits = used.output.detach().flatten(1).to(self._jacobian.layout.dtype)
+        groups = _groups([call for call in used.maps if call.names <= self._covered])
+        calls = [call for group in groups for call in group]
+        edges = [call.edge for call in calls] + [edge for *_, edge in used.modules]
+        found = self._cotangents(used, edges + list(used.leaves.values()))
+        parts: list[Part] = []
+        cotangents = dict(zip(map(id, calls), found, strict=False))
+        for group in groups:
+            parts += self._factors(group, [cotangents[id(call)] for call in group], len(inputs))
+        rows: dict[str, Tensor] = {}
+        for (name, seen, _), g in zip(used.modules, found[len(calls) :], strict=False):
+            if g is not None:
+                rows |= self._module_rows(name, seen, g)
+        for name, g in zip(used.leaves, found[len(edges) :], strict=True):
+            if g is not None:
+                rows[name] = g[None]  # one sample at a time
+        if rows:
+            dtype = self._jacobian.layout.dtype
+            of_deltas = [self._weights[n].of_rows(value).to(dtype) for n, value in rows.items()]
+            places = tuple(self._weights[name].place for name in rows)
+            parts.append(Rows(torch.cat(of_deltas, dim=2), places))
+        return Stored(logits, tuple(parts), used.output.shape[1:])
+
+    def _factors(
+        self, group: list[_Map], cotangents: list[Tensor | None], count: int
+    ) -> list[Part]:
+        """The calls of one linear map, as one part; none if no output depends on it."""
+        kept = [(c, g) for c, g in zip(group, cotangents, strict=True) if g is not None]
+        if not kept:
+            return []
+        inputs = torch.cat([call.activations(count) for call, _ in kept], dim=2)
+        outputs = torch.cat([call.cotangents(g, count) for call, g in kept], dim=3)
+        dtype = self._jacobian.layout.dtype
+        part = Factors(inputs.to(dtype), outputs.to(dtype), *group[0].places)
+        _, c, _, t, o = outputs.shape
+        # Products with J: by positions, or by rows.
+        explicit = c * o * inputs.shape[3] < t * o * (inputs.shape[3] + c)
+        return [part.as_rows() if self._explicit or explicit else part]
+
+    def _module_rows(self, name: str, seen: Tensor, cotangents: Tensor) -> dict[str, Tensor]:
+        """(n, C, ...) by a module's own parameters; the cotangents are (C, n, ...)."""
+        module = self._modules[name]
+        own = {
+            key: value.detach()
+            for key, value in module.named_parameters(recurse=False)
+            if _joined(name, key) in self._weights and _joined(name, key) not in self._covered
+        }
+
+        def of_sample(one: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
+            def call(parameters: dict[str, Tensor]) -> Tensor:
+                return torch.func.functional_call(module, parameters, (one[None],))[0]
+
+            (rows,) = vmap(vjp(call, own)[1])(cotangent)
+            return rows
+
+        size = cotangents.shape[0] * sum(value.numel() for value in own.values())
+        step = max(1, CHUNK // size)
+        chunks = zip(seen.split(step), cotangents.transpose(0, 1).split(step), strict=True)
+        found = [vmap(of_sample)(one, cotangent) for one, cotangent in chunks]
+        return {_joined(name, key): torch.cat([rows[key] for rows in found]) for key in own}
+
+    def _cotangents(self, used: _Used, at: list[Any]) -> list[Tensor | None]:
+        """For each tensor in the graph, the cotangents (C, ...) of the C outputs."""
+        outputs = used.output.flatten(1)
+        if not at or not outputs.requires_grad:
+            return [None] * len(at)
+        columns = outputs.shape[1]
+        found = []
+        for column in range(columns):
+            last = column + 1 == columns
+            of_all = outputs[:, column].sum()  # samples do not depend on each other
+            found.append(torch.autograd.grad(of_all, at, retain_graph=not last, allow_unused=True))
+        return [
+            None if all(g is None for g in each) else torch.stack(_filled(each))
+            for each in zip(*found, strict=True)
+        ]
+
+    def _run(self, inputs: Tensor, *, everything: bool = False) -> _Used:
+        """The anchor's forward pass, with a graph of the tensors of interest."""
+        anchor, weights = self._tangent.anchor, self._weights
+        used = _Used()
+        hooked = self._modules
+        if everything:
+            hooked = {
+                name: module
+                for name, module in anchor.named_modules()
+                if any(_joined(name, key) in weights for key in module._parameters)
+            }
+        used.leaves = {name: weights[name].tensor.detach().requires_grad_() for name in self._slow}
+        handles = [
+            module.register_forward_hook(used.hook(name), with_kwargs=True)
+            for name, module in hooked.items()
+        ]
+        device = self._jacobian.device
+        recording = _Recording(used.maps, weights)
+
+        def run() -> Any:
+            with torch.enable_grad(), torch.autocast(device.type, enabled=False), recording:
+                return functional_call(anchor, used.leaves, (inputs,))
+
+        def call() -> Any:
+            with self._tangent.kept.nothing():
+                return run()
+
+        try:
+            used.output = in_turn(call)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not isinstance(used.output, Tensor) or len(used.output) != len(inputs):
+            raise UnsupportedError(
+                f"the model's output is a {type(used.output).__name__}; layer factors need one "
+                "tensor with a row to each sample"
+            )
+        return used
+
+
+@dataclass
+class _Map:
+    """A call of a linear map by a trained weight, a trained bias, or both."""
+
+    names: frozenset[str]
+    weight: Use | None
+    bias: Use | None
+    heads: bool
+    inputs: Tensor
+    edge: GradientEdge
+
+    @property
+    def places(self) -> tuple[Place | None, Place | None]:
+        """Of weight and bias, with heads."""
+        weight = None if self.weight is None else self.weight.place.heads(2)
+        return weight, None if self.bias is None else self.bias.place.heads(1)
+
+    def activations(self, count: int) -> Tensor:
+        """(n, H, T, K)."""
+        return self._rows(self.inputs, count, self.weight and self.weight.inputs)
+
+    def cotangents(self, found: Tensor, count: int) -> Tensor:
+        """(n, C, H, T, O) of (C, ...)."""
+        side = self.weight and self.weight.cotangents
+        return torch.stack([self._rows(one, count, side) for one in found], dim=1)
+
+    def _rows(self, tensor: Tensor, count: int, side: Tensor | None) -> Tensor:
+        width = tensor.shape[-1]
+        if self.heads:
+            rows = tensor.reshape(count, -1, tensor.shape[-2], width).transpose(1, 2)
+        else:
+            rows = tensor.reshape(count, 1, -1, width)
+        rows = rows if side is None else rows.to(side.dtype) @ side
+        return rows.flatten(1, 2)[:, None] if self.weight and self.weight.merged else rows
+
+
+@dataclass
+class _Used:
+    """What a forward pass used."""
+
+    maps: list[_Map] = field(default_factory=list)
+    modules: list[tuple[str, Tensor, GradientEdge]] = field(default_factory=list)
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+    output: Any = None
+
+    def hook(self, name: str) -> Callable:
+        def tap(module: nn.Module, inputs: tuple, keywords: dict, output: object) -> object:
+            one = len(inputs) == 1 and not keywords and isinstance(inputs[0], Tensor)
+            if not one or not isinstance(output, Tensor) or len(inputs[0]) != len(output):
+                return output
+            output, edge = _tapped(output)
+            self.modules.append((name, inputs[0].detach(), edge))
+            return output
+
+        return tap
+
+
+class _Recording(TorchFunctionMode):
+    """Records the calls of linear maps by trained weights."""
+
+    def __init__(self, maps: list[_Map], weights: Mapping[str, Weight]) -> None:
+        super().__init__()
+        self._maps = maps
+        self._weights = weights
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func not in (F.linear, head_linear):
+            return output
+        return self._record(output, func is head_linear, *args, **kwargs)
+
+    def _record(
+        self, output: Tensor, heads: bool, input: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        uses = [self._use(weight), self._use(bias)]
+        names = frozenset(name for name, _ in filter(None, uses))
+        if not names:
+            return output
+        output, edge = _tapped(output)
+        of = [None if found is None else found[1] for found in uses]
+        self._maps.append(_Map(names, *of, heads, input.detach(), edge))
+        return output
+
+    def _use(self, tensor: Tensor | None) -> tuple[str, Use] | None:
+        if tensor is None:
+            return None
+        for name, weight in self._weights.items():
+            use = weight.use(tensor)
+            if use is not None:
+                return name, use
+        return None
+
+
+def _tapped(output: Tensor) -> tuple[Tensor, GradientEdge]:
+    """The output and its place in the graph, which later changes in place do not move."""
+    if not output.requires_grad:
+        output = output.detach().requires_grad_().clone()
+    return output, get_gradient_edge(output)
+
+
+def _groups(maps: list[_Map]) -> list[list[_Map]]:
+    """The calls of the same map together."""
+    groups: dict[Any, list[_Map]] = {}
+    for call in maps:
+        groups.setdefault(call.places, []).append(call)
+    return list(groups.values())
+
+
+def _covered(maps: list[_Map], weights: Mapping[str, Weight], size: int) -> set[str]:
+    """The parameters that linear maps use, no entry of which two different maps share."""
+    counts = torch.zeros(1, size, dtype=torch.uint8)
+    for places in {call.places for call in maps}:
+        for place in places:
+            if place is not None:
+                place.of(counts).add_(1)
+    named = {name for call in maps for name in call.names}
+    return {name for name in named if weights[name].place.of(counts).max() == 1}
+
+
+def _filled(cotangents: tuple[Tensor | None, ...]) -> list[Tensor]:
+    shape = next(g for g in cotangents if g is not None)
+    return [torch.zeros_like(shape) if g is None else g for g in cotangents]
+
+
+def _joined(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key

@@ -1,0 +1,176 @@
+"""`Stored`: f and J of some samples, kept as parts; products with J need no pass of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tangent_ops.exact.layout import Layout
+from tangent_ops.exact.parts import Part
+
+BATCH = 512  # samples of a product with J; bounds its temporaries
+
+
+@dataclass(frozen=True)
+class Stored:
+    """f(x) and J(x) of N samples.
+
+    Attributes:
+        logits: f, (N, C).
+        parts: of J; all parameters by which a derivative is not zero have their place in one.
+        shape: of a sample's output, with C entries.
+    """
+
+    logits: Tensor
+    parts: tuple[Part, ...]
+    shape: torch.Size
+
+    @classmethod
+    def joined(cls, several: Sequence[Stored]) -> Stored:
+        """The samples of all, in order; their parts have the same places."""
+        if len(several) == 1:
+            return several[0]
+        first = several[0]
+        parts = tuple(
+            part.changed(
+                **{
+                    name: torch.cat([one.parts[index].tensors[name] for one in several])
+                    for name in part.tensors
+                }
+            )
+            for index, part in enumerate(first.parts)
+        )
+        return cls(torch.cat([one.logits for one in several]), parts, first.shape)
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [t for part in self.parts for t in part.tensors.values()]
+        return sum(tensor.nbytes for tensor in [*tensors, self.logits])
+
+    def take(self, indices: slice | Tensor) -> Stored:
+        """Some of the samples; a slice shares memory."""
+        parts = tuple(part.take(indices) for part in self.parts)
+        return Stored(self.logits[indices], parts, self.shape)
+
+    def split(self, count: int) -> Iterator[Stored]:
+        """`count` samples at a time."""
+        for start in range(0, len(self), count):
+            yield self.take(slice(start, start + count))
+
+    def jvp(self, vectors: Tensor) -> Tensor:
+        """J v for flat vectors (R, P): (R, N, C)."""
+        total = self.logits.new_zeros(len(vectors), *self.logits.shape)
+        for part in self.parts:
+            total += part.jvp(vectors)
+        return total
+
+    def add_vjp(self, weights: Tensor, total: Tensor) -> None:
+        """Add Jᵀ u of weights (R, N, C) to flat vectors (R, P)."""
+        for part in self.parts:
+            part.add_vjp(weights, total)
+
+    def gram(self, other: Stored) -> Tensor:
+        """J J'ᵀ, (N C, M C) in float64; each part's product is in the parts' own precision."""
+        shape = self.logits.numel(), other.logits.numel()
+        total = torch.zeros(shape, dtype=torch.float64, device=self.logits.device)
+        for part, others in zip(self.parts, other.parts, strict=True):
+            total += part.gram(others)
+        return total
+
+    def own(self) -> Tensor:
+        """J_n J_nᵀ of each sample, (N, C, C) in float64."""
+        count, outputs = self.logits.shape
+        total = self.logits.new_zeros(count, outputs, outputs, dtype=torch.float64)
+        for part in self.parts:
+            total += part.own()
+        return total
+
+
+class StoredJacobian:
+    """What `Jacobian` offers, for inputs that are `Stored`."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.device = layout.device
+
+    def outputs(self, delta: Tensor | None, inputs: Stored) -> tuple[Tensor, Tensor]:
+        """f and J Δ, (n, ...), shaped as the model's output; None for Δ = 0."""
+        shape = (len(inputs), *inputs.shape)
+        primal = inputs.logits.view(shape)
+        if delta is None:
+            return primal, torch.zeros_like(primal)
+        return primal, inputs.jvp(delta[None])[0].view(shape)
+
+    def pull_back(
+        self, direction: Tensor, inputs: Stored, cotangent: Callable[[Tensor, Tensor], Tensor]
+    ) -> list[Tensor]:
+        """Jᵀ c in parts, shaped as the deltas; c may depend on f and J v."""
+        total = self.layout.zeros()
+        primal, tangent = self.outputs(direction, inputs)
+        weights = cotangent(primal, tangent).reshape(inputs.logits.shape)
+        inputs.add_vjp(weights.to(inputs.logits.dtype)[None], total[None])
+        return self.layout.views(total)
+
+    def rows(self, one: Stored) -> Tensor:
+        """The rows of J, (C, P), for one sample."""
+        outputs = one.logits.shape[1]
+        eye = torch.eye(outputs, dtype=self.layout.dtype, device=self.device)
+        rows = self.layout.zeros().repeat(outputs, 1)
+        one.add_vjp(eye[:, None], rows)
+        return rows
+
+
+class StoredBatches:
+    """Batches of stored samples with their targets, as a loader yields them.
+
+    Args:
+        stored: J of some samples.
+        targets: of these samples.
+        indices: those that are read; None for all.
+    """
+
+    def __init__(self, stored: Stored, targets: Tensor, indices: Tensor | None = None) -> None:
+        self.stored = stored
+        self.targets = targets
+        self.indices = indices
+        self.batch_size = BATCH
+
+    def __len__(self) -> int:
+        return -(-self.samples // BATCH)
+
+    @property
+    def samples(self) -> int:
+        return len(self.stored) if self.indices is None else len(self.indices)
+
+    def __iter__(self) -> Iterator[tuple[Stored, Tensor]]:
+        for start in range(0, self.samples, BATCH):
+            where: slice | Tensor = slice(start, min(start + BATCH, self.samples))
+            if self.indices is not None:
+                where = _as_slice(self.indices[where])
+            yield self.stored.take(where), self.targets[where]
+
+    def take(self, indices: Sequence[int]) -> StoredBatches:
+        """Batches of some of the samples; nothing is copied."""
+        chosen = torch.as_tensor(indices, device=self.targets.device)
+        chosen = chosen if self.indices is None else self.indices[chosen]
+        return StoredBatches(self.stored, self.targets, chosen)
+
+    def joined(self, stored: Stored, targets: Tensor) -> StoredBatches:
+        """These samples, and others after them."""
+        mine = self.stored if self.indices is None else self.stored.take(_as_slice(self.indices))
+        own = self.targets if self.indices is None else self.targets[_as_slice(self.indices)]
+        return StoredBatches(Stored.joined([mine, stored]), torch.cat([own, targets]))
+
+
+def _as_slice(indices: Tensor) -> slice | Tensor:
+    """Consecutive indices as a slice, which copies nothing."""
+    first, last = int(indices[0]), int(indices[-1])
+    if last - first + 1 == len(indices) and bool((indices.diff() == 1).all()):
+        return slice(first, last + 1)
+    return indices
