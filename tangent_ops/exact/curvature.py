@@ -41,13 +41,13 @@ class ShardCurvature:
 
     def __call__(self, direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """H v, named and shaped as v."""
-        passes = self.problem.passes
+        passes = self.problem.system
         product = passes.product(passes.layout.flat(direction, "the direction"))
         return passes.layout.named(product.mul_(self.samples))
 
     def preconditioner(self, rank: int | None = None) -> Callable[[Tensor], Tensor]:
         """An approximate inverse of H, up to a factor; also for H of similar shards."""
-        return preconditioner(self.problem.passes, rank)
+        return preconditioner(self.problem.system, rank)
 
 
 def require_quadratic(problem: Problem, what: str, way_out: str) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from tangent_ops.errors import UnsupportedError, few
@@ -40,6 +41,10 @@ class Extractor:
         tangent: the model.
         inputs: (n, ...), the first inputs.
         explicit: all rows are explicit.
+
+    Attributes:
+        bytes_per_sample: of J of a sample.
+        work_per_sample: floating-point operations of J v and Jᵀ u.
 
     Raises:
         UnsupportedError: the factors do not give J: the model mixes samples, for example.
@@ -92,6 +97,7 @@ class Extractor:
         layout = self._jacobian.layout
         stored = self(inputs)
         self.bytes_per_sample = stored.nbytes // len(stored)
+        self.work_per_sample = sum(part.work for part in stored.parts) // len(stored)
         noise = torch.Generator().manual_seed(0)
         u = torch.randn(stored.logits.shape, generator=noise).to(stored.logits)
         total = layout.zeros()
@@ -169,7 +175,8 @@ class Extractor:
         size = cotangents.shape[0] * sum(value.numel() for value in own.values())
         step = max(1, CHUNK // size)
         chunks = zip(seen.split(step), cotangents.transpose(0, 1).split(step), strict=True)
-        found = [vmap(of_sample)(one, cotangent) for one, cotangent in chunks]
+        with sdpa_kernel(SDPBackend.MATH):  # attention's other backends have no rule for vmap
+            found = [vmap(of_sample)(one, cotangent) for one, cotangent in chunks]
         return {_joined(name, key): torch.cat([rows[key] for rows in found]) for key in own}
 
     def _cotangents(self, used: _Used, at: list[Any]) -> list[Tensor | None]:

@@ -112,7 +112,7 @@ def fit_exact(
         check_target(Path(checkpoint).resolve(), "checkpoint")
         if method == "dual":
             raise ArgumentError("checkpoint is for method='cg': the dual solution is one solve")
-    passes = problem.passes
+    passes = problem.system
     start = problem.flat()
     file = None
     if method == "dual":

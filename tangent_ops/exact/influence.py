@@ -41,7 +41,7 @@ class Influence:
             raise ArgumentError("data has a single sample: nothing is left without it")
         self._l2 = problem.l2
         self._problem = problem
-        self._kernel = TangentKernel(problem.passes)
+        self._kernel = TangentKernel(problem.system)
         self._values, self._vectors = torch.linalg.eigh(self._kernel.whitened)
 
     @property
@@ -79,7 +79,7 @@ class Influence:
             (N, M, C): float64.
         """
         kernel = self._kernel
-        across = kernel.cross(self._problem.entering(inputs))  # (M, C, N C)
+        across = kernel.cross(self._problem.present(inputs))  # (M, C, N C)
         return torch.stack([across @ weights for weights in self._weight_changes()])
 
     def classical(self, inputs: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Influence:
         """
         kernel = self._kernel
         n, c = kernel.samples, kernel.outputs
-        across = self._whitened(kernel.cross(self._problem.entering(inputs)))
+        across = self._whitened(kernel.cross(self._problem.present(inputs)))
         inverse = self._inverse(n * self.l2)
         moved = (across @ inverse).view(*across.shape[:2], n, c)
         # The residual ỹ - LᵀKL M ỹ is N l2 M ỹ.
@@ -106,9 +106,9 @@ class Influence:
         Positive: the loss is higher without the sample, so the sample helped.
         """
         problem, kernel = self._problem, self._kernel
-        entering = problem.entering(inputs)
-        targets = targets.to(entering.device)
-        anchored, _ = problem.passes.jacobian.outputs(None, entering)
+        entering = problem.present(inputs)
+        anchored, _ = problem.system.jacobian.outputs(None, entering)
+        targets = targets.to(anchored.device)
         across = kernel.cross(entering)
         full = anchored.flatten(1).double() + across @ self._weights(kernel.samples * self.l2)
         changed = full + torch.stack([across @ weights for weights in self._weight_changes()])
@@ -128,7 +128,7 @@ class Influence:
         """
         kernel = self._kernel
         penalty = kernel.samples * self.l2
-        entering = self._problem.entering(inputs)
+        entering = self._problem.present(inputs)
         across = self._whitened(kernel.cross(entering))
         explained = across @ self._inverse(penalty) @ across.transpose(1, 2)
         return noise_variance / penalty * (kernel.own(entering) - explained)

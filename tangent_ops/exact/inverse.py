@@ -39,7 +39,7 @@ class Inverse:
         check_tolerance(tol)
         check_integer("max_iterations", max_iterations, 1)
         check_rank(rank)
-        self.passes = problem.passes
+        self.passes = problem.system
         self._tol, self._max_iterations, self._rank = tol, max_iterations, rank
         self.delta = problem.flat()
         self.value, self._gradient, self.logits = self.passes.gradient(self.delta)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tangent_ops.data import unpack
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.exact.layout import Layout
 from tangent_ops.losses import at_least_single
@@ -19,17 +21,24 @@ class Jacobian:
     """f(x) and J(x) of a tangent model, whose deltas are neither read nor changed.
 
     Vectors that J maps are flat; see `Layout`.
+
+    Attributes:
+        tangent: the model.
     """
 
     def __init__(self, tangent: LinearizedModel) -> None:
         self.layout = Layout.of(tangent)
         self.device = self.layout.device
-        self._tangent = tangent
+        self.tangent = tangent
         self._pair = Pair(tangent)
 
     def in_double(self) -> Jacobian:
         """The same in float64, of a copy of the model."""
-        return Jacobian(copy.deepcopy(self._tangent).double())
+        return Jacobian(copy.deepcopy(self.tangent).double())
+
+    def unpack(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a loader's batch, on the model's device."""
+        return unpack(batch, self.device)
 
     def outputs(self, delta: Tensor | None, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """f(x) and J(x) Δ for a batch, without gradients; None for Δ = 0."""

@@ -47,9 +47,9 @@ def first_order_scores(
     """
     inverse = Inverse(problem, tol, max_iterations, rank)
     inverse.check_optimum()
-    passes, delta = problem.passes, inverse.delta
+    passes, delta = problem.system, inverse.delta
     scores = []
-    for one, target in zip(problem.entering(inputs)[:, None], targets[:, None], strict=True):
+    for one, target in zip(problem.present(inputs).split(1), targets.split(1), strict=True):
 
         def cotangent(primal: Tensor, tangent: Tensor, target: Tensor = target) -> Tensor:
             return loss_gradient(problem.loss, primal + tangent, target.to(primal.device))[1]
@@ -99,10 +99,10 @@ def leave_one_out(
     check_problem(problem)
     require_quadratic(problem, "leave_one_out", "forget_samples")
     problem.check_ids(ids)
-    rests = [problem.without([index]).passes for index in ids]
+    rests = [problem.without([index]).system for index in ids]
     inverse = Inverse(problem, tol, max_iterations, rank)
     inverse.check_optimum()
-    inputs = problem.entering(inputs)
+    inputs = problem.present(inputs)
     changes = []
     bar = tqdm(rests, "leave one out", delay=2, leave=False, disable=not problem.passes.progress)
     for rest in bar:

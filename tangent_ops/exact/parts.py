@@ -87,6 +87,11 @@ class Part(Protocol):
         ...
 
     @property
+    def work(self) -> int:
+        """Floating-point operations of J v and Jᵀ u together."""
+        ...
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """What it keeps, by name; the first dimension is N."""
         ...
@@ -164,6 +169,10 @@ class Factors:
         return self.changed(inputs=self.inputs[indices], cotangents=self.cotangents[indices])
 
     @property
+    def work(self) -> int:
+        return 4 * (self.inputs.numel() * self.cotangents.shape[-1] + self.cotangents.numel())
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         return {"inputs": self.inputs, "cotangents": self.cotangents}
 
@@ -173,7 +182,7 @@ class Factors:
     def as_rows(self) -> Rows:
         """The same as explicit rows, (N, C, H O K), and H O more for a bias."""
         a, g = self.inputs, self.cotangents
-        n, c, h, _, o = g.shape
+        c, o = g.shape[1], g.shape[4]
         parts, places = [], []
         if self.weight is not None:
             rows = g.permute(0, 2, 1, 4, 3).flatten(2, 3) @ a  # (N, H, C O, K)
@@ -241,6 +250,10 @@ class Rows:
 
     def take(self, indices: slice | Tensor) -> Rows:
         return self.changed(rows=self.rows[indices])
+
+    @property
+    def work(self) -> int:
+        return 4 * self.rows.numel()
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from tangent_ops.data import in_order, unpack
+from tangent_ops.data import in_order
 from tangent_ops.errors import ArgumentError, NonFiniteLossError
 from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.layout import Layout, dot
+from tangent_ops.exact.stored import StoredBatches
 from tangent_ops.losses import (
     Loss,
     MeanOfSamples,
@@ -97,7 +98,9 @@ class Passes:
 
     def take(self, indices: Sequence[int]) -> Passes:
         """The same objective over some of the samples."""
-        return self.changed(loader=subset(self.loader, indices), samples=len(indices))
+        stored = isinstance(self.loader, StoredBatches)
+        loader = self.loader.take(indices) if stored else subset(self.loader, indices)
+        return self.changed(loader=loader, samples=len(indices))
 
     def entering(self, inputs: Tensor) -> Tensor:
         """Inputs on the model's device, in float64 if the model was cast to it."""
@@ -108,7 +111,7 @@ class Passes:
         """Batches of inputs and targets, on the model's device."""
         seen = 0
         for batch in self.loader:
-            inputs, targets = unpack(batch, self.jacobian.device)
+            inputs, targets = self.jacobian.unpack(batch)
             if not self._read_once:
                 self._mean.check(targets)
             if self._in_double:
@@ -188,7 +191,7 @@ class Passes:
 
     def _first_batch(self) -> tuple[Tensor, Tensor]:
         readings = [next(iter(self.loader)) for _ in range(2)]
-        first, again = (unpack(batch, self.jacobian.device) for batch in readings)
+        first, again = map(self.jacobian.unpack, readings)
         if not all(torch.equal(a, b) for a, b in zip(first, again, strict=True)):
             raise ArgumentError(
                 "data differ between two readings of their first batch: an exact fit reads the "

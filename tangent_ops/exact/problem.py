@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from tangent_ops.exact.curvature import ShardCurvature
 from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.layout import Layout
 from tangent_ops.exact.passes import Passes, subset
+from tangent_ops.exact.representation import Representation
+from tangent_ops.exact.stored import Stored
 from tangent_ops.files import add_tensor
 from tangent_ops.losses import Loss, RescaledSquareLoss, loss_name
 from tangent_ops.model.features import Trunk, cache_features
@@ -51,6 +54,13 @@ class Problem:
         cache: True keeps the inputs of the first trained block in memory; a path keeps them in a
             file in that folder.
         device: the model is moved there first.
+        representation: how iterative methods compute products with J. "passes": by passes through
+            the model. "factors": from each layer's inputs and output cotangents, which are computed
+            once, by C backward passes, when they are first needed; products then need no pass, and
+            J Jᵀ no gradient. "rows": from the rows of J. "auto": factors, if they cost fewer
+            operations and fit into 2 GiB, or into 64 GiB on disk; else passes.
+        factors_dtype: factors and rows are kept in that precision, such as torch.float16; None for
+            the deltas' own. With a path as `cache` they are kept in that folder, too.
         progress: show progress bars, here and in all functions that take the problem.
 
     Attributes:
@@ -60,7 +70,8 @@ class Problem:
         ArgumentError: an invalid argument; a loss that is not convex, or not the mean of the
             samples' own losses (with class weights or ignored targets it is not); data that are
             empty, a stream, or differ between two readings of the first batch.
-        UnsupportedError: cache, for a model that cannot be split.
+        UnsupportedError: cache, for a model that cannot be split; factors or rows, when they are
+            first needed, for a model that mixes samples.
     """
 
     tangent: LinearizedModel
@@ -69,6 +80,7 @@ class Problem:
     _trunk: Trunk | None
     _digests: tuple[bytes, ...] | None  # of the samples that were cached
     _anchor: str | None  # fingerprint of the anchor whose features were cached
+    _representation: Representation
 
     def __init__(
         self,
@@ -80,6 +92,8 @@ class Problem:
         batch_size: int = 64,
         cache: Cache = False,
         device: str | torch.device | None = None,
+        representation: str = "auto",
+        factors_dtype: torch.dtype | None = None,
         progress: bool = True,
     ) -> None:
         check_tangent(tangent)
@@ -88,6 +102,8 @@ class Problem:
             raise ArgumentError(
                 f"loss must be a function of logits and targets, got a {type(loss).__name__}"
             )
+        folder = None if isinstance(cache, bool) else Path(cache)
+        kept = Representation(representation, folder, factors_dtype)
         source = in_order(data, batch_size)
         place(tangent, device)
         loss = RescaledSquareLoss() if loss is None else loss
@@ -105,6 +121,7 @@ class Problem:
             _trunk=trunk,
             _digests=digests,
             _anchor=anchor,
+            _representation=kept,
         )
 
     @property
@@ -120,6 +137,16 @@ class Problem:
                 "tangent was moved, cast or loaded after this Problem was built: build a new one"
             )
         return self._passes
+
+    @property
+    def system(self) -> Passes:
+        """The same objective with J in its representation, for the iterative methods."""
+        return self._representation.system(self.passes)
+
+    @property
+    def representation(self) -> str:
+        """How `system` computes products with J: "passes", "factors" or "rows"."""
+        return self._representation.choose(self.passes)
 
     @property
     def l2(self) -> float:
@@ -191,6 +218,7 @@ class Problem:
             _passes=self.passes.take(kept),
             _source=subset(self._source, kept),
             _digests=None if digests is None else tuple(digests[index] for index in kept),
+            _representation=self._representation.take(kept),
         )
 
     def plus(self, data: Dataset[Any]) -> Problem:
@@ -212,7 +240,11 @@ class Problem:
             reading = _Hashed(added)
             entering = cache_features(self._trunk, reading, progress=more.progress)
             digests = (*digests, *reading.digests)
+        alone = passes.changed(
+            loader=in_order(passes.loader, 1, entering), samples=more.samples, _read_once=False
+        )
         return self._changed(
+            _representation=self._representation.joined(alone),
             _passes=passes.changed(
                 loader=_joined(passes.loader, entering),
                 samples=self.samples + more.samples,
@@ -265,6 +297,11 @@ class Problem:
         """The inputs as `passes` takes them: through the frozen part if its outputs are cached."""
         inputs = inputs.to(self.passes.layout.device)
         return inputs if self._trunk is None else self._trunk(inputs)
+
+    def present(self, inputs: Tensor) -> Stored | Tensor:
+        """The inputs as `system` takes them."""
+        found = self.entering(inputs)
+        return found if self.representation == "passes" else self._representation.present(found)
 
     def __repr__(self) -> str:
         kind = "quadratic" if self.quadratic else "not quadratic"

@@ -58,6 +58,14 @@ class Stored:
         parts = tuple(part.take(indices) for part in self.parts)
         return Stored(self.logits[indices], parts, self.shape)
 
+    def to(self, dtype: torch.dtype) -> Stored:
+        """The same in another precision."""
+        parts = [
+            part.changed(**{name: tensor.to(dtype) for name, tensor in part.tensors.items()})
+            for part in self.parts
+        ]
+        return Stored(self.logits.to(dtype), tuple(parts), self.shape)
+
     def split(self, count: int) -> Iterator[Stored]:
         """`count` samples at a time."""
         for start in range(0, len(self), count):
@@ -99,6 +107,10 @@ class StoredJacobian:
         self.layout = layout
         self.device = layout.device
 
+    def unpack(self, batch: tuple[Stored, Tensor]) -> tuple[Stored, Tensor]:
+        """Samples and targets of a batch."""
+        return batch
+
     def outputs(self, delta: Tensor | None, inputs: Stored) -> tuple[Tensor, Tensor]:
         """f and J Δ, (n, ...), shaped as the model's output; None for Δ = 0."""
         shape = (len(inputs), *inputs.shape)
@@ -132,12 +144,16 @@ class StoredBatches:
     Args:
         stored: J of some samples.
         targets: of these samples.
+        dtype: of what is read, if the samples are kept in 16 bits.
         indices: those that are read; None for all.
     """
 
-    def __init__(self, stored: Stored, targets: Tensor, indices: Tensor | None = None) -> None:
+    def __init__(
+        self, stored: Stored, targets: Tensor, dtype: torch.dtype, indices: Tensor | None = None
+    ) -> None:
         self.stored = stored
         self.targets = targets
+        self.dtype = dtype
         self.indices = indices
         self.batch_size = BATCH
 
@@ -153,19 +169,19 @@ class StoredBatches:
             where: slice | Tensor = slice(start, min(start + BATCH, self.samples))
             if self.indices is not None:
                 where = _as_slice(self.indices[where])
-            yield self.stored.take(where), self.targets[where]
+            yield self.stored.take(where).to(self.dtype), self.targets[where]
 
     def take(self, indices: Sequence[int]) -> StoredBatches:
         """Batches of some of the samples; nothing is copied."""
         chosen = torch.as_tensor(indices, device=self.targets.device)
         chosen = chosen if self.indices is None else self.indices[chosen]
-        return StoredBatches(self.stored, self.targets, chosen)
+        return StoredBatches(self.stored, self.targets, self.dtype, chosen)
 
     def joined(self, stored: Stored, targets: Tensor) -> StoredBatches:
         """These samples, and others after them."""
         mine = self.stored if self.indices is None else self.stored.take(_as_slice(self.indices))
         own = self.targets if self.indices is None else self.targets[_as_slice(self.indices)]
-        return StoredBatches(Stored.joined([mine, stored]), torch.cat([own, targets]))
+        return StoredBatches(Stored.joined([mine, stored]), torch.cat([own, targets]), self.dtype)
 
 
 def _as_slice(indices: Tensor) -> slice | Tensor:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.exact.passes import Passes
+from tangent_ops.exact.stored import Stored, StoredJacobian
 from tangent_ops.losses import loss_gradient, loss_hessians
 
 MAX_ROWS = 20_000  # N C: the matrix has 3.2 GB, and a decomposition takes minutes
@@ -70,15 +71,20 @@ class TangentKernel:
         half = torch.einsum("iab,iajd->ibjd", self.factors, self.gram.view(n, c, n, c))
         return torch.einsum("ibjd,jde->ibje", half, self.factors).reshape(n * c, n * c)
 
-    def cross(self, inputs: Tensor) -> Tensor:
+    def cross(self, inputs: Stored | Tensor) -> Tensor:
         """J(x) Jᵀ for other inputs x, (M, C, N C)."""
-        rows = torch.cat([self.passes.jacobian.rows(one[None]) for one in inputs])
-        found = [products(rows, block) for _, block in self._blocks(1, "kernel of the inputs")]
+        if isinstance(inputs, Stored):
+            found = [inputs.gram(some) for some, _ in self.passes.batches()]
+        else:
+            rows = torch.cat([self.passes.jacobian.rows(one) for one in inputs.split(1)])
+            found = [products(rows, block) for _, block in self._blocks(1, "kernel of the inputs")]
         return torch.cat(found, dim=1).view(len(inputs), self.outputs, -1)
 
-    def own(self, inputs: Tensor) -> Tensor:
+    def own(self, inputs: Stored | Tensor) -> Tensor:
         """J(x) J(x)ᵀ of each input, (M, C, C)."""
-        rows = map(self.passes.jacobian.rows, inputs[:, None])
+        if isinstance(inputs, Stored):
+            return inputs.own()
+        rows = map(self.passes.jacobian.rows, inputs.split(1))
         return torch.stack([products(of_one, of_one) for of_one in rows])
 
     def pull_back(self, weights: Tensor) -> Tensor:
@@ -94,6 +100,30 @@ class TangentKernel:
         return self.passes.pull_back(self.passes.layout.zeros(), cotangent)
 
     def _gram(self) -> Tensor:
+        stored = isinstance(self.passes.jacobian, StoredJacobian)
+        return self._gram_of_factors() if stored else self._gram_of_rows()
+
+    def _gram_of_factors(self) -> Tensor:
+        size = self.samples * self.outputs
+        gram = torch.zeros(size, size, dtype=torch.float64, device=self.passes.jacobian.device)
+        first = 0
+        with self._bar("gram", self.samples) as bar:
+            for some, _ in self.passes.batches():
+                end = first + some.logits.numel()
+                start = 0
+                for others, _ in self.passes.batches():
+                    stop = start + others.logits.numel()
+                    if stop > end:
+                        break
+                    block = some.gram(others)
+                    gram[first:end, start:stop] = block
+                    gram[start:stop, first:end] = block.T
+                    start = stop
+                first = end
+                bar.update(len(some))
+        return gram
+
+    def _gram_of_rows(self) -> Tensor:
         size = self.samples * self.outputs
         gram = torch.zeros(size, size, dtype=torch.float64, device=self.passes.jacobian.device)
         layout = self.passes.layout
@@ -107,16 +137,13 @@ class TangentKernel:
                 gram[first:end, start : start + len(others)] = products(block, others)
         return torch.triu(gram) + torch.triu(gram, 1).T
 
+    def _bar(self, what: str, total: int) -> tqdm:
+        hidden = not self.passes.progress
+        return tqdm(total=total, desc=what, unit="sample", delay=2, leave=False, disable=hidden)
+
     def _blocks(self, held: int, what: str, skip: int = 0) -> Iterator[tuple[int, Tensor]]:
         """First row's index, and rows of J, of `held` samples at a time, from sample `skip` on."""
-        bar = tqdm(
-            total=self.samples - skip,
-            desc=what,
-            unit="sample",
-            delay=2,
-            leave=False,
-            disable=not self.passes.progress,
-        )
+        bar = self._bar(what, self.samples - skip)
         number = 0
         rows: list[Tensor] = []
         with bar:

@@ -49,15 +49,15 @@ def predictive_covariance(
     if noise_variance is not None and not noise_variance > 0:
         raise ArgumentError(f"noise_variance must be positive, got {noise_variance}")
     inverse = Inverse(problem, tol, max_iterations, rank)
-    passes, outputs = problem.passes, problem.outputs
+    passes, outputs = problem.system, problem.outputs
     if noise_variance is None:
         mean_loss = inverse.value - problem.l2 / 2 * norm(inverse.delta) ** 2
         noise_variance = 2 * mean_loss / outputs if problem.quadratic else 1.0
-    inputs = problem.entering(inputs)
+    inputs = problem.present(inputs)
     total = len(inputs) * outputs
     found = []
     with tqdm(total=total, desc="uncertainty", unit="solve", disable=not passes.progress) as bar:
-        for one in inputs[:, None]:
+        for one in inputs.split(1):
             rows = passes.jacobian.rows(one)
             columns = []
             for row in rows:
