@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from tangent_ops.errors import UnsupportedError
-from tangent_ops.exact.nystrom import preconditioner
+from tangent_ops.exact.preconditioner import preconditioner
 
 if TYPE_CHECKING:
     from tangent_ops.exact.problem import Problem

@@ -81,7 +81,7 @@ class Extractor:
         self._modules: dict[str, nn.Module] = {}
         used = self._run(inputs, everything=True)
         self._precision = used.output.dtype
-        covered = _covered(used.maps, self._weights, self._jacobian.layout.size) - self._slow
+        covered = _covered(used.maps, self._weights, self._jacobian.layout.size, self._slow)
         rest = self._weights.keys() - covered
         calls = Counter(name for name, *_ in used.modules)
         fine = {name for name, count in calls.items() if count == 1}
@@ -344,7 +344,9 @@ def _groups(maps: list[_Map]) -> list[list[_Map]]:
     return list(groups.values())
 
 
-def _covered(maps: list[_Map], weights: Mapping[str, Weight], size: int) -> set[str]:
+def _covered(
+    maps: list[_Map], weights: Mapping[str, Weight], size: int, without: set[str]
+) -> set[str]:
     """The parameters that linear maps use, no entry of which two different maps share."""
     counts = torch.zeros(1, size, dtype=torch.uint8)
     for places in {call.places for call in maps}:
@@ -352,7 +354,11 @@ def _covered(maps: list[_Map], weights: Mapping[str, Weight], size: int) -> set[
             if place is not None:
                 place.of(counts).add_(1)
     named = {name for call in maps for name in call.names}
-    return {name for name in named if weights[name].place.of(counts).max() == 1}
+    shared = {name for name in named if weights[name].place.of(counts).max() != 1}
+    lost = shared | without
+    while more := {n for call in maps if call.names & lost for n in call.names} - lost:
+        lost |= more  # a map is used as a whole, or not at all
+    return named - lost
 
 
 def _filled(cotangents: tuple[Tensor | None, ...]) -> list[Tensor]:

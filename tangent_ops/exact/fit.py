@@ -16,14 +16,14 @@ from tangent_ops.data import check_integer
 from tangent_ops.errors import ArgumentError, NotConvergedWarning
 from tangent_ops.exact.checkpoint import Checkpoint
 from tangent_ops.exact.layout import norm
-from tangent_ops.exact.nystrom import check_rank, default_rank, preconditioner
+from tangent_ops.exact.preconditioner import check_rank, default_rank, preconditioner
 from tangent_ops.exact.problem import Problem, check_problem, check_tolerance
 from tangent_ops.exact.search import Search
 from tangent_ops.exact.tangent_kernel import solve_dual
 from tangent_ops.files import bytes_of, check_target
 from tangent_ops.losses import loss_name
 
-METHODS = ("cg", "dual")
+METHODS = ("auto", "cg", "dual")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def fit_exact(
     problem: Problem,
     tol: float = 1e-3,
     *,
-    method: str = "cg",
+    method: str = "auto",
     max_iterations: int = 1000,
     rank: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -78,12 +78,15 @@ def fit_exact(
     Args:
         problem: model, data, loss and penalty. The present deltas are the start.
         tol: ends with ‖Δ - Δ*‖ <= tol ‖Δ*‖, guaranteed by that bound.
-        method: "cg"; or "dual": solve with the N C x N C matrix J Jᵀ, the tangent kernel, for
-            quadratic losses and N C up to some thousands, whatever the present deltas are;
-            conjugate gradients then remove rounding errors.
+        method: "cg": conjugate gradients, with products as `Problem.representation` says. "dual":
+            solve with the N C x N C matrix J Jᵀ, the tangent kernel, for quadratic losses and N C
+            up to some thousands, whatever the present deltas are; conjugate gradients then remove
+            rounding errors. "auto": cg; with layer factors its preconditioner inverts the Hessian
+            of up to 2,000 rows of J exactly, so that it is the dual solve of a small problem.
         max_iterations: of conjugate gradients, in all.
-        rank: of the Nyström preconditioner (`tangent_ops.exact.nystrom`); None for up to 64, as
-            far as 1 GiB holds it; 0 for none.
+        rank: of the preconditioner (`tangent_ops.exact.preconditioner`). With layer factors, rows
+            of J whose Hessian is inverted; None for up to 2,000. By passes, rank of Nyström's; None
+            for up to 64, as far as 1 GiB holds it. 0 for none.
         checkpoint: a file: the fit resumes from it if it exists, updates it, and removes it at the
             end. A resumed fit has the same result, bit for bit on a CPU.
         checkpoint_every: iterations between two writes.
@@ -164,5 +167,6 @@ def _identity(problem: Problem, start: Tensor, rank: int) -> dict[str, str]:
         "l2": problem.l2.hex(),
         "start": hashlib.sha256(bytes_of(start)).hexdigest(),
         "rank": str(rank),
+        "representation": problem.representation,
         "batches": str(passes.loader.batch_size),
     }

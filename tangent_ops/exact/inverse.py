@@ -10,8 +10,8 @@ from tangent_ops.data import check_integer
 from tangent_ops.errors import ArgumentError
 from tangent_ops.exact.conjugate import Product, solve
 from tangent_ops.exact.layout import norm
-from tangent_ops.exact.nystrom import check_rank, preconditioner
 from tangent_ops.exact.passes import Passes
+from tangent_ops.exact.preconditioner import check_rank, preconditioner
 from tangent_ops.exact.problem import Problem, check_problem, check_tolerance
 
 

@@ -6,31 +6,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tangent_ops.data import check_integer
-from tangent_ops.exact.conjugate import Product, unpreconditioned
 from tangent_ops.exact.passes import Passes
-
-MAX_RANK = 64
-MAX_BYTES = 1 << 30  # of the factor that is kept; computing it takes three times as much
-
-
-def preconditioner(passes: Passes, rank: int | None = None) -> Product:
-    """An approximate inverse of the Hessian, up to a factor; none if the rank is 0."""
-    check_rank(rank)
-    rank = default_rank(passes) if rank is None else min(rank, passes.layout.size)
-    return Nystrom(passes, rank) if rank else unpreconditioned
-
-
-def check_rank(rank: int | None) -> None:
-    """Raise ArgumentError unless rank is None or an integer of at least 0."""
-    if rank is not None:
-        check_integer("rank", rank, 0)
-
-
-def default_rank(passes: Passes) -> int:
-    """The largest rank that `MAX_RANK`, `MAX_BYTES` and the problem's size allow."""
-    size, width = passes.layout.size, passes.layout.dtype.itemsize
-    return min(MAX_RANK, MAX_BYTES // (size * width), size, passes.samples)
 
 
 def sketch_samples(samples: int) -> int:

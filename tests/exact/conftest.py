@@ -1,6 +1,8 @@
-"""The small dense problem, made once per session."""
+"""The small dense problem, made once per session, with J by passes and as factors."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +10,13 @@ from dense import Dense, make
 
 
 @pytest.fixture(scope="session")
-def shared() -> Dense:
+def made() -> Dense:
     return make()
+
+
+@pytest.fixture(scope="module", params=["passes", "factors"])
+def shared(made: Dense, request: pytest.FixtureRequest) -> Dense:
+    return replace(made, representation=request.param)
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ class Dense:
         jacobian: (N, C, P).
         anchor: (N, C), f(x; w0).
         targets: (N, C): 15 for the class, else 0.
+        representation: of its problems.
     """
 
     tangent: LinearizedModel
@@ -36,11 +37,13 @@ class Dense:
     jacobian: Tensor
     anchor: Tensor
     targets: Tensor
+    representation: str = "passes"
 
     def problem(self, l2: float, data: Data | None = None, **options: Any) -> Problem:
         """A `Problem` over all samples or other data, without progress bars."""
         data = self.data if data is None else data
-        return Problem(self.tangent, data, l2, **{"progress": False, "batch_size": 5} | options)
+        usual = {"progress": False, "batch_size": 5, "representation": self.representation}
+        return Problem(self.tangent, data, l2, **usual | options)
 
     def in_single(self) -> Dense:
         """The same model and data in float32; the matrices stay in float64."""

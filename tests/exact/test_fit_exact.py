@@ -169,7 +169,8 @@ def test_a_resumed_fit_is_the_same_bit_for_bit(
     with pytest.raises(Interrupted):
         fit_exact(problem, **options)
     assert not dense.delta.any()
-    assert path.exists() == (at > 7)  # four products make the preconditioner
+    # By passes, four products make the preconditioner.
+    assert path.exists() == (at > 7 or dense.representation == "factors")
     rest = fit_exact(dense.problem(1e-3, loss=loss), **options)
     assert torch.equal(dense.delta, expected)
     assert (rest.iterations, rest.newton_steps) == (whole.iterations, whole.newton_steps)

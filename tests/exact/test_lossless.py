@@ -110,6 +110,45 @@ def test_refusals(dense: Dense, deltas, curvatures) -> None:
     with pytest.raises(UnsupportedError, match="needs a quadratic loss"):
         dense.problem(L2, loss=F.cross_entropy).curvature()
     with pytest.raises(ConvergenceError, match="after 1 iterations"):
-        compose_lossless(deltas, curvatures, tol=1e-9, max_iterations=1, progress=False)
+        plain = [lambda v, shard=shard: shard(v) for shard in curvatures]  # no preconditioner
+        compose_lossless(deltas, plain, tol=1e-9, max_iterations=1, progress=False)
     with pytest.raises(DeltaError, match="the product of shard 1 does not fit"):
         compose_lossless(deltas, [curvatures[0], lambda v: {"x": torch.ones(1)}, curvatures[2]])
+
+
+def test_it_gives_the_best_after_some_rounds(dense: Dense, deltas) -> None:
+    """With a bound that holds; one product is for the right side, one for the start's residual."""
+    exact = dense.optimum(L2)
+    curvatures = [dense.problem(L2, dense.kept(*part)).curvature() for part in PARTS]
+    calls = 0
+
+    def counted(curvature: ShardCurvature):
+        def product(direction):
+            nonlocal calls
+            calls += 1
+            return curvature(direction)
+
+        return product
+
+    mean = float((flat(compose(deltas)) - exact).norm())
+    for rounds in (3, 4, 6):
+        calls = 0
+        far = [counted(curvatures[0]), *curvatures[1:]]
+        found = compose_lossless(deltas, far, 1e-14, max_rounds=rounds, progress=False)
+        assert calls == found.rounds == rounds and found.distance_bound is None
+        assert not found.converged and float((flat(found) - exact).norm()) <= mean
+    for rounds in (3, 4):
+        found = compose_lossless(deltas, curvatures, 1e-14, max_rounds=rounds, progress=False)
+        distance = float((flat(found) - exact).norm())
+        assert distance <= found.distance_bound + 1e-11 and found.distance_bound <= 1e3 * mean
+    with pytest.raises(ArgumentError, match="max_rounds must be an integer of at least 3"):
+        compose_lossless(deltas, curvatures, max_rounds=2)
+
+
+def test_samples_of_all_shards_give_the_preconditioner(dense: Dense, deltas) -> None:
+    """As factors, all samples of these shards: one iteration, and one for rounding."""
+    parts = [dense.problem(L2, dense.kept(*p), representation="factors") for p in PARTS]
+    curvatures = [part.curvature() for part in parts]
+    found = compose_lossless(deltas, curvatures, tol=1e-10, progress=False)
+    assert found.converged and found.rounds <= 5
+    assert float((flat(found) - dense.optimum(L2)).norm()) <= 1e-9 * float(dense.optimum(L2).norm())

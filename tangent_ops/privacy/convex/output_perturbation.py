@@ -14,7 +14,7 @@ from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError, ConvergenceError
 from tangent_ops.exact.certificate import gradient_in_double
 from tangent_ops.exact.layout import norm
-from tangent_ops.exact.nystrom import preconditioner
+from tangent_ops.exact.preconditioner import preconditioner
 from tangent_ops.exact.problem import Cache
 from tangent_ops.exact.search import Search
 from tangent_ops.model.linearized import LinearizedModel
