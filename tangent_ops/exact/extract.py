@@ -315,8 +315,8 @@ class _Recording(TorchFunctionMode):
         if not names:
             return output
         output, edge = _tapped(output)
-        of = [None if found is None else found[1] for found in uses]
-        self._maps.append(_Map(names, *of, heads, input.detach(), edge))
+        of_weight, of_bias = (None if found is None else found[1] for found in uses)
+        self._maps.append(_Map(names, of_weight, of_bias, heads, input.detach(), edge))
         return output
 
     def _use(self, tensor: Tensor | None) -> tuple[str, Use] | None:

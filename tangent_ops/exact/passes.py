@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +36,26 @@ class Cotangent(Protocol):
     ) -> Tensor: ...
 
 
+class JacobianLike(Protocol):
+    """`Jacobian`, or `StoredJacobian`, each for inputs of its own kind."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def unpack(self, batch: Any) -> tuple[Any, Tensor]: ...
+
+    def outputs(self, delta: Tensor | None, inputs: Any) -> tuple[Tensor, Tensor]: ...
+
+    def pull_back(
+        self, direction: Tensor, inputs: Any, cotangent: Callable[[Tensor, Tensor], Tensor]
+    ) -> list[Tensor]: ...
+
+    def rows(self, one: Any) -> Tensor: ...
+
+
 class Passes:
     """F(Δ) = (1/N) Σ_i loss(f(x_i) + J(x_i) Δ, y_i) + l2/2 ‖Δ‖², by passes over the data.
 
@@ -62,12 +82,12 @@ class Passes:
     def __init__(
         self, jacobian: Jacobian, loader: DataLoader, l2: float, loss: Loss, progress: bool
     ) -> None:
-        self.jacobian = jacobian
-        self.loader = loader
+        self.jacobian: JacobianLike = jacobian
+        self.loader: DataLoader | StoredBatches = loader
         self.l2 = float(l2)
         self.loss = loss
         self.progress = progress
-        self.samples = _length(loader)
+        self.samples: int = _length(loader)
         self._in_double = False
         self._read_once = False
         inputs, targets = self._first_batch()
@@ -94,12 +114,15 @@ class Passes:
 
     def in_double(self) -> Passes:
         """The same in float64, with a copy of the model."""
+        assert isinstance(self.jacobian, Jacobian)
         return self.changed(jacobian=self.jacobian.in_double(), _in_double=True)
 
     def take(self, indices: Sequence[int]) -> Passes:
         """The same objective over some of the samples."""
-        stored = isinstance(self.loader, StoredBatches)
-        loader = self.loader.take(indices) if stored else subset(self.loader, indices)
+        if isinstance(self.loader, StoredBatches):
+            loader = self.loader.take(indices)
+        else:
+            loader = subset(self.loader, indices)
         return self.changed(loader=loader, samples=len(indices))
 
     def entering(self, inputs: Tensor) -> Tensor:
@@ -107,7 +130,7 @@ class Passes:
         inputs = inputs.to(self.jacobian.device)
         return _double(inputs) if self._in_double else inputs
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self) -> Iterator[tuple[Any, Tensor]]:
         """Batches of inputs and targets, on the model's device."""
         seen = 0
         for batch in self.loader:

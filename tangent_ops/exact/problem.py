@@ -22,7 +22,6 @@ from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.layout import Layout
 from tangent_ops.exact.passes import Passes, subset
 from tangent_ops.exact.representation import Representation
-from tangent_ops.exact.stored import Stored
 from tangent_ops.files import add_tensor
 from tangent_ops.losses import Loss, RescaledSquareLoss, loss_name
 from tangent_ops.model.features import Trunk, cache_features
@@ -132,7 +131,8 @@ class Problem:
             ArgumentError: the model has been moved, cast or loaded since the problem was built.
         """
         moved = Layout.of(self.tangent) != self._passes.layout
-        if moved or (self.cached and self._anchor != self.tangent.fingerprint):
+        computed = {self._anchor, self._representation.anchor} - {None}
+        if moved or (computed and computed != {self.tangent.fingerprint}):
             raise ArgumentError(
                 "tangent was moved, cast or loaded after this Problem was built: build a new one"
             )
@@ -240,13 +240,15 @@ class Problem:
             reading = _Hashed(added)
             entering = cache_features(self._trunk, reading, progress=more.progress)
             digests = (*digests, *reading.digests)
+        loader = passes.loader
+        assert isinstance(loader, DataLoader)
         alone = passes.changed(
-            loader=in_order(passes.loader, 1, entering), samples=more.samples, _read_once=False
+            loader=in_order(loader, 1, entering), samples=more.samples, _read_once=False
         )
         return self._changed(
             _representation=self._representation.joined(alone),
             _passes=passes.changed(
-                loader=_joined(passes.loader, entering),
+                loader=_joined(loader, entering),
                 samples=self.samples + more.samples,
                 quadratic=self.quadratic and more.quadratic,
                 _read_once=False,
@@ -298,7 +300,7 @@ class Problem:
         inputs = inputs.to(self.passes.layout.device)
         return inputs if self._trunk is None else self._trunk(inputs)
 
-    def present(self, inputs: Tensor) -> Stored | Tensor:
+    def present(self, inputs: Tensor) -> Any:
         """The inputs as `system` takes them."""
         found = self.entering(inputs)
         return found if self.representation == "passes" else self._representation.present(found)

@@ -6,8 +6,9 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 from tangent_ops.data import check_choice
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.exact.extract import Extractor
+from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.passes import Passes
 from tangent_ops.exact.stored import Stored, StoredBatches, StoredJacobian
 from tangent_ops.ops.levels import in_turn
@@ -39,6 +41,7 @@ class Representation:
         folder: where factors are kept; None for memory.
         dtype: of kept factors; None for the deltas' own.
         kind: "passes", "factors" or "rows"; None until it is needed.
+        anchor: fingerprint of the anchor of factors and rows.
         extractor: for factors and rows.
         batches: the samples' factors or rows, once computed.
     """
@@ -47,6 +50,7 @@ class Representation:
     folder: Path | None = None
     dtype: torch.dtype | None = None
     kind: str | None = None
+    anchor: str | None = None
     extractor: Extractor | None = field(default=None, repr=False)
     batches: StoredBatches | None = field(default=None, repr=False)
 
@@ -73,24 +77,20 @@ class Representation:
             self.batches = self._computed(passes)
         return passes.changed(jacobian=StoredJacobian(passes.layout), loader=self.batches)
 
-    def present(self, inputs: Tensor) -> Stored | Tensor:
+    def present(self, inputs: Tensor) -> Any:
         """Inputs as the chosen J takes them."""
         return inputs if self.extractor is None else self.extractor(inputs)
 
     def take(self, indices: Sequence[int]) -> Representation:
         """Of some of the samples; nothing is computed again."""
-        kept = None if self.batches is None else self.batches.take(indices)
-        return Representation(self.wanted, self.folder, self.dtype, self.kind, self.extractor, kept)
+        return replace(self, batches=None if self.batches is None else self.batches.take(indices))
 
     def joined(self, passes: Passes) -> Representation:
         """Of these samples, and others after them; only the others' J is computed, if any is."""
-        batches = self.batches
-        if batches is not None:
-            more = self._computed(passes)
-            batches = batches.joined(more.stored, more.targets)
-        return Representation(
-            self.wanted, self.folder, self.dtype, self.kind, self.extractor, batches
-        )
+        if self.batches is None:
+            return replace(self)
+        more = self._computed(passes)
+        return replace(self, batches=self.batches.joined(more.stored, more.targets))
 
     def _chosen(self, passes: Passes) -> tuple[str, str]:
         given, outputs = self.wanted, passes.outputs
@@ -101,6 +101,7 @@ class Representation:
         if given == "auto" and making >= by_passes:
             return "passes", f"passes: factors of {outputs:,} outputs cost as many backward passes"
         inputs, _ = next(iter(passes.batches()))
+        assert isinstance(passes.jacobian, Jacobian)
         tangent = passes.jacobian.tangent
         try:
             extractor = Extractor(tangent, inputs, explicit=given == "rows")
@@ -115,7 +116,7 @@ class Representation:
             return "passes", "passes: factors would cost more operations"
         if given == "auto" and size > (IN_MEMORY if self.folder is None else ON_DISK):
             return "passes", f"passes: factors would take {size / 1e9:,.1f} GB"
-        self.extractor = extractor
+        self.extractor, self.anchor = extractor, tangent.fingerprint
         gain = OF_A_PASS * forward / extractor.work_per_sample
         kind = "factors" if given == "auto" else given
         return kind, f"layer factors: {size / 1e6:,.0f} MB, products {gain:,.0f}x cheaper"

@@ -53,11 +53,11 @@ def predictive_covariance(
     if noise_variance is None:
         mean_loss = inverse.value - problem.l2 / 2 * norm(inverse.delta) ** 2
         noise_variance = 2 * mean_loss / outputs if problem.quadratic else 1.0
-    inputs = problem.present(inputs)
+    present = problem.present(inputs)
     total = len(inputs) * outputs
     found = []
     with tqdm(total=total, desc="uncertainty", unit="solve", disable=not passes.progress) as bar:
-        for one in inputs.split(1):
+        for one in present.split(1):
             rows = passes.jacobian.rows(one)
             columns = []
             for row in rows:

@@ -55,7 +55,7 @@ class Weight:
         own = self.tensor
         if view.untyped_storage().data_ptr() != own.untyped_storage().data_ptr():
             return None
-        first = view.storage_offset() - own.storage_offset()
+        first = int(view.storage_offset() - own.storage_offset())
         inside = 0 <= first < own.numel() and view.dtype == own.dtype
         if not inside or not own.is_contiguous():
             return None

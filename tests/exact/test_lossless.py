@@ -140,6 +140,7 @@ def test_it_gives_the_best_after_some_rounds(dense: Dense, deltas) -> None:
     for rounds in (3, 4):
         found = compose_lossless(deltas, curvatures, 1e-14, max_rounds=rounds, progress=False)
         distance = float((flat(found) - exact).norm())
+        assert found.distance_bound is not None
         assert distance <= found.distance_bound + 1e-11 and found.distance_bound <= 1e3 * mean
     with pytest.raises(ArgumentError, match="max_rounds must be an integer of at least 3"):
         compose_lossless(deltas, curvatures, max_rounds=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
@@ -35,10 +35,10 @@ L2 = 0.05
 STAY, GO = list(range(9)), [9, 10, 11]
 
 
-@pytest.fixture(scope="module")
-def shared() -> Dense:
+@pytest.fixture(scope="module", params=["passes", "factors"])
+def shared(request: pytest.FixtureRequest) -> Dense:
     """The problem with the last norm and the head trainable."""
-    return make(trainable=r"^(norm|head)\.")
+    return replace(make(trainable=r"^(norm|head)\."), representation=request.param)
 
 
 @pytest.fixture
