@@ -144,6 +144,13 @@ class Problem:
         return self._representation.system(self.passes)
 
     @property
+    def computed_in_double(self) -> Passes | None:
+        """`system`, if its factors or rows have been computed and kept in float64."""
+        kept, passes = self._representation, self.passes
+        exact = kept.dtype is None and passes.layout.dtype == torch.float64
+        return kept.system(passes) if exact and kept.batches is not None else None
+
+    @property
     def representation(self) -> str:
         """How `system` computes products with J: "passes", "factors" or "rows"."""
         return self._representation.choose(self.passes)
