@@ -1,4 +1,4 @@
-"""Show what linearity gives exactly, on the demo's model and a few real images; takes minutes.
+"""Show what linearity gives exactly, on the demo's model and 1,000 real images.
 
     python examples/exact_demo.py --help
 
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from assets import DemoError
 from common import (
+    LOSS,
     Part,
     Prepared,
     console,
@@ -39,14 +40,17 @@ from tangent_ops.exact import (
     Influence,
     Problem,
     compose_lossless,
+    first_order_scores,
     fit_exact,
     forget_samples,
+    leave_one_out,
+    predictive_covariance,
 )
 from tangent_ops.exact.influence_grid import influence_grid
 
 T = TypeVar("T")
 L2S = (3.0, 10.0, 30.0, 100.0)  # leave-one-out cross-validation chooses among them
-OPTIONS: dict[str, Any] = {"rank": 32, "tol": 0.02}  # a small preconditioner: there are few images
+MOST = 6  # training images whose removal is computed exactly, of each sign
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -63,29 +67,29 @@ def demo(options: argparse.Namespace) -> None:
         rows.append(Row(kind, name, count + len(prepared.public), found, seconds))
 
     score("anchor", "head only, public images", 0, prepared.seconds)
-    step(f"Choose l2 on {len(union)} images by leave-one-out, without a refit")
-    influence = Influence(Problem(tail, union, L2S[0]))
-    validation, seconds = timed(lambda: influence.cross_validate(L2S))
-    l2 = influence.l2 = min(validation, key=lambda row: row.loss).l2
+    step("Choose l2 by leave-one-out in every shard, without a refit")
+    began = time.perf_counter()
+    problems = [Problem(tail, shard, L2S[0], progress=False) for shard in shards]
+    noises, l2 = choose(problems)
+    problems = [one.with_l2(l2) for one in problems]
     facts.append(
-        f"Leave-one-out on {len(union)} images chose l2 = {l2:g}: the losses of {len(L2S)} times "
-        f"{len(union)} fits, none of which was run, in {seconds:.1f} s."
+        f"Leave-one-out in {len(shards)} shards chose l2 = {l2:g}: the losses of {len(L2S)} times "
+        f"{len(union)} fits, none of which was run, in {time.perf_counter() - began:.1f} s."
     )
 
-    step(f"Fit all {len(union)} images to the optimum, by conjugate gradients")
+    step(f"Fit all {len(union)} images to the optimum")
     problem = Problem(tail, union, l2)
-    report = fit_exact(problem, **OPTIONS)
+    report = fit_exact(problem)
     score("exact", f"exact fit of {len(union)} images", len(union), report.seconds)
     whole = tail.delta_dict()
-    facts += explain(influence, prepared, options)
+    facts += explain(problem, noises[l2], prepared, options)
 
     step("Fit every shard to its optimum, and compose without loss")
     deltas = []
     began = time.perf_counter()
-    problems = [Problem(tail, shard, l2, progress=False) for shard in shards]
     for one in problems:
         tail.zero_()
-        fit_exact(one, tol=0.01, method="dual")
+        fit_exact(one)
         deltas.append(tail.delta_dict())
     mean = compose(deltas)
     tail.load_delta_dict(mean)
@@ -105,7 +109,7 @@ def demo(options: argparse.Namespace) -> None:
     gone = shards[options.forget - 1]
     first_of_gone = sum(len(shard) for shard in shards[: options.forget - 1])
     ids = range(first_of_gone, first_of_gone + len(gone))
-    (delta, certificate), seconds = timed(lambda: forget_samples(problem, ids, **OPTIONS))
+    (delta, certificate), seconds = timed(lambda: forget_samples(problem, ids))
     score("forgotten", f"{len(gone)} images forgotten", len(union) - len(gone), seconds)
     certificate.verify(problem.without(ids), delta)
     (options.out / "certificate.json").write_text(certificate.to_json() + "\n", encoding="utf-8")
@@ -120,14 +124,42 @@ def demo(options: argparse.Namespace) -> None:
     console.print(f"\n  wrote influence.png and certificate.json to {options.out}")
 
 
-def explain(influence: Influence, prepared: Prepared, options: argparse.Namespace) -> list[str]:
+def choose(problems: Sequence[Problem]) -> tuple[dict[float, float], float]:
+    """Leave every image out of its shard's fit, for every l2.
+
+    Returns:
+        An estimate of the noise's variance for each l2, and the l2 with the least loss.
+    """
+    totals = dict.fromkeys(L2S, 0.0)
+    for problem in problems:
+        for row in Influence(problem).cross_validate(L2S):
+            totals[row.l2] += row.loss * problem.samples
+    images = sum(problem.samples for problem in problems)
+    # Twice the leave-one-out loss per output estimates the variance.
+    noises = {l2: 2 * total / images / problems[0].outputs for l2, total in totals.items()}
+    return noises, min(totals, key=lambda l2: totals[l2])
+
+
+def explain(
+    problem: Problem, noise: float, prepared: Prepared, options: argparse.Namespace
+) -> list[str]:
     """Draw what helped and what harmed the first image that the model gets wrong."""
     tail, scored, shards = prepared.tail, prepared.scored, prepared.shards
     names = scored.images.classes
     wrong, logits = first_wrong(tail, scored)
     tokens, target = scored.tokens[wrong]
     target, taken = int(target), int(logits.argmax())
-    scores = influence.loss_change(tokens[None], torch.tensor([target]))[:, 0]
+    queries, targets = tokens[None], torch.tensor([target])
+    ranks = first_order_scores(problem, queries, targets)[:, 0]
+    helped = int((ranks > 0).sum())
+    # The exact change of the few that matter most; the others stay out of the picture.
+    order = ranks.argsort().tolist()
+    few = order[:MOST] + order[-MOST:]
+    changes = leave_one_out(problem, few, queries)[:, 0]
+    before = float(LOSS(logits[None].double(), targets))
+    scores = torch.zeros_like(ranks)
+    for index, change in zip(few, changes, strict=True):
+        scores[index] = float(LOSS((logits + change.float())[None].double(), targets)) - before
     private: Any = ConcatDataset([shard.images.data for shard in shards])
 
     def sample(index: int) -> tuple[Tensor, str]:
@@ -137,14 +169,11 @@ def explain(influence: Influence, prepared: Prepared, options: argparse.Namespac
     caption = f"{names[target]}, taken for {names[taken]}"
     figure = influence_grid((scored.images.data[wrong][0], caption), sample, scores)
     figure.savefig(options.out / "influence.png", dpi=150)
-    # Twice the leave-one-out loss per output estimates the variance of the noise.
-    (validation,) = influence.cross_validate([influence.l2])
-    noise = 2 * validation.loss / logits.numel()
-    sure = influence.covariance(tokens[None], noise)[0].diagonal().sqrt()
+    sure = predictive_covariance(problem, queries, noise)[0].diagonal().sqrt()
     said = " and ".join(f"{logits[c]:.1f} ± {sure[c]:.1f} for {names[c]}" for c in (taken, target))
     worst = int(scores.argmin())
     return [
-        f"Of {len(scores)} training images, {int((scores > 0).sum())} helped one image of class "
+        f"Of {len(scores)} training images, {helped} helped one image of class "
         f"{names[target]}, taken for {names[taken]}; without the most harmful one, of class "
         f"{sample(worst)[1]}, its loss would be {-float(scores[worst]):.2g} lower: exactly, "
         "without training again.",
@@ -181,8 +210,8 @@ def distance(delta: Delta, other: Delta) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo from the command line; return the exit status."""
-    about = "Fit, compose, forget and explain exactly, on a few images."
-    parser = parser_of(about, private=80, shards=5)
+    about = "Fit, compose, forget and explain exactly, on 1,000 images."
+    parser = parser_of(about, private=1000, shards=5)
     return run(demo, parser.parse_args(arguments))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from tangent_ops.errors import UnsupportedError
-from tangent_ops.exact.preconditioner import preconditioner
+from tangent_ops.exact.preconditioner import Preconditioner
 
 if TYPE_CHECKING:
     from tangent_ops.exact.problem import Problem
@@ -47,7 +47,7 @@ class ShardCurvature:
 
     def preconditioner(self, rank: int | None = None) -> Callable[[Tensor], Tensor]:
         """An approximate inverse of H, up to a factor; also for H of similar shards."""
-        return preconditioner(self.problem.system, rank)
+        return Preconditioner(self.problem.system, rank).at(None)
 
 
 def require_quadratic(problem: Problem, what: str, way_out: str) -> None:

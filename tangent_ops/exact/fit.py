@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import time
@@ -16,7 +15,7 @@ from tangent_ops.data import check_integer
 from tangent_ops.errors import ArgumentError, NotConvergedWarning
 from tangent_ops.exact.checkpoint import Checkpoint
 from tangent_ops.exact.layout import norm
-from tangent_ops.exact.preconditioner import check_rank, default_rank, preconditioner
+from tangent_ops.exact.preconditioner import Preconditioner, check_rank
 from tangent_ops.exact.problem import Problem, check_problem, check_tolerance
 from tangent_ops.exact.search import Search
 from tangent_ops.exact.tangent_kernel import solve_dual
@@ -120,12 +119,10 @@ def fit_exact(
     file = None
     if method == "dual":
         start, rank = solve_dual(passes), 0
-    else:
-        rank = default_rank(passes) if rank is None else min(rank, passes.layout.size)
-    make = functools.partial(preconditioner, passes, rank)
-    search = Search(passes, start, tol, max_iterations, make)
+    preconditioner = Preconditioner(passes, rank)
+    search = Search(passes, start, tol, max_iterations, preconditioner)
     if checkpoint is not None:
-        file = Checkpoint(Path(checkpoint), _identity(problem, start, rank))
+        file = Checkpoint(Path(checkpoint), _identity(problem, start, preconditioner.rank))
         search.keep(file, checkpoint_every)
     delta = search.run()
     value, gradient, _ = passes.gradient(delta)
@@ -140,7 +137,7 @@ def fit_exact(
         objective=value,
         iterations=search.iterations,
         newton_steps=search.steps,
-        rank=rank,
+        rank=preconditioner.rank,
         samples=problem.samples,
         seconds=time.perf_counter() - began,
     )

@@ -11,7 +11,7 @@ from tangent_ops.errors import ArgumentError
 from tangent_ops.exact.conjugate import Product, solve
 from tangent_ops.exact.layout import norm
 from tangent_ops.exact.passes import Passes
-from tangent_ops.exact.preconditioner import check_rank, preconditioner
+from tangent_ops.exact.preconditioner import Preconditioner, check_rank
 from tangent_ops.exact.problem import Problem, check_problem, check_tolerance
 
 
@@ -70,4 +70,4 @@ class Inverse:
 
     @functools.cached_property
     def _precondition(self) -> Product:
-        return preconditioner(self.passes, self._rank)
+        return Preconditioner(self.passes, self._rank).at(self.at)

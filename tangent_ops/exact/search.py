@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 from tqdm import tqdm
 
 from tangent_ops.exact.checkpoint import Checkpoint
-from tangent_ops.exact.conjugate import Product, State
+from tangent_ops.exact.conjugate import State
 from tangent_ops.exact.layout import dot, norm
 from tangent_ops.exact.passes import Passes
+from tangent_ops.exact.preconditioner import Preconditioner
 from tangent_ops.losses import loss_gradient
 
 SAFETY = 0.8  # of the tolerance; the true residual is slightly larger than the recurrence's
@@ -26,8 +26,7 @@ class Search:
         start: the first delta, flat.
         tol: ends where ‖∇F‖ / l2 <= tol (‖Δ‖ - ‖∇F‖ / l2).
         max_iterations: of conjugate gradients, in all.
-        make_preconditioner: gives an approximate inverse of the Hessian, up to a factor; called
-            when the first step begins.
+        preconditioner: of the Hessian.
 
     Attributes:
         delta: the present delta, flat.
@@ -41,13 +40,13 @@ class Search:
         start: Tensor,
         tol: float,
         max_iterations: int,
-        make_preconditioner: Callable[[], Product],
+        preconditioner: Preconditioner,
     ) -> None:
         self.passes = passes
         self.delta = start.clone()
         self.tol = tol
         self.max_iterations = max_iterations
-        self._precondition = functools.cache(make_preconditioner)
+        self._preconditioner = preconditioner
         self.iterations = 0
         self.steps = 0
         self._solve: State | None = None  # of the unfinished step
@@ -103,8 +102,9 @@ class Search:
 
     def _step(self, right: Tensor, at: Sequence[Tensor] | None, bar: tqdm) -> Tensor:
         """Solve H step = right to the residual that the tolerance needs."""
+        precondition = self._preconditioner.at(at)
         if self._solve is None:
-            self._solve = State.start(right, self._precondition())
+            self._solve = State.start(right, precondition)
             self.steps += 1
         solve = self._solve
         size = norm(right)
@@ -116,7 +116,7 @@ class Search:
             inexact = 0.0 if self.passes.quadratic else 0.1 * size
             if left <= max(self._goal(solve), inexact):
                 break
-            solve.advance(lambda v: self.passes.product(v, at), self._precondition())
+            solve.advance(lambda v: self.passes.product(v, at), precondition)
             self.iterations += 1
             bar.update()
             if self._every and self.iterations % self._every == 0:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tangent_ops.exact.passes import Passes
-from tangent_ops.exact.stored import Stored, StoredBatches
+from tangent_ops.exact.stored import Stored
 from tangent_ops.losses import loss_hessians
 
 ROWS = 2000  # of the Gram matrix; its decomposition is a few tenths of a second on a CPU
@@ -27,17 +27,28 @@ class SubsetInverse:
     Args:
         shards: passes over stored samples, which have the same parts, l2 and loss.
         rows: m C, about how many rows of J the part has, of all shards together.
+        logits: of every batch of a single shard, at which A is taken; None for those at Δ = 0.
         seed: of the samples.
     """
 
-    def __init__(self, shards: Sequence[Passes], rows: int = ROWS, seed: int = 0) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Passes],
+        rows: int = ROWS,
+        logits: Sequence[Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
         samples = sum(passes.samples for passes in shards)
         share = min(1.0, rows / (samples * shards[0].outputs))
         parts, roots = [], []
         for passes in shards:
-            part, targets = _drawn(passes, max(1, round(share * passes.samples)), seed)
-            logits = part.logits.view(len(part), *part.shape)
-            hessians = loss_hessians(passes.loss, logits, targets).double()
+            drawn = _drawn(passes.samples, max(1, round(share * passes.samples)), seed)
+            pairs = list(passes.take(drawn).batches())
+            part = Stored.joined([some for some, _ in pairs])
+            targets = torch.cat([labels for _, labels in pairs])
+            where = part.logits if logits is None else torch.cat(list(logits))[drawn]
+            where = where.view(len(part), *part.shape)
+            hessians = loss_hessians(passes.loss, where, targets).double()
             parts.append(part)
             roots.append(_roots(hessians * (passes.samples / len(part))))
         self._part = Stored.joined(parts)
@@ -63,15 +74,12 @@ class SubsetInverse:
         return result.neg_().view(vector.shape)
 
 
-def _drawn(passes: Passes, count: int, seed: int) -> tuple[Stored, Tensor]:
-    """Some of the samples, drawn without replacement, and their targets."""
-    loader = passes.loader
-    assert isinstance(loader, StoredBatches)
-    if count < passes.samples:
-        order = torch.randperm(passes.samples, generator=torch.Generator().manual_seed(seed))
-        loader = loader.take(order[:count].tolist())
-    pairs = list(loader)
-    return Stored.joined([part for part, _ in pairs]), torch.cat([labels for _, labels in pairs])
+def _drawn(samples: int, count: int, seed: int) -> list[int]:
+    """Indices of some of the samples, drawn without replacement, in order."""
+    if count == samples:
+        return list(range(samples))
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
+    return sorted(order[:count].tolist())
 
 
 def _roots(hessians: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError, ConvergenceError
 from tangent_ops.exact.certificate import gradient_in_double
 from tangent_ops.exact.layout import norm
-from tangent_ops.exact.preconditioner import preconditioner
+from tangent_ops.exact.preconditioner import Preconditioner
 from tangent_ops.exact.problem import Cache
 from tangent_ops.exact.search import Search
 from tangent_ops.model.linearized import LinearizedModel
@@ -149,7 +148,7 @@ def _minimise(objective: Objective, start: Tensor, allowed: float, max_iteration
     # F is at least l2/2 ‖Δ‖², and at its minimum at most F(0).
     largest = math.sqrt(2 * value / passes.l2)
     tol = min(_SHARE * allowed / largest, 0.5) if largest else 0.5
-    search = Search(passes, start, tol, max_iterations, functools.partial(preconditioner, passes))
+    search = Search(passes, start, tol, max_iterations, Preconditioner(passes))
     solution = search.run()
     found = gradient_in_double(passes, passes.layout.named(solution)) / passes.l2
     if not found <= allowed:
