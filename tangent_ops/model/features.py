@@ -15,13 +15,15 @@ from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.model.read_rows import first_rows, rows_read
 from tangent_ops.ops.levels import alone
 
 
 class Tail(nn.Module):
     """The part of a model from block ``start`` on: tokens in, what the model returns out.
 
-    Its parameters are the model's own, under the model's own names.
+    Its parameters are the model's own, under the model's own names. Where the head reads the class
+    token alone, the last block is computed for that row alone (`read_rows`).
 
     Args:
         model: a transformer with ``blocks``, ``norm`` and ``forward_head``, as in timm.
@@ -40,11 +42,19 @@ class Tail(nn.Module):
         for name, child in children[after:]:
             self.add_module(name, child)
         self._forward_head: Any = model.forward_head
+        self.rows = rows_read(model) if start < len(blocks) else 0
 
     def forward(self, tokens: Tensor) -> Tensor:
-        for block in self.blocks.values():
+        return self._forward_head(self.features(tokens))
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """What enters the head: (B, N, D), or the rows of it that are read."""
+        *others, last = self.blocks.values() or [None]
+        for block in others:
             tokens = block(tokens)
-        return self._forward_head(self.norm(tokens))
+        if last is not None:
+            tokens = first_rows(last, tokens, self.rows) if self.rows else last(tokens)
+        return self.norm(tokens)
 
 
 class Trunk(nn.Module):
@@ -98,17 +108,40 @@ class Trunk(nn.Module):
 
     def _check(self, tail: Tail, args) -> None:
         expected = self.model(*args)
-        found = tail(self._tokens(args))
-        same = (
-            isinstance(expected, Tensor)
-            and found.shape == expected.shape
-            and torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-        )
-        if not same:
+        tokens = self._tokens(args)
+        if tail.rows and not _reads_the_first_rows(tail, tokens):
+            tail.rows = 0
+        if not _near(tail(tokens), expected):
             raise UnsupportedError(
                 "this model cannot be split: its blocks, norm and forward_head in a row do not "
                 "give what the model gives. Train without a feature cache."
             )
+
+
+def _reads_the_first_rows(tail: Tail, tokens: Tensor) -> bool:
+    """Whether the output is the same without the rows that nobody should read.
+
+    With noise on the head's parameters: a head of zeros gives the same output for all inputs.
+    """
+    noise = torch.Generator().manual_seed(0)
+    noisy = {
+        name: p + torch.randn(p.shape, generator=noise).to(p)
+        for name, p in tail.named_parameters()
+        if not name.startswith("blocks.")
+    }
+    rows, found = tail.rows, torch.func.functional_call(tail, noisy, (tokens,))
+    tail.rows = 0
+    exact = torch.func.functional_call(tail, noisy, (tokens,))
+    tail.rows = rows
+    return _near(found, exact)
+
+
+def _near(found: Tensor, expected: Any) -> bool:
+    return (
+        isinstance(expected, Tensor)
+        and found.shape == expected.shape
+        and torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    )
 
 
 class _Reached(Exception):
