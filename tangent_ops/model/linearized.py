@@ -92,8 +92,10 @@ class LinearizedModel(nn.Module):
     def _call(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         self.check_once(*args, **kwargs)
         directions, blocks = self._full_deltas(), self._blocks()
-        alone = is_compiling() or blocks
-        with contextlib.nullcontext() if alone else reading_rows(self.anchor):
+        # Without a trained block the value stays what the anchor's own operations give.
+        trained = any(name.startswith("blocks.") for name in self.delta.names)
+        fewer = trained and not blocks and not is_compiling()
+        with reading_rows(self.anchor) if fewer else contextlib.nullcontext():
             return dual_call(self.anchor, directions, self.kept, args, kwargs, blocks)
 
     def check_once(self, *args, **kwargs) -> None:

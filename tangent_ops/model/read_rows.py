@@ -76,9 +76,10 @@ def _is_timms(model: Any) -> bool:
 
     kinds = (vision_transformer.VisionTransformer, deit.VisionTransformerDistilled)
     own = ("forward", "forward_features", "forward_head", "pool")
-    timms = any(all(getattr(type(model), n) is getattr(k, n) for n in own) for k in kinds)
+    if not any(all(getattr(type(model), n, None) is getattr(k, n) for n in own) for k in kinds):
+        return False
     modules = (model, model.blocks, model.norm, model.fc_norm)
-    return timms and not any(n in vars(model) for n in own) and not any(map(_has_hooks, modules))
+    return not any(n in vars(model) for n in own) and not any(map(_has_hooks, modules))
 
 
 def _first_rows(block: Any, tokens: Tensor, count: int) -> Tensor:
