@@ -15,39 +15,38 @@ from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from tangent_ops.errors import UnsupportedError, few
+from tangent_ops.errors import UnsupportedError
 from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.parts import Factors, Part, Place, Rows
 from tangent_ops.exact.stored import Stored
 from tangent_ops.exact.weights import Use, Weight, weights_of
 from tangent_ops.model.linearized import LinearizedModel
+from tangent_ops.model.read_rows import for_any_rows
 from tangent_ops.ops.levels import functional_call, in_turn
 from tangent_ops.ops.linear import head_linear
 
 CHECKED = 8  # samples of the comparison with J by passes
+CHECKED_BYTES = 1 << 28  # of their J
 CHUNK = 1 << 24  # entries of a layer's explicit rows that are formed at a time
 
 
 class Extractor:
     """Makes `Stored` of batches of inputs.
 
-    The constructor runs the model on some inputs, finds out how each trained parameter is used, and
-    compares Jᵀu, parameter by parameter, with `Jacobian.pull_back`. A weight that linear maps use
+    The constructor runs the model on one input and finds out how each trained parameter is used;
+    `check` compares Jᵀu, parameter by parameter, with `Jacobian.pull_back`. A weight of linear maps
     gives `Factors`. The parameters of another module that is called once with one tensor give
     `Rows`, by functorch over that module alone. What remains gives `Rows` by backward passes for
     one sample at a time, which is slow.
 
     Args:
         tangent: the model.
-        inputs: (n, ...), the first inputs.
+        inputs: (n, ...), of which the first one is read.
         explicit: all rows are explicit.
 
     Attributes:
         bytes_per_sample: of J of a sample.
         work_per_sample: floating-point operations of J v and Jᵀ u.
-
-    Raises:
-        UnsupportedError: the factors do not give J: the model mixes samples, for example.
     """
 
     def __init__(self, tangent: LinearizedModel, inputs: Tensor, *, explicit: bool = False) -> None:
@@ -56,12 +55,21 @@ class Extractor:
         self._explicit = explicit
         self._weights = weights_of(tangent)
         self._slow: set[str] = set()
-        self._plan(inputs[:1])
-        wrong = self._wrong(inputs[:CHECKED])
+        self._plan(inputs[:1].to(self._jacobian.device))
+
+    def check(self, inputs: Tensor) -> None:
+        """Compare J of the first few inputs with that by passes.
+
+        Raises:
+            UnsupportedError: the factors do not give J: the model mixes samples, for example.
+        """
+        count = max(1, min(CHECKED, CHECKED_BYTES // self.bytes_per_sample))
+        inputs = inputs[:count].to(self._jacobian.device)
+        wrong = self._wrong(inputs)
         if wrong and self._slow.isdisjoint(wrong):  # also used outside of the layers
             self._slow |= wrong
             self._plan(inputs[:1])
-            wrong = self._wrong(inputs[:CHECKED])
+            wrong = self._wrong(inputs)
         if wrong:
             raise UnsupportedError(
                 f"layer factors do not give the derivative by {few(sorted(wrong))}: the model "
@@ -91,13 +99,31 @@ class Extractor:
                 self._modules[name] = module
                 rest -= own
         self._covered, self._slow = covered, rest
+        self._count(used)
+
+    def _count(self, used: _Used) -> None:
+        """Count entries and operations of a sample's parts, from the shapes of one sample."""
+        outputs = used.output[0].numel()
+        by_rows = self._weights.keys() - self._covered
+        entries = outputs * (1 + sum(self._weights[name].place.size for name in by_rows))
+        work = 4 * entries
+        for group in _groups([call for call in used.maps if call.names <= self._covered]):
+            shapes = [call.shape for call in group]
+            h, _, k, o = shapes[0]
+            t = sum(shape[1] for shape in shapes)
+            if self._explicit or _rows_are_cheaper(t, k, o, outputs):
+                entries += outputs * h * o * (k + 1)
+                work += 4 * outputs * h * o * (k + 1)
+            else:
+                entries += h * t * (k + outputs * o)
+                work += 4 * h * t * o * (k + outputs)
+        self.bytes_per_sample = entries * self._jacobian.layout.dtype.itemsize
+        self.work_per_sample = work
 
     def _wrong(self, inputs: Tensor) -> set[str]:
         """Parameters by which Jᵀu differs from that of a pass, for a random u."""
         layout = self._jacobian.layout
         stored = self(inputs)
-        self.bytes_per_sample = stored.nbytes // len(stored)
-        self.work_per_sample = sum(part.work for part in stored.parts) // len(stored)
         noise = torch.Generator().manual_seed(0)
         u = torch.randn(stored.logits.shape, generator=noise).to(stored.logits)
         total = layout.zeros()
@@ -152,9 +178,8 @@ class Extractor:
         dtype = self._jacobian.layout.dtype
         part = Factors(inputs.to(dtype), outputs.to(dtype), *group[0].places)
         _, c, _, t, o = outputs.shape
-        # Products with J: by positions, or by rows.
-        explicit = c * o * inputs.shape[3] < t * o * (inputs.shape[3] + c)
-        return [part.as_rows() if self._explicit or explicit else part]
+        explicit = self._explicit or _rows_are_cheaper(t, inputs.shape[3], o, c)
+        return [part.as_rows() if explicit else part]
 
     def _module_rows(self, name: str, seen: Tensor, cotangents: Tensor) -> dict[str, Tensor]:
         """(n, C, ...) by a module's own parameters; the cotangents are (C, n, ...)."""
@@ -244,7 +269,14 @@ class _Map:
     bias: Use | None
     heads: bool
     inputs: Tensor
+    output: torch.Size
     edge: GradientEdge
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """H, T, K and O of one sample."""
+        _, h, t, k = self.activations(1).shape
+        return h, t, k, self.cotangents(self.inputs.new_zeros(1, *self.output), 1).shape[-1]
 
     @property
     def places(self) -> tuple[Place | None, Place | None]:
@@ -289,7 +321,7 @@ class _Used:
             self.modules.append((name, inputs[0].detach(), edge))
             return output
 
-        return tap
+        return for_any_rows(tap)
 
 
 class _Recording(TorchFunctionMode):
@@ -316,7 +348,8 @@ class _Recording(TorchFunctionMode):
             return output
         output, edge = _tapped(output)
         of_weight, of_bias = (None if found is None else found[1] for found in uses)
-        self._maps.append(_Map(names, of_weight, of_bias, heads, input.detach(), edge))
+        seen = (input.detach(), output.shape, edge)
+        self._maps.append(_Map(names, of_weight, of_bias, heads, *seen))
         return output
 
     def _use(self, tensor: Tensor | None) -> tuple[str, Use] | None:
@@ -334,6 +367,11 @@ def _tapped(output: Tensor) -> tuple[Tensor, GradientEdge]:
     if not output.requires_grad:
         output = output.detach().requires_grad_().clone()
     return output, get_gradient_edge(output)
+
+
+def _rows_are_cheaper(positions: int, inputs: int, outputs: int, columns: int) -> bool:
+    """Whether explicit rows of C columns take fewer operations than T positions."""
+    return columns * inputs < positions * (inputs + columns)
 
 
 def _groups(maps: list[_Map]) -> list[list[_Map]]:

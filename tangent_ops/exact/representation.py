@@ -103,12 +103,7 @@ class Representation:
         inputs, _ = next(iter(passes.batches()))
         assert isinstance(passes.jacobian, Jacobian)
         tangent = passes.jacobian.tangent
-        try:
-            extractor = Extractor(tangent, inputs, explicit=given == "rows")
-        except UnsupportedError as error:
-            if given != "auto":
-                raise
-            return "passes", f"passes: {error}"
+        extractor = Extractor(tangent, inputs, explicit=given == "rows")
         forward = flops(tangent.anchor, inputs[:1])
         size = passes.samples * extractor.bytes_per_sample
         work = making * forward + PRODUCTS * extractor.work_per_sample
@@ -116,6 +111,12 @@ class Representation:
             return "passes", "passes: factors would cost more operations"
         if given == "auto" and size > (IN_MEMORY if self.folder is None else ON_DISK):
             return "passes", f"passes: factors would take {size / 1e9:,.1f} GB"
+        try:
+            extractor.check(inputs)
+        except UnsupportedError as error:
+            if given != "auto":
+                raise
+            return "passes", f"passes: {error}"
         self.extractor, self.anchor = extractor, tangent.fingerprint
         gain = OF_A_PASS * forward / extractor.work_per_sample
         kind = "factors" if given == "auto" else given

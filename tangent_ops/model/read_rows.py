@@ -12,8 +12,8 @@ a row to each token. The biases of keys add the same to all logits of a row, and
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,10 +21,16 @@ from torch import Tensor, nn
 from tangent_ops.ops.linear import head_linear
 from tangent_ops.ops.nn import TangentAttention
 
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
 
 def rows_read(model: Any) -> int:
     """How many of the first rows `model.forward_head` reads; 0 for all, or if that is unknown."""
-    if getattr(model, "global_pool", None) != "token" or getattr(model, "attn_pool", None):
+    if (
+        not _is_timms(model)
+        or getattr(model, "global_pool", None) != "token"
+        or getattr(model, "attn_pool", None)
+    ):
         return 0
     if getattr(model, "cls_token", None) is None:
         return 0
@@ -54,7 +60,7 @@ def reading_rows(model: Any) -> Iterator[None]:
     It has no effect on a model whose own methods, or hooks, may read the others.
     """
     count = rows_read(model)
-    if not count or not _is_timms(model) or why_not(block := model.blocks[-1]) is not None:
+    if not count or _sees_rows(model) or why_not(block := model.blocks[-1]) is not None:
         yield
         return
 
@@ -71,15 +77,18 @@ def reading_rows(model: Any) -> Iterator[None]:
 
 
 def _is_timms(model: Any) -> bool:
-    """Whether the model's methods after the last block are timm's, and no hook sees its output."""
+    """Whether the model's methods after the last block are timm's."""
     from timm.models import deit, vision_transformer
 
     kinds = (vision_transformer.VisionTransformer, deit.VisionTransformerDistilled)
     own = ("forward", "forward_features", "forward_head", "pool")
-    if not any(all(getattr(type(model), n, None) is getattr(k, n) for n in own) for k in kinds):
-        return False
-    modules = (model, model.blocks, model.norm, model.fc_norm)
-    return not any(n in vars(model) for n in own) and not any(map(_has_hooks, modules))
+    timms = any(all(getattr(type(model), n, None) is getattr(k, n) for n in own) for k in kinds)
+    return timms and not any(name in vars(model) for name in own)
+
+
+def _sees_rows(model: Any) -> bool:
+    """Whether a hook sees what the last block returns."""
+    return any(map(_has_hooks, (model, model.blocks, model.norm, model.fc_norm)))
 
 
 def _first_rows(block: Any, tokens: Tensor, count: int) -> Tensor:
@@ -137,5 +146,13 @@ def _attend(attention: Any, tokens: Tensor, count: int) -> Tensor:
     return attention.proj_drop(attention.proj(out))
 
 
+def for_any_rows(hook: Hook) -> Hook:
+    """Mark a module's hook: it may see fewer rows, and layers that are not called."""
+    hook.any_rows = True  # pyright: ignore[reportFunctionMemberAccess]
+    return hook
+
+
 def _has_hooks(module: nn.Module) -> bool:
-    return any(value for name, value in vars(module).items() if "_hooks" in name)
+    kept = (value for name, value in vars(module).items() if "_hooks" in name)
+    hooks = (hook for value in kept if isinstance(value, dict) for hook in value.values())
+    return any(callable(hook) and not getattr(hook, "any_rows", False) for hook in hooks)

@@ -73,10 +73,13 @@ def test_it_is_j_of_models(kind: str, explicit: bool) -> None:
     size = SIZES.get(kind, 16)
     inputs = noise(3, 3, size, size)
     extractor = Extractor(tangent, inputs, explicit=explicit)
+    extractor.check(inputs)
     stored = extractor(inputs)
     assert_is_j(tangent, inputs, stored, extractor(inputs[:2]))
     assert explicit == all(isinstance(part, Rows) for part in stored.parts)
-    assert stored.nbytes <= 2 * len(inputs) * extractor.bytes_per_sample
+    counted, work = extractor.bytes_per_sample, sum(part.work for part in stored.parts)
+    assert 0.8 * stored.nbytes <= len(inputs) * counted <= 1.3 * stored.nbytes + 1000
+    assert 0.8 * work <= len(inputs) * extractor.work_per_sample <= 1.3 * work + 1000
 
 
 @settings(max_examples=25, deadline=None)
@@ -117,6 +120,7 @@ def test_it_is_j_of_layers(data: st.DataObject) -> None:
     tangent = linearize(model, lambda name: frozen not in name, rank=rank, check=False)
     inputs = noise(n, t, k)
     extractor = Extractor(tangent, inputs)
+    extractor.check(inputs)
     assert_is_j(tangent, inputs, extractor(inputs), extractor(inputs[:2]))
 
 
@@ -137,6 +141,7 @@ def test_a_weight_that_is_also_used_elsewhere() -> None:
     tangent = linearize(model)
     inputs = noise(5, 3)
     extractor = Extractor(tangent, inputs)
+    extractor.check(inputs)
     assert_is_j(tangent, inputs, extractor(inputs), extractor(inputs[:2]))
 
 
@@ -149,6 +154,7 @@ def test_changes_in_place() -> None:
     model = Computes(call, first=nn.Linear(3, 4), head=nn.Linear(4, 2)).double()
     tangent, inputs = linearize(model), noise(5, 3)
     extractor = Extractor(tangent, inputs)
+    extractor.check(inputs)
     assert_is_j(tangent, inputs, extractor(inputs), extractor(inputs[:2]))
 
 
@@ -157,4 +163,4 @@ def test_samples_that_mix_are_refused() -> None:
         lambda own, x: own.head(x).tanh().diff(dim=0, append=x[:1, :2]), head=nn.Linear(3, 2)
     ).double()
     with pytest.raises(UnsupportedError, match="mixes samples"):
-        Extractor(linearize(model, check=False), noise(5, 3))
+        Extractor(linearize(model, check=False), noise(5, 3)).check(noise(5, 3))
