@@ -15,13 +15,12 @@ from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from tangent_ops.errors import UnsupportedError
+from tangent_ops.errors import UnsupportedError, few
 from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.parts import Factors, Part, Place, Rows
 from tangent_ops.exact.stored import Stored
 from tangent_ops.exact.weights import Use, Weight, weights_of
 from tangent_ops.model.linearized import LinearizedModel
-from tangent_ops.model.read_rows import for_any_rows
 from tangent_ops.ops.levels import functional_call, in_turn
 from tangent_ops.ops.linear import head_linear
 
@@ -87,17 +86,23 @@ class Extractor:
     def _plan(self, inputs: Tensor) -> None:
         """Find out which modules' parameters `Factors` do not cover, and which remain."""
         self._modules: dict[str, nn.Module] = {}
-        used = self._run(inputs, everything=True)
+        used = self._run(inputs)
         self._precision = used.output.dtype
         covered = _covered(used.maps, self._weights, self._jacobian.layout.size, self._slow)
         rest = self._weights.keys() - covered
-        calls = Counter(name for name, *_ in used.modules)
-        fine = {name for name, count in calls.items() if count == 1}
+        # Only now, since a module with a hook may not be run in its cheapest form.
         for name, module in self._tangent.anchor.named_modules():
             own = {_joined(name, key) for key, _ in module.named_parameters(recurse=False)} & rest
-            if own and name in fine and own.isdisjoint(self._slow):
+            if own and own.isdisjoint(self._slow):
                 self._modules[name] = module
+        used = self._run(inputs)
+        calls = Counter(name for name, *_ in used.modules)
+        for name, module in list(self._modules.items()):
+            own = {_joined(name, key) for key, _ in module.named_parameters(recurse=False)} & rest
+            if calls[name] == 1:
                 rest -= own
+            else:
+                del self._modules[name]
         self._covered, self._slow = covered, rest
         self._count(used)
 
@@ -220,21 +225,14 @@ class Extractor:
             for each in zip(*found, strict=True)
         ]
 
-    def _run(self, inputs: Tensor, *, everything: bool = False) -> _Used:
+    def _run(self, inputs: Tensor) -> _Used:
         """The anchor's forward pass, with a graph of the tensors of interest."""
         anchor, weights = self._tangent.anchor, self._weights
         used = _Used()
-        hooked = self._modules
-        if everything:
-            hooked = {
-                name: module
-                for name, module in anchor.named_modules()
-                if any(_joined(name, key) in weights for key in module._parameters)
-            }
         used.leaves = {name: weights[name].tensor.detach().requires_grad_() for name in self._slow}
         handles = [
             module.register_forward_hook(used.hook(name), with_kwargs=True)
-            for name, module in hooked.items()
+            for name, module in self._modules.items()
         ]
         device = self._jacobian.device
         recording = _Recording(used.maps, weights)
@@ -321,7 +319,7 @@ class _Used:
             self.modules.append((name, inputs[0].detach(), edge))
             return output
 
-        return for_any_rows(tap)
+        return tap
 
 
 class _Recording(TorchFunctionMode):
