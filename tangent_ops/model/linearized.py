@@ -22,6 +22,7 @@ from tangent_ops.delta import (
     fingerprint,
 )
 from tangent_ops.errors import NoGradientWarning, UnsupportedError, few
+from tangent_ops.model.allocator import keep_memory
 from tangent_ops.model.check_derivatives import can_check, check_adjoint
 from tangent_ops.model.checkpointing import find_blocks, find_switches, take_flags
 from tangent_ops.model.dual_call import dual_call
@@ -90,6 +91,8 @@ class LinearizedModel(nn.Module):
     def _call(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         self.check_once(*args, **kwargs)
         directions = self._full_deltas()
+        if not is_compiling() and any(d.device.type == "cpu" for d in directions.values()):
+            keep_memory()
         return dual_call(self.anchor, directions, self.kept, args, kwargs, self._blocks())
 
     def check_once(self, *args, **kwargs) -> None:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from tangent_ops.data import unpack
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.losses import Loss
+from tangent_ops.model.allocator import keep_memory
 from tangent_ops.model.features import cache_features
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.training.options import OPTIMIZERS, Recipe
@@ -109,6 +110,8 @@ def train(
     """
     device = group.device
     check_precision("fit", model, device, recipe)
+    if device.type == "cpu":
+        keep_memory()  # for ordinary models
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = OPTIMIZERS[recipe.optimizer](parameters, recipe.lr)
     group.broadcast(parameters)
