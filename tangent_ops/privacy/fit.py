@@ -35,6 +35,7 @@ from tangent_ops.privacy.statement import (
     make_statement,
 )
 from tangent_ops.training.options import OPTIMIZERS, Recipe, RecipeOptions, recipe_of
+from tangent_ops.training.subnormals import flushed_subnormals
 
 PRIVATE = Recipe(lr=1e-3, schedule="constant")
 UNUSED = {
@@ -212,7 +213,7 @@ def fit_private(
     bar = tqdm(
         total=steps, desc="private fit", unit="step", initial=state.step, disable=not progress
     )
-    with bar, memory as batches:
+    with flushed_subnormals(device), bar, memory as batches:
         for batch in batches:
             for settings in stepper.param_groups:
                 settings["lr"] = recipe.lr_at(state.step / steps)

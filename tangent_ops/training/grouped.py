@@ -33,6 +33,7 @@ from tangent_ops.training.loop import (
     seeded,
 )
 from tangent_ops.training.options import OPTIMIZERS, Recipe, RecipeOptions, recipe_of
+from tangent_ops.training.subnormals import flushed_subnormals
 
 
 def fit_grouped(
@@ -98,7 +99,8 @@ def fit_grouped(
         for loader in loaders.values():
             generators.enter_context(seeded(recipe.seed, where, loader))
         running = [Shard(n, tangent, loader, where, recipe) for n, loader in loaders.items()]
-        _train(model, running, where, recipe, progress)
+        with flushed_subnormals(where):
+            _train(model, running, where, recipe, progress)
     return {shard.name: shard.delta(tangent) for shard in running}
 
 

@@ -31,6 +31,7 @@ from tangent_ops.training.processes import (
     frozen_fingerprint,
     layout,
 )
+from tangent_ops.training.subnormals import flushed_subnormals
 
 
 @dataclass
@@ -118,7 +119,7 @@ def train(
     steps = recipe.epochs * len(loader)
     history = History()
     bar = tqdm(total=steps, desc="fit", unit="step", disable=not progress or group.rank > 0)
-    with seeded(recipe.seed, device, loader), bar:
+    with seeded(recipe.seed, device, loader), flushed_subnormals(device), bar:
         for epoch in range(recipe.epochs):
             total = samples = 0
             for batch in group.checked(unpack(batch, device) for batch in loader):

@@ -121,7 +121,7 @@ def test_a_repeated_step_has_few_page_faults() -> None:
     assert 10 * kept < returned
 
 
-def _page_faults(environment: Mapping[str, str]) -> int:
+def _page_faults(environment: dict[str, str]) -> int:
     """Page faults of three steps after the first ones, in a process of its own."""
     own = {n: v for n, v in os.environ.items() if not n.startswith(("MALLOC_", "GLIBC_"))}
     command = [sys.executable, "-W", "ignore", "-c", STEPS.format(paths=sys.path)]
