@@ -99,7 +99,8 @@ def fit_private(
     less, outcomes of probability p have a probability of e^ε p + δ at most.
 
     In a group of processes (`torch.distributed` is initialised) every process gets the same data
-    set and takes its part of every batch; the noise is added once. Autocast is off here.
+    set and takes its part of every batch; the noise is added once. Autocast is off here. Subnormal
+    numbers are flushed to zero as in `fit`.
 
     Args:
         tangent: its deltas are the start, and are trained in place.

@@ -18,7 +18,7 @@ def flushed_subnormals(device: torch.device) -> Iterator[None]:
 
     Cross-entropy's gradient of a sample whose prediction is right and sure is subnormal (below
     1.2e-38 in float32). Next to other gradients, or to an optimizer's eps, it has no effect, but on
-    some CPUs a product with subnormal numbers takes over a hundred times as long.
+    many CPUs products of subnormal numbers are far slower than others.
 
     At the end, also after an error, all these threads get the setting that this thread had at the
     start. Threads of operations are reached through OpenMP's runtime (``GOMP_parallel``); where
