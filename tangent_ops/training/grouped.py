@@ -56,8 +56,8 @@ def fit_grouped(
 
     Each shard has the batches, steps and learning rates of ``fit(tangent, shard, recipe)``, so
     deltas are those of separate fits up to rounding. Batches of another shape, such as the last one
-    of an epoch, run in a step of their own. A shard leaves after its last step. Subnormal numbers are
-    flushed to zero as in `fit`.
+    of an epoch, run in a step of their own. A shard leaves after its last step. Subnormal numbers
+    are flushed to zero as in `fit`.
 
     Args:
         tangent: where each shard starts; its own deltas stay as they are.
