@@ -38,7 +38,7 @@ def environment(device: torch.device | str) -> dict[str, str]:
 
 
 def malloc() -> str:
-    """How malloc treats freed memory: the environment's settings, `keep_memory`, or its defaults."""
+    """How malloc treats freed memory: as the environment or `keep_memory` says, or by default."""
     names = ("MALLOC_", "GLIBC_TUNABLES")
     own = " ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith(names))
     return own or ("keeps freed memory" if keep_memory() else "defaults")
