@@ -8,9 +8,6 @@ OUT ?=
 PY = $(VENV)/bin/python
 # This checkout's sources, also when $(VENV) is shared with another one.
 RUN = PYTHONPATH="$(CURDIR):$(CURDIR)/kernels" $(PY)
-# glibc hands a step's memory back and faults it in again for the next one, or not, as luck has it:
-# up to a tenth of a step. Keeping it is as fast for both sides of a ratio, and repeatable.
-KEEP_MEMORY = MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592
 PER_CORE = -n auto --dist loadfile --no-loadscope-reorder
 installed = $(VENV)/.tangent-ops-$(1)
 
@@ -25,16 +22,16 @@ help: ## list the targets
 	@echo '  OUT=folder   where bench and gpu-bench write their results'
 
 demo: $(call installed,demo) ## fine-tune on shards, compose them, forget one, with a real ViT; a picture in out/
-	$(KEEP_MEMORY) $(RUN) examples/demo.py $(ARGS)
+	$(RUN) examples/demo.py $(ARGS)
 
 exact-demo: $(call installed,demo) ## optima, certificates and influences on a few of its images; minutes
-	$(KEEP_MEMORY) $(RUN) examples/exact_demo.py $(ARGS)
+	$(RUN) examples/exact_demo.py $(ARGS)
 
 private-demo: $(call installed,private-demo) ## fine-tune with differential privacy, and say what that promises
-	$(KEEP_MEMORY) $(RUN) examples/private_demo.py $(ARGS)
+	$(RUN) examples/private_demo.py $(ARGS)
 
 study: $(call installed,study) ## the paper's claims on real images, into docs/study; run again, it goes on
-	$(KEEP_MEMORY) $(RUN) -m studies.paper $(ARGS)
+	$(RUN) -m studies.paper $(ARGS)
 
 # Triton decides at import whether to interpret kernels, so their tests need processes of their own.
 # pytest's exit status 5: ARGS selects none of them.
@@ -53,12 +50,12 @@ format: $(call installed,test) ## ruff's fixes and format, in place
 	$(VENV)/bin/ruff format .
 
 bench: $(call installed,bench) ## the benchmarks on this machine: times, memory, limits, targets
-	$(KEEP_MEMORY) $(RUN) -m benchmarks.run --out "$(or $(OUT),out/bench)" $(if $(ARGS),-- $(ARGS))
+	$(RUN) -m benchmarks.run --out "$(or $(OUT),out/bench)" $(if $(ARGS),-- $(ARGS))
 
 # A process per size: the largest model needs the memory that the others' would not give back.
 bench-compiled: $(call installed,bench) ## whole models of every size, eager and torch.compile; run again, it goes on
 	status=0; for model in small base large; do \
-	  TANGENT_OPS_BENCH_COMPILE=1 $(KEEP_MEMORY) $(RUN) -m benchmarks.run --resume \
+	  TANGENT_OPS_BENCH_COMPILE=1 $(RUN) -m benchmarks.run --resume \
 	    --out "$(or $(OUT),out/compiled)/$$model" -- --extent=full \
 	    -k "vit_$$model and (model_forward or train_step) and (taft or finetune) and not (cached or finetune-1)" \
 	    $(ARGS) || status=$$?; \

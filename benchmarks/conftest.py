@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import platform
 import subprocess
 from dataclasses import dataclass, field
@@ -20,6 +19,8 @@ import torch
 from benchmarks.case import Case, clock_of
 from benchmarks.measure import Contender, NotTimedError, Prepared, free_memory
 from benchmarks.roofline import measure_ceilings
+from tangent_ops.model.allocator import keep_memory
+from tangent_ops.profiling.environment import malloc
 from tools.machine import about, cpu, cpuinfo
 
 
@@ -48,6 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if (turns := config.option.turns) <= 0:
         raise pytest.UsageError(f"--turns={turns}: expected more than 0")
+    keep_memory()  # before the first model that is not linearized, too
     config.stash[RUN] = Run(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -123,13 +125,12 @@ def pytest_benchmark_update_json(
 def environment(device: torch.device) -> dict[str, str]:
     """Machine, versions, clocks, date and commit, for people to read."""
     triton = importlib.util.find_spec("triton") is not None
-    malloc = [f"{name}={value}" for name, value in os.environ.items() if name[:7] == "MALLOC_"]
     found = about() | {
         "python": platform.python_version(),
         "triton": importlib.import_module("triton").__version__ if triton else "not installed",
         "fp32 products": torch.get_float32_matmul_precision(),
         "threads": str(torch.get_num_threads()),
-        "malloc": " ".join(malloc) or "defaults",
+        "malloc": malloc(),
         "clocks": f"{cpuinfo('cpu MHz')} MHz",
     }
     if device.type == "cuda":

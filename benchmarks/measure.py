@@ -216,7 +216,7 @@ def free_memory() -> None:
     """Frees what calls have left behind: cycles, compiled code and all it holds, caches."""
     gc.collect()
     torch.compiler.reset()  # or its limit of recompilations would end in eager code
-    # glibc keeps what is freed (KEEP_MEMORY in the Makefile), until it is told to return it.
+    # glibc keeps what is freed (`keep_memory`), until it is told to return it.
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
     torch.cuda.empty_cache()

@@ -23,6 +23,7 @@ from tangent_ops.delta import (
     fingerprint,
 )
 from tangent_ops.errors import NoGradientWarning, UnsupportedError, few
+from tangent_ops.model.allocator import keep_memory
 from tangent_ops.model.check_derivatives import can_check, check_adjoint
 from tangent_ops.model.checkpointing import find_blocks, find_switches, take_flags
 from tangent_ops.model.dual_call import dual_call
@@ -92,6 +93,8 @@ class LinearizedModel(nn.Module):
     def _call(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         self.check_once(*args, **kwargs)
         directions, blocks = self._full_deltas(), self._blocks()
+        if not is_compiling() and any(d.device.type == "cpu" for d in directions.values()):
+            keep_memory()
         # Without a trained block the value stays what the anchor's own operations give.
         trained = any(name.startswith("blocks.") for name in self.delta.names)
         fewer = trained and not blocks and not is_compiling()

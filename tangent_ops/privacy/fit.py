@@ -35,6 +35,7 @@ from tangent_ops.privacy.statement import (
     make_statement,
 )
 from tangent_ops.training.options import OPTIMIZERS, Recipe, RecipeOptions, recipe_of
+from tangent_ops.training.subnormals import flushed_subnormals
 
 PRIVATE = Recipe(lr=1e-3, schedule="constant")
 UNUSED = {
@@ -98,7 +99,8 @@ def fit_private(
     less, outcomes of probability p have a probability of e^ε p + δ at most.
 
     In a group of processes (`torch.distributed` is initialised) every process gets the same data
-    set and takes its part of every batch; the noise is added once. Autocast is off here.
+    set and takes its part of every batch; the noise is added once. Autocast is off here. Subnormal
+    numbers are flushed to zero as in `fit`.
 
     Args:
         tangent: its deltas are the start, and are trained in place.
@@ -212,7 +214,7 @@ def fit_private(
     bar = tqdm(
         total=steps, desc="private fit", unit="step", initial=state.step, disable=not progress
     )
-    with bar, memory as batches:
+    with flushed_subnormals(device), bar, memory as batches:
         for batch in batches:
             for settings in stepper.param_groups:
                 settings["lr"] = recipe.lr_at(state.step / steps)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from tangent_ops.model.allocator import keep_memory
+
 _PACKAGES = ("tangent-ops", "triton", "timm")
 
 
@@ -30,10 +32,16 @@ def environment(device: torch.device | str) -> dict[str, str]:
         "torch": torch.__version__,  # with the build, unlike the package's version
         **{name: _version(name) for name in _PACKAGES},
         "float32 products": torch.get_float32_matmul_precision(),
-        "malloc": " ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith("MALLOC_"))
-        or "defaults",
+        "malloc": malloc(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def malloc() -> str:
+    """How malloc treats freed memory: as the environment or `keep_memory` says, or by default."""
+    names = ("MALLOC_", "GLIBC_TUNABLES")
+    own = " ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith(names))
+    return own or ("keeps freed memory" if keep_memory() else "defaults")
 
 
 def _version(name: str) -> str:

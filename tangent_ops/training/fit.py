@@ -37,7 +37,8 @@ def fit(
 
     Runs with the same seed on a CPU give the same parameters bit for bit. The states of torch's,
     numpy's, Python's and the loader's generators are restored. Train and eval modes stay as the
-    caller set them; gradients of the trained parameters are cleared.
+    caller set them; gradients of the trained parameters are cleared. On a CPU subnormal numbers are
+    flushed to zero during the training (`tangent_ops.training.subnormals`).
 
     In a group of processes (`torch.distributed` is initialised, for example under torchrun) each
     one calls this with the same model, data and recipe, reads all batches and trains on its part.

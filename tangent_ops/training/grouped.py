@@ -33,6 +33,7 @@ from tangent_ops.training.loop import (
     seeded,
 )
 from tangent_ops.training.options import OPTIMIZERS, Recipe, RecipeOptions, recipe_of
+from tangent_ops.training.subnormals import flushed_subnormals
 
 
 def fit_grouped(
@@ -55,7 +56,8 @@ def fit_grouped(
 
     Each shard has the batches, steps and learning rates of ``fit(tangent, shard, recipe)``, so
     deltas are those of separate fits up to rounding. Batches of another shape, such as the last one
-    of an epoch, run in a step of their own. A shard leaves after its last step.
+    of an epoch, run in a step of their own. A shard leaves after its last step. Subnormal numbers
+    are flushed to zero as in `fit`.
 
     Args:
         tangent: where each shard starts; its own deltas stay as they are.
@@ -98,7 +100,8 @@ def fit_grouped(
         for loader in loaders.values():
             generators.enter_context(seeded(recipe.seed, where, loader))
         running = [Shard(n, tangent, loader, where, recipe) for n, loader in loaders.items()]
-        _train(model, running, where, recipe, progress)
+        with flushed_subnormals(where):
+            _train(model, running, where, recipe, progress)
     return {shard.name: shard.delta(tangent) for shard in running}
 
 

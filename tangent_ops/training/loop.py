@@ -19,6 +19,7 @@ from tqdm import tqdm
 from tangent_ops.data import unpack
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.losses import Loss
+from tangent_ops.model.allocator import keep_memory
 from tangent_ops.model.features import cache_features
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.training.options import OPTIMIZERS, Recipe
@@ -30,6 +31,7 @@ from tangent_ops.training.processes import (
     frozen_fingerprint,
     layout,
 )
+from tangent_ops.training.subnormals import flushed_subnormals
 
 
 @dataclass
@@ -109,13 +111,15 @@ def train(
     """
     device = group.device
     check_precision("fit", model, device, recipe)
+    if device.type == "cpu":
+        keep_memory()  # for ordinary models
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = OPTIMIZERS[recipe.optimizer](parameters, recipe.lr)
     group.broadcast(parameters)
     steps = recipe.epochs * len(loader)
     history = History()
     bar = tqdm(total=steps, desc="fit", unit="step", disable=not progress or group.rank > 0)
-    with seeded(recipe.seed, device, loader), bar:
+    with seeded(recipe.seed, device, loader), flushed_subnormals(device), bar:
         for epoch in range(recipe.epochs):
             total = samples = 0
             for batch in group.checked(unpack(batch, device) for batch in loader):
