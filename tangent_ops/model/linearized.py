@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from tangent_ops.model.dual_call import dual_call
 from tangent_ops.model.eval_caches import Kept
 from tangent_ops.model.features import Trunk, blocks_of, split_model
 from tangent_ops.model.low_rank import product
+from tangent_ops.model.read_rows import reading_rows
 from tangent_ops.model.tree import Tree, lookup
 from tangent_ops.ops.levels import alone, in_turn, is_compiling
 
@@ -89,8 +91,11 @@ class LinearizedModel(nn.Module):
 
     def _call(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         self.check_once(*args, **kwargs)
-        directions = self._full_deltas()
-        return dual_call(self.anchor, directions, self.kept, args, kwargs, self._blocks())
+        directions, blocks = self._full_deltas(), self._blocks()
+        images_alone = len(args) == 1 and not kwargs  # no mask
+        swaps = images_alone and not blocks and not is_compiling()
+        with reading_rows(self.anchor) if swaps else contextlib.nullcontext():
+            return dual_call(self.anchor, directions, self.kept, args, kwargs, blocks)
 
     def check_once(self, *args, **kwargs) -> None:
         """Run the check of :func:`linearize` on these inputs, if it has not run yet.

@@ -60,12 +60,6 @@ def forms_keys(block: nn.Module) -> bool:
     return any(not isinstance(a.k_norm, nn.Identity) for a in _attentions(block))
 
 
-def reads_like_timm(model: nn.Module) -> bool:
-    """Whether the whole forward pass is timm's: blocks, norm and head, one after the other."""
-    own = (_source(model, name) for name in ("forward", "forward_features"))
-    return all(source.startswith(_VIT) for source in own)
-
-
 def run_block(block: nn.Module, tokens: Tensor, rows: int) -> Tensor:
     """The block's output for the first tokens alone, if nothing watches or replaces its parts.
 
@@ -86,14 +80,20 @@ def run_block(block: nn.Module, tokens: Tensor, rows: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def reading_rows(model: nn.Module, rows: int) -> Iterator[None]:
-    """Context in which the last block of a model returns the read rows alone.
+def reading_rows(model: nn.Module) -> Iterator[None]:
+    """Context in which the last block of a whole timm model returns the read rows alone.
 
-    The block stays as it is if a hook anywhere in it or on the model's norm would notice.
+    Every block stays as it is where the forward pass is not timm's own, or where a hook in the
+    block, on the model's norm or on a container of theirs would notice.
     """
-    last: Any = model.blocks[-1]  # pyright: ignore[reportIndexIssue]
-    watched = [*last.modules(), *model.norm.modules()]  # pyright: ignore[reportCallIssue]
-    if rows == 0 or any(_is_watched(module) for module in watched):
+    known = (_source(model, name).startswith(_VIT) for name in ("forward", "forward_features"))
+    rows = count_read_rows(model) if all(known) else 0
+    if rows == 0:
+        yield
+        return
+    parts: Any = model
+    last = parts.blocks[-1]
+    if any(map(_is_watched, (parts.blocks, *last.modules(), *parts.norm.modules()))):
         yield
         return
     run = _BLOCKS[_source(last, "forward")]

@@ -52,7 +52,7 @@ def test_tail_of_trunk_is_the_tangent_model(name, k):
     trunk, tail = tangent.split()
     tokens = trunk(x)
     assert not tokens.requires_grad
-    assert torch.equal(tail(tokens), tangent(x))
+    assert_near(tail(tokens), tangent(x), 1e-6)
     assert_near(tail.primal_and_tangent(tokens), exact_jvp(model, tangent.deltas(), x))
     assert hooks(tangent.anchor) == 0
 
@@ -206,7 +206,7 @@ def test_split_model_for_ordinary_fine_tuning():
     own = dict(model.named_parameters())
     assert all(own[name] is parameter for name, parameter in tail.named_parameters())
     model.eval()
-    assert torch.equal(tail(trunk(x)), model(x))
+    assert_near(tail(trunk(x)), model(x), 1e-6)
 
     tail(trunk(x)).square().sum().backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None}
