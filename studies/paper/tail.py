@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tangent_ops.model.read_rows import first_rows
+from tangent_ops.model.read_rows import run_block
 
 
 class ClassTokenTail(nn.Module):
@@ -34,7 +34,7 @@ class ClassTokenTail(nn.Module):
         *others, last = self.blocks
         for block in others:
             tokens = block(tokens)
-        return self.norm(first_rows(last, tokens, 1)[:, 0])
+        return self.norm(run_block(last, tokens, 1)[:, 0])
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.features(tokens))

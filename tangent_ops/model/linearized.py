@@ -97,8 +97,10 @@ class LinearizedModel(nn.Module):
             keep_memory()
         # Without a trained block the value stays what the anchor's own operations give.
         trained = any(name.startswith("blocks.") for name in self.delta.names)
-        fewer = trained and not blocks and not is_compiling()
-        with reading_rows(self.anchor) if fewer else contextlib.nullcontext():
+        images_alone = len(args) == 1 and not kwargs  # no mask
+        swaps = trained and images_alone and not blocks and not is_compiling()
+        with reading_rows(self.anchor) if swaps else contextlib.nullcontext():
+            return dual_call(self.anchor, directions, self.kept, args, kwargs, blocks)
             return dual_call(self.anchor, directions, self.kept, args, kwargs, blocks)
 
     def check_once(self, *args, **kwargs) -> None:

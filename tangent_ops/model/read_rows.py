@@ -1,158 +1,220 @@
-"""The last block of a vision transformer, computed for the rows that the head reads.
+"""The last block of a class-token model, for the rows that are read and no others.
 
-With class-token pooling nobody reads the other tokens after the last block. So its queries,
-projection and MLP run for the class token alone. For a query q of a head h and normed tokens X,
+With class-token pooling nobody reads the other tokens after the last block. Queries, projection and
+MLP run for the read rows alone, keys and values for all tokens. Where keys have no norm, they need
+not be formed either: for the query q of one head, and normed tokens X,
 
-    softmax(q (X W_kᵀ)ᵀ) (X W_vᵀ) = softmax((q W_k) Xᵀ) X W_vᵀ
+    softmax(q (X W_kᵀ + b_k)ᵀ) (X W_vᵀ + b_v) = softmax((q W_k) Xᵀ) X W_vᵀ + b_v
 
-so if keys are neither normed nor rotated, keys and values need a row to each head, too, in place of
-a row to each token. The biases of keys add the same to all logits of a row, and drop out.
+b_k adds the same to all logits of a row, so its derivative is zero. Both forms compute what the
+ordinary block computes, from the same parameters: slices of ``qkv.weight`` and ``qkv.bias``.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tangent_ops.ops.linear import head_linear
-from tangent_ops.ops.nn import TangentAttention
 
-Hook = TypeVar("Hook", bound=Callable[..., Any])
-
-
-def rows_read(model: Any) -> int:
-    """How many of the first rows `model.forward_head` reads; 0 for all, or if that is unknown."""
-    if (
-        not _is_timms(model)
-        or getattr(model, "global_pool", None) != "token"
-        or getattr(model, "attn_pool", None)
-    ):
-        return 0
-    if getattr(model, "cls_token", None) is None:
-        return 0
-    return 1 + (getattr(model, "dist_token", None) is not None)
+_TIMM = "timm.models.vision_transformer."
+_VIT = _TIMM + "VisionTransformer."
+_DISTILLED = "timm.models.deit.VisionTransformerDistilled."
+_ATTENTION = (
+    "timm.layers.attention.Attention.forward",
+    "tangent_ops.ops.nn.TangentAttention.forward",
+)
 
 
-def first_rows(block: nn.Module, tokens: Tensor, count: int) -> Tensor:
-    """`block(tokens)[:, :count]`, for fewer operations if `why_not` gives None.
+def count_read_rows(model: nn.Module) -> int:
+    """How many of the first tokens the head of a timm model reads; 0 if it may read others, too.
 
-    Args:
-        block: of a transformer.
-        tokens: (B, N, D).
-        count: R.
-
-    Returns:
-        (B, R, D).
+    1 is the class token, 2 are the class and distillation tokens. A model counts only if its
+    ``forward_head`` and its last block are those of timm that this module knows.
     """
-    if why_not(block) is not None:
-        return block(tokens)[:, :count]
-    return _first_rows(block, tokens, count)
-
-
-@contextlib.contextmanager
-def reading_rows(model: Any) -> Iterator[None]:
-    """Context in which the last block of timm's vision transformer computes the read rows alone.
-
-    It has no effect on a model whose own methods, or hooks, may read the others.
-    """
-    count = rows_read(model)
-    if not count or _sees_rows(model) or why_not(block := model.blocks[-1]) is not None:
-        yield
-        return
-
-    def forward(tokens: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if attn_mask is None and not is_causal:
-            return _first_rows(block, tokens, count)
-        return type(block).forward(block, tokens, attn_mask, is_causal)
-
-    block.forward = forward
-    try:
-        yield
-    finally:
-        del block.forward
-
-
-def _is_timms(model: Any) -> bool:
-    """Whether the model's methods after the last block are timm's."""
-    from timm.models import deit, vision_transformer
-
-    kinds = (vision_transformer.VisionTransformer, deit.VisionTransformerDistilled)
-    own = ("forward", "forward_features", "forward_head", "pool")
-    timms = any(all(getattr(type(model), n, None) is getattr(k, n) for n in own) for k in kinds)
-    return timms and not any(name in vars(model) for name in own)
-
-
-def _sees_rows(model: Any) -> bool:
-    """Whether a hook sees what the last block returns."""
-    return any(map(_has_hooks, (model, model.blocks, model.norm, model.fc_norm)))
-
-
-def _first_rows(block: Any, tokens: Tensor, count: int) -> Tensor:
-    rows = tokens[:, :count]
-    rows = rows + block.drop_path1(block.ls1(_attend(block.attn, block.norm1(tokens), count)))
-    return rows + block.drop_path2(block.ls2(block.mlp(block.norm2(rows))))
+    head = _source(model, "forward_head")
+    if head == _DISTILLED + "forward_head":
+        rows = 2
+    elif head == _VIT + "forward_head" and _source(model, "pool") == _VIT + "pool":
+        pooled: Any = model
+        rows = int(pooled.global_pool == "token" and pooled.attn_pool is None)
+    else:
+        return 0
+    last: Any = model.blocks[-1]  # pyright: ignore[reportIndexIssue]
+    return rows if why_not(last) is None else 0
 
 
 def why_not(block: nn.Module) -> str | None:
-    """Why a block is computed for all rows; None for timm's pre-norm block as it is.
+    """Why a block cannot run for some rows alone; None if it can."""
+    if _source(block, "forward") not in _BLOCKS:
+        return f"no form for {type(block).__name__}"
+    for attention in _attentions(block):
+        if _source(attention, "forward") not in _ATTENTION:
+            return f"no form for {type(attention).__name__}"
+    return None
 
-    Layers of attention that were replaced, by LoRA's for example, and layers with hooks, as
-    per-sample gradients set them, must run as modules.
+
+def forms_keys(block: nn.Module) -> bool:
+    """Whether the block needs the keys of all tokens: they have a norm."""
+    return any(not isinstance(a.k_norm, nn.Identity) for a in _attentions(block))
+
+
+def run_block(block: nn.Module, tokens: Tensor, rows: int) -> Tensor:
+    """The block's output for the first tokens alone, if nothing watches or replaces its parts.
+
+    Hooks on the block or its attention, and a replaced ``forward`` (checkpointing), get the
+    ordinary call. Hooks on layers inside see the rows that are computed.
+
+    Args:
+        block: a block for which `why_not` returns None.
+        tokens: (B, N, D).
+        rows: at most N.
+
+    Returns:
+        (B, rows, D), or (B, N, D) from the ordinary call.
     """
-    from timm.layers.attention import Attention
-    from timm.models.vision_transformer import Block
-
-    attention = getattr(block, "attn", None)
-    if type(block) is not Block or "forward" in vars(block):
-        return f"its block is a {type(block).__name__}"
-    if type(attention) not in (Attention, TangentAttention) or "forward" in vars(attention):
-        return f"its attention is a {type(attention).__name__}"
-    linear = [getattr(attention, name) for name in ("qkv", "proj")]
-    if any(type(layer) is not nn.Linear or "forward" in vars(layer) for layer in linear):
-        return "a layer of its attention was replaced"
-    hooked = [name for name, module in block.named_modules() if _has_hooks(module)]
-    return f"{hooked[0] or 'its block'} has hooks" if hooked else None
+    if any(_is_watched(module) for module in (block, *_attentions(block))):
+        return block(tokens)
+    return _BLOCKS[_source(block, "forward")](block, tokens, rows)
 
 
-def _attend(attention: Any, tokens: Tensor, count: int) -> Tensor:
-    heads, rows = attention.num_heads, tokens[:, :count]
-    weight, bias = attention.qkv.weight, attention.qkv.bias
-    width = len(weight) // 3
-    query = F.linear(rows, weight[:width], None if bias is None else bias[:width])
-    query = attention.q_norm(query.unflatten(-1, (heads, -1)))  # (B, R, H, d)
-    if isinstance(attention.k_norm, nn.Identity):
-        of_key, of_value = (w.unflatten(0, (heads, -1)) for w in weight[width:].chunk(2))
-        own = None if bias is None else bias[2 * width :].unflatten(0, (heads, -1))
-        asked = head_linear(query, of_key.mT).flatten(1, 2)  # (B, R H, D)
-        weights = (asked * attention.scale @ tokens.mT).softmax(-1)
-        mixed = (attention.attn_drop(weights) @ tokens).unflatten(1, (count, heads))
-        out = head_linear(mixed, of_value, own)
+@contextlib.contextmanager
+def reading_rows(model: nn.Module) -> Iterator[None]:
+    """Context in which the last block of a whole timm model returns the read rows alone.
+
+    Every block stays as it is where the forward pass is not timm's own, or where a hook in the
+    block, on the model's norm or on a container of theirs would notice.
+    """
+    known = (_source(model, name).startswith(_VIT) for name in ("forward", "forward_features"))
+    rows = count_read_rows(model) if all(known) else 0
+    if rows == 0:
+        yield
+        return
+    parts: Any = model
+    last = parts.blocks[-1]
+    if any(map(_is_watched, (parts.blocks, *last.modules(), *parts.norm.modules()))):
+        yield
+        return
+    run = _BLOCKS[_source(last, "forward")]
+    last.forward = lambda tokens: run(last, tokens, rows)
+    try:
+        yield
+    finally:
+        del last.forward  # the instance's: the class has its own
+
+
+def _pre_norm(block: Any, tokens: Tensor, rows: int) -> Tensor:
+    x = tokens[:, :rows]
+    x = x + block.drop_path1(block.ls1(_attend(block.attn, block.norm1(tokens), rows)))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def _post_norm(block: Any, tokens: Tensor, rows: int) -> Tensor:
+    x = tokens[:, :rows]
+    x = x + block.drop_path1(block.norm1(_attend(block.attn, tokens, rows)))
+    return x + block.drop_path2(block.norm2(block.mlp(x)))
+
+
+def _parallel(block: Any, tokens: Tensor, rows: int) -> Tensor:
+    attended = (p.drop_path(p.ls(_attend(p.attn, p.norm(tokens), rows))) for p in block.attns)
+    x = tokens[:, :rows] + sum(attended)
+    return x + sum(ffn(x) for ffn in block.ffns)
+
+
+_BLOCKS = {
+    _TIMM + "Block.forward": _pre_norm,
+    _TIMM + "ResPostBlock.forward": _post_norm,
+    _TIMM + "ParallelThingsBlock.forward": _parallel,
+}
+
+
+def _attend(attention: Any, tokens: Tensor, rows: int) -> Tensor:
+    """timm's Attention for the first rows: (B, N, D) -> (B, rows, D)."""
+    read = tokens[:, :rows]
+    layer = attention.qkv
+    if type(layer) is not nn.Linear or _is_watched(layer):
+        x = _with_layer(attention, tokens, rows)
+    elif isinstance(attention.k_norm, nn.Identity):
+        x = _absorbed(attention, tokens, rows)
     else:
-        pair = F.linear(tokens, weight[width:], None if bias is None else bias[width:])
-        key, value = pair.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        key, query = attention.k_norm(key), query.transpose(1, 2)
-        dropped = attention.attn_drop.p if attention.training else 0.0
-        out = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropped, scale=attention.scale
-        )
-        out = out.transpose(1, 2)
-    out = attention.norm(out.flatten(2))
+        x = _with_keys(attention, tokens, rows)
+    x = attention.norm(x.flatten(-2))
     gate = getattr(attention, "gate", None)
-    out = out if gate is None else out * gate(rows).sigmoid()
-    return attention.proj_drop(attention.proj(out))
+    x = x if gate is None else x * gate(read).sigmoid()
+    return attention.proj_drop(attention.proj(x))
 
 
-def for_any_rows(hook: Hook) -> Hook:
-    """Mark a module's hook: it may see fewer rows, and layers that are not called."""
-    hook.any_rows = True  # pyright: ignore[reportFunctionMemberAccess]
-    return hook
+def _with_layer(attention: Any, tokens: Tensor, rows: int) -> Tensor:
+    """Queries, keys and values by the layer itself, which is no plain one: (B, rows, H, K)."""
+    qkv = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1))
+    query, key, value = qkv.unbind(2)
+    query = attention.q_norm(query[:, :rows])
+    return _dot_product_attention(attention, query, attention.k_norm(key), value)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    kept = (value for name, value in vars(module).items() if "_hooks" in name)
-    hooks = (hook for value in kept if isinstance(value, dict) for hook in value.values())
-    return any(callable(hook) and not getattr(hook, "any_rows", False) for hook in hooks)
+def _with_keys(attention: Any, tokens: Tensor, rows: int) -> Tensor:
+    """Queries of the read rows, keys and values of all tokens: (B, rows, H, K)."""
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    heads, inner = attention.num_heads, len(weight) // 3
+    width = inner // heads
+    pairs = F.linear(tokens, weight[inner:], None if bias is None else bias[inner:])
+    key, value = pairs.unflatten(-1, (2, heads, width)).unbind(2)
+    query = _query(attention, tokens[:, :rows])
+    return _dot_product_attention(attention, query, attention.k_norm(key), value)
+
+
+def _absorbed(attention: Any, tokens: Tensor, rows: int) -> Tensor:
+    """The form without keys and values, for one row to each head: (B, rows, H, K)."""
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    heads, inner = attention.num_heads, len(weight) // 3
+    width = inner // heads
+    key, value = weight[inner:].unflatten(0, (2, heads, width)).unbind(0)  # (H, K, D) each
+    query = _query(attention, tokens[:, :rows]) * attention.scale
+    logits = head_linear(query, key.mT).flatten(1, 2) @ tokens.mT  # (B, rows * H, N)
+    mixed = attention.attn_drop(logits.softmax(dim=-1)) @ tokens
+    shift = None if bias is None else bias[2 * inner :].view(heads, width)
+    return head_linear(mixed.unflatten(1, (rows, heads)), value, shift)
+
+
+def _query(attention: Any, read: Tensor) -> Tensor:
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    inner = len(weight) // 3
+    query = F.linear(read, weight[:inner], None if bias is None else bias[:inner])
+    return attention.q_norm(query.unflatten(-1, (attention.num_heads, -1)))
+
+
+def _dot_product_attention(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    dropout = attention.attn_drop.p if attention.training else 0.0
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(
+        q, k, v, dropout_p=dropout, scale=attention.scale
+    ).transpose(1, 2)
+
+
+def _attentions(block: Any) -> list[Any]:
+    if hasattr(block, "attns"):
+        return [part.attn for part in block.attns]
+    return [block.attn] if hasattr(block, "attn") else []
+
+
+def _source(module: nn.Module, method: str) -> str:
+    """Where a module's method is defined; "" if the instance replaces it or has none."""
+    own = getattr(type(module), method, None)
+    if own is None or method in module.__dict__:
+        return ""
+    return f"{own.__module__}.{own.__qualname__}"
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether hooks or a replaced ``forward`` see the module's calls."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(map(len, hooks)) or "forward" in module.__dict__
