@@ -87,9 +87,9 @@ def linearize(
     everything = dict(anchor.named_parameters(remove_duplicate=False))
     bases = {} if rank is None else make_bases(chosen, rank, basis, everything)
     deltas = {name: nn.Parameter(_zero_delta(p, bases.get(name))) for name, p in chosen.items()}
-    fixed = Tree(bases)
-    record = Record(anchor, fixed, pattern_text(trainable))
-    tangent = LinearizedModel(anchor, Tree(deltas), fixed, record)
+    fixed, left = Tree(bases), Tree({})
+    record = Record(anchor, fixed, left, pattern_text(trainable))
+    tangent = LinearizedModel(anchor, Tree(deltas), fixed, left, record)
     tangent.grad_checkpointing = checkpointing and bool(find_blocks(anchor))
     tangent._wants_check = tangent._unchecked = check
     tangent._names_idle = not zero_head  # the warning named them already

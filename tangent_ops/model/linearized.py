@@ -24,11 +24,11 @@ from tangent_ops.delta import (
 from tangent_ops.errors import NoGradientWarning, UnsupportedError, few
 from tangent_ops.model.check_derivatives import can_check, check_adjoint
 from tangent_ops.model.checkpointing import find_blocks, find_switches, take_flags
-from tangent_ops.model.dual_call import dual_call
+from tangent_ops.model.dual_call import dual_call, multiplied
 from tangent_ops.model.eval_caches import Kept
 from tangent_ops.model.features import Trunk, blocks_of, split_model
-from tangent_ops.model.low_rank import product
-from tangent_ops.model.tree import Tree, lookup
+from tangent_ops.model.tree import Tree
+from tangent_ops.ops.factored import Factors
 from tangent_ops.ops.levels import alone, in_turn, is_compiling
 
 
@@ -54,11 +54,12 @@ class LinearizedModel(nn.Module):
         model_name: the anchor's name.
     """
 
-    def __init__(self, anchor: nn.Module, delta: Tree, basis: Tree, record: Record):
+    def __init__(self, anchor: nn.Module, delta: Tree, basis: Tree, left: Tree, record: Record):
         super().__init__()
         self.anchor = anchor
         self.delta = delta
         self.basis = basis
+        self.left = left
         self._record = record
         self.kept = Kept(anchor)
         self._wants_check = self._unchecked = False
@@ -89,7 +90,7 @@ class LinearizedModel(nn.Module):
 
     def _call(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         self.check_once(*args, **kwargs)
-        directions = self._full_deltas()
+        directions = self._directions()
         return dual_call(self.anchor, directions, self.kept, args, kwargs, self._blocks())
 
     def check_once(self, *args, **kwargs) -> None:
@@ -170,10 +171,15 @@ class LinearizedModel(nn.Module):
 
     def _full_deltas(self) -> dict[str, Tensor]:
         """Δw, shaped as the anchor's parameters, in the deltas' own dtype."""
-        deltas: dict[str, Tensor] = {**self.deltas()}
-        for name, basis in self.basis.tensors().items():
-            deltas[name] = product(deltas[name], basis, lookup(self.anchor, name).shape)
-        return deltas
+        return multiplied(self.anchor, self._directions())
+
+    def _directions(self) -> dict[str, Tensor | Factors]:
+        return {**self.deltas(), **self.factors()}
+
+    def factors(self) -> dict[str, Factors]:
+        """Δw = L T R of the deltas that are not full: the live delta T, and the fixed factors."""
+        deltas, right, left = self.deltas(), self.basis.tensors(), self.left.tensors()
+        return {name: Factors(deltas[name], right[name], left.get(name)) for name in right}
 
     def load_delta_dict(self, delta: Mapping[str, Tensor]) -> None:
         """Overwrite the deltas in place, or raise and change nothing.
@@ -222,7 +228,7 @@ class LinearizedModel(nn.Module):
                 f"no part of the model is frozen below its first trained parameter: {below[0]} "
                 "is trained. Train without a feature cache."
             )
-        trained_part = LinearizedModel(tail, self.delta, self.basis, self._record)
+        trained_part = LinearizedModel(tail, self.delta, self.basis, self.left, self._record)
         trained_part._wants_check, trained_part._unchecked = self._wants_check, self._unchecked
         trained_part.grad_checkpointing = self.grad_checkpointing and bool(find_blocks(tail))
         return trunk, trained_part
@@ -275,6 +281,9 @@ class LinearizedModel(nn.Module):
 
     @property
     def rank(self) -> int | None:
+        """Rank of low-rank deltas; None if deltas are full or cores."""
+        if self.left.names:
+            return None
         return next((len(basis) for basis in self.basis.tensors().values()), None)
 
     @property
@@ -310,9 +319,9 @@ class LinearizedModel(nn.Module):
 class Record:
     """The anchor, basis and parameters that deltas belong to; a tail shares the model's record."""
 
-    def __init__(self, anchor: nn.Module, basis: Tree, trainable: str):
+    def __init__(self, anchor: nn.Module, basis: Tree, left: Tree, trainable: str):
         self.anchor = anchor
-        self.basis = basis
+        self.basis, self.left = basis, left
         self.trainable = trainable
         self.uses_fsdp = False
 
@@ -322,7 +331,10 @@ class Record:
 
     @functools.cached_property
     def basis_fingerprint(self) -> str | None:
-        return fingerprint(self.basis.tensors()) if self.basis.names else None
+        if not self.basis.names:
+            return None
+        left = {f"left.{name}": value for name, value in self.left.tensors().items()}
+        return fingerprint({**self.basis.tensors(), **left})
 
     def enter_fsdp(self) -> None:
         """Compute the fingerprints now: each process has only a part of the anchor later."""
