@@ -23,7 +23,6 @@ from tangent_ops.ops.factored_calls import factored_calls
 from tangent_ops.ops.forward_ad import fused_calls
 from tangent_ops.ops.levels import in_own_level, in_transforms, is_compiling, refuse_other_levels
 
-
 Directions = Mapping[str, Tensor | Factors]
 
 

@@ -64,6 +64,7 @@ class LinearizedModel(nn.Module):
         self.kept = Kept(anchor)
         self._wants_check = self._unchecked = False
         self._names_idle = True
+        self._multiplies = False  # B A, because a function that is not seen gets a weight
         self._switches = tuple(find_switches(anchor))
         self.grad_checkpointing = False
 
@@ -107,7 +108,15 @@ class LinearizedModel(nn.Module):
 
     def _check(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         blocks = find_blocks(self.anchor) if self.grad_checkpointing else []
-        idle = check_adjoint(self.anchor, self.delta.names, self.kept, blocks, args, kwargs)
+        check = functools.partial(check_adjoint, self.anchor, self.delta.names)
+        rest = self.kept, blocks, args, kwargs
+        try:
+            idle = check({} if self._multiplies else self.factors(), *rest)
+        except UnsupportedError:
+            if self._multiplies or not self.basis.names:
+                raise
+            idle = check({}, *rest)
+            self._multiplies = True
         self._unchecked = idle is None
         if idle and self._names_idle:
             warnings.warn(
@@ -153,19 +162,18 @@ class LinearizedModel(nn.Module):
         return find_blocks(self.anchor) if frozen else []
 
     def deltas(self) -> dict[str, nn.Parameter]:
-        """The live delta parameters, named as the anchor's: Δw, or its B (out, rank)."""
+        """The live delta parameters, named as the anchor's: Δw, its B (out, rank), or its core."""
         return alone(self.delta.tensors)  # another thread's functional_call may replace them
 
     def delta_dict(self) -> Delta:
         """A copy of the deltas on their device, with the metadata of their origin."""
         tensors = {name: delta.detach().clone() for name, delta in self.deltas().items()}
         meta = DeltaMeta(self.fingerprint, self.model_name, self.trainable)
-        if self.rank is not None:
-            meta = replace(meta, rank=self.rank, basis=self.basis_fingerprint)
+        meta = replace(meta, rank=self.rank, basis=self.basis_fingerprint)
         return Delta(tensors, meta)
 
     def full_delta_dict(self) -> Delta:
-        """A copy of the deltas as Δw = B A, for models of this anchor without ``rank``."""
+        """A copy of the deltas as Δw, multiplied out, for models without ``rank`` or ``core``."""
         tensors = {name: full.detach().clone() for name, full in self._full_deltas().items()}
         return Delta(tensors, DeltaMeta(self.fingerprint, self.model_name, self.trainable))
 
@@ -174,7 +182,8 @@ class LinearizedModel(nn.Module):
         return multiplied(self.anchor, self._directions())
 
     def _directions(self) -> dict[str, Tensor | Factors]:
-        return {**self.deltas(), **self.factors()}
+        found: dict[str, Tensor | Factors] = {**self.deltas(), **self.factors()}
+        return {**multiplied(self.anchor, found)} if self._multiplies else found
 
     def factors(self) -> dict[str, Factors]:
         """Δw = L T R of the deltas that are not full: the live delta T, and the fixed factors."""
@@ -229,6 +238,7 @@ class LinearizedModel(nn.Module):
                 "is trained. Train without a feature cache."
             )
         trained_part = LinearizedModel(tail, self.delta, self.basis, self.left, self._record)
+        trained_part._multiplies = self._multiplies
         trained_part._wants_check, trained_part._unchecked = self._wants_check, self._unchecked
         trained_part.grad_checkpointing = self.grad_checkpointing and bool(find_blocks(tail))
         return trunk, trained_part
@@ -236,16 +246,15 @@ class LinearizedModel(nn.Module):
     def __repr__(self) -> str:
         trained = sum(delta.numel() for delta in self.deltas().values())
         anchor = sum(parameter.numel() for parameter in self.anchor.parameters())
-        rank = "" if self.rank is None else f", rank={self.rank}"
         return (
-            f"{type(self).__name__}({self.model_name}, trainable={self.trainable!r}{rank}: "
+            f"{type(self).__name__}({self.model_name}, trainable={self.trainable!r}{self._kind()}: "
             f"{trained:,} trained, {anchor:,} in the anchor)"
         )
 
     def summary(self) -> None:
         """Print trained and frozen parameter counts by group: a block, or another child module.
 
-        A low-rank delta counts the elements of B as trained and none as frozen.
+        A delta in factors counts the elements of the trained one, and none as frozen.
         """
         deltas = self.deltas()
         rows: dict[str, list[int]] = {}
@@ -259,11 +268,15 @@ class LinearizedModel(nn.Module):
                 row[1] += parameter.numel()
         rows["total"] = [sum(column) for column in zip(*rows.values(), strict=True)]
         width = max(map(len, rows))
-        rank = "" if self.rank is None else f", rank {self.rank}"
-        print(f"{self.model_name}, linearized (trainable: {self.trainable}{rank})")
+        print(f"{self.model_name}, linearized (trainable: {self.trainable}{self._kind(' ')})")
         print(f"{'group':<{width}} {'trained':>14} {'frozen':>14}")
         for group, (trained, frozen) in rows.items():
             print(f"{group:<{width}} {trained:>14,} {frozen:>14,}")
+
+    def _kind(self, sign: str = "=") -> str:
+        if self.left.names:
+            return ", core"
+        return "" if self.rank is None else f", rank{sign}{self.rank}"
 
     @property
     def fingerprint(self) -> str:
@@ -288,7 +301,7 @@ class LinearizedModel(nn.Module):
 
     @property
     def basis_fingerprint(self) -> str | None:
-        """SHA-256 of the fixed factors of low-rank deltas, as :attr:`fingerprint`, or None."""
+        """SHA-256 of the deltas' fixed factors, as :attr:`fingerprint`; None if all are full."""
         return self._record.basis_fingerprint
 
     @property

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -187,9 +186,7 @@ def _convolution_jvp(primals, tangents, options):
 
 def _convolution_vjp(saved, grad, needs, options):
     few, weight, left, like = saved
-    return _spread(
-        factored_convolution_vjp(few, weight, left, like, grad, *options, _needs(needs))
-    )
+    return _spread(factored_convolution_vjp(few, weight, left, like, grad, *options, _needs(needs)))
 
 
 def _convolution_save(primals, output, statistics):
