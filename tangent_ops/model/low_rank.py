@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ def make_cores(
     return right, {name: like_delta(pair[0], name) for name, pair in pairs.items()}
 
 
-def _core_sizes(core: object) -> tuple[int, int]:
+def _core_sizes(core: Any) -> tuple[int, int]:
     pair = core if isinstance(core, (tuple, list)) else (core, core)
     if len(pair) != 2 or any(type(size) is not int or size < 1 for size in pair):
         raise ArgumentError(

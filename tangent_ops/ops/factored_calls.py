@@ -27,9 +27,10 @@ _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _DESCRIBING = frozenset(
     (Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.__len__, Tensor.is_contiguous)
 )
-_MT = Tensor.mT.__get__
+_GETTERS: Any = Tensor
+_MT = _GETTERS.mT.__get__
 _TRANSPOSING = frozenset(
-    (_MT, Tensor.T.__get__, Tensor.t, torch.t, Tensor.transpose, torch.transpose)
+    (_MT, _GETTERS.T.__get__, Tensor.t, torch.t, Tensor.transpose, torch.transpose)
 )
 _RESHAPING = frozenset((Tensor.view, Tensor.reshape, torch.reshape, Tensor.unflatten))
 _DIVIDING = frozenset((Tensor.chunk, torch.chunk, Tensor.split, torch.split))
@@ -211,7 +212,7 @@ def _factors_of_view(
         dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
         parts = func(rows, *args[1:], **kwargs) if dim in (0, -2) else None
     else:
-        key = args[1]
+        key: Any = args[1]
         whole = isinstance(key, tuple) and len(key) > 1 and all(k == slice(None) for k in key[1:])
         key = key[0] if whole else key
         parts = [rows[key]] if isinstance(key, slice) else None
