@@ -57,8 +57,8 @@ class DeltaMeta:
         loss: the training loss, if any.
         shard: identifier of the part of the data the delta was trained on, if any.
         rank: rank of low-rank deltas, the factors B of Δw = B A; None if there are none.
-        basis: `fingerprint` of the fixed factors: A, or both sides B and A of cores C (Δw = B C A),
-            which have no rank; None if all deltas are full.
+        basis: `fingerprint` of their fixed factors A, or, without rank, of the sides B and A of
+            cores C (Δw = B C A); None if all deltas are full.
         extra: anything else, as strings.
 
     Raises:
@@ -89,7 +89,7 @@ class DeltaMeta:
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
             raise ArgumentError(f"rank must be a positive integer or None, got {self.rank!r}")
         if self.rank is not None and self.basis is None:
-            raise ArgumentError("rank needs a basis: give its fingerprint, or leave out the rank")
+            raise ArgumentError("rank needs a basis: give its fingerprint, or leave out rank")
 
 
 class Delta(dict[str, Tensor]):
@@ -258,9 +258,10 @@ def check_kind(meta: DeltaMeta | None, rank: int | None, basis: str | None, what
         return
     found, expected = _kind(meta.rank, meta.basis), _kind(rank, basis)
     if found != expected:
-        way_out = f"load it into linearize(..., {f'rank={meta.rank}' if meta.rank else 'core=...'})"
-        if expected == "full":
-            way_out = "full_delta_dict() of its own model gives full deltas"
+        way_out = "full_delta_dict() of its own model gives full deltas"
+        if expected != "full":
+            option = "core=..." if found == "a core" else f"rank={meta.rank}"
+            way_out = f"load it into linearize(..., {option})"
         raise DeltaError(f"{what} is {found}, expected {expected}: {way_out}")
     raise DeltaError(
         f"{what} has another basis: {_short(meta.basis or '')}, expected {_short(basis or '')}. "
@@ -366,13 +367,11 @@ def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> 
     version = metadata.get("format_version")
     if version not in FORMAT_VERSIONS:
         raise DeltaFileError(
-            f"{path} has format version {version}, this release reads "
-            f"{', '.join(FORMAT_VERSIONS)}: update tangent-ops"
+            f"{path} has format version {version}, this release reads 1, 2, 3: update tangent-ops"
         )
     needed = {"anchor", "model", "trainable", "content_sha256"}
     own = {"1": set(), "2": {"rank", "basis"}, "3": {"basis"}}[version]
-    missing = (needed | own) - metadata.keys()
-    if missing:
+    if missing := (needed | own) - metadata.keys():
         raise DeltaFileError(f"{path} lacks {few(sorted(missing))} in its header")
     if extra := ({"rank", "basis"} - own) & metadata.keys():
         raise DeltaFileError(

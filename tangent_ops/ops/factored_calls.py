@@ -212,9 +212,8 @@ def _factors_of_view(
         dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
         parts = func(rows, *args[1:], **kwargs) if dim in (0, -2) else None
     else:
-        key: Any = args[1]
-        whole = isinstance(key, tuple) and len(key) > 1 and all(k == slice(None) for k in key[1:])
-        key = key[0] if whole else key
+        first, *others = args[1] if isinstance(args[1], tuple) and args[1] else (args[1],)
+        key = first if all(k == slice(None) for k in others) else None
         parts = [rows[key]] if isinstance(key, slice) else None
     if parts is None:
         return None

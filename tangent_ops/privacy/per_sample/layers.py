@@ -132,6 +132,7 @@ class ProductLayer(Layer):
         if "bias" in self.names:
             squares += g.sum(1).square().sum(1)
         if "weight" in self.names:
+            a, g = self._of_weight(a, g)
             positions, size = a.shape[1], a.shape[2] * g.shape[2]
             gram = positions * (a.shape[2] + g.shape[2]) <= size
             squares += _gram_norms(a, g) if gram else _product_norms(a, g)
@@ -141,19 +142,20 @@ class ProductLayer(Layer):
         self, activations: Tensor, cotangent: Tensor, weights: Tensor
     ) -> dict[str, Tensor]:
         a, g = self._factors(activations, cotangent)
-        g = (g * weights.to(g.dtype)[:, None, None]).flatten(0, 1)
+        g = g * weights.to(g.dtype)[:, None, None]
         sums = {}
         if "bias" in self.names:
-            sums[self.names["bias"]] = g.sum(0)
+            sums[self.names["bias"]] = g.sum((0, 1))
         if "weight" in self.names:
-            product = g.T @ a.flatten(0, 1)
+            a, g = self._of_weight(a, g)
+            product = g.flatten(0, 1).T @ a.flatten(0, 1)
             weight = self._layer.get_parameter("weight")
             in_factors = "weight" in self.factors
             sums[self.names["weight"]] = product if in_factors else product.view(weight.shape)
         return sums
 
     def _factors(self, activations: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-        """a (n, T, in) and g (n, T, out), by the fixed factors if the weight's delta has some."""
+        """a (n, T, in) and g (n, T, out)."""
         a, g = at_least_single(activations), at_least_single(cotangent)
         layer = self._layer
         if isinstance(layer, nn.Conv2d):
@@ -163,6 +165,10 @@ class ProductLayer(Layer):
         else:
             a = a.reshape(len(a), -1, a.shape[-1])
             g = g.reshape(len(g), -1, g.shape[-1])
+        return a, g
+
+    def _of_weight(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for the weight's delta, whose fixed factors reduce them."""
         factors = self.factors.get("weight")
         if factors is None:
             return a, g
