@@ -79,7 +79,7 @@ def multiplied(model: nn.Module, directions: Directions) -> dict[str, Tensor]:
 
 def _in_turn(model, directions, kept: Kept, args, kwargs, blocks) -> tuple[Any, Any]:
     factors = {n: d for n, d in directions.items() if isinstance(d, Factors)}
-    full = {n: d for n, d in directions.items() if n not in factors}
+    full = {n: d for n, d in directions.items() if not isinstance(d, Factors)}
     weights, full = _paired(model, full | _unknown(model, factors))
     with contextlib.ExitStack() as stack:
         if not torch.is_grad_enabled():
@@ -91,20 +91,33 @@ def _in_turn(model, directions, kept: Kept, args, kwargs, blocks) -> tuple[Any, 
         if peek_interpreter_stack() is not None:
             return _jvp(model, weights, full, factors, args, kwargs, kept)
         # As torch.func.jvp, without the cost of wrapping every tensor.
-        dual = {n: forward_ad.make_dual(w, full[n]) for n, w in weights.items()}
-        trained = {
-            n: forward_ad.make_dual(torch.zeros_like(f.trained), f.trained)
-            for n, f in factors.items()
-        }
+        dual, trained = _duals(weights, full, factors)
         tangents = {n: factors[n].trained if n in factors else full[n] for n in weights}
         repeated = repeating(blocks, model, weights, tangents, factors, kept)
         with kept.nothing(), repeated, _recognising(weights, dual, factors, trained):
             return _unpack(functional_call(model, dual, args, kwargs))
 
 
+def plain_dual_output(model: nn.Module, directions: Directions, args: tuple[Any, ...]) -> Any:
+    """The model's dual output, in a plain ``dual_level()`` and the contexts of the caller."""
+    factors = {n: d for n, d in directions.items() if isinstance(d, Factors)}
+    full = {n: d for n, d in directions.items() if not isinstance(d, Factors)}
+    weights, full = _paired(model, full | _unknown(model, factors))
+    dual, trained = _duals(weights, full, factors)
+    with _recognising(weights, dual, factors, trained):
+        return functional_call(model, dual, args)
+
+
 def _paired(model: nn.Module, directions: Mapping[str, Tensor]) -> tuple[Any, Any]:
     weights = {name: lookup(model, name) for name in directions}
     return weights, {n: d.to(weights[n].dtype) for n, d in directions.items()}
+
+
+def _duals(weights, full, factors: Mapping[str, Factors]) -> tuple[Any, Any]:
+    """What stands for the weights in the model, and zeros that have T as tangents."""
+    dual = {n: forward_ad.make_dual(w, full[n]) for n, w in weights.items()}
+    trained = {n: f.trained for n, f in factors.items()}
+    return dual, {n: forward_ad.make_dual(torch.zeros_like(t), t) for n, t in trained.items()}
 
 
 def _unknown(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:

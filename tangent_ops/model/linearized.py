@@ -91,7 +91,7 @@ class LinearizedModel(nn.Module):
 
     def _call(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         self.check_once(*args, **kwargs)
-        directions = self._directions()
+        directions = self.directions()
         return dual_call(self.anchor, directions, self.kept, args, kwargs, self._blocks())
 
     def check_once(self, *args, **kwargs) -> None:
@@ -179,9 +179,10 @@ class LinearizedModel(nn.Module):
 
     def _full_deltas(self) -> dict[str, Tensor]:
         """Δw, shaped as the anchor's parameters, in the deltas' own dtype."""
-        return multiplied(self.anchor, self._directions())
+        return multiplied(self.anchor, self.directions())
 
-    def _directions(self) -> dict[str, Tensor | Factors]:
+    def directions(self) -> dict[str, Tensor | Factors]:
+        """The live Δw by name: tensors, or factors that the model's layers compute with."""
         found: dict[str, Tensor | Factors] = {**self.deltas(), **self.factors()}
         return {**multiplied(self.anchor, found)} if self._multiplies else found
 
