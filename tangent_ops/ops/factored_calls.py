@@ -153,9 +153,8 @@ class _Root:
 
     def multiply(self) -> Tensor:
         if self.full is None:
-            with torch.enable_grad():  # the model may have switched derivatives off for now
-                product = self._factors.product(self._weight.shape)
-                self.full = self._weight + product.to(self._weight.dtype)
+            product = self._factors.product(self._weight.shape)
+            self.full = self._weight + product.to(self._weight.dtype)
         return self.full
 
 
@@ -185,7 +184,7 @@ class _Weight:
         return _Weight(self.root, stand_in, plain, factors, transposed, (*self.views, view))
 
     def multiplied(self) -> Tensor:
-        with torch.enable_grad():
+        with torch.enable_grad():  # the model may have switched derivatives off for now
             full = self.root.multiply()
             for view in self.views:
                 full = view(full)
