@@ -50,7 +50,7 @@ def linearize(
             dimension, all others) larger than r in both, has Δw = B A. A (r, in) is fixed and
             B (out, r) is the delta: the model is linear in B, and a convex loss stays convex.
             Smaller parameters, biases and norms keep full deltas. Linear layers and convolutions
-            compute with the factors, and a step costs what one of ordinary fine-tuning costs.
+            compute with the factors (compiled code multiplies them out).
         basis: basis of low-rank deltas. An int seeds random orthonormal A, which depend on the
             parameter's name but not on which parameters are trained: deltas of one seed compose.
             Or name -> A, as :func:`tangent_ops.gradient_basis` returns it. With ``core`` a seed.
