@@ -36,7 +36,7 @@ from tangent_ops.files import (
 )
 
 FORMAT = "tangent-ops delta"
-FORMAT_VERSIONS = ("1", "2")  # 2: low rank, which releases without low-rank deltas must not read
+FORMAT_VERSIONS = ("1", "2", "3")  # 2: low rank, 3: cores, which older releases must not read
 
 DeltaLike = Mapping[str, Tensor] | str | os.PathLike[str]  # a delta, or the path of its file
 
@@ -56,13 +56,14 @@ class DeltaMeta:
         trainable: the pattern that chose the trained parameters.
         loss: the training loss, if any.
         shard: identifier of the part of the data the delta was trained on, if any.
-        rank: rank of low-rank deltas, the factors B of Δw = B A; None if all deltas are full.
-        basis: `fingerprint` of the fixed factors A; None if all deltas are full.
+        rank: rank of low-rank deltas, the factors B of Δw = B A; None if there are none.
+        basis: `fingerprint` of their fixed factors A, or, without rank, of the sides B and A of
+            cores C (Δw = B C A); None if all deltas are full.
         extra: anything else, as strings.
 
     Raises:
         ArgumentError: a field is not a string or has half a surrogate pair; rank is not a positive
-            integer; or only one of rank and basis is given.
+            integer; or rank is given without a basis.
     """
 
     anchor: str
@@ -87,8 +88,8 @@ class DeltaMeta:
                 raise ArgumentError(f"{name} must be text, got half a surrogate pair: {value!r}")
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
             raise ArgumentError(f"rank must be a positive integer or None, got {self.rank!r}")
-        if (self.rank is None) != (self.basis is None):
-            raise ArgumentError("rank and basis go together: give both, or neither")
+        if self.rank is not None and self.basis is None:
+            raise ArgumentError("rank needs a basis: give its fingerprint, or leave out rank")
 
 
 class Delta(dict[str, Tensor]):
@@ -255,13 +256,13 @@ def check_kind(meta: DeltaMeta | None, rank: int | None, basis: str | None, what
     """
     if meta is None or (meta.rank, meta.basis) == (rank, basis):
         return
-    if meta.rank != rank:
-        way_out = (
-            "full_delta_dict() of its own model gives full deltas"
-            if rank is None
-            else f"load it into linearize(..., rank={meta.rank})"
-        )
-        raise DeltaError(f"{what} is {_kind(meta.rank)}, expected {_kind(rank)}: {way_out}")
+    found, expected = _kind(meta.rank, meta.basis), _kind(rank, basis)
+    if found != expected:
+        way_out = "full_delta_dict() of its own model gives full deltas"
+        if expected != "full":
+            option = "core=..." if found == "a core" else f"rank={meta.rank}"
+            way_out = f"load it into linearize(..., {option})"
+        raise DeltaError(f"{what} is {found}, expected {expected}: {way_out}")
     raise DeltaError(
         f"{what} has another basis: {_short(meta.basis or '')}, expected {_short(basis or '')}. "
         "Linearize with the basis (the seed, or the tensors) that it was trained with"
@@ -327,7 +328,7 @@ def _metadata(meta: DeltaMeta) -> dict[str, str]:
     extra = fields.pop("extra")
     return {
         "format": FORMAT,
-        "format_version": FORMAT_VERSIONS[meta.rank is not None],
+        "format_version": _version(meta),
         **{name: str(value) for name, value in fields.items() if value is not None},
         **{_EXTRA + key: value for key, value in extra.items()},
     }
@@ -366,17 +367,15 @@ def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> 
     version = metadata.get("format_version")
     if version not in FORMAT_VERSIONS:
         raise DeltaFileError(
-            f"{path} has format version {version}, this release reads "
-            f"{' and '.join(FORMAT_VERSIONS)}: update tangent-ops"
+            f"{path} has format version {version}, this release reads 1, 2, 3: update tangent-ops"
         )
     needed = {"anchor", "model", "trainable", "content_sha256"}
-    low_rank = {"rank", "basis"}
-    missing = (needed | (low_rank if version == "2" else set())) - metadata.keys()
-    if missing:
+    own = {"1": set(), "2": {"rank", "basis"}, "3": {"basis"}}[version]
+    if missing := (needed | own) - metadata.keys():
         raise DeltaFileError(f"{path} lacks {few(sorted(missing))} in its header")
-    if version == "1" and (extra := low_rank & metadata.keys()):
+    if extra := ({"rank", "basis"} - own) & metadata.keys():
         raise DeltaFileError(
-            f"{path} has {few(sorted(extra))} in its header, which format 1 does not have"
+            f"{path} has {few(sorted(extra))} in its header, which format {version} does not have"
         )
     if not _RANK.fullmatch(metadata.get("rank", "1")):
         raise DeltaFileError(
@@ -389,8 +388,12 @@ def _is_text(value: str) -> bool:
     return not re.search("[\ud800-\udfff]", value)
 
 
-def _kind(rank: int | None) -> str:
-    return "full" if rank is None else f"of rank {rank}"
+def _version(meta: DeltaMeta) -> str:
+    return "1" if meta.basis is None else "3" if meta.rank is None else "2"
+
+
+def _kind(rank: int | None, basis: str | None) -> str:
+    return "full" if basis is None else "a core" if rank is None else f"of rank {rank}"
 
 
 def _short(digest: str) -> str:

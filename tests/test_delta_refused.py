@@ -253,8 +253,8 @@ def test_missing_metadata_is_refused(path, field):
 
 def test_a_later_format_is_refused(path):
     save_delta(some_delta(), path)
-    edit_header(path, metadata(format_version="3"))
-    with pytest.raises(DeltaFileError, match=r"format version 3.*reads 1 and 2.*update"):
+    edit_header(path, metadata(format_version="4"))
+    with pytest.raises(DeltaFileError, match=r"format version 4.*reads 1, 2, 3.*update"):
         load_delta(path)
 
 

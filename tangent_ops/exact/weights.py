@@ -38,12 +38,14 @@ class Weight:
     Attributes:
         tensor: the parameter at w0.
         place: of its delta.
-        right: A (r, in), of a delta B A; None for a full delta.
+        right: A (r, in), of a delta B A or B C A; None for a full delta.
+        left: B (out, r), of a delta B C A; None for others.
     """
 
     tensor: Tensor
     place: Place
     right: Tensor | None
+    left: Tensor | None
 
     def use(self, view: Tensor) -> Use | None:
         """How a linear map with this weight, or bias, uses the parameter; None if it does not.
@@ -69,7 +71,8 @@ class Weight:
         if self.right is None:
             return rows.flatten(2)
         matrices = rows.reshape(*rows.shape[:2], *matrix_shape(self.tensor))
-        return (matrices.to(self.right.dtype) @ self.right.T).flatten(2)
+        found = matrices.to(self.right.dtype) @ self.right.T
+        return (found if self.left is None else self.left.T @ found).flatten(2)
 
     def _use_of_matrix(
         self, shape: tuple[int, ...], strides: tuple[int, ...], first: int
@@ -85,26 +88,41 @@ class Weight:
             return None
         if len(shape) == 3 and strides[0] % columns:
             return None
+        heads = (shape[0],) if len(shape) == 3 else ()
+        if self.left is not None:
+            return self._use_of_core(row, heads, rows, per_head, transposed)
         own = (rank, rows) if transposed else (rows, rank)
         steps = (1, rank) if transposed else (rank, 1)
-        heads = (shape[0],) if len(shape) == 3 else ()
         strides = (per_head * rank,) if len(shape) == 3 else ()
         place = Place((*heads, *own), (*strides, *steps), self.place.offset + row * rank)
         side = self.right.T
         return Use(place, cotangents=side) if transposed else Use(place, inputs=side)
 
+    def _use_of_core(
+        self, row: int, heads: tuple[int, ...], rows: int, per_head: int, transposed: bool
+    ) -> Use | None:
+        """C is shared by all rows; each row of the weight has its own row of B."""
+        assert self.left is not None and self.right is not None
+        if heads and per_head != rows:
+            return None
+        count = rows * (heads[0] if heads else 1)
+        side = self.left[row : row + count]
+        side = side.unflatten(0, (*heads, rows)) if heads else side
+        shape = self.place.shape
+        whole = Place(shape[::-1], (1, shape[1]), self.place.offset) if transposed else self.place
+        if transposed:
+            return Use(whole, inputs=side, cotangents=self.right.T, merged=bool(heads))
+        return Use(whole, inputs=self.right.T, cotangents=side, merged=bool(heads))
+
 
 def weights_of(tangent: LinearizedModel) -> dict[str, Weight]:
     """The trained parameters by name."""
     layout, found, offset = Layout.of(tangent), {}, 0
-    bases = tangent.basis.tensors()
+    bases, lefts = tangent.basis.tensors(), tangent.left.tensors()
     for name, shape in layout.shapes.items():
         place = Place.contiguous(shape, offset)
-        right = bases.get(name)
-        found[name] = Weight(
-            lookup(tangent.anchor, name).detach(),
-            place,
-            None if right is None else right.to(layout.dtype),
-        )
+        sides = (bases.get(name), lefts.get(name))
+        right, left = (None if side is None else side.to(layout.dtype) for side in sides)
+        found[name] = Weight(lookup(tangent.anchor, name).detach(), place, right, left)
         offset += torch.Size(shape).numel()
     return found

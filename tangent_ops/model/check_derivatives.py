@@ -31,6 +31,7 @@ from tangent_ops.model.eval_caches import Kept
 from tangent_ops.model.missing_formulas import naming_what_lacks
 from tangent_ops.ops.backend import in_forward_ad
 from tangent_ops.ops.checkpoint_guard import saved_tensors_hook
+from tangent_ops.ops.factored import Factors
 from tangent_ops.ops.levels import backward, is_compiling
 
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -74,6 +75,7 @@ def can_check(anchor: nn.Module, inputs: Any) -> bool:
 def check_adjoint(
     anchor: nn.Module,
     names: Iterable[str],
+    factors: Mapping[str, Factors],
     kept: Kept,
     blocks: Sequence[nn.Module],
     args: tuple[Any, ...],
@@ -88,6 +90,7 @@ def check_adjoint(
     Args:
         anchor: frozen, in eval mode; it does not change.
         names: names of the trained parameters.
+        factors: of those whose Δ are L T R, with fixed L and R: T and its gradient are compared.
         kept: the anchor's caches.
         blocks: blocks that are repeated in the backward pass.
         args: arguments of a call of the model; their first dimension is the batch.
@@ -106,7 +109,7 @@ def check_adjoint(
         _no_hooks(),
         torch.enable_grad(),
     ):
-        side = functools.partial(_Side, anchor, tuple(names), kept, blocks)
+        side = functools.partial(_Side, anchor, tuple(names), factors, kept, blocks)
         own = _first_that_runs(side, _samples((args, kwargs)))
         if own is None or not all(map(math.isfinite, own.sizes.values())):
             return None
@@ -138,12 +141,13 @@ class _Side:
         self,
         anchor: nn.Module,
         names: tuple[str, ...],
+        factors: Mapping[str, Factors],
         kept: Kept,
         blocks: Sequence[nn.Module],
         inputs: Inputs,
     ) -> None:
         self.anchor, self.names, self.kept, self.blocks = anchor, names, kept, blocks
-        self.inputs = inputs
+        self.factors, self.inputs = factors, inputs
         self.weights = {name: anchor.get_parameter(name) for name in names}
         types = {weight.dtype for weight in self.weights.values()}
         device = next(iter(self.weights.values())).device.type
@@ -168,14 +172,17 @@ class _Side:
                 self.cotangents = [
                     torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in outputs
                 ]
-                return self._gradients(outputs, self.weights)
+                found = self._gradients(outputs, self.weights)
+                for name, factors in self.factors.items():
+                    found[name] = factors.gradient(found[name].flatten(1))
+                return found
         finally:
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
 
     def pull_back(self) -> None:
         """Compute the gradients of ⟨H, JΔ⟩ by Δ_p and their distances from the ordinary ones."""
-        zeros = {n: torch.zeros_like(w).requires_grad_() for n, w in self.weights.items()}
+        zeros = {n: torch.zeros_like(g).requires_grad_() for n, g in self.ordinary.items()}
         tangents = self._tangents(zeros)
         with naming_what_lacks(self.anchor):
             through_tangent = self._gradients(tangents, zeros)
@@ -185,16 +192,17 @@ class _Side:
         """⟨H, JΔ⟩ - Σ s_p over these parameters; all others have Δ_p = 0."""
         chosen, generator = set(names), torch.Generator().manual_seed(2)
         directions, expected = {}, 0
-        for name, weight in self.weights.items():
-            gradient, size = self.ordinary[name].double(), self.sizes[name]
+        for name, gradient in self.ordinary.items():
+            size = self.sizes[name]
             if name not in chosen:
-                directions[name] = torch.zeros_like(weight)
+                directions[name] = torch.zeros_like(gradient)
             elif size:
                 expected += self.signs[name]
-                directions[name] = (gradient * (self.signs[name] / size**2)).to(weight.dtype)
+                exact = gradient.double() * (self.signs[name] / size**2)
+                directions[name] = exact.to(gradient.dtype)
             else:  # contributes nothing in any direction
-                noise = torch.randn(weight.shape, generator=generator)
-                directions[name] = noise.to(weight.device, weight.dtype)
+                noise = torch.randn(gradient.shape, generator=generator)
+                directions[name] = noise.to(gradient.device, gradient.dtype)
         with torch.no_grad():
             pairs = zip(self._tangents(directions), self.cotangents, strict=True)
             return sum(float((t.double() * h.double()).sum()) for t, h in pairs) - expected
@@ -213,7 +221,8 @@ class _Side:
                 self.inputs,
             )
             blocks = find_blocks(anchor) if self.blocks else []
-            side = _Side(anchor, self.names, Kept(anchor), blocks, inputs)
+            factors = {name: each.to(dtype) for name, each in self.factors.items()}
+            side = _Side(anchor, self.names, factors, Kept(anchor), blocks, inputs)
             side.pull_back()
         except Exception:  # an operation may support one dtype only
             return None
@@ -221,8 +230,10 @@ class _Side:
 
     def _tangents(self, directions: Vectors) -> list[Tensor]:
         args, kwargs = self._again()
+        within = {n: f._replace(trained=directions[n]) for n, f in self.factors.items()}
+        whole = {**directions, **within}
         try:
-            _, tangent = dual_call(self.anchor, directions, self.kept, args, kwargs, self.blocks)
+            _, tangent = dual_call(self.anchor, whole, self.kept, args, kwargs, self.blocks)
         except (UnsupportedError, torch.OutOfMemoryError):
             raise
         except Exception as error:

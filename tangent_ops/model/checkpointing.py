@@ -21,6 +21,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.model.eval_caches import Kept
+from tangent_ops.ops.factored import Factors
+from tangent_ops.ops.factored_calls import factored_calls
 from tangent_ops.ops.levels import alone
 
 _FLAGS = ("grad_checkpointing", "gradient_checkpointing")  # timm's, Hugging Face's
@@ -75,21 +77,25 @@ def _is_composed(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def repeating(
-    blocks: Sequence[nn.Module], model: nn.Module, duals: Mapping[str, Tensor], kept: Kept
+    blocks: Sequence[nn.Module],
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    tangents: Mapping[str, Tensor],
+    factors: Mapping[str, Factors],
+    kept: Kept,
 ) -> Iterator[None]:
     """Context, within a ``dual_level()``, in which ``blocks`` save only their inputs.
 
     Args:
         blocks: modules of ``model``.
         model: the frozen anchor, called within by ``functional_call``.
-        duals: its dual parameters, by name.
+        weights: its parameters that have a tangent, by name.
+        tangents: of these; of those in ``factors``, the trained factor.
+        factors: by name.
         kept: the model's caches.
     """
-    pairs = {name: forward_ad.unpack_dual(dual) for name, dual in duals.items()}
-    weights = {name: pair.primal for name, pair in pairs.items()}
-    tangents = [pair.tangent for pair in pairs.values()]
     for block in blocks:
-        block.forward = _Checkpointed(block, model, weights, tangents, kept)
+        block.forward = _Checkpointed(block, model, weights, tangents, factors, kept)
     try:
         yield
     finally:
@@ -100,10 +106,11 @@ def repeating(
 class _Checkpointed:
     """A block's forward, recorded by autograd as a single node."""
 
-    def __init__(self, block, model, weights, tangents, kept):
+    def __init__(self, block, model, weights, tangents, factors, kept):
         self.block, self.model = block, model
         self.forward = block.forward  # the module's own, not yet replaced
-        self.weights, self.tangents = weights, tangents
+        self.weights, self.factors = weights, factors
+        self.tangents = [tangents[name] for name in weights]
         self.kept = kept
 
     def __call__(self, *args, **kwargs) -> Any:
@@ -178,7 +185,9 @@ class _Again:
     moved: list[int]
     autocast: tuple[str, torch.dtype, bool]
 
-    def __call__(self, inputs: list[Tensor], weights: dict[str, Tensor]) -> list[Tensor]:
+    def __call__(
+        self, inputs: list[Tensor], weights: dict[str, Tensor], trained: dict[str, Tensor]
+    ) -> list[Tensor]:
         leaves = list(self.leaves)
         for place, x in zip(self.places, inputs, strict=True):
             leaves[place] = x
@@ -189,7 +198,12 @@ class _Again:
 
         def run() -> Any:
             kept = self.checkpointed.kept.nothing()
-            with kept, torch.autocast(device, dtype=dtype, enabled=enabled):
+            factors = self.checkpointed.factors
+            recognising = factored_calls(
+                (weights[n], weights[n].detach(), factors[n]._replace(trained=t))
+                for n, t in trained.items()
+            )
+            with kept, torch.autocast(device, dtype=dtype, enabled=enabled), recognising:
                 return functional_call(within, named, args, kwargs)
 
         output = alone(run)
@@ -226,7 +240,7 @@ class _Repeated(torch.autograd.Function):
                 f"derivatives of a gradient through a checkpointed block. {_WAY_OUT}"
             )
         again = ctx.again
-        weights = again.checkpointed.weights
+        weights, factors = again.checkpointed.weights, again.checkpointed.factors
         count = len(again.places)
         needs = ctx.needs_input_grad[3:]
         with torch.enable_grad():
@@ -238,20 +252,37 @@ class _Repeated(torch.autograd.Function):
                 name: weight.detach().requires_grad_(need)
                 for (name, weight), need in zip(weights.items(), needs[count:], strict=True)
             }
-            outputs = again(inputs, leaves)
+            trained = {
+                name: torch.zeros_like(each.trained).requires_grad_()
+                for name, each in factors.items()
+                if leaves[name].requires_grad
+            }
+            outputs = again(inputs, leaves, trained)
         operands = [*inputs, *leaves.values()]
         reached = [(y, grad) for y, grad in zip(outputs, grads, strict=True) if grad is not None]
+        wanted = [x for x in operands if x.requires_grad] + list(trained.values())
         found = iter(
             torch.autograd.grad(
-                [y for y, _ in reached],
-                [x for x, need in zip(operands, needs, strict=True) if need],
-                [grad for _, grad in reached],
-                allow_unused=True,
+                [y for y, _ in reached], wanted, [grad for _, grad in reached], allow_unused=True
             )
             if reached
             else ()
         )
-        return (None, None, None, *(next(found, None) if need else None for need in needs))
+        gradients = [next(found, None) if need else None for need in needs]
+        for name in trained:
+            place = count + list(weights).index(name)
+            gradients[place] = _by_factor(next(found, None), gradients[place], factors[name])
+        return None, None, None, *gradients
+
+
+def _by_factor(
+    by_trained: Tensor | None, by_weight: Tensor | None, factors: Factors
+) -> Tensor | None:
+    """The gradient by the trained factor, also from functions that got the weight itself."""
+    if by_weight is None:
+        return by_trained
+    rest = factors.gradient(by_weight.flatten(1))
+    return rest if by_trained is None else by_trained + rest
 
 
 def _nothing(_: Any) -> Any:

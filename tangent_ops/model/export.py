@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.export import Dim, ExportedProgram
-from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.files import check_target, write_atomically, write_safetensors
+from tangent_ops.model.dual_call import plain_dual_output
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.ops.forward_ad import fused_calls
 from tangent_ops.ops.levels import in_own_level
@@ -124,13 +124,12 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
 def _exported(tangent: LinearizedModel, input_size: tuple[int, ...]) -> ExportedProgram:
     # On the CPU ops are computed by PyTorch's operators; on CUDA by our kernels.
     tangent = copy.deepcopy(tangent).cpu().requires_grad_(False)
-    weights = {name: tangent.anchor.get_parameter(name) for name in tangent.deltas()}
-    deltas = {n: d.detach().to(weights[n].dtype) for n, d in tangent.full_delta_dict().items()}
+    directions = tangent.directions()
 
     def merged(images: Tensor) -> Tensor:
         with _Formulas():
-            dual = {n: forward_ad.make_dual(w, deltas[n]) for n, w in weights.items()}
-            primal, slope = forward_ad.unpack_dual(functional_call(tangent.anchor, dual, (images,)))
+            output = plain_dual_output(tangent.anchor, directions, (images,))
+            primal, slope = forward_ad.unpack_dual(output)
             return primal if slope is None else primal + slope
 
     def merged_in_level(images: Tensor) -> Tensor:
@@ -144,6 +143,8 @@ def _exported(tangent: LinearizedModel, input_size: tuple[int, ...]) -> Exported
             graph = make_fx(merged_in_level, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
                 example
             )
+            graph.graph.eliminate_dead_code()  # tangents that nobody reads
+            graph.recompile()
             return torch.export.export(
                 graph, (example,), dynamic_shapes=({0: Dim("batch", min=1)},)
             )

@@ -16,7 +16,7 @@ from tangent_ops.model.copies import independent_copy
 from tangent_ops.model.eval_caches import clear_caches
 from tangent_ops.model.features import blocks_of
 from tangent_ops.model.linearized import LinearizedModel, Record
-from tangent_ops.model.low_rank import Basis, delta_dtype, make_bases
+from tangent_ops.model.low_rank import Basis, Core, delta_dtype, make_bases, make_cores
 from tangent_ops.model.trainable import Trainable, choose, pattern_text
 from tangent_ops.model.tree import Tree
 
@@ -27,6 +27,7 @@ def linearize(
     *,
     rank: int | None = None,
     basis: Basis = 0,
+    core: Core | None = None,
     example: Any = None,
     check: bool = True,
 ) -> LinearizedModel:
@@ -48,10 +49,14 @@ def linearize(
         rank: None: full deltas. An integer r: each trained parameter, seen as a matrix (first
             dimension, all others) larger than r in both, has Δw = B A. A (r, in) is fixed and
             B (out, r) is the delta: the model is linear in B, and a convex loss stays convex.
-            Smaller parameters, biases and norms keep full deltas.
+            Smaller parameters, biases and norms keep full deltas. Linear layers and convolutions
+            compute with the factors (compiled code multiplies them out).
         basis: basis of low-rank deltas. An int seeds random orthonormal A, which depend on the
             parameter's name but not on which parameters are trained: deltas of one seed compose.
-            Or name -> A, as :func:`tangent_ops.gradient_basis` returns it.
+            Or name -> A, as :func:`tangent_ops.gradient_basis` returns it. With ``core`` a seed.
+        core: None, or the fixed sides of Δw = B C A, of which C (r_out, r_in) is the delta: name ->
+            (B, A), B (out, r_out) with orthonormal columns and A (r_in, in) with orthonormal rows;
+            or r, or (r_out, r_in), for random ones. Other trained parameters keep full deltas.
         example: an input of the model, or a tuple of its inputs, to run the check below now instead
             of at the first call. timm models describe their own input.
         check: compare J with the ordinary model's gradients on one sample. The check finds
@@ -62,8 +67,8 @@ def linearize(
     the forward pass casts it. ``.to()``, ``.half()`` and the like do not change that.
 
     Raises:
-        ArgumentError: no parameter matches; ``model`` is no module or linearized already; or rank
-            or basis is not as above (see :func:`tangent_ops.model.low_rank.make_bases`).
+        ArgumentError: no parameter matches; ``model`` is no module or linearized already; or rank,
+            basis or core is not as above (see :mod:`tangent_ops.model.low_rank`).
         UnsupportedError: an operation of the model has no derivative, or a parameter's derivative
             would get lost (the error names it); the model is lazy or scripted; or a function on an
             instance uses another model.
@@ -82,14 +87,23 @@ def linearize(
     names = choose(anchor, trainable)
     zero_head = _warn_about_zero_head(anchor, names)
     chosen = {name: p for name, p in anchor.named_parameters() if name in names}
-    if rank is None and basis != 0:
+    if rank is None and core is None and basis != 0:
         raise ArgumentError("basis is for low-rank deltas only: pass rank as well")
+    if rank is not None and core is not None:
+        raise ArgumentError("rank and core exclude each other: pass one of them")
     everything = dict(anchor.named_parameters(remove_duplicate=False))
-    bases = {} if rank is None else make_bases(chosen, rank, basis, everything)
-    deltas = {name: nn.Parameter(_zero_delta(p, bases.get(name))) for name, p in chosen.items()}
-    fixed = Tree(bases)
-    record = Record(anchor, fixed, pattern_text(trainable))
-    tangent = LinearizedModel(anchor, Tree(deltas), fixed, record)
+    bases, lefts = {}, {}
+    if rank is not None:
+        bases = make_bases(chosen, rank, basis, everything)
+    elif core is not None:
+        bases, lefts = make_cores(chosen, core, basis, everything)
+    deltas = {
+        name: nn.Parameter(_zero_delta(p, bases.get(name), lefts.get(name)))
+        for name, p in chosen.items()
+    }
+    right, left = Tree(bases), Tree(lefts)
+    record = Record(anchor, right, left, pattern_text(trainable))
+    tangent = LinearizedModel(anchor, Tree(deltas), right, left, record)
     tangent.grad_checkpointing = checkpointing and bool(find_blocks(anchor))
     tangent._wants_check = tangent._unchecked = check
     tangent._names_idle = not zero_head  # the warning named them already
@@ -118,8 +132,10 @@ def last_blocks(model: nn.Module, k: int) -> str:
     return rf"^({'|'.join(groups)})\."
 
 
-def _zero_delta(parameter: Tensor, basis: Tensor | None) -> Tensor:
-    shape = parameter.shape if basis is None else (len(parameter), len(basis))
+def _zero_delta(parameter: Tensor, right: Tensor | None, left: Tensor | None) -> Tensor:
+    shape = parameter.shape
+    if right is not None:
+        shape = (len(parameter) if left is None else left.shape[1], len(right))
     return torch.zeros(shape, dtype=delta_dtype(parameter.dtype), device=parameter.device)
 
 

@@ -26,12 +26,12 @@ from tangent_ops.errors import NoGradientWarning, UnsupportedError, few
 from tangent_ops.model.allocator import keep_memory
 from tangent_ops.model.check_derivatives import can_check, check_adjoint
 from tangent_ops.model.checkpointing import find_blocks, find_switches, take_flags
-from tangent_ops.model.dual_call import dual_call
+from tangent_ops.model.dual_call import dual_call, multiplied
 from tangent_ops.model.eval_caches import Kept
 from tangent_ops.model.features import Trunk, blocks_of, split_model
-from tangent_ops.model.low_rank import product
 from tangent_ops.model.read_rows import reading_rows
-from tangent_ops.model.tree import Tree, lookup
+from tangent_ops.model.tree import Tree
+from tangent_ops.ops.factored import Factors
 from tangent_ops.ops.levels import alone, in_turn, is_compiling
 
 
@@ -57,15 +57,17 @@ class LinearizedModel(nn.Module):
         model_name: the anchor's name.
     """
 
-    def __init__(self, anchor: nn.Module, delta: Tree, basis: Tree, record: Record):
+    def __init__(self, anchor: nn.Module, delta: Tree, basis: Tree, left: Tree, record: Record):
         super().__init__()
         self.anchor = anchor
         self.delta = delta
         self.basis = basis
+        self.left = left
         self._record = record
         self.kept = Kept(anchor)
         self._wants_check = self._unchecked = False
         self._names_idle = True
+        self._multiplies = False  # B A, because a function that is not seen gets a weight
         self._switches = tuple(find_switches(anchor))
         self.grad_checkpointing = False
 
@@ -92,15 +94,15 @@ class LinearizedModel(nn.Module):
 
     def _call(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         self.check_once(*args, **kwargs)
-        directions, blocks = self._full_deltas(), self._blocks()
-        if not is_compiling() and any(d.device.type == "cpu" for d in directions.values()):
+        directions, blocks = self.directions(), self._blocks()
+        eager = not is_compiling()
+        if eager and any(delta.device.type == "cpu" for delta in self.deltas().values()):
             keep_memory()
         # Without a trained block the value stays what the anchor's own operations give.
         trained = any(name.startswith("blocks.") for name in self.delta.names)
         images_alone = len(args) == 1 and not kwargs  # no mask
-        swaps = trained and images_alone and not blocks and not is_compiling()
+        swaps = eager and trained and images_alone and not blocks
         with reading_rows(self.anchor) if swaps else contextlib.nullcontext():
-            return dual_call(self.anchor, directions, self.kept, args, kwargs, blocks)
             return dual_call(self.anchor, directions, self.kept, args, kwargs, blocks)
 
     def check_once(self, *args, **kwargs) -> None:
@@ -117,7 +119,15 @@ class LinearizedModel(nn.Module):
 
     def _check(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         blocks = find_blocks(self.anchor) if self.grad_checkpointing else []
-        idle = check_adjoint(self.anchor, self.delta.names, self.kept, blocks, args, kwargs)
+        check = functools.partial(check_adjoint, self.anchor, self.delta.names)
+        rest = self.kept, blocks, args, kwargs
+        try:
+            idle = check({} if self._multiplies else self.factors(), *rest)
+        except UnsupportedError:
+            if self._multiplies or not self.basis.names:
+                raise
+            idle = check({}, *rest)
+            self._multiplies = True
         self._unchecked = idle is None
         if idle and self._names_idle:
             warnings.warn(
@@ -163,28 +173,34 @@ class LinearizedModel(nn.Module):
         return find_blocks(self.anchor) if frozen else []
 
     def deltas(self) -> dict[str, nn.Parameter]:
-        """The live delta parameters, named as the anchor's: Δw, or its B (out, rank)."""
+        """The live delta parameters, named as the anchor's: Δw, its B (out, rank), or its core."""
         return alone(self.delta.tensors)  # another thread's functional_call may replace them
 
     def delta_dict(self) -> Delta:
         """A copy of the deltas on their device, with the metadata of their origin."""
         tensors = {name: delta.detach().clone() for name, delta in self.deltas().items()}
         meta = DeltaMeta(self.fingerprint, self.model_name, self.trainable)
-        if self.rank is not None:
-            meta = replace(meta, rank=self.rank, basis=self.basis_fingerprint)
+        meta = replace(meta, rank=self.rank, basis=self.basis_fingerprint)
         return Delta(tensors, meta)
 
     def full_delta_dict(self) -> Delta:
-        """A copy of the deltas as Δw = B A, for models of this anchor without ``rank``."""
+        """A copy of the deltas as Δw, multiplied out, for models without ``rank`` or ``core``."""
         tensors = {name: full.detach().clone() for name, full in self._full_deltas().items()}
         return Delta(tensors, DeltaMeta(self.fingerprint, self.model_name, self.trainable))
 
     def _full_deltas(self) -> dict[str, Tensor]:
         """Δw, shaped as the anchor's parameters, in the deltas' own dtype."""
-        deltas: dict[str, Tensor] = {**self.deltas()}
-        for name, basis in self.basis.tensors().items():
-            deltas[name] = product(deltas[name], basis, lookup(self.anchor, name).shape)
-        return deltas
+        return multiplied(self.anchor, self.directions())
+
+    def directions(self) -> dict[str, Tensor | Factors]:
+        """The live Δw by name: tensors, or factors that the model's layers compute with."""
+        found: dict[str, Tensor | Factors] = {**self.deltas(), **self.factors()}
+        return {**multiplied(self.anchor, found)} if self._multiplies else found
+
+    def factors(self) -> dict[str, Factors]:
+        """Δw = L T R of the deltas that are not full: the live delta T, and the fixed factors."""
+        deltas, right, left = self.deltas(), self.basis.tensors(), self.left.tensors()
+        return {name: Factors(deltas[name], right[name], left.get(name)) for name in right}
 
     def load_delta_dict(self, delta: Mapping[str, Tensor]) -> None:
         """Overwrite the deltas in place, or raise and change nothing.
@@ -233,7 +249,8 @@ class LinearizedModel(nn.Module):
                 f"no part of the model is frozen below its first trained parameter: {below[0]} "
                 "is trained. Train without a feature cache."
             )
-        trained_part = LinearizedModel(tail, self.delta, self.basis, self._record)
+        trained_part = LinearizedModel(tail, self.delta, self.basis, self.left, self._record)
+        trained_part._multiplies = self._multiplies
         trained_part._wants_check, trained_part._unchecked = self._wants_check, self._unchecked
         trained_part.grad_checkpointing = self.grad_checkpointing and bool(find_blocks(tail))
         return trunk, trained_part
@@ -241,16 +258,15 @@ class LinearizedModel(nn.Module):
     def __repr__(self) -> str:
         trained = sum(delta.numel() for delta in self.deltas().values())
         anchor = sum(parameter.numel() for parameter in self.anchor.parameters())
-        rank = "" if self.rank is None else f", rank={self.rank}"
         return (
-            f"{type(self).__name__}({self.model_name}, trainable={self.trainable!r}{rank}: "
+            f"{type(self).__name__}({self.model_name}, trainable={self.trainable!r}{self._kind()}: "
             f"{trained:,} trained, {anchor:,} in the anchor)"
         )
 
     def summary(self) -> None:
         """Print trained and frozen parameter counts by group: a block, or another child module.
 
-        A low-rank delta counts the elements of B as trained and none as frozen.
+        A delta in factors counts the elements of the trained one, and none as frozen.
         """
         deltas = self.deltas()
         rows: dict[str, list[int]] = {}
@@ -264,11 +280,15 @@ class LinearizedModel(nn.Module):
                 row[1] += parameter.numel()
         rows["total"] = [sum(column) for column in zip(*rows.values(), strict=True)]
         width = max(map(len, rows))
-        rank = "" if self.rank is None else f", rank {self.rank}"
-        print(f"{self.model_name}, linearized (trainable: {self.trainable}{rank})")
+        print(f"{self.model_name}, linearized (trainable: {self.trainable}{self._kind(' ')})")
         print(f"{'group':<{width}} {'trained':>14} {'frozen':>14}")
         for group, (trained, frozen) in rows.items():
             print(f"{group:<{width}} {trained:>14,} {frozen:>14,}")
+
+    def _kind(self, sign: str = "=") -> str:
+        if self.left.names:
+            return ", core"
+        return "" if self.rank is None else f", rank{sign}{self.rank}"
 
     @property
     def fingerprint(self) -> str:
@@ -286,11 +306,14 @@ class LinearizedModel(nn.Module):
 
     @property
     def rank(self) -> int | None:
+        """Rank of low-rank deltas; None if deltas are full or cores."""
+        if self.left.names:
+            return None
         return next((len(basis) for basis in self.basis.tensors().values()), None)
 
     @property
     def basis_fingerprint(self) -> str | None:
-        """SHA-256 of the fixed factors of low-rank deltas, as :attr:`fingerprint`, or None."""
+        """SHA-256 of the deltas' fixed factors, as :attr:`fingerprint`; None if all are full."""
         return self._record.basis_fingerprint
 
     @property
@@ -321,9 +344,9 @@ class LinearizedModel(nn.Module):
 class Record:
     """The anchor, basis and parameters that deltas belong to; a tail shares the model's record."""
 
-    def __init__(self, anchor: nn.Module, basis: Tree, trainable: str):
+    def __init__(self, anchor: nn.Module, basis: Tree, left: Tree, trainable: str):
         self.anchor = anchor
-        self.basis = basis
+        self.basis, self.left = basis, left
         self.trainable = trainable
         self.uses_fsdp = False
 
@@ -333,7 +356,10 @@ class Record:
 
     @functools.cached_property
     def basis_fingerprint(self) -> str | None:
-        return fingerprint(self.basis.tensors()) if self.basis.names else None
+        if not self.basis.names:
+            return None
+        left = {f"left.{name}": value for name, value in self.left.tensors().items()}
+        return fingerprint({**self.basis.tensors(), **left})
 
     def enter_fsdp(self) -> None:
         """Compute the fingerprints now: each process has only a part of the anchor later."""

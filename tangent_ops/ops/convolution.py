@@ -56,12 +56,19 @@ def convolution(
     if not in_forward_ad() or isinstance(padding, str) or odd:
         return function(input, weight, bias, stride, padding, dilation, groups)
     operands = autocast(input.device.type, input, weight, bias)
-    each = functools.partial(_each, spatial=weight.ndim - 2)
-    geometry = Geometry(each(stride), each(padding), each(dilation), groups)
+    geometry = geometry_of(weight, stride, padding, dilation, groups)
     found = dual_output(_OP, operands, (geometry,))
     if found is None:
         return function(input, weight, bias, stride, padding, dilation, groups)
     return found
+
+
+def geometry_of(
+    weight: Tensor, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
+) -> Geometry:
+    """The options of a convolution with that weight, one number for every spatial dimension."""
+    each = functools.partial(_each, spatial=weight.ndim - 2)
+    return Geometry(each(stride), each(padding), each(dilation), groups)
 
 
 def _each(sizes: Sizes, spatial: int) -> list[int]:

@@ -89,7 +89,7 @@ def test_it_is_j_of_layers(data: st.DataObject) -> None:
     n, t, heads = (data.draw(st.integers(1, 4)) for _ in range(3))
     k, o, c, head = (data.draw(st.integers(1, 6)) for _ in range(4))
     bias, twice, one = (data.draw(st.booleans()) for _ in range(3))
-    rank = data.draw(st.sampled_from([None, 1, 2]))
+    kind = data.draw(st.sampled_from([{}, {"rank": 1}, {"rank": 2}, {"core": 1}, {"core": (2, 1)}]))
     torch.manual_seed(data.draw(st.integers(0, 99)))
 
     def call(own: Any, x: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def test_it_is_j_of_layers(data: st.DataObject) -> None:
         head=nn.Linear(o, c),
     ).double()
     frozen = data.draw(st.sampled_from(["nothing", "first", "bias", "keys"]))
-    tangent = linearize(model, lambda name: frozen not in name, rank=rank, check=False)
+    tangent = linearize(model, lambda name: frozen not in name, check=False, **kind)
     inputs = noise(n, t, k)
     extractor = Extractor(tangent, inputs)
     extractor.check(inputs)

@@ -22,12 +22,15 @@ def by_loops(tangent, inputs: Tensor, cotangents: Tensor) -> dict[str, Tensor]:
     return {name: torch.stack([one[name] for one in each]) for name in names}
 
 
-def low_rank(tangent, samples: dict[str, Tensor]) -> dict[str, Tensor]:
-    bases = tangent.basis.tensors()
-    return {
-        name: value.flatten(2) @ bases[name].double().T if name in bases else value
-        for name, value in samples.items()
-    }
+def by_delta(tangent, samples: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients G of Δw as those of the deltas: Lᵀ G Rᵀ where Δw has fixed sides L and R."""
+    right, left = tangent.basis.tensors(), tangent.left.tensors()
+    found = dict(samples)
+    for name, side in right.items():
+        found[name] = found[name].flatten(2) @ side.double().T
+        if name in left:
+            found[name] = left[name].double().T @ found[name]
+    return found
 
 
 def check(tangent, inputs: Tensor, tolerance: float = 1e-6) -> None:
@@ -37,7 +40,7 @@ def check(tangent, inputs: Tensor, tolerance: float = 1e-6) -> None:
         logits = tangent(inputs)
     targets = torch.arange(len(inputs)) % logits.shape[1]
     cotangents = _cotangents(logits, targets)
-    right = low_rank(tangent, by_loops(tangent, inputs, cotangents))
+    right = by_delta(tangent, by_loops(tangent, inputs, cotangents))
     size = torch.stack([value.flatten(1).square().sum(1) for value in right.values()]).sum(0).sqrt()
     found = own.samples(inputs, cotangents)
     clip = float(size.median())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from per_sample_oracle import LOSS, Row, check
@@ -58,6 +60,20 @@ def test_transformers(name):
 def test_some_parameters(trainable):
     tangent = moved(linearize(vit(depth=1, embed_dim=12, num_heads=2).double(), trainable))
     check(tangent, images(4).double(), 1e-9)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_cores(given):
+    model = vit(depth=1, embed_dim=12, num_heads=2).double()
+    cores: Any = {} if given else (3, 2)
+    if given:  # of a convolution, of a layer, and of a parameter without a layer
+        names = ["patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "pos_embed"]
+        for name in names:
+            rows, columns = model.get_parameter(name).flatten(1).shape
+            cores[name] = torch.eye(rows, 1), torch.eye(2, columns)
+    tangent = moved(linearize(model, core=cores))
+    assert tangent.left.names
+    check(tangent, images(3).double(), 1e-9)
 
 
 def test_low_rank_deltas():

@@ -37,18 +37,18 @@ def linear_jvp(
         The output and its tangent, both (..., C).
     """
     output = F.linear(input, weight, bias)
-    output = _no_view(output, output.shape)
+    output = no_view(output, output.shape)
     if weight_t is None:
         if input_t is not None:
-            return output, _no_view(F.linear(input_t, weight, bias_t), output.shape)
+            return output, no_view(F.linear(input_t, weight, bias_t), output.shape)
         assert bias_t is not None
         return output, bias_t.expand_as(output).clone()
-    output_t = F.linear(_rows(input), weight_t, bias_t)
+    output_t = F.linear(rows_of(input), weight_t, bias_t)
     if input_t is not None:
         # out= for addmm_, which PyTorch's FlopCounterMode does not count. A trace would lose it.
         out = None if get_proxy_mode() else output_t
-        output_t = torch.addmm(output_t, _rows(input_t), weight.T, out=out)
-    return output, _no_view(output_t, output.shape)
+        output_t = torch.addmm(output_t, rows_of(input_t), weight.T, out=out)
+    return output, no_view(output_t, output.shape)
 
 
 def linear_vjp(
@@ -65,10 +65,10 @@ def linear_vjp(
     Returns:
         (..., K), (C, K) and (C,), or None.
     """
-    rows = _rows(grad)
+    rows = rows_of(grad)
     return (
         (rows @ weight).view_as(input) if needs[0] else None,
-        rows.T @ _rows(input) if needs[1] else None,
+        rows.T @ rows_of(input) if needs[1] else None,
         rows.sum(0) if needs[2] else None,
     )
 
@@ -110,11 +110,11 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return other if one is None or other is None else one.add_(other)
 
 
-def _no_view(tensor: Tensor, shape: torch.Size) -> Tensor:
+def no_view(tensor: Tensor, shape: torch.Size) -> Tensor:
     """The tensor in that shape, not as a view: a view from a Function cannot change in place."""
     return torch.ops.aten._unsafe_view(tensor, shape)
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def rows_of(tensor: Tensor) -> Tensor:
     """(..., K) as (rows, K)."""
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])

@@ -57,8 +57,8 @@ class PerSampleGradients:
         self._layers, self._modules = self._covered(probes)
         covered = {name for layer in self._layers.values() for name in layer.names.values()}
         rest = [name for name in tangent.deltas() if name not in covered]
-        bases = tangent.basis.tensors()
-        self._whole = Whole(tangent.anchor, rest, bases, tangent.kept) if rest else None
+        factors = tangent.factors()
+        self._whole = Whole(tangent.anchor, rest, factors, tangent.kept) if rest else None
         self._verify(probes)
 
     def clipped_sum(
@@ -172,7 +172,7 @@ class PerSampleGradients:
 
     def _covered(self, probes: Tensor) -> tuple[dict[str, Layer], dict[str, nn.Module]]:
         """Layers that are called once, with one tensor in and out, and share no parameter."""
-        anchor, bases = self._tangent.anchor, self._tangent.basis.tensors()
+        anchor, factors = self._tangent.anchor, self._tangent.factors()
         owners = Counter(id(p) for _, p in anchor.named_parameters(remove_duplicate=False))
         owned: dict[str, dict[str, str]] = {}
         for name in self._tangent.deltas():
@@ -184,9 +184,9 @@ class PerSampleGradients:
             shared = any(owners[id(module._parameters[own])] > 1 for own in names)
             if shared or any(True for _ in module.children()):
                 continue
-            own_bases = {own: bases[name] for own, name in names.items() if name in bases}
+            own_factors = {own: factors[name] for own, name in names.items() if name in factors}
             try:
-                layers[path] = make_layer(module, names, own_bases)
+                layers[path] = make_layer(module, names, own_factors)
             except NotImplementedError:  # e.g. it has buffers, and Opacus has no sampler for it
                 continue
             modules[path] = module

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.losses import at_least_single
-from tangent_ops.model.low_rank import matrix_shape
+from tangent_ops.ops.factored import Factors
 
 CHUNK = 1 << 22  # entries of per-sample gradients in memory at a time, for norms and sums
 ROUNDING = 4.0  # units in the last place of |a| |g| that sums over positions may be off by
@@ -35,13 +35,15 @@ COMPUTING = ("forward", "_conv_forward")  # the methods that compute an output
 Sampler = Callable[[nn.Module, list[Tensor], Tensor], dict[nn.Parameter, Tensor]]
 
 
-def make_layer(module: nn.Module, names: Mapping[str, str], bases: Mapping[str, Tensor]) -> Layer:
+def make_layer(
+    module: nn.Module, names: Mapping[str, str], factors: Mapping[str, Factors]
+) -> Layer:
     """The per-sample gradients of a module's own parameters.
 
     Args:
         module: of the anchor.
         names: of its trained parameters: its own name of each -> the delta's name.
-        bases: of those with low-rank deltas: its own name of each -> A (rank, in).
+        factors: of those with deltas in factors, by its own name of each.
 
     Raises:
         NotImplementedError: neither Opacus nor functorch supports the module.
@@ -51,7 +53,7 @@ def make_layer(module: nn.Module, names: Mapping[str, str], bases: Mapping[str, 
         and module.groups == 1
         and not isinstance(module.padding, str)
     )
-    return (ProductLayer if product else Layer)(module, names, bases)
+    return (ProductLayer if product else Layer)(module, names, factors)
 
 
 def _computes_as(layer: nn.Module, kind: type[nn.Module]) -> bool:
@@ -70,10 +72,10 @@ class Layer:
     """Any layer: forms per-sample gradients, some samples at a time."""
 
     def __init__(
-        self, module: nn.Module, names: Mapping[str, str], bases: Mapping[str, Tensor]
+        self, module: nn.Module, names: Mapping[str, str], factors: Mapping[str, Factors]
     ) -> None:
         self.names = dict(names)
-        self.bases = dict(bases)
+        self.factors = dict(factors)
         self._layer = _stand_in(module, names)
         self._sample = _sampler(module) or _functorch(module, self._layer)
         self._size = sum(p.numel() for p in self._layer.parameters() if p.requires_grad)
@@ -115,10 +117,10 @@ class Layer:
         return sums
 
     def _of_delta(self, own: str, samples: Tensor) -> Tensor:
-        """The gradients of B where Δw = B A; unchanged for a full delta."""
-        if own not in self.bases:
+        """The gradients of the trained factor; unchanged for a full delta."""
+        if own not in self.factors:
             return samples
-        return samples.reshape(len(samples), *matrix_shape(samples[0])) @ self.bases[own].T
+        return self.factors[own].gradient(samples.flatten(2))
 
 
 class ProductLayer(Layer):
@@ -130,6 +132,7 @@ class ProductLayer(Layer):
         if "bias" in self.names:
             squares += g.sum(1).square().sum(1)
         if "weight" in self.names:
+            a, g = self._of_weight(a, g)
             positions, size = a.shape[1], a.shape[2] * g.shape[2]
             gram = positions * (a.shape[2] + g.shape[2]) <= size
             squares += _gram_norms(a, g) if gram else _product_norms(a, g)
@@ -139,15 +142,16 @@ class ProductLayer(Layer):
         self, activations: Tensor, cotangent: Tensor, weights: Tensor
     ) -> dict[str, Tensor]:
         a, g = self._factors(activations, cotangent)
-        g = (g * weights.to(g.dtype)[:, None, None]).flatten(0, 1)
+        g = g * weights.to(g.dtype)[:, None, None]
         sums = {}
         if "bias" in self.names:
-            sums[self.names["bias"]] = g.sum(0)
+            sums[self.names["bias"]] = g.sum((0, 1))
         if "weight" in self.names:
-            product = g.T @ a.flatten(0, 1)
+            a, g = self._of_weight(a, g)
+            product = g.flatten(0, 1).T @ a.flatten(0, 1)
             weight = self._layer.get_parameter("weight")
-            low_rank = "weight" in self.bases
-            sums[self.names["weight"]] = product if low_rank else product.view(weight.shape)
+            in_factors = "weight" in self.factors
+            sums[self.names["weight"]] = product if in_factors else product.view(weight.shape)
         return sums
 
     def _factors(self, activations: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +165,14 @@ class ProductLayer(Layer):
         else:
             a = a.reshape(len(a), -1, a.shape[-1])
             g = g.reshape(len(g), -1, g.shape[-1])
-        return (a @ self.bases["weight"].T if "weight" in self.bases else a), g
+        return a, g
+
+    def _of_weight(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for the weight's delta, whose fixed factors reduce them."""
+        factors = self.factors.get("weight")
+        if factors is None:
+            return a, g
+        return a @ factors.right.T, g if factors.left is None else g @ factors.left
 
 
 def _gram_norms(a: Tensor, g: Tensor) -> Tensor:

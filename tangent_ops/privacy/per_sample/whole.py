@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.model.eval_caches import Kept
-from tangent_ops.model.low_rank import matrix_shape
+from tangent_ops.ops.factored import Factors
 from tangent_ops.ops.levels import functional_call
 
 
@@ -21,18 +21,18 @@ class Whole:
     Args:
         anchor: the model at w0.
         names: of the parameters.
-        bases: of those with low-rank deltas: name -> A (rank, in).
+        factors: of those with deltas in factors, by name.
         kept: the anchor's eval caches.
     """
 
     def __init__(
-        self, anchor: nn.Module, names: list[str], bases: Mapping[str, Tensor], kept: Kept
+        self, anchor: nn.Module, names: list[str], factors: Mapping[str, Factors], kept: Kept
     ) -> None:
         self.names = names
         self._anchor = anchor
         self._kept = kept
         self._weights = {name: anchor.get_parameter(name).detach() for name in names}
-        self._bases = {name: basis for name, basis in bases.items() if name in names}
+        self._factors = {name: each for name, each in factors.items() if name in names}
 
     def samples(self, inputs: Tensor, cotangents: Tensor) -> dict[str, Tensor]:
         """Per-sample gradients of the deltas by name, (n, ...).
@@ -76,10 +76,9 @@ class Whole:
         return {name: weight.detach() for name, weight in self._weights.items()}
 
     def _of_delta(self, name: str, samples: Tensor) -> Tensor:
-        if name not in self._bases:
+        if name not in self._factors:
             return samples
-        flat = samples.reshape(len(samples), *matrix_shape(samples[0]))
-        return flat.to(self._bases[name].dtype) @ self._bases[name].T
+        return self._factors[name].gradient(samples.flatten(2))
 
 
 def _without_autocast(inputs: Tensor) -> torch.autocast:
