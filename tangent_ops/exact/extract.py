@@ -341,13 +341,20 @@ class _Recording(TorchFunctionMode):
         self, output: Tensor, heads: bool, input: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         uses = [self._use(weight), self._use(bias)]
-        names = frozenset(name for name, _ in filter(None, uses))
-        if not names:
+        if not any(uses):
             return output
         output, edge = _tapped(output)
-        of_weight, of_bias = (None if found is None else found[1] for found in uses)
-        seen = (input.detach(), output.shape, edge)
-        self._maps.append(_Map(names, of_weight, of_bias, heads, *seen))
+        seen = (heads, input.detach(), output.shape, edge)
+        of_weight, of_bias = uses
+        if of_weight and of_bias and of_weight[1].cotangents is None:
+            names = frozenset((of_weight[0], of_bias[0]))
+            self._maps.append(_Map(names, of_weight[1], of_bias[1], *seen))
+            return output
+        # Apart, since the weight's cotangents are projected.
+        if of_weight:
+            self._maps.append(_Map(frozenset((of_weight[0],)), of_weight[1], None, *seen))
+        if of_bias:
+            self._maps.append(_Map(frozenset((of_bias[0],)), None, of_bias[1], *seen))
         return output
 
     def _use(self, tensor: Tensor | None) -> tuple[str, Use] | None:
