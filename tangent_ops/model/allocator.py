@@ -19,8 +19,8 @@ def keep_memory() -> bool:
 
     By default glibc returns large freed blocks to the system. A step then gets its memory anew,
     page by page, which can take longer than its arithmetic. A `LinearizedModel` that runs on a CPU
-    calls this, and so do `fit` and the like; compiled models do not. The setting holds for all
-    threads, and for ordinary models in this process, too.
+    calls this, and so do `fit` and `cache_features`; compiled models do not. The setting holds for
+    all threads, and for ordinary models in this process, too.
 
     The process's resident memory then stays at its peak; glibc's ``malloc_trim(0)`` returns what is
     free. Memory from other allocators is not concerned. The environment can forbid it:

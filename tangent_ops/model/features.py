@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.model.allocator import keep_memory
 from tangent_ops.model.read_rows import count_read_rows, run_block
 from tangent_ops.ops.levels import alone
 
@@ -253,6 +254,8 @@ def cache_features(
             equal length, or features that change their shape or dtype.
     """
     device = next((tensor.device for tensor in trunk.parameters()), torch.device("cpu"))
+    if device.type == "cpu":
+        keep_memory()
     store = _Memory() if path is None else _File(Path(path))
     targets: list[Tensor] = []
     expected: tuple[torch.Size, torch.dtype] | None = None

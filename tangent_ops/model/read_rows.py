@@ -172,7 +172,9 @@ def _absorbed(attention: Any, tokens: Tensor, rows: int) -> Tensor:
     weight, bias = attention.qkv.weight, attention.qkv.bias
     heads, inner = attention.num_heads, len(weight) // 3
     width = inner // heads
-    key, value = weight[inner:].unflatten(0, (2, heads, width)).unbind(0)  # (H, K, D) each
+    key, value = (
+        part.unflatten(0, (heads, width)) for part in weight[inner:].chunk(2)
+    )  # (H, K, D)
     query = _query(attention, tokens[:, :rows]) * attention.scale
     logits = head_linear(query, key.mT).flatten(1, 2) @ tokens.mT  # (B, rows * H, N)
     mixed = attention.attn_drop(logits.softmax(dim=-1)) @ tokens
