@@ -53,6 +53,12 @@ class JacobianLike(Protocol):
         self, direction: Tensor, inputs: Any, cotangent: Callable[[Tensor, Tensor], Tensor]
     ) -> list[Tensor]: ...
 
+    def outputs_many(self, directions: Tensor, inputs: Any) -> tuple[Tensor, Tensor]: ...
+
+    def pull_back_many(
+        self, directions: Tensor, inputs: Any, cotangent: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor: ...
+
     def rows(self, one: Any) -> Tensor: ...
 
 
@@ -154,6 +160,10 @@ class Passes:
         """J v of every batch."""
         return [self.jacobian.outputs(direction, inputs)[1] for inputs, _ in self.batches()]
 
+    def tangents_many(self, directions: Tensor) -> list[Tensor]:
+        """J v of every batch for each row v of (R, P): (R, n, ...) each."""
+        return [self.jacobian.outputs_many(directions, inputs)[1] for inputs, _ in self.batches()]
+
     def gradient(self, delta: Tensor) -> tuple[float, Tensor, list[Tensor]]:
         """F(Δ), its gradient, and the logits of every batch, in one pass.
 
@@ -192,14 +202,43 @@ class Passes:
                 Hessian is the same everywhere.
             penalty: whether l2 I is included.
         """
+        return self.products(direction[None], at, penalty=penalty)[0]
 
-        def cotangent(primal: Tensor, tangent: Tensor, /, targets: Tensor, number: int) -> Tensor:
+    def products(
+        self,
+        directions: Tensor,
+        at: Sequence[Tensor] | None = None,
+        *,
+        penalty: bool = True,
+        without: Sequence[int] | None = None,
+    ) -> Tensor:
+        """The Hessian times R directions, (R, P), in one pass.
+
+        Args:
+            directions: (R, P).
+            at: as in `product`.
+            penalty: as in `product`.
+            without: R indices; direction r is multiplied by the Hessian of the objective over all
+                samples but this one.
+        """
+        samples, seen = self.samples - (without is not None), 0
+
+        def cotangent(primal: Tensor, tangents: Tensor, /, targets: Tensor, number: int) -> Tensor:
+            nonlocal seen
             where = primal if at is None else at[number]
-            product = loss_product(self.loss, where, targets, tangent)
-            return len(targets) / self.samples * product
+            found = [loss_product(self.loss, where, targets, tangent) for tangent in tangents]
+            products = len(targets) / samples * torch.stack(found)
+            for row, index in enumerate(without or ()):
+                if seen <= index < seen + len(targets):
+                    products[row, index - seen] = 0
+            seen += len(targets)
+            return products
 
-        product = self.pull_back(direction, cotangent)
-        return product.add_(direction, alpha=self.l2) if penalty else product
+        total = torch.zeros_like(directions)
+        for number, (inputs, targets) in enumerate(self.batches()):
+            of_batch = functools.partial(cotangent, targets=targets, number=number)
+            total.add_(self.jacobian.pull_back_many(directions, inputs, of_batch))
+        return total.add_(directions, alpha=self.l2) if penalty else total
 
     def pull_back(self, direction: Tensor, cotangent: Cotangent) -> Tensor:
         """Σ_b J_bᵀ cotangent(f_b, J_b v, y_b, b): one jvp and one vjp over the data."""
