@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tangent_ops.errors import ArgumentError, ConvergenceError
 from tangent_ops.exact.layout import dot, norm
+from tangent_ops.exact.progress import progress_bar
 
 Product = Callable[[Tensor], Tensor]  # of one vector (P,) or, for several at a time, (R, P)
 
@@ -100,6 +101,7 @@ def solve_many(
     tol: float,
     max_iterations: int,
     precondition: Product,
+    progress: bool = False,
 ) -> Tensor:
     """Solve H_r x_r = b_r until ‖b_r - H_r x_r‖ <= tol ‖b_r‖, by the recurrence; x is (R, P).
 
@@ -112,6 +114,7 @@ def solve_many(
         tol: of each solve.
         max_iterations: of each solve.
         precondition: of all systems; takes (O, P).
+        progress: show a bar, which counts iterations.
 
     Raises:
         ArgumentError: as in `State.advance`.
@@ -121,19 +124,22 @@ def solve_many(
     pairs = zip(rights, precondition(rights), strict=True)
     states = [State._start(right, preconditioned) for right, preconditioned in pairs]
     iterations = 0
-    while left := [r for r, s in enumerate(states) if s.residual_norm > goals[r]]:
-        if iterations == max_iterations:
-            worst = max(states[r].residual_norm / norm(rights[r]) for r in left)
-            raise ConvergenceError(
-                f"a solve did not reach tol={tol:g} in {max_iterations} iterations, but "
-                f"{worst:.1e}: raise max_iterations, tol or l2"
-            )
-        images = product(torch.stack([states[r].search for r in left]), left)
-        for r, image in zip(left, images, strict=True):
-            states[r]._move(image)
-        del images
-        residuals = precondition(torch.stack([states[r].residual for r in left]))
-        for r, preconditioned in zip(left, residuals, strict=True):
-            states[r]._turn(preconditioned)
-        iterations += 1
+    with progress_bar("solve", "iteration", None, progress) as bar:
+        while left := [r for r, s in enumerate(states) if s.residual_norm > goals[r]]:
+            if iterations == max_iterations:
+                worst = max(states[r].residual_norm / norm(rights[r]) for r in left)
+                raise ConvergenceError(
+                    f"a solve did not reach tol={tol:g} in {max_iterations} iterations, but "
+                    f"{worst:.1e}: raise max_iterations, tol or l2"
+                )
+            bar.set_postfix(open=f"{len(left)} of {len(states)}", refresh=False)
+            images = product(torch.stack([states[r].search for r in left]), left)
+            for r, image in zip(left, images, strict=True):
+                states[r]._move(image)
+            del images
+            residuals = precondition(torch.stack([states[r].residual for r in left]))
+            for r, preconditioned in zip(left, residuals, strict=True):
+                states[r]._turn(preconditioned)
+            iterations += 1
+            bar.update()
     return torch.stack([state.x for state in states])

@@ -63,7 +63,8 @@ class Inverse:
             left_out = None if without is None else [without[r] for r in which]
             return self.passes.products(vectors, self.at, without=left_out)
 
-        return solve_many(product, rights, self._tol, self._max_iterations, self._precondition)
+        limits, progress = (self._tol, self._max_iterations), self.passes.progress
+        return solve_many(product, rights, *limits, self._precondition, progress)
 
     def gradients_without(self, ids: Sequence[int]) -> Tensor:
         """Gradients of the objectives without one sample each, (R, P), at the present deltas."""

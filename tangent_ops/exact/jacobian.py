@@ -102,7 +102,7 @@ class Jacobian:
         with torch.no_grad():
             if self._vmaps and len(directions) > 1:
                 try:
-                    every = torch.func.vmap(lambda *one: self._call(one, inputs)[1])(*parts)
+                    every = torch.func.vmap(lambda one: self._call(one, inputs)[1])(parts)
                     return at_least_single(every)
                 except RuntimeError:  # an operation of the model cannot be batched
                     self._vmaps = False

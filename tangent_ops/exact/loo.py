@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tangent_ops.exact.curvature import require_quadratic
 from tangent_ops.exact.inverse import Inverse
 from tangent_ops.exact.layout import dot
 from tangent_ops.exact.passes import Passes
 from tangent_ops.exact.problem import Problem, check_problem
+from tangent_ops.exact.progress import progress_bar
 from tangent_ops.losses import loss_gradient
 
 
@@ -53,15 +53,7 @@ def first_order_scores(
     together = passes.layout.together
     ones = list(zip(problem.present(inputs).split(1), targets.split(1), strict=True))
     scores = []
-    bar = tqdm(
-        total=len(ones),
-        desc="first-order scores",
-        unit="input",
-        delay=2,
-        leave=False,
-        disable=not passes.progress,
-    )
-    with bar:
+    with progress_bar("first-order scores", "input", len(ones), passes.progress) as bar:
         for start in range(0, len(ones), together):
             some = ones[start : start + together]
             rights = [_loss_gradient(problem, passes, delta, *one) for one in some]
@@ -131,15 +123,7 @@ def leave_one_out(
     jacobian, together = inverse.passes.jacobian, inverse.passes.layout.together
     inputs = problem.present(inputs)
     changes = []
-    bar = tqdm(
-        total=len(ids),
-        desc="leave one out",
-        unit="sample",
-        delay=2,
-        leave=False,
-        disable=not problem.passes.progress,
-    )
-    with bar:
+    with progress_bar("leave one out", "sample", len(ids), inverse.passes.progress) as bar:
         for start in range(0, len(ids), together):
             some = ids[start : start + together]
             steps = inverse.many(inverse.gradients_without(some).neg_(), without=some)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tangent_ops.exact.passes import Passes
+from tangent_ops.exact.progress import progress_bar
 
 
 def sketch_samples(samples: int) -> int:
@@ -39,15 +39,7 @@ class Nystrom:
             test[:, column] = torch.randn(layout.size, generator=noise, dtype=layout.dtype)
         test = torch.linalg.qr(test).Q
         image = torch.empty_like(test)
-        bar = tqdm(
-            total=rank,
-            desc="preconditioner",
-            unit="product",
-            delay=2,
-            leave=False,
-            disable=not part.progress,
-        )
-        with bar:
+        with progress_bar("preconditioner", "product", rank, part.progress) as bar:
             for start in range(0, rank, layout.together):
                 some = slice(start, min(start + layout.together, rank))
                 vectors = test[:, some].T.contiguous()

@@ -16,6 +16,7 @@ from tangent_ops.data import in_order
 from tangent_ops.errors import ArgumentError, NonFiniteLossError
 from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.layout import Layout, dot
+from tangent_ops.exact.progress import progress_bar
 from tangent_ops.exact.stored import StoredBatches
 from tangent_ops.losses import (
     Loss,
@@ -136,17 +137,22 @@ class Passes:
         inputs = inputs.to(self.jacobian.device)
         return _double(inputs) if self._in_double else inputs
 
-    def batches(self) -> Iterator[tuple[Any, Tensor]]:
-        """Batches of inputs and targets, on the model's device."""
+    def batches(self, what: str | None = None) -> Iterator[tuple[Any, Tensor]]:
+        """Batches of inputs and targets, on the model's device; a bar says what they are for."""
         seen = 0
-        for batch in self.loader:
-            inputs, targets = self.jacobian.unpack(batch)
-            if not self._read_once:
-                self._mean.check(targets)
-            if self._in_double:
-                inputs, targets = _double(inputs), _double(targets)
-            seen += len(inputs)
-            yield inputs, targets
+        bar = progress_bar(
+            what or "data", "sample", self.samples, self.progress and what is not None
+        )
+        with bar:
+            for batch in self.loader:
+                inputs, targets = self.jacobian.unpack(batch)
+                if not self._read_once:
+                    self._mean.check(targets)
+                if self._in_double:
+                    inputs, targets = _double(inputs), _double(targets)
+                seen += len(inputs)
+                yield inputs, targets
+                bar.update(len(targets))
         if seen != self.samples:
             raise ArgumentError(f"data has {self.samples} samples, but yielded {seen}")
         self._read_once = True
@@ -164,8 +170,10 @@ class Passes:
         """J v of every batch for each row v of (R, P): (R, n, ...) each."""
         return [self.jacobian.outputs_many(directions, inputs)[1] for inputs, _ in self.batches()]
 
-    def gradient(self, delta: Tensor) -> tuple[float, Tensor, list[Tensor]]:
+    def gradient(self, delta: Tensor, what: str = "gradient") -> tuple[float, Tensor, list[Tensor]]:
         """F(Δ), its gradient, and the logits of every batch, in one pass.
+
+        `what` is the label of the progress bar.
 
         Raises:
             NonFiniteLossError: a value or the gradient is NaN or infinite.
@@ -181,7 +189,7 @@ class Passes:
             total += share * value
             return share * gradient
 
-        gradient = self.pull_back(delta, cotangent)
+        gradient = self.pull_back(delta, cotangent, what)
         value = total + self.l2 / 2 * dot(delta, delta)
         gradient.add_(delta, alpha=self.l2)
         if not (math.isfinite(value) and gradient.isfinite().all()):
@@ -235,16 +243,16 @@ class Passes:
             return products
 
         total = torch.zeros_like(directions)
-        for number, (inputs, targets) in enumerate(self.batches()):
+        for number, (inputs, targets) in enumerate(self.batches("product")):
             of_batch = functools.partial(cotangent, targets=targets, number=number)
             total.add_(self.jacobian.pull_back_many(directions, inputs, of_batch))
         return total.add_(directions, alpha=self.l2) if penalty else total
 
-    def pull_back(self, direction: Tensor, cotangent: Cotangent) -> Tensor:
+    def pull_back(self, direction: Tensor, cotangent: Cotangent, what: str | None = None) -> Tensor:
         """Σ_b J_bᵀ cotangent(f_b, J_b v, y_b, b): one jvp and one vjp over the data."""
         total = self.layout.zeros()
         sums = self.layout.views(total)
-        for number, (inputs, targets) in enumerate(self.batches()):
+        for number, (inputs, targets) in enumerate(self.batches(what)):
             of_batch = functools.partial(cotangent, targets=targets, number=number)
             parts = self.jacobian.pull_back(direction, inputs, of_batch)
             for part, added in zip(sums, parts, strict=True):

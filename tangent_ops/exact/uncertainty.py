@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tangent_ops.errors import ArgumentError
 from tangent_ops.exact.inverse import Inverse
 from tangent_ops.exact.layout import norm
 from tangent_ops.exact.problem import Problem
+from tangent_ops.exact.progress import progress_bar
 
 
 def predictive_covariance(
@@ -57,7 +57,7 @@ def predictive_covariance(
     several = max(1, together // outputs)
     total = len(inputs) * outputs
     found = []
-    with tqdm(total=total, desc="uncertainty", unit="solve", disable=not passes.progress) as bar:
+    with progress_bar("uncertainty", "solve", total, passes.progress, inner=False) as bar:
         for start in range(0, len(ones), several):
             jacobians = [passes.jacobian.rows(one) for one in ones[start : start + several]]
             solved = []
