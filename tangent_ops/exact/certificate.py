@@ -197,5 +197,5 @@ def norm_of_gradient(problem: Problem, delta: Mapping[str, Tensor]) -> float:
 def gradient_in_double(passes: Passes, delta: Mapping[str, Tensor]) -> float:
     """‖∇F(Δ)‖, computed in float64 with a copy of the model."""
     double = passes.in_double()
-    _, gradient, _ = double.gradient(double.layout.flat(delta))
+    _, gradient, _ = double.gradient(double.layout.flat(delta), "certificate")
     return norm(gradient)

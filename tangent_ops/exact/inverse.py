@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from tangent_ops.data import check_integer
 from tangent_ops.errors import ArgumentError
-from tangent_ops.exact.conjugate import Product, solve
+from tangent_ops.exact.conjugate import Product, solve_many
 from tangent_ops.exact.layout import norm
-from tangent_ops.exact.passes import Passes
 from tangent_ops.exact.preconditioner import Preconditioner, check_rank
 from tangent_ops.exact.problem import Problem, check_problem, check_tolerance
 
 
 class Inverse:
-    """v -> H⁻¹ v by preconditioned conjugate gradients, with H as in `Passes`.
+    """H⁻¹ times vectors by preconditioned conjugate gradients, with H as in `Passes`.
 
     Args:
         problem: its Hessian is used, at the model's present deltas.
@@ -45,18 +46,31 @@ class Inverse:
         self.value, self._gradient, self.logits = self.passes.gradient(self.delta)
         self.at = None if problem.quadratic else self.logits
 
-    def __call__(self, right: Tensor, passes: Passes | None = None) -> Tensor:
-        """Solve H x = right, or with the Hessian of other passes that are nearly the same.
+    def many(self, rights: Tensor, without: Sequence[int] | None = None) -> Tensor:
+        """Solve H x_r = b_r for R right-hand sides, (R, P), which share the passes over the data.
+
+        Memory is bounded if R <= `Layout.together`.
+
+        Args:
+            rights: b, (R, P).
+            without: R indices; system r has the Hessian without this sample.
 
         Raises:
             ConvergenceError: the tolerance was not reached.
         """
-        passes = self.passes if passes is None else passes
 
-        def product(vector: Tensor) -> Tensor:
-            return passes.product(vector, self.at)
+        def product(vectors: Tensor, which: list[int]) -> Tensor:
+            left_out = None if without is None else [without[r] for r in which]
+            return self.passes.products(vectors, self.at, without=left_out)
 
-        return solve(product, right, self._tol, self._max_iterations, self._precondition)
+        limits, progress = (self._tol, self._max_iterations), self.passes.progress
+        return solve_many(product, rights, *limits, self._precondition, progress)
+
+    def gradients_without(self, ids: Sequence[int]) -> Tensor:
+        """Gradients of the objectives without one sample each, (R, P), at the present deltas."""
+        n = self.passes.samples
+        own = [self.passes.take([index]).gradient(self.delta)[1] for index in ids]
+        return torch.stack([(n * self._gradient - gradient) / (n - 1) for gradient in own])
 
     def check_optimum(self) -> None:
         """Raise ArgumentError if the deltas may be far from the problem's optimum."""

@@ -31,6 +31,7 @@ class Jacobian:
         self.device = self.layout.device
         self.tangent = tangent
         self._pair = Pair(tangent)
+        self._vmaps = True
 
     def in_double(self) -> Jacobian:
         """The same in float64, of a copy of the model."""
@@ -59,6 +60,54 @@ class Jacobian:
             primal, tangent = self._call(leaves, inputs)
         pulled = cotangent(at_least_single(primal.detach()), at_least_single(tangent.detach()))
         return list(torch.autograd.grad(tangent, leaves, pulled.to(tangent.dtype)))
+
+    def outputs_many(self, directions: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """f(x), (n, ...), and J(x) v for each row v of (R, P), (R, n, ...), without gradients."""
+        primal, first = self.outputs(directions[0], inputs)
+        return primal, torch.cat([first[None], self._tangents(directions[1:], inputs, first)])
+
+    def pull_back_many(
+        self, directions: Tensor, inputs: Tensor, cotangent: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """J(x)ᵀ c_r for R cotangents, (R, P); they may depend on f(x) and J(x) v_r.
+
+        Args:
+            directions: v_r, (R, P).
+            inputs: (n, ...), a batch.
+            cotangent: f(x), (n, ...), and J(x) v_r, (R, n, ...), to c_r, shaped as J(x) v_r.
+        """
+        leaves = [part.detach().requires_grad_() for part in self.layout.views(directions[0])]
+        with torch.enable_grad():
+            primal, tangent = self._call(leaves, inputs)
+        first = at_least_single(tangent.detach())
+        tangents = torch.cat([first[None], self._tangents(directions[1:], inputs, first)])
+        cotangents = cotangent(at_least_single(primal.detach()), tangents).to(tangent.dtype)
+        pulled = torch.empty_like(directions)
+        for index, one in enumerate(cotangents):
+            last = index + 1 == len(cotangents)
+            grads = torch.autograd.grad(tangent, leaves, one, retain_graph=not last)
+            torch.cat([grad.reshape(-1) for grad in grads], out=pulled[index])
+        return pulled
+
+    def _tangents(self, directions: Tensor, inputs: Tensor, like: Tensor) -> Tensor:
+        """J(x) v for each of the directions, shaped as `like`, which another one has given."""
+        if not len(directions):
+            return like.new_empty(0, *like.shape)
+        parts = [
+            part.view(-1, *shape)
+            for part, shape in zip(
+                directions.split(self.layout.sizes, dim=1), self.layout.shapes.values(), strict=True
+            )
+        ]
+        with torch.no_grad():
+            if self._vmaps and len(directions) > 1:
+                try:
+                    every = torch.func.vmap(lambda one: self._call(one, inputs)[1])(parts)
+                    return at_least_single(every)
+                except RuntimeError:  # an operation of the model cannot be batched
+                    self._vmaps = False
+            every = [self._call(one, inputs)[1] for one in zip(*parts, strict=True)]
+            return at_least_single(torch.stack(every))
 
     def rows(self, one: Tensor) -> Tensor:
         """The rows of J(x), (C, P), for one input of shape (1, ...) with C outputs."""

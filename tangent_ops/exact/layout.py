@@ -59,6 +59,14 @@ class Layout:
     def size(self) -> int:
         return sum(self.sizes)
 
+    @property
+    def together(self) -> int:
+        """How many vectors to compute with at a time: 8, or as many as `_BYTES` allow; at least 1.
+
+        Conjugate gradients and a pass keep about 8 copies of each.
+        """
+        return max(1, min(_TOGETHER, _BYTES // (8 * self.size * self.dtype.itemsize)))
+
     def zeros(self) -> Tensor:
         return torch.zeros(self.size, dtype=self.dtype, device=self.device)
 
@@ -97,3 +105,5 @@ def norm(a: Tensor) -> float:
 
 
 _CHUNK = 1 << 20  # entries that are in float64 at a time
+_TOGETHER = 8  # more are not faster on a CPU
+_BYTES = 1 << 30

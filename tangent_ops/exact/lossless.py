@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
-from tqdm import tqdm
 
 from tangent_ops.composition.compose import DeltaLike, compose
 from tangent_ops.data import check_integer
@@ -16,6 +15,7 @@ from tangent_ops.exact.curvature import Curvature, ShardCurvature
 from tangent_ops.exact.layout import Layout, norm
 from tangent_ops.exact.preconditioner import of_all
 from tangent_ops.exact.problem import check_tolerance
+from tangent_ops.exact.progress import progress_bar
 from tangent_ops.losses import loss_name
 
 
@@ -94,7 +94,7 @@ def compose_lossless(
     residual = right - product(x)
     goal, iterations, rounds = tol * norm(right), 0, 2
     best = (norm(residual), x)
-    bar = tqdm(desc="lossless composition", unit="iteration", disable=not progress)
+    bar = progress_bar("lossless composition", "iteration", None, progress, inner=False)
     with bar:
         while (left := norm(residual)) > goal and iterations < max_iterations:
             state = State.start(residual, precondition)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tangent_ops.exact.passes import Passes
+from tangent_ops.exact.progress import progress_bar
 
 
 def sketch_samples(samples: int) -> int:
@@ -39,10 +39,12 @@ class Nystrom:
             test[:, column] = torch.randn(layout.size, generator=noise, dtype=layout.dtype)
         test = torch.linalg.qr(test).Q
         image = torch.empty_like(test)
-        bar = tqdm(range(rank), "preconditioner", delay=2, leave=False, disable=not part.progress)
-        for column in bar:
-            vector = test[:, column].contiguous()
-            image[:, column] = part.product(vector, logits, penalty=False)
+        with progress_bar("preconditioner", "product", rank, part.progress) as bar:
+            for start in range(0, rank, layout.together):
+                some = slice(start, min(start + layout.together, rank))
+                vectors = test[:, some].T.contiguous()
+                image[:, some] = part.products(vectors, logits, penalty=False).T
+                bar.update(len(vectors))
         shift = torch.finfo(layout.dtype).eps * float(image.norm())
         image.add_(test, alpha=shift)
         core = (test.T @ image).double()
@@ -62,8 +64,8 @@ class Nystrom:
         self._less = (1 - ratio).to(layout.dtype)
 
     def __call__(self, vector: Tensor) -> Tensor:
-        """The preconditioner's inverse times a vector, up to a common factor."""
-        return vector - self.basis @ (self._less * (self.basis.T @ vector))
+        """The inverse times a vector (P,) or vectors (R, P), up to a common factor."""
+        return vector - (self._less * (vector @ self.basis)) @ self.basis.T
 
 
 def _sample(passes: Passes, count: int, seed: int) -> Passes:

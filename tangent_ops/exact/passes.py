@@ -16,6 +16,7 @@ from tangent_ops.data import in_order
 from tangent_ops.errors import ArgumentError, NonFiniteLossError
 from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.layout import Layout, dot
+from tangent_ops.exact.progress import progress_bar
 from tangent_ops.exact.stored import StoredBatches
 from tangent_ops.losses import (
     Loss,
@@ -52,6 +53,12 @@ class JacobianLike(Protocol):
     def pull_back(
         self, direction: Tensor, inputs: Any, cotangent: Callable[[Tensor, Tensor], Tensor]
     ) -> list[Tensor]: ...
+
+    def outputs_many(self, directions: Tensor, inputs: Any) -> tuple[Tensor, Tensor]: ...
+
+    def pull_back_many(
+        self, directions: Tensor, inputs: Any, cotangent: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor: ...
 
     def rows(self, one: Any) -> Tensor: ...
 
@@ -130,17 +137,22 @@ class Passes:
         inputs = inputs.to(self.jacobian.device)
         return _double(inputs) if self._in_double else inputs
 
-    def batches(self) -> Iterator[tuple[Any, Tensor]]:
-        """Batches of inputs and targets, on the model's device."""
+    def batches(self, what: str | None = None) -> Iterator[tuple[Any, Tensor]]:
+        """Batches of inputs and targets, on the model's device; a bar says what they are for."""
         seen = 0
-        for batch in self.loader:
-            inputs, targets = self.jacobian.unpack(batch)
-            if not self._read_once:
-                self._mean.check(targets)
-            if self._in_double:
-                inputs, targets = _double(inputs), _double(targets)
-            seen += len(inputs)
-            yield inputs, targets
+        bar = progress_bar(
+            what or "data", "sample", self.samples, self.progress and what is not None
+        )
+        with bar:
+            for batch in self.loader:
+                inputs, targets = self.jacobian.unpack(batch)
+                if not self._read_once:
+                    self._mean.check(targets)
+                if self._in_double:
+                    inputs, targets = _double(inputs), _double(targets)
+                seen += len(inputs)
+                yield inputs, targets
+                bar.update(len(targets))
         if seen != self.samples:
             raise ArgumentError(f"data has {self.samples} samples, but yielded {seen}")
         self._read_once = True
@@ -154,8 +166,14 @@ class Passes:
         """J v of every batch."""
         return [self.jacobian.outputs(direction, inputs)[1] for inputs, _ in self.batches()]
 
-    def gradient(self, delta: Tensor) -> tuple[float, Tensor, list[Tensor]]:
+    def tangents_many(self, directions: Tensor) -> list[Tensor]:
+        """J v of every batch for each row v of (R, P): (R, n, ...) each."""
+        return [self.jacobian.outputs_many(directions, inputs)[1] for inputs, _ in self.batches()]
+
+    def gradient(self, delta: Tensor, what: str = "gradient") -> tuple[float, Tensor, list[Tensor]]:
         """F(Δ), its gradient, and the logits of every batch, in one pass.
+
+        `what` is the label of the progress bar.
 
         Raises:
             NonFiniteLossError: a value or the gradient is NaN or infinite.
@@ -171,7 +189,7 @@ class Passes:
             total += share * value
             return share * gradient
 
-        gradient = self.pull_back(delta, cotangent)
+        gradient = self.pull_back(delta, cotangent, what)
         value = total + self.l2 / 2 * dot(delta, delta)
         gradient.add_(delta, alpha=self.l2)
         if not (math.isfinite(value) and gradient.isfinite().all()):
@@ -192,20 +210,49 @@ class Passes:
                 Hessian is the same everywhere.
             penalty: whether l2 I is included.
         """
+        return self.products(direction[None], at, penalty=penalty)[0]
 
-        def cotangent(primal: Tensor, tangent: Tensor, /, targets: Tensor, number: int) -> Tensor:
+    def products(
+        self,
+        directions: Tensor,
+        at: Sequence[Tensor] | None = None,
+        *,
+        penalty: bool = True,
+        without: Sequence[int] | None = None,
+    ) -> Tensor:
+        """The Hessian times R directions, (R, P), in one pass.
+
+        Args:
+            directions: (R, P).
+            at: as in `product`.
+            penalty: as in `product`.
+            without: R indices; direction r is multiplied by the Hessian of the objective over all
+                samples but this one.
+        """
+        samples, seen = self.samples - (without is not None), 0
+
+        def cotangent(primal: Tensor, tangents: Tensor, /, targets: Tensor, number: int) -> Tensor:
+            nonlocal seen
             where = primal if at is None else at[number]
-            product = loss_product(self.loss, where, targets, tangent)
-            return len(targets) / self.samples * product
+            found = [loss_product(self.loss, where, targets, tangent) for tangent in tangents]
+            products = len(targets) / samples * torch.stack(found)
+            for row, index in enumerate(without or ()):
+                if seen <= index < seen + len(targets):
+                    products[row, index - seen] = 0
+            seen += len(targets)
+            return products
 
-        product = self.pull_back(direction, cotangent)
-        return product.add_(direction, alpha=self.l2) if penalty else product
+        total = torch.zeros_like(directions)
+        for number, (inputs, targets) in enumerate(self.batches("product")):
+            of_batch = functools.partial(cotangent, targets=targets, number=number)
+            total.add_(self.jacobian.pull_back_many(directions, inputs, of_batch))
+        return total.add_(directions, alpha=self.l2) if penalty else total
 
-    def pull_back(self, direction: Tensor, cotangent: Cotangent) -> Tensor:
+    def pull_back(self, direction: Tensor, cotangent: Cotangent, what: str | None = None) -> Tensor:
         """Σ_b J_bᵀ cotangent(f_b, J_b v, y_b, b): one jvp and one vjp over the data."""
         total = self.layout.zeros()
         sums = self.layout.views(total)
-        for number, (inputs, targets) in enumerate(self.batches()):
+        for number, (inputs, targets) in enumerate(self.batches(what)):
             of_batch = functools.partial(cotangent, targets=targets, number=number)
             parts = self.jacobian.pull_back(direction, inputs, of_batch)
             for part, added in zip(sums, parts, strict=True):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from tangent_ops.exact.checkpoint import Checkpoint
 from tangent_ops.exact.conjugate import State
 from tangent_ops.exact.layout import dot, norm
 from tangent_ops.exact.passes import Passes
 from tangent_ops.exact.preconditioner import Preconditioner
+from tangent_ops.exact.progress import progress_bar
 from tangent_ops.losses import loss_gradient
 
 SAFETY = 0.8  # of the tolerance; the true residual is slightly larger than the recurrence's
@@ -73,7 +74,7 @@ class Search:
 
     def run(self) -> Tensor:
         """Search until the bound holds, max_iterations are done or rounding prevents progress."""
-        bar = tqdm(desc="exact fit", unit="iteration", disable=not self.passes.progress)
+        bar = progress_bar("exact fit", "iteration", None, self.passes.progress, inner=False)
         with bar:
             bar.update(self.iterations)
             while True:

@@ -113,21 +113,35 @@ class StoredJacobian:
 
     def outputs(self, delta: Tensor | None, inputs: Stored) -> tuple[Tensor, Tensor]:
         """f and J Δ, (n, ...), shaped as the model's output; None for Δ = 0."""
-        shape = (len(inputs), *inputs.shape)
-        primal = inputs.logits.view(shape)
         if delta is None:
+            primal = inputs.logits.view(len(inputs), *inputs.shape)
             return primal, torch.zeros_like(primal)
-        return primal, inputs.jvp(delta[None])[0].view(shape)
+        primal, tangents = self.outputs_many(delta[None], inputs)
+        return primal, tangents[0]
+
+    def outputs_many(self, directions: Tensor, inputs: Stored) -> tuple[Tensor, Tensor]:
+        """f, (n, ...), and J v for each row v of (R, P), (R, n, ...)."""
+        shape = (len(inputs), *inputs.shape)
+        return inputs.logits.view(shape), inputs.jvp(directions).view(-1, *shape)
 
     def pull_back(
         self, direction: Tensor, inputs: Stored, cotangent: Callable[[Tensor, Tensor], Tensor]
     ) -> list[Tensor]:
         """Jᵀ c in parts, shaped as the deltas; c may depend on f and J v."""
-        total = self.layout.zeros()
-        primal, tangent = self.outputs(direction, inputs)
-        weights = cotangent(primal, tangent).reshape(inputs.logits.shape)
-        inputs.add_vjp(weights.to(inputs.logits.dtype)[None], total[None])
-        return self.layout.views(total)
+        pulled = self.pull_back_many(
+            direction[None], inputs, lambda primal, tangents: cotangent(primal, tangents[0])[None]
+        )
+        return self.layout.views(pulled[0])
+
+    def pull_back_many(
+        self, directions: Tensor, inputs: Stored, cotangent: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Jᵀ c_r for R cotangents, (R, P); see `Jacobian.pull_back_many`."""
+        weights = cotangent(*self.outputs_many(directions, inputs))
+        weights = weights.reshape(-1, *inputs.logits.shape).to(inputs.logits.dtype)
+        total = torch.zeros_like(directions)
+        inputs.add_vjp(weights, total)
+        return total
 
     def rows(self, one: Stored) -> Tensor:
         """The rows of J, (C, P), for one sample."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tangent_ops.errors import ArgumentError
 from tangent_ops.exact.inverse import Inverse
 from tangent_ops.exact.layout import norm
 from tangent_ops.exact.problem import Problem
+from tangent_ops.exact.progress import progress_bar
 
 
 def predictive_covariance(
@@ -28,7 +28,7 @@ def predictive_covariance(
     and A taken at the present deltas, it is the linearized Laplace approximation (Immer, Korzepa,
     Bauer: "Improving predictions of Bayesian neural nets via local linearization", AISTATS 2021).
     It is the covariance of f + J Δ, without the noise of a new observation. Each input takes C
-    solves by conjugate gradients; an iteration takes one jvp and one vjp over the data.
+    solves by conjugate gradients, of which several share the passes over the data.
 
     Args:
         problem: model, data, loss and penalty; the model at the optimum, as `fit_exact` leaves it.
@@ -49,20 +49,23 @@ def predictive_covariance(
     if noise_variance is not None and not noise_variance > 0:
         raise ArgumentError(f"noise_variance must be positive, got {noise_variance}")
     inverse = Inverse(problem, tol, max_iterations, rank)
-    passes, outputs = problem.system, problem.outputs
+    passes, outputs = inverse.passes, problem.outputs
     if noise_variance is None:
         mean_loss = inverse.value - problem.l2 / 2 * norm(inverse.delta) ** 2
         noise_variance = 2 * mean_loss / outputs if problem.quadratic else 1.0
-    present = problem.present(inputs)
+    ones, together = list(problem.present(inputs).split(1)), passes.layout.together
+    several = max(1, together // outputs)
     total = len(inputs) * outputs
     found = []
-    with tqdm(total=total, desc="uncertainty", unit="solve", disable=not passes.progress) as bar:
-        for one in present.split(1):
-            rows = passes.jacobian.rows(one)
-            columns = []
-            for row in rows:
-                columns.append(rows.double() @ inverse(row).double())
-                bar.update()
-            covariance = torch.stack(columns, dim=1) / problem.samples
-            found.append((covariance + covariance.T) / 2)
+    with progress_bar("uncertainty", "solve", total, passes.progress, inner=False) as bar:
+        for start in range(0, len(ones), several):
+            jacobians = [passes.jacobian.rows(one) for one in ones[start : start + several]]
+            solved = []
+            for some in torch.cat(jacobians).split(together):
+                solved.append(inverse.many(some))
+                bar.update(len(some))
+            solved = torch.cat(solved).split(outputs)
+            for rows, columns in zip(jacobians, solved, strict=True):
+                covariance = rows.double() @ columns.double().T / problem.samples
+                found.append((covariance + covariance.T) / 2)
     return noise_variance * torch.stack(found)
