@@ -29,7 +29,7 @@ from tangent_ops.model.dual_call import dual_call
 from tangent_ops.model.eval_caches import Kept
 from tangent_ops.model.features import Trunk, blocks_of, split_model
 from tangent_ops.model.low_rank import product
-from tangent_ops.model.read_rows import reading_rows
+from tangent_ops.model.read_rows import agrees, count_read_rows_of_calls, reading_rows
 from tangent_ops.model.tree import Tree, lookup
 from tangent_ops.ops.levels import alone, in_turn, is_compiling
 
@@ -65,6 +65,7 @@ class LinearizedModel(nn.Module):
         self.kept = Kept(anchor)
         self._wants_check = self._unchecked = False
         self._names_idle = True
+        self._agrees: bool | None = None  # the last block's two forms; None before the first call
         self._switches = tuple(find_switches(anchor))
         self.grad_checkpointing = False
 
@@ -92,10 +93,17 @@ class LinearizedModel(nn.Module):
     def _call(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         self.check_once(*args, **kwargs)
         directions, blocks = self._full_deltas(), self._blocks()
-        images_alone = len(args) == 1 and not kwargs  # no mask
-        swaps = images_alone and not blocks and not is_compiling()
-        with reading_rows(self.anchor) if swaps else contextlib.nullcontext():
+        mask = len(args) != 1 or bool(kwargs)
+        rows = 0 if mask or blocks or is_compiling() else self._read_rows()
+        with reading_rows(self.anchor, rows) if rows else contextlib.nullcontext():
             return dual_call(self.anchor, directions, self.kept, args, kwargs, blocks)
+
+    def _read_rows(self) -> int:
+        """How many rows a call of the anchor reads of its last block's output; 0 for all."""
+        rows = count_read_rows_of_calls(self.anchor)
+        if rows and self._agrees is None:
+            self._agrees = agrees(self.anchor, rows)
+        return rows if self._agrees else 0
 
     def check_once(self, *args, **kwargs) -> None:
         """Run the check of :func:`linearize` on these inputs, if it has not run yet.
