@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import VIT, assert_near, exact_jvp, exact_vjp, family, generator, images, moved
 from small_models import vit as small_vit
-from timm.layers import Attention, SwiGLU
+from timm.layers.attention import Attention
+from timm.layers.mlp import SwiGLU
 from timm.models.vision_transformer import (
     Block,
     ParallelScalingBlock,
@@ -78,7 +79,10 @@ def test_tail_and_whole_call_are_exact(kind) -> None:
     gradients = exact_vjp(model, list(deltas), cotangent, x)
     for output in (tail(tokens), tangent(x)):
         found = torch.autograd.grad(output, list(deltas.values()), cotangent)
-        assert_near(found, tuple(gradients.values()))
+        pairs = zip(gradients.items(), found, strict=True)
+        # A norm's shift of all keys adds the same to all logits: rounding is left of its gradient.
+        rest = [(right, one) for (name, right), one in pairs if not name.endswith("k_norm.bias")]
+        assert_near([one for _, one in rest], [right for right, _ in rest])
     last = tail.anchor.get_submodule("blocks.2")
     assert rows_of_mlp(last, lambda: tail(tokens)) == 1
 
@@ -119,7 +123,8 @@ def test_values_and_gradients_in_float64(heads, width, count, batch, rows, norme
     for one, other in zip(*pairs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
     if bias and not normed:
-        (gradient,) = torch.autograd.grad(run_block(block, tokens, rows).sum(), block.attn.qkv.bias)
+        shift = block.get_parameter("attn.qkv.bias")
+        (gradient,) = torch.autograd.grad(run_block(block, tokens, rows).sum(), shift)
         assert not gradient.chunk(3)[1].any()  # keys' biases drop out
 
 
@@ -184,7 +189,7 @@ def test_hooks_on_the_last_block_see_the_ordinary_call() -> None:
     tangent = linearize(model, last_blocks(model, 1))
     trunk, tail = tangent.split()
     tokens = trunk(x)
-    tangent(x), tail(tokens)  # their checks of derivatives run first, without hooks
+    _ = tangent(x), tail(tokens)  # their checks of derivatives run first, without hooks
     seen = []
     for place in ("blocks.2", "blocks.2.attn"):
         module = tangent.anchor.get_submodule(place)
