@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from studies.paper.tail import ClassTokenTail
 from tangent_ops import CachedFeatures, LinearizedModel, fit, fit_exact, linearize
 from tangent_ops.errors import NotConvergedWarning
 from tangent_ops.exact import Problem
 from tangent_ops.losses import RescaledSquareLoss
+from tangent_ops.model.features import Tail
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "square": RescaledSquareLoss,
@@ -42,7 +42,7 @@ class Start:
         batch: Samples of a step.
     """
 
-    tail: ClassTokenTail
+    tail: Tail
     train: CachedFeatures
     loss: str
     seed: int
@@ -79,10 +79,10 @@ def probe(
     return head
 
 
-def with_head(tail: ClassTokenTail, head: nn.Linear) -> ClassTokenTail:
+def with_head(tail: Tail, head: nn.Linear) -> Tail:
     """A copy of the tail with that classifier."""
     copied = copy.deepcopy(tail)
-    copied.head = copy.deepcopy(head)
+    copied.get_submodule("head").load_state_dict(head.state_dict())
     return copied.eval()
 
 
@@ -127,13 +127,10 @@ def lora(start: Start, lr: float) -> nn.Module:
         for name, module in model.named_modules()
         if name.startswith("blocks.") and isinstance(module, nn.Linear)
     ]
-    config = LoraConfig(
-        r=LOW_RANK,
-        lora_alpha=2 * LOW_RANK,
-        target_modules=layers,
-        modules_to_save=["norm", "head"],
-    )
+    config = LoraConfig(r=LOW_RANK, lora_alpha=2 * LOW_RANK, target_modules=layers)
     adapted: Any = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    for trained in ("norm", "head"):
+        model.get_submodule(trained).requires_grad_(True)
     wrapped = _FirstArgument(adapted)
     start.fit(wrapped, lr)
     return wrapped.eval()
@@ -143,9 +140,10 @@ def adapters(start: Start, lr: float) -> nn.Module:
     """Bottlenecks after every MLP (Houlsby et al., 2019); norm and classifier whole."""
     torch.manual_seed(start.seed)
     model = copy.deepcopy(start.tail).requires_grad_(False)
-    for block in model.blocks:
-        block.mlp = nn.Sequential(block.mlp, _Adapter(model.head.in_features))  # type: ignore
-    for trained in (model.norm, model.head):
+    head: Any = model.get_submodule("head")
+    for block in model.blocks.values():
+        block.mlp = nn.Sequential(block.mlp, _Adapter(head.in_features))  # type: ignore
+    for trained in (model.norm, head):
         trained.requires_grad_(True)
     start.fit(model, lr)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -16,13 +17,13 @@ from assets import VIT_SMALL, fetch
 from backbone import IMAGE_SIZE, load_backbone
 from images import stratified
 from timm.data.config import resolve_model_data_config
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from studies.paper.data.pool import Pool
 from studies.paper.data.sets import SETS
-from studies.paper.tail import ClassTokenTail
 from tangent_ops import CachedFeatures
+from tangent_ops.model.features import Tail
 
 FEATURES = 0  # the depth whose "tokens" enter the classifier, (count, 384)
 BATCH = 64
@@ -98,6 +99,23 @@ def load_model(cache: Path) -> Any:
     return load_backbone(fetch(VIT_SMALL, cache))
 
 
+def class_token_tail(model: Any, depth: int, classes: int) -> Tail:
+    """The last blocks, the norm and a new classifier of zeros: tokens -> logits.
+
+    Args:
+        model: timm's VisionTransformer with token pooling; what the tail uses is copied.
+        depth: Blocks, at least 1.
+        classes: Outputs; 0 for what enters a classifier.
+    """
+    start = len(model.blocks) - depth
+    frozen = (model.patch_embed, *model.blocks[:start])
+    copied = copy.deepcopy(model, {id(part): nn.Identity() for part in frozen})
+    copied.reset_classifier(classes)
+    for parameter in copied.head.parameters():
+        nn.init.zeros_(parameter)
+    return Tail(copied, start)
+
+
 @torch.no_grad()
 def tokens_of(
     model: Any, pool: Pool, rows: Tensor, depths: tuple[int, ...], device: str
@@ -105,7 +123,7 @@ def tokens_of(
     """What enters the last `depth` blocks, for each depth, and the classifier."""
     config = resolve_model_data_config(model)
     model = model.to(device)
-    ends = {depth: ClassTokenTail(model, depth, 1).to(device).eval() for depth in depths[:1]}
+    ends = {depth: class_token_tail(model, depth, 0).to(device).eval() for depth in depths[:1]}
     starts = {len(model.blocks) - depth: depth for depth in depths}
     found: dict[int, list[Tensor]] = {depth: [] for depth in (FEATURES, *depths)}
     for part in tqdm(rows.split(BATCH), f"{pool.name}: frozen blocks", unit="batch", delay=1):
@@ -115,7 +133,7 @@ def tokens_of(
             if number in starts:
                 found[starts[number]].append(tokens.cpu())
             if number == len(model.blocks) - depths[0]:
-                found[FEATURES].append(ends[depths[0]].features(tokens).cpu())
+                found[FEATURES].append(ends[depths[0]](tokens).cpu())
             tokens = block(tokens)
     return {depth: torch.cat(parts).numpy() for depth, parts in found.items()}
 

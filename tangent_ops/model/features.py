@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.model.allocator import keep_memory
-from tangent_ops.model.read_rows import count_read_rows, run_block
+from tangent_ops.model.read_rows import agrees, count_read_rows, near, run_block
 from tangent_ops.ops.levels import alone
 
 
@@ -55,27 +55,6 @@ class Tail(nn.Module):
         if last is not None:
             tokens = run_block(last, tokens, self.rows)
         return self._forward_head(self.norm(tokens))
-
-    def reads_given_rows(self, tokens: Tensor) -> bool:
-        """Whether what enters the classifier depends on the first ``rows`` rows alone.
-
-        Compares the last block's form for these rows with the ordinary block, and changes all other
-        rows of its output. A head of zeros hides nothing: it is not run.
-
-        Args:
-            tokens: (B, N, D), what enters the first block of the tail.
-        """
-        *others, last = self.blocks.values()
-        for block in others:
-            tokens = block(tokens)
-        ordinary = last(tokens)
-        changed = ordinary.clone()
-        changed[:, self.rows :] = 1 - 2 * ordinary[:, self.rows :]
-        expected, *found = (
-            self._forward_head(self.norm(x), pre_logits=True)
-            for x in (ordinary, changed, run_block(last, tokens, self.rows))
-        )
-        return all(_near(x, expected) for x in found)
 
 
 class Trunk(nn.Module):
@@ -130,21 +109,13 @@ class Trunk(nn.Module):
     def _check(self, tail: Tail, args) -> None:
         expected = self.model(*args)
         tokens = self._tokens(args)
-        if tail.rows and not (tail.reads_given_rows(tokens) and _near(tail(tokens), expected)):
+        if tail.rows and not (agrees(self.model, tail.rows) and near(tail(tokens), expected)):
             tail.rows = 0  # the ordinary block is always right
-        if not _near(tail(tokens), expected):
+        if not near(tail(tokens), expected):
             raise UnsupportedError(
                 "this model cannot be split: its blocks, norm and forward_head in a row do not "
                 "give what the model gives. Train without a feature cache."
             )
-
-
-def _near(found: Tensor, expected: object) -> bool:
-    if not isinstance(expected, Tensor) or found.shape != expected.shape:
-        return False
-    rounding = 4 * torch.finfo(expected.dtype).eps  # of other forms, in 16 bits
-    scale = max(1e-4, rounding) * float(expected.abs().max())
-    return torch.allclose(found, expected, rtol=max(1e-3, rounding), atol=scale)
 
 
 class _Reached(Exception):

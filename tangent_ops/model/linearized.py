@@ -29,7 +29,7 @@ from tangent_ops.model.checkpointing import find_blocks, find_switches, take_fla
 from tangent_ops.model.dual_call import dual_call, multiplied
 from tangent_ops.model.eval_caches import Kept
 from tangent_ops.model.features import Trunk, blocks_of, split_model
-from tangent_ops.model.read_rows import reading_rows
+from tangent_ops.model.read_rows import agrees, count_read_rows_of_calls, reading_rows
 from tangent_ops.model.tree import Tree
 from tangent_ops.ops.factored import Factors
 from tangent_ops.ops.levels import alone, in_turn, is_compiling
@@ -68,6 +68,7 @@ class LinearizedModel(nn.Module):
         self._wants_check = self._unchecked = False
         self._names_idle = True
         self._multiplies = False  # B A, because a function that is not seen gets a weight
+        self._agrees: bool | None = None  # the last block's two forms; None before the first call
         self._switches = tuple(find_switches(anchor))
         self.grad_checkpointing = False
 
@@ -98,12 +99,17 @@ class LinearizedModel(nn.Module):
         eager = not is_compiling()
         if eager and any(delta.device.type == "cpu" for delta in self.deltas().values()):
             keep_memory()
-        # Without a trained block the value stays what the anchor's own operations give.
-        trained = any(name.startswith("blocks.") for name in self.delta.names)
-        images_alone = len(args) == 1 and not kwargs  # no mask
-        swaps = eager and trained and images_alone and not blocks
-        with reading_rows(self.anchor) if swaps else contextlib.nullcontext():
+        mask = len(args) != 1 or bool(kwargs)
+        rows = self._read_rows() if eager and not mask and not blocks else 0
+        with reading_rows(self.anchor, rows) if rows else contextlib.nullcontext():
             return dual_call(self.anchor, directions, self.kept, args, kwargs, blocks)
+
+    def _read_rows(self) -> int:
+        """How many rows a call of the anchor reads of its last block's output; 0 for all."""
+        rows = count_read_rows_of_calls(self.anchor)
+        if rows and self._agrees is None:
+            self._agrees = agrees(self.anchor, rows)
+        return rows if self._agrees else 0
 
     def check_once(self, *args, **kwargs) -> None:
         """Run the check of :func:`linearize` on these inputs, if it has not run yet.

@@ -13,9 +13,11 @@ ordinary block computes, from the same parameters: slices of ``qkv.weight`` and 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,6 +50,20 @@ def count_read_rows(model: nn.Module) -> int:
     return rows if why_not(last) is None else 0
 
 
+def count_read_rows_of_calls(model: nn.Module) -> int:
+    """As `count_read_rows`, for calls of the whole model.
+
+    0 unless the whole forward pass is timm's own, and if a hook in the last block, on the model's
+    norm or on the list of blocks would notice.
+    """
+    known = (_source(model, name).startswith(_VIT) for name in ("forward", "forward_features"))
+    if not all(known):
+        return 0
+    parts: Any = model
+    modules = (parts.blocks, *parts.blocks[-1].modules(), *parts.norm.modules())
+    return 0 if any(map(_is_watched, modules)) else count_read_rows(model)
+
+
 def why_not(block: nn.Module) -> str | None:
     """Why a block cannot run for some rows alone; None if it can."""
     if _source(block, "forward") not in _BLOCKS:
@@ -56,6 +72,48 @@ def why_not(block: nn.Module) -> str | None:
         if _source(attention, "forward") not in _ATTENTION:
             return f"no form for {type(attention).__name__}"
     return None
+
+
+@torch.no_grad()
+def agrees(model: Any, rows: int) -> bool:
+    """Whether the last block's form for the first rows changes nothing that enters the classifier.
+
+    Compares it with the ordinary block on tokens of its own, and changes all other rows of the
+    block's output. A classifier of zeros hides nothing: it does not run.
+
+    Args:
+        model: in eval mode, with ``count_read_rows(model) == rows``.
+        rows: at least 1.
+    """
+    last = model.blocks[-1]
+    weight = _attentions(last)[0].proj.weight
+    shape = (2, rows + 4, len(weight))
+    tokens = torch.arange(math.prod(shape), device=weight.device).sin().view(shape)
+    try:
+        with torch.autocast(weight.device.type, enabled=False):
+            ordinary = last(tokens.to(weight.dtype))
+            changed = ordinary.clone()
+            changed[:, rows:] = 1 - 2 * ordinary[:, rows:]
+            alone = run_block(last, tokens.to(weight.dtype), rows)
+            expected, *found = (
+                model.forward_head(model.norm(x), pre_logits=True)
+                for x in (ordinary, changed, alone)
+            )
+    except (RuntimeError, TypeError, ValueError):  # it needs other tokens, or a head of its own
+        return False
+    return all(near(x, expected) for x in found)
+
+
+def near(found: Tensor, expected: object) -> bool:
+    """Whether two forms of one computation gave the same, but for rounding."""
+    if not isinstance(expected, Tensor) or found.shape != expected.shape:
+        return False
+    device, dtype = expected.device.type, expected.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    rounding = 4 * torch.finfo(dtype).eps
+    scale = max(1e-4, rounding) * float(expected.abs().max())
+    return torch.allclose(found, expected, rtol=max(1e-3, rounding), atol=scale)
 
 
 def forms_keys(block: nn.Module) -> bool:
@@ -83,22 +141,14 @@ def run_block(block: nn.Module, tokens: Tensor, rows: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def reading_rows(model: nn.Module) -> Iterator[None]:
-    """Context in which the last block of a whole timm model returns the read rows alone.
+def reading_rows(model: nn.Module, rows: int) -> Iterator[None]:
+    """Context in which the last block of a whole model returns the first rows alone.
 
-    Every block stays as it is where the forward pass is not timm's own, or where a hook in the
-    block, on the model's norm or on a container of theirs would notice.
+    Args:
+        model: with ``count_read_rows_of_calls(model) == rows``.
+        rows: at least 1.
     """
-    known = (_source(model, name).startswith(_VIT) for name in ("forward", "forward_features"))
-    rows = count_read_rows(model) if all(known) else 0
-    if rows == 0:
-        yield
-        return
-    parts: Any = model
-    last = parts.blocks[-1]
-    if any(map(_is_watched, (parts.blocks, *last.modules(), *parts.norm.modules()))):
-        yield
-        return
+    last: Any = model.blocks[-1]  # pyright: ignore[reportIndexIssue]
     run = _BLOCKS[_source(last, "forward")]
     last.forward = lambda tokens: run(last, tokens, rows)
     try:

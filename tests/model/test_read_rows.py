@@ -1,177 +1,247 @@
-"""The last block for the rows that are read: values, tangents and gradients against float64."""
+"""The last block for the rows that are read computes what the ordinary block computes."""
 
 from __future__ import annotations
 
-import re
+import copy
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import assert_exact, family, images, moved, vit
+from small_models import VIT, assert_near, exact_jvp, exact_vjp, family, generator, images, moved
+from small_models import vit as small_vit
+from timm.layers.attention import Attention
 from timm.layers.mlp import SwiGLU
+from timm.models.vision_transformer import (
+    Block,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+)
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tangent_ops import last_blocks, linearize
 from tangent_ops.delta import fingerprint
-from tangent_ops.model import read_rows
 from tangent_ops.model.features import split_model
-from tangent_ops.model.read_rows import count_read_rows, reading_rows, run_block, why_not
-from tangent_ops.ops.nn import TangentAttention
+from tangent_ops.model.read_rows import count_read_rows, forms_keys, run_block, why_not
 
-
-@pytest.fixture
-def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of rows that blocks were computed for."""
-    seen: list[int] = []
-    attend = read_rows._attend
-
-    def counted(attention: Any, tokens: Tensor, count: int) -> Tensor:
-        seen.append(count)
-        return attend(attention, tokens, count)
-
-    monkeypatch.setattr(read_rows, "_attend", counted)
-    return seen
-
-
-def with_tangent_attention() -> nn.Module:
-    model = vit()
-    for block in model.blocks:
-        block.attn = TangentAttention.from_timm(block.attn)
-    return model
-
-
-DISTILLED = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3}
 KINDS = {
-    "plain": vit,
-    "registers": partial(vit, reg_tokens=2),
-    "qk norm": partial(vit, qk_norm=True),
-    "no bias, no layer scale": partial(vit, qkv_bias=False, proj_bias=False, init_values=None),
-    "normed attention": partial(vit, scale_attn_norm=True, scale_mlp_norm=True),
-    "swiglu": partial(vit, mlp_layer=SwiGLU),
-    "drop path": partial(vit, drop_path_rate=0.5, proj_drop_rate=0.5, attn_drop_rate=0.5),
-    "distilled": partial(family, "deit_tiny_distilled_patch16_224", **DISTILLED),
-    "TangentAttention": with_tangent_attention,
+    "absorbed": {},
+    "keys": {"qk_norm": True},
+    "no biases": {"qkv_bias": False, "proj_bias": False},
+    "attention norm": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "registers": {"reg_tokens": 3, "no_embed_class": True, "drop_path_rate": 0.2},
+    "gated": {"attn_layer": partial(Attention, gated=True)},
+    "swiglu": {"mlp_layer": SwiGLU, "fc_norm": True},
+    "post norm": {"block_fn": ResPostBlock},
+    "parallel": {"block_fn": ParallelThingsBlock, "qk_norm": True},
 }
+POOLS = ["avg", "avgmax", "max", "map"]
+
+
+def vit(**options):
+    if "attn_layer" in options:  # timm asks for a class
+        gated = type("Attention", (Attention,), {"__init__": partial_init(options["attn_layer"])})
+        options["attn_layer"] = gated
+    return small_vit(**options)
+
+
+def partial_init(layer: partial):
+    def init(self, *args, depth: int = 0, **kwargs):
+        Attention.__init__(self, *args, **kwargs, **layer.keywords)
+
+    return init
+
+
+def rows_of_mlp(block: nn.Module, call) -> int:
+    """How many rows the block's MLP computes in a call."""
+    seen: list[int] = []
+    (layer,) = [m for n, m in block.named_modules() if n in ("mlp.fc2", "ffns.0.mlp.fc2")]
+    handle = layer.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape[1]))
+    call()
+    handle.remove()
+    return seen[-1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_whole_calls_and_tails(kind: str, used: list[int]) -> None:
-    model = KINDS[kind]()
-    x, rows = images(), 2 if kind == "distilled" else 1
-    last = re.compile(last_blocks(model, 1)).search
-    # The bias of keys' norm adds the same to all logits of a row: its gradient is rounding.
-    tangent = moved(linearize(model, lambda n: last(n) and not n.endswith("k_norm.bias")))
-    names = list(tangent.deltas())
-    assert_exact(tangent, model, x)
-    assert used == [rows] * len(used) and used
-    used.clear()
+def test_tail_and_whole_call_are_exact(kind) -> None:
+    model, x = vit(**KINDS[kind]).eval(), images()
+    tangent = moved(linearize(model, last_blocks(model, 1)))
     trunk, tail = tangent.split()
     tokens = trunk(x)
-    torch.testing.assert_close(tail(tokens), tangent(x), rtol=1e-5, atol=1e-5)
-    assert used == [rows] * len(used) and used
-    assert list(tail.deltas()) == names  # timm's own
-    assert tail.fingerprint == fingerprint(tangent.anchor.state_dict())
-    used.clear()
-    assert_exact(moved(linearize(model, lambda n: not n.endswith("k_norm.bias"))), model, x)
-    assert used
+    deltas = tangent.deltas()
+    exact = exact_jvp(model, deltas, x)
+    assert_near(tail.primal_and_tangent(tokens), exact)
+    assert_near(tangent.primal_and_tangent(x), exact)
+    cotangent = torch.randn(2, 5, generator=generator(4))
+    gradients = exact_vjp(model, list(deltas), cotangent, x)
+    for output in (tail(tokens), tangent(x)):
+        found = torch.autograd.grad(output, list(deltas.values()), cotangent)
+        pairs = zip(gradients.items(), found, strict=True)
+        # A norm's shift of all keys adds the same to all logits: rounding is left of its gradient.
+        rest = [(right, one) for (name, right), one in pairs if not name.endswith("k_norm.bias")]
+        assert_near([one for _, one in rest], [right for right, _ in rest])
+    last = tail.anchor.get_submodule("blocks.2")
+    assert rows_of_mlp(last, lambda: tail(tokens)) == 1
 
 
-@settings(max_examples=20, deadline=None)
-@given(data=st.data())
-def test_rows_are_those_of_the_block(data: st.DataObject) -> None:
-    heads, width = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
-    batch, tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
-    count = data.draw(st.integers(1, min(2, tokens)))
-    options = {name: data.draw(st.booleans()) for name in ("qkv_bias", "qk_norm", "proj_bias")}
-    model = vit(embed_dim=heads * width, num_heads=heads, depth=1, **options).double().eval()
-    block = model.blocks[0]
-    assert why_not(block) is None
-    x = torch.randn(batch, tokens, heads * width, dtype=torch.float64, requires_grad=True)
-    found, exact = run_block(block, x, count), block(x)[:, :count]
-    torch.testing.assert_close(found, exact)
-    h, parameters = torch.randn_like(exact), [x, *block.parameters()]
-    torch.testing.assert_close(
-        torch.autograd.grad(found, parameters, h), torch.autograd.grad(exact, parameters, h)
-    )
+def test_distilled_reads_two_rows() -> None:
+    model, x = family("deit_tiny_distilled_patch16_224", **VIT), images()
+    tangent = moved(linearize(model, last_blocks(model, 1)))
+    trunk, tail = tangent.split()
+    tokens = trunk(x)
+    exact = exact_jvp(model, tangent.deltas(), x)
+    assert_near(tail.primal_and_tangent(tokens), exact)
+    assert_near(tangent.primal_and_tangent(x), exact)
+    assert rows_of_mlp(tail.anchor.get_submodule("blocks.2"), lambda: tail(tokens)) == 2
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"global_pool": "avg"},
-        {"global_pool": "avgmax"},
-        {"global_pool": "map"},
-        {"global_pool": "", "num_classes": 0},
-        {"class_token": False, "reg_tokens": 1, "global_pool": "avg"},
-        {"block_fn": None},
-    ],
-    ids=str,
+@settings(max_examples=25, deadline=None)
+@given(
+    heads=st.integers(1, 4),
+    width=st.integers(1, 5),
+    count=st.integers(3, 9),
+    batch=st.integers(1, 3),
+    rows=st.integers(1, 3),
+    normed=st.booleans(),
+    bias=st.booleans(),
 )
-def test_other_models_keep_their_block(options: dict[str, Any], used: list[int]) -> None:
-    if "block_fn" in options:
-        from timm.models.vision_transformer import ParallelScalingBlock
-
-        options = {"block_fn": ParallelScalingBlock}
-    model = vit(**options)
-    tangent = moved(linearize(model, last_blocks(model, 1), check=False))
-    assert_exact(tangent, model, images())
-    if model.global_pool:
-        trunk, tail = tangent.split()
-        torch.testing.assert_close(tail(trunk(images())), tangent(images()))
-    assert not used
-
-
-class SecondRow(type(vit())):
-    """Reads a row that timm's head does not."""
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x[:, 0] + x[:, -1])
-
-
-def test_a_head_that_reads_other_rows(used: list[int]) -> None:
-    """Found by value, also if the head is zero and hides it."""
-    model = vit().eval()
-    model.__class__ = SecondRow
-    assert_exact(moved(linearize(model, last_blocks(model, 1), check=False)), model, images())
-    assert not used
-    for zero in (False, True):
-        if zero:
-            nn.init.zeros_(model.head.weight)
-        trunk, tail = split_model(model, 2)
-        torch.testing.assert_close(tail(trunk(images())), model(images()))
-        assert tail.rows == 0
+def test_values_and_gradients_in_float64(heads, width, count, batch, rows, normed, bias) -> None:
+    torch.manual_seed(heads * width + count)
+    block = Block(heads * width, heads, qkv_bias=bias, qk_norm=normed, init_values=0.5).double()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    tokens = torch.randn(batch, count, heads * width, dtype=torch.float64, requires_grad=True)
+    right = block(tokens)[:, :rows]
+    found = run_block(block, tokens, rows)
+    torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-9)
+    leaves = [tokens, *block.parameters()]
+    cotangent = torch.randn_like(right)
+    pairs = (torch.autograd.grad(y, leaves, cotangent) for y in (found, right))
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+    if bias and not normed:
+        shift = block.get_parameter("attn.qkv.bias")
+        (gradient,) = torch.autograd.grad(run_block(block, tokens, rows).sum(), shift)
+        assert not gradient.chunk(3)[1].any()  # keys' biases drop out
 
 
-def test_hooks_and_replaced_layers_keep_the_block(used: list[int]) -> None:
+def test_names_and_fingerprint_are_the_models() -> None:
     model = vit()
-    tangent = moved(linearize(model, last_blocks(model, 1), check=False))
-    tokens = torch.randn(2, 17, 48)
-    block = tangent.anchor.blocks[-1]
-    for module in (block, block.attn.qkv, tangent.anchor.norm):
-        seen = []
-        handle = module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
-        tangent(images())
-        handle.remove()
-        assert seen and not used
-    qkv, block.attn.qkv = block.attn.qkv, nn.Sequential(block.attn.qkv)
-    torch.testing.assert_close(run_block(block, tokens, 1), block(tokens)[:, :1])
-    block.attn.qkv = qkv
-    used.clear()
-    tangent.set_grad_checkpointing()
-    tangent(images()).sum().backward()
-    assert not used
+    before = fingerprint(model.state_dict())
+    trunk, tail = split_model(model.eval(), 2)
+    tail(trunk(images()))
+    own = dict(model.named_parameters())
+    assert all(own[name] is parameter for name, parameter in tail.named_parameters())
+    assert "blocks.2.attn.qkv.weight" in dict(tail.named_parameters())
+    assert fingerprint(model.state_dict()) == before
 
 
-def test_the_context_ends() -> None:
-    model = vit().eval()
+@pytest.mark.parametrize("pool", POOLS)
+def test_other_pooling_takes_the_ordinary_block(pool) -> None:
+    model, x = vit(global_pool=pool).eval(), images()
+    assert count_read_rows(model) == 0
+    trunk, tail = split_model(model, 2)
+    assert_near(tail(trunk(x)), model(x), 1e-6)
+    assert rows_of_mlp(tail.get_submodule("blocks.2"), lambda: tail(trunk(x))) == 17
+
+
+def test_blocks_without_a_form() -> None:
+    assert count_read_rows(vit(block_fn=ParallelScalingBlock)) == 0
+    assert why_not(ParallelScalingBlock(12, 2)) == "no form for ParallelScalingBlock"
+    assert why_not(Block(12, 2, attn_layer="diff")) == "no form for DiffAttention"
+    assert not forms_keys(Block(12, 2)) and forms_keys(Block(12, 2, qk_norm=True))
+
+
+class Mixes(nn.Module):
+    """A norm that mixes tokens: what one row is depends on all of them."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) + x.mean(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("place", ["norm", "blocks.2.norm2", "blocks.2.mlp"])
+@pytest.mark.parametrize("zero_head", [False, True])
+@pytest.mark.filterwarnings("ignore::tangent_ops.errors.ZeroHeadWarning")
+@pytest.mark.filterwarnings("ignore::tangent_ops.errors.NoGradientWarning")
+def test_tokens_that_mix_are_found_by_value(place, zero_head) -> None:
+    model, x = vit().eval(), images()
+    model.set_submodule(place, Mixes(model.get_submodule(place)))
+    if zero_head:  # with which all outputs agree
+        nn.init.zeros_(model.head.weight)  # pyright: ignore[reportArgumentType]
     assert count_read_rows(model) == 1
-    x = images()
-    expected = model(x)
-    with pytest.raises(ZeroDivisionError), reading_rows(model):
-        assert model.forward_features(x).shape[1] == 1
-        torch.testing.assert_close(model(x), expected)
-        raise ZeroDivisionError
-    assert model.forward_features(x).shape[1] == 17
+    tangent = moved(linearize(model, last_blocks(model, 1)))
+    trunk, tail = tangent.split()
+    exact = exact_jvp(model, tangent.deltas(), x)
+    assert_near(sum(tail.primal_and_tangent(trunk(x))), sum(exact))
+    assert_near(sum(tangent.primal_and_tangent(x)), sum(exact))
+    assert tail.anchor.rows == 0
+
+
+def test_hooks_on_the_last_block_see_the_ordinary_call() -> None:
+    model, x = vit(), images()
+    tangent = linearize(model, last_blocks(model, 1))
+    trunk, tail = tangent.split()
+    tokens = trunk(x)
+    _ = tangent(x), tail(tokens)  # their checks of derivatives run first, without hooks
+    seen = []
+    for place in ("blocks.2", "blocks.2.attn"):
+        module = tangent.anchor.get_submodule(place)
+        handle = module.register_forward_hook(lambda *call: seen.append(call[-1].shape))
+        tangent(x)
+        tail(tokens)
+        handle.remove()
+    assert seen == [(2, 17, 48)] * 4
+    inside = tangent.anchor.get_submodule("blocks.2.mlp.fc1")
+    handle = inside.register_forward_hook(lambda *call: seen.append(call[1][0].shape))
+    tangent(x)
+    handle.remove()
+    assert seen[-1] == (2, 17, 48)
+    assert "forward" not in vars(tangent.anchor.get_submodule("blocks.2"))
+
+
+def test_hooks_see_one_ordinary_first_call() -> None:
+    tangent = linearize(vit(), check=False)
+    seen = []
+    norm = tangent.anchor.get_submodule("norm")
+    norm.register_forward_hook(lambda *call: seen.append(call[-1].shape))
+    tangent(images())
+    assert seen == [(2, 17, 48)]
+
+
+def test_whole_calls_do_less_work() -> None:
+    model, x = vit(depth=1), images()
+    short, ordinary = (linearize(m, last_blocks(m, 1), check=False) for m in (model, model))
+    ordinary.anchor.get_submodule("blocks.0").register_forward_hook(lambda *_: None)
+    counts = []
+    for tangent in (short, ordinary):
+        tangent(x)
+        with FlopCounterMode(display=False) as counter:
+            tangent(x)
+        counts.append(counter.get_total_flops())
+    assert 4 * counts[0] < counts[1]
+
+
+def test_a_mask_gets_the_ordinary_call() -> None:
+    model, x = vit(), images()
+    tangent = moved(linearize(model, last_blocks(model, 1)))
+    mask = torch.ones(17, 17, dtype=torch.bool).tril()
+    found = tangent.primal_and_tangent(x, attn_mask=mask)
+    assert_near(found, exact_jvp(model, tangent.deltas(), x, attn_mask=mask))
+
+
+def test_copies_of_a_tail_are_their_own() -> None:
+    model, x = vit().eval(), images()
+    trunk, tail = split_model(model, 2)
+    tokens = trunk(x)
+    copied = copy.deepcopy(tail)
+    with torch.no_grad():
+        copied.get_parameter("blocks.2.attn.qkv.weight").add_(0.1)
+    assert torch.equal(tail(tokens), tail(tokens))
+    assert not torch.allclose(copied(tokens), tail(tokens))

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from studies.paper.methods import probe, with_head
-from studies.paper.tail import ClassTokenTail
-from studies.paper.tokens import FEATURES, Prepared, load_model, prepare
+from studies.paper.tokens import FEATURES, Prepared, class_token_tail, load_model, prepare
 from tangent_ops import CachedFeatures, accuracy, predict
+from tangent_ops.model.features import Tail
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,12 @@ class Context:
     def prepared(self, images: str) -> Prepared:
         return _prepared(images, dict(self.depths)[images], self.cache, self.device)
 
-    def tail(self, images: str, depth: int = 1) -> ClassTokenTail:
+    def tail(self, images: str, depth: int = 1) -> Tail:
         """From tokens to logits, with a classifier of zeros."""
-        tail = ClassTokenTail(_model(self.cache), depth, len(self.prepared(images).classes))
+        tail = class_token_tail(_model(self.cache), depth, len(self.prepared(images).classes))
         return tail.to(self.device).eval()
 
-    def anchor(
-        self, images: str, rows: Tensor, loss: str, seed: int, depth: int = 1
-    ) -> ClassTokenTail:
+    def anchor(self, images: str, rows: Tensor, loss: str, seed: int, depth: int = 1) -> Tail:
         """The tail, with a probe of these images as its classifier."""
         prepared = self.prepared(images)
         head = probe(prepared.rows(FEATURES, rows), len(prepared.classes), loss, seed)

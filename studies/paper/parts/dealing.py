@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from studies.paper.methods import LOSSES, Start, ordinary
 from studies.paper.parts.context import Context
-from studies.paper.tail import ClassTokenTail
 from tangent_ops import CachedFeatures, LinearizedModel, fit
 from tangent_ops.delta import Delta
+from tangent_ops.model.features import Tail
 
 LOSS = "square"
 SMALLEST_BATCH, LARGEST_BATCH = 8, 32
@@ -30,7 +30,7 @@ class Dealt:
         tested: For scores.
     """
 
-    anchor: ClassTokenTail
+    anchor: Tail
     shards: list[CachedFeatures]
     private: CachedFeatures
     validation: CachedFeatures
@@ -65,7 +65,7 @@ def fit_shards(
 
 
 def fit_ordinary(
-    anchor: ClassTokenTail, shards: list[CachedFeatures], lr: float, epochs: int, seed: int
+    anchor: Tail, shards: list[CachedFeatures], lr: float, epochs: int, seed: int
 ) -> list[nn.Module]:
     """An ordinary model for each shard, every one from the anchor."""
     return [

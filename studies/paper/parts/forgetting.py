@@ -27,9 +27,9 @@ from studies.paper.parts.dealing import (
     mean_logits,
 )
 from studies.paper.presets import Preset
-from studies.paper.tail import ClassTokenTail
 from tangent_ops import CachedFeatures, Ledger, LinearizedModel, linearize
 from tangent_ops.losses import RescaledSquareLoss
+from tangent_ops.model.features import Tail
 
 PART = "forgetting"
 ATTACK = "membership"
@@ -225,7 +225,7 @@ def _repair(
     model: nn.Module, forgotten: CachedFeatures, rest: CachedFeatures, arguments: dict[str, Any]
 ) -> None:
     """Go on training without what is to be forgotten, and hope that it fades."""
-    assert isinstance(model, ClassTokenTail)
+    assert isinstance(model, Tail)
     start = Start(model, rest, LOSS, arguments["seed"], REPAIR_EPOCHS)
     start.fit(model, arguments["ordinary_joint_rate"])
 

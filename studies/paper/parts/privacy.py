@@ -18,9 +18,9 @@ from studies.paper.cells import Cell, Found
 from studies.paper.methods import LOSSES, Start, tangent
 from studies.paper.parts.context import Context, score
 from studies.paper.presets import Preset
-from studies.paper.tail import ClassTokenTail
 from studies.paper.tokens import FEATURES
 from tangent_ops import CachedFeatures, linearize
+from tangent_ops.model.features import Tail
 from tangent_ops.privacy import Privacy, fit_private
 from tangent_ops.privacy.accounting import Phase, epsilon, noise_multiplier_for
 
@@ -87,11 +87,11 @@ def run(arguments: dict[str, Any], context: Context) -> dict[str, Any]:
 
 
 def _tangent(
-    anchor: ClassTokenTail, data: CachedFeatures, arguments: dict[str, Any]
+    anchor: Tail, data: CachedFeatures, arguments: dict[str, Any]
 ) -> tuple[nn.Module, float]:
     """The tail's deltas, or the classifier's alone; and the ε that was spent."""
     probe = arguments["way"] == "probe"
-    model = linearize(anchor.head if probe else anchor)
+    model = linearize(anchor.get_submodule("head") if probe else anchor)
     fitted = fit_private(
         model,
         data,
@@ -112,7 +112,7 @@ def _tangent(
 
 
 def _ordinary(
-    anchor: ClassTokenTail, data: CachedFeatures, arguments: dict[str, Any]
+    anchor: Tail, data: CachedFeatures, arguments: dict[str, Any]
 ) -> tuple[nn.Module, float]:
     """The tail itself, by Opacus; and the ε that was spent."""
     rate, steps = arguments["expected"] / len(data), arguments["steps"]

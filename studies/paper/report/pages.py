@@ -62,7 +62,7 @@ METHOD = """## How it was done
 - Images go through the frozen blocks once. What is trained is the last block (`-1`) or the last
   three (`-3`), norm and classifier with them, from a probe's classifier. After the last block only
   the class token is read, so that block runs for it alone: the same function, less work
-  (`tangent_ops/model/read_rows.py`); not with LoRA and Opacus, whose layers must run as they are.
+  (`tangent_ops/model/read_rows.py`).
 - Means are over {seeds} seeds, with the standard error of the mean over seeds. It does not hold the
   error of the test images themselves, which is one for all methods: they are compared seed by seed.
 - A claim "holds" or "does not hold" beyond two standard errors of the paired difference. With
