@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from tools.coverage.class_tokens import STORED as CLASS_TOKENS
 from tools.coverage.measure import RIGHT, ROUNDED, WRONG, Row
 from tools.coverage.members import TIMM
 from tools.machine import ROOT
@@ -65,6 +66,7 @@ def page_of(rows: Iterable[Row]) -> str:
     if unusual:
         parts.append("\n## Not right, and why\n\n")
         parts += [f"- `{row.member['model']}` ({row.verdict}): {_why(row)}\n" for row in unusual]
+    parts.append(CLASS_TOKENS.read_text(encoding="utf-8"))
     return "".join([*parts, "\n", _circumstances(known)])
 
 
