@@ -24,7 +24,7 @@ help: ## list the targets
 demo: $(call installed,demo) ## fine-tune on shards, compose them, forget one, with a real ViT; a picture in out/
 	$(RUN) examples/demo.py $(ARGS)
 
-exact-demo: $(call installed,demo) ## optima, certificates and influences on a few of its images; minutes
+exact-demo: $(call installed,demo) ## optima, certificates and influences on 1,000 of its images
 	$(RUN) examples/exact_demo.py $(ARGS)
 
 private-demo: $(call installed,private-demo) ## fine-tune with differential privacy, and say what that promises
