@@ -295,7 +295,7 @@ def test_the_exact_demo_shows_what_is_exact(tmp_path, capsys):
     assert run(exact_demo, tmp_path, "--private", "60") == 0
     said = " ".join(capsys.readouterr().out.split())
     for words in (
-        "Leave-one-out on 60 images chose l2",
+        "Leave-one-out in 5 shards chose l2",
         "without training again",
         "posterior standard deviation",
         "lossless composition of the shards",

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from tangent_ops.data import check_choice
@@ -191,6 +190,8 @@ class Kept:
 
 def flops(model: nn.Module, inputs: Tensor) -> int:
     """Floating-point operations of a forward pass."""
+    from torch.utils.flop_counter import FlopCounterMode  # it imports triton
+
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         in_turn(lambda: model(inputs))
     return counter.get_total_flops()

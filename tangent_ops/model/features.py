@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.model.allocator import keep_memory
-from tangent_ops.model.read_rows import agrees, count_read_rows, near, run_block
+from tangent_ops.model.read_rows import agrees, count_read_rows, form_of, near, run_block
 from tangent_ops.ops.levels import alone
 
 
@@ -47,13 +47,15 @@ class Tail(nn.Module):
             self.add_module(name, child)
         self._forward_head: Any = model.forward_head
         self.rows = count_read_rows(model) if self.blocks else 0
+        self._form = form_of(blocks[-1]) if self.rows else None
 
     def forward(self, tokens: Tensor) -> Tensor:
-        *others, last = self.blocks.values() if self.rows else (*self.blocks.values(), None)
-        for block in others:
+        blocks = list(self.blocks.values())
+        last = blocks.pop() if self.rows else None
+        for block in blocks:
             tokens = block(tokens)
-        if last is not None:
-            tokens = run_block(last, tokens, self.rows)
+        if last is not None and self._form is not None:
+            tokens = run_block(self._form, last, tokens, self.rows)
         return self._forward_head(self.norm(tokens))
 
 

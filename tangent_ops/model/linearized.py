@@ -100,7 +100,9 @@ class LinearizedModel(nn.Module):
         if eager and any(delta.device.type == "cpu" for delta in self.deltas().values()):
             keep_memory()
         mask = len(args) != 1 or bool(kwargs)
-        rows = self._read_rows() if eager and not mask and not blocks else 0
+        # Without a trained block the value is what the anchor's own operations give.
+        trained = any(name.startswith("blocks.") for name in self.delta.names)
+        rows = self._read_rows() if eager and trained and not mask and not blocks else 0
         with reading_rows(self.anchor, rows) if rows else contextlib.nullcontext():
             return dual_call(self.anchor, directions, self.kept, args, kwargs, blocks)
 

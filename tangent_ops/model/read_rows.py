@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ def agrees(model: Any, rows: int) -> bool:
             ordinary = last(tokens.to(weight.dtype))
             changed = ordinary.clone()
             changed[:, rows:] = 1 - 2 * ordinary[:, rows:]
-            alone = run_block(last, tokens.to(weight.dtype), rows)
+            alone = run_block(form_of(last), last, tokens.to(weight.dtype), rows)
             expected, *found = (
                 model.forward_head(model.norm(x), pre_logits=True)
                 for x in (ordinary, changed, alone)
@@ -121,13 +121,22 @@ def forms_keys(block: nn.Module) -> bool:
     return any(not isinstance(a.k_norm, nn.Identity) for a in _attentions(block))
 
 
-def run_block(block: nn.Module, tokens: Tensor, rows: int) -> Tensor:
+Form = Callable[[Any, Tensor, int], Tensor]
+
+
+def form_of(block: nn.Module) -> Form:
+    """The form of a block for which `why_not` returns None. Dynamo cannot trace this look-up."""
+    return _BLOCKS[_source(block, "forward")]
+
+
+def run_block(form: Form, block: nn.Module, tokens: Tensor, rows: int) -> Tensor:
     """The block's output for the first tokens alone, if nothing watches or replaces its parts.
 
     Hooks on the block or its attention, and a replaced ``forward`` (checkpointing), get the
     ordinary call. Hooks on layers inside see the rows that are computed.
 
     Args:
+        form: the block's (`form_of`).
         block: a block for which `why_not` returns None.
         tokens: (B, N, D).
         rows: at most N.
@@ -137,7 +146,7 @@ def run_block(block: nn.Module, tokens: Tensor, rows: int) -> Tensor:
     """
     if any(_is_watched(module) for module in (block, *_attentions(block))):
         return block(tokens)
-    return _BLOCKS[_source(block, "forward")](block, tokens, rows)
+    return form(block, tokens, rows)
 
 
 @contextlib.contextmanager
@@ -149,7 +158,7 @@ def reading_rows(model: nn.Module, rows: int) -> Iterator[None]:
         rows: at least 1.
     """
     last: Any = model.blocks[-1]  # pyright: ignore[reportIndexIssue]
-    run = _BLOCKS[_source(last, "forward")]
+    run = form_of(last)
     last.forward = lambda tokens: run(last, tokens, rows)
     try:
         yield

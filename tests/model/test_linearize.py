@@ -279,7 +279,7 @@ def test_a_dual_forward_costs_three_times_the_products():
     model = vit().eval()
     tangent = moved(linearize(model))
     with sdpa_kernel(SDPBackend.MATH):  # torch 2.11 does not count the fast one of the CPU
-        with reading_rows(model):  # as the tangent model's last block
+        with reading_rows(model, 1):  # as the tangent model's last block
             plain = flops(lambda: model(images()))
         # Two products, not three: the images have no tangent. PyTorch's rule convolves zeros.
         patches = flops(lambda: model.patch_embed(images()))

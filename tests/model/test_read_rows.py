@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tangent_ops import last_blocks, linearize
 from tangent_ops.delta import fingerprint
 from tangent_ops.model.features import split_model
-from tangent_ops.model.read_rows import count_read_rows, forms_keys, run_block, why_not
+from tangent_ops.model.read_rows import count_read_rows, form_of, forms_keys, run_block, why_not
 
 KINDS = {
     "absorbed": {},
@@ -115,7 +115,7 @@ def test_values_and_gradients_in_float64(heads, width, count, batch, rows, norme
         nn.init.normal_(parameter)
     tokens = torch.randn(batch, count, heads * width, dtype=torch.float64, requires_grad=True)
     right = block(tokens)[:, :rows]
-    found = run_block(block, tokens, rows)
+    found = run_block(form_of(block), block, tokens, rows)
     torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-9)
     leaves = [tokens, *block.parameters()]
     cotangent = torch.randn_like(right)
@@ -124,7 +124,9 @@ def test_values_and_gradients_in_float64(heads, width, count, batch, rows, norme
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
     if bias and not normed:
         shift = block.get_parameter("attn.qkv.bias")
-        (gradient,) = torch.autograd.grad(run_block(block, tokens, rows).sum(), shift)
+        (gradient,) = torch.autograd.grad(
+            run_block(form_of(block), block, tokens, rows).sum(), shift
+        )
         assert not gradient.chunk(3)[1].any()  # keys' biases drop out
 
 
@@ -234,6 +236,15 @@ def test_a_mask_gets_the_ordinary_call() -> None:
     mask = torch.ones(17, 17, dtype=torch.bool).tril()
     found = tangent.primal_and_tangent(x, attn_mask=mask)
     assert_near(found, exact_jvp(model, tangent.deltas(), x, attn_mask=mask))
+
+
+@pytest.mark.parametrize("kind", ["absorbed", "keys"])
+def test_compiled_tails(kind) -> None:
+    model, x = vit(**KINDS[kind]), images()
+    tangent = moved(linearize(model, last_blocks(model, 1)))
+    trunk, tail = tangent.split()
+    compiled = torch.compile(tail, backend="aot_eager", fullgraph=True)
+    assert_near(compiled(trunk(x)), sum(exact_jvp(model, tangent.deltas(), x)))
 
 
 def test_copies_of_a_tail_are_their_own() -> None:
