@@ -102,7 +102,8 @@ def test_factors_in_16_bits(dense: Dense, dtype: torch.dtype) -> None:
     options = {"representation": "factors"}
     problem = single.problem(L2, factors_dtype=dtype, **options)
     half, whole = problem.system, single.problem(L2, **options).system
-    assert half.loader.stored.nbytes < 0.6 * whole.loader.stored.nbytes
+    kept = [each.loader.stored.nbytes for each in (half, whole)]  # pyright: ignore
+    assert kept[0] < 0.6 * kept[1]
     eps = torch.finfo(dtype).eps
     direction = exact.float()
     right = whole.product(direction, penalty=False)
@@ -148,6 +149,6 @@ def test_refusals() -> None:
     fit_exact(problem)
     tangent.load_state_dict(linearize(Mlp().requires_grad_(False)).state_dict())
     with torch.no_grad():
-        tangent.anchor.head.weight.add_(1)
+        tangent.anchor.head.weight.add_(1)  # pyright: ignore
     tangent.load_state_dict(tangent.state_dict())
     refused(ArgumentError, "moved, cast or loaded", fit_exact, problem)

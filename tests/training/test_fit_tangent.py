@@ -18,10 +18,13 @@ def test_autocast_of_a_tangent_model(amp, dtype, cache):
     model, data = tiny_vit(), images()
     tangent = linearize(model, last_blocks(model, 1))
     seen = set()
-    # Both parts of the model: below the first trained block, and the block itself.
-    for block in (0, 2):
-        layer = tangent.anchor.get_submodule(f"blocks.{block}.mlp.fc1")
-        layer.register_forward_hook(lambda *args: seen.add(args[2].dtype))
+    # Both parts of the model: below the first trained block, and the block itself, of which a cache
+    # compares two forms without gradients first.
+    below, trained = (tangent.anchor.get_submodule(f"blocks.{n}.mlp.fc1") for n in (0, 2))
+    below.register_forward_hook(lambda *args: seen.add(args[2].dtype))
+    trained.register_forward_hook(
+        lambda *args: seen.add(args[2].dtype) if torch.is_grad_enabled() else None
+    )
     history = quiet(tangent, data, amp=amp, epochs=2, lr=1e-3, cache=cache)
     assert seen == {dtype}
     assert {delta.dtype for delta in tangent.deltas().values()} == {torch.float32}
