@@ -108,6 +108,7 @@ def parser_of(description: str, private: int, shards: int = 0) -> argparse.Argum
             help="parts that the private images are dealt into",
         )
         add("--forget", type=int, default=3, help="the shard to forget, from 1")
+    add("--scored", type=int, default=1000, help="images that every model is scored on")
     add("--score-on", choices=("test", "validation"), default="test", help="images to score on")
     add("--seed", type=int, default=0, help="of the split and of the order of the samples")
     add("--out", type=Path, default=Path("out"), help="folder for the results")
@@ -145,7 +146,7 @@ def deal(images: Images, options: argparse.Namespace) -> list[Images]:
             "them to forget, from 1"
         )
     most = len(images.targets)
-    scored = min(200 if options.quick else 1000, most // 4)
+    scored = min(200 if options.quick else options.scored, most // 4)
     public = 60 if options.quick else 100
     private = min(options.private, 250 if options.quick else most, most - 2 * scored - public)
     if min(public, private // shards) < len(images.classes):
