@@ -2,8 +2,8 @@
 
 All take a `Problem`: a model, data, a loss and a penalty. With a quadratic loss, fine-tuning a
 tangent model is ridge regression with the features J(x), so methods that are heuristics for other
-models are exact here. J is formed only where a docstring says so: otherwise an iteration is one jvp
-and one vjp over the data, in O(P) memory.
+models are exact here. A `Problem` keeps J as layer factors where that costs less; otherwise an
+iteration is one jvp and one vjp over the data, in O(P) memory.
 """
 
 from tangent_ops.exact.certificate import Certificate, certify

@@ -68,10 +68,10 @@ def fit_exact(
     """Move the model's deltas to the minimum of mean loss + l2/2 ‖Δ‖².
 
     The objective is that of `fit`. With a quadratic loss it is a ridge regression, solved by
-    conjugate gradients in O(P) memory, with one jvp and one vjp over the data per iteration. With
-    another convex loss, such as cross-entropy, conjugate gradients solve the steps of Newton's
-    method; its line search needs one jvp over the data, as logits are linear in the step. The
-    objective is strongly convex, so ‖∇F(Δ)‖ / l2 bounds the distance to the optimum (Boyd,
+    conjugate gradients; by passes, in O(P) memory, with one jvp and one vjp over the data per
+    iteration. With another convex loss, such as cross-entropy, conjugate gradients solve the steps
+    of Newton's method; its line search needs one jvp over the data, as logits are linear in the
+    step. The objective is strongly convex, so ‖∇F(Δ)‖ / l2 bounds the distance to the optimum (Boyd,
     Vandenberghe, "Convex Optimization", 2004, eq. 9.11).
 
     Args:
