@@ -57,7 +57,8 @@ def tail_of(classes: int, rows: bool = True, **options: Any) -> Any:
     """The tangent model of the last block, norm and head; tokens in."""
     model = vit(classes, **options)
     tail = linearize(model, last_blocks(model, 1), check=False).split()[1]
-    tail.anchor.rows = tail.anchor.rows if rows else 0
+    anchor: Any = tail.anchor
+    anchor.rows = anchor.rows if rows else 0
     return tail
 
 

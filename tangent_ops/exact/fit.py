@@ -71,8 +71,8 @@ def fit_exact(
     conjugate gradients; by passes, in O(P) memory, with one jvp and one vjp over the data per
     iteration. With another convex loss, such as cross-entropy, conjugate gradients solve the steps
     of Newton's method; its line search needs one jvp over the data, as logits are linear in the
-    step. The objective is strongly convex, so ‖∇F(Δ)‖ / l2 bounds the distance to the optimum (Boyd,
-    Vandenberghe, "Convex Optimization", 2004, eq. 9.11).
+    step. The objective is strongly convex, so ‖∇F(Δ)‖ / l2 bounds the distance to the optimum
+    (Boyd, Vandenberghe, "Convex Optimization", 2004, eq. 9.11).
 
     Args:
         problem: model, data, loss and penalty. The present deltas are the start.
