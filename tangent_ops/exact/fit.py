@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
@@ -12,12 +13,14 @@ from pathlib import Path
 from torch import Tensor
 
 from tangent_ops.data import check_integer
-from tangent_ops.errors import ArgumentError, NotConvergedWarning
+from tangent_ops.errors import ArgumentError, NotConvergedWarning, UnsupportedError
 from tangent_ops.exact.checkpoint import Checkpoint
 from tangent_ops.exact.layout import norm
-from tangent_ops.exact.preconditioner import Preconditioner, check_rank
+from tangent_ops.exact.passes import Passes
+from tangent_ops.exact.preconditioner import Preconditioner, check_rank, is_stored
 from tangent_ops.exact.problem import Problem, check_problem, check_tolerance
 from tangent_ops.exact.search import Search
+from tangent_ops.exact.subset import ROWS
 from tangent_ops.exact.tangent_kernel import solve_dual
 from tangent_ops.files import bytes_of, check_target
 from tangent_ops.losses import loss_name
@@ -80,8 +83,8 @@ def fit_exact(
         method: "cg": conjugate gradients, with products as `Problem.representation` says. "dual":
             solve with the N C x N C matrix J Jᵀ, the tangent kernel, for quadratic losses and N C
             up to some thousands, whatever the present deltas are; conjugate gradients then remove
-            rounding errors. "auto": cg; with layer factors its preconditioner inverts the Hessian
-            of up to 2,000 rows of J exactly, so that it is the dual solve of a small problem.
+            rounding errors. "auto": dual, if J is kept as layer factors of up to 2,000 rows; else
+            cg, whose preconditioner then inverts the Hessian of 2,000 rows exactly.
         max_iterations: of conjugate gradients, in all.
         rank: of the preconditioner (`tangent_ops.exact.preconditioner`). With layer factors, rows
             of J whose Hessian is inverted; None for up to 2,000. By passes, rank of Nyström's; None
@@ -117,7 +120,11 @@ def fit_exact(
     passes = problem.system
     start = problem.flat()
     file = None
-    if method == "dual":
+    if method == "auto" and rank is None and checkpoint is None and _is_small(passes):
+        # Otherwise conjugate gradients: the loss has no minimum, or l2 is small for the rounding.
+        with contextlib.suppress(UnsupportedError, ArgumentError):
+            start, rank = solve_dual(passes), 0
+    elif method == "dual":
         start, rank = solve_dual(passes), 0
     preconditioner = Preconditioner(passes, rank)
     search = Search(passes, start, tol, max_iterations, preconditioner)
@@ -125,7 +132,9 @@ def fit_exact(
         file = Checkpoint(Path(checkpoint), _identity(problem, start, preconditioner.rank))
         search.keep(file, checkpoint_every)
     delta = search.run()
-    value, gradient, _ = passes.gradient(delta)
+    # Factors in 16 bits are those of another problem: the bound is for the given one.
+    judge = problem.passes if problem.in_16_bits else passes
+    value, gradient, _ = judge.gradient(delta)
     size, bound = norm(delta), norm(gradient) / problem.l2
     problem.tangent.load_delta_dict(passes.layout.named(delta))
     if file is not None:
@@ -150,6 +159,12 @@ def fit_exact(
             stacklevel=2,
         )
     return report
+
+
+def _is_small(passes: Passes) -> bool:
+    """Whether a decomposition of J Jᵀ costs less than conjugate gradients."""
+    rows = passes.samples * passes.outputs
+    return is_stored(passes) and passes.quadratic and rows <= ROWS
 
 
 def _identity(problem: Problem, start: Tensor, rank: int) -> dict[str, str]:

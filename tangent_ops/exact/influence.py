@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tangent_ops.errors import ArgumentError
 from tangent_ops.exact.problem import Problem, check_l2, check_problem
-from tangent_ops.exact.tangent_kernel import TangentKernel
+from tangent_ops.exact.tangent_kernel import TangentKernel, decomposed
 
 
 class Influence:
@@ -192,13 +192,7 @@ class Influence:
     def _inverse(self, penalty: float) -> Tensor:
         matrix = self._kernel.whitened
         matrix.diagonal().add_(penalty)
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        if failed:
-            raise ArgumentError(
-                f"l2={self.l2:g} is too small for the rounding of J Jᵀ: use a larger one, or a "
-                "model in float64"
-            )
-        return torch.cholesky_inverse(factor)
+        return torch.cholesky_inverse(decomposed(matrix, self.l2))
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,14 @@ class Problem:
         return kept.system(passes) if exact and kept.batches is not None else None
 
     @property
+    def in_16_bits(self) -> bool:
+        """Whether J is kept in fewer bits than the deltas have."""
+        return self.representation != "passes" and self._representation.dtype in (
+            torch.float16,
+            torch.bfloat16,
+        )
+
+    @property
     def representation(self) -> str:
         """How `system` computes products with J: "passes", "factors" or "rows"."""
         return self._representation.choose(self.passes)

@@ -181,8 +181,14 @@ class Kept:
             return like.new_empty(shape, dtype=dtype)
         self._folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(".factors", dir=self._folder)
-        os.close(handle)
         size = torch.Size(shape).numel()
+        try:  # a full disk is an error now, and not a crash when a page is written
+            os.posix_fallocate(handle, 0, max(1, size * dtype.itemsize))
+        except OSError:
+            os.unlink(name)
+            raise
+        finally:
+            os.close(handle)
         mapped = torch.from_file(name, shared=True, size=size, dtype=dtype)
         os.unlink(name)  # the mapping keeps the content
         return mapped.view(shape)

@@ -58,13 +58,13 @@ class Stored:
         parts = tuple(part.take(indices) for part in self.parts)
         return Stored(self.logits[indices], parts, self.shape)
 
-    def to(self, dtype: torch.dtype) -> Stored:
-        """The same in another precision."""
+    def to(self, device: torch.device, dtype: torch.dtype) -> Stored:
+        """The same on another device, in another precision."""
         parts = [
-            part.changed(**{name: tensor.to(dtype) for name, tensor in part.tensors.items()})
+            part.changed(**{n: tensor.to(device, dtype) for n, tensor in part.tensors.items()})
             for part in self.parts
         ]
-        return Stored(self.logits.to(dtype), tuple(parts), self.shape)
+        return Stored(self.logits.to(device, dtype), tuple(parts), self.shape)
 
     def split(self, count: int) -> Iterator[Stored]:
         """`count` samples at a time."""
@@ -183,11 +183,11 @@ class StoredBatches:
             where: slice | Tensor = slice(start, min(start + BATCH, self.samples))
             if self.indices is not None:
                 where = _as_slice(self.indices[where])
-            yield self.stored.take(where).to(self.dtype), self.targets[where]
+            yield self.stored.take(where).to(self.targets.device, self.dtype), self.targets[where]
 
     def take(self, indices: Sequence[int]) -> StoredBatches:
         """Batches of some of the samples; nothing is copied."""
-        chosen = torch.as_tensor(indices, device=self.targets.device)
+        chosen = torch.as_tensor(indices)  # on the CPU, which indexes tensors of any device
         chosen = chosen if self.indices is None else self.indices[chosen]
         return StoredBatches(self.stored, self.targets, self.dtype, chosen)
 

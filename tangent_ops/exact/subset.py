@@ -60,7 +60,11 @@ class SubsetInverse:
         gram = gram.reshape(n * c, n * c)
         gram.diagonal().add_(self._penalty)
         dtype = self._part.logits.dtype
-        self._factor = torch.linalg.cholesky(gram).to(dtype)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed:  # rounding exceeds the penalty; a preconditioner need not be exact
+            shift = torch.finfo(dtype).eps * gram.diagonal().sum()
+            factor = torch.linalg.cholesky(gram + shift * torch.eye(n * c).to(gram))
+        self._factor = factor.to(dtype)
         self._roots = self._roots.to(dtype)
 
     def __call__(self, vector: Tensor) -> Tensor:

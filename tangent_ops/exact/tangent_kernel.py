@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.exact.passes import Passes
 from tangent_ops.exact.stored import Stored, StoredJacobian
 from tangent_ops.losses import loss_gradient, loss_hessians
@@ -165,9 +165,29 @@ def solve_dual(passes: Passes) -> Tensor:
     kernel = TangentKernel(passes)
     matrix = kernel.whitened
     matrix.diagonal().add_(kernel.samples * passes.l2)
-    solved = torch.cholesky_solve(kernel.wanted.reshape(-1, 1), torch.linalg.cholesky(matrix))
+    solved = torch.cholesky_solve(kernel.wanted.reshape(-1, 1), decomposed(matrix, passes.l2))
     weights = kernel.factors @ solved.view(kernel.samples, kernel.outputs, 1)
     return kernel.pull_back(weights.squeeze(2))
+
+
+def decomposed(matrix: Tensor, l2: float) -> Tensor:
+    """The Cholesky factor of J Jᵀ with the penalty on its diagonal.
+
+    Raises:
+        NonFiniteLossError: an entry is NaN or infinite.
+        ArgumentError: rounding of J Jᵀ exceeds the penalty.
+    """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed and not matrix.isfinite().all():
+        raise NonFiniteLossError(
+            "J Jᵀ is not finite: check the inputs for NaN, and a 16-bit model for overflow"
+        )
+    if failed:
+        raise ArgumentError(
+            f"l2={l2:g} is too small for the rounding of J Jᵀ: use a larger one, "
+            "fit_exact(method='cg'), or a model in float64"
+        )
+    return factor
 
 
 def products(a: Tensor, b: Tensor) -> Tensor:

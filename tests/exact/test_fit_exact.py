@@ -260,7 +260,9 @@ def test_refusals(dense: Dense) -> None:
     refused("problem must be a Problem, got a Linearized", problem=dense.tangent)
     inputs, classes = dense.data.tensors
     broken = TensorDataset(inputs.clone().index_fill(0, torch.tensor([7]), math.nan), classes)
-    refused("not finite", error=NonFiniteLossError, problem=dense.problem(0.1, broken))
+    for method in ("auto", "cg", "dual"):
+        problem = dense.problem(0.1, broken)
+        refused("not finite", error=NonFiniteLossError, problem=problem, method=method)
 
 
 @pytest.mark.gpu

@@ -14,11 +14,12 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from tangent_ops import linearize
-from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.errors import ArgumentError, NotConvergedWarning, UnsupportedError
 from tangent_ops.exact import Influence, Problem, add_samples, fit_exact, forget_samples
 from tangent_ops.exact import representation as module
 from tangent_ops.exact.extract import Extractor
 from tangent_ops.exact.jacobian import Jacobian
+from tangent_ops.exact.subset import SubsetInverse
 
 L2 = 0.05
 
@@ -109,6 +110,18 @@ def test_factors_in_16_bits(dense: Dense, dtype: torch.dtype) -> None:
     right = whole.product(direction, penalty=False)
     off = float((half.product(direction, penalty=False) - right).norm() / right.norm())
     assert eps / 100 < off < 4 * eps
+    # A fit reports its distance from the optimum of the given problem, not of the rounded one.
+    with pytest.warns(NotConvergedWarning):
+        report = fit_exact(problem, tol=1e-5)
+    distance = float((single.delta - exact).norm())
+    assert eps / 100 * float(exact.norm()) < distance <= report.distance_bound
+
+
+def test_an_l2_below_the_rounding_is_solved(dense: Dense) -> None:
+    """In float32: the preconditioner's decomposition needs a shift."""
+    single = dense.in_single()
+    problem = single.problem(1e-9, representation="factors")
+    SubsetInverse([problem.system])(single.delta.float())
 
 
 def test_auto_takes_what_costs_less(dense: Dense, monkeypatch, capsys) -> None:
