@@ -3,10 +3,13 @@
 from tangent_ops import errors, losses
 from tangent_ops.composition.compose import compose
 from tangent_ops.composition.ledger import Ledger
+from tangent_ops.composition.statistics import TangentStatistics
 from tangent_ops.delta import Delta, DeltaMeta, load_delta, save_delta
 from tangent_ops.evaluate import accuracy, predict
 from tangent_ops.exact import Influence, compose_lossless, fit_exact, forget_samples
+from tangent_ops.exact.collect import statistics
 from tangent_ops.functional import scaled_dot_product_attention
+from tangent_ops.model.core_basis import core_basis
 from tangent_ops.model.features import CachedFeatures, cache_features
 from tangent_ops.model.gradient_basis import gradient_basis
 from tangent_ops.model.linearize import last_blocks, linearize
@@ -29,10 +32,12 @@ __all__ = [
     "LinearizedModel",
     "Recipe",
     "TangentAttention",
+    "TangentStatistics",
     "accuracy",
     "cache_features",
     "compose",
     "compose_lossless",
+    "core_basis",
     "errors",
     "fit",
     "fit_exact",
@@ -48,4 +53,5 @@ __all__ = [
     "predict",
     "save_delta",
     "scaled_dot_product_attention",
+    "statistics",
 ]

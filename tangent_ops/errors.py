@@ -38,6 +38,10 @@ class LedgerBusyError(LedgerError):
     """Another process or thread kept the ledger locked; try again."""
 
 
+class StatisticsError(TangentOpsError, ValueError):
+    """Statistics do not fit each other, are out of range, or do not determine an optimum."""
+
+
 class PlanError(TangentOpsError, ValueError):
     """A plan of shards is damaged, does not fit, or does not allow a change."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -83,12 +83,34 @@ class Extractor:
             return self._of_batch(inputs)
         return Stored.joined([self._of_batch(one) for one in inputs.split(1)])
 
+    def alone(self, one: Tensor) -> Stored:
+        """J of one input, (1, ...), with the same bits whatever other samples there are.
+
+        The model runs on C copies, and each goes back from another output: one pass, not C.
+        """
+        one = one.to(self._jacobian.device)
+        if self._slow:
+            return self._of_batch(one)
+        copies = self._outputs
+        used = self._run(one.expand(copies, *one.shape[1:]).contiguous())
+        outputs = used.output.flatten(1)
+        edges = [call.edge for call in used.maps if call.names <= self._covered]
+        edges += [edge for *_, edge in used.modules]
+        found: list[Tensor | None] = [None] * len(edges)
+        if edges and outputs.requires_grad:
+            eye = torch.eye(copies, dtype=outputs.dtype, device=outputs.device)
+            grads = torch.autograd.grad(outputs, edges, eye, allow_unused=True)
+            found = [None if g is None else g.unflatten(0, (copies, -1)) for g in grads]
+        return self._stored(used, found, 1)
+
     def _plan(self, inputs: Tensor) -> None:
         """Find out which modules' parameters `Factors` do not cover, and which remain."""
         self._modules: dict[str, nn.Module] = {}
         used = self._run(inputs)
         self._precision = used.output.dtype
-        covered = _covered(used.maps, self._weights, self._jacobian.layout.size, self._slow)
+        size = self._jacobian.layout.size
+        cores = {n for n, weight in self._weights.items() if weight.left is not None}
+        covered, shared = _covered(used.maps, self._weights, size, self._slow, cores)
         rest = self._weights.keys() - covered
         # Only now, since a module with a hook may not be run in its cheapest form.
         for name, module in self._tangent.anchor.named_modules():
@@ -103,12 +125,12 @@ class Extractor:
                 rest -= own
             else:
                 del self._modules[name]
-        self._covered, self._slow = covered, rest
+        self._covered, self._shared_cores, self._slow = covered, shared, rest
         self._count(used)
 
     def _count(self, used: _Used) -> None:
         """Count entries and operations of a sample's parts, from the shapes of one sample."""
-        outputs = used.output[0].numel()
+        outputs = self._outputs = used.output[0].numel()
         by_rows = self._weights.keys() - self._covered
         entries = outputs * (1 + sum(self._weights[name].place.size for name in by_rows))
         work = 4 * entries
@@ -148,20 +170,33 @@ class Extractor:
 
     def _of_batch(self, inputs: Tensor) -> Stored:
         used = self._run(inputs)
-        logits = used.output.detach().flatten(1).to(self._jacobian.layout.dtype)
-        groups = _groups([call for call in used.maps if call.names <= self._covered])
-        calls = [call for group in groups for call in group]
-        edges = [call.edge for call in calls] + [edge for *_, edge in used.modules]
+        edges = [call.edge for call in used.maps if call.names <= self._covered]
+        edges += [edge for *_, edge in used.modules]
         found = self._cotangents(used, edges + list(used.leaves.values()))
-        parts: list[Part] = []
+        return self._stored(used, found, len(inputs))
+
+    def _stored(self, used: _Used, found: list[Tensor | None], count: int) -> Stored:
+        """J of `count` samples from the cotangents (C, ...) of maps, modules and leaves."""
+        logits = used.output.detach().flatten(1)[:count].to(self._jacobian.layout.dtype)
+        calls = [call for call in used.maps if call.names <= self._covered]
         cotangents = dict(zip(map(id, calls), found, strict=False))
-        for group in groups:
-            parts += self._factors(group, [cotangents[id(call)] for call in group], len(inputs))
+        parts: list[Part] = []
+        cores: dict[str, list[Rows]] = {}
+        for group in _groups(calls):
+            given = [cotangents[id(call)] for call in group]
+            for part in self._factors(group, given, len(used.output), count):
+                if shared := group[0].names & self._shared_cores:
+                    cores.setdefault(*shared, []).append(part.as_rows())
+                else:
+                    parts.append(part.as_rows() if self._are_rows(part) else part)
+        places = {name: self._weights[name].place for name in cores}
+        parts += [_added(several, places[name]) for name, several in cores.items()]
         rows: dict[str, Tensor] = {}
         for (name, seen, _), g in zip(used.modules, found[len(calls) :], strict=False):
             if g is not None:
-                rows |= self._module_rows(name, seen, g)
-        for name, g in zip(used.leaves, found[len(edges) :], strict=True):
+                rows |= self._module_rows(name, seen[:count], g)
+        first = len(calls) + len(used.modules)
+        for name, g in zip(used.leaves, found[first:], strict=True):
             if g is not None:
                 rows[name] = g[None]  # one sample at a time
         if rows:
@@ -172,19 +207,20 @@ class Extractor:
         return Stored(logits, tuple(parts), used.output.shape[1:])
 
     def _factors(
-        self, group: list[_Map], cotangents: list[Tensor | None], count: int
-    ) -> list[Part]:
-        """The calls of one linear map, as one part; none if no output depends on it."""
+        self, group: list[_Map], cotangents: list[Tensor | None], ran: int, count: int
+    ) -> list[Factors]:
+        """The calls of one linear map on the first of the `ran` samples; none if nobody reads it."""
         kept = [(c, g) for c, g in zip(group, cotangents, strict=True) if g is not None]
         if not kept:
             return []
-        inputs = torch.cat([call.activations(count) for call, _ in kept], dim=2)
+        inputs = torch.cat([call.activations(ran)[:count] for call, _ in kept], dim=2)
         outputs = torch.cat([call.cotangents(g, count) for call, g in kept], dim=3)
         dtype = self._jacobian.layout.dtype
-        part = Factors(inputs.to(dtype), outputs.to(dtype), *group[0].places)
-        _, c, _, t, o = outputs.shape
-        explicit = self._explicit or _rows_are_cheaper(t, inputs.shape[3], o, c)
-        return [part.as_rows() if explicit else part]
+        return [Factors(inputs.to(dtype), outputs.to(dtype), *group[0].places)]
+
+    def _are_rows(self, part: Factors) -> bool:
+        _, c, _, t, o = part.cotangents.shape
+        return self._explicit or _rows_are_cheaper(t, part.inputs.shape[3], o, c)
 
     def _module_rows(self, name: str, seen: Tensor, cotangents: Tensor) -> dict[str, Tensor]:
         """(n, C, ...) by a module's own parameters; the cotangents are (C, n, ...)."""
@@ -388,9 +424,16 @@ def _groups(maps: list[_Map]) -> list[list[_Map]]:
 
 
 def _covered(
-    maps: list[_Map], weights: Mapping[str, Weight], size: int, without: set[str]
-) -> set[str]:
-    """The parameters that linear maps use, no entry of which two different maps share."""
+    maps: list[_Map],
+    weights: Mapping[str, Weight],
+    size: int,
+    without: set[str],
+    cores: set[str],
+) -> tuple[set[str], set[str]]:
+    """The parameters that linear maps use, and the cores among them that several maps share.
+
+    No entry of another parameter is shared by two different maps.
+    """
     counts = torch.zeros(1, size, dtype=torch.uint8)
     for places in {call.places for call in maps}:
         for place in places:
@@ -398,10 +441,21 @@ def _covered(
                 place.of(counts).add_(1)
     named = {name for call in maps for name in call.names}
     shared = {name for name in named if weights[name].place.of(counts).max() != 1}
-    lost = shared | without
+    lost = (shared - cores) | without
     while more := {n for call in maps if call.names & lost for n in call.names} - lost:
         lost |= more  # a map is used as a whole, or not at all
-    return named - lost
+    return named - lost, (shared & cores) - lost
+
+
+def _added(several: list[Rows], place: Place) -> Rows:
+    """The rows of maps that share a parameter, at its place."""
+    n, c, _ = several[0].rows.shape
+    total = several[0].rows.new_zeros(n * c, place.size)
+    for part in several:
+        (view,) = part.places
+        inside = replace(view, offset=view.offset - place.offset)
+        inside.of(total).add_(part.rows.view(n * c, *view.shape))
+    return Rows(total.view(n, c, place.size), (place,))
 
 
 def _filled(cotangents: tuple[Tensor | None, ...]) -> list[Tensor]:

@@ -82,6 +82,9 @@ def _leading(name: str, parameter: nn.Parameter, rank: int) -> Tensor:
             f"the gradient by {name} has rank {found} on these data, less than rank={rank}: "
             "use more data, a smaller rank, or a random basis (basis=0)"
         )
-    rows = rows[:rank]
-    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
-    return (rows * largest.sign()).to(delta_dtype(parameter.dtype)).contiguous()
+    return canonical_rows(rows[:rank]).to(delta_dtype(parameter.dtype)).contiguous()
+
+
+def canonical_rows(rows: Tensor) -> Tensor:
+    """The rows with the sign by which each one's largest entry is positive."""
+    return rows * rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()

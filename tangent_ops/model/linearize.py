@@ -13,6 +13,7 @@ from tangent_ops.errors import ArgumentError, ZeroHeadWarning
 from tangent_ops.model.check_derivatives import described_input
 from tangent_ops.model.checkpointing import find_blocks, find_switches, take_flags
 from tangent_ops.model.copies import independent_copy
+from tangent_ops.model.core_basis import CoreBasis
 from tangent_ops.model.eval_caches import clear_caches
 from tangent_ops.model.features import blocks_of
 from tangent_ops.model.linearized import LinearizedModel, Record
@@ -81,6 +82,8 @@ def linearize(
         raise ArgumentError("model is linearized already: pass the original, or model.anchor")
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}: expected an nn.Module")
+    if trainable is None and isinstance(core, CoreBasis):
+        trainable = core.trainable
     clear_caches(model)
     anchor = independent_copy(model).eval().requires_grad_(False)
     checkpointing = take_flags(find_switches(anchor))

@@ -91,10 +91,10 @@ def make_cores(
                 f"basis is a {type(seed).__name__}: expected an int, the seed of a random core; "
                 "given factors are a dict in `core`"
             )
-        out, within = _core_sizes(core)
+        out, within = core_sizes(core)
         shapes = {n: matrix_shape(p) for n, p in parameters.items() if p.ndim >= 2}
         pairs = {
-            n: (_drawn(f"{n}:left", out, rows, seed).T, _drawn(n, within, columns, seed))
+            n: drawn_sides(n, (out, within), (rows, columns), seed)
             for n, (rows, columns) in shapes.items()
             if rows > out and columns > within
         }
@@ -107,7 +107,16 @@ def make_cores(
     return right, {name: like_delta(pair[0], name) for name, pair in pairs.items()}
 
 
-def _core_sizes(core: Any) -> tuple[int, int]:
+def drawn_sides(
+    name: str, size: tuple[int, int], shape: tuple[int, int], seed: int
+) -> tuple[Tensor, Tensor]:
+    """Random sides B (out, r_out) and A (r_in, in) of a core (r_out, r_in)."""
+    left = _drawn(f"{name}:left", size[0], shape[0], seed).T
+    return left, _drawn(name, size[1], shape[1], seed)
+
+
+def core_sizes(core: Any) -> tuple[int, int]:
+    """(r_out, r_in) of a core's size; raise ArgumentError unless it is one or two integers."""
     pair = core if isinstance(core, (tuple, list)) else (core, core)
     if len(pair) != 2 or any(type(size) is not int or size < 1 for size in pair):
         raise ArgumentError(
