@@ -6,7 +6,7 @@ With f(x) + J(x) Δ and a square loss, the optimum on any set of samples depends
 
 only. Columns of J are those of a core (k of them, in which all outputs differ) and those of a
 linear head, whose rows are e_c ⊗ a_i for the head's input a_i with a 1 for its bias. So H has the
-blocks Σ_ic φ_ic φ_icᵀ (k, k), Σ_i φ_ic a_iᵀ (k, C, h), and Σ_i a_i a_iᵀ (h, h) once for all outputs.
+blocks Σ_ic φ_ic φ_icᵀ (k, k), Σ_i φ_ic a_iᵀ (k, C, h), and Σ_i a_i a_iᵀ (h, h) for all outputs.
 
 Each sample's terms are rounded to multiples of 2^-bits once, and added as int64. So sums do not
 depend on the order, and subtracting a sample leaves, bit for bit, what never having seen it gives.

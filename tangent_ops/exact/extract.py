@@ -185,8 +185,9 @@ class Extractor:
         for group in _groups(calls):
             given = [cotangents[id(call)] for call in group]
             for part in self._factors(group, given, len(used.output), count):
-                if shared := group[0].names & self._shared_cores:
-                    cores.setdefault(*shared, []).append(part.as_rows())
+                shared = next(iter(group[0].names & self._shared_cores), None)
+                if shared is not None:
+                    cores.setdefault(shared, []).append(part.as_rows())
                 else:
                     parts.append(part.as_rows() if self._are_rows(part) else part)
         places = {name: self._weights[name].place for name in cores}
@@ -209,7 +210,7 @@ class Extractor:
     def _factors(
         self, group: list[_Map], cotangents: list[Tensor | None], ran: int, count: int
     ) -> list[Factors]:
-        """The calls of one linear map on the first of the `ran` samples; none if nobody reads it."""
+        """The calls of one linear map on the first of the samples it ran on, as one part."""
         kept = [(c, g) for c, g in zip(group, cotangents, strict=True) if g is not None]
         if not kept:
             return []

@@ -263,7 +263,7 @@ def _chosen_sizes(spectra: Mapping[str, _Spectrum], directions: int) -> dict[str
 
     Each step takes the row or column with the most of Σ left_i right_j per number.
     """
-    sizes = dict.fromkeys(spectra, (0, 0))
+    sizes: dict[str, tuple[int, int]] = dict.fromkeys(spectra, (0, 0))
     left = {name: spectrum.left.tolist() for name, spectrum in spectra.items()}
     right = {name: spectrum.right.tolist() for name, spectrum in spectra.items()}
     spent = 0
