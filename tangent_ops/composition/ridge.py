@@ -83,6 +83,15 @@ class FeatureRows:
     core: Tensor
     head: Tensor
 
+    @classmethod
+    def joined(cls, several: Sequence[FeatureRows]) -> FeatureRows:
+        """The samples of all, in order."""
+        return cls(
+            torch.cat([rows.outputs for rows in several]),
+            torch.cat([rows.core for rows in several]),
+            torch.cat([rows.head for rows in several]),
+        )
+
     def __len__(self) -> int:
         return len(self.outputs)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from tangent_ops.composition.fixed_terms import add_samples
+from tangent_ops.composition.ridge import FeatureRows
 from tangent_ops.composition.statistics import FRACTION_BITS, StatisticsMeta, TangentStatistics
 from tangent_ops.data import Data, check_integer, check_positive, in_order, place, unpack
 from tangent_ops.delta import DeltaMeta
@@ -16,6 +17,7 @@ from tangent_ops.exact.problem import check_tangent
 from tangent_ops.exact.progress import progress_bar
 from tangent_ops.exact.tangent_features import TangentFeatures
 from tangent_ops.losses import Loss, RescaledSquareLoss, loss_name
+from tangent_ops.model.core_basis import sample_sha256
 from tangent_ops.model.linearized import LinearizedModel
 
 READ = 64  # samples that are in memory at a time
@@ -29,6 +31,7 @@ def statistics(
     classes: Sequence[str] | None = None,
     class_weights: Sequence[float] | None = None,
     fraction_bits: int = FRACTION_BITS,
+    remembered: bool = False,
     batch_size: int = READ,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -46,12 +49,15 @@ def statistics(
         class_weights: of the loss of each class's samples, (C,), positive.
         fraction_bits: terms are multiples of 2^-fraction_bits; their sums over all samples that
             will ever be added must stay below 2^(63 - fraction_bits).
+        remembered: accept samples that the model's basis was computed from. It keeps what it knows
+            of them when they are taken out of the statistics.
         batch_size: of a Dataset; a DataLoader has its own.
         device: the model is moved there first.
         progress: show a bar if it takes more than two seconds.
 
     Raises:
-        ArgumentError: an argument is not as above, or the model has too many core columns.
+        ArgumentError: an argument is not as above; a sample that the basis remembers; or the model
+            has too many core columns.
         UnsupportedError: another loss; a model that mixes samples.
         StatisticsError: features are not finite, or the sums are out of range.
     """
@@ -59,29 +65,77 @@ def statistics(
     check_integer("fraction_bits", fraction_bits, 1)
     loss = RescaledSquareLoss() if loss is None else loss
     targets_of = _Targets(loss)
-    loader = in_order(data, batch_size)
-    where = place(tangent, device)
-    features = total = weights = None
-    with progress_bar("statistics", "batch", len(loader), progress, inner=False) as bar:
-        for batch in loader:
-            inputs, targets = unpack(batch, where)
-            if features is None or total is None:
-                features = TangentFeatures(tangent, inputs)
-                outputs = features(inputs[:1]).outputs.shape[1]
-                meta = _meta(
-                    tangent, features, outputs, loss, classes, class_weights, fraction_bits
-                )
-                total = TangentStatistics.zero(meta, labelled=targets_of.are_classes)
-                weights = None if class_weights is None else torch.tensor(meta.class_weights)
-            rows = features(inputs)
-            residuals = targets_of.values(targets, rows.outputs) - rows.outputs
-            labels = targets if targets_of.are_classes else None
-            own = None if weights is None else weights[targets.cpu()]
-            add_samples(total, rows, residuals, labels, own)
-            bar.update()
+    total = weights = None
+    for features, inputs, targets, rows in _read(tangent, data, batch_size, device, progress):
+        if total is None:
+            given = (classes, class_weights, fraction_bits)
+            meta = _meta(tangent, features, rows.outputs.shape[1], loss, *given)
+            total = TangentStatistics.zero(meta, labelled=targets_of.are_classes)
+            weights = None if class_weights is None else torch.tensor(meta.class_weights)
+        if not remembered:
+            _check_remembered(tangent, inputs, len(total))
+        residuals = targets_of.values(targets, rows.outputs) - rows.outputs
+        labels = targets if targets_of.are_classes else None
+        add_samples(total, rows, residuals, labels, None if weights is None else weights[labels])
     assert total is not None
     total.sort_list()
     return total
+
+
+def feature_rows(
+    tangent: LinearizedModel,
+    data: Data,
+    *,
+    loss: Loss | None = None,
+    batch_size: int = READ,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> tuple[FeatureRows, Tensor]:
+    """f, φ and a of samples, and their r, (N, C): for what needs the samples, not their sums.
+
+    `Ridge.leave_one_out`, `Ridge.covariance` and `Ridge.predictions` take them. The arguments are
+    those of `statistics`; all N C k numbers are kept in memory.
+
+    Raises:
+        ArgumentError, UnsupportedError: as `statistics`.
+    """
+    check_tangent(tangent)
+    targets_of = _Targets(RescaledSquareLoss() if loss is None else loss)
+    parts, residuals = [], []
+    for _, _, targets, rows in _read(tangent, data, batch_size, device, progress):
+        parts.append(rows)
+        residuals.append(targets_of.values(targets, rows.outputs) - rows.outputs)
+    return FeatureRows.joined(parts), torch.cat(residuals)
+
+
+def _read(
+    tangent: LinearizedModel,
+    data: Data,
+    batch_size: int,
+    device: str | torch.device | None,
+    progress: bool,
+) -> Iterator[tuple[TangentFeatures, Tensor, Tensor, FeatureRows]]:
+    """Features, inputs, targets and rows of each batch."""
+    loader = in_order(data, batch_size)
+    where = place(tangent, device)
+    features = None
+    with progress_bar("statistics", "batch", len(loader), progress) as bar:
+        for batch in loader:
+            inputs, targets = unpack(batch, where)
+            features = features or TangentFeatures(tangent, inputs)
+            yield features, inputs, targets, features(inputs)
+            bar.update()
+
+
+def _check_remembered(tangent: LinearizedModel, inputs: Tensor, first: int) -> None:
+    known = tangent.basis_remembers
+    for index, one in enumerate(inputs if known else ()):
+        if sample_sha256(one) in known:
+            raise ArgumentError(
+                f"data[{first + index}] is among the data that the model's basis was computed "
+                "from, and the basis would remember it: leave it out, compute the basis from "
+                "other, public data, or pass remembered=True"
+            )
 
 
 class _Targets:

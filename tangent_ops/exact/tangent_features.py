@@ -68,12 +68,8 @@ class TangentFeatures:
 
     def __call__(self, inputs: Tensor) -> FeatureRows:
         """f, φ and a of some samples (n, ...), on the model's device."""
-        parts = [self._of(one) for one in inputs.to(self._layout.device).split(1)]
-        return FeatureRows(
-            torch.cat([part.outputs for part in parts]),
-            torch.cat([part.core for part in parts]),
-            torch.cat([part.head for part in parts]),
-        )
+        ones = inputs.to(self._layout.device).split(1)
+        return FeatureRows.joined([self._of(one) for one in ones])
 
     def _entering(self, inputs: Tensor) -> Tensor:
         if self._trunk is None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from tangent_ops.data import Data, as_loader, check_choice, check_integer, place, unpack
 from tangent_ops.delta import fingerprint
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, few
+from tangent_ops.files import add_tensor
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.model.features import Tail
 from tangent_ops.model.gradient_basis import canonical_rows
@@ -32,16 +34,22 @@ class CoreBasis(dict[str, tuple[Tensor, Tensor]]):
     Args:
         sides: B (out, r_out) and A (r_in, in) of each weight.
         whole: names of the parameters that are trained beside the cores, in full.
+        remembers: `sample_sha256` of each input that the sides were computed from.
 
     Attributes:
         whole: as given.
+        remembers: as given.
     """
 
     def __init__(
-        self, sides: Mapping[str, tuple[Tensor, Tensor]], whole: Iterable[str] = ()
+        self,
+        sides: Mapping[str, tuple[Tensor, Tensor]],
+        whole: Iterable[str] = (),
+        remembers: Iterable[bytes] = (),
     ) -> None:
         super().__init__(sides)
         self.whole = tuple(whole)
+        self.remembers = frozenset(remembers)
 
     @property
     def directions(self) -> int:
@@ -88,8 +96,8 @@ def core_basis(
     "random": independent of any data.
 
     Deltas and statistics add up if they have the same basis: compute it once, on data that every
-    owner of a shard may know. A basis remembers its data, whatever is forgotten later: do not
-    compute it from data that may have to be forgotten, or that are private.
+    owner of a shard may know. A basis remembers its data, whatever is forgotten later. So
+    `tangent_ops.statistics` refuses samples that the basis was computed from.
 
     Args:
         model: the model to linearize; a copy of it runs, in eval mode.
@@ -136,7 +144,7 @@ def core_basis(
     }
     if not matrices:
         raise ArgumentError("trainable has no matrix outside of the classifier: nothing has a core")
-    sides = {}
+    sides, remembers = {}, set()
     if method == "random":
         for name, parameter in matrices.items():
             out, within = matrix_shape(parameter)
@@ -146,7 +154,7 @@ def core_basis(
     elif public_data is not None:
         measure = _kfac if method == "kfac" else _gradients
         loader = as_loader(public_data, batch_size, shuffle=False)
-        spectra = measure(model, matrices, loader)
+        spectra = measure(model, matrices, _remembering(loader, remembers))
         sizes = {
             name: (min(rows, len(spectrum.left)), min(columns, len(spectrum.right)))
             for name, spectrum in spectra.items()
@@ -164,7 +172,20 @@ def core_basis(
         )
         for name, pair in sides.items()
     }
-    return CoreBasis(kept, sorted({*whole, *head}))
+    return CoreBasis(kept, sorted({*whole, *head}), remembers)
+
+
+def sample_sha256(one: Tensor) -> bytes:
+    """A hash of one sample's input, by which a sample that a basis remembers is recognized."""
+    digest = hashlib.sha256()
+    add_tensor(digest, one)
+    return digest.digest()
+
+
+def _remembering(loader: Any, remembers: set[bytes]) -> Iterator[Any]:
+    for batch in loader:
+        yield batch
+        remembers.update(sample_sha256(one) for one in batch[0])
 
 
 class _Spectrum:

@@ -58,6 +58,7 @@ def linearize(
         core: None, or the fixed sides of Δw = B C A, of which C (r_out, r_in) is the delta: name ->
             (B, A), B (out, r_out) with orthonormal columns and A (r_in, in) with orthonormal rows;
             or r, or (r_out, r_in), for random ones. Other trained parameters keep full deltas.
+            :func:`tangent_ops.core_basis` computes sides, and then chooses ``trainable``, too.
         example: an input of the model, or a tuple of its inputs, to run the check below now instead
             of at the first call. timm models describe their own input.
         check: compare J with the ordinary model's gradients on one sample. The check finds
@@ -106,6 +107,8 @@ def linearize(
     }
     right, left = Tree(bases), Tree(lefts)
     record = Record(anchor, right, left, pattern_text(trainable))
+    if isinstance(core, CoreBasis):
+        record.basis_remembers = core.remembers
     tangent = LinearizedModel(anchor, Tree(deltas), right, left, record)
     tangent.grad_checkpointing = checkpointing and bool(find_blocks(anchor))
     tangent._wants_check = tangent._unchecked = check

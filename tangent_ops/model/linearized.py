@@ -325,6 +325,11 @@ class LinearizedModel(nn.Module):
         return self._record.basis_fingerprint
 
     @property
+    def basis_remembers(self) -> frozenset[bytes]:
+        """Hashes of the samples that a `CoreBasis` was computed from."""
+        return self._record.basis_remembers
+
+    @property
     def trainable(self) -> str:
         return self._record.trainable
 
@@ -357,6 +362,7 @@ class Record:
         self.basis, self.left = basis, left
         self.trainable = trainable
         self.uses_fsdp = False
+        self.basis_remembers: frozenset[bytes] = frozenset()
 
     @functools.cached_property
     def fingerprint(self) -> str:
