@@ -185,12 +185,14 @@ class Ridge:
     def covariance(
         self, rows: FeatureRows, l2: float, noise_variance: float | None = None
     ) -> Tensor:
-        """σ² J (H + λ I)⁻¹ Jᵀ of each sample, (n, C, C): as `exact.predictive_covariance`.
+        """σ² J (H + λ I)⁻¹ Jᵀ: each sample's covariance of the outputs, (n, C, C), given the data.
+
+        That of `exact.predictive_covariance`, whose noise_variance is 2/C of this one.
 
         Args:
             rows: of any samples.
             l2: the penalty's weight.
-            noise_variance: σ²; None for the mean squared residual at the optimum.
+            noise_variance: σ², of an output; None for the mean squared residual at the optimum.
         """
         system = self.system(l2)
         if noise_variance is None:
