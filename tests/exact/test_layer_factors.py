@@ -164,3 +164,19 @@ def test_samples_that_mix_are_refused() -> None:
     ).double()
     with pytest.raises(UnsupportedError, match="mixes samples"):
         Extractor(linearize(model, check=False), noise(5, 3)).check(noise(5, 3))
+
+
+@pytest.mark.parametrize("size", [2, (6, 3)])
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "qkv_bias": False}], ids=["", "qk norm"])
+def test_a_core_that_queries_keys_and_values_share_needs_no_pass_for_each_sample(
+    size: int | tuple[int, int], options: dict[str, Any]
+) -> None:
+    tangent = linearize(vit(**options).double(), last_blocks(vit(), 1), core=size, check=False)
+    trunk, tail = tangent.split()
+    tokens = trunk(noise(3, 3, 16, 16))
+    extractor = Extractor(tail, tokens)
+    extractor.check(tokens)
+    assert not extractor._slow and not any(name.endswith("qkv") for name in extractor._modules)
+    assert_is_j(tail, tokens, extractor(tokens), extractor(tokens[:2]))
+    alone = Stored.joined([extractor.alone(one) for one in tokens.split(1)])
+    assert_is_j(tail, tokens, alone, extractor(tokens[:2]))

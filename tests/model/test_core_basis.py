@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from tangent_ops import core_basis, gradient_basis, linearize
 from tangent_ops.errors import ArgumentError, NonFiniteLossError
-from tangent_ops.model.core_basis import CoreBasis
+from tangent_ops.model.core_basis import CoreBasis, _chosen_sizes, _Spectrum
 
 LAST = r"^(blocks\.2\.(attn|mlp)\..*weight|head\.)"
 
@@ -105,6 +105,17 @@ def test_directions_are_spent_on_the_largest_products_of_eigenvalues() -> None:
     largest = max(products, key=lambda n: float(products[n][0][0] * products[n][1][0]))
     one = core_basis(model, data(), directions=1)
     assert list(one) == [largest] and one.directions == 1
+
+
+def test_a_row_or_column_is_worth_its_products_per_number() -> None:
+    def spectrum(*values: float) -> _Spectrum:
+        side = torch.tensor(values, dtype=torch.float64)
+        return _Spectrum((side, torch.eye(len(side))), (side, torch.eye(len(side))))
+
+    spectra = {"a": spectrum(4.0, 1.0), "b": spectrum(3.9), "c": spectrum(3.0**0.5)}
+    # After a's row (4 for one number), its second column adds 5 for two numbers, c 3 for one.
+    assert _chosen_sizes(spectra, 5) == {"a": (2, 1), "b": (1, 1), "c": (1, 1)}
+    assert _chosen_sizes(spectra, 6) == {"a": (2, 2), "b": (1, 1), "c": (1, 1)}
 
 
 def test_sides_are_no_larger_than_the_weight() -> None:
