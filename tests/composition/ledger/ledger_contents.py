@@ -107,7 +107,11 @@ def assert_is(found: Delta, shards: Iterable[tuple[Delta, float]]) -> None:
 # Statistics, of samples that have numbers
 
 SAMPLES = 3  # of a shard
-LAYOUT = (("core", "float32", (5,)), ("head.weight", "float32", (3, 2)), ("head.bias", "float32", (3,)))  # fmt: skip
+LAYOUT = (
+    ("core", "float32", (5,)),
+    ("head.weight", "float32", (3, 2)),
+    ("head.bias", "float32", (3,)),
+)
 STATISTICS_META = StatisticsMeta(
     replace(META, basis="c" * 64), LAYOUT, ("head.weight", "head.bias"), outputs=3
 )

@@ -16,6 +16,7 @@ from ledger_contents import FOLDERS, AnyLedger
 
 from tangent_ops.errors import LedgerError
 
+
 def tree(path: Path) -> dict[str, str]:
     """Relative path of each file in a folder -> SHA-256 of its content."""
     return {

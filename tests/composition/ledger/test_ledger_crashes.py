@@ -12,37 +12,44 @@ import signal
 import sqlite3
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from ledger_helpers import (
-    assert_is,
+from ledger_contents import (
+    FOLDERS,
+    add,
+    assert_holds,
     assert_same,
+    numbers_of,
+    result,
+    statistics_of,
+)
+from ledger_helpers import (
     assert_tidy,
     ended,
     fork,
     kill_oneself,
     refused,
-    some_delta,
+    shard_folder,
     tree,
 )
 
 import tangent_ops.files
-from tangent_ops import Delta, Ledger
+from tangent_ops import Ledger, StatisticsLedger
 from tangent_ops.errors import LedgerError
 
 
 def state(ledger):
-    """Everything that a user can see: shards, weights, meta, times, history and the mean."""
-    composed = result(ledger) if len(ledger) else None
-    return ledger.list(), ledger.history(), composed
+    """Everything that a user can see: shards, weights, meta, times, history and the result."""
+    return ledger.list(), ledger.history(), result(ledger) if len(ledger) else None
 
 
 def same(one, other):
     """Equal but for the times, since the operation runs more than once."""
-    entries = [[(e.shard, e.weight, e.meta) for e in entries] for entries in (one[0], other[0])]
+    entries = [[replace(e, added="") for e in entries] for entries in (one[0], other[0])]
     events = [[(e.what, e.shard) for e in events] for events in (one[1], other[1])]
     if entries[0] != entries[1] or events[0] != events[1]:
         return False
@@ -108,52 +115,62 @@ def watch_statements(monkeypatch, watch):
     monkeypatch.setattr(sqlite3, "connect", partial(CONNECT, factory=Connection))
 
 
-def nothing(path):
+def nothing(kind, path):
     """No ledger yet."""
 
 
-def empty(path):
+def empty(kind, path):
     kind(path)
 
 
-def two(path):
-    ledger = kind(path)
-    ledger.add("a", some_delta(1), meta={"who": "Ada"})
-    ledger.add("b", some_delta(2), weight=2.5)
+def one(kind, path):
+    add(kind(path), "a", 1, {"who": "Ada"})
 
 
-def one(path):
-    kind(path).add("a", some_delta(1), meta={"who": "Ada"})
+def two(kind, path):
+    one(kind, path)
+    add(kind(path), "b", 2)
 
 
-def two_and_a_damaged_sum(path):
-    two(path)
+def two_and_a_damaged_sum(kind, path):
+    two(kind, path)
     (file,) = (path / "sums").iterdir()
     file.write_bytes(file.read_bytes()[:-1])
 
 
+def forget_samples(number):
+    """Forgets so many of the samples of "a"."""
+    return lambda kind, path: kind(path).forget_samples("a", statistics_of(numbers_of(1)[:number]))
+
+
+# The engine of both kinds is the same: steps that differ run on both.
+BOTH, DELTAS, STATISTICS = (Ledger, StatisticsLedger), (Ledger,), (StatisticsLedger,)
 SCENARIOS = {
-    "create": (nothing, lambda path: kind(path)),
-    "fix the anchor": (empty, lambda path: kind(path, anchor="a" * 64)),
-    "add the first": (empty, lambda path: kind(path).add("c", some_delta(3))),
-    "add": (two, lambda path: kind(path).add("c", some_delta(3), 0.5, {"x": 1})),
-    "forget": (two, lambda path: kind(path).forget("a")),
-    "forget the last": (one, lambda path: kind(path).forget("a")),
-    "forget and rebuild": (two, lambda path: kind(path).forget("a", rebuild=True)),
-    "rebuild": (two_and_a_damaged_sum, lambda path: kind(path).rebuild()),
+    "create": (DELTAS, nothing, lambda kind, path: kind(path)),
+    "fix the anchor": (DELTAS, empty, lambda kind, path: kind(path, anchor="a" * 64)),
+    "add the first": (DELTAS, empty, lambda kind, path: add(kind(path), "c", 3)),
+    "add": (BOTH, two, lambda kind, path: add(kind(path), "c", 3, {"x": 1})),
+    "forget": (DELTAS, two, lambda kind, path: kind(path).forget("a")),
+    "forget the last": (DELTAS, one, lambda kind, path: kind(path).forget("a")),
+    "forget and rebuild": (DELTAS, two, lambda kind, path: kind(path).forget("a", rebuild=True)),
+    "forget a sample": (STATISTICS, two, forget_samples(1)),
+    "forget all samples": (STATISTICS, one, forget_samples(3)),
+    "rebuild": (DELTAS, two_and_a_damaged_sum, lambda kind, path: kind(path).rebuild()),
 }
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_killed_at_every_step(name, tmp_path):
-    prepare, work = SCENARIOS[name]
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for name, (kinds, *_) in SCENARIOS.items() for kind in kinds]
+)
+def test_killed_at_every_step(kind, name, tmp_path):
+    _, prepare, work = SCENARIOS[name]
     start = tmp_path / "start"
-    prepare(start)
+    prepare(kind, start)
     damaged = prepare is two_and_a_damaged_sum
     finished = tmp_path / "finished"
     if start.exists():
         shutil.copytree(start, finished)
-    work(finished)
+    work(kind, finished)
     after = state(kind(finished))
     before = after if damaged or not start.exists() else state(kind(start))
 
@@ -166,7 +183,7 @@ def test_killed_at_every_step(name, tmp_path):
 
         def die(path=path, doom=doom):
             doom.install()
-            work(path)
+            work(kind, path)
 
         code = ended(fork(die))
         assert code in (0, -signal.SIGKILL)
@@ -183,7 +200,7 @@ def test_killed_at_every_step(name, tmp_path):
         if outcome == "before":
             assert same(found, before)
             assert code == -signal.SIGKILL
-            work(path)  # the operation can be repeated
+            work(kind, path)  # the operation can be repeated
             assert same(state(kind(path)), after)
         outcomes[outcome] += 1
         shutil.rmtree(path)
@@ -199,12 +216,20 @@ def test_killed_at_every_step(name, tmp_path):
 # Killed at random times
 
 
-@pytest.mark.parametrize("rounds", [80, pytest.param(400, marks=pytest.mark.long)])
-def test_killed_at_random_times(rounds, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "rounds"),
+    [
+        (Ledger, 80),
+        (StatisticsLedger, 40),
+        pytest.param(Ledger, 400, marks=pytest.mark.long),
+        pytest.param(StatisticsLedger, 400, marks=pytest.mark.long),
+    ],
+)
+def test_killed_at_random_times(kind, rounds, tmp_path):
     """All rounds use one ledger, so that later rounds meet what a kill has left."""
     dice = random.Random(0)
     ledger = kind(tmp_path / "ledger")
-    shards: dict[str, tuple[Delta, float]] = {}
+    shards: dict[str, int] = {}
     outcomes = Counter()
     leftovers = 0
     longest = 0.01
@@ -218,7 +243,7 @@ def test_killed_at_random_times(rounds, tmp_path):
                 if shard in present:
                     ledger.forget(shard)
                 else:
-                    ledger.add(shard, some_delta(seed), seed % 7 + 0.5)
+                    add(ledger, shard, seed)
                 present ^= {shard}
                 os.write(theirs, b".")
 
@@ -235,7 +260,7 @@ def test_killed_at_random_times(rounds, tmp_path):
         # Aim at the next step, whatever the machine's current speed.
         longest *= 1.1 if late == 0 else 0.9
 
-        unswept = len(list((shard_folder(ledger)).iterdir()))
+        unswept = len(list(shard_folder(ledger).iterdir()))
         ledger = type(ledger)(ledger.path)  # erases what the kill left
         leftovers += unswept - len(ledger)
         assert_tidy(ledger)
@@ -243,15 +268,15 @@ def test_killed_at_random_times(rounds, tmp_path):
         for shard, seed in steps:
             now = dict(states[-1])
             if now.pop(shard, None) is None:
-                now[shard] = some_delta(seed), seed % 7 + 0.5
+                now[shard] = seed
             states.append(now)
         possible = states[reported : reported + 2]
-        found = {entry.shard: entry.weight for entry in ledger.list()}
-        which = [i for i, s in enumerate(possible) if found == {k: w for k, (_, w) in s.items()}]
+        found = {entry.shard for entry in ledger.list()}
+        which = [i for i, s in enumerate(possible) if found == s.keys()]
         assert which, f"round {number}: neither before nor after"
         shards = possible[which[0]]
         if shards:
-            assert_is(result(ledger), shards.values())
+            assert_holds(ledger, shards.values())
         if number % 10 == 0:
             assert ledger.verify().shards == len(shards)
         if code == 0:
@@ -259,7 +284,7 @@ def test_killed_at_random_times(rounds, tmp_path):
         else:
             outcomes["after" if which[0] else "before"] += 1
     ledger.verify()
-    print(f"\n{rounds} rounds: {dict(outcomes)}; {leftovers} delta files of killed changes erased")
+    print(f"\n{rounds} rounds: {dict(outcomes)}; {leftovers} shards of killed changes erased")
     assert min(outcomes["before"], outcomes["after"]) > rounds / 20
     assert leftovers > rounds / 80
 
@@ -299,18 +324,27 @@ def test_files_are_on_disk_before_the_commit_and_old_ones_go_after_it(one_shard,
     def erased(folder):
         return [f"sync file in {folder}", f"remove from {folder}", f"sync {folder}"]
 
+    shards = FOLDERS[type(one_shard)]
     add(one_shard, "b", 2)
-    assert events == [*written("deltas"), *written("sums"), "commit", *erased("sums")]
+    assert events == [*written(shards), *written("sums"), "commit", *erased("sums")]
+    if isinstance(one_shard, StatisticsLedger):
+        events.clear()
+        one_shard.forget_samples("a", statistics_of(numbers_of(1)[:1]))
+        erasures = [*erased(shards), *erased("sums")]
+        assert events == [*written(shards), *written("sums"), "commit", *erasures]
     events.clear()
     one_shard.forget("a")
-    assert events == [*written("sums"), "commit", *erased("deltas"), *erased("sums")]
+    assert events == [*written("sums"), "commit", *erased(shards), *erased("sums")]
 
 
 # Errors on the way
 
 
 def changes(ledger):
-    return (lambda: add(ledger, "b", 2), lambda: ledger.forget("a"))
+    works = [lambda: add(ledger, "b", 2), lambda: ledger.forget("a")]
+    if isinstance(ledger, StatisticsLedger):
+        works.append(lambda: ledger.forget_samples("a", statistics_of(numbers_of(1)[:1])))
+    return works
 
 
 @pytest.mark.parametrize("call", range(4))
@@ -337,7 +371,7 @@ def test_a_full_disk_changes_nothing(call, one_shard, monkeypatch):
                 break
             else:
                 break  # fewer calls than that
-    assert_tidy(kind(one_shard.path))
+    assert_tidy(type(one_shard)(one_shard.path))
     one_shard.verify()
 
 
@@ -361,7 +395,7 @@ def test_a_database_that_is_full_changes_nothing(one_shard, monkeypatch):
     with pytest.raises(LedgerError, match=r"disk is full; nothing was changed"):
         for number in range(1000):
             before = tree(one_shard.path)
-            one_shard.add(f"{number:0200}", {n: v.clone() for n, v in some_delta(1).items()})
+            add(one_shard, f"{number:0200}", 1)
     assert tree(one_shard.path) == before
 
 
@@ -375,7 +409,7 @@ def test_says_so_when_an_old_file_cannot_be_erased(one_shard, monkeypatch):
         with pytest.raises(LedgerError, match=r"the change is made, but .* could not be erased"):
             one_shard.forget("a")
     assert "a" not in one_shard
-    assert_tidy(kind(one_shard.path))
+    assert_tidy(type(one_shard)(one_shard.path))
 
 
 def test_torch_is_single_threaded_here():

@@ -47,7 +47,10 @@ def test_a_sum_that_is_missing_in_an_emptied_ledger(ledger):
 def test_a_shard_that_is_missing(ledger):
     edit_database(ledger, "DELETE FROM shards WHERE shard = 'b'")
     refused(
-        ledger, r"names 1 shards, its sum is of 2: .*rebuild\(\)", *changes(ledger), lambda: result(ledger)
+        ledger,
+        r"names 1 shards, its sum is of 2: .*rebuild\(\)",
+        *changes(ledger),
+        lambda: result(ledger),
     )
     with pytest.raises(LedgerError, match="history does not match the shards"):
         ledger.verify()

@@ -7,13 +7,13 @@ import os
 import random
 import secrets
 import sqlite3
-import struct
 
 import pytest
 import torch
-from ledger_helpers import META, ended, fork, kill_oneself, refused
+from ledger_contents import META, SAMPLES, add, numbers_of, some_statistics, statistics_of
+from ledger_helpers import ended, fork, kill_oneself, refused, shard_folder
 
-from tangent_ops import Delta, Ledger
+from tangent_ops import Delta, Ledger, StatisticsLedger
 
 
 def occurrences(path, patterns):
@@ -22,34 +22,41 @@ def occurrences(path, patterns):
     return sum(pattern in content for pattern in patterns)
 
 
-def marked(seed):
-    """A delta, weight and meta, and the bytes that they leave in files: values, terms and text."""
+def marked(ledger, shard, seed):
+    """Adds a shard; the bytes that it leaves in files: values, terms and text."""
     torch.manual_seed(seed)
-    values = torch.randn(500) + 0.5
-    word, weight = secrets.token_hex(8), 1 + seed / 64
-    delta = Delta({"w": values}, dataclasses.replace(META, extra={"origin": "extra" + word}))
-    terms = (values.double() * weight * 2**40).round().to(torch.int64)
-    patterns = [
-        values[:8].numpy().tobytes(),
-        values[-8:].numpy().tobytes(),
-        terms[:4].numpy().tobytes(),
-        ("meta" + word).encode(),
-        ("extra" + word).encode(),
-    ]
-    return delta, weight, {"text": "meta" + word}, patterns
+    word = secrets.token_hex(8)
+    meta = {"text": "meta" + word}
+    if isinstance(ledger, Ledger):
+        values, weight = torch.randn(500) + 0.5, 1 + seed / 64
+        origin = dataclasses.replace(META, extra={"origin": "extra" + word})
+        ledger.add(shard, Delta({"w": values}, origin), weight, meta)
+        terms = (values.double() * weight * 2**40).round().to(torch.int64)
+        own = [values[:8], values[-8:], terms[:4]]
+        return [*map(as_bytes, own), ("meta" + word).encode(), ("extra" + word).encode()]
+    statistics = some_statistics(seed)
+    ledger.add(shard, statistics, meta)
+    assert statistics.digests is not None
+    own = [*statistics.digests[:2], *(statistics.terms[n].flatten()[:3] for n in TERMS)]
+    return [*map(as_bytes, own), ("meta" + word).encode()]
+
+
+TERMS = ("core_core", "core_head")
+
+
+def as_bytes(tensor):
+    return tensor.numpy().tobytes()
 
 
 @pytest.fixture
-def ledger(folder):
-    return Ledger(folder)
+def ledger(folder, kind):
+    return kind(folder)
 
 
 @pytest.fixture
 def patterns(ledger):
     """Adds the shard "gone"; the bytes that it leaves in files."""
-    *values, patterns = marked(1)
-    ledger.add("gone", *values)
-    return patterns
+    return marked(ledger, "gone", 1)
 
 
 @pytest.mark.parametrize("rebuild", [False, True])
@@ -58,8 +65,9 @@ def test_values_terms_and_meta_are_gone(others, rebuild, ledger, patterns):
     path = ledger.path
     assert occurrences(path, patterns) == 5
     for seed in range(others):
-        ledger.add(str(seed), *marked(2 + seed)[:3])
-    assert occurrences(path, patterns) == (4 if others else 5)  # a sum of several shows no term
+        marked(ledger, str(seed), 2 + seed)
+    # A sum of several deltas shows no term; a file of statistics does.
+    assert occurrences(path, patterns) == (4 if others and isinstance(ledger, Ledger) else 5)
     ledger.forget("gone", rebuild=rebuild)
     assert occurrences(path, patterns) == 0
     assert occurrences(path, [b"gone"]) == 1  # the history's
@@ -67,10 +75,9 @@ def test_values_terms_and_meta_are_gone(others, rebuild, ledger, patterns):
 
 def test_gone_even_while_another_process_has_the_database_open(ledger):
     path = ledger.path
-    delta, weight, meta, patterns = marked(1)
     reader = sqlite3.connect(path / "ledger.sqlite", isolation_level=None)
     reader.execute("SELECT count(*) FROM shards").fetchone()
-    ledger.add("gone", delta, weight, meta)
+    patterns = marked(ledger, "gone", 1)
     reader.execute("BEGIN")
     (count,) = reader.execute("SELECT count(*) FROM shards").fetchone()
     assert count == 1  # this transaction holds an old state
@@ -90,21 +97,18 @@ def test_gone_after_many_have_come_and_gone(ledger):
             ledger.forget(shard)
             forgotten += present.pop(shard)
         else:
-            delta, weight, meta, patterns = marked(number)
-            present[f"{number}"] = patterns
-            ledger.add(f"{number}", delta, weight, meta)
+            present[f"{number}"] = marked(ledger, f"{number}", number)
     assert len(forgotten) > 200
     assert occurrences(path, forgotten) == 0
     kept = [pattern for patterns in present.values() for pattern in patterns]
-    assert occurrences(path, kept) == 4 * len(present)
+    assert occurrences(path, kept) == (4 if isinstance(ledger, Ledger) else 5) * len(present)
 
 
 def test_hashes_left_in_the_database_tell_nothing(ledger):
-    """The same delta has another hash each time, so a guess cannot be checked against it."""
-    delta, weight, meta, _ = marked(1)
+    """The same shard has another hash each time, so a guess cannot be checked against it."""
     seals = set()
     for _ in range(3):
-        ledger.add("a", delta, weight, meta)
+        add(ledger, "a", 1, {"text": "same"})
         with ledger._records.reading() as transaction:
             row, total = transaction.shard("a"), transaction.sum()
             assert row is not None and total is not None
@@ -125,7 +129,7 @@ def test_gone_at_the_next_opening_after_a_crash(ledger, patterns):
     assert ended(fork(die)) == -9
     assert "gone" not in ledger
     assert occurrences(path, patterns) > 0
-    Ledger(path)
+    type(ledger)(path)
     assert occurrences(path, patterns) == 0
 
 
@@ -133,17 +137,41 @@ def test_files_are_overwritten_before_they_are_removed(ledger, patterns, tmp_pat
     """An open descriptor or a hard link shows zeros."""
     path = ledger.path
     (tmp_path / "links").mkdir()
-    for file in [*(path / "deltas").iterdir(), *(path / "sums").iterdir()]:
+    for file in [*shard_folder(ledger).iterdir(), *(path / "sums").iterdir()]:
         os.link(file, tmp_path / "links" / file.name)
     assert occurrences(tmp_path / "links", patterns) == 5
     ledger.forget("gone")
     contents = [file.read_bytes() for file in (tmp_path / "links").iterdir()]
-    assert len(contents) == 2 and all(len(c) > 2000 and not any(c) for c in contents)
+    assert len(contents) == 2 and all(len(c) > 1000 and not any(c) for c in contents)
 
 
-def test_a_refused_delta_leaves_nothing(ledger):
-    delta, weight, meta, patterns = marked(1)
-    ledger.add("a", marked(2)[0])
-    refused(ledger, "'a' is in the ledger already", lambda: ledger.add("a", delta, weight, meta))
-    assert occurrences(ledger.path, patterns) == 0
-    assert struct.pack("<d", weight) not in (ledger.path / "ledger.sqlite").read_bytes()
+def test_a_refused_shard_leaves_nothing(ledger, tmp_path):
+    patterns = marked(type(ledger)(tmp_path / "other"), "a", 1)
+    add(ledger, "a", 2)
+    message = "'a' is in the ledger already"
+    refused(ledger, message, lambda: add(ledger, "a", 1, {"text": "metaword"}))
+    assert occurrences(ledger.path, [*patterns, b"metaword"]) == 0
+
+
+@pytest.mark.parametrize("number", [1, SAMPLES])
+def test_what_forgotten_samples_left_is_gone(folder, number):
+    """The digests of the samples, and all previous sums, of one shard and of all."""
+    ledger = StatisticsLedger(folder)
+    add(ledger, "other", 2)
+    patterns = marked(ledger, "gone", 1)
+    samples = list(numbers_of(1))
+    terms = [
+        as_bytes(statistics_of(some).terms["core_head"])
+        for some in (samples, [*samples, *numbers_of(2)], samples[:number])
+    ]
+    digests = statistics_of(samples[:number]).digests
+    assert digests is not None
+    gone = [*terms, *map(as_bytes, digests)]
+    assert occurrences(folder, gone) >= 2 + number
+    ledger.forget_samples("gone", statistics_of(samples[:number]))
+    assert occurrences(folder, gone) == 0
+    text = [patterns[-1]]  # meta, which stays with what is left of the shard
+    assert occurrences(folder, text) == (0 if number == SAMPLES else 1)
+    assert [event.what for event in ledger.history()][2:] == [
+        "forgotten" if number == SAMPLES else "samples forgotten"
+    ]

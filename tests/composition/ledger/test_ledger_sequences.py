@@ -1,4 +1,4 @@
-"""Random sequences of operations, how exact the mean is, and the range of fixed point."""
+"""Deltas: random sequences of operations, how exact the mean is, the range of fixed point."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ledger_helpers import META, assert_is, assert_same, assert_tidy, oracle, refused, some_delta
+from ledger_contents import META, assert_is, assert_same, oracle, some_delta
+from ledger_helpers import assert_tidy, refused
 
 from tangent_ops import Delta, Ledger
 from tangent_ops.errors import LedgerError
