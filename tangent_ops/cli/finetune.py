@@ -172,7 +172,7 @@ def finetune(
     from tangent_ops.cli.make_anchor import check_model, make_anchor
     from tangent_ops.shards import ImageData, Plan
     from tangent_ops.shards.disjoint import check_private
-    from tangent_ops.shards.plan import DATABASE, check_folder
+    from tangent_ops.shards.run_folder import DATABASE, check_folder
 
     with errors():
         source = ImageData(str(data), data_name, split)

@@ -27,7 +27,7 @@ def inspect(
 ) -> None:
     """Show what a folder or file is."""
     from tangent_ops.composition.ledger.ledger import DATABASE as LEDGER
-    from tangent_ops.shards.plan import DATABASE as PLAN
+    from tangent_ops.shards.run_folder import DATABASE as PLAN
 
     with errors():
         if (path / PLAN).exists():
@@ -81,7 +81,7 @@ def _run(path: Path, shards: bool) -> dict[str, Any]:
                 "name": row.name,
                 "samples": row.samples,
                 "done": row.done,
-                "delta": row.job and plan.delta_path(row.job).name,
+                "delta": row.job and plan.result_path(row.job).name,
             }
             for row in rows
         ]

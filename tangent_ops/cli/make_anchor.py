@@ -17,7 +17,7 @@ from torch import nn
 from tangent_ops.errors import ArgumentError, TangentOpsError
 from tangent_ops.files import to_json
 from tangent_ops.shards import ImageData, Samples, ShardRecipe, read_anchor, save_anchor
-from tangent_ops.shards.plan import ANCHOR
+from tangent_ops.shards.run_folder import ANCHOR
 from tangent_ops.training.head import fit_head
 
 

@@ -113,7 +113,9 @@ def forget(
         trained = [name for name, s in before.items() if s.done]
         starts = {}
         if plan.recipe.method == "exact" and plan.recipe.loss == "rsl":
-            starts = {name: load_delta(plan.delta_path(before[name].job or "")) for name in trained}
+            starts = {
+                name: load_delta(plan.result_path(before[name].job or "")) for name in trained
+            }
         _check_ready(plan, data, found, trained, progress)
         plan.manifest.remove(found)
         settle_locked(plan)

@@ -34,7 +34,9 @@ class ShardRecipe(Recipe):
         blocks: number of last blocks that are trained, with norm and head; None for all parameters.
         rank: of low-rank deltas, as in `linearize`; None for full deltas.
         basis: seed of the low-rank deltas' fixed factors.
-        method: "gradient", by `fit`; or "exact", by `fit_exact`, which needs l2 > 0.
+        method: "gradient", by `fit`; "exact", by `fit_exact`, which needs l2 > 0; or "statistics",
+            by `statistics`: a shard has no delta, but the sums that determine one for any l2.
+        core: of the method "statistics", size of the cores, as in `core_basis`.
         tol: of the method "exact", as in `fit_exact`.
         augment: timm's training transforms in place of those for inference. They are drawn anew in
             every epoch, so nothing is cached.
@@ -58,7 +60,8 @@ class ShardRecipe(Recipe):
     blocks: int | None = 1
     rank: int | None = None
     basis: int = 0
-    method: Literal["gradient", "exact"] = "gradient"
+    method: Literal["gradient", "exact", "statistics"] = "gradient"
+    core: int = 8
     tol: float = 1e-3
     augment: bool = False
     grad_checkpointing: bool = False
@@ -84,8 +87,11 @@ class ShardRecipe(Recipe):
         check_positive(dp_clip=self.dp_clip, dp_batch_size=self.dp_batch_size)
         if not 0 < self.tol < 1:
             raise ArgumentError(f"tol must be between 0 and 1, got {self.tol}")
+        check_integer("core", self.core, 1)
         if self.method == "exact":
             self._check_exact()
+        if self.method == "statistics":
+            self._check_statistics()
         if self.dp_epsilon is not None:
             self._check_private()
         elif self.dp_delta is not None:
@@ -116,7 +122,10 @@ class ShardRecipe(Recipe):
 
     def to_dict(self) -> dict[str, Any]:
         """Names and plain values, for `from_dict`."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        if self.method != "statistics":
+            del values["core"]  # not used: it must not change the hashes of jobs
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ShardRecipe:
@@ -152,6 +161,20 @@ class ShardRecipe(Recipe):
         if self.dp_epsilon is not None:
             raise ArgumentError("dp_epsilon is for method 'gradient': fit_private is DP-SGD")
 
+    def _check_statistics(self) -> None:
+        if self.loss != "rsl":
+            raise ArgumentError(f"loss is {self.loss!r}: method 'statistics' is for 'rsl'")
+        if self.l2 != 0:
+            raise ArgumentError(
+                f"l2 is {self.l2:g}, but statistics are the same for every l2: choose it when the "
+                "run is composed (compose --l2)"
+            )
+        if self.blocks == 0:
+            raise ArgumentError("blocks is 0: method 'statistics' needs a block with cores")
+        for name in ("augment", "amp", "rank", "dp_epsilon"):
+            if getattr(self, name):
+                raise ArgumentError(f"{name} is not for method 'statistics': leave it out")
+
     def _check_private(self) -> None:
         check_positive(dp_epsilon=self.dp_epsilon)  # pyright: ignore[reportArgumentType]
         if self.dp_delta is None or not 0 < self.dp_delta < 1:
@@ -169,14 +192,29 @@ class ShardRecipe(Recipe):
             )
 
 
-def job_hash(shard: str, samples: Iterable[Sample], anchor: AnchorInfo, recipe: ShardRecipe) -> str:
-    """SHA-256 of what determines a shard's delta, in hexadecimal."""
+def job_hash(
+    shard: str,
+    samples: Iterable[Sample],
+    anchor: AnchorInfo,
+    recipe: ShardRecipe,
+    basis: str | None = None,
+) -> str:
+    """SHA-256 of what determines a shard's delta or statistics, in hexadecimal.
+
+    Args:
+        shard: its name.
+        samples: its samples.
+        anchor: of the run.
+        recipe: of the run.
+        basis: fingerprint of the run's core basis, if it has one.
+    """
     head = {
         "format": 1,
         "anchor": anchor.fingerprint,
         "input": anchor.input,
         "recipe": recipe.to_dict(),
         "shard": shard,
+        **({} if basis is None else {"basis": basis}),
     }
     digest = hashlib.sha256(to_json(head).encode() + b"\n")
     for sample in samples:

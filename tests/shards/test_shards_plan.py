@@ -133,7 +133,7 @@ def test_odd_names(folder: Path) -> None:
     names = [shard.name for shard in plan.shards()]
     assert names == ['../../up / "ä"', "%s"]
     for name in names:  # a name is never a path
-        path = plan.delta_path(plan.job(name).hash)
+        path = plan.result_path(plan.job(name).hash)
         assert path.resolve().parent == (folder / "run" / "deltas").resolve()
     assert plan.find(sample="class0/ü ö 'x'; --.png").keys() == {names[0]}
 
