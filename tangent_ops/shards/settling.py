@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tangent_ops.composition.ledger import Ledger
 from tangent_ops.data import check_choice
 from tangent_ops.errors import ArgumentError, LedgerError
+from tangent_ops.shards.composition_files import erase_stale_compositions
 from tangent_ops.shards.plan import WEIGHTS, Plan
 from tangent_ops.shards.results import checked_result, erase_stale
 from tangent_ops.shards.stand_in import StatisticsLedger
@@ -32,7 +33,8 @@ def settle(plan: Plan, *, weights: str | None = None) -> Settled:
 
     Deltas, or statistics, that do not belong to the plan any more, for example because a sample was
     forgotten, are removed from the ledger; their files are overwritten and removed. Those of jobs
-    that are done and not in the ledger are added. Other files in the run's folder stay, and links are not followed.
+    that are done and not in the ledger are added. Compositions of other shards than these are
+    erased. Other files in the run's folder stay, and links are not followed.
 
     Args:
         plan: the run.
@@ -82,6 +84,7 @@ def settle_locked(plan: Plan, weights: str | None = None) -> Settled:
                 ledger.add(name, path, meta)
             added.append(name)
     erase_stale(plan)
+    erase_stale_compositions(plan)
     missing = tuple(name for name, shard in shards.items() if not shard.done)
     return Settled(tuple(added), tuple(forgotten), missing)
 
