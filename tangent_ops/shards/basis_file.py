@@ -1,4 +1,4 @@
-"""The file of a run's core basis: the fixed sides of all cores, and hashes of what they remember."""
+"""The file of a run's core basis: all cores' fixed sides, and hashes of what they remember."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tangent_ops.composition.compose import compose
 from tangent_ops.composition.gcv import probe_by_gcv, solve_by_gcv
-from tangent_ops.composition.ledger import Ledger
+from tangent_ops.composition.ledger import Ledger, StatisticsLedger
 from tangent_ops.data import check_choice, check_not_negative
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError, LedgerError
@@ -19,7 +19,6 @@ from tangent_ops.shards.data import ImageData
 from tangent_ops.shards.job import device, job_data, job_problem
 from tangent_ops.shards.plan import AUTOMATIC, Plan
 from tangent_ops.shards.settling import check_settled
-from tangent_ops.shards.stand_in import StatisticsLedger
 
 HOWS = ("mean", *KEPT)
 PROBE = "head only"

@@ -12,11 +12,12 @@ from tangent_ops.delta import load_delta
 from tangent_ops.errors import ArgumentError, SampleError, UnsupportedError
 from tangent_ops.exact import certify, fit_exact
 from tangent_ops.shards.anchor import load_anchor
-from tangent_ops.shards.data import ImageData
 from tangent_ops.shards.composing import compose_locked
 from tangent_ops.shards.composition_files import path_of
-from tangent_ops.shards.job import job_data, job_problem, save, write_statistics
+from tangent_ops.shards.data import ImageData
+from tangent_ops.shards.job import job_data, job_problem, save
 from tangent_ops.shards.plan import Plan
+from tangent_ops.shards.results import write_statistics
 from tangent_ops.shards.rows import difference
 from tangent_ops.shards.run import Report, check_executor, train
 from tangent_ops.shards.settling import settle_locked
@@ -86,9 +87,9 @@ def forget(
     read any more, its shard's statistics are computed again from the images that stay. Statistics
     that were solved are solved again. All bits are those of a run that never had the samples.
 
-    With other methods the steps are: check what training again needs, which is the anchor and, by their hashes, the
-    images that stay in the affected shards; remove the samples from the plan, in one transaction;
-    remove the deltas that were trained on them from the ledger, and overwrite and remove the files;
+    With other methods the steps are: check what training again needs, which is the anchor and, by
+    their hashes, the images that stay in the affected shards; remove the samples from the plan, in
+    one transaction; remove the deltas that were trained on them from the ledger, and overwrite and remove the files;
     train the affected shards, and no others, again from the anchor or, with the method "exact",
     move their old deltas to the optimum without the samples, with a certificate. Only shards that
     were trained are trained again. If this is interrupted after the samples left the plan,

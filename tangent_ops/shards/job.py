@@ -20,7 +20,7 @@ from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.shards.data import Samples
 from tangent_ops.shards.plan import Job, Plan
 from tangent_ops.shards.recipe import ShardRecipe
-from tangent_ops.shards.stand_in import save_statistics
+from tangent_ops.shards.results import write_statistics
 from tangent_ops.training.fit import fit
 
 # Libraries read these when a process starts. The last bits of a sum depend on how it is split.
@@ -139,12 +139,6 @@ def save(plan: Plan, job: Job, delta: Delta, **extra: str) -> Path:
     meta = replace(delta.meta, shard=job.shard, loss=plan.recipe.loss, extra=extra)
     save_delta(delta, path, meta=meta)
     return path
-
-
-def write_statistics(plan: Plan, job: Job, statistics: TangentStatistics) -> None:
-    """Write a job's statistics to their file, atomically."""
-    origin = {"shard": job.shard, "job": job.hash}
-    save_statistics(statistics, plan.result_path(job.hash), extra=origin)
 
 
 def _described(error: BaseException) -> str:

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from tangent_ops.model.linearize import linearize
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.shards.anchor import AnchorInfo, load_anchor, read_anchor
 from tangent_ops.shards.basis_file import load_basis, save_basis
-from tangent_ops.shards.public import public_basis, public_digest
 from tangent_ops.shards.data import ImageData, Samples
 from tangent_ops.shards.disjoint import check_disjoint, check_no_copies, check_private, check_public
+from tangent_ops.shards.jobs import Job, Shard, job_hash
 from tangent_ops.shards.manifest import Manifest, Sample
-from tangent_ops.shards.recipe import ShardRecipe, job_hash
+from tangent_ops.shards.public import public_basis, public_digest
+from tangent_ops.shards.recipe import ShardRecipe
+from tangent_ops.shards.rows import Rows, changes, check_names, difference, digest, hashed, rows_of
 from tangent_ops.shards.run_folder import (
     ANCHOR,
     BASIS,
@@ -35,36 +37,9 @@ from tangent_ops.shards.run_folder import (
     check_folder,
     locked,
 )
-from tangent_ops.shards.rows import Rows, changes, check_names, difference, digest, hashed, rows_of
 
 WEIGHTS = ("uniform", "samples")
 AUTOMATIC = "auto"  # l2 chosen from the statistics
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A part of the data.
-
-    Attributes:
-        name: of your choice.
-        samples: how many.
-        job: hash of all that determines its delta, in hexadecimal; None if it has no samples.
-        done: whether that delta exists.
-    """
-
-    name: str
-    samples: int
-    job: str | None
-    done: bool
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker trains."""
-
-    shard: str
-    hash: str
-    samples: tuple[Sample, ...]
 
 
 class Plan:

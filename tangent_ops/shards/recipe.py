@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
@@ -12,10 +11,7 @@ from torch import nn
 
 from tangent_ops.data import check_choice, check_integer, check_positive, did_you_mean
 from tangent_ops.errors import ArgumentError
-from tangent_ops.files import to_json
 from tangent_ops.model.linearize import last_blocks
-from tangent_ops.shards.anchor import AnchorInfo
-from tangent_ops.shards.manifest import Sample
 from tangent_ops.training.options import Recipe
 
 if TYPE_CHECKING:
@@ -190,33 +186,3 @@ class ShardRecipe(Recipe):
                 "accumulate is not for private fits: their batches are drawn at random, and are "
                 "processed in parts anyway"
             )
-
-
-def job_hash(
-    shard: str,
-    samples: Iterable[Sample],
-    anchor: AnchorInfo,
-    recipe: ShardRecipe,
-    basis: str | None = None,
-) -> str:
-    """SHA-256 of what determines a shard's delta or statistics, in hexadecimal.
-
-    Args:
-        shard: its name.
-        samples: its samples.
-        anchor: of the run.
-        recipe: of the run.
-        basis: fingerprint of the run's core basis, if it has one.
-    """
-    head = {
-        "format": 1,
-        "anchor": anchor.fingerprint,
-        "input": anchor.input,
-        "recipe": recipe.to_dict(),
-        "shard": shard,
-        **({} if basis is None else {"basis": basis}),
-    }
-    digest = hashlib.sha256(to_json(head).encode() + b"\n")
-    for sample in samples:
-        digest.update(to_json([sample.id, sample.target, sample.content]).encode() + b"\n")
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Reads the files that jobs write, a delta or statistics each, and erases those of no job."""
+"""The files that jobs write, a delta or statistics each, and which job they are of."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors import safe_open
+
+from tangent_ops.composition.statistics import TangentStatistics
+from tangent_ops.composition.statistics_file import file_content, load_statistics
 from tangent_ops.delta import load_delta
 from tangent_ops.errors import DeltaError, PlanError, StatisticsError
-from tangent_ops.files import erase
-from tangent_ops.shards.plan import Plan
-from tangent_ops.shards.stand_in import load_statistics, read_extra
+from tangent_ops.files import content_sha256, erase, write_atomically, write_safetensors
+from tangent_ops.shards.plan import Job, Plan
 
 _NAME = re.compile(r"[0-9a-f]{32}\.safetensors")  # of Plan.result_path
 _FAILURES = (DeltaError, StatisticsError, OSError)
@@ -22,6 +25,15 @@ class Origin(NamedTuple):
     anchor: str
     shard: str | None
     job: str
+
+
+def write_statistics(plan: Plan, job: Job, statistics: TangentStatistics) -> None:
+    """Write a job's statistics, atomically, to a file that `load_statistics` reads."""
+    tensors, metadata = file_content(statistics)
+    metadata |= {"shard": job.shard, "job": job.hash}
+    metadata["content_sha256"] = content_sha256(tensors, metadata)
+    path = plan.result_path(job.hash)
+    write_atomically(path, lambda file: write_safetensors(file, tensors, metadata))
 
 
 def checked_result(plan: Plan, shard: str, job: str) -> Path:
@@ -74,8 +86,10 @@ def _origin(plan: Plan, path: Path) -> Origin:
     if path.is_symlink():
         raise OSError(f"{path} is a symbolic link, which is not followed here")
     if plan.recipe.method == "statistics":
-        extra, meta = read_extra(path), load_statistics(path).meta.delta
-        return Origin(meta.anchor, extra.get("shard"), extra.get("job", ""))
+        found = load_statistics(path)
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+        return Origin(found.meta.delta.anchor, about.get("shard"), about.get("job", ""))
     meta = load_delta(path).meta
     assert meta is not None
     return Origin(meta.anchor, meta.shard, meta.extra.get("job", ""))

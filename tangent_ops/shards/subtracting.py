@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 
 from tangent_ops.composition.statistics import TangentStatistics
+from tangent_ops.composition.statistics_file import load_statistics
 from tangent_ops.errors import SampleError, StatisticsError
 from tangent_ops.shards.job import job_data, statistics_of
 from tangent_ops.shards.plan import Plan
-from tangent_ops.shards.stand_in import load_statistics
 
 
 def reduced(

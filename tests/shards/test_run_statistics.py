@@ -10,11 +10,13 @@ import torch
 from refusals import refused
 from shard_runs import anchor_file, bits, create_plan, image_folder, run_here, trained
 
-import tangent_ops
-from tangent_ops import load_delta
+from tangent_ops import StatisticsLedger, TangentStatistics, fit_exact, load_delta
+from tangent_ops.composition.ridge import SolvedDelta
 from tangent_ops.errors import ArgumentError, LedgerError, PlanError
+from tangent_ops.exact import Problem
 from tangent_ops.shards import ImageData, Plan, ShardRecipe, by_hash, forget, settle
 from tangent_ops.shards.composing import compose_run, compositions
+from tangent_ops.shards.settling import ledger_of
 
 RECIPE: dict[str, Any] = {"method": "statistics", "core": 2}
 
@@ -34,7 +36,7 @@ def make(folder: Path, run: str = "run", without: tuple[str, ...] = (), **option
     return create_plan(folder, by_hash(ids, 3), run, **given)
 
 
-def composed(plan: Plan, l2: float | str | None = None) -> dict[str, torch.Tensor]:
+def composed(plan: Plan, l2: float | None = None) -> dict[str, torch.Tensor]:
     settle(trained(plan))
     return dict(compose_run(plan, "statistics", l2=l2, progress=False))
 
@@ -52,8 +54,8 @@ def test_the_solution_is_the_fit_on_all_shards(folder: Path) -> None:
     samples = plan.data.open(plan.anchor_info.input)
     inputs = torch.stack([samples[k][0] for k in range(len(samples))]).double()
     data = torch.utils.data.TensorDataset(inputs, torch.tensor(samples.targets))
-    problem = tangent_ops.exact.Problem(tangent, data, 0.05, progress=False)
-    tangent_ops.fit_exact(problem, 1e-9)
+    problem = Problem(tangent, data, 0.05, progress=False)
+    fit_exact(problem, 1e-9)
     with torch.no_grad():
         expected = tangent(inputs)
         tangent.load_delta_dict({n: v.double() for n, v in found.items()})
@@ -125,8 +127,8 @@ def test_l2_is_recorded(folder: Path) -> None:
     plan = make(folder)
     composed(plan, 0.5)
     assert Plan.open(plan.path).l2 == 0.5
-    assert compose_run(plan, "statistics", progress=False).l2 == 0.5
-    by_gcv = compose_run(plan, "statistics", l2="auto", progress=False).l2
+    assert solved(plan).l2 == 0.5
+    by_gcv = solved(plan, "auto").l2
     rows = plan_statistics(plan).solve_path([by_gcv, by_gcv * 10**0.5, by_gcv / 10**0.5])
     assert min(rows, key=lambda row: row.gcv).delta.l2 == by_gcv
     refused(ArgumentError, "l2", compose_run, plan, "statistics", l2=-1.0)
@@ -135,10 +137,16 @@ def test_l2_is_recorded(folder: Path) -> None:
     refused(ArgumentError, "weights", settle, plan, weights="samples")
 
 
-def plan_statistics(plan: Plan) -> tangent_ops.TangentStatistics:
-    from tangent_ops.shards.settling import ledger_of
+def solved(plan: Plan, l2: str | None = None) -> SolvedDelta:
+    found = compose_run(plan, "statistics", l2=l2, progress=False)
+    assert isinstance(found, SolvedDelta)
+    return found
 
-    return ledger_of(plan, create=False).statistics()
+
+def plan_statistics(plan: Plan) -> TangentStatistics:
+    ledger = ledger_of(plan, create=False)
+    assert isinstance(ledger, StatisticsLedger)
+    return ledger.statistics()
 
 
 def test_it_needs_public_images(folder: Path) -> None:
