@@ -89,11 +89,11 @@ def forget(
 
     With other methods the steps are: check what training again needs, which is the anchor and, by
     their hashes, the images that stay in the affected shards; remove the samples from the plan, in
-    one transaction; remove the deltas that were trained on them from the ledger, and overwrite and remove the files;
-    train the affected shards, and no others, again from the anchor or, with the method "exact",
-    move their old deltas to the optimum without the samples, with a certificate. Only shards that
-    were trained are trained again. If this is interrupted after the samples left the plan,
-    `run_shards` and `settle` do the rest.
+    one transaction; remove the deltas that were trained on them from the ledger, and overwrite and
+    remove the files; train the affected shards, and no others, again from the anchor or, with the
+    method "exact", move their old deltas to the optimum without the samples, with a certificate.
+    Only shards that were trained are trained again. If this is interrupted after the samples left
+    the plan, `run_shards` and `settle` do the rest.
 
     A shard's new delta is the one that it would have had without the samples: bit for bit if it
     was trained again, within the certificate's bound if its old delta was moved.

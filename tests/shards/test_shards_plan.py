@@ -18,7 +18,7 @@ from shard_runs import create_plan as create
 from tangent_ops.errors import ArgumentError, PlanError, SampleError
 from tangent_ops.shards import ImageData, Plan, ShardRecipe, load_anchor, read_anchor, save_anchor
 from tangent_ops.shards.job import job_data
-from tangent_ops.shards.recipe import job_hash
+from tangent_ops.shards.jobs import job_hash
 
 
 @pytest.fixture
