@@ -69,6 +69,12 @@ def test_from_images_to_forgetting_one(images: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     told = parsed(run("inspect", out, "--json"))
     assert (told["recipe"]["method"], told["composed"]) == ("statistics", "2 shards")
+    told = parsed(run("inspect", out / "ledger", "--json"))
+    assert (told["what"], told["shards"]) == ("ledger of statistics", 2)
+    told = parsed(run("inspect", min((out / "statistics").iterdir()), "--json"))
+    assert sum(told["samples by class"]) == told["samples"]
+    told = parsed(run("inspect", out / "basis.safetensors", "--json"))
+    assert (told["images that it remembers"], told["in full"]) == (16, ["head.bias", "head.weight"])
 
 
 def test_l2_is_kept(images: Path, tmp_path: Path) -> None:

@@ -14,7 +14,15 @@ from tangent_ops import StatisticsLedger, TangentStatistics, fit_exact, load_del
 from tangent_ops.composition.ridge import SolvedDelta
 from tangent_ops.errors import ArgumentError, LedgerError, PlanError
 from tangent_ops.exact import Problem
-from tangent_ops.shards import ImageData, Plan, ShardRecipe, by_hash, forget, settle
+from tangent_ops.shards import (
+    ImageData,
+    Plan,
+    ShardRecipe,
+    by_hash,
+    forget,
+    run_shards,
+    settle,
+)
 from tangent_ops.shards.composing import compose_run, compositions
 from tangent_ops.shards.settling import ledger_of
 
@@ -171,3 +179,13 @@ def test_statistics_of_another_shard_are_refused(folder: Path) -> None:
     first, second = (plan.result_path(plan.job(f"shard-{k}").hash) for k in range(2))
     first.write_bytes(second.read_bytes())
     refused(PlanError, "not the statistics of shard 'shard-0'", settle, plan)
+
+
+@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.long)])
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
+def test_workers_give_the_same_bits(folder: Path, executor: str) -> None:
+    if executor == "ray":
+        pytest.importorskip("ray", reason="the extra distributed is not installed")
+    plan = make(folder)
+    assert not run_shards(plan, executor, workers=2, progress=False).failed
+    assert bits(plan) == bits(trained(make(folder, "here")))
