@@ -60,23 +60,23 @@ def compose(
     from tangent_ops.composition.ridge import SolvedDelta
     from tangent_ops.delta import save_delta
     from tangent_ops.errors import ArgumentError
-    from tangent_ops.shards import ImageData, Plan, check_settled, settle
+    from tangent_ops.shards import ImageData, Plan, settle, settled_ledger
     from tangent_ops.shards.composing import check_how, compose_run, default_how
 
     with errors():
         if out is not None and out.exists() and not force:
             raise ArgumentError(f"{out} exists: give another name, or --force to overwrite it")
         plan = Plan.open(run)
-        how = how or default_how(plan)
+        kind = how or default_how(plan)
         validation = None if data is None else ImageData(str(data), split="validation")
         penalty = _number(l2)
-        check_how(plan, how, penalty, validation)
+        check_how(plan, kind, penalty, validation)
         settled = settle(plan, weights=weights)
-        count = len(check_settled(plan))
+        count = len(settled_ledger(plan))
         delta = None
-        if count and (how != "mean" or out is not None):
+        if count and (kind != "mean" or out is not None):
             delta = compose_run(
-                plan, how, l2=penalty, data=validation, progress=not hidden(as_json)
+                plan, kind, l2=penalty, data=validation, progress=not hidden(as_json)
             )
         if out is not None:
             if delta is None:
@@ -85,7 +85,7 @@ def compose(
     record: dict[str, Any] = {"run": str(plan.path), "composed": count, **asdict(settled)}
     solved = delta if isinstance(delta, SolvedDelta) else None
     if as_json:
-        record |= {"how": how, "delta": None if out is None else str(out)}
+        record |= {"how": kind, "delta": None if out is None else str(out)}
         if solved is not None:
             record |= {"l2": solved.l2, "condition": solved.condition, "loss": solved.loss}
         typer.echo(json.dumps(record, indent=2))

@@ -99,7 +99,7 @@ def _compared(
 ) -> tuple[Mapping[str, Delta | None], str, str]:
     """Deltas by name, the name of the first in rank, and words for it."""
     from tangent_ops.delta import load_delta
-    from tangent_ops.shards import check_settled
+    from tangent_ops.shards import settled_ledger
     from tangent_ops.shards.composing import composition, compositions, default_how
 
     if anchor_only:
@@ -109,13 +109,13 @@ def _compared(
         return {str(delta): found}, str(delta), str(delta)
     main = default_how(plan)
     composition(plan, main)  # raises if there is none
-    return compositions(plan), main, f"composition of {len(check_settled(plan))} shards"
+    return compositions(plan), main, f"composition of {len(settled_ledger(plan))} shards"
 
 
 def composed(plan: Plan, delta: Path | None) -> tuple[LinearizedModel, str]:
     """A run's model with one delta, by default the composed one, and a name for messages."""
     from tangent_ops.delta import load_delta
-    from tangent_ops.shards import check_settled
+    from tangent_ops.shards import settled_ledger
     from tangent_ops.shards.composing import composition, default_how
     from tangent_ops.shards.job import device
 
@@ -123,7 +123,7 @@ def composed(plan: Plan, delta: Path | None) -> tuple[LinearizedModel, str]:
         found, what = load_delta(delta, anchor=plan.anchor_info.fingerprint), str(delta)
     else:
         found = composition(plan, default_how(plan))
-        what = f"composition of {len(check_settled(plan))} shards"
+        what = f"composition of {len(settled_ledger(plan))} shards"
     tangent = plan.tangent()
     tangent.load_delta_dict(found)
     return tangent.to(device()), what

@@ -56,12 +56,12 @@ def inspect(
 
 def _run(path: Path, shards: bool) -> dict[str, Any]:
     from tangent_ops.errors import LedgerError
-    from tangent_ops.shards import Plan, check_settled
+    from tangent_ops.shards import Plan, settled_ledger
 
     plan = Plan.open(path)
     rows = plan.shards()
     try:
-        composed = f"{len(check_settled(plan))} shards"
+        composed = f"{len(settled_ledger(plan))} shards"
     except LedgerError:
         composed = "no, or not up to date: tangent-ops compose"
     found: dict[str, Any] = {

@@ -18,7 +18,7 @@ from tangent_ops.shards.composition_files import (
 from tangent_ops.shards.data import ImageData
 from tangent_ops.shards.job import device, job_data, job_problem
 from tangent_ops.shards.plan import AUTOMATIC, Plan
-from tangent_ops.shards.settling import check_settled
+from tangent_ops.shards.settling import settled_ledger
 
 HOWS = ("mean", *KEPT)
 PROBE = "head only"
@@ -103,7 +103,7 @@ def compose_locked(
     progress: bool = True,
 ) -> Delta:
     """`compose_run` for a caller that has locked the plan and checked the arguments."""
-    ledger = check_settled(plan)
+    ledger = settled_ledger(plan)
     if not len(ledger):
         raise LedgerError(f"{plan.path} has no trained shard: there is nothing to compose")
     if isinstance(ledger, StatisticsLedger):
@@ -122,7 +122,7 @@ def composition(plan: Plan, how: str) -> Delta:
         LedgerError: the run is not settled, or not composed so.
         PlanError: the composition's file is damaged.
     """
-    ledger = check_settled(plan)
+    ledger = settled_ledger(plan)
     if how == "mean" and isinstance(ledger, Ledger):
         return ledger.composed()
     return read_composition(plan, how)
@@ -137,7 +137,7 @@ def compositions(plan: Plan) -> dict[str, Delta | None]:
     Raises:
         LedgerError, PlanError: as in `composition`.
     """
-    ledger = check_settled(plan)
+    ledger = settled_ledger(plan)
     found: dict[str, Delta | None] = {ANCHOR: None}
     if isinstance(ledger, StatisticsLedger):
         statistics = ledger.statistics()

@@ -95,8 +95,20 @@ def ledger_of(plan: Plan, *, create: bool = True) -> Ledger | StatisticsLedger:
     return kind(plan.ledger_path, anchor=anchor, create=create)
 
 
-def check_settled(plan: Plan) -> Ledger | StatisticsLedger:
-    """The run's ledger.
+def check_settled(plan: Plan) -> Ledger:
+    """The ledger of a run whose shards have deltas.
+
+    Raises:
+        LedgerError: as in `settled_ledger`; or it is a ledger of statistics.
+    """
+    ledger = settled_ledger(plan)
+    if not isinstance(ledger, Ledger):
+        raise LedgerError(f"{plan.path} has statistics, not deltas: use settled_ledger")
+    return ledger
+
+
+def settled_ledger(plan: Plan) -> Ledger | StatisticsLedger:
+    """The run's ledger, of deltas or of statistics.
 
     Raises:
         LedgerError: there is none, or it is not in line with the plan, so that forgotten samples
