@@ -84,5 +84,5 @@ def bits(plan: Plan) -> dict[str, str]:
     """SHA-256 of every file among the deltas."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(plan.deltas_path.iterdir())
+        for path in sorted(plan.results_path.iterdir())
     }

@@ -5,24 +5,44 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from tangent_ops.cli.config import Config
-from tangent_ops.cli.messages import errors, say
+from tangent_ops.cli.messages import errors, fail, hidden, say
 
 Run = Annotated[Path, typer.Argument(help="The run's folder, made by `tangent-ops finetune`.")]
 
 
 def compose(
     run: Run,
+    how: Annotated[
+        Literal["mean", "least-squares", "lossless", "statistics"] | None,
+        typer.Option(
+            help="mean: of the deltas. least-squares: weights that fit the images of --data. "
+            "lossless: the optimum on all shards together, from shards fitted by --method exact "
+            "and their images. statistics: the same from a run of --method statistics, without "
+            "images. Default: mean, or statistics in such a run."
+        ),
+    ] = None,
     weights: Annotated[
         Literal["uniform", "samples"] | None,
         typer.Option(
             help="Weights of the shards in the mean: equal, or their numbers of images. Default: "
             "as in the last call; uniform in the first."
         ),
+    ] = None,
+    l2: Annotated[
+        str | None,
+        typer.Option(
+            help="Of statistics: weight of half the squared norm; or auto, by generalised "
+            "cross-validation. Default: as in the last call; auto in the first."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Of least-squares: validation images, a folder of images per class."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the composed delta to this file, too.")
@@ -31,31 +51,60 @@ def compose(
     config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Add up the deltas of a run's trained shards.
+    """Compose the trained shards of a run: their deltas, or their statistics.
 
     They are kept in the ledger RUN/ledger. A later call adds the shards that were trained since
-    then, and drops those that were forgotten.
+    then, and drops those that were forgotten. Compositions other than the mean are kept in
+    RUN/compositions, until the shards change; `evaluate` shows all side by side.
     """
+    from tangent_ops.composition.ridge import SolvedDelta
     from tangent_ops.delta import save_delta
     from tangent_ops.errors import ArgumentError
-    from tangent_ops.shards import Plan, check_settled, settle
+    from tangent_ops.shards import ImageData, Plan, settle, settled_ledger
+    from tangent_ops.shards.composing import check_how, compose_run, default_how
 
     with errors():
         if out is not None and out.exists() and not force:
             raise ArgumentError(f"{out} exists: give another name, or --force to overwrite it")
         plan = Plan.open(run)
+        kind = how or default_how(plan)
+        validation = None if data is None else ImageData(str(data), split="validation")
+        penalty = _number(l2)
+        check_how(plan, kind, penalty, validation)
         settled = settle(plan, weights=weights)
-        ledger = check_settled(plan)
-        count = len(ledger)
+        count = len(settled_ledger(plan))
+        delta = None
+        if count and (kind != "mean" or out is not None):
+            delta = compose_run(
+                plan, kind, l2=penalty, data=validation, progress=not hidden(as_json)
+            )
         if out is not None:
-            save_delta(ledger.composed(), out)
+            if delta is None:
+                fail(f"{run} has no trained shard: {out} was not written", 2)
+            save_delta(delta, out)
+    record: dict[str, Any] = {"run": str(plan.path), "composed": count, **asdict(settled)}
+    solved = delta if isinstance(delta, SolvedDelta) else None
     if as_json:
-        record = {"run": str(plan.path), "composed": count, **asdict(settled)}
-        typer.echo(json.dumps({**record, "delta": None if out is None else str(out)}, indent=2))
+        record |= {"how": kind, "delta": None if out is None else str(out)}
+        if solved is not None:
+            record |= {"l2": solved.l2, "condition": solved.condition, "loss": solved.loss}
+        typer.echo(json.dumps(record, indent=2))
         return
     say(
         f"{count} shards composed: {len(settled.added)} added, {len(settled.forgotten)} dropped, "
         f"{len(settled.missing)} not trained yet"
     )
+    if solved is not None:
+        chosen = "by generalised cross-validation" if plan.l2 is None else "as given"
+        say(f"solved with l2 = {solved.l2:g}, {chosen}")
     if out is not None:
         say(f"wrote {out}")
+
+
+def _number(l2: str | None) -> float | str | None:
+    if l2 is None:
+        return None
+    try:
+        return float(l2)
+    except ValueError:
+        return l2

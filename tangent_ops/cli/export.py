@@ -52,7 +52,7 @@ def export(
             if path.exists() and not force:
                 raise ArgumentError(f"{path} exists: give another name, or --force to overwrite it")
         plan = Plan.open(run)
-        tangent, what = composed(plan, delta, anchor_only=False)
+        tangent, what = composed(plan, delta)
         if task_vector is not None:
             save_task_vector(tangent, task_vector)
         if file is not None:

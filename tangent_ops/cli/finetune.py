@@ -19,6 +19,7 @@ from tangent_ops.cli.config import Config
 from tangent_ops.cli.machines import HELPS, Machines
 from tangent_ops.cli.make_anchor import AnchorOptions
 from tangent_ops.cli.messages import errors, fail, hidden, need_privacy, say, tell
+from tangent_ops.cli.method import EXACT_L2, decided
 from tangent_ops.cli.options import Group
 from tangent_ops.cli.training import check_tensorboard, watching
 from tangent_ops.errors import ArgumentError
@@ -32,6 +33,8 @@ EXAMPLES = """
 Examples:
 
   tangent-ops finetune photos --public catalogue --out run --shards 6
+
+  tangent-ops finetune photos --public catalogue --out run --shards 50 --method statistics
 
   tangent-ops finetune photos --out run --by customer --table owners.csv --workers 2
 
@@ -54,6 +57,9 @@ def _recipe(**options: Any) -> ShardRecipe:
         need_privacy()
         if options["dp_delta"] is None:
             options["dp_delta"] = 1e-5
+    options["method"] = options["method"] or "gradient"  # `decided` chooses it
+    if options["l2"] is None:
+        options["l2"] = EXACT_L2 if options["method"] == "exact" else 0.0
     return ShardRecipe(**options)
 
 
@@ -66,7 +72,7 @@ ANCHOR = Group(
             "pretrained": "Download timm's published weights.",
             "weights": "Weights in a .safetensors file, instead of timm's.",
             "public": "Folder of images that will never have to be forgotten, to train the head on "
-            "first.",
+            "first, and for the basis of --method statistics.",
             "anchor": "An anchor's file (of another run, say), instead of all these.",
         }
     },
@@ -78,7 +84,11 @@ RECIPE = Group(
             "blocks": "Number of last blocks to train, with norm and head; or all.",
             "rank": "Rank of low-rank deltas. Default: full deltas.",
             "basis": "Seed of the fixed factors of low-rank deltas.",
-            "method": "gradient: by steps. exact: to the optimum, by conjugate gradients.",
+            "method": "exact: to the optimum. gradient: by steps. statistics: a shard gets no "
+            "delta, but sums in a small core, of which `compose` solves for the optimum on all "
+            "shards; needs --public. Default: exact; but gradient with --epochs, --lr or another "
+            "option of steps, cross-entropy or privacy.",
+            "core": "Of --method statistics: rows and columns of each layer's core.",
             "loss": "rsl: the rescaled square loss, which is quadratic.",
             "epochs": "Passes over a shard.",
             "lr": "Learning rate at the start.",
@@ -86,7 +96,8 @@ RECIPE = Group(
             "accumulate": "Number of parts that a step is computed in, to save memory.",
             "optimizer": "adamw, sgd or momentum.",
             "schedule": "cosine, step or constant.",
-            "l2": "Weight of half the squared norm.",
+            "l2": f"Weight of half the squared norm. Default: {EXACT_L2:g} for exact, 0 for "
+            "gradient; for statistics `compose` chooses it.",
             "tol": "Of --method exact: the relative distance that is left.",
             "augment": "Use timm's training transforms.",
             "grad_checkpointing": "Compute blocks again in the backward pass, to save memory.",
@@ -104,6 +115,7 @@ RECIPE = Group(
         },
     },
     texts={"blocks": _blocks},
+    undecided=frozenset({"method", "l2"}),
     build=_recipe,
 )
 ASSIGNMENT = Group(
@@ -160,8 +172,8 @@ def finetune(
 ) -> None:
     """Fine-tune a tangent model on each shard of your images, separately.
 
-    Every shard gets a delta: `compose` adds them up, `forget` removes one. Trained shards are
-    skipped, so after Ctrl-C or a crash the same command continues.
+    Every shard gets a delta, or statistics: `compose` adds them up, `forget` removes one. Shards
+    that are done are skipped, so after Ctrl-C or a crash the same command continues.
     """
     sources = {p.name: context.get_parameter_source(p.name or "") for p in context.command.params}
     given = [
@@ -172,13 +184,15 @@ def finetune(
     from tangent_ops.cli.make_anchor import check_model, make_anchor
     from tangent_ops.shards import ImageData, Plan
     from tangent_ops.shards.disjoint import check_private
-    from tangent_ops.shards.plan import DATABASE, check_folder
+    from tangent_ops.shards.run_folder import DATABASE, check_folder
 
     with errors():
         source = ImageData(str(data), data_name, split)
         anchor = replace(anchor, seed=recipe.seed)
         _check_alone(given)
-        anchor.check()
+        there = Plan.open(out) if (out / DATABASE).exists() else None
+        recipe = decided(recipe, given, there)
+        anchor.check(basis=recipe.method == "statistics")
         machines.check()
         check_folder(out)
         samples = source.open()
@@ -189,7 +203,6 @@ def finetune(
         check_private(recipe, dealt, assignment.allow_overlap)
         classes = classes_of(samples)
         check_model(anchor, recipe, len(classes))
-        there = Plan.open(out) if (out / DATABASE).exists() else None
         moved = there is not None and there.data != source.absolute()
         if dry_run:
             if there is not None:
@@ -311,12 +324,12 @@ def _show_dry_run(
     for name, count, done in listed:
         per_epoch = math.ceil(count / recipe.batch_size)
         steps = recipe.epochs * per_epoch if recipe.dp_epsilon is None else recipe.dp_steps
-        exact = recipe.method == "exact"
+        by_steps = recipe.method == "gradient"
         rows.append(
             {
                 "shard": name,
                 "samples": count,
-                "steps": None if exact else steps,
+                "steps": steps if by_steps else None,
                 "done": done,
             }
         )
@@ -330,9 +343,10 @@ def _show_dry_run(
         }
         typer.echo(json.dumps(record, indent=2))
         return
+    without = "one pass" if recipe.method == "statistics" else "to the optimum"
     table = Table("shard", "samples", "steps")
     for row in rows[:50]:
-        steps = "to the optimum" if row["steps"] is None else str(row["steps"])
+        steps = without if row["steps"] is None else str(row["steps"])
         if row["done"] or not row["samples"]:
             steps = "none: it is trained" if row["done"] else "none: it is empty"
         table.add_row(escape(row["shard"]), str(row["samples"]), steps)

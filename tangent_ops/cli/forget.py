@@ -60,8 +60,9 @@ def forget(
 
     The deltas of the affected shards are overwritten on disk, and what is left of these shards is
     trained again: the composition is as if the images had never been there. If an image that stays
-    is missing, nothing is forgotten. The images themselves, copies of files, and earlier exports
-    stay where they are.
+    is missing, nothing is forgotten. In a run of statistics the forgotten images are subtracted,
+    and no other image is read. The images themselves, copies of files, and earlier exports stay
+    where they are.
     """
     from tangent_ops.errors import TangentOpsError
     from tangent_ops.shards import Plan, find
@@ -126,14 +127,21 @@ def _show(done: Forgotten, as_json: bool) -> None:
             "dropped": done.dropped,
             "trained": done.report.trained,
             "solved": done.resolved,
+            "subtracted": done.subtracted,
+            "l2": None if done.solution is None else done.solution.l2,
             "failed": failed,
         }
         typer.echo(json.dumps(record, indent=2))
     else:
+        words = f"{len(done.report.trained)} were trained anew, {len(done.resolved)} solved"
+        if done.subtracted:
+            words = f"{len(done.subtracted)} were reduced, {len(done.report.trained)} summed anew"
         say(
             f"forgot {done.samples} images of {len(done.shards)} shards: {len(done.dropped)} have "
-            f"none left, {len(done.report.trained)} were trained anew, {len(done.resolved)} solved"
+            f"none left, {words}"
         )
+        if done.solution is not None:
+            say(f"  solved again without them, with l2 = {done.solution.l2:g}")
         for name, bound in done.resolved.items():
             say(f"  {name}: within {bound:.2g} of the optimum without them (certified)")
         for name, why in failed.items():

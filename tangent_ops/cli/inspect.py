@@ -19,7 +19,8 @@ def inspect(
     path: Annotated[
         Path,
         typer.Argument(
-            help="A run's or ledger's folder, or the file of a delta, anchor or program."
+            help="A run's or ledger's folder, or the file of a delta, statistics, a core basis, an "
+            "anchor or a program."
         ),
     ],
     shards: Annotated[bool, typer.Option("--shards", help="List a run's shards, too.")] = False,
@@ -27,7 +28,7 @@ def inspect(
 ) -> None:
     """Show what a folder or file is."""
     from tangent_ops.composition.ledger.base import DATABASE as LEDGER
-    from tangent_ops.shards.plan import DATABASE as PLAN
+    from tangent_ops.shards.run_folder import DATABASE as PLAN
 
     with errors():
         if (path / PLAN).exists():
@@ -55,12 +56,12 @@ def inspect(
 
 def _run(path: Path, shards: bool) -> dict[str, Any]:
     from tangent_ops.errors import LedgerError
-    from tangent_ops.shards import Plan, check_settled
+    from tangent_ops.shards import Plan, settled_ledger
 
     plan = Plan.open(path)
     rows = plan.shards()
     try:
-        composed = f"{len(check_settled(plan))} shards"
+        composed = f"{len(settled_ledger(plan))} shards"
     except LedgerError:
         composed = "no, or not up to date: tangent-ops compose"
     found: dict[str, Any] = {
@@ -81,7 +82,7 @@ def _run(path: Path, shards: bool) -> dict[str, Any]:
                 "name": row.name,
                 "samples": row.samples,
                 "done": row.done,
-                "delta": row.job and plan.delta_path(row.job).name,
+                "delta": row.job and plan.result_path(row.job).name,
             }
             for row in rows
         ]
@@ -102,11 +103,50 @@ def _anchor(path: Path) -> dict[str, Any]:
 
 
 def _ledger(path: Path) -> dict[str, Any]:
-    from tangent_ops.composition.ledger import Ledger
+    from tangent_ops.composition.ledger import Ledger, open_ledger
 
-    entries = Ledger(path, create=False).list()
-    weight = sum(entry.weight for entry in entries)
-    return {"what": "ledger", "shards": len(entries), "weight": weight}
+    ledger = open_ledger(path)
+    if isinstance(ledger, Ledger):
+        entries = ledger.list()
+        weight = sum(entry.weight for entry in entries)
+        return {"what": "ledger", "shards": len(entries), "weight": weight}
+    rows = ledger.list()
+    samples = sum(row.samples for row in rows)
+    return {"what": "ledger of statistics", "shards": len(rows), "samples": samples}
+
+
+def _statistics(path: Path) -> dict[str, Any]:
+    from tangent_ops.composition.statistics_file import load_statistics
+
+    found = load_statistics(path)
+    meta = found.meta
+    return {
+        "what": "statistics",
+        "model": meta.delta.model,
+        "anchor": meta.delta.anchor,
+        "basis": meta.delta.basis,
+        "loss": meta.delta.loss,
+        "samples": found.samples,
+        "samples by class": found.counts.tolist(),
+        "core columns": meta.core_columns,
+        "head": f"{meta.head_entries} x {meta.outputs}",
+        "megabytes": round(found.nbytes / 1e6, 1),
+    }
+
+
+def _basis(path: Path) -> dict[str, Any]:
+    from tangent_ops.shards.basis_file import load_basis
+
+    found = load_basis(path)
+    sizes = {name: [left.shape[1], len(right)] for name, (left, right) in found.items()}
+    return {
+        "what": "core basis",
+        "fingerprint": found.fingerprint,
+        "cores": sizes,
+        "directions": found.directions,
+        "in full": list(found.whole),
+        "images that it remembers": len(found.remembers),
+    }
 
 
 def _program(path: Path) -> dict[str, Any]:
@@ -135,8 +175,9 @@ def _file(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     from tangent_ops import delta
+    from tangent_ops.composition import statistics_file
     from tangent_ops.errors import ArgumentError
-    from tangent_ops.shards import anchor
+    from tangent_ops.shards import anchor, basis_file
 
     if path.is_dir():
         raise ArgumentError(f"{path} is neither a run's folder nor a ledger's")
@@ -151,8 +192,12 @@ def _file(path: Path) -> dict[str, Any]:
         raise ArgumentError(f"{path} is not a file of tangent-ops: {error}") from error
     if form == anchor.FORMAT:
         return {"what": "anchor", **_anchor(path)}
+    if form == statistics_file.FORMAT:
+        return _statistics(path)
+    if form == basis_file.FORMAT:
+        return _basis(path)
     if form != delta.FORMAT:
-        raise ArgumentError(f"{path} is a safetensors file, but neither a delta nor an anchor")
+        raise ArgumentError(f"{path} is a safetensors file, but none that tangent-ops writes")
     found = delta.load_delta(path)
     meta = found.meta
     assert meta is not None

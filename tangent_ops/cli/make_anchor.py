@@ -17,7 +17,7 @@ from torch import nn
 from tangent_ops.errors import ArgumentError, TangentOpsError
 from tangent_ops.files import to_json
 from tangent_ops.shards import ImageData, Samples, ShardRecipe, read_anchor, save_anchor
-from tangent_ops.shards.plan import ANCHOR
+from tangent_ops.shards.run_folder import ANCHOR
 from tangent_ops.training.head import fit_head
 
 
@@ -38,10 +38,21 @@ class AnchorOptions:
         size = {} if self.img_size is None else {"img_size": self.img_size}
         return {"num_classes": classes, **size}
 
-    def check(self) -> None:
-        """Raise ArgumentError for wrong options, without building a model."""
+    def check(self, *, basis: bool = False) -> None:
+        """Raise ArgumentError for wrong options, without building a model.
+
+        Args:
+            basis: public images give a basis, too, and are needed.
+        """
+        if self.public is not None and not self.public.is_dir():
+            raise ArgumentError(f"--public {self.public}: there is no such folder")
+        if basis and self.public is None:
+            raise ArgumentError(
+                "--method statistics needs --public, images that will never have to be forgotten: "
+                "the basis is computed from them, and remembers them"
+            )
         if self.anchor is not None:
-            if self.weights or self.public:
+            if self.weights or (self.public and not basis):
                 raise ArgumentError("--anchor is a whole model: leave --weights and --public out")
             read_anchor(self.anchor)
             return
@@ -58,8 +69,6 @@ class AnchorOptions:
                 f"--weights {self.weights}: expected a .safetensors file; other formats are "
                 "unpickled, which can execute what is in them"
             )
-        if self.public is not None and not self.public.is_dir():
-            raise ArgumentError(f"--public {self.public}: there is no such folder")
 
 
 def check_model(options: AnchorOptions, recipe: ShardRecipe, classes: int) -> None:

@@ -22,6 +22,7 @@ class Group:
         kind: the dataclass.
         helps: panel -> field -> help. Other fields are not options.
         texts: field -> function that reads it from text.
+        undecided: fields that are None if the option is not given; `build` decides.
         build: function of the options, by name, that returns the object; None for `kind`. It may
             raise a TangentOpsError.
     """
@@ -29,6 +30,7 @@ class Group:
     kind: Callable[..., Any]
     helps: Mapping[str | None, Mapping[str, str]]
     texts: Mapping[str, Callable[[str], Any]] = field(default_factory=dict)
+    undecided: frozenset[str] = frozenset()
     build: Callable[..., Any] | None = None
 
     def parameters(self) -> list[inspect.Parameter]:
@@ -39,6 +41,8 @@ class Group:
         for panel, helps in self.helps.items():
             for name, text in helps.items():
                 hint, default = hints[name], defaults[name]
+                if name in self.undecided:
+                    hint, default = hint | None, None
                 if name in self.texts:
                     hint, default = str, str(default)
                 # Typer would give a switch that is off a second name, --no-NAME.

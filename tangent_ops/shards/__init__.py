@@ -2,12 +2,14 @@
 
 from tangent_ops.shards.anchor import AnchorInfo, load_anchor, read_anchor, save_anchor
 from tangent_ops.shards.assignment import by_class, by_column, by_hash
+from tangent_ops.shards.composing import compose_run, compositions
 from tangent_ops.shards.data import ImageData, Samples
 from tangent_ops.shards.forgetting import Forgotten, find, forget
-from tangent_ops.shards.plan import Job, Plan, Shard
+from tangent_ops.shards.jobs import Job, Shard
+from tangent_ops.shards.plan import Plan
 from tangent_ops.shards.recipe import ShardRecipe
 from tangent_ops.shards.run import Report, run_shards
-from tangent_ops.shards.settling import Settled, check_settled, settle
+from tangent_ops.shards.settling import Settled, check_settled, settle, settled_ledger
 
 __all__ = [
     "AnchorInfo",
@@ -24,6 +26,8 @@ __all__ = [
     "by_column",
     "by_hash",
     "check_settled",
+    "compose_run",
+    "compositions",
     "find",
     "forget",
     "load_anchor",
@@ -31,4 +35,5 @@ __all__ = [
     "run_shards",
     "save_anchor",
     "settle",
+    "settled_ledger",
 ]

@@ -7,16 +7,21 @@ from dataclasses import dataclass
 
 import torch
 
+from tangent_ops.composition.ridge import SolvedDelta
 from tangent_ops.delta import load_delta
 from tangent_ops.errors import ArgumentError, SampleError, UnsupportedError
 from tangent_ops.exact import certify, fit_exact
 from tangent_ops.shards.anchor import load_anchor
+from tangent_ops.shards.composing import compose_locked
+from tangent_ops.shards.composition_files import path_of
 from tangent_ops.shards.data import ImageData
 from tangent_ops.shards.job import job_data, job_problem, save
 from tangent_ops.shards.plan import Plan
+from tangent_ops.shards.results import write_statistics
 from tangent_ops.shards.rows import difference
 from tangent_ops.shards.run import Report, check_executor, train
 from tangent_ops.shards.settling import settle_locked
+from tangent_ops.shards.subtracting import reduced
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class Forgotten:
         dropped: those of the shards that have no sample left.
         resolved: shard -> bound on the distance of its new delta from the optimum without the
             samples, where the fit started from the old delta (method "exact").
+        subtracted: shards whose statistics the samples were subtracted from (method "statistics").
+        solution: of the statistics without the samples, if they had been solved; else None.
         report: on the training of the other shards.
     """
 
@@ -36,6 +43,8 @@ class Forgotten:
     samples: int
     dropped: tuple[str, ...]
     resolved: dict[str, float]
+    subtracted: tuple[str, ...]
+    solution: SolvedDelta | None
     report: Report
 
 
@@ -73,13 +82,18 @@ def forget(
 ) -> Forgotten:
     """Forget a shard, samples with their exact copies, or all samples with a label.
 
-    The steps are: check what training again needs, which is the anchor and, by their hashes, the
-    images that stay in the affected shards; remove the samples from the plan, in one transaction;
-    remove the deltas that were trained on them from the ledger, and overwrite and remove the files;
-    train the affected shards, and no others, again from the anchor or, with the method "exact",
-    move their old deltas to the optimum without the samples, with a certificate. Only shards that
-    were trained are trained again. If this is interrupted after the samples left the plan,
-    `run_shards` and `settle` do the rest.
+    With the method "statistics", the samples' own statistics are computed, which reads no other
+    image, and subtracted from their shards'; a whole shard needs no image. If one of them cannot be
+    read any more, its shard's statistics are computed again from the images that stay. Statistics
+    that were solved are solved again. All bits are those of a run that never had the samples.
+
+    With other methods the steps are: check what training again needs, which is the anchor and, by
+    their hashes, the images that stay in the affected shards; remove the samples from the plan, in
+    one transaction; remove the deltas that were trained on them from the ledger, and overwrite and
+    remove the files; train the affected shards, and no others, again from the anchor or, with the
+    method "exact", move their old deltas to the optimum without the samples, with a certificate.
+    Only shards that were trained are trained again. If this is interrupted after the samples left
+    the plan, `run_shards` and `settle` do the rest.
 
     A shard's new delta is the one that it would have had without the samples: bit for bit if it
     was trained again, within the certificate's bound if its old delta was moved.
@@ -113,16 +127,26 @@ def forget(
         trained = [name for name, s in before.items() if s.done]
         starts = {}
         if plan.recipe.method == "exact" and plan.recipe.loss == "rsl":
-            starts = {name: load_delta(plan.delta_path(before[name].job or "")) for name in trained}
-        _check_ready(plan, data, found, trained, progress)
+            starts = {
+                name: load_delta(plan.result_path(before[name].job or "")) for name in trained
+            }
+        if data is not None:
+            plan.relocate(data, without=found, progress=progress)
+        less = {}
+        if plan.recipe.method == "statistics":
+            less = reduced(plan, found, trained, progress)
+        again = [name for name in trained if name not in less]
+        _check_ready(plan, found, again, checked=data is not None, progress=progress)
+        solved = path_of(plan, "statistics").exists()
         plan.manifest.remove(found)
         settle_locked(plan)
         left = {s.name for s in plan.shards() if s.job is not None}
-        again = [name for name in trained if name in left]
+        for name, statistics in less.items():
+            write_statistics(plan, plan.job(name), statistics)
         resolved = _solved(plan, {n: d for n, d in starts.items() if n in left}, progress)
         report = train(
             plan,
-            [name for name in again if name not in resolved],
+            [name for name in again if name in left and name not in resolved],
             executor,
             workers=workers,
             retries=retries,
@@ -130,29 +154,42 @@ def forget(
             progress=progress,
         )
         settle_locked(plan)
+        solution = None
+        if solved and any(shard.done for shard in plan.shards()):
+            solution = compose_locked(plan, "statistics")
+            assert isinstance(solution, SolvedDelta)
     return Forgotten(
         shards=tuple(found),
         samples=sum(map(len, found.values())),
         dropped=tuple(name for name in found if name not in left),
         resolved=resolved,
+        subtracted=tuple(less),
+        solution=solution,
         report=report,
     )
 
 
 def _check_ready(
     plan: Plan,
-    data: ImageData | None,
     found: Mapping[str, Sequence[str]],
-    trained: Collection[str],
+    again: Collection[str],
+    *,
+    checked: bool,
     progress: bool,
 ) -> None:
-    """Before anything is removed, raise what would keep the shards from being trained again."""
-    if data is not None:
-        plan.relocate(data, without=found, progress=progress)
-    staying = plan.staying(found, trained)
+    """Before anything is removed, raise what would keep the shards from being trained again.
+
+    Args:
+        plan: the run.
+        found: what is to be removed.
+        again: the shards to be trained again.
+        checked: whether the images that stay were compared already.
+        progress: show bars.
+    """
+    staying = plan.staying(found, again)
     if not staying:
         return
-    if data is None and (words := difference(plan.data, staying, progress)):
+    if not checked and (words := difference(plan.data, staying, progress)):
         raise SampleError(
             f"the shards could not be trained again: {words}. Nothing was forgotten yet. If the "
             "images have moved, give their place: --data FOLDER, data=ImageData(...) in Python. If "

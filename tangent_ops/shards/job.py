@@ -1,4 +1,4 @@
-"""Train one shard: from sample ids, recipe and anchor to the file of a delta."""
+"""Train one shard: from sample ids, recipe and anchor to the file of a delta or of statistics."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 
+from tangent_ops.composition.statistics import TangentStatistics
 from tangent_ops.delta import Delta, save_delta
 from tangent_ops.errors import TangentOpsError
 from tangent_ops.exact import Problem, fit_exact
+from tangent_ops.exact.collect import statistics
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.shards.data import Samples
 from tangent_ops.shards.plan import Job, Plan
 from tangent_ops.shards.recipe import ShardRecipe
+from tangent_ops.shards.results import write_statistics
 from tangent_ops.training.fit import fit
 
 # Libraries read these when a process starts. The last bits of a sum depend on how it is split.
@@ -25,7 +28,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def attempt(run: str, shard: str, progress: bool = False) -> dict[str, Any]:
-    """Train a shard in this process, unless its delta exists.
+    """Train a shard in this process, unless its delta, or its statistics, exist.
 
     Args:
         run: the folder of a plan.
@@ -40,8 +43,8 @@ def attempt(run: str, shard: str, progress: bool = False) -> dict[str, Any]:
     try:
         plan = Plan.open(run)
         job = plan.job(shard)
-        # A killed worker may have written its delta; a private fit must not be published twice.
-        found = {} if plan.delta_path(job.hash).exists() else _train(plan, job, progress)
+        # A killed worker may have written its result; a private fit must not be published twice.
+        found = {} if plan.result_path(job.hash).exists() else _train(plan, job, progress)
     except (TangentOpsError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         return {"error": _described(error)}
     except Exception:
@@ -52,9 +55,11 @@ def attempt(run: str, shard: str, progress: bool = False) -> dict[str, Any]:
 def _train(plan: Plan, job: Job, progress: bool) -> dict[str, Any]:
     recipe = plan.recipe
     torch.set_num_threads(recipe.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tangent = plan.tangent().to(device)
     data = job_data(plan, job)
+    if recipe.method == "statistics":
+        write_statistics(plan, job, statistics_of(plan, data, progress))
+        return {}
+    tangent = plan.tangent().to(device())
     found: dict[str, Any] = {}
     privacy = recipe.privacy(len(data))
     if privacy is not None:
@@ -81,6 +86,17 @@ def _train(plan: Plan, job: Job, progress: bool) -> dict[str, Any]:
         delta = tangent.delta_dict()
     save(plan, job, delta)
     return found
+
+
+def statistics_of(plan: Plan, data: Samples, progress: bool) -> TangentStatistics:
+    """The statistics of some of a plan's samples, which are read one after the other."""
+    tangent, classes = plan.tangent().to(device()), plan.anchor_info.classes
+    return statistics(tangent, data, classes=classes or None, progress=progress)
+
+
+def device() -> str:
+    """Where shards are trained."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def job_problem(
@@ -119,7 +135,7 @@ def save(plan: Plan, job: Job, delta: Delta, **extra: str) -> Path:
         "torch": torch.__version__,
         **extra,
     }
-    path = plan.delta_path(job.hash)
+    path = plan.result_path(job.hash)
     meta = replace(delta.meta, shard=job.shard, loss=plan.recipe.loss, extra=extra)
     save_delta(delta, path, meta=meta)
     return path

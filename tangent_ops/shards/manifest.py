@@ -102,6 +102,10 @@ class Manifest:
         """Change the weights in `about`."""
         self._set("weights", weights)
 
+    def set_l2(self, l2: str) -> None:
+        """Change l2 in `about`."""
+        self._set("l2", l2)
+
     def set_data(self, data: str) -> None:
         """Change the place of the images in `about`."""
         self._set("data", data)

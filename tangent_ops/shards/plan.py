@@ -2,57 +2,44 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
+import math
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tangent_ops.errors import ArgumentError, PlanError
 from tangent_ops.files import to_json, write_atomically
+from tangent_ops.model.core_basis import CoreBasis
 from tangent_ops.model.linearize import linearize
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.shards.anchor import AnchorInfo, load_anchor, read_anchor
+from tangent_ops.shards.basis_file import load_basis, save_basis
 from tangent_ops.shards.data import ImageData, Samples
 from tangent_ops.shards.disjoint import check_disjoint, check_no_copies, check_private, check_public
+from tangent_ops.shards.jobs import Job, Shard, job_hash
 from tangent_ops.shards.manifest import Manifest, Sample
-from tangent_ops.shards.recipe import ShardRecipe, job_hash
+from tangent_ops.shards.public import public_basis, public_digest
+from tangent_ops.shards.recipe import ShardRecipe
 from tangent_ops.shards.rows import Rows, changes, check_names, difference, digest, hashed, rows_of
+from tangent_ops.shards.run_folder import (
+    ANCHOR,
+    BASIS,
+    DATABASE,
+    DELTAS,
+    LEDGER,
+    STATISTICS,
+    check_folder,
+    locked,
+)
 
 WEIGHTS = ("uniform", "samples")
-DATABASE = "plan.sqlite"
-ANCHOR = "anchor.safetensors"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A part of the data.
-
-    Attributes:
-        name: of your choice.
-        samples: how many.
-        job: hash of all that determines its delta, in hexadecimal; None if it has no samples.
-        done: whether that delta exists.
-    """
-
-    name: str
-    samples: int
-    job: str | None
-    done: bool
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker trains."""
-
-    shard: str
-    hash: str
-    samples: tuple[Sample, ...]
+AUTOMATIC = "auto"  # l2 chosen from the statistics
 
 
 class Plan:
@@ -95,15 +82,17 @@ class Plan:
             recipe: how each shard is trained.
             assignment: shard -> ids of its samples; see `by_hash`, `by_class`, `by_column`.
             labels: id -> a label that samples can be forgotten by, for example a customer.
-            public: images that the anchor was made from. None of them may be among the samples,
-                because what the anchor learned from them cannot be forgotten.
+            public: images that the anchor was made from, and that the method "statistics" needs for
+                its basis. None of them may be among the samples, because what anchor and basis
+                learned from them cannot be forgotten.
             allow_overlap: let shards share samples, or copies of them. Forgetting one then changes
                 all shards that have it, and the shards' privacy guarantees no longer compose in
                 parallel. The plan records this option.
             progress: show a bar.
 
         Raises:
-            ArgumentError: an assignment not as above; a sample in two shards; data of one class.
+            ArgumentError: an assignment not as above; a sample in two shards; data of one class;
+                the method "statistics" without public images.
             SampleError: a sample cannot be read.
             PlanError: the folder holds something else, or another plan; anchor is not an anchor's
                 file.
@@ -121,6 +110,8 @@ class Plan:
             "recipe": to_json(recipe.to_dict()),
             "overlap": to_json(allow_overlap),
         }
+        if recipe.method == "statistics":
+            asked["public"] = public_digest(public)
         if (path / DATABASE).exists():
             plan = cls.open(path)
             plan._check_same(asked, rows)
@@ -142,8 +133,12 @@ class Plan:
         path.mkdir(parents=True, exist_ok=True)
         with open(anchor, "rb") as source:
             write_atomically(path / ANCHOR, lambda file: shutil.copyfileobj(source, file))
-        (path / "deltas").mkdir(exist_ok=True)
         rest = {"dealt": digest(rows), "data": to_json(asdict(data)), "weights": WEIGHTS[0]}
+        if recipe.method == "statistics" and public is not None:
+            basis = public_basis(path / ANCHOR, recipe, public)
+            save_basis(basis, path / BASIS)
+            rest |= {"basis": basis.fingerprint, "l2": AUTOMATIC}
+        (path / _results(recipe)).mkdir(exist_ok=True)
         Manifest(path / DATABASE).create({**asked, **rest}, shards)
         return cls.open(path)
 
@@ -162,7 +157,7 @@ class Plan:
         plan.manifest.check()
         if plan.anchor_info.fingerprint != plan._about["anchor"]:
             raise PlanError(f"{path / ANCHOR} is not the anchor of the plan: restore it")
-        _ = plan.recipe, plan.data, plan.overlap, plan.weights
+        _ = plan.recipe, plan.data, plan.overlap, plan.weights, plan.l2
         return plan
 
     @property
@@ -171,11 +166,12 @@ class Plan:
 
     @property
     def ledger_path(self) -> Path:
-        return self.path / "ledger"
+        return self.path / LEDGER
 
     @property
-    def deltas_path(self) -> Path:
-        return self.path / "deltas"
+    def results_path(self) -> Path:
+        """The folder of what the jobs write: deltas or statistics."""
+        return self.path / _results(self.recipe)
 
     @cached_property
     def anchor_info(self) -> AnchorInfo:
@@ -210,14 +206,38 @@ class Plan:
             raise PlanError(f"{self.path / DATABASE} has weights {found!r}: it was edited")
         return found
 
+    @property
+    def l2(self) -> float | None:
+        """The penalty of the last solution of statistics; None if they choose it themselves."""
+        found = self.manifest.about().get("l2", AUTOMATIC)
+        try:
+            l2 = None if found == AUTOMATIC else float(found)
+        except ValueError:
+            l2 = math.nan
+        if l2 is not None and not (l2 >= 0 and math.isfinite(l2)):
+            raise PlanError(f"{self.path / DATABASE} has l2 {found!r}: it was edited")
+        return l2
+
+    @cached_property
+    def basis(self) -> CoreBasis | None:
+        """The cores' fixed sides, with the method "statistics"."""
+        if self.recipe.method != "statistics":
+            return None
+        basis = load_basis(self.path / BASIS)
+        if basis.fingerprint != self._about["basis"]:
+            raise PlanError(f"{self.path / BASIS} is not the basis of the plan: restore it")
+        return basis
+
     def tangent(self) -> LinearizedModel:
         """The anchor, linearized by the recipe, on the CPU.
 
         Raises:
-            PlanError: the anchor's file is damaged.
+            PlanError: the anchor's file, or the basis's, is damaged.
         """
         model, _ = load_anchor(self.anchor_path)
         recipe = self.recipe
+        if self.basis is not None:
+            return linearize(model, core=self.basis)
         tangent = linearize(model, recipe.trainable(model), rank=recipe.rank, basis=recipe.basis)
         if recipe.grad_checkpointing:
             tangent.set_grad_checkpointing()
@@ -225,11 +245,11 @@ class Plan:
 
     def shards(self) -> list[Shard]:
         """All shards, in their order."""
-        there = {path.name for path in self.deltas_path.glob("*.safetensors")}
+        there = {path.name for path in self.results_path.glob("*.safetensors")}
         found = []
         for name, samples in self.manifest.samples():
-            job = job_hash(name, samples, self.anchor_info, self.recipe) if samples else None
-            done = job is not None and self.delta_path(job).name in there
+            job = self._hash(name, samples) if samples else None
+            done = job is not None and self.result_path(job).name in there
             found.append(Shard(name, len(samples), job, done))
         return found
 
@@ -241,8 +261,7 @@ class Plan:
         """
         for name, samples in self.manifest.samples(shard):
             if samples:
-                hash = job_hash(name, samples, self.anchor_info, self.recipe)
-                return Job(name, hash, tuple(samples))
+                return Job(name, self._hash(name, samples), tuple(samples))
         raise ArgumentError(f"{self.path} has no shard {shard!r} with samples")
 
     def relocate(
@@ -309,41 +328,23 @@ class Plan:
                 found.setdefault(shard, set()).update(ids)
         return {shard: sorted(ids) for shard, ids in found.items()}
 
-    def delta_path(self, job: str) -> Path:
-        """The file of a job's delta."""
-        return self.deltas_path / f"{job[:32]}.safetensors"
+    def _hash(self, shard: str, samples: list[Sample]) -> str:
+        basis = self._about.get("basis")
+        return job_hash(shard, samples, self.anchor_info, self.recipe, basis)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run's lock, to train, settle or forget.
+    def result_path(self, job: str) -> Path:
+        """The file of a job's delta or statistics."""
+        return self.results_path / f"{job[:32]}.safetensors"
 
-        Raises:
-            PlanError: another process holds it; or a link leads out of the run's folder, so files
-                would be written and erased elsewhere.
-        """
-        lock = self.path / ".lock"
-        for path in (self.deltas_path, self.ledger_path, lock):
-            if path.is_symlink():
-                raise PlanError(
-                    f"{path} is a symbolic link, and a run writes and erases only in its own "
-                    "folder: replace the link by the folder, or move the whole run and link to that"
-                )
-        if lock.exists() and not lock.is_file():  # opening a pipe would block
-            raise PlanError(f"{lock} is no file: remove it")
-        with open(lock, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise PlanError(
-                    f"another process is at work in {self.path}: wait for it"
-                ) from error
-            yield
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the run's lock, to train, settle or forget; see `run_folder.locked`."""
+        return locked(self.path)
 
     @cached_property
     def _about(self) -> dict[str, str]:
         found = self.manifest.about()
         needed = {"anchor", "recipe", "data", "overlap", "dealt", "weights"}
-        if found.keys() != needed:
+        if found.keys() not in (needed, needed | {"public", "basis", "l2"}):
             raise PlanError(f"{self.path / DATABASE} lacks entries of a plan: restore it")
         return found
 
@@ -370,10 +371,11 @@ class Plan:
 
     def _check_same(self, asked: Mapping[str, str], rows: Rows) -> None:
         for key, value in asked.items():
-            if self._about[key] != value:
+            there = self._about.get(key, "none")
+            if there != value:
                 raise PlanError(
                     f"{self.path} holds a plan with another {key}: give another folder to start "
-                    f"a new one ({self._about[key][:300]} there, {value[:300]} now)"
+                    f"a new one ({there[:300]} there, {value[:300]} now)"
                 )
         if digest(rows) == self._about["dealt"]:
             return
@@ -386,15 +388,5 @@ class Plan:
             )
 
 
-def check_folder(path: Path) -> None:
-    """Raise PlanError if the path is a file, or a folder with other files and no plan."""
-    if (path / DATABASE).exists() or not path.exists():
-        return
-    if not path.is_dir() or any(map(_foreign, path.iterdir())):
-        raise PlanError(f"{path} holds no plan, but other files: give a new or empty folder")
-
-
-def _foreign(path: Path) -> bool:
-    """Whether the file is not from an interrupted `create`, which writes the database last."""
-    empty = path.name == "deltas" and path.is_dir() and not any(path.iterdir())
-    return not (empty or path.name == ANCHOR or path.suffix == ".tmp")
+def _results(recipe: ShardRecipe) -> str:
+    return STATISTICS if recipe.method == "statistics" else DELTAS

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
@@ -12,10 +11,7 @@ from torch import nn
 
 from tangent_ops.data import check_choice, check_integer, check_positive, did_you_mean
 from tangent_ops.errors import ArgumentError
-from tangent_ops.files import to_json
 from tangent_ops.model.linearize import last_blocks
-from tangent_ops.shards.anchor import AnchorInfo
-from tangent_ops.shards.manifest import Sample
 from tangent_ops.training.options import Recipe
 
 if TYPE_CHECKING:
@@ -34,7 +30,9 @@ class ShardRecipe(Recipe):
         blocks: number of last blocks that are trained, with norm and head; None for all parameters.
         rank: of low-rank deltas, as in `linearize`; None for full deltas.
         basis: seed of the low-rank deltas' fixed factors.
-        method: "gradient", by `fit`; or "exact", by `fit_exact`, which needs l2 > 0.
+        method: "gradient", by `fit`; "exact", by `fit_exact`, which needs l2 > 0; or "statistics",
+            by `statistics`: a shard has no delta, but the sums that determine one for any l2.
+        core: of the method "statistics", size of the cores, as in `core_basis`.
         tol: of the method "exact", as in `fit_exact`.
         augment: timm's training transforms in place of those for inference. They are drawn anew in
             every epoch, so nothing is cached.
@@ -58,7 +56,8 @@ class ShardRecipe(Recipe):
     blocks: int | None = 1
     rank: int | None = None
     basis: int = 0
-    method: Literal["gradient", "exact"] = "gradient"
+    method: Literal["gradient", "exact", "statistics"] = "gradient"
+    core: int = 8
     tol: float = 1e-3
     augment: bool = False
     grad_checkpointing: bool = False
@@ -84,8 +83,11 @@ class ShardRecipe(Recipe):
         check_positive(dp_clip=self.dp_clip, dp_batch_size=self.dp_batch_size)
         if not 0 < self.tol < 1:
             raise ArgumentError(f"tol must be between 0 and 1, got {self.tol}")
+        check_integer("core", self.core, 1)
         if self.method == "exact":
             self._check_exact()
+        if self.method == "statistics":
+            self._check_statistics()
         if self.dp_epsilon is not None:
             self._check_private()
         elif self.dp_delta is not None:
@@ -116,7 +118,10 @@ class ShardRecipe(Recipe):
 
     def to_dict(self) -> dict[str, Any]:
         """Names and plain values, for `from_dict`."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        if self.method != "statistics":
+            del values["core"]  # not used: it must not change the hashes of jobs
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ShardRecipe:
@@ -152,6 +157,20 @@ class ShardRecipe(Recipe):
         if self.dp_epsilon is not None:
             raise ArgumentError("dp_epsilon is for method 'gradient': fit_private is DP-SGD")
 
+    def _check_statistics(self) -> None:
+        if self.loss != "rsl":
+            raise ArgumentError(f"loss is {self.loss!r}: method 'statistics' is for 'rsl'")
+        if self.l2 != 0:
+            raise ArgumentError(
+                f"l2 is {self.l2:g}, but statistics are the same for every l2: choose it when the "
+                "run is composed (compose --l2)"
+            )
+        if self.blocks == 0:
+            raise ArgumentError("blocks is 0: method 'statistics' needs a block with cores")
+        for name in ("augment", "amp", "rank", "dp_epsilon"):
+            if getattr(self, name):
+                raise ArgumentError(f"{name} is not for method 'statistics': leave it out")
+
     def _check_private(self) -> None:
         check_positive(dp_epsilon=self.dp_epsilon)  # pyright: ignore[reportArgumentType]
         if self.dp_delta is None or not 0 < self.dp_delta < 1:
@@ -167,18 +186,3 @@ class ShardRecipe(Recipe):
                 "accumulate is not for private fits: their batches are drawn at random, and are "
                 "processed in parts anyway"
             )
-
-
-def job_hash(shard: str, samples: Iterable[Sample], anchor: AnchorInfo, recipe: ShardRecipe) -> str:
-    """SHA-256 of what determines a shard's delta, in hexadecimal."""
-    head = {
-        "format": 1,
-        "anchor": anchor.fingerprint,
-        "input": anchor.input,
-        "recipe": recipe.to_dict(),
-        "shard": shard,
-    }
-    digest = hashlib.sha256(to_json(head).encode() + b"\n")
-    for sample in samples:
-        digest.update(to_json([sample.id, sample.target, sample.content]).encode() + b"\n")
-    return digest.hexdigest()

@@ -116,7 +116,7 @@ def train(
     """`run_shards` for a caller that has locked the plan; ``only`` limits it to some shards."""
     began = time.perf_counter()
     check_executor(executor, workers, retries, address)
-    for path in plan.deltas_path.iterdir():
+    for path in plan.results_path.iterdir():
         if _TEMPORARY.fullmatch(path.name):
             path.unlink()  # of a killed worker; the lock keeps others from writing here
 

@@ -52,7 +52,7 @@ def weights(out: Path) -> dict[str, float]:
         (["--executor", "ray"], "tangent-ops[distributed]"),
         (["--epochs", "0"], "epochs"),
         (["--blocks", "few"], "--blocks few"),
-        (["--method", "exact"], "l2 > 0"),
+        (["--method", "exact", "--l2", "0"], "l2 > 0"),
         (["--optimizer", "lion"], "optimizer must be one of"),
         (["--model", "vit_bse_patch16_224"], "did you mean vit_base_patch16_224"),
         (["--weights", "w.bin"], "there is no such file"),

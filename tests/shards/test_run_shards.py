@@ -54,7 +54,7 @@ def test_a_delta_is_what_fit_gives(setting: Path) -> None:
     torch.set_num_threads(1)
     samples = TensorDataset(torch.stack(images), torch.tensor(targets))
     tangent_ops.fit(tangent, samples, epochs=30, lr=1e-3, batch_size=4, progress=False)
-    found = tangent_ops.load_delta(plan.delta_path(data.hash))
+    found = tangent_ops.load_delta(plan.result_path(data.hash))
     assert found.keys() == tangent.deltas().keys()
     for name, expected in tangent.deltas().items():
         assert torch.equal(found[name], expected)
@@ -179,7 +179,7 @@ def test_killed_at_the_renaming(setting: Path, monkeypatch: pytest.MonkeyPatch) 
             if moment == "after":
                 patch.setattr(job, "_train", lambda *_: pytest.fail("trained twice"))
             assert "error" not in job.attempt(str(plan.path), shard.name)
-        name = plan.delta_path(shard.job or "").name
+        name = plan.result_path(shard.job or "").name
         assert bits(plan)[name] == reference[name]
 
 

@@ -28,7 +28,7 @@ def plan(tmp_path: Path) -> Plan:
 
 def stale(plan: Plan) -> Path:
     """Removes a sample from the plan; returns the delta that is out of date now."""
-    path = plan.delta_path(plan.job("shard-0").hash)
+    path = plan.result_path(plan.job("shard-0").hash)
     sample = plan.job("shard-0").samples[0].id
     plan.manifest.remove({"shard-0": [sample]})
     return path
@@ -45,7 +45,7 @@ def test_a_stale_delta_goes(plan: Plan) -> None:
 
 def test_the_delta_of_a_shard_that_is_forgotten_as_a_whole_goes(plan: Plan) -> None:
     settle(plan)
-    old = plan.delta_path(plan.job("shard-0").hash)
+    old = plan.result_path(plan.job("shard-0").hash)
     plan.manifest.remove({"shard-0": [sample.id for sample in plan.job("shard-0").samples]})
     assert settle(plan).forgotten == ("shard-0",)
     assert not old.exists()
@@ -53,8 +53,8 @@ def test_the_delta_of_a_shard_that_is_forgotten_as_a_whole_goes(plan: Plan) -> N
 
 @pytest.mark.parametrize("name", ["mine.safetensors", "backup.safetensors", "0.tmp", "notes.txt"])
 def test_a_users_file_stays(plan: Plan, name: str) -> None:
-    mine = plan.deltas_path / name
-    shutil.copy(plan.delta_path(plan.job("shard-0").hash), mine)
+    mine = plan.results_path / name
+    shutil.copy(plan.result_path(plan.job("shard-0").hash), mine)
     old, before = stale(plan), mine.read_bytes()
     settle(plan)
     assert mine.read_bytes() == before
@@ -64,9 +64,9 @@ def test_a_users_file_stays(plan: Plan, name: str) -> None:
 @pytest.mark.parametrize("different", ["anchor", "job"])
 def test_a_delta_of_another_run_stays(plan: Plan, different: str) -> None:
     """Its name looks like that of a delta of this run, its meta does not."""
-    delta = load_delta(plan.delta_path(plan.job("shard-0").hash))
+    delta = load_delta(plan.result_path(plan.job("shard-0").hash))
     assert delta.meta is not None
-    mine = plan.deltas_path / f"{'a' * 32}.safetensors"
+    mine = plan.results_path / f"{'a' * 32}.safetensors"
     meta = replace(delta.meta, extra={"job": "a" * 64})
     other = {"anchor": replace(meta, anchor="b" * 64), "job": replace(meta, extra={})}
     save_delta(delta, mine, meta=other[different])
@@ -82,7 +82,7 @@ def test_what_nobody_can_tell_is_named_and_stays(plan: Plan, tmp_path: Path) -> 
     """Deltas that are out of date are erased first."""
     settle(plan)
     old = stale(plan)
-    damaged = plan.deltas_path / f"{'0' * 32}.safetensors"
+    damaged = plan.results_path / f"{'0' * 32}.safetensors"
     damaged.write_text("mine")
     with pytest.raises(PlanError, match=rf"{damaged.name} is truncated.*remove it if it is one"):
         settle(plan)
@@ -106,7 +106,7 @@ def test_what_nobody_can_tell_is_named_and_stays(plan: Plan, tmp_path: Path) -> 
 
 def test_a_link_in_place_of_a_delta_is_refused(plan: Plan, tmp_path: Path) -> None:
     """`forget` could not erase the link's target."""
-    path = plan.delta_path(plan.job("shard-0").hash)
+    path = plan.result_path(plan.job("shard-0").hash)
     shutil.move(path, tmp_path / "moved")
     path.symlink_to(tmp_path / "moved")
     with pytest.raises(PlanError, match=rf"{path.name} is a symbolic link"):

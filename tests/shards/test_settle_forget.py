@@ -37,7 +37,7 @@ def settled(folder: Path, shards: int, weights: str | None = None, **recipe: Any
 
 
 def files(plan: Plan) -> list[Path]:
-    return [plan.delta_path(shard.job or "") for shard in plan.shards()]
+    return [plan.result_path(shard.job or "") for shard in plan.shards()]
 
 
 def assert_same(found, expected) -> None:
@@ -111,7 +111,7 @@ def test_a_forgotten_sample_was_never_there(tmp_path: Path) -> None:
     """Equals a run that is planned, trained and composed without the sample."""
     plan = settled(tmp_path, shards=3, weights="samples")
     target = plan.job("shard-1").samples[0].id
-    old = plan.delta_path(plan.job("shard-1").hash)
+    old = plan.result_path(plan.job("shard-1").hash)
     others = {name: h for name, h in bits(plan).items() if name != old.name}
 
     found = forget(plan, sample=target, workers=1, progress=False)
@@ -156,7 +156,7 @@ def test_customers(tmp_path: Path) -> None:
 def composed_anew(plan: Plan, folder: Path):
     ledger = Ledger(folder / "anew")
     for shard in plan.shards():
-        ledger.add(shard.name, plan.delta_path(shard.job or ""))
+        ledger.add(shard.name, plan.result_path(shard.job or ""))
     return ledger.composed()
 
 
@@ -164,7 +164,7 @@ def test_interrupted_after_its_first_step(tmp_path: Path) -> None:
     """The sample is out of the plan; its delta is still there."""
     plan = settled(tmp_path, shards=2)
     target = plan.job("shard-0").samples[0].id
-    stale = plan.delta_path(plan.job("shard-0").hash)
+    stale = plan.result_path(plan.job("shard-0").hash)
     plan.manifest.remove(plan.find(sample=target))
     refused(LedgerError, "not in line", check_settled, plan)
     found = settle(plan)

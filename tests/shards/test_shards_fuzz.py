@@ -79,7 +79,7 @@ def read_all(path: Path) -> str:
     for shard in plan.shards():
         if shard.job is not None:
             plan.job(shard.name)
-            assert plan.delta_path(shard.job).parent == path / "deltas"
+            assert plan.result_path(shard.job).parent == path / "deltas"
     return plan.tangent().fingerprint
 
 

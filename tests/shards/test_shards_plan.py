@@ -18,7 +18,7 @@ from shard_runs import create_plan as create
 from tangent_ops.errors import ArgumentError, PlanError, SampleError
 from tangent_ops.shards import ImageData, Plan, ShardRecipe, load_anchor, read_anchor, save_anchor
 from tangent_ops.shards.job import job_data
-from tangent_ops.shards.recipe import job_hash
+from tangent_ops.shards.jobs import job_hash
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_odd_names(folder: Path) -> None:
     names = [shard.name for shard in plan.shards()]
     assert names == ['../../up / "ä"', "%s"]
     for name in names:  # a name is never a path
-        path = plan.delta_path(plan.job(name).hash)
+        path = plan.result_path(plan.job(name).hash)
         assert path.resolve().parent == (folder / "run" / "deltas").resolve()
     assert plan.find(sample="class0/ü ö 'x'; --.png").keys() == {names[0]}
 
