@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tangent_ops.composition.compose import compose
-from tangent_ops.composition.gcv import probe_by_gcv, solve_by_gcv
+from tangent_ops.composition.head_only import probe
 from tangent_ops.composition.ledger import Ledger, StatisticsLedger
 from tangent_ops.data import check_choice, check_not_negative
 from tangent_ops.delta import Delta
@@ -142,7 +142,7 @@ def compositions(plan: Plan) -> dict[str, Delta | None]:
     if isinstance(ledger, StatisticsLedger):
         statistics = ledger.statistics()
         if statistics.meta.head:
-            found[PROBE] = probe_by_gcv(statistics)
+            found[PROBE] = probe(statistics)
     elif len(ledger):
         found["mean"] = ledger.composed()
     for how in KEPT:
@@ -155,7 +155,7 @@ def _solve(plan: Plan, ledger: StatisticsLedger, l2: float | str | None) -> Delt
     wanted = plan.l2 if l2 is None else l2
     statistics = ledger.statistics()
     if wanted is None or isinstance(wanted, str):
-        delta = solve_by_gcv(statistics)
+        delta = statistics.choose().delta
     else:
         delta = statistics.solve(wanted)
     if l2 is not None:  # it determines an optimum: later calls may use it

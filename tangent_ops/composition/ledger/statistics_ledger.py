@@ -13,7 +13,7 @@ from tangent_ops.composition.ledger.changes import change
 from tangent_ops.composition.ledger.kind import Kind, Label, Value
 from tangent_ops.composition.ledger.statistics_rules import StatisticsRules
 from tangent_ops.composition.ledger.statistics_sum import StatisticsSum
-from tangent_ops.composition.ridge import PathRow, SolvedDelta
+from tangent_ops.composition.ridge import TRIED, PathRow, SolvedDelta
 from tangent_ops.composition.statistics import TangentStatistics
 from tangent_ops.composition.statistics_file import check_statistics, load_statistics
 from tangent_ops.errors import ArgumentError, LedgerError, StatisticsError
@@ -194,19 +194,17 @@ class StatisticsLedger(LedgerBase[TangentStatistics, StatisticsRules]):
             raise LedgerError(f"{self.path} is empty: there is nothing to compose")
         return total.total
 
-    def solve(self, l2: float, head_l2: float | None = None) -> SolvedDelta:
+    def solve(self, l2: float) -> SolvedDelta:
         """The optimum on all present samples; see `TangentStatistics.solve`.
 
         Raises:
-            ArgumentError: a penalty is negative or not finite.
+            ArgumentError: l2 is negative or not finite.
             LedgerError: as in `statistics`.
             StatisticsError: no samples; or a condition number at which float64 gives nothing.
         """
-        return self.statistics().solve(l2, head_l2)
+        return self.statistics().solve(l2)
 
-    def solve_path(
-        self, l2s: Sequence[float], head_l2s: Sequence[float] | None = None
-    ) -> list[PathRow]:
+    def solve_path(self, l2s: Sequence[float]) -> list[PathRow]:
         """The optimum for each l2, with what chooses among them; see `PathRow`.
 
         Raises:
@@ -214,19 +212,15 @@ class StatisticsLedger(LedgerBase[TangentStatistics, StatisticsRules]):
             LedgerError: as in `statistics`.
             StatisticsError: as in `solve`.
         """
-        return self.statistics().solve_path(l2s, head_l2s)
+        return self.statistics().solve_path(l2s)
 
-    def choose(
-        self, l2s: Sequence[float] | None = None, head_l2s: Sequence[float] | None = None
-    ) -> PathRow:
-        """The optimum with the penalties of the least generalised cross-validation.
-
-        See `TangentStatistics.choose`.
+    def choose(self, l2s: Sequence[float] = TRIED) -> PathRow:
+        """The optimum with the l2 that `TangentStatistics.choose` takes.
 
         Raises:
             ArgumentError, LedgerError, StatisticsError: as in `solve_path`.
         """
-        return self.statistics().choose(l2s, head_l2s)
+        return self.statistics().choose(l2s)
 
     def list(self) -> list[StatisticsEntry]:
         """The present shards, in the order in which they were added.

@@ -105,7 +105,8 @@ def test_a_repeated_sample_is_forgotten_as_often_as_it_is_given(folder):
     assert_has(ledger, [1, 2])
     ledger.forget_samples("a", statistics_of([1]))
     works = [lambda: ledger.forget_samples("a", statistics_of([1]))]
-    refused(folder, "shard 'a': 1 of the 1 samples to take out are not", *works, error=StatisticsError)  # fmt: skip
+    message = "shard 'a': 1 of the 1 samples to take out are not"
+    refused(folder, message, *works, error=StatisticsError)
 
 
 # A model's statistics
@@ -314,8 +315,8 @@ def test_a_fingerprint_fixes_the_anchor(folder):
 def test_a_model_fixes_anchor_basis_and_layout(folder, tangent, data):
     ledger = StatisticsLedger(folder, anchor=tangent)
     fewer = tangent_ops.linearize(tangent.anchor, "2")
-    refused(folder, r"another layout: 0\.bias missing", lambda: ledger.add("a", of(fewer, data, [0])),
-            error=StatisticsError)  # fmt: skip
+    works = [lambda: ledger.add("a", of(fewer, data, [0]))]
+    refused(folder, r"another layout: 0\.bias missing", *works, error=StatisticsError)
     low = tangent_ops.linearize(tangent.anchor, rank=1)
     refused(folder, "another basis", lambda: ledger.add("a", of(low, data, [0])),
             error=StatisticsError)  # fmt: skip

@@ -1,8 +1,4 @@
-"""Solves statistics with the l2 that generalised cross-validation chooses.
-
-Nothing but the statistics is used. So a solution after samples were forgotten is, with its l2, the
-one of statistics that never had them.
-"""
+"""Statistics and optimum of the linear head alone: a probe of the same samples."""
 
 from __future__ import annotations
 
@@ -10,30 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from tangent_ops.composition.ridge import PathRow, Ridge, SolvedDelta
+from tangent_ops.composition.ridge import SolvedDelta
 from tangent_ops.composition.statistics import TangentStatistics
 from tangent_ops.errors import StatisticsError
-
-L2S = tuple(10.0 ** (k / 2) for k in range(6, -17, -1))  # 1,000 to 1e-8; of equal ones the largest
-
-
-def solve_by_gcv(statistics: TangentStatistics) -> SolvedDelta:
-    """The optimum for the l2 of `L2S` with the least `PathRow.gcv`.
-
-    Raises:
-        StatisticsError: the statistics are of no sample, or no l2 gives an optimum in float64.
-    """
-    ridge = Ridge(statistics)
-    rows: list[PathRow] = []
-    for l2 in L2S:
-        try:
-            rows += ridge.path([l2])
-        except StatisticsError as error:  # this l2 and all smaller ones are hopeless
-            if not rows:
-                raise
-            del error
-            break
-    return min(rows, key=lambda row: row.gcv).delta
 
 
 def head_only(statistics: TangentStatistics) -> TangentStatistics:
@@ -64,9 +39,13 @@ def head_only(statistics: TangentStatistics) -> TangentStatistics:
     )
 
 
-def probe_by_gcv(statistics: TangentStatistics) -> SolvedDelta:
-    """`solve_by_gcv` in the head's columns alone, with zeros in the others."""
-    found = solve_by_gcv(head_only(statistics))
+def probe(statistics: TangentStatistics) -> SolvedDelta:
+    """The optimum in the head's columns alone, with zeros in the others; l2 as `choose` takes it.
+
+    Raises:
+        StatisticsError: as in `head_only` and `TangentStatistics.choose`.
+    """
+    found = head_only(statistics).choose().delta
     zeros = {
         name: torch.zeros(shape, dtype=getattr(torch, dtype))
         for name, dtype, shape in statistics.meta.layout
