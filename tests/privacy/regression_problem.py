@@ -1,0 +1,100 @@
+"""A small model with a core, and its features by torch.func, for tests of private regression."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+from torch.utils.data import TensorDataset
+
+from tangent_ops import LinearizedModel, linearize
+from tangent_ops.model.core_basis import core_basis
+from tangent_ops.privacy import PublicCoordinates, public_coordinates
+
+INPUTS, HIDDEN, CLASSES = 4, 6, 3
+SIZE = (3, 2)
+M = 15.0
+N = 12
+
+
+class Net(nn.Module):
+    """One hidden layer, whose weight gets a core, and a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(INPUTS, HIDDEN)
+        self.head = nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x)))
+
+
+def samples(count: int = N, scale: float = 1.0, seed: int = 1) -> TensorDataset:
+    noise = torch.Generator().manual_seed(seed)
+    inputs = scale * torch.randn(count, INPUTS, generator=noise, dtype=torch.float64)
+    return TensorDataset(inputs, torch.randint(CLASSES, (count,), generator=noise))
+
+
+def without(data: TensorDataset, index: int) -> TensorDataset:
+    kept = [i for i in range(len(data)) if i != index]
+    return TensorDataset(*(column[kept] for column in data.tensors))
+
+
+def tangent() -> LinearizedModel:
+    torch.manual_seed(0)
+    model = Net().double()
+    basis = core_basis(model, samples(20, seed=7), size=SIZE, trainable=r"^(body\.weight|head)")
+    return linearize(model, core=basis)
+
+
+def coordinates(model: LinearizedModel, core: int = 4, head: int = 5) -> PublicCoordinates:
+    return public_coordinates(
+        model, samples(20, seed=8), core=core, head=head, floor=0.01, progress=False
+    )
+
+
+@dataclass(frozen=True)
+class Written:
+    """φ (n, C, K), a (n, L) and r (n, C) in the coordinates, from torch.func's Jacobian."""
+
+    phi: Tensor
+    inputs: Tensor
+    residuals: Tensor
+
+    @classmethod
+    def of(cls, model: LinearizedModel, where: PublicCoordinates, data: TensorDataset) -> Written:
+        """By differentiating the model by its deltas, one sample at a time."""
+        inputs, targets = data.tensors
+        deltas = {name: value.detach() for name, value in model.deltas().items()}
+        names = {name: key for key, value in model.named_parameters() for name, own in
+                 model.deltas().items() if own is value}  # fmt: skip
+
+        def output(values: dict[str, Tensor], x: Tensor) -> Tensor:
+            return functional_call(model, {names[n]: v for n, v in values.items()}, (x[None],))[0]
+
+        core, head = [], []
+        for x in inputs:
+            rows = jacrev(output)(deltas, x)
+            of_head = [name for name in deltas if name.startswith("head")]
+            core.append(torch.cat([rows[n].flatten(1) for n in deltas if n not in of_head], 1))
+            own = torch.cat([rows[n][0, 0].reshape(-1) for n in of_head])  # output 0's own row
+            head.append(own)
+        with torch.no_grad():
+            outputs = model(inputs)
+        wanted = M * nn.functional.one_hot(targets, CLASSES).double()
+        return cls(
+            torch.stack(core) @ where.core, torch.stack(head) @ where.head, wanted - outputs
+        )
+
+    def rows(self) -> Tensor:
+        """J in the coordinates, (n, C, K + C L)."""
+        own = [torch.kron(torch.eye(CLASSES).double(), a[None]) for a in self.inputs]
+        return torch.cat([self.phi, torch.stack(own)], dim=2)
+
+    def __len__(self) -> int:
+        return len(self.phi)
+
+    def part(self, index: int) -> Written:
+        return Written(*(getattr(self, f.name)[index : index + 1] for f in fields(self)))
