@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -84,17 +84,9 @@ class Written:
         with torch.no_grad():
             outputs = model(inputs)
         wanted = M * nn.functional.one_hot(targets, CLASSES).double()
-        return cls(
-            torch.stack(core) @ where.core, torch.stack(head) @ where.head, wanted - outputs
-        )
+        return cls(torch.stack(core) @ where.core, torch.stack(head) @ where.head, wanted - outputs)
 
     def rows(self) -> Tensor:
         """J in the coordinates, (n, C, K + C L)."""
         own = [torch.kron(torch.eye(CLASSES).double(), a[None]) for a in self.inputs]
         return torch.cat([self.phi, torch.stack(own)], dim=2)
-
-    def __len__(self) -> int:
-        return len(self.phi)
-
-    def part(self, index: int) -> Written:
-        return Written(*(getattr(self, f.name)[index : index + 1] for f in fields(self)))

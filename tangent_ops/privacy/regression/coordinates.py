@@ -25,6 +25,8 @@ from tangent_ops.losses import Loss
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.privacy.regression.samples import SampleReader
 
+_LEAST = 1e-12  # eigenvalue, in units of the largest, below which there is only rounding
+
 
 @dataclass(frozen=True)
 class PublicNorms:
@@ -180,7 +182,7 @@ def _whitened(moment: Tensor, count: int, floor: float) -> Tensor:
     values, vectors = torch.linalg.eigh(moment)
     values, vectors = values.flip(0)[:count].clamp_min(0), vectors.flip(1)[:, :count]
     raised = values + floor * values[0]
-    if not float(raised[-1]) > 0:
+    if not float(raised[-1]) > _LEAST * float(values[0]):
         raise ArgumentError(
             f"the public data have fewer than {count} directions that are not zero: ask for fewer, "
             "or give a floor"

@@ -83,8 +83,9 @@ def fit_noisy_descent(
             not used.
         coordinates: of this model, from public data.
         clips: for each sample, such as quantiles of ``coordinates.norms``.
-        lr: of the coordinates; above 0 and up to 1: 1 would be Newton's step if the private
-            data's curvature were the public data's and core and head were not correlated.
+        lr: of the coordinates; above 0 and up to 1. 1 is Newton's step if the private data's
+            curvature is the public data's and core and head are not correlated; many steps diverge
+            where the private curvature is above 2/lr.
         l2: the penalty's weight, as in `NoisyStatistics.solve`.
         loss: `RescaledSquareLoss` with k = 1; None for ``RescaledSquareLoss()``.
         batch_size: of a Dataset; a DataLoader has its own.

@@ -166,7 +166,8 @@ def noisy_statistics(
         blocks = (sums[name] for name in CURVATURE)
         sums["least_eigenvalue"] = torch.linalg.eigvalsh(curvature_of(*blocks))[0]
     source = privacy.noise_source()
-    released = {n: sums[n] + noise_for(source, n, sums[n], spread[n]) for n in spread}
+    released = {name: value for name, value in sums.items() if not value.numel()}
+    released |= {n: sums[n] + noise_for(source, n, sums[n], spread[n]) for n in spread}
     if not shares.curvature:
         public = zip(CURVATURE, coordinates.curvature, strict=True)
         released |= {name: samples.count * block for name, block in public}

@@ -17,6 +17,8 @@ from tangent_ops.exact.tangent_features import TangentFeatures
 from tangent_ops.losses import Loss, RescaledSquareLoss, loss_name
 from tangent_ops.model.linearized import LinearizedModel
 
+_TRIED = 4  # inputs of noise, on which J is compared with passes through the model
+
 
 class SampleReader:
     """Gives batches of (f, φ, a) and of the residuals y - (f + J Δ), float64, on the CPU.
@@ -57,7 +59,8 @@ class SampleReader:
         self._loader = loader
         self._progress = progress
         first, _ = unpack(next(iter(loader)), self._device)
-        self.features = TangentFeatures(tangent, first)
+        noise = torch.randn(first[:_TRIED].shape, generator=torch.Generator().manual_seed(2))
+        self.features = TangentFeatures(tangent, noise.to(first))
         deltas = {name: value.detach().cpu().double() for name, value in tangent.deltas().items()}
         head = self.features.head
         self._core = torch.cat(
