@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,15 @@ def tangent() -> LinearizedModel:
 def coordinates(model: LinearizedModel, core: int = 4, head: int = 5) -> PublicCoordinates:
     return public_coordinates(
         model, samples(20, seed=8), core=core, head=head, floor=0.01, progress=False
+    )
+
+
+def in_coordinates(delta: Mapping[str, Tensor], where: PublicCoordinates) -> tuple[Tensor, Tensor]:
+    """z and Z of a delta, by least squares."""
+    flat = torch.cat([delta[n].flatten() for n, *_ in where.layout if n not in where.head_names])
+    columns = torch.cat([delta[n].reshape(CLASSES, -1) for n in where.head_names], 1)
+    return torch.linalg.lstsq(where.core, flat[:, None]).solution[:, 0], (
+        torch.linalg.lstsq(where.head, columns.T).solution.T
     )
 
 

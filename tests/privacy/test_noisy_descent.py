@@ -13,7 +13,16 @@ from gaussian_oracle import gaussian_failure
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
-from regression_problem import CLASSES, N, Written, coordinates, samples, tangent, without
+from regression_problem import (
+    CLASSES,
+    N,
+    Written,
+    coordinates,
+    in_coordinates,
+    samples,
+    tangent,
+    without,
+)
 from torch import Tensor, nn
 
 from tangent_ops import load_delta, save_delta
@@ -52,15 +61,6 @@ def fitted(data=None, clips=CLIPS, source: NoiseSource | None = None, lr=0.5, **
         )
 
 
-def in_coordinates(delta, where=WHERE) -> tuple[Tensor, Tensor]:
-    """z and Z of a delta, by least squares."""
-    flat = torch.cat([delta[n].flatten() for n, *_ in where.layout if n not in where.head_names])
-    columns = torch.cat([delta[n].reshape(CLASSES, -1) for n in where.head_names], 1)
-    return torch.linalg.lstsq(where.core, flat[:, None]).solution[:, 0], (
-        torch.linalg.lstsq(where.head, columns.T).solution.T
-    )
-
-
 def written_steps(data, clips, steps, lr, l2, where=WHERE) -> tuple[Tensor, Tensor]:
     """The descent without noise, sample by sample, from torch.func's Jacobian."""
     found = Written.of(tangent(), where, data)
@@ -84,7 +84,7 @@ def written_steps(data, clips, steps, lr, l2, where=WHERE) -> tuple[Tensor, Tens
 def test_steps_are_those_written_out(steps: int, l2: float) -> None:
     found = fitted(privacy=replace(PRIVACY, steps=steps), l2=l2, batch_size=5)
     expected = written_steps(samples(), CLIPS, steps, 0.5, l2)
-    for mine, other in zip(in_coordinates(found.delta), expected, strict=True):
+    for mine, other in zip(in_coordinates(found.delta, WHERE), expected, strict=True):
         assert torch.allclose(mine, other, rtol=1e-9, atol=1e-9)
 
 
@@ -137,7 +137,12 @@ def test_neighbours_first_steps_are_within_the_noise() -> None:
     moves = []
     for index in range(N):
         other = fitted(without(data, index), lr=0.5 * (N - 1) / N)  # the same lr / N
-        pairs = zip(in_coordinates(whole.delta), in_coordinates(other.delta), units, strict=True)
+        pairs = zip(
+            in_coordinates(whole.delta, WHERE),
+            in_coordinates(other.delta, WHERE),
+            units,
+            strict=True,
+        )
         moves.append(math.sqrt(sum(float(((a - b) / s).square().sum()) for a, b, s in pairs)))
     assert max(moves) <= 1 / 2.0 * (1 + 1e-6)  # 1/σ
     assert max(moves) >= 0.99 / 2.0
@@ -148,10 +153,10 @@ def test_noise_has_the_deviations_stated() -> None:
     fitted(source=source, privacy=replace(PRIVACY, steps=2))
     expected = [8.0 * 2.0 / math.sqrt(0.3), 34.0 * 2.0 / math.sqrt(0.7)]
     assert source.asked == pytest.approx(expected * 2)
-    exact = in_coordinates(fitted().delta)
+    exact = in_coordinates(fitted().delta, WHERE)
     noises: list[list[Tensor]] = [[], []]
     for seed in range(30):
-        noisy = in_coordinates(fitted(source=NoiseSource(seed)).delta)
+        noisy = in_coordinates(fitted(source=NoiseSource(seed)).delta, WHERE)
         for found, mine, other in zip(noises, noisy, exact, strict=True):
             found.append((mine - other).flatten() * N / 0.5)
     for found, std in zip(noises, expected, strict=True):
@@ -175,7 +180,7 @@ def test_many_steps_without_noise_and_clipping_reach_the_ridge_solution() -> Non
     rows, r = jacobian.rows().flatten(0, 1), jacobian.residuals.flatten()
     eye = torch.eye(rows.shape[1]).double()
     solution = torch.linalg.solve(rows.T @ rows + 0.2 * N * CLASSES / 2 * eye, rows.T @ r)
-    mine = torch.cat([part.flatten() for part in in_coordinates(found.delta)])
+    mine = torch.cat([part.flatten() for part in in_coordinates(found.delta, WHERE)])
     assert torch.allclose(mine, solution, rtol=1e-6, atol=1e-6)
 
 
