@@ -32,7 +32,8 @@ from tangent_ops.privacy import GroupClips, Privacy, fit_noisy_descent, statemen
 from tangent_ops.privacy.noise import NoiseSource
 from tangent_ops.privacy.regression.noisy_descent import clipped_gradients
 
-CLIPS = GroupClips(core=8.0, head=34.0, core_share=0.3)
+CORE, HEAD = 8.0, 34.0
+CLIPS = GroupClips(CORE, HEAD, core_share=0.3)
 WIDE = GroupClips(core=1e6, head=1e6)
 PRIVACY = Privacy(delta=1e-3, noise_multiplier=2.0, steps=1)
 WHERE = coordinates(tangent())
@@ -92,7 +93,7 @@ def test_both_clips_and_neither_are_in_these_tests() -> None:
     found = Written.of(tangent(), WHERE, samples())
     core = torch.einsum("nck,nc->nk", found.phi, found.residuals).norm(dim=1)
     head = found.residuals.norm(dim=1) * found.inputs.norm(dim=1)
-    for norms, clip in ((core, CLIPS.core), (head, CLIPS.head)):
+    for norms, clip in ((core, CORE), (head, HEAD)):
         assert 0 < int((norms > clip).sum()) < N
 
 
@@ -151,7 +152,7 @@ def test_neighbours_first_steps_are_within_the_noise() -> None:
 def test_noise_has_the_deviations_stated() -> None:
     source = Recording()
     fitted(source=source, privacy=replace(PRIVACY, steps=2))
-    expected = [8.0 * 2.0 / math.sqrt(0.3), 34.0 * 2.0 / math.sqrt(0.7)]
+    expected = [CORE * 2.0 / math.sqrt(0.3), HEAD * 2.0 / math.sqrt(0.7)]
     assert source.asked == pytest.approx(expected * 2)
     exact = in_coordinates(fitted().delta, WHERE)
     noises: list[list[Tensor]] = [[], []]
@@ -167,9 +168,9 @@ def test_noise_has_the_deviations_stated() -> None:
 @pytest.mark.parametrize(("core", "head"), [(4, 0), (0, 5)])
 def test_one_group_alone_has_the_whole_budget(core: int, head: int) -> None:
     where, source = coordinates(tangent(), core, head), Recording()
-    clips = GroupClips(8.0 if core else None, 34.0 if head else None)
+    clips = GroupClips(CORE if core else None, HEAD if head else None)
     found = fitted(where=where, clips=clips, source=source)
-    assert source.asked == pytest.approx([2.0 * (8.0 if core else 34.0)])
+    assert source.asked == pytest.approx([2.0 * (CORE if core else HEAD)])
     moved = {name for name, value in found.delta.items() if value.any()}
     assert moved == ({"body.weight"} if core else {"head.weight", "head.bias"})
 

@@ -13,7 +13,7 @@ from gaussian_oracle import gaussian_failure
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
-from regression_problem import CLASSES, M, N, Written, coordinates, samples, tangent, without
+from regression_problem import CLASSES, N, Written, coordinates, samples, tangent, without
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, TensorDataset
 
@@ -34,7 +34,8 @@ from tangent_ops.privacy.noise import NoiseSource
 from tangent_ops.privacy.regression.noisy_statistics import clipped_sums, noise_for
 
 PRIVACY = Privacy(delta=1e-3, noise_multiplier=2.0)
-BOUNDS = FeatureBounds(core=1.5, head=2.0, residual=6.0)
+LIMITS = (1.5, 2.0, 6.0)
+BOUNDS = FeatureBounds(*LIMITS)
 WIDE = FeatureBounds(core=1e6, head=1e6, residual=1e6)
 MODEL = tangent()
 WHERE = coordinates(MODEL)
@@ -188,11 +189,10 @@ def test_clipping_is_each_samples_own() -> None:
     data = outliers()
     written = Written.of(MODEL, WHERE, data)
     expected: dict[str, Tensor] = {}
-    limits = (BOUNDS.core, BOUNDS.head, BOUNDS.residual)
     for phi, a, r in zip(written.phi, written.inputs, written.residuals, strict=True):
         phi, a, r = (
             part * min(1.0, limit / float(part.norm()))
-            for part, limit in zip((phi, a, r), limits, strict=True)
+            for part, limit in zip((phi, a, r), LIMITS, strict=True)
         )
         own = {
             "core_core": phi.T @ phi,
@@ -374,4 +374,3 @@ def test_coordinates_whiten_the_public_data() -> None:
     few = TensorDataset(*(c[:3] for c in samples().tensors))
     refused(ArgumentError, "fewer than 5 directions", public_coordinates, MODEL, few, **public,
             floor=0.0)  # fmt: skip
-    assert M == 15.0

@@ -31,7 +31,8 @@ OTHERS = samples(2)
 EVERYTHING = TensorDataset(
     *(torch.cat(pair) for pair in zip(OTHERS.tensors, samples(1, seed=9).tensors, strict=True))
 )
-PRIVACY = Privacy(delta=1e-3, noise_multiplier=0.7)
+SIGMA = 0.7
+PRIVACY = Privacy(delta=1e-3, noise_multiplier=SIGMA)
 SHARE, CLIP, RATE = 0.4, 0.5, 1e-3
 
 
@@ -68,7 +69,7 @@ class Release:
             units = found.spread
             return torch.cat([(found.sums[name] / units[name]).flatten() for name in units])
         z, columns = in_coordinates(found.delta, self.where)
-        unit = RATE * CLIP * self.privacy.noise_multiplier
+        unit = RATE * CLIP * SIGMA
         return torch.cat([z * SHARE**0.5, columns.flatten() * (1 - SHARE) ** 0.5]) / unit
 
     def attacked(self, runs: int) -> Audit:

@@ -28,7 +28,7 @@ from tangent_ops.privacy.regression.samples import SampleReader
 _LEAST = 1e-12  # eigenvalue, in units of the largest, below which there is only rounding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PublicNorms:
     """Norms of the public samples, to choose bounds from; each (n,), float64.
 
@@ -47,7 +47,7 @@ class PublicNorms:
     head_gradient: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PublicCoordinates:
     """Coordinates of a private regression; see the module.
 

@@ -24,7 +24,7 @@ UNLIKELY = 0.05  # the probability that noise exceeds what the ridge allows for
 _HOPELESS = 1e13  # condition number at which float64 leaves three digits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NoisyStatistics:
     """Statistics of a square-loss fit with noise. All of it may be published.
 
