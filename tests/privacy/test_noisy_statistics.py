@@ -287,7 +287,17 @@ def test_the_statement_is_that_of_one_gaussian_mechanism(epsilon: float, tmp_pat
     (phase,) = statement.phases
     sigma = phase.noise_multiplier
     assert gaussian_failure(1 / sigma, epsilon) <= 1e-3 < gaussian_failure(1.003 / sigma, epsilon)
-    assert found.spread["core_core"] == pytest.approx(1.5**2 * sigma * 3)  # a ninth of the budget
+    core, head, residual = LIMITS
+    third = sigma * math.sqrt(3)  # of AdaSSP's thirds, each divided further
+    spread = {
+        "core_core": core**2 * third * math.sqrt(3),
+        "core_head": core * head * third * math.sqrt(3),
+        "head_head": head**2 * third * math.sqrt(3),
+        "core_residual": core * residual * third * math.sqrt(2),
+        "head_residual": head * residual * third * math.sqrt(2),
+        "least_eigenvalue": (core**2 + head**2) * third,
+    }
+    assert found.spread == pytest.approx(spread)
     statement.verify()
     for l2 in (None, 0.1, 1.0):
         save_delta(found.solve(l2), tmp_path / "delta.safetensors")
