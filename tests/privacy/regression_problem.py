@@ -72,6 +72,7 @@ class Written:
     phi: Tensor
     inputs: Tensor
     residuals: Tensor
+    where: PublicCoordinates
 
     @classmethod
     def of(cls, model: LinearizedModel, where: PublicCoordinates, data: TensorDataset) -> Written:
@@ -94,9 +95,27 @@ class Written:
         with torch.no_grad():
             outputs = model(inputs)
         wanted = M * nn.functional.one_hot(targets, CLASSES).double()
-        return cls(torch.stack(core) @ where.core, torch.stack(head) @ where.head, wanted - outputs)
+        phi, inputs = torch.stack(core) @ where.core, torch.stack(head) @ where.head
+        return cls(phi, inputs, wanted - outputs, where)
 
     def rows(self) -> Tensor:
         """J in the coordinates, (n, C, K + C L)."""
         own = [torch.kron(torch.eye(CLASSES).double(), a[None]) for a in self.inputs]
         return torch.cat([self.phi, torch.stack(own)], dim=2)
+
+    def penalty(self, l2: float, samples: int) -> Tensor:
+        """Of ‖Δ‖², by the deltas of each coordinate: diagonal, (K + C L,)."""
+        core, head = self.where.core.shape[1], self.where.head.shape[1]
+        size = core + CLASSES * head
+        deltas = [
+            self.where.deltas(one[:core], one[core:].reshape(CLASSES, head))
+            for one in torch.eye(size).double()
+        ]
+        squares = [sum(float(v.square().sum()) for v in delta.values()) for delta in deltas]
+        return l2 * samples * CLASSES / 2 * torch.tensor(squares, dtype=torch.float64)
+
+    def ridge(self, l2: float) -> Tensor:
+        """The optimum without noise and clips, (K + C L,)."""
+        rows, r = self.rows().flatten(0, 1), self.residuals.flatten()
+        penalty = self.penalty(l2, len(self.residuals))
+        return torch.linalg.solve(rows.T @ rows + penalty.diag(), rows.T @ r)

@@ -76,8 +76,10 @@ def written_steps(data, clips, steps, lr, l2, where=WHERE) -> tuple[Tensor, Tens
                 (sums[1], torch.outer(left, a), clips.head),
             ):
                 total += own * min(1.0, clip / float(own.norm()))
-        z = z + lr * (sums[0] / len(data) - l2 * CLASSES / 2 * z)
-        columns = columns + lr * (sums[1] / len(data) - l2 * CLASSES / 2 * columns)
+        z = z + lr * sums[0] / len(data)
+        columns = columns + lr * sums[1] / len(data)
+        z = z / (1 + lr * l2 * CLASSES / 2 * where.core.norm(dim=0) ** 2)
+        columns = columns / (1 + lr * l2 * CLASSES / 2 * where.head.norm(dim=0) ** 2)
     return z, columns
 
 
@@ -177,10 +179,7 @@ def test_one_group_alone_has_the_whole_budget(core: int, head: int) -> None:
 
 def test_many_steps_without_noise_and_clipping_reach_the_ridge_solution() -> None:
     found = fitted(clips=WIDE, privacy=replace(PRIVACY, steps=3000), l2=0.2, lr=0.1)
-    jacobian = Written.of(tangent(), WHERE, samples())
-    rows, r = jacobian.rows().flatten(0, 1), jacobian.residuals.flatten()
-    eye = torch.eye(rows.shape[1]).double()
-    solution = torch.linalg.solve(rows.T @ rows + 0.2 * N * CLASSES / 2 * eye, rows.T @ r)
+    solution = Written.of(tangent(), WHERE, samples()).ridge(0.2)
     mine = torch.cat([part.flatten() for part in in_coordinates(found.delta, WHERE)])
     assert torch.allclose(mine, solution, rtol=1e-6, atol=1e-6)
 

@@ -17,7 +17,7 @@ from regression_problem import CLASSES, N, Written, coordinates, samples, tangen
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, TensorDataset
 
-from tangent_ops import load_delta, save_delta
+from tangent_ops import load_delta, save_delta, statistics
 from tangent_ops.composition.ridge import FeatureRows
 from tangent_ops.errors import ArgumentError, StatisticsError, UnsupportedError
 from tangent_ops.privacy import (
@@ -220,10 +220,7 @@ def assembled(sums: dict[str, Tensor]) -> Tensor:
 def test_without_noise_and_clipping_it_is_the_ridge_solution(core: int, head: int, l2: float):
     where = coordinates(MODEL, core, head)
     jacobian = Written.of(MODEL, where, samples())
-    rows, r = jacobian.rows().flatten(0, 1), jacobian.residuals.flatten()
-    penalty = l2 * N * CLASSES / 2
-    eye = torch.eye(rows.shape[1]).double()
-    solution = torch.linalg.solve(rows.T @ rows + penalty * eye, rows.T @ r)
+    rows, solution = jacobian.rows().flatten(0, 1), jacobian.ridge(l2)
     bounds = replace(WIDE, core=WIDE.core if core else None, head=WIDE.head if head else None)
     found = released(where=where, bounds=bounds).solve(l2)
     model = tangent()
@@ -234,6 +231,28 @@ def test_without_noise_and_clipping_it_is_the_ridge_solution(core: int, head: in
     assert torch.allclose(moved.flatten(), rows @ solution, rtol=1e-9, atol=1e-9)
 
 
+def test_with_all_directions_it_is_the_optimum_of_exact_statistics() -> None:
+    """Without noise and clips; `statistics` computes in the deltas themselves."""
+    where = public_coordinates(
+        MODEL, samples(20, seed=8), core=6, head=7, floor=0.1, progress=False
+    )
+    exact = statistics(MODEL, samples(), fraction_bits=40, progress=False).solve(0.3)
+    found = released(where=where, bounds=WIDE).solve(0.3)
+    assert found.keys() == exact.keys()
+    assert all(torch.allclose(found[n], exact[n], rtol=1e-7, atol=1e-9) for n in exact)
+
+
+def test_adassps_ridge_is_on_the_coordinates() -> None:
+    found = released(source=NoiseSource(2))
+    values, vectors = torch.linalg.eigh(assembled(found.sums))
+    right = torch.cat([found.sums["core_residual"], found.sums["head_residual"].flatten()])
+    solution = vectors @ ((vectors.T @ right) / (values.clamp_min(0) + found.ridge))
+    k = WHERE.core.shape[1]
+    expected = WHERE.deltas(solution[:k], solution[k:].reshape(CLASSES, -1))
+    for name, value in found.solve().items():
+        assert torch.allclose(value, expected[name], rtol=1e-9, atol=1e-9)
+
+
 def test_public_curvature_takes_the_place_of_the_private() -> None:
     public = Written.of(MODEL, WHERE, samples(20, seed=8)).rows().flatten(0, 1)
     private = Written.of(MODEL, WHERE, samples())
@@ -241,7 +260,7 @@ def test_public_curvature_takes_the_place_of_the_private() -> None:
     assert found.spread.keys() == {"core_residual", "head_residual"} and found.ridge == 0
     right = private.rows().flatten(0, 1).T @ private.residuals.flatten()
     h = public.T @ public * (N / 20)
-    solution = torch.linalg.solve(h + 0.5 * N * CLASSES / 2 * torch.eye(len(h)).double(), right)
+    solution = torch.linalg.solve(h + private.penalty(0.5, N).diag(), right)
     k = WHERE.core.shape[1]
     expected = WHERE.deltas(solution[:k], solution[k:].reshape(CLASSES, -1))
     for name, value in found.solve(0.5).items():
@@ -253,12 +272,14 @@ def test_negative_eigenvalues_count_as_zero() -> None:
     values, vectors = torch.linalg.eigh(assembled(found.sums))
     assert float(values[0]) < 0  # the noise is that large
     right = torch.cat([found.sums["core_residual"], found.sums["head_residual"].flatten()])
-    solution = vectors @ ((vectors.T @ right) / (values.clamp_min(0) + 0.1 * N * CLASSES / 2))
+    h = vectors @ values.clamp_min(0).diag() @ vectors.T
+    penalty = Written.of(MODEL, WHERE, samples()).penalty(0.1, N)
+    solution = torch.linalg.solve(h + penalty.diag(), right)
     k = WHERE.core.shape[1]
     expected = WHERE.deltas(solution[:k], solution[k:].reshape(CLASSES, -1))
     for name, value in found.solve(0.1).items():
         assert torch.allclose(value, expected[name], rtol=1e-9, atol=1e-9)
-    refused(StatisticsError, "use a larger l2".capitalize(), found.solve, 0.0)
+    refused(StatisticsError, "use a larger l2", found.solve, 0.0)
     refused(ArgumentError, "l2", found.solve, -1.0)
 
 

@@ -77,6 +77,11 @@ class PublicCoordinates:
         """C."""
         return self.curvature[1].shape[1]
 
+    @property
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        """‖column‖² of T, (K,), and of U, (L,): ‖Δ‖² is Σ of these times z² and Z²."""
+        return self.core.square().sum(0), self.head.square().sum(0)
+
     def check(self, tangent: LinearizedModel) -> None:
         """Raise ArgumentError unless they are for this model."""
         if (tangent.fingerprint, tangent.basis_fingerprint) != (self.anchor, self.basis):

@@ -71,10 +71,10 @@ def fit_noisy_descent(
 ) -> PrivateFit:
     """Train core and head with (ε, δ)-differential privacy for each sample.
 
-    Each of T steps adds Gaussian noise to the clipped gradients' sum over all samples, and moves
-    the coordinates by lr times the result over N, minus l2 C/2 times themselves. Features are
-    computed once and kept: 8 N (C K + L) bytes. Coordinates from public data make the curvature
-    close to the identity, so few steps with lr near 1 suffice.
+    Each of T steps adds Gaussian noise to the clipped gradients' sum over all samples, moves the
+    coordinates by lr times the result over N, and makes a proximal step for the penalty. Features
+    are computed once and kept: 8 N (C K + L) bytes. Coordinates from public data make the curvature
+    close to the identity, so few steps suffice.
 
     Args:
         tangent: the model; its deltas are the start, and are trained in place.
@@ -86,7 +86,7 @@ def fit_noisy_descent(
         lr: of the coordinates; above 0 and up to 1. 1 is Newton's step if the private data's
             curvature is the public data's and core and head are not correlated; many steps diverge
             where the private curvature is above 2/lr.
-        l2: the penalty's weight, as in `NoisyStatistics.solve`.
+        l2: of the penalty l2/2 ‖Δ‖² on the move from the start, as in `NoisyStatistics.solve`.
         loss: `RescaledSquareLoss` with k = 1; None for ``RescaledSquareLoss()``.
         batch_size: of a Dataset; a DataLoader has its own.
         device: the model is moved there first.
@@ -126,17 +126,17 @@ def fit_noisy_descent(
     source = privacy.noise_source()
     z = torch.zeros(coordinates.core.shape[1], dtype=torch.float64)
     columns = torch.zeros(coordinates.outputs, coordinates.head.shape[1], dtype=torch.float64)
-    decay = l2 * coordinates.outputs / 2
+    decays = [1 + lr * l2 * coordinates.outputs / 2 * length for length in coordinates.lengths]
     for _ in range(steps):
         left = residuals - rows.core @ z - rows.head @ columns.T
         of_core, of_head = clipped_gradients(rows, left, clips)
         if core:
             noise = source.normal(z.shape, core * sigma / math.sqrt(share), z.dtype, "cpu")
-            z = z + lr * ((of_core + noise) / samples.count - decay * z)
+            z = (z + lr * (of_core + noise) / samples.count) / decays[0]
         if head:
             std = head * sigma / math.sqrt(1 - share)
             noise = source.normal(columns.shape, std, columns.dtype, "cpu")
-            columns = columns + lr * ((of_head + noise) / samples.count - decay * columns)
+            columns = (columns + lr * (of_head + noise) / samples.count) / decays[1]
     statement = make_statement(
         mechanism=(
             "noisy gradient descent on all samples, a sample's contribution scaled to norm 1: "

@@ -21,7 +21,7 @@ from tangent_ops.privacy.statement import PrivacyStatement, attach
 CURVATURE = ("core_core", "core_head", "head_head")
 SYMMETRIC = ("core_core", "head_head")
 UNLIKELY = 0.05  # the probability that noise exceeds what the ridge allows for
-_HOPELESS = 1e13  # condition number at which float64 leaves three digits
+_LEAST = 1e-6  # of a Cholesky factor's diagonal, in units of its largest entry
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,40 +71,47 @@ class NoisyStatistics:
         return max(0.0, max(symmetric) + mixed - max(0.0, sure))
 
     def solve(self, l2: float | None = None) -> Delta:
-        """The start plus the solution of (H + λ I) z = g, in the coordinates.
+        """The start plus the solution of (H + Λ) z = g, in the coordinates.
 
         Eigenvalues of H below 0 are due to noise, and count as 0.
 
         Args:
-            l2: λ = l2 N C / 2, as in `TangentStatistics.solve`, on the coordinates' norm instead
-                of the deltas'. None for λ = `ridge`.
+            l2: the penalty l2/2 ‖Δ‖² on the move from the start, as in `TangentStatistics.solve`:
+                Λ is l2 N C / 2 times the squared lengths of the coordinates' directions. None for
+                Λ = `ridge` I, as AdaSSP.
 
         Returns:
             A delta with the statement attached.
 
         Raises:
             ArgumentError: l2 is negative or not finite.
-            StatisticsError: λ is too small to determine a solution.
+            StatisticsError: l2 is too small to determine a solution.
         """
-        if l2 is not None:
+        outputs = self.coordinates.outputs
+        if l2 is None:
+            penalty = self.ridge * torch.ones(len(self._curvature), dtype=torch.float64)
+        else:
             check_not_negative(l2=l2)
-        penalty = self.ridge if l2 is None else l2 * self.samples * self.coordinates.outputs / 2
-        values, vectors = self._spectrum
-        raised = values.clamp_min(0) + penalty
-        if not float(raised[0]) * _HOPELESS > float(raised[-1]):
+            core, head = self.coordinates.lengths
+            penalty = l2 * self.samples * outputs / 2 * torch.cat([core, head.repeat(outputs)])
+        matrix = self._curvature + penalty.diag()
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if int(info) or not float(factor.diagonal().min()) > _LEAST * float(
+            factor.diagonal().max()
+        ):
             raise StatisticsError(
-                f"with λ = {penalty:g} the equations determine no solution in float64: H's "
-                f"eigenvalues are from {float(values[0]):.3g} to {float(values[-1]):.3g}. Use a "
-                "larger l2"
+                f"with l2 = {l2!r} the equations determine no solution in float64: use a larger "
+                "l2, or None for AdaSSP's ridge if there is noise on H"
             )
-        core, head = self.sums["core_residual"], self.sums["head_residual"]
-        found = vectors @ ((vectors.T @ torch.cat([core, head.flatten()])) / raised)
+        right = torch.cat([self.sums["core_residual"], self.sums["head_residual"].flatten()])
+        found = torch.cholesky_solve(right[:, None], factor)[:, 0]
         return moved(self.coordinates, self.start, found, self.statement)
 
     @cached_property
-    def _spectrum(self) -> tuple[Tensor, Tensor]:
+    def _curvature(self) -> Tensor:
+        """H with its negative eigenvalues at 0."""
         values, vectors = torch.linalg.eigh(curvature_of(*(self.sums[n] for n in CURVATURE)))
-        return values, vectors
+        return vectors * values.clamp_min(0) @ vectors.T
 
 
 def curvature_of(core: Tensor, mixed: Tensor, head: Tensor) -> Tensor:
