@@ -1,4 +1,4 @@
-"""Differential privacy for tangent models: training, accounting, convex mechanisms, audits.
+"""Differential privacy for tangent models: training, regression, accounting, audits.
 
 The gradient of Δ for one sample is the anchor's vector-Jacobian product with that sample's
 cotangent, so one forward and backward pass of the tangent model gives all that clipping needs.

@@ -96,9 +96,8 @@ class NoisyStatistics:
             penalty = l2 * self.samples * outputs / 2 * torch.cat([core, head.repeat(outputs)])
         matrix = self._curvature + penalty.diag()
         factor, info = torch.linalg.cholesky_ex(matrix)
-        if int(info) or not float(factor.diagonal().min()) > _LEAST * float(
-            factor.diagonal().max()
-        ):
+        least, largest = factor.diagonal().aminmax()
+        if int(info) or not float(least) > _LEAST * float(largest):
             raise StatisticsError(
                 f"with l2 = {l2!r} the equations determine no solution in float64: use a larger "
                 "l2, or None for AdaSSP's ridge if there is noise on H"
