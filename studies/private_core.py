@@ -20,6 +20,7 @@ from assets import default_cache
 from studies.paper.methods import probe, with_head
 from studies.paper.tokens import FEATURES, class_token_tail, load_model, prepare
 from tangent_ops import LinearizedModel, linearize
+from tangent_ops.delta import Delta
 from tangent_ops.model.core_basis import core_basis
 from tangent_ops.model.features import CachedFeatures, Tail
 from tangent_ops.privacy import (
@@ -27,14 +28,12 @@ from tangent_ops.privacy import (
     GroupClips,
     Privacy,
     PublicCoordinates,
-    Shares,
     fit_noisy_descent,
     noisy_statistics,
     public_coordinates,
 )
 
 DELTA = 1e-5
-EPSILONS = (1.0, 3.0, 8.0)
 PUBLIC = 100
 SEEDS = 5
 
@@ -46,7 +45,6 @@ class Descent:
     Attributes:
         core: directions of the core.
         head: directions of the head's input.
-        floor: as in `public_coordinates`.
         steps: T.
         lr: of the steps.
         quantile: of the public gradients' norms, for the clips.
@@ -55,7 +53,6 @@ class Descent:
 
     core: int
     head: int
-    floor: float
     steps: int
     lr: float
     quantile: float
@@ -67,14 +64,15 @@ class Descent:
         data: CachedFeatures,
         where: PublicCoordinates,
         epsilon: float,
-    ):
+        seed: int,
+    ) -> Delta:
         core, head = where.norms.core_gradient, where.norms.head_gradient
         clips = GroupClips(
             float(core.quantile(self.quantile)) if self.core else None,
             float(head.quantile(self.quantile)),
             core_share=0.3,
         )
-        privacy = Privacy(delta=DELTA, target_epsilon=epsilon, steps=self.steps)
+        privacy = Privacy(delta=DELTA, target_epsilon=epsilon, steps=self.steps, seed=seed)
         options = {"lr": self.lr, "l2": self.l2, "progress": False}
         return fit_noisy_descent(tangent, data, privacy, where, clips, **options).delta
 
@@ -86,17 +84,14 @@ class Statistics:
     Attributes:
         core: directions of the core.
         head: directions of the head's input.
-        shares: of the budget.
         quantile: of the public norms, for the bounds.
         l2: the ridge; None for AdaSSP's.
     """
 
     core: int
     head: int
-    shares: Shares
     quantile: float
     l2: float | None
-    floor: float = 1e-3
 
     def fit(
         self,
@@ -104,23 +99,45 @@ class Statistics:
         data: CachedFeatures,
         where: PublicCoordinates,
         epsilon: float,
-    ):
+        seed: int,
+    ) -> Delta:
         norms = where.norms
         bounds = FeatureBounds(
             float(norms.core.quantile(self.quantile)) if self.core else None,
             float(norms.head.quantile(self.quantile)),
             float(norms.residual.quantile(self.quantile)),
         )
-        privacy = Privacy(delta=DELTA, target_epsilon=epsilon)
-        released = noisy_statistics(
-            tangent, data, privacy, where, bounds, shares=self.shares, progress=False
-        )
+        privacy = Privacy(delta=DELTA, target_epsilon=epsilon, seed=seed)
+        released = noisy_statistics(tangent, data, privacy, where, bounds, progress=False)
         return released.solve(self.l2)
 
 
 # Chosen for each ε by the mean accuracy on public validation images, seeds 0 to 4, from grids of
 # one size for core and probe. Choosing by private runs costs privacy that ε does not count.
-OPTIONS: dict[str, dict[str, dict[float, Descent | Statistics]]] = {}
+OPTIONS: dict[str, dict[str, dict[float, Descent | Statistics]]] = {
+    "emoji": {
+        "descent, core": {
+            1.0: Descent(256, 96, steps=4, lr=0.4, quantile=0.5, l2=0.3),
+            3.0: Descent(256, 192, steps=10, lr=0.2, quantile=0.5, l2=0.1),
+            8.0: Descent(256, 192, steps=10, lr=0.2, quantile=0.9, l2=0.0),
+        },
+        "descent, probe": {
+            1.0: Descent(0, 96, steps=4, lr=0.4, quantile=0.5, l2=0.3),
+            3.0: Descent(0, 192, steps=4, lr=0.4, quantile=0.9, l2=0.0),
+            8.0: Descent(0, 192, steps=4, lr=0.4, quantile=0.9, l2=0.0),
+        },
+        "statistics (AdaSSP), core": {
+            1.0: Statistics(16, 32, quantile=0.5, l2=10.0),
+            3.0: Statistics(16, 32, quantile=0.5, l2=1.0),
+            8.0: Statistics(32, 32, quantile=0.9, l2=3.0),
+        },
+        "statistics (AdaSSP), probe": {
+            1.0: Statistics(0, 32, quantile=0.5, l2=None),
+            3.0: Statistics(0, 32, quantile=0.9, l2=1.0),
+            8.0: Statistics(0, 64, quantile=0.9, l2=0.3),
+        },
+    },
+}
 
 
 def start(name: str, seed: int, private: int, validation: int, cache: Path):
@@ -171,9 +188,9 @@ def main(arguments: list[str] | None = None) -> None:
                 tangent = models[bool(one.core)]
                 tangent.zero_()
                 where = public_coordinates(
-                    tangent, public, core=one.core, head=one.head, floor=one.floor, progress=False
+                    tangent, public, core=one.core, head=one.head, progress=False
                 )
-                tangent.load_delta_dict(one.fit(tangent, private, where, epsilon))
+                tangent.load_delta_dict(one.fit(tangent, private, where, epsilon, seed))
                 found.setdefault((method, epsilon), []).append(accuracy(tangent, tested))
         print(f"seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
     for (method, epsilon), values in found.items():
