@@ -147,7 +147,15 @@ def start(name: str, seed: int, private: int, validation: int, cache: Path):
     classes = len(prepared.classes)
     tail = class_token_tail(load_model(cache), 1, classes)
     anchor = with_head(tail, probe(prepared.rows(FEATURES, public), classes, "square", seed))
-    return anchor, prepared.rows(1, public), prepared.rows(1, trained), prepared.tested(1)
+    once = without_repetitions(prepared.rows(1, trained))
+    return anchor, prepared.rows(1, public), once, prepared.tested(1)
+
+
+def without_repetitions(data: CachedFeatures) -> CachedFeatures:
+    """The first of all images that are the same, bit for bit."""
+    first = {row.numpy().tobytes(): index for index, row in reversed([*enumerate(data.features)])}
+    kept = torch.tensor(sorted(first.values()))
+    return CachedFeatures(data.features[kept], data.targets[kept])
 
 
 def tangents(anchor: Tail, public: CachedFeatures) -> dict[bool, LinearizedModel]:
@@ -192,7 +200,9 @@ def main(arguments: list[str] | None = None) -> None:
                 )
                 tangent.load_delta_dict(one.fit(tangent, private, where, epsilon, seed))
                 found.setdefault((method, epsilon), []).append(accuracy(tangent, tested))
-        print(f"seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
+        accuracies = " ".join(f"{values[-1]:.1f}" for values in found.values())
+        seconds = time.perf_counter() - began
+        print(f"seed {seed}, {len(private)} images, {seconds:.0f} s: {accuracies}", flush=True)
     for (method, epsilon), values in found.items():
         error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
         print(f"{method:30} {epsilon or '':>4} {mean(values):5.1f} ± {error:.1f}")
