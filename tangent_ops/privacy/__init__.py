@@ -1,4 +1,4 @@
-"""Differential privacy for tangent models: training, accounting, convex mechanisms, audits.
+"""Differential privacy for tangent models: training, regression, accounting, audits.
 
 The gradient of Δ for one sample is the anchor's vector-Jacobian product with that sample's
 cotangent, so one forward and backward pass of the tangent model gives all that clipping needs.
@@ -25,20 +25,39 @@ from tangent_ops.privacy.noise import NoiseSource
 from tangent_ops.privacy.options import Privacy
 from tangent_ops.privacy.parallel_composition import LedgerPrivacy, ledger_privacy, parallel
 from tangent_ops.privacy.per_sample.gradients import PerSampleGradients, per_sample_gradients
+from tangent_ops.privacy.regression.coordinates import (
+    PublicCoordinates,
+    PublicNorms,
+    public_coordinates,
+)
+from tangent_ops.privacy.regression.noisy_descent import GroupClips, fit_noisy_descent
+from tangent_ops.privacy.regression.noisy_solution import NoisyStatistics, add_shards
+from tangent_ops.privacy.regression.noisy_statistics import (
+    FeatureBounds,
+    Shares,
+    noisy_statistics,
+)
 from tangent_ops.privacy.statement import PrivacyStatement, attach, make_statement, statement_of
 
 __all__ = [
     "Audit",
     "Bounds",
+    "FeatureBounds",
+    "GroupClips",
     "LastIterate",
     "LedgerPrivacy",
     "NoiseSource",
+    "NoisyStatistics",
     "PerSampleGradients",
     "PerturbedOutput",
     "Phase",
     "Privacy",
     "PrivacyStatement",
     "PrivateFit",
+    "PublicCoordinates",
+    "PublicNorms",
+    "Shares",
+    "add_shards",
     "attach",
     "audit",
     "audit_fit",
@@ -46,14 +65,17 @@ __all__ = [
     "epsilon",
     "failure",
     "fit_last_iterate",
+    "fit_noisy_descent",
     "fit_private",
     "jacobian_norms",
     "ledger_privacy",
     "make_canary",
     "make_statement",
     "noise_multiplier_for",
+    "noisy_statistics",
     "parallel",
     "per_sample_gradients",
     "perturb_output",
+    "public_coordinates",
     "statement_of",
 ]

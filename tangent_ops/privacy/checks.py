@@ -23,6 +23,8 @@ from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.files import add_tensor
 from tangent_ops.model.features import CachedFeatures
 from tangent_ops.model.linearized import LinearizedModel
+from tangent_ops.privacy.accounting import Phase
+from tangent_ops.privacy.statement import ADD_OR_REMOVE, PrivacyStatement, check_adjacency
 
 STANDARD = 1e-4  # only standardised data are this close to mean 0 and deviation 1
 WHITENING = ("LinearTransformation",)  # torchvision's; its matrix is computed from data
@@ -104,6 +106,27 @@ def check_model(tangent: object) -> None:
                 "on the other samples. Call tangent.anchor.eval(), or replace it by a group norm "
                 "in a new anchor"
             )
+
+
+def check_start(
+    tangent: LinearizedModel, start: PrivacyStatement | str, goes_on: bool = False
+) -> tuple[Phase, ...]:
+    """The phases in which the deltas were trained before; a checkpoint replaces the deltas.
+
+    Raises:
+        ArgumentError: start is "zero", and the deltas are not; or its adjacency is another.
+    """
+    if isinstance(start, PrivacyStatement):
+        check_adjacency(ADD_OR_REMOVE, start.adjacency)
+        return start.phases
+    moved = [name for name, delta in tangent.deltas().items() if delta.detach().any()]
+    if start == "zero" and moved and not goes_on:
+        raise ArgumentError(
+            f"the deltas are not zero ({moved[0]}), and may come from private data: call "
+            "tangent.zero_(); or give Privacy(start=), the PrivacyStatement that they were trained "
+            "with, or 'public' if they depend on no private sample"
+        )
+    return ()
 
 
 def _identities(dataset: Any, count: int) -> Iterable[tuple[int, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
@@ -21,17 +21,15 @@ from tangent_ops.losses import Loss, MeanOfSamples
 from tangent_ops.model.features import cache_features
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.privacy.accounting import Phase
-from tangent_ops.privacy.checks import check_contents, check_dataset, check_model
+from tangent_ops.privacy.checks import check_contents, check_dataset, check_model, check_start
 from tangent_ops.privacy.optimizer import PrivateOptimizer
 from tangent_ops.privacy.options import Privacy
 from tangent_ops.privacy.per_sample.gradients import MODES, PerSampleGradients
 from tangent_ops.privacy.sampling import PoissonBatches
 from tangent_ops.privacy.state import State
 from tangent_ops.privacy.statement import (
-    ADD_OR_REMOVE,
     PrivacyStatement,
     attach,
-    check_adjacency,
     make_statement,
 )
 from tangent_ops.training.options import OPTIMIZERS, Recipe, RecipeOptions, recipe_of
@@ -150,7 +148,7 @@ def fit_private(
     check_integer("workers", workers, 0)
     check_choice("mode", mode, MODES)
     goes_on = checkpoint is not None and os.path.exists(checkpoint)
-    before = _check_start(tangent, privacy.start, goes_on)
+    before = check_start(tangent, privacy.start, goes_on)
     rate = expected / samples
     sigma = privacy.multiplier(rate, steps, before)
     noise = privacy.noise_source()
@@ -234,10 +232,9 @@ def fit_private(
         delta=privacy.delta,
         sampling=f"in each step every sample with probability {rate:g}, independently (Poisson)",
         noise=noise.words,
-        assumes=_assumed(privacy),
+        assumes=(*ASSUMES, *privacy.assumes),
     )
-    if isinstance(privacy.start, PrivacyStatement):  # its assumptions must hold, too
-        statement = replace(privacy.start, delta=privacy.delta).then(statement)
+    statement = privacy.after_start(statement)
     state.remove()
     trained = attach(tangent.delta_dict(), statement)
     return PrivateFit(statement, trained, steps, time.perf_counter() - began)
@@ -256,23 +253,6 @@ def _prepared(
     return gradients, MeanOfSamples(loss, logits, targets)
 
 
-def _check_start(
-    tangent: LinearizedModel, start: PrivacyStatement | str, goes_on: bool
-) -> tuple[Phase, ...]:
-    """The phases in which the deltas were trained before; a checkpoint replaces the deltas."""
-    if isinstance(start, PrivacyStatement):
-        check_adjacency(ADD_OR_REMOVE, start.adjacency)
-        return start.phases
-    moved = [name for name, delta in tangent.deltas().items() if delta.detach().any()]
-    if start == "zero" and moved and not goes_on:
-        raise ArgumentError(
-            f"the deltas are not zero ({moved[0]}), and may come from private data: call "
-            "tangent.zero_(); or give Privacy(start=), the PrivacyStatement that they were trained "
-            "with, or 'public' if they depend on no private sample"
-        )
-    return ()
-
-
 def _key(privacy: Privacy, group: bool) -> tuple[int, ...] | None:
     """The seed of the batches; the same in all processes of a group."""
     if privacy.secure_mode and not group:
@@ -286,16 +266,3 @@ def _key(privacy: Privacy, group: bool) -> tuple[int, ...] | None:
 
 def _collate(samples: list[Any]) -> Any:
     return default_collate(samples) if samples else None
-
-
-def _assumed(privacy: Privacy) -> tuple[str, ...]:
-    said = []
-    if privacy.start == "public":
-        said.append(
-            "the deltas that it started from depend on no private sample (stated by the user)"
-        )
-    if privacy.public_preprocessing:
-        said.append("all that the preprocessing learned is from public data (stated by the user)")
-    if privacy.seed is not None:
-        said.append("the seed stays secret")
-    return (*ASSUMES, *said)

@@ -92,6 +92,28 @@ class Privacy:
             self.target_epsilon, self.delta, sample_rate=sample_rate, steps=steps, before=before
         )
 
+    @property
+    def assumes(self) -> tuple[str, ...]:
+        """What these options assume, in words, for a statement."""
+        said = []
+        if self.start == "public":
+            said.append(
+                "the deltas that it started from depend on no private sample (stated by the user)"
+            )
+        if self.public_preprocessing:
+            said.append(
+                "all that the preprocessing learned is from public data (stated by the user)"
+            )
+        if self.seed is not None:
+            said.append("the seed stays secret")
+        return tuple(said)
+
+    def after_start(self, statement: PrivacyStatement) -> PrivacyStatement:
+        """The statement of a training, after that of the deltas that it started from."""
+        if isinstance(self.start, PrivacyStatement):  # its assumptions must hold, too
+            return dataclasses.replace(self.start, delta=self.delta).then(statement)
+        return statement
+
     def check_unused(self, function: str, *names: str) -> None:
         """Raise ArgumentError if a field that the function does not use is not its default."""
         for field in dataclasses.fields(self):
