@@ -52,9 +52,9 @@ def test_any_changed_byte_is_detected(statistics, tmp_path):
     save_statistics(statistics, path)
     content = path.read_bytes()
     for position in range(0, len(content), 7):
-        path.write_bytes(
-            content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
-        )
+        changed = bytearray(content)
+        changed[position] ^= 1
+        path.write_bytes(changed)
         try:
             found = load_statistics(path)
         except StatisticsFileError:
