@@ -2,8 +2,9 @@
 
 from tangent_ops import errors, losses
 from tangent_ops.composition.compose import compose
-from tangent_ops.composition.ledger import Ledger
+from tangent_ops.composition.ledger import Ledger, StatisticsLedger
 from tangent_ops.composition.statistics import TangentStatistics
+from tangent_ops.composition.statistics_file import load_statistics, save_statistics
 from tangent_ops.delta import Delta, DeltaMeta, load_delta, save_delta
 from tangent_ops.evaluate import accuracy, predict
 from tangent_ops.exact import Influence, compose_lossless, fit_exact, forget_samples
@@ -31,6 +32,7 @@ __all__ = [
     "Ledger",
     "LinearizedModel",
     "Recipe",
+    "StatisticsLedger",
     "TangentAttention",
     "TangentStatistics",
     "accuracy",
@@ -49,9 +51,11 @@ __all__ = [
     "last_blocks",
     "linearize",
     "load_delta",
+    "load_statistics",
     "losses",
     "predict",
     "save_delta",
+    "save_statistics",
     "scaled_dot_product_attention",
     "statistics",
 ]

@@ -42,6 +42,10 @@ class StatisticsError(TangentOpsError, ValueError):
     """Statistics do not fit each other, are out of range, or do not determine an optimum."""
 
 
+class StatisticsFileError(StatisticsError):
+    """A file of statistics is truncated, was edited, or is not a file of statistics."""
+
+
 class PlanError(TangentOpsError, ValueError):
     """A plan of shards is damaged, does not fit, or does not allow a change."""
 

@@ -26,7 +26,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Show what a folder or file is."""
-    from tangent_ops.composition.ledger.ledger import DATABASE as LEDGER
+    from tangent_ops.composition.ledger.base import DATABASE as LEDGER
     from tangent_ops.shards.plan import DATABASE as PLAN
 
     with errors():

@@ -8,14 +8,13 @@ change in progress. Files that the ledger did not write are never erased: see `o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Generic
 
-from torch import Tensor
-
-from tangent_ops.composition.ledger import shard_file
+from tangent_ops.composition.ledger.kind import C, Kind, Label, R, RunningSum
 from tangent_ops.composition.ledger.own_files import (
     check_file,
     check_folder,
@@ -24,37 +23,36 @@ from tangent_ops.composition.ledger.own_files import (
     new_name,
 )
 from tangent_ops.composition.ledger.records import Records, Row, Transaction
-from tangent_ops.composition.ledger.running_sum import RunningSum
-from tangent_ops.composition.ledger.shard_file import Label
-from tangent_ops.delta import DeltaMeta
+from tangent_ops.composition.ledger.sealed import Seal
 from tangent_ops.errors import LedgerError
 from tangent_ops.files import erase
 
 
-class Folder:
-    """The ledger's folders of deltas and sums."""
+class Folder(Generic[C, R]):
+    """The ledger's folders of shards and sums."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: Kind[C, R]) -> None:
         self.path = path
-        self.deltas = path / "deltas"
+        self.kind = kind
+        self.shards = path / kind.folder
         self.sums = path / "sums"
 
     def check(self) -> None:
         """Raise LedgerError if a link, or anything but a folder, is in place of a folder."""
-        check_folder(self.deltas)
+        check_folder(self.shards)
         check_folder(self.sums)
 
     def named(self, transaction: Transaction) -> set[Path]:
         """The files that the database names."""
         seal = transaction.sum()
         sums = {self.sums / seal.name} if seal else set()
-        return sums | {self.deltas / row.seal.name for row in transaction.shards()}
+        return sums | {self.shards / row.seal.name for row in transaction.shards()}
 
     def unnamed(self, transaction: Transaction) -> tuple[list[Path], list[Path]]:
         """Files that the database does not name: the ledger's own, and foreign ones."""
         self.check()
         key = transaction.key()
-        found = {*self.deltas.iterdir(), *self.sums.iterdir()} - self.named(transaction)
+        found = {*self.shards.iterdir(), *self.sums.iterdir()} - self.named(transaction)
         ours = {path for path in found if has_own_name(path, key) and is_plain(path)}
         return sorted(ours), sorted(found - ours)
 
@@ -80,28 +78,31 @@ def _identity(path: Path) -> os.stat_result | None:
     return None
 
 
-class Change:
+class Change(Generic[C, R]):
     """A change in progress."""
 
-    def __init__(self, transaction: Transaction, folder: Folder) -> None:
+    def __init__(self, transaction: Transaction, folder: Folder[C, R]) -> None:
         self.transaction = transaction
         self.started = False  # True once a file is written
         self.obsolete: list[Path] = []
         self._folder = folder
 
-    def add_shard(self, delta: Mapping[str, Tensor], meta: DeltaMeta | None, label: Label) -> None:
+    def add_shard(self, content: C, label: Label) -> None:
         """Write a shard's file and record it."""
-        self.started = True
-        path = self._folder.deltas / new_name(self.transaction.key())
-        seal = shard_file.save(path, delta, meta, label)
+        seal = self._save(content, label)
         self.transaction.insert(Row(label.shard, seal, _now()))
+
+    def replace_shard(self, row: Row, content: C, label: Label) -> None:
+        """Write a shard's new file; the previous one is erased after the commit."""
+        self._erase_later(self._folder.shards / row.seal.name)
+        self.transaction.replace(row.shard, self._save(content, label), _now())
 
     def remove_shard(self, row: Row) -> None:
         """Record that a shard was forgotten; its file is erased after the commit."""
-        self._erase_later(self._folder.deltas / row.seal.name)
+        self._erase_later(self._folder.shards / row.seal.name)
         self.transaction.delete(row.shard, _now())
 
-    def set_sum(self, total: RunningSum) -> None:
+    def set_sum(self, total: RunningSum[C, R]) -> None:
         """Write the running sum; the previous one's file is erased after the commit."""
         self.started = True
         old = self.transaction.sum()
@@ -110,13 +111,18 @@ class Change:
         path = self._folder.sums / new_name(self.transaction.key())
         self.transaction.set_sum(total.save(path))
 
+    def _save(self, content: C, label: Label) -> Seal:
+        self.started = True
+        path = self._folder.shards / new_name(self.transaction.key())
+        return self._folder.kind.save(path, content, label)
+
     def _erase_later(self, path: Path) -> None:
         self._folder.check_erasable(path, self.transaction)
         self.obsolete.append(path)
 
 
 @contextmanager
-def change(records: Records, folder: Folder) -> Iterator[Change]:
+def change(records: Records, folder: Folder[C, R]) -> Iterator[Change[C, R]]:
     """Make one change completely, or, if there is an error, not at all.
 
     Raises:
@@ -143,7 +149,7 @@ def change(records: Records, folder: Folder) -> Iterator[Change]:
         ) from error
 
 
-def sweep(records: Records, folder: Folder) -> None:
+def sweep(records: Records, folder: Folder[C, R]) -> None:
     """Erase the files that interrupted changes left, after any change in progress has ended."""
     with records.reading() as transaction:
         found, _ = folder.unnamed(transaction)
@@ -158,7 +164,7 @@ def sweep(records: Records, folder: Folder) -> None:
             erase(path)
 
 
-def _knows_all(transaction: Transaction, folder: Folder) -> bool:
+def _knows_all(transaction: Transaction, folder: Folder[C, R]) -> bool:
     """Whether the database names as many shards as the sum counts.
 
     If not, the database lost rows or is an old copy, and an unnamed file may be a shard's only one.
@@ -167,7 +173,7 @@ def _knows_all(transaction: Transaction, folder: Folder) -> bool:
     if seal is None:
         return transaction.blank()
     try:
-        return RunningSum.load_count(folder.sums, seal) == transaction.count()
+        return folder.kind.sum.load_count(folder.sums, seal) == transaction.count()
     except LedgerError:
         return False
 

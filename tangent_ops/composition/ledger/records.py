@@ -1,7 +1,7 @@
 """The database: which shards are present, in which files, and what happened when.
 
-A change takes effect when the database commits. The database holds nothing of a delta: weights and
-meta are in the shards' files, and the hashes here are of salted headers.
+A change takes effect when the database commits. The database holds nothing of a shard's content:
+weights and meta are in the shards' files, and the hashes here are of salted headers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from tangent_ops.errors import LedgerBusyError, LedgerError
 
 BUSY_SECONDS = 30.0
 
-_APPLICATION_ID = 0x74616E67  # "tang" in the database's header
+# The class of a ledger -> SQLite's application id, in the database's header: "tang" and "tanS".
+_APPLICATION_IDS = {"Ledger": 0x74616E67, "StatisticsLedger": 0x74616E53}
 _VERSION = 1
 _TABLES = {
     "shards": "CREATE TABLE shards (shard TEXT PRIMARY KEY, file TEXT NOT NULL,"
@@ -35,9 +36,12 @@ _TABLES = {
 
 @dataclass(frozen=True)
 class Event:
-    """A shard was added or forgotten: ``what`` is "added" or "forgotten".
+    """Something happened to a shard.
 
-    ``when`` is in UTC, in ISO format.
+    Attributes:
+        when: in UTC, in ISO format.
+        what: "added", "forgotten", or "samples forgotten", after which the shard is still there.
+        shard: its id.
     """
 
     when: str
@@ -55,10 +59,16 @@ class Row:
 
 
 class Records:
-    """The database file. Each operation opens it anew, so processes, threads and forks are safe."""
+    """The database file. Each operation opens it anew, so processes, threads and forks are safe.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file.
+        ledger: the name of the class of its ledger.
+    """
+
+    def __init__(self, path: Path, ledger: str) -> None:
         self.path = path
+        self._ledger = ledger
 
     def create(self) -> None:
         """Make the database if there is none; raise LedgerError for a folder with other files."""
@@ -75,18 +85,33 @@ class Records:
             # The switch needs exclusive access; until then SQLite's other journal works, too.
             connection.execute("PRAGMA journal_mode = WAL")
 
-    def check(self) -> None:
-        """Raise LedgerError unless the file is a ledger's database that this release reads."""
+    def found(self) -> str:
+        """The name of the class of the ledger that the file is of.
+
+        Raises:
+            LedgerError: it is not a ledger's database that this release reads.
+        """
         self._check_files()
         if not self.path.exists():
             raise LedgerError(f"{self.path.parent} holds no ledger: there is no {self.path.name}")
         application, version = self._owner()
-        if application != _APPLICATION_ID:
+        classes = [name for name, own in _APPLICATION_IDS.items() if own == application]
+        if not classes:
             raise LedgerError(f"{self.path} is not a ledger's database: give another folder")
         if version != _VERSION:
             raise LedgerError(
                 f"{self.path} has format version {version}, this release reads {_VERSION}: "
                 "update tangent-ops"
+            )
+        return classes[0]
+
+    def check(self) -> None:
+        """Raise LedgerError unless the file is a database of such a ledger, as `found` does."""
+        found = self.found()
+        if found != self._ledger:
+            raise LedgerError(
+                f"{self.path.parent} is a {found}, not a {self._ledger}: open it with "
+                f"tangent_ops.{found}, or give another folder"
             )
         with self._connected("rw") as connection:
             if "names" not in _made(connection):  # an older ledger, from before this table
@@ -109,7 +134,7 @@ class Records:
                 for table in ("shards", "sum", "history"):
                     connection.execute(_TABLES[table])
                 _make_names(connection)
-                connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                connection.execute(f"PRAGMA application_id = {_APPLICATION_IDS[self._ledger]}")
                 connection.execute(f"PRAGMA user_version = {_VERSION}")
             connection.execute("COMMIT")
 
@@ -231,6 +256,14 @@ class Transaction:
             (row.shard, row.seal.name, row.seal.sha256, row.added),
         )
         self._log(row.added, "added", row.shard)
+
+    def replace(self, shard: str, seal: Seal, when: str) -> None:
+        """Record the new file of a shard of which some samples were forgotten."""
+        self._connection.execute(
+            "UPDATE shards SET file = ?, sha256 = ? WHERE shard = ?",
+            (seal.name, seal.sha256, shard),
+        )
+        self._log(when, "samples forgotten", shard)
 
     def delete(self, shard: str, when: str) -> None:
         """Record that a shard was forgotten."""

@@ -41,14 +41,22 @@ def seal(path: Path) -> Seal:
         return Seal(path.name, _hash_of(file.metadata() or {}))
 
 
-def header(folder: Path, sealed: Seal) -> dict[str, str]:
+def header(folder: Path, sealed: Seal, version: str | None = None) -> dict[str, str]:
     """The metadata of a sealed file, without reading its tensors.
 
     Raises:
-        LedgerError: the file is missing, or its header is damaged or was edited.
+        LedgerError: the file is missing, its header is damaged or was edited, or `version` is given
+            and the file's format is of another one.
     """
-    with _opened(folder / sealed.name) as file:
-        return _checked(file, folder, sealed)
+    path = folder / sealed.name
+    with _opened(path) as file:
+        metadata = _checked(file, folder, sealed)
+    if version is not None and metadata["format_version"] != version:
+        raise LedgerError(
+            f"{path} has format version {metadata['format_version']}, this release reads "
+            f"{version}: update tangent-ops"
+        )
+    return metadata
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Adds up the shards' files again, one delta in memory at a time, to check or replace the sum."""
+"""Adds up the shards' files again, one in memory at a time, to check or replace the sum."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from tangent_ops.composition.ledger import shard_file
 from tangent_ops.composition.ledger.changes import Folder
+from tangent_ops.composition.ledger.kind import C, R, RunningSum
 from tangent_ops.composition.ledger.records import Row, Transaction
-from tangent_ops.composition.ledger.rules import Rules
-from tangent_ops.composition.ledger.running_sum import RunningSum
 from tangent_ops.errors import LedgerError, TangentOpsError
 
 ANEW = "rebuild(), or ledger verify --rebuild in a shell, adds up the shards again"
@@ -19,14 +17,20 @@ ANEW = "rebuild(), or ledger verify --rebuild in a shell, adds up the shards aga
 
 @dataclass(frozen=True)
 class Verified:
-    """A ledger without problems: how many shards, their total weight, the size of their files."""
+    """A ledger without problems.
+
+    Attributes:
+        shards: how many are present.
+        weight: their total weight; of statistics, the number of samples.
+        bytes: the size of their files.
+    """
 
     shards: int
     weight: float
     bytes: int
 
 
-def verify(transaction: Transaction, folder: Folder, progress: bool) -> Verified:
+def verify(transaction: Transaction, folder: Folder[C, R], progress: bool) -> Verified:
     """Check every file, the sum and the database, whose write lock `transaction` holds.
 
     Raises:
@@ -36,7 +40,7 @@ def verify(transaction: Transaction, folder: Folder, progress: bool) -> Verified
     if problems:
         problems.append("restore the database from a copy")
     rows = transaction.shards()
-    anew, broken = RunningSum(), []
+    anew, broken = folder.kind.sum.empty(), []
     for row in _bar(rows, progress):
         try:
             _add(anew, folder, row)
@@ -49,7 +53,7 @@ def verify(transaction: Transaction, folder: Folder, progress: bool) -> Verified
         try:
             if seal is None:
                 raise LedgerError("the database names no sum")
-            stored = RunningSum.load(folder.sums, seal)
+            stored = folder.kind.sum.load(folder.sums, seal)
             differences = [] if broken else stored.differences(anew)
             if differences:
                 raise LedgerError(f"the sum does not match the shards: {', '.join(differences)}")
@@ -58,7 +62,10 @@ def verify(transaction: Transaction, folder: Folder, progress: bool) -> Verified
 
     present = set()
     for event in transaction.history():
-        (present.add if event.what == "added" else present.discard)(event.shard)
+        if event.what == "added":
+            present.add(event.shard)
+        elif event.what == "forgotten":
+            present.discard(event.shard)
     if present != {row.shard for row in rows}:
         problems.append("the history does not match the shards; restore the database from a copy")
 
@@ -70,17 +77,19 @@ def verify(transaction: Transaction, folder: Folder, progress: bool) -> Verified
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise LedgerError("\n".join([f"{folder.path} has {count}:", *problems]))
-    size = sum((folder.deltas / row.seal.name).stat().st_size for row in rows)
-    return Verified(len(rows), float(anew.weight), size)
+    size = sum((folder.shards / row.seal.name).stat().st_size for row in rows)
+    return Verified(len(rows), anew.total_weight, size)
 
 
-def summed(rows: Iterable[Row], folder: Folder, rules: Rules, progress: bool) -> RunningSum:
+def summed(
+    rows: Iterable[Row], folder: Folder[C, R], rules: R | None, progress: bool
+) -> RunningSum[C, R]:
     """The sum of the shards in `rows`, from their files.
 
     Raises:
         LedgerError: a shard's file is missing, damaged or was edited.
     """
-    total = RunningSum(rules)
+    total = folder.kind.sum.empty(rules)
     for row in _bar(list(rows), progress):
         try:
             _add(total, folder, row)
@@ -97,9 +106,8 @@ def way_out(shard: str) -> str:
     )
 
 
-def _add(total: RunningSum, folder: Folder, row: Row) -> None:
-    delta, label = shard_file.load(folder.deltas, row.seal, row.shard)
-    total.add(delta, delta.meta, label.weight, f"shard {row.shard!r}")
+def _add(total: RunningSum[C, R], folder: Folder[C, R], row: Row) -> None:
+    total.add(*folder.kind.load(folder.shards, row.seal, row.shard))
 
 
 def _bar(rows: list[Row], progress: bool) -> Iterable[Row]:

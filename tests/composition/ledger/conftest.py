@@ -1,13 +1,18 @@
-"""Small ledgers."""
+"""Small ledgers of both kinds."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from ledger_helpers import SHARDS, some_delta
+from ledger_contents import AnyLedger, add
 
-from tangent_ops import Ledger
+from tangent_ops import Ledger, StatisticsLedger
+
+
+@pytest.fixture(params=[Ledger, StatisticsLedger])
+def kind(request: pytest.FixtureRequest) -> type[AnyLedger]:
+    return request.param
 
 
 @pytest.fixture
@@ -16,18 +21,17 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def one_shard(folder: Path) -> Ledger:
+def one_shard(folder: Path, kind: type[AnyLedger]) -> AnyLedger:
     """The shard "a" alone."""
-    ledger = Ledger(folder)
-    ledger.add("a", some_delta(1))
+    ledger = kind(folder)
+    add(ledger, "a", 1)
     return ledger
 
 
 @pytest.fixture
-def ledger(folder: Path) -> Ledger:
-    """The shards "a", with meta, and "b"."""
-    ledger = Ledger(folder)
-    meta = {"who": "Ada", "n": 3, "x": 0.5, "ok": True, "no": None}
-    for (shard, (delta, weight)), about in zip(SHARDS.items(), (meta, None), strict=True):
-        ledger.add(shard, delta, weight, about)
+def ledger(folder: Path, kind: type[AnyLedger]) -> AnyLedger:
+    """The shards "a", of seed 1, with meta, and "b", of seed 2."""
+    ledger = kind(folder)
+    add(ledger, "a", 1, {"who": "Ada", "n": 3, "x": 0.5, "ok": True, "no": None})
+    add(ledger, "b", 2)
     return ledger

@@ -1,4 +1,4 @@
-"""Results, meta, refusals, anchor and folder of a ledger."""
+"""Results, meta, refusals, anchor and folder of a ledger of deltas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from functools import partial
 
 import pytest
 import torch
-from ledger_helpers import META, assert_is, assert_same, assert_tidy, refused, some_delta, tree
+from ledger_contents import META, assert_is, assert_same, some_delta
+from ledger_helpers import assert_tidy, refused, tree
 from small_models import tiny_vit
 
 import tangent_ops
@@ -30,6 +31,11 @@ from tangent_ops.errors import (
 
 def tiny_model(seed=0, **options):
     return tangent_ops.linearize(tiny_vit(seed, depth=1), "head", **options)
+
+
+@pytest.fixture
+def kind():
+    return Ledger
 
 
 # Results

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import shutil
 
 import pytest
-from ledger_helpers import SHARDS as TWO
+from ledger_contents import add, assert_holds, result
 from ledger_helpers import (
-    assert_is,
     assert_tidy,
-    delta_file,
     edit_database,
     refused,
-    some_delta,
+    shard_file,
+    shard_folder,
     sum_file,
     tree,
 )
 
-from tangent_ops import Ledger
 from tangent_ops.composition.ledger import own_files, sealed
 from tangent_ops.errors import LedgerError, TangentOpsError
 
-SHARDS = {**TWO, "c": (some_delta(3), 0.5)}
+SHARDS = {"a": 1, "b": 2, "c": 3}
 
 
 @pytest.fixture
 def ledger(ledger):
-    ledger.add("c", *SHARDS["c"])
+    add(ledger, "c", SHARDS["c"])
     return ledger
 
 
@@ -45,10 +45,9 @@ def edit_values(file):
 
 
 def edit_header(file):
-    """Changes a delta's weight or a sum's total weight without changing the file's length."""
+    """Changes a shard's or the sum's weight, or number of shards, but not the file's length."""
     content = file.read_bytes()
-    edited = content.replace(b'\\"weight\\":1.0', b'\\"weight\\":2.0', 1)
-    edited = edited.replace(b'"weight":"4"', b'"weight":"5"', 1)
+    edited = re.sub(rb'(\\?"(?:weight|shards)\\?":"?)[0-8]', rb"\g<1>9", content, count=1)
     assert edited != content
     file.write_bytes(edited)
 
@@ -62,19 +61,19 @@ DAMAGES = [truncate, empty, edit_values, edit_header, remove]
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_delta(ledger, damage):
-    file = delta_file(ledger, "a")
+    file = shard_file(ledger, "a")
     damage(file)
     works = [lambda: ledger.forget("a"), lambda: ledger.forget("b", rebuild=True)]
     refused(ledger, r"forget\('a', rebuild=True\)", *works)
     refused(ledger, rf"{file.name}.*forget\('a', rebuild=True\)", ledger.verify)
     if damage is not edit_values:  # list() reads headers
         refused(ledger, r"forget\('a', rebuild=True\)", ledger.list)
-    assert_is(ledger.composed(), SHARDS.values())  # the sum is as it was
+    assert_holds(ledger, SHARDS.values())  # the sum is as it was
 
     ledger.forget("b")
-    ledger.add("d", some_delta(4))
+    add(ledger, "d", 4)
     ledger.forget("a", rebuild=True)
-    assert_is(ledger.composed(), [SHARDS["c"], (some_delta(4), 1)])
+    assert_holds(ledger, [3, 4])
     assert ledger.verify().shards == 2
     assert_tidy(ledger)
 
@@ -82,26 +81,26 @@ def test_a_damaged_delta(ledger, damage):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_sum(ledger, damage):
     damage(sum_file(ledger))
-    works = [lambda: ledger.add("d", some_delta(4)), lambda: ledger.forget("a")]
-    refused(ledger, r"rebuild\(\)", ledger.composed, ledger.verify, *works)
+    works = [lambda: add(ledger, "d", 4), lambda: ledger.forget("a")]
+    refused(ledger, r"rebuild\(\)", lambda: result(ledger), ledger.verify, *works)
     assert len(ledger.list()) == 3
 
     ledger.rebuild()
-    assert_is(ledger.composed(), SHARDS.values())
+    assert_holds(ledger, SHARDS.values())
     ledger.verify()
     assert_tidy(ledger)
 
 
 def test_forgetting_with_rebuild_mends_a_damaged_sum_too(ledger):
     truncate(sum_file(ledger))
-    truncate(delta_file(ledger, "a"))
+    truncate(shard_file(ledger, "a"))
     ledger.forget("a", rebuild=True)
-    assert_is(ledger.composed(), [SHARDS["b"], SHARDS["c"]])
+    assert_holds(ledger, [2, 3])
     ledger.verify()
 
 
 def test_swapped_files(ledger):
-    one, other = delta_file(ledger, "a"), delta_file(ledger, "b")
+    one, other = shard_file(ledger, "a"), shard_file(ledger, "b")
     content = one.read_bytes()
     one.write_bytes(other.read_bytes())
     refused(ledger, "was changed", lambda: ledger.forget("a"), ledger.list)
@@ -124,7 +123,7 @@ def test_a_row_that_was_removed_or_leads_elsewhere(ledger, tmp_path):
     precious = tmp_path / "precious"
     precious.write_text("mine")
     edit_database(ledger, "DELETE FROM shards WHERE shard = 'b'")
-    refused(ledger, r"does not match the shards: the sum of head\.bias.* origins", ledger.verify)
+    refused(ledger, r"does not match the shards: the sum of", ledger.verify)
     edit_database(ledger, "UPDATE shards SET file = '../../precious' WHERE shard = 'a'")
     refused(ledger, "was edited", lambda: ledger.forget("a", rebuild=True))
     assert precious.read_text() == "mine"
@@ -136,14 +135,14 @@ def test_an_old_sum_put_back(ledger):
     content = old.read_bytes()
     ledger.forget("a")
     sum_file(ledger).write_bytes(content)
-    refused(ledger, "was changed", ledger.composed)
+    refused(ledger, "was changed", lambda: result(ledger))
 
 
 def test_verify_names_every_problem(ledger):
-    truncate(delta_file(ledger, "a"))
-    remove(delta_file(ledger, "b"))
+    truncate(shard_file(ledger, "a"))
+    remove(shard_file(ledger, "b"))
     truncate(sum_file(ledger))
-    (ledger.path / "deltas" / "notes.txt").write_text("mine")
+    (shard_folder(ledger) / "notes.txt").write_text("mine")
     with ledger._records.reading() as transaction:
         leftover = own_files.new_name(transaction.key())
     (ledger.path / "sums" / leftover).write_text("crash")
@@ -159,9 +158,9 @@ def test_verify_names_every_problem(ledger):
         strict=True,
     ):
         assert words in problem
-    # With two deltas damaged, each suggested repair fails with its own error.
-    (ledger.path / "deltas" / "notes.txt").unlink()
-    ledger = Ledger(ledger.path)
+    # With two shards damaged, each suggested repair fails with its own error.
+    (shard_folder(ledger) / "notes.txt").unlink()
+    ledger = type(ledger)(ledger.path)
     with pytest.raises(LedgerError, match=r"forget\('b', rebuild=True\)"):
         ledger.forget("a", rebuild=True)  # the others are needed, and one is gone
     with pytest.raises(LedgerError):
@@ -169,9 +168,9 @@ def test_verify_names_every_problem(ledger):
 
 
 def test_a_foreign_file_is_left_alone(ledger):
-    mine = ledger.path / "deltas" / "notes.txt"
+    mine = shard_folder(ledger) / "notes.txt"
     mine.write_text("mine")
-    Ledger(ledger.path).forget("a")
+    type(ledger)(ledger.path).forget("a")
     assert mine.read_text() == "mine"
 
 
@@ -179,6 +178,7 @@ def test_a_damaged_database_never_gives_another_result_in_silence(ledger, tmp_pa
     database = ledger.path / "ledger.sqlite"
     content = database.read_bytes()
     used = [i for i, byte in enumerate(content) if byte]
+    expected = [dataclasses.replace(entry, added="") for entry in ledger.list()]
     caught = 0
     for position in used[:: max(1, len(used) // 200)]:
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
@@ -186,33 +186,33 @@ def test_a_damaged_database_never_gives_another_result_in_silence(ledger, tmp_pa
         flipped = content[:position] + bytes([content[position] ^ 0x41]) + content[position + 1 :]
         (tmp_path / "copy" / "ledger.sqlite").write_bytes(flipped)
         try:
-            copy = Ledger(tmp_path / "copy", create=False)
+            copy = type(ledger)(tmp_path / "copy", create=False)
             copy.verify()
-            found = {entry.shard: entry.weight for entry in copy.list()}
-            assert_is(copy.composed(), SHARDS.values())
+            found = [dataclasses.replace(entry, added="") for entry in copy.list()]
+            assert_holds(copy, SHARDS.values())
         except TangentOpsError:
             caught += 1
             continue
-        assert found == {shard: weight for shard, (_, weight) in SHARDS.items()}
+        assert found == expected
     assert caught > 50
 
 
 @pytest.mark.parametrize("size", [0, 1, 99, 4096, 8191])
 def test_a_truncated_database(ledger, size):
     (ledger.path / "ledger.sqlite").write_bytes((ledger.path / "ledger.sqlite").read_bytes()[:size])
-    deltas = tree(ledger.path / "deltas")
+    shards = tree(shard_folder(ledger))
     for create in (True, False):
         with pytest.raises(LedgerError):
-            Ledger(ledger.path, create=create).verify()
-    assert tree(ledger.path / "deltas") == deltas
+            type(ledger)(ledger.path, create=create).verify()
+    assert tree(shard_folder(ledger)) == shards
 
 
-def test_a_missing_database_leaves_the_deltas(ledger):
+def test_a_missing_database_leaves_the_shards(ledger):
     (ledger.path / "ledger.sqlite").unlink()
-    deltas = tree(ledger.path / "deltas")
+    shards = tree(shard_folder(ledger))
     with pytest.raises(LedgerError, match="holds no ledger"):
-        Ledger(ledger.path)
-    assert tree(ledger.path / "deltas") == deltas
+        type(ledger)(ledger.path)
+    assert tree(shard_folder(ledger)) == shards
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -225,12 +225,12 @@ def test_a_folder_that_cannot_be_written(ledger):
         ledger.path.chmod(0o700)
 
 
-def test_a_copy_without_its_empty_folders(tmp_path):
-    path = Ledger(tmp_path / "empty").path
-    (path / "deltas").rmdir()
+def test_a_copy_without_its_empty_folders(tmp_path, kind):
+    path = kind(tmp_path / "empty").path
+    shard_folder(kind(path)).rmdir()
     (path / "sums").rmdir()
-    ledger = Ledger(path, create=False)
-    ledger.add("a", some_delta(1))
+    ledger = kind(path, create=False)
+    add(ledger, "a", 1)
     assert ledger.verify().shards == 1
 
 
@@ -248,4 +248,4 @@ def test_a_file_that_vanishes_while_it_is_opened(ledger, monkeypatch, number):
 
     monkeypatch.setattr(sealed, "safe_open", vanishing)
     with pytest.raises(LedgerError, match=r"cannot be read: unable to open file"):
-        ledger.composed()
+        result(ledger)

@@ -17,7 +17,7 @@ from tangent_ops.errors import LedgerError
 def come_and_go(path, who, steps, seed):
     """Adds shards named after `who` and forgets those with odd numbers."""
     dice = random.Random(seed)
-    ledger = Ledger(path)
+    ledger = kind(path)
     for number in dice.sample(range(steps), steps):
         ledger.add(f"{who} {number}", some_delta(number), number + 1)
         if number % 2:
@@ -35,9 +35,9 @@ def test_processes_that_add_and_forget_at_once(tmp_path):
         fork(lambda who=who: come_and_go(path, who, steps, seed=who)) for who in range(writers)
     ]
     assert [ended(child) for child in children] == [0] * writers
-    ledger = Ledger(path)
+    ledger = kind(path)
     assert len(ledger) == writers * steps // 2
-    assert_is(ledger.composed(), left(writers, steps))
+    assert_is(result(ledger), left(writers, steps))
     assert len(ledger.history()) == writers * (steps + steps // 2)
     ledger.verify()
     assert_tidy(ledger)
@@ -47,8 +47,8 @@ def test_threads_that_add_and_forget_at_once(tmp_path):
     path, writers, steps = tmp_path / "ledger", 3, 10
     with ThreadPoolExecutor(writers) as pool:
         list(pool.map(lambda who: come_and_go(path, who, steps, seed=who), range(writers)))
-    ledger = Ledger(path)
-    assert_is(ledger.composed(), left(writers, steps))
+    ledger = kind(path)
+    assert_is(result(ledger), left(writers, steps))
     ledger.verify()
     assert_tidy(ledger)
 
@@ -56,7 +56,7 @@ def test_threads_that_add_and_forget_at_once(tmp_path):
 def test_readers_see_one_state_or_the_other(tmp_path):
     """The writer swaps "x" between two deltas: with it the mean is 1 or 3, without it 2."""
     path = tmp_path / "ledger"
-    ledger = Ledger(path)
+    ledger = kind(path)
     size = 20_000  # large enough for a reader to meet a file in the middle of its erasure
     ledger.add("base", {"w": torch.full((size,), 2.0)})
 
@@ -73,7 +73,7 @@ def test_readers_see_one_state_or_the_other(tmp_path):
     seen, lengths, reads, end = set(), set(), 0, time.monotonic() + 60
     # The number of writes between two reads depends on the machine's load.
     while (reads < 100 or len(seen) < 3 or len(lengths) < 2) and time.monotonic() < end:
-        found = Ledger(path).composed()["w"] if reads % 2 else ledger.composed()["w"]
+        found = kind(path).composed()["w"] if reads % 2 else result(ledger)["w"]
         seen.add(tuple(found.unique().tolist()))
         lengths.add(tuple(entry.shard for entry in ledger.list()))
         reads += 1
@@ -81,7 +81,7 @@ def test_readers_see_one_state_or_the_other(tmp_path):
     assert ended(child) == 0
     assert seen == {(1.0,), (2.0,), (3.0,)}
     assert lengths == {("base",), ("base", "x")}
-    assert_tidy(Ledger(path))
+    assert_tidy(kind(path))
 
 
 def test_opening_leaves_the_files_of_a_change_under_way(one_shard):
@@ -99,15 +99,15 @@ def test_opening_leaves_the_files_of_a_change_under_way(one_shard):
             insert(self, row)
 
         Transaction.insert = slow
-        ledger.add("b", some_delta(2))
+        add(ledger, "b", 2)
 
     child = fork(slowly)
     os.read(ours, 1)
     assert len(list((path / "deltas").iterdir())) == 2
-    again = Ledger(path)  # waits
+    again = kind(path)  # waits
     assert ended(child) == 0
     again.verify()
-    assert_is(again.composed(), [(some_delta(1), 1), (some_delta(2), 1)])
+    assert_is(result(again), [(some_delta(1), 1), (some_delta(2), 1)])
 
 
 def test_a_process_that_dies_does_not_lock_the_others_out(one_shard):
@@ -120,20 +120,20 @@ def test_a_process_that_dies_does_not_lock_the_others_out(one_shard):
 
     assert ended(fork(die)) == -9
     began = time.monotonic()
-    ledger.add("b", some_delta(2))
+    add(ledger, "b", 2)
     assert time.monotonic() - began < 10
-    assert_is(ledger.composed(), [(some_delta(1), 1), (some_delta(2), 1)])
+    assert_is(result(ledger), [(some_delta(1), 1), (some_delta(2), 1)])
 
 
 def test_one_of_two_that_add_the_same_id_is_refused(tmp_path):
     path = tmp_path / "ledger"
-    Ledger(path)
+    kind(path)
 
     def add(seed):
         with ThreadPoolExecutor(1):  # a child may have threads of its own
             pass
         try:
-            Ledger(path).add("same", some_delta(seed))
+            kind(path).add("same", some_delta(seed))
         except LedgerError as error:
             assert "is in the ledger already" in str(error)
             os._exit(7)
@@ -142,5 +142,5 @@ def test_one_of_two_that_add_the_same_id_is_refused(tmp_path):
         codes = [ended(child) for child in [fork(lambda seed=seed: add(seed)) for seed in (1, 2)]]
         assert sorted(codes) == [0, 7]
         winner = some_delta(1 + codes.index(0))
-        assert_is(Ledger(path).composed(), [(winner, 1)])
-        Ledger(path).forget("same")
+        assert_is(kind(path).composed(), [(winner, 1)])
+        kind(path).forget("same")

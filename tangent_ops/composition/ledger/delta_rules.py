@@ -21,7 +21,7 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
-class Rules:
+class DeltaRules:
     """What the deltas of a ledger have in common; None where it is not fixed yet.
 
     Attributes:
@@ -37,7 +37,7 @@ class Rules:
     layout: Layout | None = None
 
     @classmethod
-    def of_anchor(cls, anchor: str | LinearizedModel) -> Rules:
+    def of_anchor(cls, anchor: str | LinearizedModel) -> DeltaRules:
         """The rules that a fingerprint, or a tangent model with its deltas, fixes.
 
         Raises:
@@ -52,13 +52,13 @@ class Rules:
         return cls(anchor.fingerprint, anchor.model_name, kind, _layout(anchor.deltas()))
 
     @classmethod
-    def of_delta(cls, delta: Mapping[str, Tensor], meta: DeltaMeta | None) -> Rules:
+    def of_delta(cls, delta: Mapping[str, Tensor], meta: DeltaMeta | None) -> DeltaRules:
         """The rules that a delta fixes; without meta its anchor and kind stay open."""
         if meta is None:
             return cls(layout=_layout(delta))
         return cls(meta.anchor, meta.model, (meta.rank, meta.basis), _layout(delta))
 
-    def joined(self, other: Rules, what: str) -> Rules:
+    def joined(self, other: DeltaRules, what: str) -> DeltaRules:
         """These rules, and those of `other` where these are open.
 
         Raises:
@@ -73,7 +73,7 @@ class Rules:
         if self.layout is not None and other.layout is not None:
             _check_layout(other.layout, self.layout, what)
         known = self if self.anchor is not None else other
-        return Rules(
+        return DeltaRules(
             known.anchor,
             known.model,
             self.kind if self.kind is not None else other.kind,
@@ -88,7 +88,7 @@ class Rules:
         return to_json([self.anchor, self.model, self.kind, layout])
 
     @classmethod
-    def from_json(cls, line: str) -> Rules:
+    def from_json(cls, line: str) -> DeltaRules:
         """What `to_json` wrote."""
         anchor, model, kind, layout = json.loads(line)
         if layout is not None:

@@ -1,14 +1,9 @@
-"""The running sum of the present shards, in fixed point, and its file.
-
-Each field is an exact sum, and `subtract` is the exact inverse of `add`. So every field depends on
-the present shards only, not on what was added and forgotten before, or in which order.
-"""
+"""The running sum of the present shards' deltas, in fixed point, and its file."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tangent_ops.composition.ledger import sealed
+from tangent_ops.composition.ledger.delta_rules import DeltaRules
 from tangent_ops.composition.ledger.fixed_point import (
     FRACTION_BITS,
     LIMIT,
@@ -24,7 +20,7 @@ from tangent_ops.composition.ledger.fixed_point import (
     reach,
     to_fixed,
 )
-from tangent_ops.composition.ledger.rules import Rules
+from tangent_ops.composition.ledger.kind import Label, RunningSum
 from tangent_ops.composition.ledger.sealed import Seal
 from tangent_ops.delta import Delta, DeltaMeta, check_values
 from tangent_ops.errors import LedgerError
@@ -38,8 +34,8 @@ Origin = tuple[str, str, str | None] | None
 
 
 @dataclass
-class RunningSum:
-    """Sums over the present shards.
+class DeltaSum(RunningSum[Delta, DeltaRules]):
+    """Exact sums over the present shards, which determine their weighted mean.
 
     Attributes:
         rules: what deltas may be added.
@@ -50,15 +46,28 @@ class RunningSum:
         origins: how many shards have each origin.
     """
 
-    rules: Rules = field(default_factory=Rules)
+    rules: DeltaRules = field(default_factory=DeltaRules)
     terms: dict[str, Tensor] = field(default_factory=dict)
     weight: Fraction = Fraction(0)
     reach: int = 0
     origins: Counter[Origin] = field(default_factory=Counter)
 
-    def add(
-        self, delta: Mapping[str, Tensor], meta: DeltaMeta | None, weight: float, what: str
-    ) -> None:
+    @classmethod
+    def empty(cls, rules: DeltaRules | None = None) -> DeltaSum:
+        """The sum of no shards."""
+        return cls(rules or DeltaRules())
+
+    @property
+    def shards(self) -> int:
+        """How many shards are in the sum."""
+        return self.origins.total()
+
+    @property
+    def total_weight(self) -> float:
+        """The weight, rounded."""
+        return float(self.weight)
+
+    def add(self, content: Delta, label: Label) -> None:
         """Add a shard.
 
         Raises:
@@ -66,43 +75,36 @@ class RunningSum:
             LedgerError: a sum would be out of range, or all terms of the delta would round to zero.
                 Nothing was added.
         """
-        rules = self.rules.joined(Rules.of_delta(delta, meta), what)
-        total = self.reach + reach(delta, weight, what)
+        what = f"shard {label.shard!r}"
+        rules = self.rules.joined(DeltaRules.of_delta(content, content.meta), what)
+        total = self.reach + reach(content, label.weight, what)
         if total > LIMIT:
             raise LedgerError(
                 f"{what} would take the sum out of range: weight times largest value, over all "
                 f"shards, comes to {total / 2**FRACTION_BITS:g}, beyond 2^23. Use smaller weights"
             )
         try:
-            float(self.weight + Fraction(weight))
+            float(self.weight + Fraction(label.weight))
         except OverflowError as error:
             raise LedgerError(
                 f"{what} makes the total weight infinite: use a smaller one"
             ) from error
         self.rules = rules
-        self._change(delta, meta, weight, what, sign=1)
+        self._change(content, label, sign=1)
 
-    def subtract(
-        self, delta: Mapping[str, Tensor], meta: DeltaMeta | None, weight: float, what: str
-    ) -> None:
+    def subtract(self, content: Delta, label: Label) -> None:
         """Undo `add` with the same arguments."""
-        self._change(delta, meta, weight, what, sign=-1)
+        self._change(content, label, sign=-1)
         self.origins = +self.origins  # drops origins with a count of zero
 
-    def _change(
-        self,
-        delta: Mapping[str, Tensor],
-        meta: DeltaMeta | None,
-        weight: float,
-        what: str,
-        sign: int,
-    ) -> None:
+    def _change(self, delta: Delta, label: Label, sign: int) -> None:
         for name, value in delta.items():
             if name not in self.terms:
                 self.terms[name] = torch.zeros(value.shape, dtype=torch.int64)
-            self.terms[name].add_(to_fixed(value, weight), alpha=sign)
-        self.weight += sign * Fraction(weight)
-        self.reach += sign * reach(delta, weight, what)
+            self.terms[name].add_(to_fixed(value, label.weight), alpha=sign)
+        self.weight += sign * Fraction(label.weight)
+        self.reach += sign * reach(delta, label.weight, f"shard {label.shard!r}")
+        meta = delta.meta
         self.origins[meta and (meta.model, meta.trainable, meta.loss)] += sign
 
     def mean(self) -> Delta:
@@ -138,7 +140,7 @@ class RunningSum:
             ),
         )
 
-    def differences(self, other: RunningSum) -> list[str]:
+    def differences(self, other: DeltaSum) -> list[str]:
         """The names, for a message, of what differs in `other`; the rules are not compared."""
         found = [
             f"the sum of {name}"
@@ -163,7 +165,7 @@ class RunningSum:
         return sealed.seal(path)
 
     @classmethod
-    def load(cls, folder: Path, seal: Seal) -> RunningSum:
+    def load(cls, folder: Path, seal: Seal) -> DeltaSum:
         """Read what `save` wrote.
 
         Raises:
@@ -181,24 +183,16 @@ class RunningSum:
         )
 
     @staticmethod
-    def load_rules(folder: Path, seal: Seal) -> Rules:
+    def load_rules(folder: Path, seal: Seal) -> DeltaRules:
         """The rules in a file that `save` wrote, without reading the sums; raises as `load`."""
-        return Rules.from_json(_header(folder, seal)["rules"])
+        return DeltaRules.from_json(sealed.header(folder, seal, FORMAT_VERSION)["rules"])
 
     @staticmethod
     def load_count(folder: Path, seal: Seal) -> int:
         """How many shards are in the sum, without reading it; raises as `load`."""
-        return sum(count for _, count in json.loads(_header(folder, seal)["origins"]))
-
-
-def _header(folder: Path, seal: Seal) -> dict[str, str]:
-    metadata = sealed.header(folder, seal)
-    if metadata["format_version"] != FORMAT_VERSION:
-        raise LedgerError(
-            f"{folder / seal.name} has format version {metadata['format_version']}, this "
-            f"release reads {FORMAT_VERSION}: update tangent-ops"
+        return sum(
+            count for _, count in json.loads(sealed.header(folder, seal, FORMAT_VERSION)["origins"])
         )
-    return metadata
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:

@@ -1,4 +1,4 @@
-"""A shard's file: its delta as `save_delta` writes it, with weight and meta in the header.
+"""The file of a shard's delta: as `save_delta` writes it, with weight and meta in the header.
 
 Weight and meta are not in the database, because SQLite's secure_delete can leave copies of deleted
 rows behind (where it rebuilds a page). A file can be overwritten and removed as a whole.
@@ -8,52 +8,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
 from tangent_ops.composition.ledger import sealed
+from tangent_ops.composition.ledger.kind import Label
 from tangent_ops.composition.ledger.sealed import Seal
 from tangent_ops.delta import Delta, DeltaMeta, file_content, parse_meta
-from tangent_ops.errors import LedgerError
-from tangent_ops.files import to_json, write_new, write_safetensors
-
-Value = str | int | float | bool | None  # of `Ledger.add`'s meta
+from tangent_ops.files import write_new, write_safetensors
 
 _EXTRA = "ledger"  # our key in DeltaMeta.extra
 _UNKNOWN = DeltaMeta("unknown", "unknown", "unknown")  # stands for a meta that is None
 
 
-@dataclass(frozen=True)
-class Label:
-    """What a shard's file holds besides its delta: the shard's id, weight and meta."""
-
-    shard: str
-    weight: float
-    meta: dict[str, Value]
-
-
-def save(path: Path, delta: Mapping[str, Tensor], meta: DeltaMeta | None, label: Label) -> Seal:
+def save(path: Path, delta: Delta, label: Label) -> Seal:
     """Write a new file; it is synced to disk when this returns."""
-    line = to_json(
-        {
-            "known": meta is not None,
-            "meta": label.meta,
-            "salt": sealed.salt(),
-            "shard": label.shard,
-            "weight": label.weight,
-        }
-    )
-    own = meta or _UNKNOWN
-    meta = replace(own, extra=own.extra | {_EXTRA: line})
-    tensors, metadata = file_content(delta, meta)
+    line = label.to_json(known=delta.meta is not None)
+    own = delta.meta or _UNKNOWN
+    tensors, metadata = file_content(delta, replace(own, extra=own.extra | {_EXTRA: line}))
     write_new(path, lambda file: write_safetensors(file, tensors, metadata))
     return sealed.seal(path)
 
 
 def read_label(folder: Path, seal: Seal, shard: str) -> Label:
-    """Weight and meta, without reading the delta.
+    """The label, without reading the delta.
 
     Raises:
         LedgerError: the file is missing, damaged, was edited or belongs to another shard.
@@ -83,9 +61,7 @@ def load(folder: Path, seal: Seal, shard: str) -> tuple[Delta, Label]:
 
 def _parsed(metadata: Mapping[str, str], path: Path, shard: str) -> tuple[Label, DeltaMeta | None]:
     meta = parse_meta(metadata)
-    record = json.loads(meta.extra[_EXTRA])
-    if record["shard"] != shard:
-        raise LedgerError(f"{path} is of shard {record['shard']!r}, not {shard!r}")
+    line = meta.extra[_EXTRA]
+    label = Label.from_json(line, shard, path)
     extra = {key: value for key, value in meta.extra.items() if key != _EXTRA}
-    origin = replace(meta, extra=extra) if record["known"] else None
-    return Label(shard, record["weight"], record["meta"]), origin
+    return label, replace(meta, extra=extra) if json.loads(line)["known"] else None
