@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from tangent_ops import (
     LinearizedModel,
+    StatisticsLedger,
     TangentStatistics,
     accuracy,
     compose,
@@ -59,7 +61,7 @@ L2S = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)  # cross-validation chooses among 
 
 
 def demo(options: argparse.Namespace) -> None:
-    """Run the demo; write ``demo.png`` to the output folder."""
+    """Run the demo; write ``demo.png`` and a ledger to the output folder."""
     began = time.perf_counter()
     model, images = load(options)
     parts = deal(images, options)
@@ -82,15 +84,25 @@ def demo(options: argparse.Namespace) -> None:
     print_table(results.model, results.setting, results.rows, results.facts, console)
     path = options.out / "demo.png"
     draw(results).savefig(path, dpi=150)
-    console.print(f"\n  wrote {path}; {results.seconds:.0f} s in all")
+    console.print(f"\n  wrote {path} and {options.out / 'ledger'}; {results.seconds:.0f} s in all")
 
 
 def deals(prepared: Prepared, options: argparse.Namespace) -> Deals:
-    """The private images as one shard, by owner, and in many random shards."""
+    """The private images as one shard, by owner, and in many random shards.
+
+    Raises:
+        DemoError: The number of random shards is out of range.
+    """
     owners = [part.tokens for part in prepared.shards]
+    count = sum(map(len, owners))
+    if not len(owners) < options.many <= count:
+        raise DemoError(
+            f"--many {options.many}: expected more than --shards, {len(owners)}, and at most the "
+            f"{count} private images"
+        )
     union: Dataset[Any] = ConcatDataset(owners)
     generator = torch.Generator().manual_seed(options.seed)
-    order = torch.randperm(sum(map(len, owners)), generator=generator)
+    order = torch.randperm(count, generator=generator)
     many = [Subset(union, part.tolist()) for part in order.tensor_split(options.many)]
     return {1: [union], len(owners): owners, options.many: many}
 
@@ -130,7 +142,8 @@ def average_deltas(
         deltas, seconds = timed(lambda named=named: fit_grouped(tail, named, **recipe))
         tail.load_delta_dict(compose(list(deltas.values())))
         score = accuracy(tail, scored.tokens, progress=False)
-        name = f"mean of {number} shards' deltas" if number > 1 else "tangent fine-tuning, all images"
+        name = "tangent fine-tuning, all images"
+        name = f"mean of {number} shards' deltas" if number > 1 else name
         results.add("mean", name, count, score, seconds, shards=number)
 
 
@@ -172,37 +185,39 @@ def forget(
     options: argparse.Namespace,
     results: Results,
 ) -> None:
-    """Take a shard, and then only its first image, out of the sum; solve again.
+    """Put the owners' statistics into a ledger; forget one image, then all of its shard.
 
     Raises:
         DemoError: What is left is not what the other images alone give.
     """
-    step(f"Forget shard {options.forget}; and instead of it, its first image alone")
-    total, index = reduce(add, owners), options.forget - 1
-    others = [one for k, one in enumerate(owners) if k != index]
-    tokens = prepared.shards[index].tokens
+    step(f"A ledger of {len(owners)} shards: forget an image of shard {options.forget}, then all")
+    shutil.rmtree(options.out / "ledger", ignore_errors=True)
+    ledger = StatisticsLedger(options.out / "ledger", anchor=core)
+    for number, one in enumerate(owners, start=1):
+        ledger.add(f"shard-{number}", one)
+    gone, tokens = f"shard-{options.forget}", prepared.shards[options.forget - 1].tokens
     first, rest = Subset(tokens, [0]), Subset(tokens, range(1, len(tokens)))
-    image, of_pass = timed(lambda: statistics(core, first, progress=False))
-    never = {
-        "shard": reduce(add, reversed(others)),
-        "image": reduce(add, [*others, statistics(core, rest, progress=False)]),
-    }
-    for kind, gone, name, before in (
-        ("shard", owners[index], f"shard {options.forget} forgotten", 0.0),
-        ("image", image, f"one image of shard {options.forget} forgotten", of_pass),
-    ):
-        left, of_subtraction = timed(lambda gone=gone: total - gone)
-        _, of_solve = timed(lambda left=left: solve(core, left))
-        check_same(left, never[kind], f"what is left without the {kind}")
+    others = [one for number, one in enumerate(owners, start=1) if number != options.forget]
+
+    def forget_image() -> None:
+        ledger.forget_samples(gone, statistics(core, first, progress=False))
+
+    for kind, name, work, never in (
+        ("image", f"one image of shard {options.forget}", forget_image,
+         [statistics(core, rest, progress=False), *others]),
+        ("shard", f"shard {options.forget}", lambda: ledger.forget(gone), others),
+    ):  # fmt: skip
+        _, of_ledger = timed(work)
+        _, of_solve = timed(lambda: solve(core, ledger.statistics()))
+        left = ledger.statistics()
+        check_same(left, reduce(add, reversed(never)), f"what is left without {name}")
         score = accuracy(core, prepared.scored.tokens, progress=False)
         count = len(prepared.public) + len(left)
-        seconds = before + of_subtraction + of_solve
-        results.add(f"no {kind}", name, count, score, seconds, of_subtraction)
+        results.add(f"no {kind}", f"{name} forgotten", count, score, of_ledger, of_solve)
         sums = sum(term.numel() for term in left.terms.values())
         results.facts.append(
-            f"After {name.removesuffix(' forgotten')} was forgotten all {sums:,} sums are, bit for "
-            f"bit, those of the other images alone. Subtraction: {duration(of_subtraction)}; "
-            f"choice of l2 and solve: {duration(of_solve)}."
+            f"After {name} was forgotten, in {duration(of_ledger)}, all {sums:,} sums are, bit for "
+            f"bit, those of the other images alone. The solve takes {duration(of_solve)} more."
         )
 
 

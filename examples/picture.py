@@ -14,7 +14,7 @@ from rich.table import Table
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 BLACK, ORANGE, BLUE, PURPLE, GREY = "#000000", "#D55E00", "#0072B2", "#CC79A7", "#666666"
-OFFSET: dict[str, Any] = {"textcoords": "offset points", "annotation_clip": False}
+BESIDE: dict[str, Any] = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Row:
         name: What to call it.
         images: Training images it has seen, those of its anchor's head included.
         accuracy: On the scored images, 0 to 1.
-        seconds: To get it from what the rows above made.
-        subtraction: Those of the seconds that the subtraction took, if something was forgotten.
+        seconds: To get it from what the rows above made, without `solve`.
+        solve: Seconds of the solve, after something was forgotten.
         shards: Number of the shards that it was composed of; 0 if it is not of shards.
     """
 
@@ -36,7 +36,7 @@ class Row:
     images: int
     accuracy: float
     seconds: float
-    subtraction: float = 0.0
+    solve: float = 0.0
     shards: int = 0
 
     @property
@@ -70,11 +70,11 @@ class Results:
         images: int,
         accuracy: float,
         seconds: float,
-        subtraction: float = 0.0,
+        solve: float = 0.0,
         shards: int = 0,
     ) -> None:
         """Append a row."""
-        self.rows.append(Row(kind, name, images, accuracy, seconds, subtraction, shards))
+        self.rows.append(Row(kind, name, images, accuracy, seconds, solve, shards))
 
     def of(self, kind: str) -> list[Row]:
         """The rows of a kind."""
@@ -101,7 +101,7 @@ def print_table(
         if row.kind != previous and row.kind in ("mean", "statistics", "no shard", "exact"):
             table.add_section()
         previous = row.kind
-        cells = (f"{row.images:,}", f"{row.percent:.1f} %", duration(row.seconds))
+        cells = (f"{row.images:,}", f"{row.percent:.1f} %", duration(row.seconds + row.solve))
         bold = row.kind in ("statistics", "no shard", "no image")
         table.add_row(row.name, *cells, style="bold" if bold else "")
     console.print(table)
@@ -174,27 +174,26 @@ def _forgotten(axes: Axes, results: Results) -> None:
     for row, offset in ((shard, (12, -4)), (image, (12, 10))):
         axes.annotate(
             f"{row.name}  {row.percent:.1f}", (place, row.percent), xytext=offset, color=PURPLE,
-            **OFFSET,
+            textcoords="offset points",
         )  # fmt: skip
 
 
 def _times(axes: Axes, results: Results) -> None:
-    """Seconds to forget, on a logarithmic scale."""
-    (shard,), (image,) = results.of("no shard"), results.of("no image")
-    bars = [
-        ("train again\nwithout the images", results.of("ordinary")[0].seconds, GREY),
-        ("forget a shard:\nsubtract, solve", shard.seconds, PURPLE),
-        ("forget one image:\nits pass, subtract, solve", image.seconds, PURPLE),
-        ("subtraction alone", image.subtraction, BLUE),
-    ]
-    names, seconds, colours = zip(*bars, strict=True)
-    found = axes.barh(names, seconds, color=colours, height=0.6)
-    axes.bar_label(found, [duration(value) for value in seconds], padding=4)
-    axes.set_xscale("log")
-    axes.margins(x=0.2)
+    """Seconds to forget: by training again, and by a ledger of statistics and a solve."""
+    again = results.of("ordinary")[0].seconds
+    rows = {"one image": results.of("no image")[0], "a shard": results.of("no shard")[0]}
+    axes.barh("ordinary\nfine-tuning", again, color=GREY, height=0.5)
+    axes.annotate(f"{duration(again)}: train again", (again, 0), **BESIDE)
+    for place, (name, row) in enumerate(rows.items(), start=1):
+        name = f"statistics,\n{name}"
+        axes.barh(name, row.seconds, color=PURPLE, height=0.5)
+        axes.barh(name, row.solve, left=row.seconds, color=BLUE, height=0.5)
+        end = (row.seconds + row.solve, place)
+        axes.annotate(f"{duration(row.seconds)} to forget", end, color=PURPLE, **BESIDE)
+    axes.margins(x=0.35)
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
-    axes.set_title("Forgotten bit for bit, as if never seen", loc="left", weight="bold")
+    axes.set_title("Forgotten bit for bit", loc="left", weight="bold")
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
