@@ -15,6 +15,7 @@ from rich.table import Table
 # Okabe and Ito's colours, told apart by colour-blind readers.
 BLACK, ORANGE, BLUE, PURPLE, GREY = "#000000", "#D55E00", "#0072B2", "#CC79A7", "#666666"
 BESIDE: dict[str, Any] = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+ABOVE: dict[str, Any] = {"xytext": (7, 5), "textcoords": "offset points", "weight": "bold"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Results:
     Attributes:
         model: The backbone, and what is trained of it.
         setting: Data, parts, scoring, seed.
+        scored: What the images are that every model is scored on.
         rows: The models.
         facts: What was checked.
         seconds: Time of everything.
@@ -59,6 +61,7 @@ class Results:
 
     model: str
     setting: str
+    scored: str
     rows: list[Row] = field(default_factory=list)
     facts: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -113,8 +116,8 @@ def draw(results: Results) -> Figure:
     """Accuracy by number of shards, and the times to forget."""
     style: dict[Any, Any] = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(13, 4.6), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=[1.35, 1])
+        figure = Figure(figsize=(13.5, 4.4), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
         _accuracies(left, results)
         _times(right, results)
     return figure
@@ -122,77 +125,63 @@ def draw(results: Results) -> Figure:
 
 def _accuracies(axes: Axes, results: Results) -> None:
     """A line over the numbers of shards for each way to compose, and level lines of the others."""
-    lines = {
-        "statistics": ("sum of statistics", BLUE, "o-", 3.5),
-        "mean": ("mean of deltas", ORANGE, "s-", 2.0),
-    }
     levels = {
         "ordinary": "ordinary fine-tuning, all images",
         "head": "linear head, all images",
         "anchor": f"linear head, {results.of('anchor')[0].images} public images",
     }
+    lines = {
+        "statistics": ("sum of statistics", BLUE, "o-", 3.5),
+        "mean": ("mean of deltas", ORANGE, "s-", 2.0),
+    }
     ends = []
     for kind, name in levels.items():
-        row = results.of(kind)[0]
-        axes.axhline(row.percent, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
-        ends.append((row.percent, f"{name}  {row.percent:.1f}", GREY, "normal"))
+        score = results.of(kind)[0].percent
+        axes.axhline(score, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+        ends.append((score, f"{score:.1f}  {name}", GREY, "normal"))
     for kind, (name, colour, style, width) in lines.items():
         rows = results.of(kind)
-        shards, scores = [row.shards for row in rows], [row.percent for row in rows]
-        axes.plot(shards, scores, style, color=colour, linewidth=width, markersize=8, zorder=3)
-        ends.append((scores[-1], f"{name}  {scores[-1]:.1f}", colour, "bold"))
-    _forgotten(axes, results)
-    numbers = [row.shards for row in results.of("statistics")]
+        numbers, scores = [row.shards for row in rows], [row.percent for row in rows]
+        axes.plot(numbers, scores, style, color=colour, linewidth=width, markersize=8, zorder=3)
+        ends.append((scores[-1], f"{scores[-1]:.1f}  {name}", colour, "bold"))
+    for number, score in zip(numbers[:-1], scores[:-1], strict=True):  # of the means
+        axes.annotate(f"{score:.1f}", (number, score), color=ORANGE, **ABOVE)
     axes.set_xscale("log")
-    axes.set_xlim(numbers[0] / 1.15, numbers[-1] * 1.12)
+    axes.set_xlim(numbers[0] / 1.2, numbers[-1] * 1.12)
     axes.set_xticks(numbers, [str(number) for number in numbers])
     axes.minorticks_off()
     axes.set_xlabel("shards that the same images are dealt into")
-    axes.set_ylabel("test images recognised, %")
-    low, high = min(end[0] for end in ends), max(row.percent for row in results.rows)
-    axes.set_ylim(low - 0.06 * (high - low), high + 0.1 * (high - low))
+    axes.set_ylabel(results.scored + " images recognised, %")
+    axes.margins(y=0.09)
+    low, high = axes.get_ylim()
     ends.sort()
-    gap = 0.075 * (high - low)
-    for place, (score, text, colour, weight) in zip(
-        spread([end[0] for end in ends], gap), ends, strict=True
-    ):
+    places = spread([end[0] for end in ends], gap=0.07 * (high - low))
+    for place, (score, text, colour, weight) in zip(places, ends, strict=True):
         axes.annotate(
             text, (1, score), xycoords=("axes fraction", "data"), xytext=(1.02, place),
             textcoords=("axes fraction", "data"), color=colour, va="center", weight=weight,
-            annotation_clip=False,
         )  # fmt: skip
-    axes.set_title("Statistics add up: shards cost no accuracy", loc="left", weight="bold")
-
-
-def _forgotten(axes: Axes, results: Results) -> None:
-    """A cross for the model that has forgotten a shard, a ring for the one without one image."""
-    (shard,), (image,) = results.of("no shard"), results.of("no image")
-    place = next(row.shards for row in results.of("statistics")[1:])
-    looks: dict[str, Any] = {"color": PURPLE, "linestyle": "none", "zorder": 4}
-    axes.plot(place, shard.percent, "X", markersize=11, **looks)
-    axes.plot(place, image.percent, "o", markersize=13, mfc="none", markeredgewidth=2.5, **looks)
-    for row, offset in ((shard, (12, -4)), (image, (12, 10))):
-        axes.annotate(
-            f"{row.name}  {row.percent:.1f}", (place, row.percent), xytext=offset, color=PURPLE,
-            textcoords="offset points",
-        )  # fmt: skip
+    axes.set_title(
+        "Statistics add up: one model, however the images are dealt", loc="left", weight="bold"
+    )
 
 
 def _times(axes: Axes, results: Results) -> None:
     """Seconds to forget: by training again, and by a ledger of statistics and a solve."""
     again = results.of("ordinary")[0].seconds
-    rows = {"one image": results.of("no image")[0], "a shard": results.of("no shard")[0]}
-    axes.barh("ordinary\nfine-tuning", again, color=GREY, height=0.5)
-    axes.annotate(f"{duration(again)}: train again", (again, 0), **BESIDE)
-    for place, (name, row) in enumerate(rows.items(), start=1):
-        name = f"statistics,\n{name}"
+    axes.barh("train again:\nordinary fine-tuning", again, color=GREY, height=0.5)
+    axes.annotate(duration(again), (again, 0), **BESIDE)
+    for place, (kind, what) in enumerate({"image": "one image", "shard": "a shard"}.items(), 1):
+        row = results.of(f"no {kind}")[0]
+        name = f"statistics:\n{what}"
         axes.barh(name, row.seconds, color=PURPLE, height=0.5)
         axes.barh(name, row.solve, left=row.seconds, color=BLUE, height=0.5)
-        end = (row.seconds + row.solve, place)
-        axes.annotate(f"{duration(row.seconds)} to forget", end, color=PURPLE, **BESIDE)
-    axes.margins(x=0.35)
+        end = row.seconds + row.solve
+        times = f"{duration(row.seconds)} to forget, {duration(row.solve)} to solve"
+        axes.annotate(f"{times}\n{row.percent:.1f} % afterwards", (end, place), **BESIDE)
+    axes.set_xlim(0, 1.25 * max(again, row.seconds + row.solve))
     axes.invert_yaxis()
-    axes.set_xlabel("seconds")
+    axes.set_xlabel("seconds to forget")
     axes.set_title("Forgotten bit for bit", loc="left", weight="bold")
 
 
