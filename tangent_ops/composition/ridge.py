@@ -1,10 +1,11 @@
 """`Ridge`: optima, and what chooses among them, from `TangentStatistics`, in float64.
 
-The optimum solves (H + λ I) Δ = g with λ = l2 N C / 2. With H = [[K, X], [Xᵀ, I ⊗ G]], of which K
-is the core's block and G the head's for each output, the eigenvectors of G (h, h) serve every λ,
-and what remains is a Cholesky decomposition in the k columns of the core, of
+The optimum solves (H + Λ) Δ = g. Λ is diagonal: λ = l2 N C / 2 for the core's columns, and
+λ' = head_l2 N C / 2 for the head's. With H = [[K, X], [Xᵀ, I ⊗ G]], of which K is the core's block
+and G the head's for each output, the eigenvectors of G (h, h) serve every λ', and what remains is
+a Cholesky decomposition in the k columns of the core, of
 
-    S = K + λ I - Σ_c X_c (G + λ I)⁻¹ X_cᵀ                                 (the Schur complement)
+    S = K + λ I - Σ_c X_c (G + λ' I)⁻¹ X_cᵀ                                (the Schur complement)
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tangent_ops.composition.penalties import TRIED, least_validation
 from tangent_ops.data import check_not_negative
 from tangent_ops.delta import Delta, DeltaMeta
 from tangent_ops.errors import ArgumentError, StatisticsError
@@ -34,7 +36,8 @@ class SolvedDelta(Delta):
 
     Attributes:
         l2: the penalty's weight.
-        condition: estimate of the condition number of H + λ I.
+        head_l2: that of the head's penalty.
+        condition: estimate of the condition number of H + Λ.
         loss: mean of (1/C) ‖r - J Δ‖² over the samples, without the penalty.
     """
 
@@ -44,11 +47,13 @@ class SolvedDelta(Delta):
         meta: DeltaMeta,
         *,
         l2: float,
+        head_l2: float,
         condition: float,
         loss: float,
     ) -> None:
         super().__init__(tensors, meta)
         self.l2 = l2
+        self.head_l2 = head_l2
         self.condition = condition
         self.loss = loss
 
@@ -58,8 +63,8 @@ class PathRow:
     """One l2 of a path.
 
     Attributes:
-        delta: the optimum, with l2, condition and loss.
-        effective_dimension: tr H (H + λ I)⁻¹, of the P columns those that the data determine.
+        delta: the optimum, with l2, head_l2, condition and loss.
+        effective_dimension: tr H (H + Λ)⁻¹, of the P columns those that the data determine.
         gcv: generalised cross-validation (Golub, Heath, Wahba, Technometrics 1979), an estimate of
             the loss on new samples: loss / (1 - effective_dimension / (N C))².
     """
@@ -125,47 +130,57 @@ class Ridge:
         """λ / l2."""
         return self.samples * self.meta.outputs / 2
 
-    def solve(self, l2: float) -> SolvedDelta:
+    def solve(self, l2: float, head_l2: float | None = None) -> SolvedDelta:
         """See `TangentStatistics.solve`."""
-        return self.system(l2).solved(l2)
+        return self.system(l2, head_l2).solved()
 
-    def path(self, l2s: Sequence[float]) -> list[PathRow]:
+    def path(self, l2s: Sequence[float], head_l2s: Sequence[float] | None = None) -> list[PathRow]:
         """See `TangentStatistics.solve_path`."""
-        if not len(l2s):
-            raise ArgumentError("l2s is empty: give at least one")
-        check_not_negative(**{f"l2s[{index}]": l2 for index, l2 in enumerate(l2s)})
-        rows = []
-        for l2 in l2s:
-            system = self.system(l2)
-            delta, dimension = system.solved(l2), system.effective_dimension()
-            free = 1 - dimension / (self.samples * self.meta.outputs)
-            gcv = delta.loss / free**2 if free > 0 else math.inf
-            rows.append(PathRow(delta, dimension, gcv))
-        return rows
+        _check_penalties(l2s=l2s, head_l2s=head_l2s)
+        pairs = [(l2, head) for l2 in l2s for head in (head_l2s or (l2,))]
+        return [self.system(*pair).row() for pair in pairs]
 
-    def system(self, l2: float, *, fewer: int = 0) -> System:
-        """H + λ I of one l2, decomposed; λ of N - `fewer` samples.
+    def choose(
+        self, l2s: Sequence[float] | None = None, head_l2s: Sequence[float] | None = None
+    ) -> PathRow:
+        """See `TangentStatistics.choose`."""
+        _check_penalties(l2s=l2s, head_l2s=head_l2s)
+        l2, head_l2, gcv = least_validation(
+            self, TRIED if l2s is None else l2s, TRIED if head_l2s is None else head_l2s
+        )
+        if math.isinf(gcv):
+            raise StatisticsError(
+                f"for {self.samples} samples no l2 that was tried leaves more residuals than "
+                "effective dimensions: give larger ones, or more samples"
+            )
+        return self.system(l2, head_l2).row()
+
+    def system(self, l2: float, head_l2: float | None = None, *, fewer: int = 0) -> System:
+        """H + Λ, decomposed; λ of N - `fewer` samples.
 
         Raises:
-            ArgumentError: l2 is negative or not finite.
+            ArgumentError: a penalty is negative or not finite.
             StatisticsError: it is not positive definite in float64.
         """
-        check_not_negative(l2=l2)
-        return System(self, l2 * self.scale * (1 - fewer / self.samples))
+        check_not_negative(l2=l2, head_l2=l2 if head_l2 is None else head_l2)
+        return System(self, l2, l2 if head_l2 is None else head_l2, 1 - fewer / self.samples)
 
-    def predictions(self, rows: FeatureRows, l2: float) -> Tensor:
+    def predictions(self, rows: FeatureRows, l2: float, head_l2: float | None = None) -> Tensor:
         """f + J Δ at the optimum, (n, C) in float64."""
-        return rows.outputs.double() + self.system(l2).moves(rows)
+        return rows.outputs.double() + self.system(l2, head_l2).moves(rows)
 
-    def leave_one_out(self, rows: FeatureRows, residuals: Tensor, l2: float) -> Tensor:
+    def leave_one_out(
+        self, rows: FeatureRows, residuals: Tensor, l2: float, head_l2: float | None = None
+    ) -> Tensor:
         """r_i - J_i Δ₋ᵢ of the optimum without sample i, for samples that are in the statistics.
 
-        Exact: (I - J_i A⁻¹ J_iᵀ)⁻¹ (r_i - J_i A⁻¹ g) with A = H + λ₋ I and λ₋ of N - 1 samples.
+        Exact: (I - J_i A⁻¹ J_iᵀ)⁻¹ (r_i - J_i A⁻¹ g) with A = H + Λ and λ of N - 1 samples.
 
         Args:
             rows: of these samples.
             residuals: their r, (n, C).
             l2: the penalty's weight.
+            head_l2: that of the head's columns; None for l2.
 
         Returns:
             (n, C): float64.
@@ -177,55 +192,73 @@ class Ridge:
             raise StatisticsError("leave-one-out needs two samples: nothing is left without one")
         if self.meta.class_weights is not None:
             raise StatisticsError("leave-one-out is for statistics without class weights")
-        system = self.system(l2, fewer=1)
+        system = self.system(l2, head_l2, fewer=1)
         left = residuals.double() - system.moves(rows)
         eye = torch.eye(self.meta.outputs, dtype=torch.float64)
         return torch.linalg.solve(eye - system.leverage(rows), left[..., None])[..., 0]
 
     def covariance(
-        self, rows: FeatureRows, l2: float, noise_variance: float | None = None
+        self,
+        rows: FeatureRows,
+        l2: float,
+        noise_variance: float | None = None,
+        *,
+        head_l2: float | None = None,
     ) -> Tensor:
-        """σ² J (H + λ I)⁻¹ Jᵀ of each sample, (n, C, C): as `exact.predictive_covariance`.
+        """σ² J (H + Λ)⁻¹ Jᵀ: each sample's covariance of the outputs, (n, C, C), given the data.
+
+        That of `exact.predictive_covariance`, whose noise_variance is 2/C of this one.
 
         Args:
             rows: of any samples.
             l2: the penalty's weight.
-            noise_variance: σ²; None for the mean squared residual at the optimum.
+            noise_variance: σ², of an output; None for the mean squared residual at the optimum.
+            head_l2: the weight of the head's penalty; None for l2.
         """
-        system = self.system(l2)
+        system = self.system(l2, head_l2)
         if noise_variance is None:
-            noise_variance = system.solved(l2).loss
+            noise_variance = system.loss
         return noise_variance * system.leverage(rows)
 
 
 class System:
-    """H + λ I, decomposed."""
+    """H + Λ, decomposed.
 
-    def __init__(self, ridge: Ridge, penalty: float) -> None:
-        self.ridge, self.penalty = ridge, penalty
-        self.inverse = 1 / (ridge.head_values + penalty)
+    Args:
+        ridge: what is solved.
+        l2: of the core's columns.
+        head_l2: of the head's columns.
+        share: of the samples that the penalty counts.
+    """
+
+    def __init__(self, ridge: Ridge, l2: float, head_l2: float, share: float = 1.0) -> None:
+        self.ridge, self.l2, self.head_l2 = ridge, l2, head_l2
+        self.penalty = l2 * ridge.scale * share
+        self.head_penalty = head_l2 * ridge.scale * share
+        self.inverse = 1 / (ridge.head_values + self.head_penalty)
         if len(self.inverse) and not bool((self.inverse > 0).all() & self.inverse.isfinite().all()):
-            raise _hopeless(penalty, math.inf)
+            raise self._hopeless(math.inf)
         self.scaled = ridge.cross * self.inverse
         flat = self.scaled.flatten(1)
         self.schur = ridge.core - flat @ ridge.cross.flatten(1).T
-        self.schur.diagonal().add_(penalty)
+        self.schur.diagonal().add_(self.penalty)
         self.factor, info = torch.linalg.cholesky_ex(self.schur)
         if int(info):
-            raise _hopeless(penalty, math.inf)
+            raise self._hopeless(math.inf)
 
     def apply(self, core: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-        """(H + λ I)⁻¹ of a right-hand side (k,) and (C, h), the head in its eigenvectors' basis."""
-        right = core - (self.scaled * head).sum((1, 2))
+        """(H + Λ)⁻¹ of a right-hand side (k,) and (C, h), the head in its eigenvectors' basis."""
+        right = core - self.scaled.flatten(1) @ head.flatten()
         found = torch.cholesky_solve(right[:, None], self.factor)[:, 0]
-        rest = head - torch.tensordot(found, self.ridge.cross, 1)
+        rest = head - (found @ self.ridge.cross.flatten(1)).view_as(head)
         return found, rest * self.inverse
 
     def product(self, core: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-        """(H + λ I) of such a vector."""
+        """(H + Λ) of such a vector."""
         ridge = self.ridge
-        above = ridge.core @ core + (ridge.cross * head).sum((1, 2)) + self.penalty * core
-        below = torch.tensordot(core, ridge.cross, 1) + (ridge.head_values + self.penalty) * head
+        cross = ridge.cross.flatten(1)
+        above = ridge.core @ core + cross @ head.flatten() + self.penalty * core
+        below = (core @ cross).view_as(head) + (ridge.head_values + self.head_penalty) * head
         return above, below
 
     @cached_property
@@ -233,34 +266,44 @@ class System:
         """Δ, (k,) and (C, h), the head in its eigenvectors' basis."""
         return self.apply(self.ridge.core_right, self.ridge.head_right)
 
-    def solved(self, l2: float) -> SolvedDelta:
-        """The optimum as a delta."""
-        ridge, condition = self.ridge, self.condition()
-        if not condition < HOPELESS:
-            raise _hopeless(self.penalty, condition)
+    @cached_property
+    def loss(self) -> float:
+        """Mean of (1/C) ‖r - J Δ‖² at the optimum."""
+        ridge = self.ridge
         core, head = self.optimum
+        # g Δ = Δ (H + Λ) Δ at the optimum.
         right = ridge.core_right @ core + (ridge.head_right * head).sum()
-        above, below = self.product(core, head)
-        curved = above @ core + (below * head).sum() - self.penalty * _square(core, head)
-        loss = (ridge.square - 2 * float(right) + float(curved)) / (2 * ridge.scale)
-        parts = _named(ridge, core, head @ ridge.basis.T)
-        meta = replace(ridge.meta.delta, shard=None)
-        return SolvedDelta(parts, meta, l2=l2, condition=condition, loss=max(loss, 0.0))
+        penalties = self.penalty * core.square().sum() + self.head_penalty * head.square().sum()
+        return max(0.0, (ridge.square - float(right) - float(penalties)) / (2 * ridge.scale))
+
+    def solved(self) -> SolvedDelta:
+        """The optimum as a delta."""
+        condition = self.condition()
+        if not condition < HOPELESS:
+            raise self._hopeless(condition)
+        core, head = self.optimum
+        parts = _named(self.ridge, core, head @ self.ridge.basis.T)
+        meta = replace(self.ridge.meta.delta, shard=None)
+        known = {"l2": self.l2, "head_l2": self.head_l2, "condition": condition, "loss": self.loss}
+        return SolvedDelta(parts, meta, **known)
+
+    def row(self) -> PathRow:
+        """The optimum, and what chooses its l2."""
+        dimension = self.effective_dimension()
+        free = 1 - dimension / (2 * self.ridge.scale)
+        return PathRow(self.solved(), dimension, self.loss / free**2 if free > 0 else math.inf)
 
     def condition(self) -> float:
         """The largest eigenvalue by the smallest, by power iterations: an estimate from below."""
-        ridge = self.ridge
-        largest = _power(self.product, ridge)
-        return largest * _power(self.apply, ridge)
+        return _power(self.product, self.ridge) * _power(self.apply, self.ridge)
 
     def effective_dimension(self) -> float:
-        """tr H (H + λ I)⁻¹."""
+        """tr H (H + Λ)⁻¹."""
         flat = self.scaled.flatten(1)
-        mixed = torch.cholesky_solve(flat @ flat.T, self.factor).trace()
-        trace = self.inverse.sum() * self.ridge.meta.outputs + mixed
-        trace = trace + torch.cholesky_inverse(self.factor).trace()
+        inverse = torch.cholesky_inverse(self.factor)
+        head = self.inverse.sum() * self.ridge.meta.outputs + (inverse * (flat @ flat.T)).sum()
         columns = self.ridge.cross.shape[0] + self.ridge.head_right.numel()
-        return columns - self.penalty * float(trace)
+        return columns - self.penalty * float(inverse.trace()) - self.head_penalty * float(head)
 
     def moves(self, rows: FeatureRows) -> Tensor:
         """J Δ at the optimum, (n, C)."""
@@ -268,7 +311,7 @@ class System:
         return rows.core.double() @ core + rows.head.double() @ self.ridge.basis @ head.T
 
     def leverage(self, rows: FeatureRows) -> Tensor:
-        """J (H + λ I)⁻¹ Jᵀ of each sample, (n, C, C)."""
+        """J (H + Λ)⁻¹ Jᵀ of each sample, (n, C, C)."""
         inputs = rows.head.double() @ self.ridge.basis
         left = rows.core.double() - torch.einsum("kch,nh->nck", self.scaled, inputs)
         k = left.shape[-1]
@@ -276,6 +319,21 @@ class System:
         solved = solved.T.view_as(left)
         own = (inputs.square() * self.inverse).sum(1)
         return solved @ solved.mT + torch.diag_embed(own[:, None].expand(left.shape[:2]))
+
+    def _hopeless(self, condition: float) -> StatisticsError:
+        known = "" if math.isinf(condition) else f" (a condition number of about {condition:.0e})"
+        return StatisticsError(
+            f"with l2={self.l2:g} and head_l2={self.head_l2:g}, {self.ridge.samples} samples "
+            f"determine no optimum in float64{known}: use a larger l2, or more samples"
+        )
+
+
+def _check_penalties(**given: Sequence[float] | None) -> None:
+    for name, values in given.items():
+        if values is not None and not len(values):
+            raise ArgumentError(f"{name} is empty: give at least one")
+        numbered = enumerate(() if values is None else values)
+        check_not_negative(**{f"{name}[{index}]": value for index, value in numbered})
 
 
 def _power(product, ridge: Ridge) -> float:
@@ -285,14 +343,14 @@ def _power(product, ridge: Ridge) -> float:
     head = torch.randn(ridge.head_right.shape, generator=noise, dtype=torch.float64)
     value = 0.0
     for _ in range(_STEPS):
-        size = math.sqrt(_square(core, head))
+        size = _norm(core, head)
         core, head = product(core / size, head / size)
-        value = math.sqrt(_square(core, head))
+        value = _norm(core, head)
     return value
 
 
-def _square(core: Tensor, head: Tensor) -> float:
-    return float(core.square().sum() + head.square().sum())
+def _norm(core: Tensor, head: Tensor) -> float:
+    return math.sqrt(float(core.square().sum() + head.square().sum()))
 
 
 def _named(ridge: Ridge, core: Tensor, head: Tensor) -> dict[str, Tensor]:
@@ -307,11 +365,3 @@ def _named(ridge: Ridge, core: Tensor, head: Tensor) -> dict[str, Tensor]:
             part, at = core[at : at + size], at + size
         found[name] = part.reshape(shape).to(getattr(torch, dtype))
     return found
-
-
-def _hopeless(penalty: float, condition: float) -> StatisticsError:
-    known = "" if math.isinf(condition) else f" (its condition number is about {condition:.0e})"
-    return StatisticsError(
-        f"with λ = l2 N C / 2 = {penalty:g} the equations determine no optimum in float64{known}: "
-        "use a larger l2, or more samples"
-    )

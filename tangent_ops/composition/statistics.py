@@ -276,28 +276,43 @@ class TangentStatistics:
         }
         return cls(meta, terms, tensors["counts"], int(metadata["reach"]), tensors.get("digests"))
 
-    def solve(self, l2: float) -> SolvedDelta:
-        """The optimum on these samples: that of `fit_exact` with the same l2.
+    def solve(self, l2: float, head_l2: float | None = None) -> SolvedDelta:
+        """The optimum on these samples: with one l2, that of `fit_exact`.
 
-            min (1/N) Σ_i (1/C) ‖r_i - J_i Δ‖² + l2/2 ‖Δ‖²
+            min (1/N) Σ_i (1/C) ‖r_i - J_i Δ‖² + l2/2 ‖Δ_core‖² + head_l2/2 ‖Δ_head‖²
 
         Args:
             l2: the penalty's weight, not negative.
+            head_l2: that of the head's columns; None for l2.
 
         Raises:
-            ArgumentError: l2 is negative or not finite.
+            ArgumentError: a weight is negative or not finite.
             StatisticsError: no samples; or a condition number at which float64 gives nothing.
         """
-        return Ridge(self).solve(l2)
+        return Ridge(self).solve(l2, head_l2)
 
-    def solve_path(self, l2s: Sequence[float]) -> list[PathRow]:
-        """The optimum for each l2, with what chooses among them; see `PathRow`.
+    def solve_path(
+        self, l2s: Sequence[float], head_l2s: Sequence[float] | None = None
+    ) -> list[PathRow]:
+        """The optimum for each l2, and each head_l2 if given, with what chooses among them.
 
         Raises:
             ArgumentError: no l2, or as in `solve`.
             StatisticsError: as in `solve`.
         """
-        return Ridge(self).path(l2s)
+        return Ridge(self).path(l2s, head_l2s)
+
+    def choose(
+        self, l2s: Sequence[float] | None = None, head_l2s: Sequence[float] | None = None
+    ) -> PathRow:
+        """The optimum with the l2 and head_l2 of the least generalised cross-validation.
+
+        Nothing but the statistics is needed. None tries `penalties.TRIED`, ten from 0.001 to 30.
+
+        Raises:
+            ArgumentError, StatisticsError: as in `solve_path`.
+        """
+        return Ridge(self).choose(l2s, head_l2s)
 
     def __repr__(self) -> str:
         meta = self.meta

@@ -75,8 +75,9 @@ def statistics(
         if not remembered:
             _check_remembered(tangent, inputs, len(total))
         residuals = targets_of.values(targets, rows.outputs) - rows.outputs
-        labels = targets if targets_of.are_classes else None
-        add_samples(total, rows, residuals, labels, None if weights is None else weights[labels])
+        labels = targets.cpu() if targets_of.are_classes else None
+        own = None if weights is None or labels is None else weights[labels]
+        add_samples(total, rows, residuals, labels, own)
     assert total is not None
     total.sort_list()
     return total
@@ -162,12 +163,13 @@ class _Targets:
             self._loss(outputs, targets)  # checks shapes, dtypes and indices
             empty = torch.zeros_like(outputs)
             return empty.scatter_(1, targets[:, None], float(self._loss.M))
-        if targets.flatten(1).shape != outputs.shape:
+        flat = targets.reshape(len(targets), -1)
+        if flat.shape != outputs.shape:
             raise ArgumentError(
                 f"targets have shape {tuple(targets.shape)}, the outputs {tuple(outputs.shape)}: "
                 "MSELoss needs a target to each output"
             )
-        return targets.flatten(1).to(outputs.dtype)
+        return flat.to(outputs.dtype)
 
 
 def _meta(

@@ -59,7 +59,7 @@ class CoreBasis(dict[str, tuple[Tensor, Tensor]]):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all sides, in hexadecimal; that of a tangent model with this basis."""
-        sides = {f"{name}.left": left for name, (left, _) in self.items()}
+        sides = {f"left.{name}": left for name, (left, _) in self.items()}
         return fingerprint(sides | {name: right for name, (_, right) in self.items()})
 
     @property

@@ -194,17 +194,19 @@ class StatisticsLedger(LedgerBase[TangentStatistics, StatisticsRules]):
             raise LedgerError(f"{self.path} is empty: there is nothing to compose")
         return total.total
 
-    def solve(self, l2: float) -> SolvedDelta:
+    def solve(self, l2: float, head_l2: float | None = None) -> SolvedDelta:
         """The optimum on all present samples; see `TangentStatistics.solve`.
 
         Raises:
-            ArgumentError: l2 is negative or not finite.
+            ArgumentError: a penalty is negative or not finite.
             LedgerError: as in `statistics`.
             StatisticsError: no samples; or a condition number at which float64 gives nothing.
         """
-        return self.statistics().solve(l2)
+        return self.statistics().solve(l2, head_l2)
 
-    def solve_path(self, l2s: Sequence[float]) -> list[PathRow]:
+    def solve_path(
+        self, l2s: Sequence[float], head_l2s: Sequence[float] | None = None
+    ) -> list[PathRow]:
         """The optimum for each l2, with what chooses among them; see `PathRow`.
 
         Raises:
@@ -212,7 +214,19 @@ class StatisticsLedger(LedgerBase[TangentStatistics, StatisticsRules]):
             LedgerError: as in `statistics`.
             StatisticsError: as in `solve`.
         """
-        return self.statistics().solve_path(l2s)
+        return self.statistics().solve_path(l2s, head_l2s)
+
+    def choose(
+        self, l2s: Sequence[float] | None = None, head_l2s: Sequence[float] | None = None
+    ) -> PathRow:
+        """The optimum with the penalties of the least generalised cross-validation.
+
+        See `TangentStatistics.choose`.
+
+        Raises:
+            ArgumentError, LedgerError, StatisticsError: as in `solve_path`.
+        """
+        return self.statistics().choose(l2s, head_l2s)
 
     def list(self) -> list[StatisticsEntry]:
         """The present shards, in the order in which they were added.

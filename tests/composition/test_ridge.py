@@ -1,0 +1,143 @@
+"""Optima and what chooses among them against dense least squares of all rows, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from statistics_oracle import Samples, flat, make_samples
+
+from tangent_ops.composition.ridge import Ridge
+from tangent_ops.composition.statistics import TangentStatistics
+from tangent_ops.errors import ArgumentError, StatisticsError
+
+L2 = 0.2
+
+
+def dense(
+    samples: Samples, l2: float, head_l2: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """J as (n C, P), and H + Λ."""
+    jacobian = samples.jacobian().flatten(0, 1)
+    other = l2 if head_l2 is None else head_l2
+    penalties = torch.full(jacobian.shape[1:], other, dtype=torch.float64)
+    penalties[: samples.rows.core.shape[2]] = l2
+    matrix = jacobian.T @ jacobian + torch.diag(penalties) * len(jacobian) / 2
+    return jacobian, matrix
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    count=st.integers(1, 12),
+    core=st.integers(0, 7),
+    outputs=st.integers(1, 4),
+    width=st.integers(0, 5),
+    l2=st.sampled_from([0.05, 1.0, 20.0]),
+    weighted=st.booleans(),
+)
+def test_the_solution_is_that_of_dense_least_squares(
+    count: int, core: int, outputs: int, width: int, l2: float, weighted: bool
+) -> None:
+    samples = make_samples(count, core, outputs, width, seed=count)
+    weights = torch.linspace(0.5, 2.0, outputs) if weighted else None
+    found = samples.statistics(weights=weights).solve(l2)
+    exact = samples.optimum(l2, weights)
+    assert float((flat(found) - exact).norm()) <= 1e-10 * float(exact.norm())
+    assert found.meta == samples.meta.delta
+    if not weighted:
+        left = samples.residuals - samples.jacobian() @ exact
+        assert found.loss == pytest.approx(float(left.square().mean()), abs=1e-9)
+
+
+@pytest.mark.parametrize("head_l2s", [None, [0.02, 4.0]])
+def test_the_path_has_the_exact_effective_dimension_and_validation(
+    head_l2s: list[float] | None,
+) -> None:
+    samples = make_samples(11)
+    l2s = [0.01, 0.3, 5.0]
+    rows = samples.statistics().solve_path(l2s, head_l2s)
+    pairs = [(l2, head) for l2 in l2s for head in (head_l2s or [l2])]
+    for row, (l2, head_l2) in zip(rows, pairs, strict=True):
+        jacobian, matrix = dense(samples, l2, head_l2)
+        hat = jacobian @ torch.linalg.solve(matrix, jacobian.T)
+        right = samples.residuals.flatten()
+        left = right - hat @ right
+        assert (row.delta.l2, row.delta.head_l2) == (l2, head_l2)
+        exact = torch.linalg.solve(matrix, jacobian.T @ right)
+        torch.testing.assert_close(flat(row.delta), exact, rtol=1e-9, atol=1e-10)
+        assert row.delta.loss == pytest.approx(float(left.square().mean()), rel=1e-9)
+        assert row.effective_dimension == pytest.approx(float(hat.trace()), rel=1e-9)
+        free = 1 - float(hat.trace()) / len(left)
+        assert row.gcv == pytest.approx(float(left.square().mean()) / free**2, rel=1e-7)
+        values = torch.linalg.eigvalsh(matrix)
+        assert 0.8 <= row.delta.condition * float(values[0] / values[-1]) <= 1 + 1e-9
+
+
+def test_the_least_validation_is_chosen() -> None:
+    statistics = make_samples(11).statistics()
+    rows = statistics.solve_path([0.1, 3.0], [0.2, 7.0])
+    best = min(rows, key=lambda row: row.gcv)
+    found = statistics.choose([0.1, 3.0], [0.2, 7.0])
+    assert (found.delta.l2, found.delta.head_l2, found.gcv) == (
+        best.delta.l2,
+        best.delta.head_l2,
+        best.gcv,
+    )
+    assert statistics.choose().gcv <= min(row.gcv for row in statistics.solve_path([0.1, 1.0]))
+
+
+def test_leave_one_out_is_the_fit_without_the_sample() -> None:
+    samples = make_samples(7)
+    whole = samples.statistics()
+    found = Ridge(whole).leave_one_out(samples.rows, samples.residuals, L2)
+    jacobian = samples.jacobian()
+    for index in range(7):
+        others = samples.take([other for other in range(7) if other != index])
+        exact = samples.residuals[index] - jacobian[index] @ others.optimum(L2)
+        torch.testing.assert_close(found[index], exact, rtol=1e-9, atol=1e-9)
+        without = (whole - samples.take([index]).statistics()).solve(L2)
+        torch.testing.assert_close(flat(without), others.optimum(L2), rtol=1e-9, atol=1e-9)
+
+
+def test_predictions_and_covariances_are_those_of_the_dense_problem() -> None:
+    samples, new = make_samples(9), make_samples(4, seed=5)
+    ridge = Ridge(samples.statistics())
+    _, matrix = dense(samples, L2)
+    jacobian = new.jacobian()
+    exact = new.rows.outputs + jacobian @ samples.optimum(L2)
+    torch.testing.assert_close(ridge.predictions(new.rows, L2), exact, rtol=1e-9, atol=1e-9)
+    expected = jacobian @ torch.linalg.solve(matrix, jacobian.mT)
+    found = ridge.covariance(new.rows, L2, 1.7)
+    torch.testing.assert_close(found, 1.7 * expected, rtol=1e-9, atol=1e-9)
+    noise = samples.statistics().solve(L2).loss
+    torch.testing.assert_close(ridge.covariance(new.rows, L2), noise * expected)
+
+
+def test_too_many_columns_without_a_penalty_are_hopeless() -> None:
+    samples = make_samples(2)
+    with pytest.raises(StatisticsError, match=r"l2=0 and head_l2=0, 2 samples .* use a larger l2"):
+        samples.statistics().solve(0.0)
+    with pytest.raises(StatisticsError, match=r"condition number of about .* use a larger l2"):
+        samples.statistics().solve(3e-13)
+    enough = make_samples(40)
+    torch.testing.assert_close(flat(enough.statistics().solve(0.0)), enough.optimum(0.0))
+
+
+@pytest.mark.parametrize("l2", [-1.0, math.nan, math.inf])
+def test_a_wrong_l2_is_refused(l2: float) -> None:
+    with pytest.raises(ArgumentError, match="l2"):
+        make_samples(3).statistics().solve(l2)
+
+
+def test_what_cannot_be_solved_is_refused() -> None:
+    samples = make_samples(3)
+    with pytest.raises(StatisticsError, match="no sample"):
+        TangentStatistics.zero(samples.meta).solve(1.0)
+    with pytest.raises(ArgumentError, match="l2s is empty"):
+        samples.statistics().solve_path([])
+    one = samples.take([0])
+    with pytest.raises(StatisticsError, match="leave-one-out needs two samples"):
+        Ridge(one.statistics()).leave_one_out(one.rows, one.residuals, 1.0)
