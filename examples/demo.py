@@ -58,7 +58,6 @@ Deals = Mapping[int, Sequence[Dataset[Any]]]  # number of shards -> their images
 ORDINARY: dict[str, Any] = {"epochs": 6, "lr": 3e-4}
 L2 = 0.3  # of the fits of all parameters; from 0.3 and 1, at 70 px, by validation images as above
 TOLERANCE = 0.03  # of these fits
-L2S = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)  # of statistics: cross-validation chooses
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -168,7 +167,7 @@ def add_statistics(
         began = time.perf_counter()
         kept[number] = [statistics(core, shard, progress=False) for shard in shards]
         sums.append(reduce(add, kept[number]))
-        solve(core, sums[-1])
+        core.load_delta_dict(sums[-1].choose().delta)  # penalties by cross-validation of the sums
         seconds = time.perf_counter() - began
         score = accuracy(core, scored.tokens, progress=False)
         name = f"statistics of {shards_of(number)}"
@@ -211,7 +210,7 @@ def forget(
         ("shard", f"shard {options.forget}", lambda: ledger.forget(gone), others),
     ):  # fmt: skip
         _, of_ledger = timed(work)
-        _, of_solve = timed(lambda: solve(core, ledger.statistics()))
+        _, of_solve = timed(lambda: core.load_delta_dict(ledger.choose().delta))
         left = ledger.statistics()
         check_same(left, reduce(add, reversed(never)), f"what is left without {name}")
         score = accuracy(core, prepared.scored.tokens, progress=False)
@@ -222,12 +221,6 @@ def forget(
             f"After {name} was forgotten, in {duration(of_ledger)}, all {sums:,} sums are, bit for "
             f"bit, those of the other images alone. The solve takes {duration(of_solve)} more."
         )
-
-
-def solve(core: LinearizedModel, total: TangentStatistics) -> None:
-    """Load the optimum with the l2 that generalised cross-validation chooses, from sums alone."""
-    best = min(total.solve_path(L2S), key=lambda row: row.gcv)
-    core.load_delta_dict(best.delta)
 
 
 def check_same(found: TangentStatistics, expected: TangentStatistics, what: str) -> None:

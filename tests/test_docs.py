@@ -11,7 +11,6 @@ import pytest
 import timm
 import torch
 from small_models import images, vit
-from torch.nn.utils import parameters_to_vector
 from torch.utils.data import Subset, TensorDataset
 
 import tangent_ops
@@ -65,13 +64,10 @@ def test_the_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shards = {f"customer-{k}": Subset(private, range(4 * k - 24, 4 * k - 20)) for k in (6, 7, 8)}
     names = {"public_set": public, "shards": shards, "photos": Subset(private, [9])}
     exec(block, names)
-    left, tangent = names["ledger"].statistics(), names["tangent"]
-    never = Subset(private, [0, 1, 2, 3, 8, 10, 11])
-    assert left == tangent_ops.statistics(tangent, never)
-    fitted = tangent_ops.linearize(tangent.anchor, core=names["basis"])
-    tangent_ops.fit_exact(Problem(fitted, never, l2=0.01, progress=False), tol=1e-4)
-    found, expected = (parameters_to_vector(m.deltas().values()) for m in (tangent, fitted))
-    assert (found - expected).norm() <= 2e-4 * expected.norm()  # half of it for float32
+    never = tangent_ops.statistics(names["tangent"], Subset(private, [0, 1, 2, 3, 8, 10, 11]))
+    assert names["ledger"].statistics() == never
+    expected = never.choose().delta
+    assert all(torch.equal(d, expected[n]) for n, d in names["tangent"].deltas().items())
 
 
 def setting() -> dict[str, Any]:
