@@ -161,23 +161,24 @@ def add_statistics(
     anchor = prepared.tail.anchor
     core = linearize(anchor, core=core_basis(anchor, prepared.public.tokens, options.core))
     scored, count = prepared.scored, len(prepared.public) + sum(map(len, prepared.shards))
-    kept, sums = {}, []
+    owners, sums = [], []
     for number, shards in dealt.items():
         step(f"Statistics of {shards_of(number)}: a pass over the images each, no training")
         began = time.perf_counter()
-        kept[number] = [statistics(core, shard, progress=False) for shard in shards]
-        sums.append(reduce(add, kept[number]))
+        each = [statistics(core, shard, progress=False) for shard in shards]
+        sums.append(reduce(add, each))
         core.load_delta_dict(sums[-1].choose().delta)  # penalties by cross-validation of the sums
         seconds = time.perf_counter() - began
         score = accuracy(core, scored.tokens, progress=False)
         name = f"statistics of {shards_of(number)}"
         results.add("statistics", name, count, score, seconds, shards=number)
+        owners = each if number == len(prepared.shards) else owners
     for total in sums[1:]:
         check_same(total, sums[0], "the sum of the statistics of some shards")
     results.facts.append(
         f"The statistics of {', '.join(map(str, dealt))} shards have the same sums, bit for bit."
     )
-    return core, kept[len(prepared.shards)]
+    return core, owners
 
 
 def forget(

@@ -14,6 +14,8 @@ from rich.table import Table
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 BLACK, ORANGE, BLUE, PURPLE, GREY = "#000000", "#D55E00", "#0072B2", "#CC79A7", "#666666"
+STARTS = ("mean", "statistics", "no image", "exact", "forgotten")  # of a table's sections
+BOLD = ("statistics", "no image", "no shard", "forgotten")
 BESIDE: dict[str, Any] = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
 ABOVE: dict[str, Any] = {"xytext": (7, 5), "textcoords": "offset points", "weight": "bold"}
 
@@ -101,12 +103,11 @@ def print_table(
         table.add_column(name, justify="right")
     previous = ""
     for row in rows:
-        if row.kind != previous and row.kind in ("mean", "statistics", "no shard", "exact"):
+        if row.kind != previous and row.kind in STARTS:
             table.add_section()
         previous = row.kind
         cells = (f"{row.images:,}", f"{row.percent:.1f} %", duration(row.seconds + row.solve))
-        bold = row.kind in ("statistics", "no shard", "no image")
-        table.add_row(row.name, *cells, style="bold" if bold else "")
+        table.add_row(row.name, *cells, style="bold" if row.kind in BOLD else "")
     console.print(table)
     for fact in facts:
         console.print(f"  [green]✓[/green] {fact}", highlight=False)

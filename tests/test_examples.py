@@ -272,16 +272,16 @@ def run(module, out, *options):
 
 
 def test_the_demo_adds_up_and_forgets(tmp_path, capsys):
-    assert run(demo, tmp_path, "--many", "20") == 0
+    assert run(demo, tmp_path, "--many", "8") == 0
     said = " ".join(capsys.readouterr().out.split())
     found = re.findall(r"│ ([^│]+?) │ (\d+) │ (\d+\.\d) % │", said)
     accuracies = {name: accuracy for name, _, accuracy in found}
     images_of = {name: int(count) for name, count, _ in found}
-    added = [accuracies.pop(f"statistics of {n}") for n in ("1 shard", "5 shards", "20 shards")]
+    added = [accuracies.pop(f"statistics of {n}") for n in ("1 shard", "5 shards", "8 shards")]
     assert len(set(added)) == 1
     assert images_of["one image of shard 3 forgotten"] == images_of["head only, all images"] - 1
     assert images_of["shard 3 forgotten"] < 0.9 * images_of["head only, all images"]
-    for name in ("head only, public images", "mean of 5 shards' deltas", "mean of 20 shards"):
+    for name in ("head only, public images", "mean of 5 shards' deltas", "mean of 8 shards"):
         assert any(row.startswith(name) for row in accuracies), name
     assert said.count("bit for bit") == 3
     assert (tmp_path / "demo.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
