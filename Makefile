@@ -21,7 +21,7 @@ help: ## list the targets
 	@echo '  ARGS="..."   passed on to the demo, pytest or the suite'
 	@echo '  OUT=folder   where bench and gpu-bench write their results'
 
-demo: $(call installed,demo) ## fine-tune on shards, compose them, forget one, with a real ViT; a picture in out/
+demo: $(call installed,demo) ## add up statistics of shards, forget an image and a shard, with a real ViT; a picture in out/
 	$(RUN) examples/demo.py $(ARGS)
 
 exact-demo: $(call installed,demo) ## optima, certificates and influences on 1,000 of its images

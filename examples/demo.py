@@ -1,8 +1,9 @@
-"""Fine-tune a real pre-trained ViT on shards of real images, compose them, forget one.
+"""Train shards of real images apart, add them up without loss, forget a shard and one image.
 
     python examples/demo.py --help
 
-Each shard is the data of one owner, who has images of some classes that others have few of.
+With a square loss, a fit in a fixed core is determined by sums over samples. So the statistics of
+any shards add up to those of the union, and what is subtracted leaves no trace.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import copy
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from operator import add
+from typing import Any, TypeVar
 
 import torch
 from assets import DemoError
@@ -30,19 +33,31 @@ from common import (
     run,
     step,
 )
-from images import owner_of
-from picture import Results, draw, print_table
-from torch import Tensor
-from torch.utils.data import ConcatDataset
+from picture import Results, draw, duration, print_table
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from tangent_ops import Ledger, accuracy, fit, fit_grouped, predict
-from tangent_ops.delta import Delta
+from tangent_ops import (
+    LinearizedModel,
+    StatisticsLedger,
+    TangentStatistics,
+    accuracy,
+    compose,
+    core_basis,
+    fit,
+    linearize,
+    statistics,
+)
+from tangent_ops.exact import Problem, fit_exact
 from tangent_ops.model.features import split_model
 
-# Chosen at 98 px, from 1e-4 and 3e-4 and from 3e-4, 6e-4 and 1.2e-3, by scores on 712 images of
-# MNIST-5k that are no test images of seed 0.
-ORDINARY: dict[str, Any] = {"lr": 3e-4}
-SHARD: dict[str, Any] = {"lr": 3e-4, "batch_size": 16}  # few images: more and smaller steps
+T = TypeVar("T")
+Deals = Mapping[int, Sequence[Dataset[Any]]]  # number of shards -> their images
+
+# Chosen at 98 px, from 1e-4 and 3e-4, by scores on images of MNIST-5k that are no test images of
+# seed 0.
+ORDINARY: dict[str, Any] = {"epochs": 6, "lr": 3e-4}
+L2 = 0.3  # of the fits of all parameters; from 0.3 and 1, at 70 px, by validation images as above
+TOLERANCE = 0.03  # of these fits
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -53,19 +68,18 @@ def demo(options: argparse.Namespace) -> None:
 
     step("Compute what enters the last block, once for all that follows")
     prepared = prepare(model, parts, options.seed)
-    classes, forgotten = len(images.classes), options.forget - 1
+    private = sum(map(len, prepared.shards))
     results = Results(
-        model=f"{model_name(model)}, last block, norm and head trained",
-        setting=f"{images.name}: {len(prepared.public)} public images, {options.shards} shards of "
-        f"about {len(prepared.shards[0])} private ones, {len(prepared.scored)} {options.score_on} "
-        f"images; seed {options.seed}",
-        classes=images.classes,
-        own=[c for c in range(classes) if owner_of(c, classes, options.shards) == forgotten],
-        forgotten=options.forget,
+        model=f"{model_name(model)}, last block and head trained",
+        setting=f"{images.name}: {len(prepared.public)} public and {private} private images, "
+        f"{len(prepared.scored)} {options.score_on} images; seed {options.seed}",
+        scored=options.score_on,
     )
-    train_jointly(prepared, options, results)
-    deltas = train_shards(prepared, options, results)
-    compose_and_forget(prepared, deltas, options, results)
+    dealt = deals(prepared, options)
+    train_jointly(prepared, len(images.classes), options, results)
+    average_deltas(prepared, dealt, results)
+    core, owners = add_statistics(prepared, dealt, options, results)
+    forget(prepared, core, owners, options, results)
 
     results.seconds = time.perf_counter() - began
     print_table(results.model, results.setting, results.rows, results.facts, console)
@@ -74,123 +88,172 @@ def demo(options: argparse.Namespace) -> None:
     console.print(f"\n  wrote {path} and {options.out / 'ledger'}; {results.seconds:.0f} s in all")
 
 
-def train_jointly(prepared: Prepared, options: argparse.Namespace, results: Results) -> None:
-    """Train on all images pooled: more accurate, but nothing can be forgotten without a refit."""
+def deals(prepared: Prepared, options: argparse.Namespace) -> Deals:
+    """The private images as one shard, by owner, and in many random shards.
+
+    Raises:
+        DemoError: The number of random shards is out of range.
+    """
+    owners = [part.tokens for part in prepared.shards]
+    count = sum(map(len, owners))
+    if not len(owners) < options.many <= count:
+        raise DemoError(
+            f"--many {options.many}: expected more than --shards, {len(owners)}, and at most the "
+            f"{count} private images"
+        )
+    union: Dataset[Any] = ConcatDataset(owners)
+    generator = torch.Generator().manual_seed(options.seed)
+    order = torch.randperm(count, generator=generator)
+    many = [Subset(union, part.tolist()) for part in order.tensor_split(options.many)]
+    return {1: [union], len(owners): owners, options.many: many}
+
+
+def train_jointly(
+    prepared: Prepared, classes: int, options: argparse.Namespace, results: Results
+) -> None:
+    """Train on all images pooled; to forget one of them takes training again."""
     step("All images pooled: a linear head, and ordinary fine-tuning of the last block")
     tail, scored = prepared.tail, prepared.scored
-    recipe: dict[str, Any] = {"epochs": options.epochs, "loss": LOSS, "seed": options.seed}
     everything = ConcatDataset([part.tokens for part in (prepared.public, *prepared.shards)])
     features = ConcatDataset([part.features for part in (prepared.public, *prepared.shards)])
-    count = len(everything)
 
     score = accuracy(tail, scored.tokens, progress=False)
     results.add("anchor", "head only, public images", len(prepared.public), score, prepared.seconds)
-    head, seconds = probe(features, len(results.classes), options.seed)
+    head, seconds = probe(features, classes, options.seed)
     score = accuracy(head, scored.features, progress=False)
-    results.add("head", "head only, all images pooled", count, score, seconds)
+    results.add("head", "head only, all images", len(features), score, seconds)
     blocks = len(prepared.anchor.blocks)
     ordinary = split_model(copy.deepcopy(prepared.anchor), blocks - 1)[1].requires_grad_(True)
-    seconds = fit(ordinary, everything, **recipe, **ORDINARY).seconds
+    seconds = fit(ordinary, everything, loss=LOSS, seed=options.seed, **ORDINARY).seconds
     score = accuracy(ordinary, scored.tokens, progress=False)
-    results.add("ordinary", "fine-tuning, all images pooled", count, score, seconds)
+    results.add("ordinary", "ordinary fine-tuning, all images", len(everything), score, seconds)
 
 
-def train_shards(
-    prepared: Prepared, options: argparse.Namespace, results: Results
-) -> Mapping[str, Delta]:
-    """Train a delta for each shard, side by side; none sees another's images."""
-    step(f"Tangent fine-tuning on {len(prepared.shards)} shards, side by side")
-    tail = prepared.tail
-    recipe: dict[str, Any] = {"epochs": options.epochs, "loss": LOSS, "seed": options.seed, **SHARD}
-    named = {f"shard-{k}": part.tokens for k, part in enumerate(prepared.shards, start=1)}
-    began = time.perf_counter()
-    deltas = fit_grouped(tail, named, **recipe)
-    seconds = (time.perf_counter() - began) / len(deltas)
-    for name, part in zip(deltas, prepared.shards, strict=True):
-        tail.load_delta_dict(deltas[name])
-        score = accuracy(tail, prepared.scored.tokens, progress=False)
-        count = len(part) + len(prepared.public)
-        results.add("shard", f"{name} alone", count, score, seconds)
-    return deltas
+def average_deltas(prepared: Prepared, dealt: Deals, results: Results) -> None:
+    """Fit a delta to each shard, all parameters to their optimum; compose them by their mean."""
+    tail, scored = prepared.tail, prepared.scored
+    count = len(prepared.public) + sum(map(len, prepared.shards))
+    for number, shards in dealt.items():
+        step(f"Tangent fine-tuning of all parameters on {shards_of(number)}, and the mean")
+        began = time.perf_counter()
+        deltas = []
+        for shard in shards:
+            tail.zero_()
+            fit_exact(Problem(tail, shard, L2, progress=False), tol=TOLERANCE)
+            deltas.append(tail.delta_dict())
+        tail.load_delta_dict(compose(deltas))
+        seconds = time.perf_counter() - began
+        score = accuracy(tail, scored.tokens, progress=False)
+        name = "tangent fine-tuning, all images"
+        name = f"mean of {number} shards' deltas" if number > 1 else name
+        results.add("mean", name, count, score, seconds, shards=number)
 
 
-def compose_and_forget(
+def add_statistics(
+    prepared: Prepared, dealt: Deals, options: argparse.Namespace, results: Results
+) -> tuple[LinearizedModel, Sequence[TangentStatistics]]:
+    """Sum every deal's statistics and solve; give the model with a core, and those by owner.
+
+    Raises:
+        DemoError: The sums depend on the deal.
+    """
+    step("A core from the public images")
+    anchor = prepared.tail.anchor
+    core = linearize(anchor, core=core_basis(anchor, prepared.public.tokens, options.core))
+    scored, count = prepared.scored, len(prepared.public) + sum(map(len, prepared.shards))
+    owners, sums = [], []
+    for number, shards in dealt.items():
+        step(f"Statistics of {shards_of(number)}: a pass over the images each, no training")
+        began = time.perf_counter()
+        each = [statistics(core, shard, progress=False) for shard in shards]
+        sums.append(reduce(add, each))
+        core.load_delta_dict(sums[-1].choose().delta)  # penalties by cross-validation of the sums
+        seconds = time.perf_counter() - began
+        score = accuracy(core, scored.tokens, progress=False)
+        name = f"statistics of {shards_of(number)}"
+        results.add("statistics", name, count, score, seconds, shards=number)
+        owners = each if number == len(prepared.shards) else owners
+    for total in sums[1:]:
+        check_same(total, sums[0], "the sum of the statistics of some shards")
+    results.facts.append(
+        f"The statistics of {', '.join(map(str, dealt))} shards have the same sums, bit for bit."
+    )
+    return core, owners
+
+
+def forget(
     prepared: Prepared,
-    deltas: Mapping[str, Delta],
+    core: LinearizedModel,
+    owners: Sequence[TangentStatistics],
     options: argparse.Namespace,
     results: Results,
 ) -> None:
-    """Add the deltas to a ledger, forget one, and compare with a ledger that never had it."""
-    step(f"Compose the shards in a ledger; forget shard {options.forget}")
-    tail, tokens = prepared.tail, prepared.scored.tokens
-    targets, gone = prepared.scored.images.targets, f"shard-{options.forget}"
-    count = len(prepared.public) + sum(map(len, prepared.shards))
+    """Put the owners' statistics into a ledger; forget one image, then all of its shard.
 
+    Raises:
+        DemoError: What is left is not what the other images alone give.
+    """
+    step(f"A ledger of {len(owners)} shards: forget an image of shard {options.forget}, then all")
     shutil.rmtree(options.out / "ledger", ignore_errors=True)
-    began = time.perf_counter()
-    ledger = Ledger(options.out / "ledger", anchor=tail)
-    for name, delta in deltas.items():
-        ledger.add(name, delta)
-    tail.load_delta_dict(ledger.composed())
-    seconds = time.perf_counter() - began
-    composed = predict(tail, tokens, progress=False)
-    score = hits(composed, targets)
-    results.add("composed", f"{len(deltas)} shards composed", count, score, seconds)
+    ledger = StatisticsLedger(options.out / "ledger", anchor=core)
+    for number, one in enumerate(owners, start=1):
+        ledger.add(f"shard-{number}", one)
+    gone, tokens = f"shard-{options.forget}", prepared.shards[options.forget - 1].tokens
+    first, rest = Subset(tokens, [0]), Subset(tokens, range(1, len(tokens)))
+    others = [one for number, one in enumerate(owners, start=1) if number != options.forget]
 
-    began = time.perf_counter()
-    ledger.forget(gone, progress=False)
-    tail.load_delta_dict(ledger.composed())
-    seconds = time.perf_counter() - began
-    after = predict(tail, tokens, progress=False)
-    count -= len(prepared.shards[options.forget - 1])
-    score = hits(after, targets)
-    results.add("forgotten", f"{gone} forgotten", count, score, seconds)
-    results.facts = [check_never(ledger, deltas, gone)]
-    tail.load_delta_dict({name: torch.zeros_like(value) for name, value in deltas[gone].items()})
-    anchor = predict(tail, tokens, progress=False)
-    members = [targets == index for index in range(len(results.classes))]
-    results.recalls = {
-        kind: [hits(logits[rows], targets[rows]) for rows in members]
-        for kind, logits in (("anchor", anchor), ("composed", composed), ("forgotten", after))
-    }
+    def forget_image() -> None:
+        ledger.forget_samples(gone, statistics(core, first, progress=False))
+
+    for kind, name, work, never in (
+        ("image", f"one image of shard {options.forget}", forget_image,
+         [statistics(core, rest, progress=False), *others]),
+        ("shard", f"shard {options.forget}", lambda: ledger.forget(gone), others),
+    ):  # fmt: skip
+        _, of_ledger = timed(work)
+        _, of_solve = timed(lambda: core.load_delta_dict(ledger.choose().delta))
+        left = ledger.statistics()
+        check_same(left, reduce(add, reversed(never)), f"what is left without {name}")
+        score = accuracy(core, prepared.scored.tokens, progress=False)
+        count = len(prepared.public) + len(left)
+        results.add(f"no {kind}", f"{name} forgotten", count, score, of_ledger, of_solve)
+        sums = sum(term.numel() for term in left.terms.values())
+        results.facts.append(
+            f"After {name} was forgotten, in {duration(of_ledger)}, all {sums:,} sums are, bit for "
+            f"bit, those of the other images alone. The solve takes {duration(of_solve)} more."
+        )
 
 
-def check_never(ledger: Ledger, deltas: Mapping[str, Delta], gone: str) -> str:
-    """Compare with a ledger that never had the shard, bit for bit.
+def check_same(found: TangentStatistics, expected: TangentStatistics, what: str) -> None:
+    """Compare sums bit for bit.
 
     Raises:
         DemoError: They differ.
     """
-    path = ledger.path.with_name("ledger-never")
-    shutil.rmtree(path, ignore_errors=True)
-    never = Ledger(path)
-    for name, delta in reversed([*deltas.items()]):
-        if name != gone:
-            never.add(name, delta)
-    found, expected = ledger.composed(), never.composed()
-    shutil.rmtree(path)
-    if not all(torch.equal(found[name], expected[name]) for name in expected):
-        raise DemoError(f"the composition without {gone} differs from that of the other shards")
-    weights = sum(value.numel() for value in found.values())
-    return (
-        f"After {gone} was forgotten all {weights:,} weights are, bit for bit, those of a ledger "
-        "that never had it."
-    )
+    if found != expected:
+        raise DemoError(f"{what} differs in {', '.join(found.differences(expected))}")
 
 
-def hits(logits: Tensor, targets: Tensor) -> float:
-    """Fraction of rows of `logits` (samples, classes) whose largest entry is the target's."""
-    return float((logits.argmax(dim=1) == targets).double().mean())
+def shards_of(number: int) -> str:
+    """The number with its noun."""
+    return f"{number} shard{'s' * (number > 1)}"
+
+
+def timed(work: Callable[[], T]) -> tuple[T, float]:
+    """The result, and the seconds that it took."""
+    began = time.perf_counter()
+    return work(), time.perf_counter() - began
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo from the command line; return the exit status."""
-    about = "Fine-tune a pre-trained ViT on shards of images, compose them, forget one."
+    about = "Train shards of images apart, add them up without loss, forget a shard and one image."
     parser = parser_of(about, private=1200, shards=5)
     parser.set_defaults(image_size=70)  # 25 patches: half the work of 98
-    add = parser.add_argument
-    add("--epochs", type=int, default=6, help="passes over the data in every training")
-    add("--own", type=float, default=0.6, help="share of a class that goes to its owner first")
+    add_option = parser.add_argument
+    add_option("--many", type=int, default=50, help="number of random shards of the same images")
+    add_option("--core", type=int, default=8, help="rows and columns of each layer's core")
+    add_option("--own", type=float, default=0.6, help="share of a class that its owner has first")
     return run(demo, parser.parse_args(arguments))
 
 

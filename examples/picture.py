@@ -12,16 +12,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-# Okabe and Ito's colours, told apart by colour-blind readers; the shapes serve black and white.
-BLACK, ORANGE, BLUE, PURPLE = "#000000", "#D55E00", "#0072B2", "#CC79A7"
-LOOKS = {
-    "anchor": ("o", BLACK),
-    "shard": ("|", BLUE),
-    "composed": ("P", BLUE),
-    "forgotten": ("X", PURPLE),
-    "head": ("o", ORANGE),
-    "ordinary": ("s", ORANGE),
-}
+# Okabe and Ito's colours, told apart by colour-blind readers.
+BLACK, ORANGE, BLUE, PURPLE, GREY = "#000000", "#D55E00", "#0072B2", "#CC79A7", "#666666"
+STARTS = ("mean", "statistics", "no image", "exact", "forgotten")  # of a table's sections
+BOLD = ("statistics", "no image", "no shard", "forgotten")
+BESIDE: dict[str, Any] = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+ABOVE: dict[str, Any] = {"xytext": (7, 5), "textcoords": "offset points", "weight": "bold"}
 
 
 @dataclass(frozen=True)
@@ -29,11 +25,13 @@ class Row:
     """One model.
 
     Attributes:
-        kind: A key of `LOOKS`, or "exact".
+        kind: What it is, for the picture.
         name: What to call it.
         images: Training images it has seen, those of its anchor's head included.
         accuracy: On the scored images, 0 to 1.
-        seconds: To get it from what the rows above made.
+        seconds: To get it from what the rows above made, without `solve`.
+        solve: Seconds of the solve, after something was forgotten.
+        shards: Number of the shards that it was composed of; 0 if it is not of shards.
     """
 
     kind: str
@@ -41,6 +39,13 @@ class Row:
     images: int
     accuracy: float
     seconds: float
+    solve: float = 0.0
+    shards: int = 0
+
+    @property
+    def percent(self) -> float:
+        """The accuracy."""
+        return 100 * self.accuracy
 
 
 @dataclass
@@ -50,32 +55,42 @@ class Results:
     Attributes:
         model: The backbone, and what is trained of it.
         setting: Data, parts, scoring, seed.
-        classes: Class names.
-        own: Indices of the classes that the forgotten shard has most images of.
-        forgotten: The number of the shard that is forgotten.
+        scored: What the images are that every model is scored on.
         rows: The models.
-        recalls: Of each class, 0 to 1: composed, one shard forgotten, and the anchor.
         facts: What was checked.
         seconds: Time of everything.
     """
 
     model: str
     setting: str
-    classes: Sequence[str]
-    own: Sequence[int]
-    forgotten: int
+    scored: str
     rows: list[Row] = field(default_factory=list)
-    recalls: dict[str, Sequence[float]] = field(default_factory=dict)
     facts: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
-    def add(self, kind: str, name: str, images: int, accuracy: float, seconds: float) -> None:
+    def add(
+        self,
+        kind: str,
+        name: str,
+        images: int,
+        accuracy: float,
+        seconds: float,
+        solve: float = 0.0,
+        shards: int = 0,
+    ) -> None:
         """Append a row."""
-        self.rows.append(Row(kind, name, images, accuracy, seconds))
+        self.rows.append(Row(kind, name, images, accuracy, seconds, solve, shards))
 
     def of(self, kind: str) -> list[Row]:
         """The rows of a kind."""
         return [row for row in self.rows if row.kind == kind]
+
+
+def duration(seconds: float) -> str:
+    """With two digits, and its unit."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:.2g} ms"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def print_table(
@@ -84,105 +99,108 @@ def print_table(
     """Print the models, then what was found and checked."""
     table = Table(title=f"\n{title}", caption=caption)
     table.add_column("model")
-    for name in ("training images", "accuracy", "seconds"):
+    for name in ("training images", "accuracy", "time"):
         table.add_column(name, justify="right")
     previous = ""
     for row in rows:
-        if row.kind != previous and row.kind in ("shard", "composed", "forgotten", "exact"):
+        if row.kind != previous and row.kind in STARTS:
             table.add_section()
         previous = row.kind
-        cells = (f"{row.images:,}", f"{100 * row.accuracy:.1f} %", f"{row.seconds:.2f}")
-        bold = row.kind in ("composed", "forgotten")
-        table.add_row(row.name, *cells, style="bold" if bold else "")
+        cells = (f"{row.images:,}", f"{row.percent:.1f} %", duration(row.seconds + row.solve))
+        table.add_row(row.name, *cells, style="bold" if row.kind in BOLD else "")
     console.print(table)
     for fact in facts:
         console.print(f"  [green]✓[/green] {fact}", highlight=False)
 
 
 def draw(results: Results) -> Figure:
-    """Accuracy of every model, recall of every class before and after forgetting, and times."""
-    style: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    """Accuracy by number of shards, and the times to forget."""
+    style: dict[Any, Any] = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(13, 4.2), layout="constrained")
-        left, middle, right = figure.subplots(1, 3, width_ratios=[1.25, 1.25, 0.8])
+        figure = Figure(figsize=(13.5, 4.4), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
         _accuracies(left, results)
-        _recalls(middle, results)
         _times(right, results)
     return figure
 
 
 def _accuracies(axes: Axes, results: Results) -> None:
-    """A line to each kind of model; the shards share one."""
-    names = []
-    for kind, (marker, colour) in LOOKS.items():
+    """A line over the numbers of shards for each way to compose, and level lines of the others."""
+    levels = {
+        "ordinary": "ordinary fine-tuning, all images",
+        "head": "linear head, all images",
+        "anchor": f"linear head, {results.of('anchor')[0].images} public images",
+    }
+    lines = {
+        "statistics": ("sum of statistics", BLUE, "o-", 3.5),
+        "mean": ("mean of deltas", ORANGE, "s-", 2.0),
+    }
+    ends = []
+    for kind, name in levels.items():
+        score = results.of(kind)[0].percent
+        axes.axhline(score, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+        ends.append((score, f"{score:.1f}  {name}", GREY, "normal"))
+    for kind, (name, colour, style, width) in lines.items():
         rows = results.of(kind)
-        scores = [100 * row.accuracy for row in rows]
-        place = len(names)
-        axes.plot(
-            scores, [place] * len(scores), marker, color=colour, markersize=9, markeredgewidth=2
-        )
-        label = f"{min(scores):.1f} to {max(scores):.1f}" if len(scores) > 1 else f"{scores[0]:.1f}"
-        offset: dict[str, Any] = {"xytext": (9, 0), "textcoords": "offset points", "va": "center"}
-        axes.annotate(label, (max(scores), place), **offset)
-        names.append(f"each of {len(rows)} shards alone" if len(rows) > 1 else rows[0].name)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.grid(axis="x", color="0.9")
-    axes.set_axisbelow(True)
-    axes.margins(x=0.2)
-    axes.set_xlabel("test accuracy, %")
-    axes.set_title("Shards apart, composed, or pooled", loc="left")
-
-
-def _recalls(axes: Axes, results: Results) -> None:
-    """Bars for each class: composed, and after the shard was forgotten."""
-    width = 0.4
-    places = range(len(results.classes))
-    looks = {"composed": (BLUE, "", -width / 2), "forgotten": (PURPLE, "///", width / 2)}
-    labels = {"composed": "composed", "forgotten": f"shard {results.forgotten} forgotten"}
-    for kind, (colour, hatch, shift) in looks.items():
-        axes.bar(
-            [place + shift for place in places],
-            [100 * value for value in results.recalls[kind]],
-            width,
-            color=colour,
-            hatch=hatch,
-            edgecolor="white",
-            label=labels[kind],
-        )
-    anchor = [100 * value for value in results.recalls["anchor"]]
-    starts, ends = ([place + shift for place in places] for shift in (-0.45, 0.45))
-    axes.hlines(anchor, starts, ends, color=BLACK, linewidth=1.5, label="head only, public images")
-    axes.set_xticks(places, results.classes)
-    for place in results.own:
-        axes.get_xticklabels()[place].set_fontweight("bold")
-    axes.set_xlabel(f"class; bold: most of its images were in shard {results.forgotten}")
-    axes.set_ylabel("test images recognised, %")
-    axes.set_ylim(0, 128)
-    axes.set_yticks(range(0, 101, 20))
-    axes.legend(
-        frameon=False, loc="upper center", ncols=2, fontsize=8, handlelength=1.5, columnspacing=1
+        numbers, scores = [row.shards for row in rows], [row.percent for row in rows]
+        axes.plot(numbers, scores, style, color=colour, linewidth=width, markersize=8, zorder=3)
+        ends.append((scores[-1], f"{scores[-1]:.1f}  {name}", colour, "bold"))
+    for number, score in zip(numbers[:-1], scores[:-1], strict=True):  # of the means
+        axes.annotate(f"{score:.1f}", (number, score), color=ORANGE, **ABOVE)
+    axes.set_xscale("log")
+    axes.set_xlim(numbers[0] / 1.2, numbers[-1] * 1.12)
+    axes.set_xticks(numbers, [str(number) for number in numbers])
+    axes.minorticks_off()
+    axes.set_xlabel("shards that the same images are dealt into")
+    axes.set_ylabel(results.scored + " images recognised, %")
+    axes.margins(y=0.09)
+    low, high = axes.get_ylim()
+    ends.sort()
+    places = spread([end[0] for end in ends], gap=0.07 * (high - low))
+    for place, (score, text, colour, weight) in zip(places, ends, strict=True):
+        axes.annotate(
+            text, (1, score), xycoords=("axes fraction", "data"), xytext=(1.02, place),
+            textcoords=("axes fraction", "data"), color=colour, va="center", weight=weight,
+        )  # fmt: skip
+    axes.set_title(
+        "Statistics add up: one model, however the images are dealt", loc="left", weight="bold"
     )
-    axes.set_title("One shard forgotten, bit for bit", loc="left")
 
 
 def _times(axes: Axes, results: Results) -> None:
-    """Seconds, on a logarithmic scale."""
-    bars = [
-        ("fine-tune on\nall images pooled", results.of("ordinary")[0].seconds, ORANGE),
-        ("train\none shard", results.of("shard")[0].seconds, BLUE),
-        ("compose", results.of("composed")[0].seconds, BLUE),
-        ("forget", results.of("forgotten")[0].seconds, PURPLE),
-    ]
-    names, seconds, colours = zip(*bars, strict=True)
-    found = axes.barh(names, seconds, color=colours)
-    axes.bar_label(
-        found,
-        [f"{value:.0f} s" if value >= 10 else f"{value:.1f} s" for value in seconds],
-        padding=3,
-    )
-    axes.set_xscale("log")
-    axes.margins(x=0.25)
+    """Seconds to forget: by training again, and by a ledger of statistics and a solve."""
+    again = results.of("ordinary")[0].seconds
+    axes.barh("train again:\nordinary fine-tuning", again, color=GREY, height=0.5)
+    axes.annotate(duration(again), (again, 0), **BESIDE)
+    for place, (kind, what) in enumerate({"image": "one image", "shard": "a shard"}.items(), 1):
+        row = results.of(f"no {kind}")[0]
+        name = f"statistics:\n{what}"
+        axes.barh(name, row.seconds, color=PURPLE, height=0.5)
+        axes.barh(name, row.solve, left=row.seconds, color=BLUE, height=0.5)
+        end = row.seconds + row.solve
+        times = f"{duration(row.seconds)} to forget, {duration(row.solve)} to solve"
+        axes.annotate(f"{times}\n{row.percent:.1f} % afterwards", (end, place), **BESIDE)
+    axes.set_xlim(0, 1.25 * max(again, row.seconds + row.solve))
     axes.invert_yaxis()
-    axes.set_xlabel("seconds")
-    axes.set_title("Time", loc="left")
+    axes.set_xlabel("seconds to forget")
+    axes.set_title("Forgotten bit for bit", loc="left", weight="bold")
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Places of labels, in rising order, moved apart to be at least `gap` from each other.
+
+    Labels that would overlap are centred on where they belong.
+    """
+    groups: list[list[float]] = []
+    for place in places:
+        groups.append([place])
+        while len(groups) > 1 and _start(groups[-1], gap) < _start(groups[-2], gap) + gap * len(
+            groups[-2]
+        ):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [_start(group, gap) + gap * k for group in groups for k in range(len(group))]
+
+
+def _start(group: Sequence[float], gap: float) -> float:
+    """Where the first label of a group is that is centred on its places' mean."""
+    return sum(group) / len(group) - gap * (len(group) - 1) / 2

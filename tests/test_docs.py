@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from small_models import images, vit
 from torch.utils.data import Subset, TensorDataset
@@ -51,6 +52,22 @@ def test_promises(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for block in blocks:
         exec(block, names)
     assert all(value.isfinite().all() for value in names["tangent"].deltas().values())
+
+
+def test_the_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    block = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    assert 10 <= len([line for line in block.splitlines() if line]) <= 13
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: vit(depth=1))
+    public, private = (TensorDataset(images(12, seed=k), torch.arange(12) % 4) for k in (1, 2))
+    shards = {f"customer-{k}": Subset(private, range(4 * k - 24, 4 * k - 20)) for k in (6, 7, 8)}
+    names = {"public_set": public, "shards": shards, "photos": Subset(private, [9])}
+    exec(block, names)
+    never = tangent_ops.statistics(names["tangent"], Subset(private, [0, 1, 2, 3, 8, 10, 11]))
+    assert names["ledger"].statistics() == never
+    expected = never.choose().delta
+    assert all(torch.equal(d, expected[n]) for n, d in names["tangent"].deltas().items())
 
 
 def setting() -> dict[str, Any]:

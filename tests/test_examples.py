@@ -7,6 +7,7 @@ import re
 import sys
 import zipfile
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,11 @@ import demo
 import exact_demo
 import images
 import onnx
+import picture
 from onnx import helper, numpy_helper
 from PIL import Image
 
-from tangent_ops import Ledger, load_delta
+from tangent_ops import StatisticsLedger, load_delta
 from tangent_ops.exact import Certificate
 from tangent_ops.privacy.statement import statement_of
 
@@ -269,26 +271,35 @@ def run(module, out, *options):
         return module.main(["--data", "digits", "--quick", "--out", str(out), *options])
 
 
-def test_the_demo_composes_and_forgets(tmp_path, capsys):
-    assert run(demo, tmp_path, "--epochs", "2") == 0
-    said = capsys.readouterr().out
-    for words in ("public images", "shard-5 alone", "5 shards composed", "shard-3 forgotten"):
-        assert len(re.findall(rf"{words}.* \d+\.\d %", said)) == 1, words
-    assert "bit for bit" in said
-    chart = (tmp_path / "demo.png").read_bytes()
-    assert chart[:8] == b"\x89PNG\r\n\x1a\n"
-    ledger = Ledger(tmp_path / "ledger", create=False)
+def test_the_demo_adds_up_and_forgets(tmp_path, capsys):
+    assert run(demo, tmp_path, "--many", "8") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    found = re.findall(r"│ ([^│]+?) │ (\d+) │ (\d+\.\d) % │", said)
+    accuracies = {name: accuracy for name, _, accuracy in found}
+    images_of = {name: int(count) for name, count, _ in found}
+    added = [accuracies.pop(f"statistics of {n}") for n in ("1 shard", "5 shards", "8 shards")]
+    assert len(set(added)) == 1
+    assert images_of["one image of shard 3 forgotten"] == images_of["head only, all images"] - 1
+    assert images_of["shard 3 forgotten"] < 0.9 * images_of["head only, all images"]
+    for name in ("head only, public images", "mean of 5 shards' deltas", "mean of 8 shards"):
+        assert any(row.startswith(name) for row in accuracies), name
+    assert said.count("bit for bit") == 3
+    assert (tmp_path / "demo.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    ledger = StatisticsLedger(tmp_path / "ledger", create=False)
     assert [entry.shard for entry in ledger.list()] == ["shard-1", "shard-2", "shard-4", "shard-5"]
-    deltas = {
-        name: {"w": torch.full((2,), k)} for name, k in zip("abc", (0.0, 1.0, 4.0), strict=True)
-    }
-    other = Ledger(tmp_path / "other")
-    for name, delta in deltas.items():
-        other.add(name, delta)
-    with pytest.raises(assets.DemoError, match="without b differs"):
-        demo.check_never(other, deltas, "b")
-    other.forget("b", progress=False)
-    assert "all 2 weights" in demo.check_never(other, deltas, "b")
+    left = ledger.statistics()
+    demo.check_same(left, left, "the same")
+    left.terms["core_residual"][0] += 1
+    with pytest.raises(assets.DemoError, match="the rest differs in core_residual"):
+        demo.check_same(left, ledger.statistics(), "the rest")
+
+
+@pytest.mark.parametrize("places", [[1.0, 1.1, 5.0], [0.0, 0.9, 1.0, 1.1, 2.4], [3.0]], ids=str)
+def test_labels_are_moved_apart_and_stay_near(places):
+    moved = picture.spread(places, gap=1.0)
+    assert all(b - a >= 1.0 - 1e-9 for a, b in pairwise(moved))
+    assert sum(moved) == pytest.approx(sum(places))
+    assert picture.spread([0.0, 1.0, 2.5], gap=1.0) == [0.0, 1.0, 2.5]
 
 
 def test_the_exact_demo_shows_what_is_exact(tmp_path, capsys):
@@ -324,7 +335,14 @@ def test_the_private_demo_prints_the_statement_and_keeps_it(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "options",
-    [["--shards", "1"], ["--forget", "6"], ["--forget", "0"], ["--private", "40"]],
+    [
+        ["--shards", "1"],
+        ["--forget", "6"],
+        ["--forget", "0"],
+        ["--private", "40"],
+        ["--many", "5"],
+        ["--many", "251"],
+    ],
     ids=" ".join,
 )
 def test_bad_options_end_with_a_message_and_status_2(tmp_path, capsys, options):
