@@ -33,7 +33,7 @@ class TangentFeatures:
         columns: k.
 
     Raises:
-        ArgumentError: the core has too many columns.
+        ArgumentError: inputs are not finite; the core has too many columns.
         UnsupportedError: the model mixes samples, or has no output of one row to a sample.
     """
 
@@ -45,6 +45,8 @@ class TangentFeatures:
         except UnsupportedError:
             self._trunk, tail = None, tangent
         few = self._entering(inputs[:CHECKED])
+        if not few.isfinite().all():  # it would look as if J were wrong
+            raise ArgumentError("the inputs are not finite: check the data for NaN")
         self._extract = Extractor(tail, few)
         self._extract.check(few)
         self.layout = layout_of({n: d.detach() for n, d in tangent.deltas().items()})

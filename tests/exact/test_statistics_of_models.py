@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 
 from tangent_ops import LinearizedModel, core_basis, fit_exact, linearize, statistics
 from tangent_ops.composition.ridge import Ridge
-from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.errors import ArgumentError, StatisticsError, UnsupportedError
 from tangent_ops.exact import Problem, predictive_covariance
 from tangent_ops.exact.collect import feature_rows
 from tangent_ops.losses import RescaledSquareLoss
@@ -168,6 +168,14 @@ def test_other_losses_are_refused_by_name(
 ) -> None:
     with pytest.raises(UnsupportedError, match=rf"loss is .*{named}.*use fit_exact"):
         statistics(tangent, DATA, loss=loss, progress=False)
+
+
+@pytest.mark.parametrize("where", [0, 13])
+def test_inputs_that_are_not_finite_are_refused(tangent: LinearizedModel, where: int) -> None:
+    inputs = DATA.tensors[0].clone()
+    inputs[where, 0, 0, 0] = torch.nan
+    with pytest.raises((ArgumentError, StatisticsError), match="not finite: check the"):
+        statistics(tangent, TensorDataset(inputs, DATA.tensors[1]), progress=False)
 
 
 def test_wrong_arguments_are_refused(tangent: LinearizedModel) -> None:
