@@ -17,7 +17,8 @@ BLACK, ORANGE, BLUE, PURPLE, GREY = "#000000", "#D55E00", "#0072B2", "#CC79A7", 
 STARTS = ("mean", "statistics", "no image", "exact", "forgotten")  # of a table's sections
 BOLD = ("statistics", "no image", "no shard", "forgotten")
 BESIDE: dict[str, Any] = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
-ABOVE: dict[str, Any] = {"xytext": (7, 5), "textcoords": "offset points", "weight": "bold"}
+PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # hides lines behind a label
+ABOVE: dict[str, Any] = {"xytext": (8, 6), "textcoords": "offset points", "weight": "bold"}
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _accuracies(axes: Axes, results: Results) -> None:
         axes.plot(numbers, scores, style, color=colour, linewidth=width, markersize=8, zorder=3)
         ends.append((scores[-1], f"{scores[-1]:.1f}  {name}", colour, "bold"))
     for number, score in zip(numbers[:-1], scores[:-1], strict=True):  # of the means
-        axes.annotate(f"{score:.1f}", (number, score), color=ORANGE, **ABOVE)
+        axes.annotate(f"{score:.1f}", (number, score), color=ORANGE, bbox=PLATE, **ABOVE)
     axes.set_xscale("log")
     axes.set_xlim(numbers[0] / 1.2, numbers[-1] * 1.12)
     axes.set_xticks(numbers, [str(number) for number in numbers])
