@@ -167,7 +167,7 @@ def add_statistics(
         began = time.perf_counter()
         each = [statistics(core, shard, progress=False) for shard in shards]
         sums.append(reduce(add, each))
-        core.load_delta_dict(sums[-1].choose().delta)  # penalties by cross-validation of the sums
+        core.load_delta_dict(sums[-1].choose().delta)  # l2 by cross-validation
         seconds = time.perf_counter() - began
         score = accuracy(core, scored.tokens, progress=False)
         name = f"statistics of {shards_of(number)}"

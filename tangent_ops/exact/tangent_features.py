@@ -40,13 +40,13 @@ class TangentFeatures:
     def __init__(self, tangent: LinearizedModel, inputs: Tensor) -> None:
         self._layout = Layout.of(tangent)
         inputs = inputs.to(self._layout.device)
+        if not inputs[:CHECKED].isfinite().all():  # it would look as if J were wrong
+            raise ArgumentError("the inputs are not finite: check the data for NaN")
         try:
             self._trunk, tail = tangent.split()
         except UnsupportedError:
             self._trunk, tail = None, tangent
         few = self._entering(inputs[:CHECKED])
-        if not few.isfinite().all():  # it would look as if J were wrong
-            raise ArgumentError("the inputs are not finite: check the data for NaN")
         self._extract = Extractor(tail, few)
         self._extract.check(few)
         self.layout = layout_of({n: d.detach() for n, d in tangent.deltas().items()})
