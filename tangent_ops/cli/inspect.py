@@ -102,11 +102,14 @@ def _anchor(path: Path) -> dict[str, Any]:
 
 
 def _ledger(path: Path) -> dict[str, Any]:
-    from tangent_ops.composition.ledger import Ledger
+    from tangent_ops.composition.ledger import Ledger, open_ledger
 
-    entries = Ledger(path, create=False).list()
-    weight = sum(entry.weight for entry in entries)
-    return {"what": "ledger", "shards": len(entries), "weight": weight}
+    ledger = open_ledger(path)
+    if isinstance(ledger, Ledger):
+        weight = sum(entry.weight for entry in ledger.list())
+        return {"what": "ledger", "shards": len(ledger), "weight": weight}
+    samples = sum(entry.samples for entry in ledger.list())
+    return {"what": "ledger of statistics", "shards": len(ledger), "samples": samples}
 
 
 def _program(path: Path) -> dict[str, Any]:
