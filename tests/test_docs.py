@@ -88,6 +88,7 @@ def setting() -> dict[str, Any]:
         "tangent_ops": tangent_ops,
         "train_set": train_set,
         "retain_set": Subset(train_set, range(8)),
+        "public_set": TensorDataset(images(8, seed=7), torch.arange(8) % 4),
         "validation_set": TensorDataset(images(4, seed=5), torch.arange(4)),
         "vit": model,
         "public_set": TensorDataset(images(4, seed=9), torch.arange(4)),

@@ -15,11 +15,11 @@ from rich.table import Table
 from tangent_ops.cli.messages import errors, say
 
 if TYPE_CHECKING:
-    from tangent_ops.composition.ledger import Ledger
+    from tangent_ops.composition.ledger import Ledger, StatisticsLedger
 
 app = typer.Typer(
-    help="Keep the deltas of many shards in a folder, with their weighted mean. Any shard can be "
-    "forgotten, exactly and for good.",
+    help="Keep the deltas of many shards in a folder, with their weighted mean, or their "
+    "statistics, with the sum. Any shard can be forgotten, exactly and for good.",
     no_args_is_help=True,
 )
 
@@ -31,15 +31,19 @@ Shard = Annotated[str, typer.Argument(help="The shard's id: a name of your choic
 def add(
     folder: Annotated[Path, typer.Argument(help="The ledger's folder; made if it does not exist.")],
     shard: Shard,
-    file: Annotated[Path, typer.Argument(help="The shard's delta, as save_delta writes it.")],
-    weight: Annotated[float, typer.Option(help="The shard's weight in the mean.")] = 1.0,
+    file: Annotated[
+        Path,
+        typer.Argument(help="The shard's delta or statistics, from save_delta or save_statistics."),
+    ],
+    weight: Annotated[float, typer.Option(help="The delta's weight in the mean.")] = 1.0,
     meta: Annotated[
         list[str] | None,
         typer.Option(help="key=value, shown by list. Repeat for more."),
     ] = None,
 ) -> None:
-    """Add a shard's delta."""
-    from tangent_ops.composition.ledger import Ledger
+    """Add a shard's delta, or its statistics."""
+    from tangent_ops.composition.ledger import Ledger, StatisticsLedger
+    from tangent_ops.composition.statistics_file import holds_statistics, load_statistics
     from tangent_ops.delta import load_delta
     from tangent_ops.errors import ArgumentError
 
@@ -48,8 +52,16 @@ def add(
         for pair, (key, equals, _) in zip(meta or (), pairs, strict=True):
             if not key or not equals:
                 raise ArgumentError(f"--meta {pair}: expected key=value")
-        delta = load_delta(file)  # it may raise: before a ledger is made
-        Ledger(folder).add(shard, delta, weight, {key: value for key, _, value in pairs})
+        about = {key: value for key, _, value in pairs}
+        # Files are read first: an error comes before a ledger is made.
+        if holds_statistics(file):
+            statistics = load_statistics(file)
+            if weight != 1:
+                raise ArgumentError("--weight is of deltas: statistics add up as they are")
+            StatisticsLedger(folder).add(shard, statistics, about)
+        else:
+            delta = load_delta(file)
+            Ledger(folder).add(shard, delta, weight, about)
     say(f"added {shard}")
 
 
@@ -63,11 +75,24 @@ def forget(
             "--rebuild", help="Sum the others again: this shard's file is damaged or gone."
         ),
     ] = False,
+    samples: Annotated[
+        Path | None,
+        typer.Option(help="A file of statistics: forget only its samples, not the whole shard."),
+    ] = None,
 ) -> None:
-    """Remove a shard's delta from the mean, and erase it; its id stays in the history."""
+    """Remove a shard from the mean or sum, and erase it; its id stays in the history."""
+    from tangent_ops.composition.ledger import StatisticsLedger
+    from tangent_ops.errors import ArgumentError
+
     with errors():
-        _open(folder).forget(shard, rebuild=rebuild)
-    say(f"forgot {shard}")
+        ledger = _open(folder)
+        if samples is None:
+            ledger.forget(shard, rebuild=rebuild)
+        elif rebuild or not isinstance(ledger, StatisticsLedger):
+            raise ArgumentError("--samples is for a ledger of statistics, and without --rebuild")
+        else:
+            ledger.forget_samples(shard, samples)
+    say(f"forgot {shard}" if samples is None else f"forgot samples of {shard}")
 
 
 @app.command(name="list")
@@ -79,17 +104,20 @@ def list_shards(
     ] = False,
 ) -> None:
     """List the shards."""
+    from tangent_ops.composition.ledger import Ledger
+
     with errors():
         ledger = _open(folder)
         rows = [asdict(row) for row in (ledger.history() if history else ledger.list())]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    columns = ("when", "what", "shard") if history else ("shard", "weight", "added", "meta")
+    size = "weight" if isinstance(ledger, Ledger) else "samples"
+    columns = ("when", "what", "shard") if history else ("shard", size, "added", "meta")
     table = Table(*columns)
     for row in rows:
         if not history:
-            row["weight"] = f"{row['weight']:g}"
+            row[size] = f"{row[size]:g}"
             row["meta"] = ", ".join(f"{key}={value}" for key, value in row["meta"].items())
         table.add_row(*(escape(row[column]) for column in columns))
     Console().print(table)
@@ -103,39 +131,48 @@ def verify(
     ] = False,
 ) -> None:
     """Check every file, and compare the sum with a new one."""
+    from tangent_ops.composition.ledger import Verified
+
     with errors():
         ledger = _open(folder)
         if rebuild:
             ledger.rebuild()
     with errors(code=1):
         found = ledger.verify()
-    say(f"shards in order: {found.shards}; weight {found.weight:g}; {found.bytes / 1e6:.1f} MB")
+    size = f"weight {found.weight:g}" if isinstance(found, Verified) else f"{found.samples} samples"
+    say(f"shards in order: {found.shards}; {size}; {found.bytes / 1e6:.1f} MB")
 
 
 @app.command()
 def export(
     folder: Folder,
-    file: Annotated[Path, typer.Argument(help="The delta file to write.")],
+    file: Annotated[Path, typer.Argument(help="The file to write.")],
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
-    """Write the weighted mean of the shards to a delta file."""
-    from tangent_ops.delta import save_delta
+    """Write the weighted mean of deltas to a delta file, or the sum of statistics to theirs."""
+    from tangent_ops.composition.ledger import Ledger
+    from tangent_ops.composition.statistics_file import save_statistics
+    from tangent_ops.delta import Delta, save_delta
     from tangent_ops.errors import ArgumentError, LedgerError
 
     with errors():
-        composed = _open(folder).composed()
-        if composed.meta is None:
+        ledger = _open(folder)
+        found = ledger.composed() if isinstance(ledger, Ledger) else ledger.statistics()
+        if isinstance(found, Delta) and found.meta is None:
             raise LedgerError(
                 f"{folder} has a shard of unknown anchor, but a delta file must name its anchor: "
                 "add that shard from a delta file"
             )
         if file.exists() and not force:
             raise ArgumentError(f"{file} exists: give another name, or --force to overwrite it")
-        save_delta(composed, file)
+        if isinstance(found, Delta):
+            save_delta(found, file)
+        else:
+            save_statistics(found, file)
     say(f"wrote {file}")
 
 
-def _open(folder: Path) -> Ledger:
-    from tangent_ops.composition.ledger import Ledger
+def _open(folder: Path) -> Ledger | StatisticsLedger:
+    from tangent_ops.composition.ledger import open_ledger
 
-    return Ledger(folder, create=False)
+    return open_ledger(folder)

@@ -88,6 +88,16 @@ def load_statistics(path: str | os.PathLike[str]) -> TangentStatistics:
     return parsed(path, tensors, metadata)
 
 
+def holds_statistics(path: str | os.PathLike[str]) -> bool:
+    """Whether the header of a file says that it holds statistics; damaged files do not."""
+    with opened(path) as name:
+        try:
+            with safe_open(name, framework="pt") as file:
+                return (file.metadata() or {}).get("format") == FORMAT
+        except SafetensorError:
+            return False
+
+
 def file_content(statistics: TangentStatistics) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file, without the hash of the content."""
     tensors, metadata = statistics.to_tensors()

@@ -10,8 +10,21 @@ import cli_runs
 import pytest
 import torch
 from cli_runs import complaint, parsed, refused
+from torch.utils.data import Subset, TensorDataset
 
-from tangent_ops import Delta, DeltaMeta, Ledger, load_delta, save_delta
+from tangent_ops import (
+    Delta,
+    DeltaMeta,
+    Ledger,
+    StatisticsLedger,
+    TangentStatistics,
+    linearize,
+    load_delta,
+    load_statistics,
+    save_delta,
+    save_statistics,
+    statistics,
+)
 
 META = DeltaMeta("a" * 64, "tiny", "head", loss="square")
 
@@ -148,3 +161,59 @@ def test_only_add_makes_a_ledger(command: str, tmp_path: Path) -> None:
     for folder in (tmp_path / "missing", tmp_path):
         refused(run(command, folder, *words), "holds no ledger")
     assert list(tmp_path.iterdir()) == []
+
+
+# A ledger of statistics
+
+
+@pytest.fixture
+def sums(folder: Path, tmp_path: Path) -> StatisticsLedger:
+    """The shard "a", of three samples of which one is in the file "gone"."""
+    for name, indices in (("gone", [1]), ("whole", [0, 1, 2])):
+        save_statistics(statistics_of(indices), tmp_path / name)
+    result = run("add", folder, "a", tmp_path / "whole", "--meta", "who=Ada")
+    assert (result.exit_code, result.stdout) == (0, "added a\n")
+    return StatisticsLedger(folder, create=False)
+
+
+def statistics_of(indices: list[int]) -> TangentStatistics:
+    torch.manual_seed(0)
+    tangent = linearize(torch.nn.Linear(2, 2))
+    data = TensorDataset(torch.arange(6.0).view(3, 2), torch.tensor([0, 1, 0]))
+    return statistics(tangent, Subset(data, indices), progress=False)
+
+
+def test_statistics_are_listed_verified_and_exported(
+    sums: StatisticsLedger, tmp_path: Path
+) -> None:
+    table = run("list", sums.path, COLUMNS="120").stdout
+    assert re.search(r"samples(.|\n)*a +│ 3 +│ \S+ +│ who=Ada", table)
+    assert parsed(run("list", sums.path, "--json"))[0]["samples"] == 3
+    assert run("verify", sums.path).stdout == "shards in order: 1; 3 samples; 0.0 MB\n"
+    assert run("export", sums.path, tmp_path / "sum").exit_code == 0
+    assert load_statistics(tmp_path / "sum") == statistics_of([0, 1, 2])
+    found = parsed(cli_runs.run("inspect", sums.path, "--json"))
+    assert found == {"what": "ledger of statistics", "shards": 1, "samples": 3}
+
+
+def test_samples_are_forgotten(sums: StatisticsLedger, tmp_path: Path) -> None:
+    result = run("forget", sums.path, "a", "--samples", tmp_path / "gone")
+    assert (result.exit_code, result.stdout) == (0, "forgot samples of a\n")
+    assert sums.statistics() == statistics_of([0, 2])
+    events = parsed(run("list", sums.path, "--history", "--json"))
+    assert [event["what"] for event in events] == ["added", "samples forgotten"]
+    refused(run("forget", sums.path, "a", "--samples", tmp_path / "gone"), "samples to take out")
+    assert run("forget", sums.path, "a").exit_code == 0
+    assert len(sums) == 0
+
+
+def test_statistics_and_deltas_do_not_mix(
+    sums: StatisticsLedger, file: Path, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole"
+    refused(run("add", sums.path, "b", file), "is a StatisticsLedger")
+    refused(run("add", sums.path, "b", whole, "--weight", "2"), "--weight is of deltas")
+    assert run("add", tmp_path / "deltas", "a", file).exit_code == 0
+    refused(run("add", tmp_path / "deltas", "b", whole), "is a Ledger")
+    words = ("forget", tmp_path / "deltas", "a", "--samples", whole)
+    refused(run(*words), "--samples is for a ledger of statistics")

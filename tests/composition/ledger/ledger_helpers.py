@@ -9,6 +9,7 @@ import sqlite3
 import warnings
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,17 @@ def refused(
 
 def kill_oneself() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+CONNECT = sqlite3.connect
+
+
+def watch_statements(monkeypatch, watch):
+    """Calls `watch(execute, statement)` before each statement that SQLite executes."""
+
+    class Connection(sqlite3.Connection):
+        def execute(self, statement, *args):
+            watch(super().execute, statement)
+            return super().execute(statement, *args)
+
+    monkeypatch.setattr(sqlite3, "connect", partial(CONNECT, factory=Connection))

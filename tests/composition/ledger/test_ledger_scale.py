@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import operator
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -10,10 +14,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from ledger_contents import add, assert_holds, numbers_of, statistics_of
+import torch
+from ledger_contents import STATISTICS_META, add, assert_holds, numbers_of, statistics_of
 from ledger_helpers import assert_tidy
 
-from tangent_ops import Ledger, StatisticsLedger
+from tangent_ops import Ledger, StatisticsLedger, TangentStatistics
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -109,3 +114,39 @@ def test_adding_and_forgetting_cost_one_shard_however_many_there_are(tmp_path, k
     assert_holds(ledger, range(shards))
     assert ledger.verify().shards == len(ledger.list()) == shards
     assert_tidy(ledger)
+
+
+def large_sample(seed):
+    """Random terms in 256 core columns, 8 classes and a head of 385 entries."""
+    layout = (("core", "float32", (256,)), ("head.weight", "float32", (8, 384)),
+              ("head.bias", "float32", (8,)))  # fmt: skip
+    meta = dataclasses.replace(STATISTICS_META, layout=layout, outputs=8)
+    torch.manual_seed(seed)
+    terms = {n: torch.randint(-(2**30), 2**30, shape) for n, shape in meta.shapes().items()}
+    for name in ("core_core", "head_head"):
+        terms[name] = terms[name].triu() + terms[name].triu(1).T
+    counts = torch.zeros(8, dtype=torch.int64).index_fill(0, torch.tensor(seed % 8), 1)
+    return TangentStatistics(meta, terms, counts, 2**30, torch.randint(2**62, (1, 2)))
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux counts the bytes")
+def test_forgetting_a_sample_reads_and_writes_two_statistics(tmp_path):
+    """Run with -s to see the times that docs/promises/ledger.md quotes."""
+    ledger = StatisticsLedger(tmp_path / "ledger")
+    shard = functools.reduce(operator.add, map(large_sample, range(10)))
+    ledger.add("a", shard)
+    (file,) = (ledger.path / "statistics").iterdir()
+    size = file.stat().st_size
+    clock, cpu = [], []
+    for seed in range(1, 10):
+        gone = large_sample(seed)
+        began, worked = time.perf_counter(), time.process_time()
+        with Reads() as used:
+            ledger.forget_samples("a", gone)
+        clock.append(time.perf_counter() - began)
+        cpu.append(time.process_time() - worked)
+        # The writes are of new files and zeros; reads of mapped files are not counted.
+        assert 4 * size < used.bytes < 4.5 * size
+    middle = {name: 1e3 * statistics.median(t) for name, t in (("CPU", cpu), ("clock", clock))}
+    print(f"\n{size / 1e6:.1f} MB; {middle['CPU']:.0f} ms CPU, {middle['clock']:.0f} ms clock")
+    assert ledger.statistics() == large_sample(0)

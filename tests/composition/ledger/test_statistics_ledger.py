@@ -52,7 +52,7 @@ STEPS = st.tuples(
 
 
 @given(steps=st.lists(STEPS, min_size=1, max_size=10), order=st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_what_was_forgotten_was_never_there(steps, order):
     present: dict[str, list[int]] = {}
     with tempfile.TemporaryDirectory() as folder:
