@@ -15,11 +15,11 @@ from rich.table import Table
 from tangent_ops.cli.messages import errors, say
 
 if TYPE_CHECKING:
-    from tangent_ops.composition.ledger import Ledger
+    from tangent_ops.composition.ledger import Ledger, StatisticsLedger
 
 app = typer.Typer(
-    help="Keep the deltas of many shards in a folder, with their weighted mean. Any shard can be "
-    "forgotten, exactly and for good.",
+    help="Keep the deltas of many shards in a folder with their weighted mean, or their statistics "
+    "with the sum. Any shard can be forgotten, exactly and for good.",
     no_args_is_help=True,
 )
 
@@ -31,15 +31,23 @@ Shard = Annotated[str, typer.Argument(help="The shard's id: a name of your choic
 def add(
     folder: Annotated[Path, typer.Argument(help="The ledger's folder; made if it does not exist.")],
     shard: Shard,
-    file: Annotated[Path, typer.Argument(help="The shard's delta, as save_delta writes it.")],
-    weight: Annotated[float, typer.Option(help="The shard's weight in the mean.")] = 1.0,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="The shard's delta or statistics, as save_delta or save_statistics writes it."
+        ),
+    ],
+    weight: Annotated[
+        float | None, typer.Option(help="A delta's weight in the mean. Default: 1.")
+    ] = None,
     meta: Annotated[
         list[str] | None,
         typer.Option(help="key=value, shown by list. Repeat for more."),
     ] = None,
 ) -> None:
-    """Add a shard's delta."""
-    from tangent_ops.composition.ledger import Ledger
+    """Add a shard's delta or statistics; a ledger holds one kind."""
+    from tangent_ops.composition.ledger import Ledger, StatisticsLedger
+    from tangent_ops.composition.statistics_file import load_statistics
     from tangent_ops.delta import load_delta
     from tangent_ops.errors import ArgumentError
 
@@ -48,8 +56,15 @@ def add(
         for pair, (key, equals, _) in zip(meta or (), pairs, strict=True):
             if not key or not equals:
                 raise ArgumentError(f"--meta {pair}: expected key=value")
-        delta = load_delta(file)  # it may raise: before a ledger is made
-        Ledger(folder).add(shard, delta, weight, {key: value for key, _, value in pairs})
+        about = {key: value for key, _, value in pairs}
+        if _has_statistics(file):
+            if weight is not None:
+                raise ArgumentError("--weight is for deltas: statistics are added up")
+            statistics = load_statistics(file)  # it may raise: before a ledger is made
+            StatisticsLedger(folder).add(shard, statistics, about)
+        else:
+            delta = load_delta(file)
+            Ledger(folder).add(shard, delta, 1.0 if weight is None else weight, about)
     say(f"added {shard}")
 
 
@@ -64,7 +79,7 @@ def forget(
         ),
     ] = False,
 ) -> None:
-    """Remove a shard's delta from the mean, and erase it; its id stays in the history."""
+    """Take a shard out of the mean or sum, and erase it; its id stays in the history."""
     with errors():
         _open(folder).forget(shard, rebuild=rebuild)
     say(f"forgot {shard}")
@@ -79,17 +94,20 @@ def list_shards(
     ] = False,
 ) -> None:
     """List the shards."""
+    from tangent_ops.composition.ledger import Ledger
+
     with errors():
         ledger = _open(folder)
         rows = [asdict(row) for row in (ledger.history() if history else ledger.list())]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    columns = ("when", "what", "shard") if history else ("shard", "weight", "added", "meta")
+    of = "weight" if isinstance(ledger, Ledger) else "samples"
+    columns = ("when", "what", "shard") if history else ("shard", of, "added", "meta")
     table = Table(*columns)
     for row in rows:
         if not history:
-            row["weight"] = f"{row['weight']:g}"
+            row[of] = f"{row[of]:g}" if of == "weight" else str(row[of])
             row["meta"] = ", ".join(f"{key}={value}" for key, value in row["meta"].items())
         table.add_row(*(escape(row[column]) for column in columns))
     Console().print(table)
@@ -103,27 +121,45 @@ def verify(
     ] = False,
 ) -> None:
     """Check every file, and compare the sum with a new one."""
+    from tangent_ops.composition.ledger import VerifiedStatistics
+
     with errors():
         ledger = _open(folder)
         if rebuild:
             ledger.rebuild()
     with errors(code=1):
         found = ledger.verify()
-    say(f"shards in order: {found.shards}; weight {found.weight:g}; {found.bytes / 1e6:.1f} MB")
+    statistics = isinstance(found, VerifiedStatistics)
+    many = f"samples {found.samples}" if statistics else f"weight {found.weight:g}"
+    say(f"shards in order: {found.shards}; {many}; {found.bytes / 1e6:.1f} MB")
 
 
 @app.command()
 def export(
     folder: Folder,
     file: Annotated[Path, typer.Argument(help="The delta file to write.")],
+    l2: Annotated[
+        float | None,
+        typer.Option(
+            help="Of statistics: weight of half the squared norm. Default: by generalised "
+            "cross-validation."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
-    """Write the weighted mean of the shards to a delta file."""
+    """Write the weighted mean of the deltas, or the statistics' optimum, to a delta file."""
+    from tangent_ops.composition.ledger import Ledger
     from tangent_ops.delta import save_delta
     from tangent_ops.errors import ArgumentError, LedgerError
 
     with errors():
-        composed = _open(folder).composed()
+        ledger = _open(folder)
+        if isinstance(ledger, Ledger):
+            if l2 is not None:
+                raise ArgumentError("--l2 is for statistics: this ledger holds deltas")
+            composed = ledger.composed()
+        else:
+            composed = ledger.choose().delta if l2 is None else ledger.solve(l2)
         if composed.meta is None:
             raise LedgerError(
                 f"{folder} has a shard of unknown anchor, but a delta file must name its anchor: "
@@ -135,7 +171,21 @@ def export(
     say(f"wrote {file}")
 
 
-def _open(folder: Path) -> Ledger:
-    from tangent_ops.composition.ledger import Ledger
+def _open(folder: Path) -> Ledger | StatisticsLedger:
+    from tangent_ops.composition.ledger import open_ledger
 
-    return Ledger(folder, create=False)
+    return open_ledger(folder)
+
+
+def _has_statistics(file: Path) -> bool:
+    """Whether the file says that it holds statistics; False for one that cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    from tangent_ops.composition.statistics_file import FORMAT
+    from tangent_ops.files import opened
+
+    try:
+        with opened(file) as name, safe_open(name, framework="pt") as content:
+            return (content.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False  # reading a delta says what is wrong with it

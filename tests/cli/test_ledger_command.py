@@ -11,7 +11,17 @@ import pytest
 import torch
 from cli_runs import complaint, parsed, refused
 
-from tangent_ops import Delta, DeltaMeta, Ledger, load_delta, save_delta
+from tangent_ops import (
+    Delta,
+    DeltaMeta,
+    Ledger,
+    StatisticsLedger,
+    linearize,
+    load_delta,
+    save_delta,
+    save_statistics,
+    statistics,
+)
 
 META = DeltaMeta("a" * 64, "tiny", "head", loss="square")
 
@@ -148,3 +158,41 @@ def test_only_add_makes_a_ledger(command: str, tmp_path: Path) -> None:
     for folder in (tmp_path / "missing", tmp_path):
         refused(run(command, folder, *words), "holds no ledger")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_statistics_have_the_same_commands(folder: Path, file: Path, tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    tangent = linearize(torch.nn.Linear(3, 2))
+    for name in ("a", "b"):
+        inputs, targets = torch.randn(5, 3, generator=draw), torch.randn(5, 2, generator=draw)
+        found = statistics(
+            tangent,
+            torch.utils.data.TensorDataset(inputs, targets),
+            loss=torch.nn.MSELoss(),
+            progress=False,
+        )
+        save_statistics(found, tmp_path / name)
+        assert run("add", folder, name, tmp_path / name, "--meta", "who=Ada").exit_code == 0
+    refused(run("add", folder, "c", tmp_path / "a", "--weight", 2), "--weight is for deltas")
+    refused(run("add", folder, "c", file), "StatisticsLedger")
+    assert [row["samples"] for row in parsed(run("list", folder, "--json"))] == [5, 5]
+    assert "who=Ada" in run("list", folder, COLUMNS="100").stdout
+    assert "samples 10" in run("verify", folder).stdout
+    assert run("forget", folder, "a").exit_code == 0
+    assert run("export", folder, tmp_path / "delta-b", "--l2", 0.5).exit_code == 0
+    assert run("export", folder, tmp_path / "chosen").exit_code == 0
+    expected = StatisticsLedger(folder, create=False).solve(0.5)  # of b alone
+    solved = load_delta(tmp_path / "delta-b")
+    assert all(torch.equal(solved[name], expected[name]) for name in expected)
+    # The oracle: ridge regression of b's five samples in float64, with λ = l2 N C / 2.
+    rows = torch.cat([inputs, torch.ones(5, 1)], dim=1).double()
+    with torch.no_grad():
+        residuals = (targets - tangent.anchor(inputs)).double()
+    gram = rows.T @ rows + 0.5 * 5 * torch.eye(4, dtype=torch.float64)
+    both = torch.linalg.solve(gram, rows.T @ residuals).T
+    torch.testing.assert_close(solved["weight"], both[:, :3].float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(solved["bias"], both[:, 3].float(), rtol=1e-4, atol=1e-5)
+
+
+def test_l2_is_for_statistics(ledger: Ledger, tmp_path: Path) -> None:
+    refused(run("export", ledger.path, tmp_path / "x", "--l2", 1), "--l2 is for statistics")
