@@ -12,7 +12,7 @@ from tangent_ops.shards import ShardRecipe
 if TYPE_CHECKING:
     from tangent_ops.shards import Plan
 
-EXACT_L2 = 0.1  # chosen on two sets of images, 10 shards of 100: see docs/cluster.md
+EXACT_L2 = 0.1  # docs/cluster.md says what it gives
 # Options of the steps of method "gradient", which the others do not have.
 STEPS = ("epochs", "lr", "optimizer", "schedule", "accumulate", "augment", "amp", "tensorboard")
 
