@@ -91,7 +91,6 @@ def setting() -> dict[str, Any]:
         "public_set": TensorDataset(images(8, seed=7), torch.arange(8) % 4),
         "validation_set": TensorDataset(images(4, seed=5), torch.arange(4)),
         "vit": model,
-        "public_set": TensorDataset(images(4, seed=9), torch.arange(4)),
         "images_to_forget": Subset(shards["customer-7"], [0]),
         "shards": shards,
         "shard_deltas": shard_deltas,

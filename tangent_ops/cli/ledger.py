@@ -35,7 +35,9 @@ def add(
         Path,
         typer.Argument(help="The shard's delta or statistics, from save_delta or save_statistics."),
     ],
-    weight: Annotated[float, typer.Option(help="The delta's weight in the mean.")] = 1.0,
+    weight: Annotated[
+        float | None, typer.Option(help="A delta's weight in the mean. Default: 1.")
+    ] = None,
     meta: Annotated[
         list[str] | None,
         typer.Option(help="key=value, shown by list. Repeat for more."),
@@ -56,12 +58,12 @@ def add(
         # Files are read first: an error comes before a ledger is made.
         if holds_statistics(file):
             statistics = load_statistics(file)
-            if weight != 1:
-                raise ArgumentError("--weight is of deltas: statistics add up as they are")
+            if weight is not None:
+                raise ArgumentError("--weight is for deltas: statistics are added up")
             StatisticsLedger(folder).add(shard, statistics, about)
         else:
             delta = load_delta(file)
-            Ledger(folder).add(shard, delta, weight, about)
+            Ledger(folder).add(shard, delta, 1.0 if weight is None else weight, about)
     say(f"added {shard}")
 
 
@@ -146,29 +148,37 @@ def verify(
 @app.command()
 def export(
     folder: Folder,
-    file: Annotated[Path, typer.Argument(help="The file to write.")],
+    file: Annotated[Path, typer.Argument(help="The delta file to write.")],
+    l2: Annotated[
+        float | None,
+        typer.Option(
+            help="Of statistics: weight of half the squared norm. Default: by generalised "
+            "cross-validation."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
 ) -> None:
-    """Write the weighted mean of deltas to a delta file, or the sum of statistics to theirs."""
+    """Write the weighted mean of the deltas, or the statistics' optimum, to a delta file."""
     from tangent_ops.composition.ledger import Ledger
-    from tangent_ops.composition.statistics_file import save_statistics
-    from tangent_ops.delta import Delta, save_delta
+    from tangent_ops.delta import save_delta
     from tangent_ops.errors import ArgumentError, LedgerError
 
     with errors():
         ledger = _open(folder)
-        found = ledger.composed() if isinstance(ledger, Ledger) else ledger.statistics()
-        if isinstance(found, Delta) and found.meta is None:
+        if isinstance(ledger, Ledger):
+            if l2 is not None:
+                raise ArgumentError("--l2 is for statistics: this ledger holds deltas")
+            composed = ledger.composed()
+        else:
+            composed = ledger.choose().delta if l2 is None else ledger.solve(l2)
+        if composed.meta is None:
             raise LedgerError(
                 f"{folder} has a shard of unknown anchor, but a delta file must name its anchor: "
                 "add that shard from a delta file"
             )
         if file.exists() and not force:
             raise ArgumentError(f"{file} exists: give another name, or --force to overwrite it")
-        if isinstance(found, Delta):
-            save_delta(found, file)
-        else:
-            save_statistics(found, file)
+        save_delta(composed, file)
     say(f"wrote {file}")
 
 

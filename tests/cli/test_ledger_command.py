@@ -20,7 +20,6 @@ from tangent_ops import (
     TangentStatistics,
     linearize,
     load_delta,
-    load_statistics,
     save_delta,
     save_statistics,
     statistics,
@@ -183,15 +182,11 @@ def statistics_of(indices: list[int]) -> TangentStatistics:
     return statistics(tangent, Subset(data, indices), progress=False)
 
 
-def test_statistics_are_listed_verified_and_exported(
-    sums: StatisticsLedger, tmp_path: Path
-) -> None:
+def test_statistics_are_listed_and_verified(sums: StatisticsLedger, tmp_path: Path) -> None:
     table = run("list", sums.path, COLUMNS="120").stdout
     assert re.search(r"samples(.|\n)*a +│ 3 +│ \S+ +│ who=Ada", table)
     assert parsed(run("list", sums.path, "--json"))[0]["samples"] == 3
     assert run("verify", sums.path).stdout == "shards in order: 1; 3 samples; 0.0 MB\n"
-    assert run("export", sums.path, tmp_path / "sum").exit_code == 0
-    assert load_statistics(tmp_path / "sum") == statistics_of([0, 1, 2])
     found = parsed(cli_runs.run("inspect", sums.path, "--json"))
     assert found == {"what": "ledger of statistics", "shards": 1, "samples": 3}
 
@@ -212,8 +207,41 @@ def test_statistics_and_deltas_do_not_mix(
 ) -> None:
     whole = tmp_path / "whole"
     refused(run("add", sums.path, "b", file), "is a StatisticsLedger")
-    refused(run("add", sums.path, "b", whole, "--weight", "2"), "--weight is of deltas")
+    refused(run("add", sums.path, "b", whole, "--weight", "2"), "--weight is for deltas")
     assert run("add", tmp_path / "deltas", "a", file).exit_code == 0
     refused(run("add", tmp_path / "deltas", "b", whole), "is a Ledger")
     words = ("forget", tmp_path / "deltas", "a", "--samples", whole)
     refused(run(*words), "--samples is for a ledger of statistics")
+
+
+def test_export_solves_for_the_optimum(folder: Path, tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    tangent = linearize(torch.nn.Linear(3, 2))
+    for name in ("a", "b"):
+        inputs, targets = torch.randn(5, 3, generator=draw), torch.randn(5, 2, generator=draw)
+        found = statistics(
+            tangent,
+            TensorDataset(inputs, targets),
+            loss=torch.nn.MSELoss(),
+            progress=False,
+        )
+        save_statistics(found, tmp_path / name)
+        assert run("add", folder, name, tmp_path / name).exit_code == 0
+    assert run("forget", folder, "a").exit_code == 0
+    assert run("export", folder, tmp_path / "delta-b", "--l2", 0.5).exit_code == 0
+    assert run("export", folder, tmp_path / "chosen").exit_code == 0
+    expected = StatisticsLedger(folder, create=False).solve(0.5)  # of b alone
+    solved = load_delta(tmp_path / "delta-b")
+    assert all(torch.equal(solved[name], expected[name]) for name in expected)
+    # The oracle: ridge regression of b's five samples in float64, with λ = l2 N C / 2.
+    rows = torch.cat([inputs, torch.ones(5, 1)], dim=1).double()
+    with torch.no_grad():
+        residuals = (targets - tangent.anchor(inputs)).double()
+    gram = rows.T @ rows + 0.5 * 5 * torch.eye(4, dtype=torch.float64)
+    both = torch.linalg.solve(gram, rows.T @ residuals).T
+    torch.testing.assert_close(solved["weight"], both[:, :3].float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(solved["bias"], both[:, 3].float(), rtol=1e-4, atol=1e-5)
+
+
+def test_l2_is_for_statistics(ledger: Ledger, tmp_path: Path) -> None:
+    refused(run("export", ledger.path, tmp_path / "x", "--l2", 1), "--l2 is for statistics")

@@ -107,14 +107,14 @@ def test_what_does_not_fit_together(images: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words, method, l2",
     [
-        ((), "exact", 1e-2),
+        ((), "exact", 0.1),
         (("--l2", 0.5), "exact", 0.5),
-        (("--batch-size", 4), "exact", 1e-2),
+        (("--batch-size", 4), "exact", 0.1),
         (("--l2", 0), "gradient", 0.0),
         (("--epochs", 15), "gradient", 0.0),
         (("--loss", "cross-entropy"), "gradient", 0.0),
         (("--method", "gradient"), "gradient", 0.0),
-        (("--method", "exact"), "exact", 1e-2),
+        (("--method", "exact"), "exact", 0.1),
     ],
 )
 def test_shards_are_fitted_exactly_unless_steps_are_asked_for(
