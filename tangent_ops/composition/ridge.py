@@ -44,7 +44,7 @@ class SolvedDelta(Delta):
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
-        meta: DeltaMeta,
+        meta: DeltaMeta | None,
         *,
         l2: float,
         head_l2: float,
