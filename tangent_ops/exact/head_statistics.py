@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tangent_ops.composition.fixed_terms import add_samples
 from tangent_ops.composition.head import AT_ANCHOR, BLOCK, block_fingerprint
@@ -169,13 +170,12 @@ def _checked(tangent: LinearizedModel, item: DeltaLike) -> Mapping[str, Tensor]:
 def _find_head(tangent: LinearizedModel, one: Tensor) -> tuple[str, nn.Linear]:
     """The trained linear layer that returns the model's outputs, and its name."""
     made: list[tuple[str, nn.Linear, Tensor]] = []
-    hooks = [
-        module.register_forward_hook(
-            lambda linear, _, output, name=name: made.append((name, linear, output))
-        )
-        for name, module in tangent.anchor.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
+
+    def watched(name: str, linear: nn.Linear) -> RemovableHandle:
+        return linear.register_forward_hook(lambda _, __, out: made.append((name, linear, out)))
+
+    modules = tangent.anchor.named_modules()
+    hooks = [watched(name, module) for name, module in modules if isinstance(module, nn.Linear)]
     try:
         with torch.no_grad():
             outputs = tangent.anchor(one)
