@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -172,7 +173,10 @@ def _find_head(tangent: LinearizedModel, one: Tensor) -> tuple[str, nn.Linear]:
     made: list[tuple[str, nn.Linear, Tensor]] = []
 
     def watched(name: str, linear: nn.Linear) -> RemovableHandle:
-        return linear.register_forward_hook(lambda _, __, out: made.append((name, linear, out)))
+        def note(_module: nn.Module, _inputs: object, output: Any) -> None:
+            made.append((name, linear, output))
+
+        return linear.register_forward_hook(note)
 
     modules = tangent.anchor.named_modules()
     hooks = [watched(name, module) for name, module in modules if isinstance(module, nn.Linear)]
