@@ -1,7 +1,6 @@
 """Tangent transformers, and fast Jacobian-vector products through attention, for PyTorch."""
 
 from tangent_ops import errors, losses
-from tangent_ops.composition.compose import compose
 from tangent_ops.composition.ledger import Ledger, StatisticsLedger
 from tangent_ops.composition.statistics import TangentStatistics
 from tangent_ops.composition.statistics_file import load_statistics, save_statistics
@@ -9,6 +8,7 @@ from tangent_ops.delta import Delta, DeltaMeta, load_delta, save_delta
 from tangent_ops.evaluate import accuracy, predict
 from tangent_ops.exact import Influence, compose_lossless, fit_exact, forget_samples
 from tangent_ops.exact.collect import statistics
+from tangent_ops.exact.compose import compose
 from tangent_ops.functional import scaled_dot_product_attention
 from tangent_ops.model.core_basis import core_basis
 from tangent_ops.model.features import CachedFeatures, cache_features

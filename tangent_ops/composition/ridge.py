@@ -42,7 +42,7 @@ class SolvedDelta(Delta):
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
-        meta: DeltaMeta,
+        meta: DeltaMeta | None,
         *,
         l2: float,
         condition: float,

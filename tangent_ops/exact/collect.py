@@ -64,7 +64,7 @@ def statistics(
     check_tangent(tangent)
     check_integer("fraction_bits", fraction_bits, 1)
     loss = RescaledSquareLoss() if loss is None else loss
-    targets_of = _Targets(loss)
+    targets_of = SquareTargets(loss)
     total = weights = None
     for features, inputs, targets, rows in _read(tangent, data, batch_size, device, progress):
         if total is None:
@@ -101,7 +101,7 @@ def feature_rows(
         ArgumentError, UnsupportedError: as `statistics`.
     """
     check_tangent(tangent)
-    targets_of = _Targets(RescaledSquareLoss() if loss is None else loss)
+    targets_of = SquareTargets(RescaledSquareLoss() if loss is None else loss)
     parts, residuals = [], []
     for _, _, targets, rows in _read(tangent, data, batch_size, device, progress):
         parts.append(rows)
@@ -139,7 +139,7 @@ def _check_remembered(tangent: LinearizedModel, inputs: Tensor, first: int) -> N
             )
 
 
-class _Targets:
+class SquareTargets:
     """What a square loss compares outputs with.
 
     Attributes:
