@@ -18,12 +18,13 @@ Run = Annotated[Path, typer.Argument(help="The run's folder, made by `tangent-op
 def compose(
     run: Run,
     how: Annotated[
-        Literal["mean", "least-squares", "lossless", "statistics"] | None,
+        Literal["mean", "weights", "least-squares", "head", "lossless", "statistics"] | None,
         typer.Option(
-            help="mean: of the deltas. least-squares: weights that fit the images of --data. "
-            "lossless: the optimum on all shards together, from shards fitted by --method exact "
-            "and their images. statistics: the same from a run of --method statistics, without "
-            "images. Default: mean, or statistics in such a run."
+            help="mean: of the deltas. weights: the mean with --weights samples. least-squares: "
+            "weights that fit the images of --data. head: the mean, with the head that is best on "
+            "top of it for the shards' images. lossless: the optimum on all shards together, from "
+            "shards fitted by --method exact and their images. statistics: the same from a run of "
+            "--method statistics, without images. Default: mean, or statistics in such a run."
         ),
     ] = None,
     weights: Annotated[
@@ -67,6 +68,8 @@ def compose(
         if out is not None and out.exists() and not force:
             raise ArgumentError(f"{out} exists: give another name, or --force to overwrite it")
         plan = Plan.open(run)
+        if how == "weights":
+            how, weights = "mean", weights or "samples"
         kind = how or default_how(plan)
         validation = None if data is None else ImageData(str(data), split="validation")
         penalty = _number(l2)

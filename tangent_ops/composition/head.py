@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from tangent_ops.composition.compose import compose
-from tangent_ops.composition.penalties import TRIED
 from tangent_ops.composition.ridge import SolvedDelta
 from tangent_ops.composition.statistics import TangentStatistics
 from tangent_ops.delta import Delta, DeltaLike, check_anchor, check_kind, fingerprint
@@ -40,8 +39,7 @@ def compose_head(
     Args:
         deltas: the shards', or paths of their files.
         statistics: `exact.head_statistics` of each shard, in the same order.
-        l2: the penalty's weight; None for that of `penalties.TRIED` with the least generalised
-            cross-validation.
+        l2: the penalty's weight; None to let `TangentStatistics.choose` take it.
 
     Returns:
         The composition, with `compose`'s meta; its l2, condition and loss are of the head's fit.
@@ -59,16 +57,12 @@ def compose_head(
     total = statistics[0]
     for one in statistics[1:]:
         total = total + one
-    if l2 is None:
-        solved = min(total.solve_path(TRIED), key=lambda row: row.gcv).delta
-    else:
-        solved = total.solve(l2)
+    solved = total.choose().delta if l2 is None else total.solve(l2)
     tensors = {name: solved.get(name, value).to(value) for name, value in mean.items()}
     return SolvedDelta(
         tensors,
         mean.meta,
         l2=solved.l2,
-        head_l2=solved.head_l2,
         condition=solved.condition,
         loss=solved.loss,
     )

@@ -29,7 +29,7 @@ _ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "least-squares": (("tangent", "data"), ("loss", "ridge")),
     "head": (("statistics",), ("l2",)),
     "lossless": (("curvatures",), ("tol", "max_iterations", "max_rounds")),
-    "statistics": ((), ("l2", "head_l2")),
+    "statistics": ((), ("l2",)),
 }
 
 
@@ -68,7 +68,6 @@ def compose(
     *,
     how: Literal["statistics"],
     l2: float | None = None,
-    head_l2: float | None = None,
 ) -> SolvedDelta: ...
 def compose(
     deltas: Iterable[Any],
@@ -88,7 +87,7 @@ def compose(
     "head"            statistics, l2?               the mean, with a head in closed form
     "lossless"        curvatures, tol?,             the optimum of the shards' union, from their
                       max_iterations?, max_rounds?  optima and products with their Hessians
-    "statistics"      l2?, head_l2?                 the optimum of the union, from statistics
+    "statistics"      l2?                           the optimum of the union, from statistics
     ================= ============================= ==========================================
 
     The arguments are those of the functions that do it: for the first three
@@ -102,8 +101,7 @@ def compose(
         weights: one finite number per delta.
         how: as in the table; None for what `weights` says.
         options: the table's arguments. Statistics of "head", one per delta, are those of
-            `exact.head_statistics`. With "statistics", l2 is also the head's unless head_l2 is
-            given; without both, generalised cross-validation chooses both.
+            `exact.head_statistics`. Without l2, generalised cross-validation chooses it.
 
     Returns:
         The composition. Its `meta` is the deltas' without shard.
@@ -147,18 +145,14 @@ def _check(how: str, given: dict[str, Any]) -> None:
         raise ArgumentError(f"{name} is not an argument of how={how!r}: {way_out}")
 
 
-def _solved(
-    several: Iterable[StatisticsLike], l2: float | None = None, head_l2: float | None = None
-) -> SolvedDelta:
+def _solved(several: Iterable[StatisticsLike], l2: float | None = None) -> SolvedDelta:
     total: TangentStatistics | None = None
     for item in several:
         own = _opened(item)
         total = own if total is None else total + own
     if total is None:
         raise ArgumentError("deltas is empty: there is nothing to compose")
-    if l2 is not None:
-        return total.solve(l2, head_l2)
-    return total.choose(head_l2s=None if head_l2 is None else [head_l2]).delta
+    return total.choose().delta if l2 is None else total.solve(l2)
 
 
 def _opened(item: object) -> TangentStatistics:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from tangent_ops.composition.compose import compose
 from tangent_ops.composition.head_only import probe
 from tangent_ops.composition.ledger import Ledger, StatisticsLedger
 from tangent_ops.data import check_choice, check_not_negative
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError, LedgerError
-from tangent_ops.exact import compose_lossless
+from tangent_ops.exact import compose_lossless, head_statistics
+from tangent_ops.exact.compose import compose
 from tangent_ops.shards.composition_files import (
     KEPT,
     path_of,
@@ -45,8 +45,9 @@ def compose_run(
 
     Args:
         plan: the run.
-        how: "mean"; "least-squares", with weights that fit validation images; "lossless", the
-            optimum on the union of shards that were fitted exactly, which reads their images; or
+        how: "mean"; "least-squares", with weights that fit validation images; "head", the mean with
+            the head that is best on top of it, which reads the shards' images; "lossless", the
+            optimum on the union of shards that were fitted exactly, which reads them, too; or
             "statistics", the same from the sum of the shards' statistics, without images.
         l2: of statistics: the penalty's weight; "auto" to let generalised cross-validation choose
             it from the statistics; None as in the last call, at first "auto". The plan records it.
@@ -83,6 +84,8 @@ def check_how(
         raise ArgumentError(
             "how='lossless' is for shards that were fitted with method 'exact' and loss 'rsl'"
         )
+    if how == "head" and recipe.loss != "rsl":
+        raise ArgumentError("how='head' is for shards with loss 'rsl', which is quadratic")
     if (how == "least-squares") != (data is not None):
         raise ArgumentError(
             "how='least-squares' and data go together: its weights are fitted to validation images"
@@ -110,7 +113,10 @@ def compose_locked(
         return _solve(plan, ledger, l2)
     if how == "mean":
         return ledger.composed()
-    delta = _lossless(plan, progress) if data is None else _least_squares(plan, data)
+    if data is not None:
+        delta = _least_squares(plan, data)
+    else:
+        delta = _head(plan, progress) if how == "head" else _lossless(plan, progress)
     write_composition(plan, how, delta)
     return delta
 
@@ -170,6 +176,14 @@ def _lossless(plan: Plan, progress: bool) -> Delta:
     problems = [job_problem(tangent, job_data(plan, job), plan.recipe, progress) for job in jobs]
     paths = [plan.result_path(job.hash) for job in jobs]
     return compose_lossless(paths, [p.curvature() for p in problems], progress=progress)
+
+
+def _head(plan: Plan, progress: bool) -> Delta:
+    jobs = [plan.job(shard.name) for shard in plan.shards() if shard.done]
+    paths = [plan.result_path(job.hash) for job in jobs]
+    tangent, mean = plan.tangent().to(device()), compose(paths)
+    sums = [head_statistics(tangent, job_data(plan, job), mean, progress=progress) for job in jobs]
+    return compose(paths, how="head", statistics=sums)
 
 
 def _least_squares(plan: Plan, data: ImageData) -> Delta:

@@ -12,7 +12,7 @@ from tangent_ops.files import erase, to_json
 from tangent_ops.shards.plan import Plan
 from tangent_ops.shards.run_folder import COMPOSITIONS
 
-KEPT = ("least-squares", "lossless", "statistics")  # the ledger has the mean
+KEPT = ("least-squares", "head", "lossless", "statistics")  # the ledger has the mean
 _STATE = "composed_of"
 
 

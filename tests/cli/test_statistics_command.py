@@ -131,11 +131,13 @@ def test_deltas_are_composed_side_by_side(images: Path, tmp_path: Path) -> None:
     assert run("finetune", *data, "--shards", 2).exit_code == 0
     refused(run("compose", out, "--how", "least-squares"), "go together")
     refused(run("compose", out, "--how", "statistics"), "compose it by 'mean'")
-    for words in (("lossless",), ("least-squares", "--data", images / "test")):
+    for words in (("lossless",), ("head",), ("least-squares", "--data", images / "test")):
         result = run("compose", out, "--how", *words)
         assert result.exit_code == 0, result.output
     score = parsed(run("evaluate", out, images / "test", "--json"))
-    assert list(score["models"]) == ["anchor", "mean", "least-squares", "lossless"]
+    assert list(score["models"]) == ["anchor", "mean", "least-squares", "head", "lossless"]
+    assert parsed(run("compose", out, "--how", "weights", "--json"))["how"] == "mean"
+    assert Plan.open(out).weights == "samples"
     one = tmp_path / "one"
     data = (images / "private", "--public", images / "public", "--out", one, *MODEL)
     assert run("finetune", *data, "--tol", 1e-4).exit_code == 0
