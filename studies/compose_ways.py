@@ -31,7 +31,6 @@ from tangent_ops import (
     linearize,
     statistics,
 )
-from tangent_ops.composition.penalties import TRIED
 from tangent_ops.composition.statistics import TangentStatistics
 from tangent_ops.delta import Delta
 from tangent_ops.errors import NotConvergedWarning
@@ -86,7 +85,7 @@ def best_head(sums: list[TangentStatistics]) -> Delta:
         operator.add,
         [TangentStatistics(same, s.terms, s.counts, s.reach, s.digests) for s in sums],
     )
-    return min(total.solve_path(TRIED), key=lambda row: row.gcv).delta
+    return total.choose().delta
 
 
 def of_statistics(dealt: Dealt, public: CachedFeatures) -> float:

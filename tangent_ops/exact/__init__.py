@@ -9,7 +9,7 @@ iteration is one jvp and one vjp over the data, in O(P) memory.
 from tangent_ops.exact.certificate import Certificate, certify
 from tangent_ops.exact.curvature import ShardCurvature
 from tangent_ops.exact.fit import ExactFit, fit_exact
-from tangent_ops.exact.head_statistics import head_statistics
+from tangent_ops.exact.head_sums import head_statistics
 from tangent_ops.exact.influence import CrossValidation, Influence
 from tangent_ops.exact.loo import first_order_scores, leave_one_out
 from tangent_ops.exact.lossless import compose_lossless
