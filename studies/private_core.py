@@ -1,7 +1,6 @@
 """Private training of a core against a private probe, both in coordinates from public images.
 
     python -m studies.private_core emoji
-    python -m studies.private_core fashion --private 3900 --validation 300
 
 The options were chosen by public validation images; see `OPTIONS`.
 """
