@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from tangent_ops.errors import UnsupportedError, few
 from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.parts import Factors, Part, Place, Rows
+from tangent_ops.exact.recorded import MapCall, Recording, Used, covered_by, grouped
 from tangent_ops.exact.stored import Stored
-from tangent_ops.exact.weights import Use, Weight, weights_of
+from tangent_ops.exact.weights import weights_of
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.ops.levels import functional_call, in_turn
-from tangent_ops.ops.linear import head_linear
 
 CHECKED = 8  # samples of the comparison with J by passes
 CHECKED_BYTES = 1 << 28  # of their J
@@ -110,7 +106,7 @@ class Extractor:
         self._precision = used.output.dtype
         size = self._jacobian.layout.size
         cores = {n for n, weight in self._weights.items() if weight.left is not None}
-        covered, shared = _covered(used.maps, self._weights, size, self._slow, cores)
+        covered, shared = covered_by(used.maps, self._weights, size, self._slow, cores)
         rest = self._weights.keys() - covered
         # Only now, since a module with a hook may not be run in its cheapest form.
         for name, module in self._tangent.anchor.named_modules():
@@ -128,13 +124,13 @@ class Extractor:
         self._covered, self._shared_cores, self._slow = covered, shared, rest
         self._count(used)
 
-    def _count(self, used: _Used) -> None:
+    def _count(self, used: Used) -> None:
         """Count entries and operations of a sample's parts, from the shapes of one sample."""
         outputs = self._outputs = used.output[0].numel()
         by_rows = self._weights.keys() - self._covered
         entries = outputs * (1 + sum(self._weights[name].place.size for name in by_rows))
         work = 4 * entries
-        for group in _groups([call for call in used.maps if call.names <= self._covered]):
+        for group in grouped([call for call in used.maps if call.names <= self._covered]):
             shapes = [call.shape for call in group]
             h, _, k, o = shapes[0]
             t = sum(shape[1] for shape in shapes)
@@ -175,14 +171,14 @@ class Extractor:
         found = self._cotangents(used, edges + list(used.leaves.values()))
         return self._stored(used, found, len(inputs))
 
-    def _stored(self, used: _Used, found: list[Tensor | None], count: int) -> Stored:
+    def _stored(self, used: Used, found: list[Tensor | None], count: int) -> Stored:
         """J of `count` samples from the cotangents (C, ...) of maps, modules and leaves."""
         logits = used.output.detach().flatten(1)[:count].to(self._jacobian.layout.dtype)
         calls = [call for call in used.maps if call.names <= self._covered]
         cotangents = dict(zip(map(id, calls), found, strict=False))
         parts: list[Part] = []
         cores: dict[str, list[Rows]] = {}
-        for group in _groups(calls):
+        for group in grouped(calls):
             given = [cotangents[id(call)] for call in group]
             for part in self._factors(group, given, len(used.output), count):
                 shared = next(iter(group[0].names & self._shared_cores), None)
@@ -208,7 +204,7 @@ class Extractor:
         return Stored(logits, tuple(parts), used.output.shape[1:])
 
     def _factors(
-        self, group: list[_Map], cotangents: list[Tensor | None], ran: int, count: int
+        self, group: list[MapCall], cotangents: list[Tensor | None], ran: int, count: int
     ) -> list[Factors]:
         """The calls of one linear map on the first of the samples it ran on, as one part."""
         kept = [(c, g) for c, g in zip(group, cotangents, strict=True) if g is not None]
@@ -246,7 +242,7 @@ class Extractor:
             found = [vmap(of_sample)(one, cotangent) for one, cotangent in chunks]
         return {_joined(name, key): torch.cat([rows[key] for rows in found]) for key in own}
 
-    def _cotangents(self, used: _Used, at: list[Any]) -> list[Tensor | None]:
+    def _cotangents(self, used: Used, at: list[Any]) -> list[Tensor | None]:
         """For each tensor in the graph, the cotangents (C, ...) of the C outputs."""
         outputs = used.output.flatten(1)
         if not at or not outputs.requires_grad:
@@ -262,17 +258,17 @@ class Extractor:
             for each in zip(*found, strict=True)
         ]
 
-    def _run(self, inputs: Tensor) -> _Used:
+    def _run(self, inputs: Tensor) -> Used:
         """The anchor's forward pass, with a graph of the tensors of interest."""
         anchor, weights = self._tangent.anchor, self._weights
-        used = _Used()
+        used = Used()
         used.leaves = {name: weights[name].tensor.detach().requires_grad_() for name in self._slow}
         handles = [
             module.register_forward_hook(used.hook(name), with_kwargs=True)
             for name, module in self._modules.items()
         ]
         device = self._jacobian.device
-        recording = _Recording(used.maps, weights)
+        recording = Recording(used.maps, weights)
 
         def run() -> Any:
             with torch.enable_grad(), torch.autocast(device.type, enabled=False), recording:
@@ -295,157 +291,9 @@ class Extractor:
         return used
 
 
-@dataclass
-class _Map:
-    """A call of a linear map by a trained weight, a trained bias, or both."""
-
-    names: frozenset[str]
-    weight: Use | None
-    bias: Use | None
-    heads: bool
-    inputs: Tensor
-    output: torch.Size
-    edge: GradientEdge
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """H, T, K and O of one sample."""
-        _, h, t, k = self.activations(1).shape
-        return h, t, k, self.cotangents(self.inputs.new_zeros(1, *self.output), 1).shape[-1]
-
-    @property
-    def places(self) -> tuple[Place | None, Place | None]:
-        """Of weight and bias, with heads."""
-        weight = None if self.weight is None else self.weight.place.heads(2)
-        return weight, None if self.bias is None else self.bias.place.heads(1)
-
-    def activations(self, count: int) -> Tensor:
-        """(n, H, T, K)."""
-        return self._rows(self.inputs, count, self.weight and self.weight.inputs)
-
-    def cotangents(self, found: Tensor, count: int) -> Tensor:
-        """(n, C, H, T, O) of (C, ...)."""
-        side = self.weight and self.weight.cotangents
-        return torch.stack([self._rows(one, count, side) for one in found], dim=1)
-
-    def _rows(self, tensor: Tensor, count: int, side: Tensor | None) -> Tensor:
-        width = tensor.shape[-1]
-        if self.heads:
-            rows = tensor.reshape(count, -1, tensor.shape[-2], width).transpose(1, 2)
-        else:
-            rows = tensor.reshape(count, 1, -1, width)
-        rows = rows if side is None else rows.to(side.dtype) @ side
-        return rows.flatten(1, 2)[:, None] if self.weight and self.weight.merged else rows
-
-
-@dataclass
-class _Used:
-    """What a forward pass used."""
-
-    maps: list[_Map] = field(default_factory=list)
-    modules: list[tuple[str, Tensor, GradientEdge]] = field(default_factory=list)
-    leaves: dict[str, Tensor] = field(default_factory=dict)
-    output: Any = None
-
-    def hook(self, name: str) -> Callable:
-        def tap(module: nn.Module, inputs: tuple, keywords: dict, output: object) -> object:
-            one = len(inputs) == 1 and not keywords and isinstance(inputs[0], Tensor)
-            if not one or not isinstance(output, Tensor) or len(inputs[0]) != len(output):
-                return output
-            output, edge = _tapped(output)
-            self.modules.append((name, inputs[0].detach(), edge))
-            return output
-
-        return tap
-
-
-class _Recording(TorchFunctionMode):
-    """Records the calls of linear maps by trained weights."""
-
-    def __init__(self, maps: list[_Map], weights: Mapping[str, Weight]) -> None:
-        super().__init__()
-        self._maps = maps
-        self._weights = weights
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        if func not in (F.linear, head_linear):
-            return output
-        return self._record(output, func is head_linear, *args, **kwargs)
-
-    def _record(
-        self, output: Tensor, heads: bool, input: Tensor, weight: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        uses = [self._use(weight), self._use(bias)]
-        if not any(uses):
-            return output
-        output, edge = _tapped(output)
-        seen = (heads, input.detach(), output.shape, edge)
-        of_weight, of_bias = uses
-        if of_weight and of_bias and of_weight[1].cotangents is None:
-            names = frozenset((of_weight[0], of_bias[0]))
-            self._maps.append(_Map(names, of_weight[1], of_bias[1], *seen))
-            return output
-        # Apart, since the weight's cotangents are projected.
-        if of_weight:
-            self._maps.append(_Map(frozenset((of_weight[0],)), of_weight[1], None, *seen))
-        if of_bias:
-            self._maps.append(_Map(frozenset((of_bias[0],)), None, of_bias[1], *seen))
-        return output
-
-    def _use(self, tensor: Tensor | None) -> tuple[str, Use] | None:
-        if tensor is None:
-            return None
-        for name, weight in self._weights.items():
-            use = weight.use(tensor)
-            if use is not None:
-                return name, use
-        return None
-
-
-def _tapped(output: Tensor) -> tuple[Tensor, GradientEdge]:
-    """The output and its place in the graph, which later changes in place do not move."""
-    if not output.requires_grad:
-        output = output.detach().requires_grad_().clone()
-    return output, get_gradient_edge(output)
-
-
 def _rows_are_cheaper(positions: int, inputs: int, outputs: int, columns: int) -> bool:
     """Whether explicit rows of C columns take fewer operations than T positions."""
     return columns * inputs < positions * (inputs + columns)
-
-
-def _groups(maps: list[_Map]) -> list[list[_Map]]:
-    """The calls of the same map together."""
-    groups: dict[Any, list[_Map]] = {}
-    for call in maps:
-        groups.setdefault(call.places, []).append(call)
-    return list(groups.values())
-
-
-def _covered(
-    maps: list[_Map],
-    weights: Mapping[str, Weight],
-    size: int,
-    without: set[str],
-    cores: set[str],
-) -> tuple[set[str], set[str]]:
-    """The parameters that linear maps use, and the cores among them that several maps share.
-
-    No entry of another parameter is shared by two different maps.
-    """
-    counts = torch.zeros(1, size, dtype=torch.uint8)
-    for places in {call.places for call in maps}:
-        for place in places:
-            if place is not None:
-                place.of(counts).add_(1)
-    named = {name for call in maps for name in call.names}
-    shared = {name for name in named if weights[name].place.of(counts).max() != 1}
-    lost = (shared - cores) | without
-    while more := {n for call in maps if call.names & lost for n in call.names} - lost:
-        lost |= more  # a map is used as a whole, or not at all
-    return named - lost, (shared & cores) - lost
 
 
 def _added(several: list[Rows], place: Place) -> Rows:
