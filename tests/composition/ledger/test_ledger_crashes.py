@@ -269,9 +269,7 @@ def test_killed_at_random_times(kind, rounds, tmp_path):
         else:
             outcomes["after" if which[0] else "before"] += 1
     ledger.verify()
-    print(
-        f"\n{outcomes.total()} rounds: {dict(outcomes)}; {leftovers} shards of killed changes erased"
-    )
+    print(f"\n{outcomes.total()} rounds: {dict(outcomes)}; {leftovers} killed changes left a shard")
     assert min(outcomes["before"], outcomes["after"]) > rounds / 20
     assert leftovers > rounds / 80
 
