@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 TRIED = tuple(10.0 ** (k / 2) for k in range(6, -17, -1))  # l2 from 1,000 to 1e-8
 HOPELESS = 1e13  # condition number at which float64 leaves three digits
+ROUNDING = 0.01  # relative error of a solution that the terms' rounding may cause
 _STEPS = 30  # of power iteration
 
 
@@ -147,9 +148,11 @@ class Ridge:
                 hopeless = error
                 break
         for system in sorted(found, key=lambda system: system.gcv):
-            if system.condition < HOPELESS:
+            if (problem := system.problem()) is None:
                 return system.row()
-        raise hopeless or found[0].hopeless(found[0].condition)
+            hopeless = hopeless or problem
+        assert hopeless is not None
+        raise hopeless
 
     def system(self, l2: float, *, fewer: int = 0) -> System:
         """H + λ I, decomposed; λ of N - `fewer` samples.
@@ -263,8 +266,8 @@ class System:
 
     def solved(self) -> SolvedDelta:
         """The optimum as a delta."""
-        if not self.condition < HOPELESS:
-            raise self.hopeless(self.condition)
+        if problem := self.problem():
+            raise problem
         core, head = self.optimum
         parts = _named(self.ridge, core, head @ self.ridge.basis.T)
         meta = replace(self.ridge.meta.delta, shard=None)
@@ -281,9 +284,33 @@ class System:
         return self.loss / free**2 if free > 0 else math.inf
 
     @cached_property
+    def least(self) -> float:
+        """The smallest eigenvalue, by power iterations of the inverse: an estimate from above."""
+        return 1 / _power(self.apply, self.ridge)
+
+    @cached_property
     def condition(self) -> float:
         """The largest eigenvalue by the smallest, by power iterations: an estimate from below."""
-        return _power(self.product, self.ridge) * _power(self.apply, self.ridge)
+        return _power(self.product, self.ridge) / self.least
+
+    def problem(self) -> StatisticsError | None:
+        """Why the solution would be wrong, or None.
+
+        The terms of N samples, rounded to units u, put a matrix E of independent errors on H, with
+        ‖E‖ of about 0.6 u √(N P) for P columns. It moves Δ by at most ‖E‖ ‖Δ‖ / least.
+        """
+        ridge = self.ridge
+        if not self.condition < HOPELESS:
+            return self.hopeless(self.condition)
+        columns = ridge.cross.shape[0] + ridge.head_right.numel()
+        rounding = 0.6 * 2.0**-ridge.meta.fraction_bits * math.sqrt(ridge.samples * columns)
+        if rounding <= ROUNDING * self.least:
+            return None
+        return StatisticsError(
+            f"with l2={self.l2:g}, terms in steps of 2^-{ridge.meta.fraction_bits} are too coarse: "
+            f"their rounding may move the solution by {rounding / self.least:.0%}. Use a larger "
+            "l2, or compute the statistics with more fraction_bits"
+        )
 
     @cached_property
     def effective_dimension(self) -> float:

@@ -286,7 +286,8 @@ class TangentStatistics:
 
         Raises:
             ArgumentError: l2 is negative or not finite.
-            StatisticsError: no samples; or a condition number at which float64 gives nothing.
+            StatisticsError: no samples; a condition number at which float64 gives nothing; or terms
+                whose rounding may move the solution by more than 1 %.
         """
         return Ridge(self).solve(l2)
 
@@ -303,8 +304,7 @@ class TangentStatistics:
         """The optimum with the l2 of the least generalised cross-validation.
 
         Nothing but the statistics is used. So a solution after samples were forgotten is, with its
-        l2, the one of statistics that never had them. An l2 that is too small for float64 is
-        passed over.
+        l2, the one of statistics that never had them. An l2 that `solve` refuses is passed over.
 
         Args:
             l2s: what is tried; by default from 1,000 to 1e-8, two for each power of ten.

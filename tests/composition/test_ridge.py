@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,6 +78,23 @@ def test_the_least_validation_is_chosen() -> None:
     assert statistics.choose().gcv <= min(row.gcv for row in statistics.solve_path([0.1, 1.0]))
 
 
+def test_terms_too_coarse_for_the_features_are_refused() -> None:
+    """Features of 1e-4, whose squares are below the unit of 2^-24."""
+    fine = make_samples(30, bits=52)
+    fine.rows.core.mul_(1e-4)
+    fine.rows.head.mul_(1e-4)
+    coarse = replace(fine, meta=replace(fine.meta, fraction_bits=24))
+    for l2 in (1e-9, 1e-6, 1e-3):
+        exact = fine.optimum(l2)
+        found = fine.statistics().solve(l2)
+        assert float((flat(found) - exact).norm()) <= 1e-4 * float(exact.norm())
+    with pytest.raises(StatisticsError, match=r"2\^-24 are too coarse: .* more fraction_bits"):
+        coarse.statistics().solve(1e-9)
+    assert coarse.statistics().choose([1e-9, 1.0]).delta.l2 == 1.0
+    with pytest.raises(StatisticsError, match="too coarse"):
+        coarse.statistics().choose([1e-9])
+
+
 def test_penalties_that_float64_cannot_take_are_passed_over() -> None:
     few = make_samples(2).statistics()
     assert few.choose([0.0, 1e-14, 0.5]).delta.l2 == 0.5
@@ -116,7 +134,7 @@ def test_too_many_columns_without_a_penalty_are_hopeless() -> None:
     with pytest.raises(StatisticsError, match=r"l2=0, 2 samples .* use a larger l2"):
         samples.statistics().solve(0.0)
     with pytest.raises(StatisticsError, match=r"condition number of about .* use a larger l2"):
-        samples.statistics().solve(3e-13)
+        samples.statistics().solve(3e-14)
     enough = make_samples(40)
     torch.testing.assert_close(flat(enough.statistics().solve(0.0)), enough.optimum(0.0))
 
