@@ -126,7 +126,7 @@ def _statistics(path: Path) -> dict[str, Any]:
         "anchor": meta.delta.anchor,
         "basis": meta.delta.basis,
         "loss": meta.delta.loss,
-        "samples": found.samples,
+        "samples": len(found),
         "samples by class": found.counts.tolist(),
         "core columns": meta.core_columns,
         "head": f"{meta.head_entries} x {meta.outputs}",

@@ -177,11 +177,6 @@ class TangentStatistics:
         return int(self.counts.sum())
 
     @property
-    def samples(self) -> int:
-        """N, the number of samples."""
-        return len(self)
-
-    @property
     def nbytes(self) -> int:
         """Of all tensors."""
         listed = 0 if self.digests is None else self.digests.nbytes

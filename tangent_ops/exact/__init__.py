@@ -7,6 +7,7 @@ iteration is one jvp and one vjp over the data, in O(P) memory.
 """
 
 from tangent_ops.exact.certificate import Certificate, certify
+from tangent_ops.exact.collect import feature_rows
 from tangent_ops.exact.curvature import ShardCurvature
 from tangent_ops.exact.fit import ExactFit, fit_exact
 from tangent_ops.exact.head_sums import head_statistics
@@ -34,6 +35,7 @@ __all__ = [
     "add_samples",
     "certify",
     "compose_lossless",
+    "feature_rows",
     "first_order_scores",
     "fit_exact",
     "forget_samples",
