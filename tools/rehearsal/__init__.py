@@ -13,6 +13,7 @@ It proves nothing about numbers or time on a device: see kernels/README.md, "Wit
 
 from __future__ import annotations
 
+from tools.rehearsal.names import CudaNames
 from tools.rehearsal.stub import (
     Launched,
     compiler,
@@ -24,6 +25,7 @@ from tools.rehearsal.stub import (
 )
 
 __all__ = [
+    "CudaNames",
     "Launched",
     "compiler",
     "forget_launches",
@@ -34,17 +36,25 @@ __all__ = [
 ]
 
 
-def start(arch: int = 90) -> None:
+def start(arch: int = 90, compiled: bool = True) -> None:
     """Let CPU tensors stand for tensors on a GPU of this compute capability, in this process.
 
-    ``Tensor.is_cuda`` is True from here on, so ops choose the kernels by themselves.
+    ``Tensor.is_cuda`` is True from here on, so ops choose the kernels by themselves. Where programs
+    name the device "cuda", run them within :class:`CudaNames`.
+
+    Args:
+        arch: 80, 86, 90 or 100.
+        compiled: False to tell kernels apart without compiling them.
 
     Raises:
         RuntimeError: there is a CUDA device, or no C compiler.
     """
+    from tools.rehearsal.count import count_only
     from tools.rehearsal.device import fake_cuda
     from tools.rehearsal.driver import activate
 
     load(arch)
     fake_cuda(arch)  # before the driver, which takes its functions from torch.cuda
     activate()
+    if not compiled:
+        count_only()

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from tools.rehearsal.names import Generator
+
 NAME = "stand-in for a GPU"
 
 
@@ -109,4 +111,5 @@ def fake_cuda(arch: int) -> None:
     torch.cuda.get_rng_state_all = lambda: [torch.get_rng_state()]
     torch.cuda.set_rng_state_all = lambda states: torch.set_rng_state(states[0])
     torch._C._cuda_getCurrentRawStream = lambda device: 0
+    torch.Generator = Generator  # type: ignore[misc]
     torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
