@@ -19,8 +19,8 @@ from tangent_ops.ops.dual_op import DualOp, Maps, dual_output
 from tangent_ops.ops.norm_maps import norm_maps
 from tangent_ops.ops.pytorch_rules import may_be_differentiated
 from tangent_ops.ops.reference import layer_norm as reference
-from tangent_ops.ops.reference.layer_norm import layer_norm_jvp, layer_norm_vjp
 from tangent_ops.ops.reference import rms_norm as rms_reference
+from tangent_ops.ops.reference.layer_norm import layer_norm_jvp, layer_norm_vjp
 from tangent_ops.ops.reference.rms_norm import rms_norm_jvp, rms_norm_vjp
 
 
