@@ -32,4 +32,4 @@ class Generator(torch.Generator):
     """A generator for "cuda" draws on the CPU."""
 
     def __new__(cls, device: Any = "cpu"):
-        return super().__new__(cls, _on_cpu(device))
+        return super().__new__(cls, _on_cpu(device))  # pyright: ignore[reportCallIssue]
