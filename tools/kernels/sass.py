@@ -1,0 +1,146 @@
+"""Reads SASS, NVIDIA's assembly: instructions, and the loop that multiplies the most."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
+TENSOR = re.compile(r"HGMMA|[HIDQ]MMA|UTC\w*MMA")
+
+
+class Instruction(NamedTuple):
+    """One instruction of a kernel."""
+
+    address: int
+    predicate: str  # such as "!P0"; "" for none
+    opcode: str  # with its suffixes, such as "LDG.E.128"
+    operands: str
+
+    @property
+    def name(self) -> str:
+        """The opcode without suffixes."""
+        return self.opcode.split(".")[0]
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it is a matrix instruction."""
+        return TENSOR.fullmatch(self.name) is not None
+
+    @property
+    def target(self) -> int | None:
+        """The address that a branch goes to."""
+        found = re.search(r"(0x[0-9a-f]+)\s*$", self.operands) if self.name == "BRA" else None
+        return int(found[1], 16) if found else None
+
+    @property
+    def falls_through(self) -> bool:
+        """Whether the next instruction may follow."""
+        conditional = bool(self.predicate) or re.match(r"!?U?P\d", self.operands) is not None
+        return conditional or self.name not in ("BRA", "EXIT", "RET", "BRX")
+
+
+def parse(sass: str) -> list[Instruction]:
+    """The instructions of the first function in the text that ``cuobjdump -sass`` prints."""
+    first = sass.partition("Function :")[2].partition("Function :")[0] or sass
+    return [
+        Instruction(int(address, 16), predicate or "", opcode, operands.strip())
+        for address, predicate, opcode, operands in _LINE.findall(first)
+    ]
+
+
+def main_loop(code: Sequence[Instruction]) -> list[Instruction]:
+    """One iteration of the loop with the most matrix instructions; [] if no loop has any.
+
+    Of nested loops, the inner one counts; of loops with as many matrix instructions, the shortest,
+    which is the one without index checks. Where the body branches, the iteration takes the way with
+    the most matrix instructions, and of these the shortest: what is rarely done is skipped.
+    """
+    followers = _followers(code)
+    loops = {
+        first: body
+        for first, body in _loops(followers).items()
+        if any(code[i].multiplies for i in body)
+    }
+    ways = [
+        [code[i] for i in _way(code, followers, first, body)]
+        for first, body in loops.items()
+        if not any(other < body for other in loops.values())
+    ]
+    return min(ways, key=lambda way: (-sum(one.multiplies for one in way), len(way)), default=[])
+
+
+def _followers(code: Sequence[Instruction]) -> list[list[int]]:
+    """Indices of the instructions that may follow each one."""
+    index = {one.address: i for i, one in enumerate(code)}
+    followers = []
+    for i, one in enumerate(code):
+        after = [i + 1] if one.falls_through and i + 1 < len(code) else []
+        if one.target in index:
+            after.append(index[one.target])
+        followers.append(after)
+    return followers
+
+
+def _loops(followers: list[list[int]]) -> dict[int, set[int]]:
+    """First instruction of each loop -> its instructions."""
+    before: list[list[int]] = [[] for _ in followers]
+    for i, after in enumerate(followers):
+        for follower in after:
+            before[follower].append(i)
+    loops: dict[int, set[int]] = {}
+    for last, after in enumerate(followers):
+        for first in after:
+            if first > last:
+                continue
+            body = loops.setdefault(first, {first})
+            waiting = [last]
+            while waiting:
+                i = waiting.pop()
+                if i not in body:
+                    body.add(i)
+                    waiting += before[i]
+    return loops
+
+
+def _way(
+    code: Sequence[Instruction], followers: list[list[int]], first: int, body: set[int]
+) -> list[int]:
+    """One iteration, from the loop's first instruction to a branch back to it."""
+    order = _order(followers, first, body)
+    place = {i: n for n, i in enumerate(order)}
+    # By instruction: matrix instructions (negative) and all instructions on the best way to it.
+    cost = {first: (-int(code[first].multiplies), 1)}
+    origin: dict[int, int] = {}
+    for i in order:
+        for follower in followers[i]:
+            if place.get(follower, -1) <= place[i]:
+                continue
+            found = cost[i][0] - code[follower].multiplies, cost[i][1] + 1
+            if follower not in cost or found < cost[follower]:
+                cost[follower] = found
+                origin[follower] = i
+    i = min((i for i in order if first in followers[i]), key=cost.__getitem__)
+    way = [i]
+    while i != first:
+        i = origin[i]
+        way.append(i)
+    return way[::-1]
+
+
+def _order(followers: list[list[int]], first: int, body: set[int]) -> list[int]:
+    """The loop's instructions, each before those that may follow it in the same iteration."""
+    done: list[int] = []
+    seen = {first}
+    waiting = [(first, iter(followers[first]))]
+    while waiting:
+        i, rest = waiting[-1]
+        follower = next((one for one in rest if one in body and one not in seen), None)
+        if follower is None:
+            done.append(i)
+            waiting.pop()
+        else:
+            seen.add(follower)
+            waiting.append((follower, iter(followers[follower])))
+    return done[::-1]
