@@ -96,6 +96,7 @@ def resources(launch: Launch, arch: int) -> Resources:
         sass = _cuobjdump("-sass", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
+    hgmma = len(re.findall(r"\bHGMMA\.", sass))
     return Resources(
         registers=int(found[1]),
         spilled=int(found[2]),
@@ -103,9 +104,9 @@ def resources(launch: Launch, arch: int) -> Resources:
         tensor=getattr(compiled.metadata, "tmem_size", 0) or 0,
         warps=launch.config.num_warps,
         hmma=len(re.findall(r"\bHMMA\.", sass)),
-        hgmma=len(re.findall(r"\bHGMMA\.", sass)),
+        hgmma=hgmma,
         utcmma=len(re.findall(r"\bUTC\w*MMA", sass)),
-        serialized=serialization(compiled),
+        serialized=serialization(compiled) if hgmma else "",
         loop=tuple(main_loop(parse(sass))),
     )
 
@@ -116,7 +117,7 @@ def serialization(compiled: Any) -> str:
     ptxas runs again: Triton discards what it prints, and does not run it for a kernel in its cache.
     """
     target = compiled.metadata.target
-    backend = make_backend(target)
+    backend: Any = make_backend(target)
     options = backend.parse_options(compiled.metadata._asdict())
     printed = io.StringIO()
     with knobs.nvidia.scope(), contextlib.redirect_stdout(printed):

@@ -91,17 +91,24 @@ def _loops(followers: list[list[int]]) -> dict[int, set[int]]:
             before[follower].append(i)
     loops: dict[int, set[int]] = {}
     for last, after in enumerate(followers):
-        for first in after:
-            if first > last:
-                continue
-            body = loops.setdefault(first, {first})
-            waiting = [last]
-            while waiting:
-                i = waiting.pop()
-                if i not in body:
-                    body.add(i)
-                    waiting += before[i]
+        for first in (one for one in after if one <= last):
+            reached = _reached(first, followers, set())
+            if last in reached:  # else code out of line returns
+                body = loops.setdefault(first, {first})
+                body |= _reached(last, before, {first}) & reached
     return loops
+
+
+def _reached(first: int, neighbours: list[list[int]], barred: set[int]) -> set[int]:
+    """What is reached from ``first``, itself included, without a step to ``barred``."""
+    found = {first}
+    waiting = [first]
+    while waiting:
+        for one in neighbours[waiting.pop()]:
+            if one not in found and one not in barred:
+                found.add(one)
+                waiting.append(one)
+    return found
 
 
 def _way(
