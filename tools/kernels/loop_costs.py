@@ -1,13 +1,15 @@
-"""What one iteration of a kernel's main loop costs a multiprocessor, counted in its SASS.
+"""What one iteration of a kernel's main loop costs a multiprocessor of sm_90, counted in its SASS.
 
-All costs are clocks of one multiprocessor of sm_90 for one block and iteration,
-if nothing else held the unit up; the largest one limits the kernel if enough blocks hide latency:
+Every cost is in clocks, for one block, if its unit worked without a pause; the largest one limits
+the kernel once enough blocks hide latency. Assumed rates, of one multiprocessor and clock:
 
-- issue: each of the four sub-partitions issues one instruction of one of its warps per clock;
+- issue: one instruction of one warp in each of the four sub-partitions;
 - tensor: 2,048 multiply-adds of 16-bit numbers by wgmma, half by mma.sync, half of each for tf32;
 - MUFU: 16 exponentials, reciprocals and the like;
 - ALU: 64 integer, comparison, selection and conversion results;
-- shared: 128 bytes of wgmma's operands, LDS, STS, LDSM, STSM and LDGSTS, without bank conflicts.
+- shared memory: 128 bytes of wgmma's operands, LDS, STS, LDSM, STSM and LDGSTS, without conflicts.
+
+Not counted: waits, among them those of serialized wgmma, L2 and global memory, and what TMA moves.
 """
 
 from __future__ import annotations
@@ -45,11 +47,13 @@ KINDS = {
     "SHFL": "SHFL",
     "wait": "BAR DEPBAR LDGDEPBAR WARPGROUP WARPSYNC MEMBAR FENCE SYNCS ERRBAR CCTL NANOSLEEP",
 }
-# Products of ROWS x COLS x D that the formulas of kernels/README.md take for a tile.
+# Products of ROWS x COLS x D that the formulas of kernels/README.md take for a tile, by direction
+# without " masked".
 PRODUCTS = {
-    "forward x1": 6, "forward x2": 10, "forward x4": 18, "forward masked": 6,
-    "first query": 3, "first key value": 4, "first mask": 2,
-    "second query": 9, "second key value": 12, "second mask": 6,
+    "forward": 6, "forward x1": 6, "forward x2": 10, "forward x4": 18,
+    "first query": 3, "first key": 3, "first value": 2, "first key value": 4, "first mask": 2,
+    "second query": 9, "second key": 9, "second value": 6, "second key value": 12,
+    "second mask": 6,
 }  # fmt: skip
 KIND = {name: kind for kind, names in KINDS.items() for name in names.split()}
 # Of the ALU's rate; IMAD and FADD, FFMA, FMUL run elsewhere, and U... on a unit of their own.
@@ -64,7 +68,9 @@ class Loop:
     """Costs of one iteration of a kernel's main loop, for one block."""
 
     scores: int  # (query, key) pairs
-    work: float  # multiply-adds done by those that the formulas need; above 1 tiles are repeated
+    # Multiply-adds done by those that the formulas need. Above 1: D is padded, warps repeat each
+    # other's tiles, or float32 is multiplied by three tf32 products.
+    work: float
     instructions: int  # of one warp
     kinds: dict[str, int]  # of KINDS, and "other" -> instructions
     rescaling: int  # of the instructions, those that change wgmma's running sums outside wgmma
@@ -96,7 +102,7 @@ def costs_of(case: Case, found: Resources, config: Config | None = None) -> Loop
         return None
     config = config or table()[case.key]
     scores = config.rows * config.cols
-    needed = PRODUCTS[case.direction] * scores * case.dim
+    needed = PRODUCTS[case.direction.removesuffix(" masked")] * scores * case.dim
     return loop_costs(found.loop, found.warps, scores, needed)
 
 
