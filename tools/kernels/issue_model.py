@@ -37,7 +37,7 @@ def main() -> None:
             except TritonError as error:
                 print(f"{case.name}: {type(error).__name__}", file=sys.stderr)
                 continue
-            records.append(record(case, found, config))
+            records.append(record(case, found))
     console = Console(width=None if sys.stdout.isatty() else 220)
     console.print(table_of(records))
     console.print(kinds_table(records))

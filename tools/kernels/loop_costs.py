@@ -19,9 +19,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tangent_kernels._launch import Config
-from tangent_kernels.attention.configs import table
-
 from tools.kernels.resources import Resources
 from tools.kernels.samples import Case
 from tools.kernels.sass import Instruction
@@ -87,21 +84,14 @@ class Loop:
         return 1000 * self.issue / self.scores
 
 
-def costs_of(case: Case, found: Resources, config: Config | None = None) -> Loop | None:
-    """Costs of the main loop of the case's kernel on sm_90.
+def costs_of(case: Case, found: Resources) -> Loop | None:
+    """Costs of the main loop of the case's compiled kernel; None if it is not for sm_90.
 
-    Args:
-        case: the case.
-        found: its compiled kernel.
-        config: its tiles; None for the table's.
-
-    Returns:
-        None on another architecture, or if no loop has matrix instructions.
+    None also if no loop has matrix instructions.
     """
     if case.arch != 90 or not found.loop:
         return None
-    config = config or table()[case.key]
-    scores = config.rows * config.cols
+    scores = found.config.rows * found.config.cols
     needed = PRODUCTS[case.direction.removesuffix(" masked")] * scores * case.dim
     return loop_costs(found.loop, found.warps, scores, needed)
 

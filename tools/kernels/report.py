@@ -10,8 +10,6 @@ from typing import Any
 
 import triton
 from rich.table import Table
-from tangent_kernels._launch import Config
-from tangent_kernels.attention.configs import table
 
 from tools.kernels.loop_costs import costs_of
 from tools.kernels.resources import Resources
@@ -22,16 +20,16 @@ TAKEN = ("regs", "stack", "KiB", "TMEM", "blocks", "HMMA", "HGMMA", "UTCMMA", "s
 COSTS = ("work", "tensor", "issue", "MUFU", "ALU", "shared", "bytes", "per 1000")
 
 
-def record(case: Case, found: Resources, config: Config | None = None) -> dict[str, Any]:
-    """What is known of a case's compiled kernel; ``config`` None for the table's tiles."""
-    costs = costs_of(case, found, config)
+def record(case: Case, found: Resources) -> dict[str, Any]:
+    """What is known of a case's compiled kernel."""
+    costs = costs_of(case, found)
     return {
         "kernel": case.direction,
         "arch": case.arch,
         "dtype": str(case.dtype).removeprefix("torch."),
         "dim": case.dim,
         "variant": case.variant,
-        "tiles": list(astuple(config or table()[case.key])),
+        "tiles": list(astuple(found.config)),
         "registers": found.registers,
         "stack": found.spilled,
         "shared": found.shared,

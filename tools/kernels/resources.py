@@ -41,6 +41,7 @@ class Resources:
     utcmma: int  # tcgen05.mma, of sm_100
     serialized: str = ""  # ptxas's reason to wait for each wgmma before the next; "" if it does not
     loop: tuple[Instruction, ...] = ()  # one iteration of the main loop, see sass.main_loop
+    config: Any = None  # the launch's
 
     def blocks(self, arch: int) -> int:
         """Blocks that fit on one multiprocessor, by registers and shared memory."""
@@ -108,6 +109,7 @@ def resources(launch: Launch, arch: int) -> Resources:
         utcmma=len(re.findall(r"\bUTC\w*MMA", sass)),
         serialized=serialization(compiled) if hgmma else "",
         loop=tuple(main_loop(parse(sass))),
+        config=launch.config,
     )
 
 
