@@ -52,6 +52,30 @@ def test_the_main_loop_is_the_inner_one_without_index_checks() -> None:
     assert main_loop([one for one in code if not one.multiplies]) == []
 
 
+@pytest.mark.parametrize(
+    ("inline", "way"),
+    [
+        (2, [0x0, 0x10, 0x20, 0x30, 0x60, 0x80]),
+        (4, [0x0, 0x10, 0x70, 0xA0, 0xB0, 0xC0, 0x80]),
+    ],
+)
+def test_a_called_function_belongs_to_the_iteration(inline, way) -> None:
+    fast = "".join(f"/*{0x20 + 16 * n:04x}*/ FADD R1, R1, R2 ;" for n in range(inline))
+    text = f"""
+        /*0000*/ HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0010*/ @P0 BRA 0x70 ;
+        {fast}
+        /*0060*/ BRA 0x80 ;
+        /*0070*/ CALL.REL.NOINC 0xa0 ;
+        /*0080*/ @P1 BRA 0x0 ;
+        /*0090*/ EXIT ;
+        /*00a0*/ IMAD R1, R1, R2, RZ ;
+        /*00b0*/ IMAD R1, R1, R2, RZ ;
+        /*00c0*/ RET.REL.NODEC R2 0x0 ;
+    """
+    assert [one.address for one in main_loop(parse(text))] == way
+
+
 def more(first: int, count: int) -> str:
     lines = (f"\n        /*{first + n:04x}*/    FADD R9, R9, R12 ;" for n in range(count))
     return "".join(lines)
@@ -85,6 +109,7 @@ def test_the_costs_of_a_loop() -> None:
         ("HGMMA.64x16x8.F32.TF32 R4, gdesc[UR4], R4, gsb0", 4, 8, (64 + 16) * 8 * 4),
         ("LDSM.16.MT88.4 R4, [R8]", 4, 0, 4 * 4 * 128),
         ("STS.U16 [R8], R4", 8, 0, 8 * 32 * 2),
+        ("@!PT LDS RZ, [RZ]", 4, 0, 0),
         ("LDS.128 R4, [R8+0x80]", 1, 0, 32 * 16),
     ],
 )

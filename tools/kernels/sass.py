@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
@@ -30,9 +30,9 @@ class Instruction(NamedTuple):
 
     @property
     def target(self) -> int | None:
-        """The address that a branch goes to."""
-        found = re.search(r"(0x[0-9a-f]+)\s*$", self.operands) if self.name == "BRA" else None
-        return int(found[1], 16) if found else None
+        """The address that a branch or a call goes to."""
+        found = re.search(r"(0x[0-9a-f]+)\s*$", self.operands)
+        return int(found[1], 16) if found and self.name in ("BRA", "CALL") else None
 
     @property
     def falls_through(self) -> bool:
@@ -55,16 +55,22 @@ def main_loop(code: Sequence[Instruction]) -> list[Instruction]:
 
     Of nested loops, the inner one counts; of loops with as many matrix instructions, the shortest,
     which is the one without index checks. Where the body branches, the iteration takes the way with
-    the most matrix instructions, and of these the shortest: what is rarely done is skipped.
+    the most matrix instructions, and of these the shortest: what is rarely done is skipped. A
+    called function's instructions follow its call.
     """
     followers = _followers(code)
+    called = {i: _called(code, one) for i, one in enumerate(code) if one.name == "CALL"}
     loops = {
         first: body
         for first, body in _loops(followers).items()
         if any(code[i].multiplies for i in body)
     }
     ways = [
-        [code[i] for i in _way(code, followers, first, body)]
+        [
+            one
+            for i in _way(code, followers, called, first, body)
+            for one in (code[i], *called.get(i, ()))
+        ]
         for first, body in loops.items()
         if not any(other < body for other in loops.values())
     ]
@@ -77,7 +83,7 @@ def _followers(code: Sequence[Instruction]) -> list[list[int]]:
     followers = []
     for i, one in enumerate(code):
         after = [i + 1] if one.falls_through and i + 1 < len(code) else []
-        if one.target in index:
+        if one.name == "BRA" and one.target in index:
             after.append(index[one.target])
         followers.append(after)
     return followers
@@ -111,8 +117,23 @@ def _reached(first: int, neighbours: list[list[int]], barred: set[int]) -> set[i
     return found
 
 
+def _called(code: Sequence[Instruction], call: Instruction) -> list[Instruction]:
+    """The instructions of a called function, in order up to the one that returns."""
+    body = []
+    for one in code:
+        if call.target is not None and one.address >= call.target:
+            body.append(one)
+            if one.name == "RET":
+                break
+    return body
+
+
 def _way(
-    code: Sequence[Instruction], followers: list[list[int]], first: int, body: set[int]
+    code: Sequence[Instruction],
+    followers: list[list[int]],
+    called: Mapping[int, Sequence[Instruction]],
+    first: int,
+    body: set[int],
 ) -> list[int]:
     """One iteration, from the loop's first instruction to a branch back to it."""
     order = _order(followers, first, body)
@@ -124,7 +145,8 @@ def _way(
         for follower in followers[i]:
             if place.get(follower, -1) <= place[i]:
                 continue
-            found = cost[i][0] - code[follower].multiplies, cost[i][1] + 1
+            length = 1 + len(called.get(follower, ()))
+            found = cost[i][0] - code[follower].multiplies, cost[i][1] + length
             if follower not in cost or found < cost[follower]:
                 cost[follower] = found
                 origin[follower] = i
