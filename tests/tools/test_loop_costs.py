@@ -72,8 +72,32 @@ def test_a_called_function_belongs_to_the_iteration(inline, way) -> None:
         /*00a0*/ IMAD R1, R1, R2, RZ ;
         /*00b0*/ IMAD R1, R1, R2, RZ ;
         /*00c0*/ RET.REL.NODEC R2 0x0 ;
+        /*00d0*/ EXIT ;
     """
     assert [one.address for one in main_loop(parse(text))] == way
+
+
+def test_the_iteration_takes_the_way_with_all_products() -> None:
+    text = """
+        /*0000*/ HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0010*/ @P0 BRA 0x40 ;
+        /*0020*/ HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0030*/ FADD R1, R1, R2 ;
+        /*0040*/ @P1 BRA 0x0 ;
+    """
+    assert [one.address for one in main_loop(parse(text))] == [0x0, 0x10, 0x20, 0x30, 0x40]
+
+
+def test_rescaling_is_of_sums_that_outlive_the_iteration() -> None:
+    way = parse("""
+        /*0000*/ HGMMA.64x32x16.F32.BF16 R8, gdesc[UR4], RZ, !UPT, gsb0 ;
+        /*0010*/ HGMMA.64x32x16.F32.BF16 R8, gdesc[UR8], R8, gsb0 ;
+        /*0020*/ FMUL R8, R8, R3 ;
+        /*0030*/ HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR8].tnspB, R24, gsb0 ;
+        /*0040*/ FFMA R56, R55, R3, R4 ;
+        /*0050*/ FFMA R57, R56, R3, R4 ;
+    """)
+    assert loop_costs(way, 4, scores=1, needed=1).rescaling == 1  # R24 to R55
 
 
 def more(first: int, count: int) -> str:
