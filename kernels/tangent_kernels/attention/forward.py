@@ -231,7 +231,7 @@ def attention_jvp_kernel(
             k_rows, v_rows, k_ts, v_ts, mask_part, mask_ts, dropout, rows, queries, keys, scale,
             TANGENTS, BOOLEAN, False, DIM, DIM_PAD, DV, DV_PAD, COLS, False, PRECISION,
         )  # fmt: skip
-    for first in range(whole, stop, COLS):
+    for first in tl.range(whole, stop, COLS, num_stages=1):
         acc, acc_t, row_max, row_sum, means = _accumulate(
             first, q_tile, q_ts, acc, acc_t, row_max, row_sum, means,
             k_rows, v_rows, k_ts, v_ts, mask_part, mask_ts, dropout, rows, queries, keys, scale,
