@@ -90,6 +90,12 @@ def load_rows(
 
 
 @triton.jit
+def negated(tile):
+    """-tile. Triton's interpreter cannot negate bfloat16."""
+    return (-tile.to(tl.float32)).to(tile.dtype)
+
+
+@triton.jit
 def load_numbers(
     source,  # pointer to the number of row 0, contiguous
     first,

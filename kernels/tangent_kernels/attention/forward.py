@@ -30,6 +30,7 @@ from tangent_kernels.attention._tiles import (
     load_rows,
     mask_at,
     masked,
+    negated,
     store_rows,
 )
 from tangent_kernels.attention.configs import autotune, configure, forward_directions
@@ -55,7 +56,7 @@ def _accumulate(
     rows,  # (ROWS,), indices of the queries
     queries,
     keys,
-    scale,
+    scale,  # not negative
     TANGENTS: tl.constexpr,
     BOOLEAN: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -71,16 +72,21 @@ def _accumulate(
     cols = first + tl.arange(0, COLS)
     k_tile = load_rows(k, first, keys, COLS, DIM, DIM_PAD, EDGE)
     v_tile = load_rows(v, first, keys, COLS, DV, DV_PAD, EDGE)
-    scores = dot(q, k_tile.T, None, PRECISION) * (scale * LOG2_E)
+    scores = dot(q, k_tile.T, None, PRECISION)
+    # In the exponents, the largest product of a row times the scale is one number for the row. A
+    # scale of 0 is nearly 0: masked scores are -inf.
+    unit = tl.maximum(scale * LOG2_E, 1e-30)
+    if mask is not None and not BOOLEAN:
+        scores *= unit
+        unit = 1.0
     scores = masked(
         scores, rows[:, None], cols[None, :], queries, keys, mask, BOOLEAN, CAUSAL, EDGE
     )
-
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * unit)
     origin = new_max
     if mask is not None:  # a row masked so far: -inf - -inf would be NaN
         origin = tl.where(new_max == float("-inf"), 0.0, new_max)
-    p = tl.exp2(scores - origin[:, None])
+    p = tl.exp2(scores * unit - origin[:, None])
     decay = tl.exp2(row_max - origin)
     row_sum = row_sum * decay + tl.sum(p, 1)
     total = row_sum
@@ -202,12 +208,18 @@ def attention_jvp_kernel(
         v_ts = ()
     if mask_t is not None:
         mask_ts = ()
+    negative = scale < 0
+    if negative:  # (-q) k has the scale -scale, which is positive: see _accumulate
+        q_tile = negated(q_tile)
     acc_t = ()
     means = ()
     for r in tl.static_range(TANGENTS):
         if q_t is not None:
             q_t_rows = at(q_t, r0 + r, b, h)
-            q_ts = q_ts + (load_rows(q_t_rows, first_row, queries, ROWS, DIM, DIM_PAD, True),)
+            q_t_tile = load_rows(q_t_rows, first_row, queries, ROWS, DIM, DIM_PAD, True)
+            if negative:
+                q_t_tile = negated(q_t_tile)
+            q_ts = q_ts + (q_t_tile,)
         if k_t is not None:
             k_ts = k_ts + (at(k_t, r0 + r, b, key_head),)
         if v_t is not None:
@@ -217,6 +229,7 @@ def attention_jvp_kernel(
         acc_t = acc_t + (tl.zeros([ROWS, DV_PAD], tl.float32),)
         means = means + (tl.zeros([ROWS], tl.float32),)
 
+    scale = tl.abs(scale)
     acc = tl.zeros([ROWS, DV_PAD], tl.float32)
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
