@@ -168,6 +168,7 @@ def attention_jvp_kernel(
     scale,
     dropout_p,
     TANGENTS: tl.constexpr,  # in one program
+    NEGATIVE: tl.constexpr,  # whether scale < 0
     BOOLEAN: tl.constexpr,
     CAUSAL: tl.constexpr,
     DIM: tl.constexpr,
@@ -208,16 +209,16 @@ def attention_jvp_kernel(
         v_ts = ()
     if mask_t is not None:
         mask_ts = ()
-    negative = scale < 0
-    if negative:  # (-q) k has the scale -scale, which is positive: see _accumulate
+    if NEGATIVE:  # scale q k = -scale (-q) k
         q_tile = negated(q_tile)
+        scale = -scale
     acc_t = ()
     means = ()
     for r in tl.static_range(TANGENTS):
         if q_t is not None:
             q_t_rows = at(q_t, r0 + r, b, h)
             q_t_tile = load_rows(q_t_rows, first_row, queries, ROWS, DIM, DIM_PAD, True)
-            if negative:
+            if NEGATIVE:
                 q_t_tile = negated(q_t_tile)
             q_ts = q_ts + (q_t_tile,)
         if k_t is not None:
@@ -229,7 +230,6 @@ def attention_jvp_kernel(
         acc_t = acc_t + (tl.zeros([ROWS, DV_PAD], tl.float32),)
         means = means + (tl.zeros([ROWS], tl.float32),)
 
-    scale = tl.abs(scale)
     acc = tl.zeros([ROWS, DV_PAD], tl.float32)
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
@@ -339,6 +339,7 @@ def plan_jvp(
             "mu": mu if moved else None,
             "first_tangent": done,
             "TANGENTS": group,
+            "NEGATIVE": call.scale < 0,
             "DIM": dim,
             "DIM_PAD": padded_dim(dim),
             "DV": dim_v,
