@@ -94,10 +94,11 @@ def _accumulate(
         total = tl.where(row_sum > 0.0, row_sum, 1.0)
     inverse = 1.0 / total
     acc = acc * decay[:, None]
-    p_kept = p
+    weights = p
     if dropout is not None:
-        p_kept = p * kept(dropout, rows[:, None], cols[None, :])
-    weights = p_kept.to(v_tile.dtype)
+        keep = kept(dropout, rows[:, None], cols[None, :])
+        weights = p * keep
+    weights = weights.to(v_tile.dtype)
 
     new_acc_t = ()
     new_mu = ()
@@ -116,12 +117,14 @@ def _accumulate(
                 scores_t += load_mask(
                     mask_t[r], rows[:, None], cols[None, :], queries, keys, 0.0
                 ).to(tl.float32)
-            centred = scores_t - mean[:, None]
-            step = tl.sum(p * centred, 1) * inverse
+            weights_t = p * (scores_t - mean[:, None])
+            step = tl.sum(weights_t, 1) * inverse
             mean = mean + step
-            centred -= step[:, None]
+            weights_t -= p * step[:, None]
+            if dropout is not None:
+                weights_t *= keep
             sum_t -= step[:, None] * acc
-            weights_t = (p_kept * centred).to(v_tile.dtype)
+            weights_t = weights_t.to(v_tile.dtype)
             sum_t = dot(weights_t, v_tile, sum_t, PRECISION)
         if v_t is not None:
             v_t_tile = load_rows(v_t[r], first, keys, COLS, DV, DV_PAD, EDGE)
