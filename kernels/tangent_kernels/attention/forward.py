@@ -26,11 +26,11 @@ from tangent_kernels.attention._tiles import (
     dot,
     dropout_at,
     kept,
-    load_mask,
+    load_mask_tile,
     load_rows,
     mask_at,
-    masked,
     negated,
+    plus_mask,
     store_rows,
 )
 from tangent_kernels.attention.configs import autotune, configure, forward_directions
@@ -53,7 +53,7 @@ def _accumulate(
     mask,  # (N, M): (pointer, row stride, column stride), or None
     mask_t,  # tuple of (N, M), or None
     dropout,  # as kept takes it, or None
-    rows,  # (ROWS,), indices of the queries
+    first_row,
     queries,
     keys,
     scale,  # not negative
@@ -64,12 +64,24 @@ def _accumulate(
     DIM_PAD: tl.constexpr,
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
     COLS: tl.constexpr,
     EDGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Fold one tile of COLS keys into the running sums."""
+    rows = first_row + tl.arange(0, ROWS)
     cols = first + tl.arange(0, COLS)
+    # Masks are loaded before the first product: then Triton computes in the product's layout, not
+    # in the masks'.
+    other = 0 if BOOLEAN else float("-inf")
+    values = load_mask_tile(mask, first_row, first, queries, keys, other, ROWS, COLS, EDGE)
+    values_t = ()
+    if mask_t is not None:
+        for r in tl.static_range(TANGENTS):
+            values_t = values_t + (
+                load_mask_tile(mask_t[r], first_row, first, queries, keys, 0.0, ROWS, COLS, EDGE),
+            )
     k_tile = load_rows(k, first, keys, COLS, DIM, DIM_PAD, EDGE)
     v_tile = load_rows(v, first, keys, COLS, DV, DV_PAD, EDGE)
     scores = dot(q, k_tile.T, None, PRECISION)
@@ -79,8 +91,8 @@ def _accumulate(
     if mask is not None and not BOOLEAN:
         scores *= unit
         unit = 1.0
-    scores = masked(
-        scores, rows[:, None], cols[None, :], queries, keys, mask, BOOLEAN, CAUSAL, EDGE
+    scores = plus_mask(
+        scores, values, rows[:, None], cols[None, :], keys, BOOLEAN, CAUSAL, EDGE
     )
     new_max = tl.maximum(row_max, tl.max(scores, 1) * unit)
     origin = new_max
@@ -106,7 +118,7 @@ def _accumulate(
         sum_t = acc_t[r] * decay[:, None]
         mean = mu[r]
         if q_t is not None or k_t is not None or mask_t is not None:
-            scores_t = tl.zeros([q.shape[0], COLS], tl.float32)
+            scores_t = tl.zeros([ROWS, COLS], tl.float32)
             if q_t is not None:
                 scores_t = dot(q_t[r], k_tile.T, scores_t, PRECISION)
             if k_t is not None:
@@ -114,9 +126,7 @@ def _accumulate(
                 scores_t = dot(q, k_t_tile.T, scores_t, PRECISION)
             scores_t *= scale
             if mask_t is not None:
-                scores_t += load_mask(
-                    mask_t[r], rows[:, None], cols[None, :], queries, keys, 0.0
-                ).to(tl.float32)
+                scores_t += values_t[r].to(tl.float32)
             weights_t = p * (scores_t - mean[:, None])
             step = tl.sum(weights_t, 1) * inverse
             mean = mean + step
@@ -244,14 +254,14 @@ def attention_jvp_kernel(
     for first in range(0, whole, COLS):
         acc, acc_t, row_max, row_sum, means = _accumulate(
             first, q_tile, q_ts, acc, acc_t, row_max, row_sum, means,
-            k_rows, v_rows, k_ts, v_ts, mask_part, mask_ts, dropout, rows, queries, keys, scale,
-            TANGENTS, BOOLEAN, False, DIM, DIM_PAD, DV, DV_PAD, COLS, False, PRECISION,
+            k_rows, v_rows, k_ts, v_ts, mask_part, mask_ts, dropout, first_row, queries, keys, scale,
+            TANGENTS, BOOLEAN, False, DIM, DIM_PAD, DV, DV_PAD, ROWS, COLS, False, PRECISION,
         )  # fmt: skip
     for first in tl.range(whole, stop, COLS, num_stages=1):
         acc, acc_t, row_max, row_sum, means = _accumulate(
             first, q_tile, q_ts, acc, acc_t, row_max, row_sum, means,
-            k_rows, v_rows, k_ts, v_ts, mask_part, mask_ts, dropout, rows, queries, keys, scale,
-            TANGENTS, BOOLEAN, CAUSAL, DIM, DIM_PAD, DV, DV_PAD, COLS, True, PRECISION,
+            k_rows, v_rows, k_ts, v_ts, mask_part, mask_ts, dropout, first_row, queries, keys, scale,
+            TANGENTS, BOOLEAN, CAUSAL, DIM, DIM_PAD, DV, DV_PAD, ROWS, COLS, True, PRECISION,
         )  # fmt: skip
 
     total = row_sum
