@@ -78,7 +78,7 @@ def load_rows(
     dims = tl.arange(0, DIM_PAD)
     # The tile's origin is a 64-bit scalar, so offsets inside the tile stay 32-bit vectors.
     base = source[0] + tl.cast(first, tl.int64) * source[1]
-    pointers = base + rows[:, None] * source[1] + dims[None, :]
+    pointers = base + (rows[:, None] * source[1] + dims[None, :])
     if EDGE:
         keep = (first + rows)[:, None] < limit
         if DIM_PAD != DIM:
@@ -87,6 +87,12 @@ def load_rows(
     if DIM_PAD != DIM:
         return tl.load(pointers, mask=(dims < DIM)[None, :], other=0.0)
     return tl.load(pointers)
+
+
+@triton.jit
+def negated(tile):
+    """-tile. Triton's interpreter cannot negate bfloat16."""
+    return (-tile.to(tl.float32)).to(tile.dtype)
 
 
 @triton.jit
@@ -142,6 +148,37 @@ def load_mask(
 
 
 @triton.jit
+def load_mask_tile(
+    mask,  # (pointer, row stride, column stride), or None
+    first_row,
+    first_col,
+    queries,
+    keys,
+    other,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """A (ROWS, COLS) tile of mask values, or None; ``other`` past the last key.
+
+    Past the last query it repeats that query's values. With EDGE it may pass the last key.
+    """
+    values = None
+    if mask is not None:
+        rows = tl.arange(0, ROWS)[:, None]
+        cols = tl.arange(0, COLS)[None, :]
+        rows = tl.minimum(rows, queries - 1 - first_row)
+        base = mask[0] + tl.cast(first_row, tl.int64) * mask[1]
+        base += tl.cast(first_col, tl.int64) * mask[2]
+        pointers = base + (rows.to(tl.int64) * mask[1] + cols.to(tl.int64) * mask[2])
+        if EDGE:
+            values = tl.load(pointers, mask=first_col + cols < keys, other=other)
+        else:
+            values = tl.load(pointers)
+    return values
+
+
+@triton.jit
 def masked(
     scores,  # in units of log2; rows and cols broadcast to its shape
     rows,  # indices of its queries
@@ -154,13 +191,32 @@ def masked(
     EDGE: tl.constexpr,
 ):
     """Scores plus the additive mask, with -inf where a query may not attend."""
+    values = None
     if mask is not None:
         if BOOLEAN:
-            allowed = load_mask(mask, rows, cols, queries, keys, 0)
-            scores = tl.where(allowed != 0, scores, float("-inf"))
+            values = load_mask(mask, rows, cols, queries, keys, 0)
         else:
-            bias = load_mask(mask, rows, cols, queries, keys, float("-inf"))
-            scores += bias.to(tl.float32) * LOG2_E
+            values = load_mask(mask, rows, cols, queries, keys, float("-inf"))
+    return plus_mask(scores, values, rows, cols, keys, BOOLEAN, CAUSAL, EDGE)
+
+
+@triton.jit
+def plus_mask(
+    scores,  # in units of log2 if the mask is additive; rows and cols broadcast to its shape
+    values,  # of the mask, or None
+    rows,  # indices of its queries
+    cols,  # indices of its keys
+    keys,
+    BOOLEAN: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Scores plus the values of a mask, with -inf where a query may not attend."""
+    if values is not None:
+        if BOOLEAN:
+            scores = tl.where(values != 0, scores, float("-inf"))
+        else:
+            scores += values.to(tl.float32) * LOG2_E
     if CAUSAL:
         scores = tl.where(cols <= rows, scores, float("-inf"))
     if EDGE:

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +63,8 @@ def configure(direction: str, call: Call, tangents: int = 0) -> tuple[Config, in
     """The configuration of a kernel, and the number of ``tangents`` that one program computes.
 
     "forward" becomes "forward x4", "x2" or "x1", the most tangents that fit into registers. With a
-    mask or dropout a program computes one tangent, and with a mask the tiles are smaller.
+    mask or dropout a program computes one tangent, and with a mask the tiles are smaller. With
+    dropout they have half the keys, because Philox takes many registers.
     """
     if direction != "forward":
         return _lookup(key_of(direction, call)), 0
@@ -72,7 +74,10 @@ def configure(direction: str, call: Call, tangents: int = 0) -> tuple[Config, in
         if group <= tangents and (key in table() or key in _tuned):
             return _lookup(key), group
     one = "forward x1" if call.mask is None else "forward masked"
-    return _lookup(key_of(one, call)), min(tangents, 1)
+    config = _lookup(key_of(one, call))
+    if call.seed is not None:
+        config = replace(config, cols=max(config.cols // 2, 16))
+    return config, min(tangents, 1)
 
 
 def key_of(direction: str, call: Call) -> Key:

@@ -33,10 +33,11 @@ from tangent_kernels.attention._tiles import (
     dot,
     dropout_at,
     kept,
-    load_mask,
+    load_mask_tile,
     load_rows,
     mask_at,
-    masked,
+    negated,
+    plus_mask,
     store_rows,
 )
 from tangent_kernels.attention.configs import autotune, configure, forward_directions
@@ -59,10 +60,10 @@ def _accumulate(
     mask,  # (N, M): (pointer, row stride, column stride), or None
     mask_t,  # tuple of (N, M), or None
     dropout,  # as kept takes it, or None
-    rows,  # (ROWS,), indices of the queries
+    first_row,
     queries,
     keys,
-    scale,
+    scale,  # not negative
     TANGENTS: tl.constexpr,
     BOOLEAN: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -70,24 +71,41 @@ def _accumulate(
     DIM_PAD: tl.constexpr,
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
     COLS: tl.constexpr,
     EDGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Fold one tile of COLS keys into the running sums."""
+    rows = first_row + tl.arange(0, ROWS)
     cols = first + tl.arange(0, COLS)
+    # Masks are loaded before the first product: then Triton computes in the product's layout, not
+    # in the masks'.
+    other = 0 if BOOLEAN else float("-inf")
+    values = load_mask_tile(mask, first_row, first, queries, keys, other, ROWS, COLS, EDGE)
+    values_t = ()
+    if mask_t is not None:
+        for r in tl.static_range(TANGENTS):
+            values_t = values_t + (
+                load_mask_tile(mask_t[r], first_row, first, queries, keys, 0.0, ROWS, COLS, EDGE),
+            )
     k_tile = load_rows(k, first, keys, COLS, DIM, DIM_PAD, EDGE)
     v_tile = load_rows(v, first, keys, COLS, DV, DV_PAD, EDGE)
-    scores = dot(q, k_tile.T, None, PRECISION) * (scale * LOG2_E)
-    scores = masked(
-        scores, rows[:, None], cols[None, :], queries, keys, mask, BOOLEAN, CAUSAL, EDGE
+    scores = dot(q, k_tile.T, None, PRECISION)
+    # In the exponents, the largest product of a row times the scale is one number for the row. A
+    # scale of 0 is nearly 0: masked scores are -inf.
+    unit = tl.maximum(scale * LOG2_E, 1e-30)
+    if mask is not None and not BOOLEAN:
+        scores *= unit
+        unit = 1.0
+    scores = plus_mask(
+        scores, values, rows[:, None], cols[None, :], keys, BOOLEAN, CAUSAL, EDGE
     )
-
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * unit)
     origin = new_max
     if mask is not None:  # a row masked so far: -inf - -inf would be NaN
         origin = tl.where(new_max == float("-inf"), 0.0, new_max)
-    p = tl.exp2(scores - origin[:, None])
+    p = tl.exp2(scores * unit - origin[:, None])
     decay = tl.exp2(row_max - origin)
     row_sum = row_sum * decay + tl.sum(p, 1)
     total = row_sum
@@ -95,10 +113,11 @@ def _accumulate(
         total = tl.where(row_sum > 0.0, row_sum, 1.0)
     inverse = 1.0 / total
     acc = acc * decay[:, None]
-    p_kept = p
+    weights = p
     if dropout is not None:
-        p_kept = p * kept(dropout, rows[:, None], cols[None, :])
-    weights = p_kept.to(v_tile.dtype)
+        keep = kept(dropout, rows[:, None], cols[None, :])
+        weights = p * keep
+    weights = weights.to(v_tile.dtype)
 
     new_acc_t = ()
     new_mu = ()
@@ -106,7 +125,7 @@ def _accumulate(
         sum_t = acc_t[r] * decay[:, None]
         mean = mu[r]
         if q_t is not None or k_t is not None or mask_t is not None:
-            scores_t = tl.zeros([q.shape[0], COLS], tl.float32)
+            scores_t = tl.zeros([ROWS, COLS], tl.float32)
             if q_t is not None:
                 scores_t = dot(q_t[r], k_tile.T, scores_t, PRECISION)
             if k_t is not None:
@@ -114,15 +133,15 @@ def _accumulate(
                 scores_t = dot(q, k_t_tile.T, scores_t, PRECISION)
             scores_t *= scale
             if mask_t is not None:
-                scores_t += load_mask(
-                    mask_t[r], rows[:, None], cols[None, :], queries, keys, 0.0
-                ).to(tl.float32)
-            centred = scores_t - mean[:, None]
-            step = tl.sum(p * centred, 1) * inverse
+                scores_t += values_t[r].to(tl.float32)
+            weights_t = p * (scores_t - mean[:, None])
+            step = tl.sum(weights_t, 1) * inverse
             mean = mean + step
-            centred -= step[:, None]
+            weights_t -= p * step[:, None]
+            if dropout is not None:
+                weights_t *= keep
             sum_t -= step[:, None] * acc
-            weights_t = (p_kept * centred).to(v_tile.dtype)
+            weights_t = weights_t.to(v_tile.dtype)
             sum_t = dot(weights_t, v_tile, sum_t, PRECISION)
         if v_t is not None:
             v_t_tile = load_rows(v_t[r], first, keys, COLS, DV, DV_PAD, EDGE)
@@ -169,6 +188,7 @@ def attention_jvp_kernel(
     scale,
     dropout_p,
     TANGENTS: tl.constexpr,  # in one program
+    NEGATIVE: tl.constexpr,  # whether scale < 0
     BOOLEAN: tl.constexpr,
     CAUSAL: tl.constexpr,
     DIM: tl.constexpr,
@@ -209,12 +229,18 @@ def attention_jvp_kernel(
         v_ts = ()
     if mask_t is not None:
         mask_ts = ()
+    if NEGATIVE:  # scale q k = -scale (-q) k
+        q_tile = negated(q_tile)
+        scale = -scale
     acc_t = ()
     means = ()
     for r in tl.static_range(TANGENTS):
         if q_t is not None:
             q_t_rows = at(q_t, r0 + r, b, h)
-            q_ts = q_ts + (load_rows(q_t_rows, first_row, queries, ROWS, DIM, DIM_PAD, True),)
+            q_t_tile = load_rows(q_t_rows, first_row, queries, ROWS, DIM, DIM_PAD, True)
+            if NEGATIVE:
+                q_t_tile = negated(q_t_tile)
+            q_ts = q_ts + (q_t_tile,)
         if k_t is not None:
             k_ts = k_ts + (at(k_t, r0 + r, b, key_head),)
         if v_t is not None:
@@ -235,14 +261,14 @@ def attention_jvp_kernel(
     for first in range(0, whole, COLS):
         acc, acc_t, row_max, row_sum, means = _accumulate(
             first, q_tile, q_ts, acc, acc_t, row_max, row_sum, means,
-            k_rows, v_rows, k_ts, v_ts, mask_part, mask_ts, dropout, rows, queries, keys, scale,
-            TANGENTS, BOOLEAN, False, DIM, DIM_PAD, DV, DV_PAD, COLS, False, PRECISION,
+            k_rows, v_rows, k_ts, v_ts, mask_part, mask_ts, dropout, first_row, queries, keys, scale,
+            TANGENTS, BOOLEAN, False, DIM, DIM_PAD, DV, DV_PAD, ROWS, COLS, False, PRECISION,
         )  # fmt: skip
-    for first in range(whole, stop, COLS):
+    for first in tl.range(whole, stop, COLS, num_stages=1):
         acc, acc_t, row_max, row_sum, means = _accumulate(
             first, q_tile, q_ts, acc, acc_t, row_max, row_sum, means,
-            k_rows, v_rows, k_ts, v_ts, mask_part, mask_ts, dropout, rows, queries, keys, scale,
-            TANGENTS, BOOLEAN, CAUSAL, DIM, DIM_PAD, DV, DV_PAD, COLS, True, PRECISION,
+            k_rows, v_rows, k_ts, v_ts, mask_part, mask_ts, dropout, first_row, queries, keys, scale,
+            TANGENTS, BOOLEAN, CAUSAL, DIM, DIM_PAD, DV, DV_PAD, ROWS, COLS, True, PRECISION,
         )  # fmt: skip
 
     total = row_sum
@@ -333,6 +359,7 @@ def plan_jvp(
             "mu": mu if moved else None,
             "first_tangent": done,
             "TANGENTS": group,
+            "NEGATIVE": call.scale < 0,
             "DIM": dim,
             "DIM_PAD": padded_dim(dim),
             "DV": dim_v,
