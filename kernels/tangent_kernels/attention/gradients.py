@@ -193,10 +193,11 @@ def _launches(
         "grad_v": operand(primal.value),
         "grad_v_t": operand(tangent.value),
     }
+    grouped = {"GROUPED": heads > call.key.shape[1]}
     if any(grad is not None for grad in grads.values()):
         config, _ = configure(f"{order} key value", call)
         grid = (triton.cdiv(keys, config.cols) * batch * call.key.shape[1], count)
-        launches.append(Launch(grad_key_value_kernel, grid, common | grads, config))
+        launches.append(Launch(grad_key_value_kernel, grid, common | grads | grouped, config))
     if primal.mask is not None or tangent.mask is not None:
         assert call.mask is not None
         config, _ = configure(f"{order} mask", call)

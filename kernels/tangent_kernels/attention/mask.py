@@ -193,7 +193,7 @@ def grad_mask_kernel(
             scores, grad_p, scores_t, grad_p_t,
             lse2[:, None], mu_tile, delta_tile[:, None], epsilon_tile,
             mask_part, mask_t_part, dropout, rows[:, None], cols[None, :],
-            queries, keys, scale, SECOND, BOOLEAN, CAUSAL, True,
+            queries, keys, scale, CAUSAL, SECOND, BOOLEAN, CAUSAL,
         )  # fmt: skip
         if grad_mask is not None:
             total += grad_s
