@@ -78,7 +78,7 @@ def load_rows(
     dims = tl.arange(0, DIM_PAD)
     # The tile's origin is a 64-bit scalar, so offsets inside the tile stay 32-bit vectors.
     base = source[0] + tl.cast(first, tl.int64) * source[1]
-    pointers = base + rows[:, None] * source[1] + dims[None, :]
+    pointers = base + (rows[:, None] * source[1] + dims[None, :])
     if EDGE:
         keep = (first + rows)[:, None] < limit
         if DIM_PAD != DIM:
