@@ -153,7 +153,6 @@ def grad_mask_kernel(
         k_tile = load_rows(at(k, 0, b, key_head), first_col, keys, COLS, DIM, DIM_PAD, True)
         scores = dot(q_tile, k_tile.T, None, PRECISION)
         scores_t = None
-        grad_p_t = None
         mu_tile = None
         epsilon_tile = None
         mask_t_part = None
@@ -171,6 +170,22 @@ def grad_mask_kernel(
         v_tile = load_rows(at(v, 0, b, key_head), first_col, keys, COLS, DV, DV_PAD, True)
         grad_p = dot(h_tile, v_tile.T, None, PRECISION)
         if SECOND:
+            mask_t_part = mask_at(mask_t, mask_t_strides, r, b, head)
+            epsilon_base = epsilon + tangent_base
+            row_epsilon = load_numbers(epsilon_base, first_row, queries, 0.0, ROWS, True)
+            epsilon_tile = row_epsilon[:, None]
+            if mu is not None:
+                row_mu = load_numbers(mu + tangent_base, first_row, queries, 0.0, ROWS, True)
+                mu_tile = row_mu[:, None]
+        lse2 = load_numbers(lse + row_base, first_row, queries, 0.0, ROWS, True) * LOG2_E
+        delta_tile = load_numbers(delta + tangent_base, first_row, queries, 0.0, ROWS, True)
+        # The mask itself is -inf outside, so only the diagonal of a causal mask is checked.
+        p, _, grad_s_t, grad_s = adjoints(
+            scores, grad_p, scores_t, lse2[:, None], mu_tile, delta_tile[:, None], epsilon_tile,
+            mask_part, mask_t_part, dropout, rows[:, None], cols[None, :],
+            queries, keys, scale, CAUSAL, SECOND, BOOLEAN, CAUSAL,
+        )  # fmt: skip
+        if SECOND and grad_mask is not None and (g is not None or v_t is not None):
             grad_p_t = tl.zeros([ROWS, COLS], tl.float32)
             if g is not None:
                 g_rows = at(g, 0, b, head)
@@ -180,21 +195,7 @@ def grad_mask_kernel(
                 v_t_rows = at(v_t, r, b, key_head)
                 v_t_tile = load_rows(v_t_rows, first_col, keys, COLS, DV, DV_PAD, True)
                 grad_p_t = dot(h_tile, v_t_tile.T, grad_p_t, PRECISION)
-            mask_t_part = mask_at(mask_t, mask_t_strides, r, b, head)
-            epsilon_base = epsilon + tangent_base
-            row_epsilon = load_numbers(epsilon_base, first_row, queries, 0.0, ROWS, True)
-            epsilon_tile = row_epsilon[:, None]
-            if mu is not None:
-                row_mu = load_numbers(mu + tangent_base, first_row, queries, 0.0, ROWS, True)
-                mu_tile = row_mu[:, None]
-        lse2 = load_numbers(lse + row_base, first_row, queries, float("inf"), ROWS, True) * LOG2_E
-        delta_tile = load_numbers(delta + tangent_base, first_row, queries, 0.0, ROWS, True)
-        _, _, grad_s_t, grad_s = adjoints(
-            scores, grad_p, scores_t, grad_p_t,
-            lse2[:, None], mu_tile, delta_tile[:, None], epsilon_tile,
-            mask_part, mask_t_part, dropout, rows[:, None], cols[None, :],
-            queries, keys, scale, CAUSAL, SECOND, BOOLEAN, CAUSAL,
-        )  # fmt: skip
+            grad_s += p * grad_p_t
         if grad_mask is not None:
             total += grad_s
         if grad_mask_t is not None:
