@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tangent_kernels.attention._adjoint import adjoints
+from tangent_kernels.attention._adjoint import adjoints, weights
 from tangent_kernels.attention._tiles import (
     LOG2_E,
     at,
@@ -89,11 +89,12 @@ def _grad_query_tile(
             scores_t = dot(q_t, k_tile.T, scores_t, PRECISION)
         if k_t is not None:
             scores_t = dot(q, k_t_tile.T, scores_t, PRECISION)
-    grad_p = dot(h, v_tile.T, None, PRECISION)
-    p, _, grad_s_t, grad_s = adjoints(
-        scores, grad_p, scores_t, lse2, mu, delta, epsilon, mask, mask_t, dropout,
-        rows[:, None], cols[None, :], queries, keys, scale, checked, SECOND, BOOLEAN, CAUSAL,
+    p, p_kept, _, centred, keep = weights(
+        scores, scores_t, lse2, mu, mask, mask_t, dropout, rows[:, None], cols[None, :],
+        queries, keys, scale, checked, SECOND, BOOLEAN, CAUSAL,
     )  # fmt: skip
+    grad_p = dot(h, v_tile.T, None, PRECISION)
+    grad_s_t, grad_s = adjoints(p, centred, keep, mu, dropout, grad_p, delta, epsilon, SECOND)
     grad_s_t = grad_s_t.to(k_tile.dtype)
     if NEED_T:
         acc_t = dot(grad_s_t, k_tile, acc_t, PRECISION)
@@ -104,7 +105,7 @@ def _grad_query_tile(
                 grad_p_t = dot(g, v_tile.T, grad_p_t, PRECISION)
             if v_t is not None:
                 grad_p_t = dot(h, v_t_tile.T, grad_p_t, PRECISION)
-            grad_s += p * grad_p_t
+            grad_s += p_kept * grad_p_t
         if SECOND and k_t is not None:
             acc = dot(grad_s_t, k_t_tile, acc, PRECISION)
         acc = dot(grad_s.to(k_tile.dtype), k_tile, acc, PRECISION)

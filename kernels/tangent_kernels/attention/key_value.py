@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tangent_kernels.attention._adjoint import adjoints
+from tangent_kernels.attention._adjoint import adjoints, weights
 from tangent_kernels.attention._tiles import (
     LOG2_E,
     at,
@@ -18,6 +18,24 @@ from tangent_kernels.attention._tiles import (
     zero_sums,
 )
 from tangent_kernels.attention.backward import UNSPECIALIZED
+
+
+@triton.jit
+def _load_keys(
+    source,  # rows (M, D)
+    first,  # index of the tile's first key
+    keys,
+    COLS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):
+    """A (COLS, DIM_PAD) tile; past the end the last key again, so that P is at most 1 there."""
+    cols = tl.minimum(first + tl.arange(0, COLS), keys - 1).to(tl.int64)
+    dims = tl.arange(0, DIM_PAD)
+    pointers = source[0] + cols[:, None] * source[1] + dims[None, :]
+    if DIM_PAD != DIM:
+        return tl.load(pointers, mask=(dims < DIM)[None, :], other=0.0)
+    return tl.load(pointers)
 
 
 @triton.jit
@@ -96,42 +114,44 @@ def _grad_key_value_tile(
             mu_base = mu + tangent_base
             mu_tile = load_numbers(mu_base, first, queries, 0.0, ROWS, True)[None, :]
         mask_t_part = mask_at(mask_t, mask_t_strides, r, b, head)
-    grad_p = None
-    delta_tile = None
+    mask_part = mask_at(mask, mask_strides, 0, b, head)
+    dropout = dropout_at(seed, b, head, dropout_p)
+    p, p_kept, p_t, centred, keep = weights(
+        scores, scores_t, lse2, mu_tile, mask_part, mask_t_part, dropout, rows[None, :],
+        cols[:, None], queries, keys, scale, checked, SECOND, BOOLEAN, CAUSAL,
+    )  # fmt: skip
+    if NEED_V_T:
+        acc_v_t = dot(p_kept.to(h_tile.dtype), h_tile, acc_v_t, PRECISION)
+    if NEED_V:
+        if SECOND and g is not None:
+            acc_v = dot(p_kept.to(h_tile.dtype), g_tile, acc_v, PRECISION)
+        if mu is not None:
+            acc_v = dot(p_t.to(h_tile.dtype), h_tile, acc_v, PRECISION)
     if NEED_K or NEED_K_T:
         grad_p = dot(v, h_tile.T, None, PRECISION)
-        delta_tile = load_numbers(delta + tangent_base, first, queries, 0.0, ROWS, True)[None, :]
+        delta_base = delta + tangent_base
+        delta_tile = load_numbers(delta_base, first, queries, 0.0, ROWS, True)[None, :]
+        epsilon_tile = None
         if SECOND:
             epsilon_base = epsilon + tangent_base
             epsilon_tile = load_numbers(epsilon_base, first, queries, 0.0, ROWS, True)[None, :]
-    mask_part = mask_at(mask, mask_strides, 0, b, head)
-    dropout = dropout_at(seed, b, head, dropout_p)
-    p, p_t, grad_s_t, grad_s = adjoints(
-        scores, grad_p, scores_t, lse2, mu_tile, delta_tile, epsilon_tile,
-        mask_part, mask_t_part, dropout, rows[None, :], cols[:, None], queries, keys, scale,
-        checked, SECOND, BOOLEAN, CAUSAL,
-    )  # fmt: skip
-    if NEED_V_T:
-        acc_v_t = dot(p.to(h_tile.dtype), h_tile, acc_v_t, PRECISION)
-    if NEED_V:
-        if SECOND and g is not None:
-            acc_v = dot(p.to(h_tile.dtype), g_tile, acc_v, PRECISION)
-        if mu is not None:
-            acc_v = dot(p_t.to(h_tile.dtype), h_tile, acc_v, PRECISION)
-    grad_s_t = grad_s_t.to(q_tile.dtype)
-    if NEED_K_T:
-        acc_k_t = dot(grad_s_t, q_tile, acc_k_t, PRECISION)
-    if NEED_K:
-        if SECOND and (g is not None or v_t is not None):
-            grad_p_t = tl.zeros(scores.shape, tl.float32)
-            if g is not None:
-                grad_p_t = dot(v, g_tile.T, grad_p_t, PRECISION)
-            if v_t is not None:
-                grad_p_t = dot(v_t, h_tile.T, grad_p_t, PRECISION)
-            grad_s += p * grad_p_t
-        if SECOND and q_t is not None:
-            acc_k = dot(grad_s_t, q_t_tile, acc_k, PRECISION)
-        acc_k = dot(grad_s.to(q_tile.dtype), q_tile, acc_k, PRECISION)
+        grad_s_t, grad_s = adjoints(
+            p, centred, keep, mu, dropout, grad_p, delta_tile, epsilon_tile, SECOND
+        )
+        grad_s_t = grad_s_t.to(q_tile.dtype)
+        if NEED_K_T:
+            acc_k_t = dot(grad_s_t, q_tile, acc_k_t, PRECISION)
+        if NEED_K:
+            if SECOND and (g is not None or v_t is not None):
+                grad_p_t = tl.zeros(scores.shape, tl.float32)
+                if g is not None:
+                    grad_p_t = dot(v, g_tile.T, grad_p_t, PRECISION)
+                if v_t is not None:
+                    grad_p_t = dot(v_t, h_tile.T, grad_p_t, PRECISION)
+                grad_s += p_kept * grad_p_t
+            if SECOND and q_t is not None:
+                acc_k = dot(grad_s_t, q_t_tile, acc_k, PRECISION)
+            acc_k = dot(grad_s.to(q_tile.dtype), q_tile, acc_k, PRECISION)
     return acc_k, acc_k_t, acc_v, acc_v_t
 
 
@@ -199,7 +219,7 @@ def grad_key_value_kernel(
     key_head = (batch_key_head % key_heads).to(tl.int64)
     cols = first_col + tl.arange(0, COLS)
 
-    k_tile = load_rows(at(k, 0, b, key_head), first_col, keys, COLS, DIM, DIM_PAD, True)
+    k_tile = _load_keys(at(k, 0, b, key_head), first_col, keys, COLS, DIM, DIM_PAD)
     v_tile = load_rows(at(v, 0, b, key_head), first_col, keys, COLS, DV, DV_PAD, True)
     k_t_tile = None
     v_t_tile = None
@@ -215,6 +235,7 @@ def grad_key_value_kernel(
     acc_v = zero_sums(grad_v, COLS, DV_PAD)
     acc_v_t = zero_sums(grad_v_t, COLS, DV_PAD)
 
+    # Queries past the end are rows of zeros, which add nothing.
     # Under a causal mask queries before `low` attend to none of the keys.
     low = 0
     if CAUSAL:

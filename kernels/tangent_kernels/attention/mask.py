@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tangent_kernels.attention._adjoint import adjoints
+from tangent_kernels.attention._adjoint import adjoints, weights
 from tangent_kernels.attention._tiles import (
     LOG2_E,
     at,
@@ -180,11 +180,13 @@ def grad_mask_kernel(
         lse2 = load_numbers(lse + row_base, first_row, queries, 0.0, ROWS, True) * LOG2_E
         delta_tile = load_numbers(delta + tangent_base, first_row, queries, 0.0, ROWS, True)
         # The mask itself is -inf outside, so only the diagonal of a causal mask is checked.
-        p, _, grad_s_t, grad_s = adjoints(
-            scores, grad_p, scores_t, lse2[:, None], mu_tile, delta_tile[:, None], epsilon_tile,
-            mask_part, mask_t_part, dropout, rows[:, None], cols[None, :],
-            queries, keys, scale, CAUSAL, SECOND, BOOLEAN, CAUSAL,
+        p, p_kept, _, centred, keep = weights(
+            scores, scores_t, lse2[:, None], mu_tile, mask_part, mask_t_part, dropout,
+            rows[:, None], cols[None, :], queries, keys, scale, CAUSAL, SECOND, BOOLEAN, CAUSAL,
         )  # fmt: skip
+        grad_s_t, grad_s = adjoints(
+            p, centred, keep, mu, dropout, grad_p, delta_tile[:, None], epsilon_tile, SECOND
+        )
         if SECOND and grad_mask is not None and (g is not None or v_t is not None):
             grad_p_t = tl.zeros([ROWS, COLS], tl.float32)
             if g is not None:
@@ -195,7 +197,7 @@ def grad_mask_kernel(
                 v_t_rows = at(v_t, r, b, key_head)
                 v_t_tile = load_rows(v_t_rows, first_col, keys, COLS, DV, DV_PAD, True)
                 grad_p_t = dot(h_tile, v_t_tile.T, grad_p_t, PRECISION)
-            grad_s += p * grad_p_t
+            grad_s += p_kept * grad_p_t
         if grad_mask is not None:
             total += grad_s
         if grad_mask_t is not None:
