@@ -42,10 +42,10 @@ def weights(
             bias = load_mask(mask, rows, cols, queries, keys, float("-inf"))
             scores += bias.to(tl.float32) * LOG2_E
     if checked:
-        inside = cols < keys
+        stop = keys
         if CAUSAL:
-            inside = inside & (cols <= rows)
-        scores = tl.where(inside, scores, float("-inf"))
+            stop = tl.minimum(keys, rows + 1)
+        scores = tl.where(cols < stop, scores, float("-inf"))
     p = tl.exp2(scores)
     p_kept = p
     keep = p
