@@ -65,7 +65,8 @@ def default_cases(archs: Iterable[int] = tuple(SHARED_LIMITS)) -> list[Case]:
             cases += [case(torch.bfloat16, dim) for dim in DIMS]
             if arch == 90:
                 cases += [case(torch.bfloat16, dim) for dim in PADDED]
-            cases += [case(torch.bfloat16, 64, variant) for variant in variants_of(direction)]
+            variants = variants_of(case(torch.bfloat16, 64).key)
+            cases += [case(torch.bfloat16, 64, variant) for variant in variants]
             cases += [case(torch.float32, dim) for dim in DIMS]
     return [case for case in cases if case.key in table()]
 

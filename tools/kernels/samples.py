@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from tangent_kernels._launch import Config, Launch
 from tangent_kernels.attention import Call, Tangents
-from tangent_kernels.attention.configs import Key, family, using
+from tangent_kernels.attention.configs import Key, family, kernel_of, table, using
 from tangent_kernels.attention.configs import dim_class as class_of
 from tangent_kernels.attention.forward import plan_jvp
 from tangent_kernels.attention.gradients import plan_second_vjp, plan_vjp
@@ -17,19 +17,24 @@ from torch import Tensor
 KERNELS = {
     "query": "grad_query_kernel",
     "key value": "grad_key_value_kernel",
+    "key": "grad_key_value_kernel",
+    "value": "grad_key_value_kernel",
     "mask": "grad_mask_kernel",
 }
 TANGENTS = {"x1": 1, "x2": 2, "x4": 4, "masked": 1}
 
 
-def variants_of(direction: str) -> tuple[str, ...]:
-    """Variants of a call of this direction's kernel, beside "plain"."""
+def variants_of(key: Key) -> tuple[str, ...]:
+    """Variants of a call that this key's tiles are for, beside "plain"."""
+    direction = key.direction
     if direction in ("forward x2", "forward x4"):
         return ("causal", "grouped")
-    if direction == "forward masked":
-        return ("boolean", "causal", "dropout", "grouped")
-    if direction == "forward x1" or _masked(direction):
+    if direction == "forward x1" or direction.endswith(" mask"):
         return ("causal", "dropout", "grouped")
+    if _masked(direction):
+        return ("boolean", "causal", "dropout", "grouped")
+    if key._replace(direction=f"{direction} masked") in table():
+        return ("causal", "grouped")
     return ("boolean", "additive", "causal", "dropout", "grouped")
 
 
@@ -73,7 +78,8 @@ def launch_of(case: Case, config: Config | None = None, device: str = "cpu") -> 
         launches = _plan(case, device)
     order, _, rest = case.direction.partition(" ")
     if order != "forward":
-        (launch,) = (one for one in launches if one.kernel.__name__ == KERNELS[rest])
+        name = KERNELS[kernel_of(case.direction)]
+        (launch,) = (one for one in launches if one.kernel.__name__ == name)
         return launch
     (launch,) = launches
     assert launch.arguments["TANGENTS"] == TANGENTS[rest], f"no tiles for {case.name}"
@@ -84,8 +90,8 @@ def _plan(case: Case, device: str) -> list[Launch]:
     order, _, rest = case.direction.partition(" ")
     count = TANGENTS.get(rest, 1)
     call, mask_t = _call(case, count, device)
-    by_mask = rest == "mask"
-    needs = (not by_mask, not by_mask, not by_mask, by_mask)
+    kernel = kernel_of(case.direction)
+    needs = (kernel == "query", "key" in kernel, "value" in kernel, kernel == "mask")
     if order == "first":
         output, lse, _ = _results(call, 1)
         return plan_vjp(call, output[0], lse, torch.empty_like(output), needs)[-1]

@@ -104,7 +104,7 @@ def _holds(key: Key, config: Config) -> bool:
     if key.dim == 128:
         calls = [("plain", 96)]
     else:
-        calls = [(variant, 64) for variant in variants_of(key.direction) if variant in HUNGRY]
+        calls = [(variant, 64) for variant in variants_of(key) if variant in HUNGRY]
     archs = (80, 86) if key.arch == 80 else (key.arch,)
     found = (_compile(key, config, *call, arch) for call in calls for arch in archs)
     return all(one is not None and not one.spilled for one in found)

@@ -1,21 +1,21 @@
-"""The adjoints of one tile of scores, shared by the backward kernels."""
+"""The weights and adjoints of one tile of scores, shared by the backward kernels.
+
+Tiles are float32, queries by keys or transposed. B comes after both functions: its product can
+follow when S_t and A no longer take registers.
+"""
 
 import triton
 import triton.language as tl
 
-from tangent_kernels.attention._tiles import LOG2_E, kept, load_mask, masked
+from tangent_kernels.attention._tiles import LOG2_E, kept, load_mask
 
 
 @triton.jit
-def adjoints(
-    scores,  # Q Kᵀ; the tiles may be transposed, keys by queries
-    grad_p,  # A = H Vᵀ
-    scores_t,  # Q_t Kᵀ + Q K_tᵀ, or None where S_t is zero or not needed
-    grad_p_t,  # B = G Vᵀ + H V_tᵀ; None without SECOND
-    lse2,  # lse in units of log2; this and the next three broadcast along the keys
+def weights(
+    scores,  # Q Kᵀ
+    scores_t,  # Q_t Kᵀ + Q K_tᵀ, with SECOND
+    lse2,  # lse in units of log2; it and mu broadcast along the keys
     mu,  # Σ P S_t, or None where S_t is zero
-    delta,  # H·O
-    epsilon,  # G·O + H·O_t, or None
     mask,
     mask_t,
     dropout,
@@ -24,40 +24,69 @@ def adjoints(
     queries,
     keys,
     scale,
+    checked,  # whether the tile may reach past the last key, or the diagonal of a causal mask
     SECOND: tl.constexpr,
     BOOLEAN: tl.constexpr,
     CAUSAL: tl.constexpr,
-    EDGE: tl.constexpr,
 ):
-    """P and P_t after dropout, grad_S_t and grad_S, all float32.
+    """P, P after dropout, P_t = P∘(S_t - μ) after dropout, S_t - μ, and dropout's factors.
 
-        grad_S_t = P∘(A - δ)        A = H Vᵀ
-        grad_S = P∘(B - ε + (A - δ)∘(S_t - μ))        B = G Vᵀ + H V_tᵀ        P_t = P∘(S_t - μ)
-
-    Without SECOND, P_t and grad_S have no meaning.
+    The last three have no meaning where S_t is zero or nothing is dropped.
     """
-    scores = scores * (scale * LOG2_E)
-    scores = masked(scores, rows, cols, queries, keys, mask, BOOLEAN, CAUSAL, EDGE)
-    p = tl.exp2(scores - lse2)
+    scores = scores * (scale * LOG2_E) - lse2
+    if mask is not None:
+        if BOOLEAN:
+            allowed = load_mask(mask, rows, cols, queries, keys, 0)
+            scores = tl.where(allowed != 0, scores, float("-inf"))
+        else:
+            bias = load_mask(mask, rows, cols, queries, keys, float("-inf"))
+            scores += bias.to(tl.float32) * LOG2_E
+    if checked:
+        stop = keys
+        if CAUSAL:
+            stop = tl.minimum(keys, rows + 1)
+        scores = tl.where(cols < stop, scores, float("-inf"))
+    p = tl.exp2(scores)
     p_kept = p
+    keep = p
     if dropout is not None:
         keep = kept(dropout, rows, cols)
-        grad_p *= keep
         p_kept = p * keep
+    p_t = p
+    centred = p
+    if SECOND and mu is not None:
+        centred = scores_t * scale - mu
+        if mask_t is not None:
+            centred += load_mask(mask_t, rows, cols, queries, keys, 0.0).to(tl.float32)
+        p_t = p_kept * centred
+    return p, p_kept, p_t, centred, keep
+
+
+@triton.jit
+def adjoints(
+    p,  # these three as from `weights`
+    centred,
+    keep,
+    mu,  # None where S_t is zero, and dropout where nothing is dropped
+    dropout,
+    grad_p,  # A = H Vᵀ
+    delta,  # H·O, broadcasting along the keys
+    epsilon,  # G·O + H·O_t, with SECOND
+    SECOND: tl.constexpr,
+):
+    """grad_S_t, and grad_S less the term of B (without SECOND it has no meaning).
+
+        grad_S_t = P∘(A - δ)        A = H Vᵀ
+        grad_S = P∘B + P∘((A - δ)∘(S_t - μ) - ε)        B = G Vᵀ + H V_tᵀ
+    """
+    if dropout is not None:
+        grad_p *= keep
     centred_p = grad_p - delta
     grad_s_t = p * centred_p
-    p_t = p_kept
     grad_s = grad_s_t
     if SECOND:
-        if dropout is not None:
-            grad_p_t *= keep
-        grad_s = grad_p_t - epsilon
         if mu is not None:
-            scores_t *= scale
-            if mask_t is not None:
-                scores_t += load_mask(mask_t, rows, cols, queries, keys, 0.0).to(tl.float32)
-            centred = scores_t - mu
-            grad_s += centred_p * centred
-            p_t = p_kept * centred
-        grad_s = p * grad_s
-    return p_kept, p_t, grad_s_t, grad_s
+            grad_s = p * (centred_p * centred - epsilon)
+        else:
+            grad_s = -p * epsilon
+    return grad_s_t, grad_s

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tangent_kernels.attention._adjoint import adjoints
+from tangent_kernels.attention._adjoint import adjoints, weights
 from tangent_kernels.attention._tiles import (
     LOG2_E,
     at,
@@ -59,6 +59,7 @@ def _grad_query_tile(
     queries,
     keys,
     scale,
+    checked,  # whether the tile may reach past the last key, or the diagonal of a causal mask
     SECOND: tl.constexpr,
     NEED: tl.constexpr,
     NEED_T: tl.constexpr,
@@ -69,44 +70,45 @@ def _grad_query_tile(
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
     COLS: tl.constexpr,
-    EDGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add one tile of COLS keys to the sums of grad_Q and grad_Q_t."""
     cols = first + tl.arange(0, COLS)
-    k_tile = load_rows(k, first, keys, COLS, DIM, DIM_PAD, EDGE)
-    v_tile = load_rows(v, first, keys, COLS, DV, DV_PAD, EDGE)
+    k_tile = load_rows(k, first, keys, COLS, DIM, DIM_PAD, True)
+    v_tile = load_rows(v, first, keys, COLS, DV, DV_PAD, True)
     if SECOND:
         if k_t is not None:
-            k_t_tile = load_rows(k_t, first, keys, COLS, DIM, DIM_PAD, EDGE)
+            k_t_tile = load_rows(k_t, first, keys, COLS, DIM, DIM_PAD, True)
         if v_t is not None:
-            v_t_tile = load_rows(v_t, first, keys, COLS, DV, DV_PAD, EDGE)
+            v_t_tile = load_rows(v_t, first, keys, COLS, DV, DV_PAD, True)
     scores = dot(q, k_tile.T, None, PRECISION)
-    grad_p = dot(h, v_tile.T, None, PRECISION)
     scores_t = None
-    grad_p_t = None
     if SECOND:
-        grad_p_t = tl.zeros(scores.shape, tl.float32)
-        if g is not None:
-            grad_p_t = dot(g, v_tile.T, grad_p_t, PRECISION)
-        if v_t is not None:
-            grad_p_t = dot(h, v_t_tile.T, grad_p_t, PRECISION)
         scores_t = tl.zeros(scores.shape, tl.float32)
         if q_t is not None:
             scores_t = dot(q_t, k_tile.T, scores_t, PRECISION)
         if k_t is not None:
             scores_t = dot(q, k_t_tile.T, scores_t, PRECISION)
-    _, _, grad_s_t, grad_s = adjoints(
-        scores, grad_p, scores_t, grad_p_t, lse2, mu, delta, epsilon, mask, mask_t, dropout,
-        rows[:, None], cols[None, :], queries, keys, scale, SECOND, BOOLEAN, CAUSAL, EDGE,
+    p, p_kept, _, centred, keep = weights(
+        scores, scores_t, lse2, mu, mask, mask_t, dropout, rows[:, None], cols[None, :],
+        queries, keys, scale, checked, SECOND, BOOLEAN, CAUSAL,
     )  # fmt: skip
+    grad_p = dot(h, v_tile.T, None, PRECISION)
+    grad_s_t, grad_s = adjoints(p, centred, keep, mu, dropout, grad_p, delta, epsilon, SECOND)
     grad_s_t = grad_s_t.to(k_tile.dtype)
     if NEED_T:
         acc_t = dot(grad_s_t, k_tile, acc_t, PRECISION)
     if NEED:
-        acc = dot(grad_s.to(k_tile.dtype), k_tile, acc, PRECISION)
+        if SECOND and (g is not None or v_t is not None):
+            grad_p_t = tl.zeros(scores.shape, tl.float32)
+            if g is not None:
+                grad_p_t = dot(g, v_tile.T, grad_p_t, PRECISION)
+            if v_t is not None:
+                grad_p_t = dot(h, v_t_tile.T, grad_p_t, PRECISION)
+            grad_s += p_kept * grad_p_t
         if SECOND and k_t is not None:
             acc = dot(grad_s_t, k_t_tile, acc, PRECISION)
+        acc = dot(grad_s.to(k_tile.dtype), k_tile, acc, PRECISION)
     return acc, acc_t
 
 
@@ -211,26 +213,18 @@ def grad_query_kernel(
         dropout = dropout_at(seed, b, head, dropout_p)
         acc = zero_sums(grad_q, ROWS, DIM_PAD)
         acc_t = zero_sums(grad_q_t, ROWS, DIM_PAD)
-        whole = (keys // COLS) * COLS  # keys in tiles that need no index checks
         stop = keys
+        checked = keys - COLS + 1  # tiles from here on need index checks
         if CAUSAL:
-            whole = (tl.minimum(keys, first_row + 1) // COLS) * COLS
             stop = tl.minimum(keys, first_row + ROWS)
-        for first in range(0, whole, COLS):
+            checked = tl.minimum(checked, first_row - COLS + 2)
+        for first in range(0, stop, COLS):
             acc, acc_t = _grad_query_tile(
                 first, q_tile, q_t_tile, h_tile, g_tile, lse2[:, None], mu_tile,
                 delta_tile[:, None], epsilon_tile, acc, acc_t, k_rows, v_rows, k_t_rows, v_t_rows,
-                mask_part, mask_t_part, dropout, rows, queries, keys, scale,
-                SECOND, grad_q is not None, grad_q_t is not None, BOOLEAN, False,
-                DIM, DIM_PAD, DV, DV_PAD, COLS, False, PRECISION,
-            )  # fmt: skip
-        for first in range(whole, stop, COLS):
-            acc, acc_t = _grad_query_tile(
-                first, q_tile, q_t_tile, h_tile, g_tile, lse2[:, None], mu_tile,
-                delta_tile[:, None], epsilon_tile, acc, acc_t, k_rows, v_rows, k_t_rows, v_t_rows,
-                mask_part, mask_t_part, dropout, rows, queries, keys, scale,
+                mask_part, mask_t_part, dropout, rows, queries, keys, scale, first >= checked,
                 SECOND, grad_q is not None, grad_q_t is not None, BOOLEAN, CAUSAL,
-                DIM, DIM_PAD, DV, DV_PAD, COLS, True, PRECISION,
+                DIM, DIM_PAD, DV, DV_PAD, COLS, PRECISION,
             )  # fmt: skip
         if grad_q is not None:
             target = at(grad_q, r, b, head)

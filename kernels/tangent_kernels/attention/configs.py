@@ -27,8 +27,18 @@ ARCHS = (80, 90, 100)
 DIMS = (64, 128, 256)
 DIRECTIONS = (
     "forward x1", "forward x2", "forward x4", "forward masked",
-    "first query", "first key value", "first mask",
-    "second query", "second key value", "second mask",
+    "first query", "first query masked", "first key value", "first key value masked",
+    "first mask",
+    "second query", "second query masked", "second key value", "second key value masked",
+    "second key", "second key masked", "second value", "second value masked", "second mask",
+)  # fmt: skip
+
+# Directions that the table may lack: several tangents at once; other tiles for backward calls with
+# a mask or dropout; the gradients by key and by value in two launches instead of one.
+OPTIONAL = (
+    "forward x2", "forward x4", "first query masked", "first key value masked",
+    "second query masked", "second key value masked",
+    "second key", "second key masked", "second value", "second value masked",
 )  # fmt: skip
 
 TRIED = 12  # candidates per key that autotune compiles
@@ -64,20 +74,36 @@ def configure(direction: str, call: Call, tangents: int = 0) -> tuple[Config, in
 
     "forward" becomes "forward x4", "x2" or "x1", the most tangents that fit into registers. With a
     mask or dropout a program computes one tangent, and with a mask the tiles are smaller. With
-    dropout they have half the keys, because Philox takes many registers.
+    dropout they have half the keys, because Philox takes many registers. A backward kernel has
+    smaller tiles with either, where the table has them ("... masked").
     """
     if direction != "forward":
-        return _lookup(key_of(direction, call)), 0
+        return _lookup(key_of(backward_direction(direction, call), call)), 0
     several = call.mask is None and call.seed is None
     for group in (4, 2) if several else ():
         key = key_of(f"forward x{group}", call)
-        if group <= tangents and (key in table() or key in _tuned):
+        if group <= tangents and _has(key):
             return _lookup(key), group
     one = "forward x1" if call.mask is None else "forward masked"
     config = _lookup(key_of(one, call))
     if call.seed is not None:
         config = replace(config, cols=max(config.cols // 2, 16))
     return config, min(tangents, 1)
+
+
+def backward_direction(direction: str, call: Call) -> str:
+    """The direction, or the one for calls with a mask or dropout where the table has it."""
+    masked = f"{direction} masked"
+    if call.mask is None and call.seed is None:
+        return direction
+    return masked if _has(key_of(masked, call)) else direction
+
+
+def key_value_directions(order: str, call: Call, by_key: bool, by_value: bool) -> list[str]:
+    """The launches for gradients by key or value: two, where the table has tiles for each."""
+    if any(_has(key_of(f"{order} {one}", call)) for one in ("key", "value")):
+        return [f"{order} key"] * by_key + [f"{order} value"] * by_value
+    return [f"{order} key value"] * (by_key or by_value)
 
 
 def key_of(direction: str, call: Call) -> Key:
@@ -98,6 +124,10 @@ def family(arch: int, bits: int = 16) -> int:
 def dim_class(*dims: int) -> int:
     """The smallest of DIMS that every head dimension's tile fits into."""
     return next(size for size in DIMS if padded_dim(max(dims)) <= size)
+
+
+def _has(key: Key) -> bool:
+    return key in table() or key in _tuned
 
 
 def _lookup(key: Key) -> Config:
@@ -122,7 +152,7 @@ def candidates(key: Key) -> list[Config]:
     """Configurations worth compiling, the most promising first; see :func:`cost`."""
     found = {}
     for rows, cols, warps in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8)):
-        owned, walked = (cols, rows) if key.direction.endswith("key value") else (rows, cols)
+        owned, walked = (cols, rows) if _by_key(key.direction) else (rows, cols)
         registers = _least_registers(key, owned, walked, warps)
         limit, least = (176, 4 * warps) if key.bits == 16 else (40, 2 * warps)
         several = key.direction in ("forward x2", "forward x4")
@@ -149,13 +179,23 @@ def cost(key: Key, config: Config, blocks: float, wide: bool) -> float:
         wide: whether the kernel uses the matrix instructions of sm_90 or sm_100.
     """
     owned, walked = config.rows, config.cols
-    if key.direction.endswith("key value"):
+    if _by_key(key.direction):
         owned, walked = walked, owned
-    if key.direction.endswith("mask"):  # loads both
+    if key.direction.endswith(" mask"):  # loads both
         owned = walked = min(owned, walked)
     reading = 1 + 32 / owned + 8 / walked
     waiting = (1 + 1 / min(max(int(blocks), 1), 3)) * (1.1 if config.num_stages == 1 else 1)
     return reading * waiting * (1 if wide or key.arch == 80 else 1.5)
+
+
+def kernel_of(direction: str) -> str:
+    """What a backward direction's gradients are by: "query", "key value", "key", ..."""
+    return direction.partition(" ")[2].removesuffix(" masked")
+
+
+def _by_key(direction: str) -> bool:
+    """Whether a program owns keys and walks over queries."""
+    return kernel_of(direction) in ("key value", "key", "value")
 
 
 def _least_registers(key: Key, owned: int, walked: int, warps: int) -> float:
@@ -165,7 +205,9 @@ def _least_registers(key: Key, owned: int, walked: int, warps: int) -> float:
         sums, scores = 1 + {"x2": 2, "x4": 4}.get(rest, 1), 3
     else:
         factor = 1 if order == "first" else 2
-        sums, scores = {"query": factor, "key value": 2 * factor, "mask": 1}[rest], 2 * factor
+        kernel = kernel_of(key.direction)
+        sums = {"key value": 2 * factor, "mask": 1}.get(kernel, factor)
+        scores = factor if kernel == "value" else 1 + factor
     return (sums * owned * key.dim + scores * owned * walked) / (32 * warps)
 
 

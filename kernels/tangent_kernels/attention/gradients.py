@@ -21,7 +21,13 @@ from tangent_kernels._launch import (
 )
 from tangent_kernels.attention._call import Call, Tangents, check_rows
 from tangent_kernels.attention.backward import grad_query_kernel
-from tangent_kernels.attention.configs import autotune, configure
+from tangent_kernels.attention.configs import (
+    autotune,
+    backward_direction,
+    configure,
+    kernel_of,
+    key_value_directions,
+)
 from tangent_kernels.attention.key_value import grad_key_value_kernel
 from tangent_kernels.attention.mask import grad_mask_kernel
 
@@ -56,7 +62,7 @@ def attention_vjp(
         Each (R, *shape of the operand), in its dtype.
     """
     plan = functools.partial(plan_vjp, call, output, lse, grad_output, needs)
-    autotune(call, _directions("first", needs), lambda: _run(call, plan()[-1]))
+    autotune(call, _directions("first", call, needs), lambda: _run(call, plan()[-1]))
     gradients, launches = plan()
     _run(call, launches)
     return _rounded(call, gradients)
@@ -97,7 +103,7 @@ def attention_second_vjp(
         call, tangents, output, output_t, lse, mu, grad_output, grad_output_t, needs, needs_t,
     )  # fmt: skip
     either = [a or b for a, b in zip(needs, needs_t, strict=True)]
-    autotune(call, _directions("second", either), lambda: _run(call, plan()[-1]))
+    autotune(call, _directions("second", call, either), lambda: _run(call, plan()[-1]))
     primal, tangent, launches = plan()
     _run(call, launches)
     count = len(grad_output_t)
@@ -188,16 +194,21 @@ def _launches(
     grads = {"grad_q": operand(primal.query), "grad_q_t": operand(tangent.query)}
     grid = (triton.cdiv(queries, config.rows) * batch * heads, count)
     launches = [Launch(grad_query_kernel, grid, common | rows | grads, config)]
-    grads = {
-        "grad_k": operand(primal.key),
-        "grad_k_t": operand(tangent.key),
-        "grad_v": operand(primal.value),
-        "grad_v_t": operand(tangent.value),
-    }
-    if any(grad is not None for grad in grads.values()):
-        config, _ = configure(f"{order} key value", call)
+    by_key = primal.key is not None or tangent.key is not None
+    by_value = primal.value is not None or tangent.value is not None
+    grouped = {"GROUPED": heads > call.key.shape[1]}
+    for direction in key_value_directions(order, call, by_key, by_value):
+        kernel = kernel_of(direction)
+        own_key, own_value = "key" in kernel, "value" in kernel
+        grads = {
+            "grad_k": operand(primal.key) if own_key else None,
+            "grad_k_t": operand(tangent.key) if own_key else None,
+            "grad_v": operand(primal.value) if own_value else None,
+            "grad_v_t": operand(tangent.value) if own_value else None,
+        }
+        config, _ = configure(direction, call)
         grid = (triton.cdiv(keys, config.cols) * batch * call.key.shape[1], count)
-        launches.append(Launch(grad_key_value_kernel, grid, common | grads, config))
+        launches.append(Launch(grad_key_value_kernel, grid, common | grads | grouped, config))
     if primal.mask is not None or tangent.mask is not None:
         assert call.mask is not None
         config, _ = configure(f"{order} mask", call)
@@ -248,10 +259,11 @@ def _rounded(call: Call, gradients: Gradients) -> Gradients:
     return Gradients(*rounded)
 
 
-def _directions(order: str, needs: Needs) -> list[str]:
+def _directions(order: str, call: Call, needs: Needs) -> list[str]:
     """The directions whose tiles :func:`_launches` uses."""
-    launched = {"query": True, "key value": needs[1] or needs[2], "mask": needs[3]}
-    return [f"{order} {kernel}" for kernel, one in launched.items() if one]
+    by_key_value = key_value_directions(order, call, needs[1], needs[2])
+    launched = [f"{order} query", *by_key_value, *[f"{order} mask"] * needs[3]]
+    return [backward_direction(direction, call) for direction in launched]
 
 
 def _run(call: Call, launches: list[Launch]) -> None:

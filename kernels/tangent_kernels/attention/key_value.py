@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tangent_kernels.attention._adjoint import adjoints
+from tangent_kernels.attention._adjoint import adjoints, weights
 from tangent_kernels.attention._tiles import (
     LOG2_E,
     at,
@@ -18,6 +18,24 @@ from tangent_kernels.attention._tiles import (
     zero_sums,
 )
 from tangent_kernels.attention.backward import UNSPECIALIZED
+
+
+@triton.jit
+def _load_keys(
+    source,  # rows (M, D)
+    first,  # index of the tile's first key
+    keys,
+    COLS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):
+    """A (COLS, DIM_PAD) tile; past the end the last key again, so that P is at most 1 there."""
+    cols = tl.minimum(first + tl.arange(0, COLS), keys - 1).to(tl.int64)
+    dims = tl.arange(0, DIM_PAD)
+    pointers = source[0] + cols[:, None] * source[1] + dims[None, :]
+    if DIM_PAD != DIM:
+        return tl.load(pointers, mask=(dims < DIM)[None, :], other=0.0)
+    return tl.load(pointers)
 
 
 @triton.jit
@@ -54,6 +72,7 @@ def _grad_key_value_tile(
     keys,
     scale,
     dropout_p,
+    checked,  # whether the tile may lie on the diagonal of a causal mask
     SECOND: tl.constexpr,
     NEED_K: tl.constexpr,
     NEED_K_T: tl.constexpr,
@@ -66,68 +85,73 @@ def _grad_key_value_tile(
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
     ROWS: tl.constexpr,
-    EDGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add one tile of ROWS queries to the sums; tiles of scores here are (COLS, ROWS)."""
     rows = first + tl.arange(0, ROWS)
     row_base = (b * heads + head) * queries
     tangent_base = r * batch * heads * queries + row_base
-    q_tile = load_rows(at(q, 0, b, head), first, queries, ROWS, DIM, DIM_PAD, EDGE)
-    h_tile = load_rows(at(h, r, b, head), first, queries, ROWS, DV, DV_PAD, EDGE)
+    q_tile = load_rows(at(q, 0, b, head), first, queries, ROWS, DIM, DIM_PAD, True)
+    h_tile = load_rows(at(h, r, b, head), first, queries, ROWS, DV, DV_PAD, True)
     if SECOND:
         if q_t is not None:
-            q_t_tile = load_rows(at(q_t, r, b, head), first, queries, ROWS, DIM, DIM_PAD, EDGE)
+            q_t_tile = load_rows(at(q_t, r, b, head), first, queries, ROWS, DIM, DIM_PAD, True)
         if g is not None:
-            g_tile = load_rows(at(g, 0, b, head), first, queries, ROWS, DV, DV_PAD, EDGE)
+            g_tile = load_rows(at(g, 0, b, head), first, queries, ROWS, DV, DV_PAD, True)
     scores = dot(k, q_tile.T, None, PRECISION)
-    grad_p = dot(v, h_tile.T, None, PRECISION)
-    # P of rows past the end is 0.
-    lse2 = load_numbers(lse + row_base, first, queries, float("inf"), ROWS, EDGE)[None, :] * LOG2_E
-    delta_tile = load_numbers(delta + tangent_base, first, queries, 0.0, ROWS, EDGE)[None, :]
+    lse2 = load_numbers(lse + row_base, first, queries, 0.0, ROWS, True)[None, :] * LOG2_E
     scores_t = None
-    grad_p_t = None
     mu_tile = None
     epsilon_tile = None
     mask_t_part = None
     if SECOND:
-        grad_p_t = tl.zeros(scores.shape, tl.float32)
-        if g is not None:
-            grad_p_t = dot(v, g_tile.T, grad_p_t, PRECISION)
-        if v_t is not None:
-            grad_p_t = dot(v_t, h_tile.T, grad_p_t, PRECISION)
         scores_t = tl.zeros(scores.shape, tl.float32)
         if k_t is not None:
             scores_t = dot(k_t, q_tile.T, scores_t, PRECISION)
         if q_t is not None:
             scores_t = dot(k, q_t_tile.T, scores_t, PRECISION)
-        epsilon_base = epsilon + tangent_base
-        epsilon_tile = load_numbers(epsilon_base, first, queries, 0.0, ROWS, EDGE)[None, :]
         if mu is not None:
             mu_base = mu + tangent_base
-            mu_tile = load_numbers(mu_base, first, queries, 0.0, ROWS, EDGE)[None, :]
+            mu_tile = load_numbers(mu_base, first, queries, 0.0, ROWS, True)[None, :]
         mask_t_part = mask_at(mask_t, mask_t_strides, r, b, head)
     mask_part = mask_at(mask, mask_strides, 0, b, head)
     dropout = dropout_at(seed, b, head, dropout_p)
-    p, p_t, grad_s_t, grad_s = adjoints(
-        scores, grad_p, scores_t, grad_p_t, lse2, mu_tile, delta_tile, epsilon_tile,
-        mask_part, mask_t_part, dropout, rows[None, :], cols[:, None], queries, keys, scale,
-        SECOND, BOOLEAN, CAUSAL, True,
+    p, p_kept, p_t, centred, keep = weights(
+        scores, scores_t, lse2, mu_tile, mask_part, mask_t_part, dropout, rows[None, :],
+        cols[:, None], queries, keys, scale, checked, SECOND, BOOLEAN, CAUSAL,
     )  # fmt: skip
     if NEED_V_T:
-        acc_v_t = dot(p.to(h_tile.dtype), h_tile, acc_v_t, PRECISION)
+        acc_v_t = dot(p_kept.to(h_tile.dtype), h_tile, acc_v_t, PRECISION)
     if NEED_V:
         if SECOND and g is not None:
-            acc_v = dot(p.to(h_tile.dtype), g_tile, acc_v, PRECISION)
+            acc_v = dot(p_kept.to(h_tile.dtype), g_tile, acc_v, PRECISION)
         if mu is not None:
             acc_v = dot(p_t.to(h_tile.dtype), h_tile, acc_v, PRECISION)
-    grad_s_t = grad_s_t.to(q_tile.dtype)
-    if NEED_K_T:
-        acc_k_t = dot(grad_s_t, q_tile, acc_k_t, PRECISION)
-    if NEED_K:
-        acc_k = dot(grad_s.to(q_tile.dtype), q_tile, acc_k, PRECISION)
-        if SECOND and q_t is not None:
-            acc_k = dot(grad_s_t, q_t_tile, acc_k, PRECISION)
+    if NEED_K or NEED_K_T:
+        grad_p = dot(v, h_tile.T, None, PRECISION)
+        delta_base = delta + tangent_base
+        delta_tile = load_numbers(delta_base, first, queries, 0.0, ROWS, True)[None, :]
+        epsilon_tile = None
+        if SECOND:
+            epsilon_base = epsilon + tangent_base
+            epsilon_tile = load_numbers(epsilon_base, first, queries, 0.0, ROWS, True)[None, :]
+        grad_s_t, grad_s = adjoints(
+            p, centred, keep, mu, dropout, grad_p, delta_tile, epsilon_tile, SECOND
+        )
+        grad_s_t = grad_s_t.to(q_tile.dtype)
+        if NEED_K_T:
+            acc_k_t = dot(grad_s_t, q_tile, acc_k_t, PRECISION)
+        if NEED_K:
+            if SECOND and (g is not None or v_t is not None):
+                grad_p_t = tl.zeros(scores.shape, tl.float32)
+                if g is not None:
+                    grad_p_t = dot(v, g_tile.T, grad_p_t, PRECISION)
+                if v_t is not None:
+                    grad_p_t = dot(v_t, h_tile.T, grad_p_t, PRECISION)
+                grad_s += p_kept * grad_p_t
+            if SECOND and q_t is not None:
+                acc_k = dot(grad_s_t, q_t_tile, acc_k, PRECISION)
+            acc_k = dot(grad_s.to(q_tile.dtype), q_tile, acc_k, PRECISION)
     return acc_k, acc_k_t, acc_v, acc_v_t
 
 
@@ -167,6 +191,7 @@ def grad_key_value_kernel(
     keys,
     scale,
     dropout_p,
+    GROUPED: tl.constexpr,  # whether several query heads share a key head
     SECOND: tl.constexpr,
     BOOLEAN: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -194,7 +219,7 @@ def grad_key_value_kernel(
     key_head = (batch_key_head % key_heads).to(tl.int64)
     cols = first_col + tl.arange(0, COLS)
 
-    k_tile = load_rows(at(k, 0, b, key_head), first_col, keys, COLS, DIM, DIM_PAD, True)
+    k_tile = _load_keys(at(k, 0, b, key_head), first_col, keys, COLS, DIM, DIM_PAD)
     v_tile = load_rows(at(v, 0, b, key_head), first_col, keys, COLS, DV, DV_PAD, True)
     k_t_tile = None
     v_t_tile = None
@@ -210,44 +235,31 @@ def grad_key_value_kernel(
     acc_v = zero_sums(grad_v, COLS, DV_PAD)
     acc_v_t = zero_sums(grad_v_t, COLS, DV_PAD)
 
-    # Queries [whole, whole_stop) are in tiles that need no index checks. Under a causal mask
-    # queries before `low` attend to none of the keys, and `crossed` tiles to a part of them.
+    # Queries past the end are rows of zeros, which add nothing.
+    # Under a causal mask queries before `low` attend to none of the keys.
     low = 0
-    whole = 0
-    whole_stop = (queries // ROWS) * ROWS
     if CAUSAL:
         low = (first_col // ROWS) * ROWS
-        whole = tl.cdiv(first_col + COLS - 1, ROWS) * ROWS
-        whole_stop = tl.maximum(whole_stop, low)
-        whole = tl.minimum(whole, whole_stop)
-    unchecked = (whole_stop - whole) // ROWS
-    crossed = (whole - low) // ROWS
-    checked = crossed + tl.cdiv(tl.maximum(queries - whole_stop, 0), ROWS)
     # One loop over the tiles of all query heads: in nested loops Triton would keep the addresses
-    # of every tile in registers. The divisors are at least 1, also for a loop without iterations.
-    for i in range(0, shared * unchecked):
-        head = key_head * shared + i // tl.maximum(unchecked, 1)
-        first = whole + i % tl.maximum(unchecked, 1) * ROWS
+    # of every tile in registers.
+    first = low
+    head = key_head * shared
+    for _ in range(0, shared * tl.cdiv(tl.maximum(queries - low, 0), ROWS)):
+        checked = False
+        if CAUSAL:
+            checked = first < first_col + COLS - 1
         acc_k, acc_k_t, acc_v, acc_v_t = _grad_key_value_tile(
             first, head, r, b, k_tile, k_t_tile, v_tile, v_t_tile,
             acc_k, acc_k_t, acc_v, acc_v_t, q, q_t, g, h, lse, mu, delta, epsilon,
             mask, mask_strides, mask_t, mask_t_strides, seed, cols, batch, heads, queries, keys,
-            scale, dropout_p, SECOND, grad_k is not None, grad_k_t is not None,
-            grad_v is not None, grad_v_t is not None, BOOLEAN, False,
-            DIM, DIM_PAD, DV, DV_PAD, ROWS, False, PRECISION,
-        )  # fmt: skip
-    for i in range(0, shared * checked):
-        head = key_head * shared + i // tl.maximum(checked, 1)
-        tile = i % tl.maximum(checked, 1)
-        first = tl.where(tile < crossed, low + tile * ROWS, whole_stop + (tile - crossed) * ROWS)
-        acc_k, acc_k_t, acc_v, acc_v_t = _grad_key_value_tile(
-            first, head, r, b, k_tile, k_t_tile, v_tile, v_t_tile,
-            acc_k, acc_k_t, acc_v, acc_v_t, q, q_t, g, h, lse, mu, delta, epsilon,
-            mask, mask_strides, mask_t, mask_t_strides, seed, cols, batch, heads, queries, keys,
-            scale, dropout_p, SECOND, grad_k is not None, grad_k_t is not None,
+            scale, dropout_p, checked, SECOND, grad_k is not None, grad_k_t is not None,
             grad_v is not None, grad_v_t is not None, BOOLEAN, CAUSAL,
-            DIM, DIM_PAD, DV, DV_PAD, ROWS, True, PRECISION,
+            DIM, DIM_PAD, DV, DV_PAD, ROWS, PRECISION,
         )  # fmt: skip
+        first += ROWS
+        if GROUPED and first >= queries:
+            first = low
+            head += 1
     if grad_k is not None:
         target = at(grad_k, r, b, key_head)
         store_rows(target, first_col, keys, acc_k * scale, COLS, DIM, DIM_PAD)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tangent_kernels.attention._adjoint import adjoints
+from tangent_kernels.attention._adjoint import adjoints, weights
 from tangent_kernels.attention._tiles import (
     LOG2_E,
     at,
@@ -153,7 +153,6 @@ def grad_mask_kernel(
         k_tile = load_rows(at(k, 0, b, key_head), first_col, keys, COLS, DIM, DIM_PAD, True)
         scores = dot(q_tile, k_tile.T, None, PRECISION)
         scores_t = None
-        grad_p_t = None
         mu_tile = None
         epsilon_tile = None
         mask_t_part = None
@@ -171,6 +170,24 @@ def grad_mask_kernel(
         v_tile = load_rows(at(v, 0, b, key_head), first_col, keys, COLS, DV, DV_PAD, True)
         grad_p = dot(h_tile, v_tile.T, None, PRECISION)
         if SECOND:
+            mask_t_part = mask_at(mask_t, mask_t_strides, r, b, head)
+            epsilon_base = epsilon + tangent_base
+            row_epsilon = load_numbers(epsilon_base, first_row, queries, 0.0, ROWS, True)
+            epsilon_tile = row_epsilon[:, None]
+            if mu is not None:
+                row_mu = load_numbers(mu + tangent_base, first_row, queries, 0.0, ROWS, True)
+                mu_tile = row_mu[:, None]
+        lse2 = load_numbers(lse + row_base, first_row, queries, 0.0, ROWS, True) * LOG2_E
+        delta_tile = load_numbers(delta + tangent_base, first_row, queries, 0.0, ROWS, True)
+        # The mask itself is -inf outside, so only the diagonal of a causal mask is checked.
+        p, p_kept, _, centred, keep = weights(
+            scores, scores_t, lse2[:, None], mu_tile, mask_part, mask_t_part, dropout,
+            rows[:, None], cols[None, :], queries, keys, scale, CAUSAL, SECOND, BOOLEAN, CAUSAL,
+        )  # fmt: skip
+        grad_s_t, grad_s = adjoints(
+            p, centred, keep, mu, dropout, grad_p, delta_tile[:, None], epsilon_tile, SECOND
+        )
+        if SECOND and grad_mask is not None and (g is not None or v_t is not None):
             grad_p_t = tl.zeros([ROWS, COLS], tl.float32)
             if g is not None:
                 g_rows = at(g, 0, b, head)
@@ -180,21 +197,7 @@ def grad_mask_kernel(
                 v_t_rows = at(v_t, r, b, key_head)
                 v_t_tile = load_rows(v_t_rows, first_col, keys, COLS, DV, DV_PAD, True)
                 grad_p_t = dot(h_tile, v_t_tile.T, grad_p_t, PRECISION)
-            mask_t_part = mask_at(mask_t, mask_t_strides, r, b, head)
-            epsilon_base = epsilon + tangent_base
-            row_epsilon = load_numbers(epsilon_base, first_row, queries, 0.0, ROWS, True)
-            epsilon_tile = row_epsilon[:, None]
-            if mu is not None:
-                row_mu = load_numbers(mu + tangent_base, first_row, queries, 0.0, ROWS, True)
-                mu_tile = row_mu[:, None]
-        lse2 = load_numbers(lse + row_base, first_row, queries, float("inf"), ROWS, True) * LOG2_E
-        delta_tile = load_numbers(delta + tangent_base, first_row, queries, 0.0, ROWS, True)
-        _, _, grad_s_t, grad_s = adjoints(
-            scores, grad_p, scores_t, grad_p_t,
-            lse2[:, None], mu_tile, delta_tile[:, None], epsilon_tile,
-            mask_part, mask_t_part, dropout, rows[:, None], cols[None, :],
-            queries, keys, scale, SECOND, BOOLEAN, CAUSAL, True,
-        )  # fmt: skip
+            grad_s += p_kept * grad_p_t
         if grad_mask is not None:
             total += grad_s
         if grad_mask_t is not None:
