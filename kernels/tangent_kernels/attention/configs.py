@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,6 +93,11 @@ def family(arch: int, bits: int = 16) -> int:
 def dim_class(*dims: int) -> int:
     """The smallest of DIMS that every head dimension's tile fits into."""
     return next(size for size in DIMS if padded_dim(max(dims)) <= size)
+
+
+def tuned() -> Mapping[Key, Config]:
+    """The configurations that replace those of the table."""
+    return _tuned
 
 
 def _lookup(key: Key) -> Config:

@@ -40,8 +40,8 @@ def attention_jvp(
     """See :func:`tangent_kernels.attention.attention_jvp`."""
     from tangent_kernels import attention
 
-    call = attention.Call(query, key, value, mask, seed, scale, dropout_p, is_causal)
-    return attention.attention_jvp(call, query_t, key_t, value_t, mask_t)
+    operands = (query, key, value, mask, seed, query_t, key_t, value_t, mask_t)
+    return attention.run_jvp(operands, (scale, dropout_p, is_causal, None))
 
 
 @torch.library.custom_op("tangent_ops::attention_vjp", mutates_args=())
@@ -62,8 +62,8 @@ def attention_vjp(
     """See :func:`tangent_kernels.attention.attention_vjp`; ``needs`` is for q, k, v, mask."""
     from tangent_kernels import attention
 
-    call = attention.Call(query, key, value, mask, seed, scale, dropout_p, is_causal)
-    found = attention.attention_vjp(call, output, lse, grad_output, needs)
+    operands = (query, key, value, mask, seed, output, lse, grad_output)
+    found = attention.run_vjp(operands, (scale, dropout_p, is_causal, None), needs)
     query_grad, key_grad, value_grad, mask_grad = _filled(query, found)
     return query_grad, key_grad, value_grad, mask_grad
 
@@ -96,10 +96,10 @@ def attention_second_vjp(
     """
     from tangent_kernels import attention
 
-    call = attention.Call(query, key, value, mask, seed, scale, dropout_p, is_causal)
-    tangents = attention.Tangents(call, query_t, key_t, value_t, mask_t)
-    primal, tangent = attention.attention_second_vjp(
-        call, tangents, output, output_t, lse, mu, grad_output, grad_output_t, needs[:4], needs[4:]
+    operands = (query, key, value, mask, seed, query_t, key_t, value_t, mask_t)
+    results = (output, output_t, lse, mu, grad_output, grad_output_t)
+    primal, tangent = attention.run_second_vjp(
+        (*operands, *results), (scale, dropout_p, is_causal, None), needs
     )
     q, k, v, b, q_t, k_t, v_t, b_t = _filled(query, (*primal, *tangent))
     return q, k, v, b, q_t, k_t, v_t, b_t
