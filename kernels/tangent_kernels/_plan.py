@@ -48,6 +48,8 @@ def run(
         options: hashable, without tensors.
         tiles: what the user has set, and the planner reads.
     """
+    if any(x is not None and (x.is_neg() or x._is_zerotensor()) for x in operands):
+        operands = tuple(None if x is None else _in_memory(x) for x in operands)
     layouts = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in operands]
     key = (planner, options, *layouts)
     plan = _plans.get(key)
@@ -196,6 +198,11 @@ def _launches_are_plain() -> bool:
         or knobs.compilation.instrumentation_mode
         or getattr(runtime, "add_stages_inspection_hook", None)
     )
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    """A tensor whose memory has its values: PyTorch negates, and writes zeros, lazily."""
+    return tensor.clone() if tensor.is_neg() or tensor._is_zerotensor() else tensor
 
 
 def _is_set(hook: Any) -> bool:

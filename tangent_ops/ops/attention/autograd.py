@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
@@ -61,7 +62,11 @@ def fused_attention(
         # One seed per batch element gives vmap's randomness "same" and "different" their meaning.
         size = (lead[:-1].numel(),)
         seed = torch.randint(2**63 - 1, size, dtype=torch.int64, device=query.device)
-    apply = ops.attention_jvp if is_compiling() else _Jvp.apply
+    if is_compiling():
+        apply = ops.attention_jvp
+    else:
+        plain = unpack and peek_interpreter_stack() is None
+        apply = (_JvpOfPlain if plain else _Jvp).apply
     if unpack:
         pairs = [(None, None) if x is None else forward_ad.unpack_dual(x) for x in operands]
         tangents = [None if t is None else t.unsqueeze(0) for _, t in pairs]
@@ -100,12 +105,13 @@ def _with_heads(
 
     The mask keeps size 1 where it is broadcast.
     """
-    if enable_gqa:
+    if query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        leads = [query.shape[:-2]] * 3
+    elif enable_gqa:
         lead = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
         leads = [torch.Size([*lead, x.shape[-3]]) for x in (query, key, value)]
     else:
-        lead = torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))
-        leads = [lead] * 3
+        leads = [torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))] * 3
 
     def four(tensor: Tensor, lead: torch.Size) -> Tensor:
         if tensor.shape[:-2] != lead:
@@ -213,7 +219,7 @@ class _Jvp(torch.autograd.Function):
 
     @staticmethod
     def forward(*args):
-        return ops.attention_jvp(*args)
+        return ops.run_jvp(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -226,6 +232,8 @@ class _Jvp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, grad_t, grad_lse, grad_mu):
+        if _derivatives_end(grad, grad_t, *ctx.saved_tensors):
+            return _backward_jvp(ctx, grad, grad_t, ops.run_vjp, ops.run_second_vjp)
         return _backward_jvp(ctx, grad, grad_t, _Vjp.apply, _SecondVjp.apply)
 
     @staticmethod
@@ -250,12 +258,36 @@ class _Jvp(torch.autograd.Function):
         return output_d, tangent_d, None, None
 
 
+class _JvpOfPlain(torch.autograd.Function):
+    """`_Jvp` of operands that are not dual, outside of ``torch.func``: it is faster.
+
+    With a ``setup_context`` PyTorch inspects the signature of ``forward`` at every call.
+    """
+
+    @staticmethod
+    def forward(ctx, *args):
+        output = ops.run_jvp(*args)
+        _save_jvp(ctx, args, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _Jvp.backward(ctx, *grads)
+
+
+def _derivatives_end(*tensors: Optional) -> bool:
+    """Whether a backward pass with these tensors need not be differentiable itself."""
+    if torch.is_grad_enabled() or peek_interpreter_stack() is not None:
+        return False
+    return forward_ad._current_level < 0 or not any(map(_is_dual, tensors))
+
+
 class _Vjp(torch.autograd.Function):
     """attention_vjp."""
 
     @staticmethod
     def forward(*args):
-        return ops.attention_vjp(*args)
+        return ops.run_vjp(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -314,7 +346,7 @@ class _SecondVjp(torch.autograd.Function):
 
     @staticmethod
     def forward(*args):
-        return ops.attention_second_vjp(*args)
+        return ops.run_second_vjp(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
