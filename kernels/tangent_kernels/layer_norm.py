@@ -218,7 +218,7 @@ def layer_norm_jvp(
 
     Returns:
         y and y_t, each as ``x`` and contiguous; mean (None for RMS) and 1/deviation of each row,
-        float32.
+        (..., 1) float32.
     """
     operands = (x, weight, bias, x_t, weight_t, bias_t)
     y, y_t, mean, rstd = run(plan_jvp, operands, (eps, centered))
@@ -236,7 +236,7 @@ def plan_jvp(
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
     def statistic():
-        return torch.empty(rows, dtype=torch.float32, device=x.device)
+        return torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
 
     y, y_t = empty(), empty()
     mean, rstd = statistic() if centered else None, statistic()
