@@ -33,18 +33,18 @@ def main() -> None:
     torch.set_num_threads(1)
     rehearsal.start()
     a, b = torch.ones(64), torch.ones(64)
-    cases: dict[str, Callable[[], object]] = {"torch.add": lambda: torch.add(a, b)}
+    rows: dict[str, Callable[[], object]] = {"torch.add": lambda: torch.add(a, b)}
     with forward_ad.dual_level():
-        for name, (function, operands) in _ops().items():
-            cases |= _cases(name, function, operands)
-        times = _times(cases, chosen.rounds, chosen.calls)
+        for name, (function, operands) in ops().items():
+            rows |= cases(name, function, operands)
+        times = _times(rows, chosen.rounds, chosen.calls)
     print(f"{'op':32}{'µs':>8}{'x torch.add':>13}")
     for name, seconds in times.items():
         ratios = [s / base for s, base in zip(seconds, times["torch.add"], strict=True)]
         print(f"{name:32}{1e6 * statistics.median(seconds):8.1f} {1e6*min(seconds):8.1f} {1e6*statistics.quantiles(seconds)[0]:8.1f} {1e6*statistics.quantiles(seconds)[2]:8.1f}{statistics.median(ratios):13.1f}")
 
 
-def _ops() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
+def ops() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
     """Each op and its operands."""
     from tangent_ops import functional as F
 
@@ -62,7 +62,7 @@ def _ops() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
     }
 
 
-def _cases(name: str, function: Callable[..., Tensor], primals: list[Tensor]) -> dict[str, Any]:
+def cases(name: str, function: Callable[..., Tensor], primals: list[Tensor]) -> dict[str, Any]:
     """The forward and backward call of an op, each run once so that its kernels are compiled."""
     packed = torch.randn_like(torch.stack(primals)) if primals[0].ndim == 4 else None
     tangents = [torch.randn_like(x) for x in primals] if packed is None else list(packed)
