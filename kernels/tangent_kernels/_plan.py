@@ -150,8 +150,7 @@ def _plan(
     if len(places) < sum(x is not None and x.numel() > 0 for x in tensors):
         return None  # two operands at one address: which of them an argument is, is unknown
     steps = [
-        _step(launch, one, places, tensors)
-        for launch, one in zip(launches, compiled, strict=True)
+        _step(launch, one, places, tensors) for launch, one in zip(launches, compiled, strict=True)
     ]
     if any(step is None for step in steps):
         return None

@@ -130,9 +130,7 @@ def _backward(y, x_t, grads, needs) -> tuple[Optional, Optional]:
     return by_x, by_x_t
 
 
-def plan_backward(
-    y, x_t, grad, grad_t, *needs
-) -> tuple[tuple[Optional, Optional], list[Launch]]:
+def plan_backward(y, x_t, grad, grad_t, *needs) -> tuple[tuple[Optional, Optional], list[Launch]]:
     """Empty gradients and the launch that fills them; ``needs`` is for x and x_t."""
     grad_x, grad_x_t = (_empty(y) if need else None for need in needs)
     named = {"y": y, "x_t": x_t, "grad": grad, "grad_t": grad_t}

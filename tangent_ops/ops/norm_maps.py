@@ -101,4 +101,6 @@ def _rows(tensor: Tensor | None, shape) -> Any:
 
 def _line(tensor: Tensor | None) -> Tensor | None:
     """(width,), contiguous."""
-    return None if tensor is None else tensor.reshape(-1).contiguous()
+    if tensor is None or (tensor.ndim == 1 and tensor.is_contiguous()):
+        return tensor
+    return tensor.reshape(-1).contiguous()

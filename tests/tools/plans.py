@@ -230,7 +230,9 @@ def row_call(draw: random.Random) -> Call:
         return found if found is None else found.contiguous()
 
     needs = [draw.random() < 0.7 for _ in range(5)]
-    kind = draw.choice(["layer", "layer back", "gelu", "gelu back", "softmax", "soft back", "linear"])
+    kind = draw.choice(
+        ["layer", "layer back", "gelu", "gelu back", "softmax", "soft back", "linear"]
+    )
     x, x_t, g = rows(), rows(), present(draw, *shape, width, dtype=dtype)
     h = rows()
     statistics = [torch.ones(*shape, 1), torch.ones(*shape, 1)]
@@ -440,16 +442,17 @@ def threads_share_plans() -> None:
 @check
 def dual_ops_are_replayed_forward_and_backward() -> None:
     from torch.autograd import forward_ad
-    from tools.rehearsal.host_time import cases, ops
+    from tools.rehearsal.host_time import ops
 
-    for name, (function, operands) in ops().items():
-        with forward_ad.dual_level():
-            calls = cases(name, function, operands)
-            for call in calls.values():
-                call()
-                with watching() as seen:
-                    call()
-                assert seen.launches and not seen.planned, name
+    for name, op in ops().items():
+        backward = op.backward()
+        backward()
+        with forward_ad.dual_level(), watching() as seen:
+            op.function(*op.duals())
+        assert seen.launches and not seen.planned, name
+        with watching() as seen:
+            backward()
+        assert seen.launches and not seen.planned, name
 
 
 if __name__ == "__main__":

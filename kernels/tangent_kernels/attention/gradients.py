@@ -90,9 +90,7 @@ def attention_second_vjp(
         (R, *shape).
     """
     operands = (*call.operands, *tangents.operands, output, output_t, lse, mu)
-    return run_second_vjp(
-        (*operands, grad_output, grad_output_t), call.options, (*needs, *needs_t)
-    )
+    return run_second_vjp((*operands, grad_output, grad_output_t), call.options, (*needs, *needs_t))
 
 
 def run_vjp(
