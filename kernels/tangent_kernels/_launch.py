@@ -46,14 +46,16 @@ class Launch:
     grid: tuple[int, ...]
     arguments: dict[str, Any]  # by the kernel's parameter names
     config: Any  # Config, or another class with keywords() and num_warps
+    scratch: tuple[Tensor, ...] = ()  # arguments that are neither operands nor results
 
     def keywords(self) -> dict[str, Any]:
         """All arguments of the kernel."""
         # enable_fp_fusion is pinned: Triton 3.10 changes the default
         return self.arguments | self.config.keywords() | {"enable_fp_fusion": True}
 
-    def run(self) -> None:
-        self.kernel[self.grid](**self.keywords())
+    def run(self) -> Any:
+        """Run, and return what Triton returns: the compiled kernel, unless it is interpreted."""
+        return self.kernel[self.grid](**self.keywords())
 
 
 def in_chunks(launch: Launch) -> list[Launch]:

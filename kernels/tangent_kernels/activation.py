@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tangent_kernels._launch import Launch, device_of
+from tangent_kernels._launch import Launch
+from tangent_kernels._plan import run
 from tangent_kernels._rows import row_operand
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
@@ -143,13 +144,11 @@ def activation_jvp(x: Tensor, x_t: Tensor, name: str) -> tuple[Tensor, Tensor]:
         x_t: tangent of ``x``, same shape.
         name: f, one of ACTIVATIONS.
     """
-    results, launch = plan_jvp(x, x_t, name)
-    with device_of(x):
-        launch.run()
-    return results
+    y, y_t = run(plan_jvp, (x, x_t), (name,))
+    return y, y_t  # pyright: ignore[reportReturnType] - neither is None
 
 
-def plan_jvp(x, x_t, name) -> tuple[tuple[Tensor, Tensor], Launch]:
+def plan_jvp(x, x_t, name) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
     """Empty results of :func:`activation_jvp` and the launch that fills them."""
     y, y_t = _empty(x), _empty(x)
     return (y, y_t), _launch(activation_kernel, {"x": x, "x_t": x_t, "y": y, "y_t": y_t}, name)
@@ -184,16 +183,16 @@ def activation_second_vjp(
         needs: which of the two gradients to compute; the other is None.
         name: f, one of ACTIVATIONS.
     """
-    results, launch = plan_backward(x, x_t, grads, needs, name)
-    with device_of(x):
-        launch.run()
-    return results
+    by_x, by_x_t = run(plan_backward, (x, x_t, *grads), (*needs, name))
+    return by_x, by_x_t
 
 
-def plan_backward(x, x_t, grads, needs, name) -> tuple[tuple[Optional, Optional], Launch]:
+def plan_backward(
+    x, x_t, grad, grad_t, needs_x, needs_x_t, name
+) -> tuple[tuple[Optional, Optional], list[Launch]]:
     """Empty gradients and the launch that fills them."""
-    grad_x, grad_x_t = (_empty(x) if need else None for need in needs)
-    named = {"x": x, "x_t": x_t, "grad": grads[0], "grad_t": grads[1]}
+    grad_x, grad_x_t = (_empty(x) if need else None for need in (needs_x, needs_x_t))
+    named = {"x": x, "x_t": x_t, "grad": grad, "grad_t": grad_t}
     named |= {"grad_x": grad_x, "grad_x_t": grad_x_t}
     return (grad_x, grad_x_t), _launch(activation_backward_kernel, named, name)
 
@@ -202,7 +201,7 @@ def _empty(like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
-def _launch(kernel, named: dict[str, Optional], name: str) -> Launch:
+def _launch(kernel, named: dict[str, Optional], name: str) -> list[Launch]:
     x = named["x"]
     assert x is not None
     size = x.numel()
@@ -210,4 +209,4 @@ def _launch(kernel, named: dict[str, Optional], name: str) -> Launch:
     width = size if dense else x.shape[-1]
     operands = {key: row_operand(tensor, width) for key, tensor in named.items()}
     arguments = operands | {"size": size, "width": width, "NAME": name}
-    return Launch(kernel, (triton.cdiv(size, CONFIG.block),), arguments, CONFIG)
+    return [Launch(kernel, (triton.cdiv(size, CONFIG.block),), arguments, CONFIG)]

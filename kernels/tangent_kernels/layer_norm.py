@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tangent_kernels._launch import Launch, device_of
+from tangent_kernels._launch import Launch
+from tangent_kernels._plan import run
 from tangent_kernels._rows import load_row, row_config, row_operand, store_row
 
 PARTS = 512  # most programs that sum the gradients of weight and bias, each over its own rows
@@ -217,17 +218,16 @@ def layer_norm_jvp(
 
     Returns:
         y and y_t, each as ``x`` and contiguous; mean (None for RMS) and 1/deviation of each row,
-        float32.
+        (..., 1) float32.
     """
-    results, launch = plan_jvp(x, weight, bias, x_t, weight_t, bias_t, eps, centered)
-    with device_of(x):
-        launch.run()
-    return results
+    operands = (x, weight, bias, x_t, weight_t, bias_t)
+    y, y_t, mean, rstd = run(plan_jvp, operands, (eps, centered))
+    return y, y_t, mean, rstd  # pyright: ignore[reportReturnType] - only the mean may be None
 
 
 def plan_jvp(
     x, weight, bias, x_t, weight_t, bias_t, eps, centered
-) -> tuple[tuple[Tensor, Tensor, Optional, Tensor], Launch]:
+) -> tuple[tuple[Tensor, Tensor, Optional, Tensor], list[Launch]]:
     """Empty results of :func:`layer_norm_jvp` and the launch that fills them."""
     width = x.shape[-1]
     rows = x.numel() // width
@@ -236,7 +236,7 @@ def plan_jvp(
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
     def statistic():
-        return torch.empty(rows, dtype=torch.float32, device=x.device)
+        return torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
 
     y, y_t = empty(), empty()
     mean, rstd = statistic() if centered else None, statistic()
@@ -258,7 +258,7 @@ def plan_jvp(
         "CENTER": centered,
     }
     grid = (triton.cdiv(rows, config.rows),)
-    return (y, y_t, mean, rstd), Launch(layer_norm_kernel, grid, arguments, config)
+    return (y, y_t, mean, rstd), [Launch(layer_norm_kernel, grid, arguments, config)]
 
 
 def layer_norm_vjp(
@@ -312,9 +312,8 @@ def layer_norm_second_vjp(
 
 
 def _backward(primals, tangents, grads, needs, needs_t) -> tuple[Optional, ...]:
-    results, launch = plan_backward(primals, tangents, grads, needs, needs_t)
-    with device_of(primals[0]):
-        launch.run()
+    operands = (*primals, *tangents, *grads)
+    results = run(plan_backward, operands, (*needs, *needs_t))
     dtype = primals[0].dtype if primals[1] is None else primals[1].dtype
     x, weight, bias, x_t, weight_t, bias_t = results
 
@@ -324,11 +323,13 @@ def _backward(primals, tangents, grads, needs, needs_t) -> tuple[Optional, ...]:
     return x, summed(weight), summed(bias), x_t, summed(weight_t), summed(bias_t)
 
 
-def plan_backward(primals, tangents, grads, needs, needs_t) -> tuple[tuple, Launch]:
-    """Empty results, with partial sums for weight and bias, and the launch that fills them."""
-    x, weight, mean, rstd = primals
-    x_t, weight_t = tangents
-    grad, grad_t = grads
+def plan_backward(
+    x, weight, mean, rstd, x_t, weight_t, grad, grad_t, *needs
+) -> tuple[tuple, list[Launch]]:
+    """Empty results, with partial sums for weight and bias, and the launch that fills them.
+
+    ``needs`` is for x, weight, bias, and then for their tangents.
+    """
     width = x.shape[-1]
     rows = x.numel() // width
     second = x_t is not None or weight_t is not None or grad is not None
@@ -343,7 +344,7 @@ def plan_backward(primals, tangents, grads, needs, needs_t) -> tuple[tuple, Laun
         return torch.empty(parts, width, dtype=torch.float32, device=x.device) if need else None
 
     primal = like_x(needs[0]), sums(needs[1]), sums(needs[2])
-    tangent = like_x(needs_t[0]), sums(needs_t[1]), sums(needs_t[2])
+    tangent = like_x(needs[3]), sums(needs[4]), sums(needs[5])
     arguments = {
         "x": row_operand(x, width),
         "x_t": row_operand(x_t, width),
@@ -365,4 +366,4 @@ def plan_backward(primals, tangents, grads, needs, needs_t) -> tuple[tuple, Laun
         "CENTER": mean is not None,
     }
     launch = Launch(layer_norm_backward_kernel, (parts,), arguments, config)
-    return (*primal, *tangent), launch
+    return (*primal, *tangent), [launch]

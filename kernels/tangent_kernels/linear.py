@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tangent_kernels._launch import FLOAT32_DOT, Launch, device_of, unit_last_stride
+from tangent_kernels._launch import FLOAT32_DOT, Launch, unit_last_stride
+from tangent_kernels._plan import run
 from tangent_kernels.attention._tiles import dot
 
 Optional = Tensor | None
@@ -129,13 +130,11 @@ def linear_jvp(
     Returns:
         Both (..., C), contiguous.
     """
-    results, launch = plan_jvp(x, weight, bias, x_t, weight_t, bias_t)
-    with device_of(x):
-        launch.run()
-    return results
+    y, y_t = run(plan_jvp, (x, weight, bias, x_t, weight_t, bias_t))
+    return y, y_t  # pyright: ignore[reportReturnType] - neither is None
 
 
-def plan_jvp(x, weight, bias, x_t, weight_t, bias_t) -> tuple[tuple[Tensor, Tensor], Launch]:
+def plan_jvp(x, weight, bias, x_t, weight_t, bias_t) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
     """Empty results of :func:`linear_jvp` and the launch that fills them."""
     features, width = weight.shape
     shape = (*x.shape[:-1], features)
@@ -159,4 +158,4 @@ def plan_jvp(x, weight, bias, x_t, weight_t, bias_t) -> tuple[tuple[Tensor, Tens
         "features": features,
     }
     grid = (triton.cdiv(rows, config.rows) * triton.cdiv(features, config.cols),)
-    return (y, y_t), Launch(linear_kernel, grid, arguments, config)
+    return (y, y_t), [Launch(linear_kernel, grid, arguments, config)]

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tangent_kernels._launch import Launch, device_of
+from tangent_kernels._launch import Launch
+from tangent_kernels._plan import run
 from tangent_kernels._rows import load_row, row_config, row_operand, store_row
 
 Optional = Tensor | None
@@ -88,13 +89,11 @@ def softmax_jvp(x: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
         x: (..., K), K at most MAX_WIDTH.
         x_t: tangent of ``x``.
     """
-    results, launch = plan_jvp(x, x_t)
-    with device_of(x):
-        launch.run()
-    return results
+    y, y_t = run(plan_jvp, (x, x_t))
+    return y, y_t  # pyright: ignore[reportReturnType] - neither is None
 
 
-def plan_jvp(x, x_t) -> tuple[tuple[Tensor, Tensor], Launch]:
+def plan_jvp(x, x_t) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
     """Empty results of :func:`softmax_jvp` and the launch that fills them."""
     y, y_t = _empty(x), _empty(x)
     return (y, y_t), _launch(softmax_kernel, {"x": x, "x_t": x_t, "y": y, "y_t": y_t}, 16)
@@ -127,15 +126,12 @@ def softmax_second_vjp(
 
 
 def _backward(y, x_t, grads, needs) -> tuple[Optional, Optional]:
-    results, launch = plan_backward(y, x_t, grads, needs)
-    with device_of(y):
-        launch.run()
-    return results
+    by_x, by_x_t = run(plan_backward, (y, x_t, *grads), tuple(needs))
+    return by_x, by_x_t
 
 
-def plan_backward(y, x_t, grads, needs) -> tuple[tuple[Optional, Optional], Launch]:
-    """Empty gradients and the launch that fills them."""
-    grad, grad_t = grads
+def plan_backward(y, x_t, grad, grad_t, *needs) -> tuple[tuple[Optional, Optional], list[Launch]]:
+    """Empty gradients and the launch that fills them; ``needs`` is for x and x_t."""
     grad_x, grad_x_t = (_empty(y) if need else None for need in needs)
     named = {"y": y, "x_t": x_t, "grad": grad, "grad_t": grad_t}
     named |= {"grad_x": grad_x, "grad_x_t": grad_x_t}
@@ -146,7 +142,7 @@ def _empty(like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
-def _launch(kernel, named: dict[str, Optional], held: int) -> Launch:
+def _launch(kernel, named: dict[str, Optional], held: int) -> list[Launch]:
     like = named["x"] if "x" in named else named["y"]
     assert like is not None
     width = like.shape[-1]
@@ -154,4 +150,4 @@ def _launch(kernel, named: dict[str, Optional], held: int) -> Launch:
     config = row_config(width, held)
     operands = {key: row_operand(tensor, width) for key, tensor in named.items()}
     grid = (triton.cdiv(rows, config.rows),)
-    return Launch(kernel, grid, operands | {"rows": rows, "width": width}, config)
+    return [Launch(kernel, grid, operands | {"rows": rows, "width": width}, config)]

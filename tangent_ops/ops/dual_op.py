@@ -172,7 +172,8 @@ class _Dual(torch.autograd.Function):
             found = maps.vjp(ctx.saved_tensors, grad_t, needs_t, ctx.options)
             return (None, None, None, *nothing, *found)
         primal_count, saved_count = ctx.sizes
-        saved, operands = ctx.saved_tensors[:saved_count], ctx.saved_tensors[saved_count:]
+        every = ctx.saved_tensors  # read once: a checkpoint recomputes them, and only once
+        saved, operands = every[:saved_count], every[saved_count:]
         primals, tangents = operands[:primal_count], operands[primal_count:]
         if torch.is_grad_enabled() or maps.second_vjp is None:
             found = _by_pytorch(

@@ -35,8 +35,8 @@ def norm_maps(save: Callable, *, centered: bool = True) -> Maps:
 
     def normalized(saved, shape) -> Any:
         x, weight, *mean, rstd = saved
-        mean = mean[0].reshape(-1) if mean else None
-        return _rows(x, shape), _line(weight), mean, rstd.reshape(-1)
+        mean = mean[0].contiguous() if mean else None
+        return _rows(x, shape), _line(weight), mean, rstd.contiguous()
 
     def three(needs):
         """Which gradients by x, weight and bias are needed."""
@@ -45,6 +45,8 @@ def norm_maps(save: Callable, *, centered: bool = True) -> Maps:
     def gradients(found, needs, like, shape):
         """The kernels' gradients in the shapes of the primals."""
         x, *lines = found[: len(needs)]
+        if len(shape) == 1:  # they have them
+            return x, *lines
         x = None if x is None else x.view(like.shape)
         return x, *(None if line is None else line.view(shape) for line in lines)
 
@@ -56,6 +58,8 @@ def norm_maps(save: Callable, *, centered: bool = True) -> Maps:
         y, y_t, mean, rstd = kernels.layer_norm_jvp(
             *unpack(primals, shape), *unpack(tangents, shape), eps, centered
         )
+        if len(shape) == 1:
+            return y, y_t, (rstd,) if mean is None else (mean, rstd)
         lead = (*x.shape[: x.ndim - len(shape)], *(1 for _ in shape))
         statistics = tuple(z.view(lead) for z in (mean, rstd) if z is not None)
         return _shaped(y, x.shape), _shaped(y_t, x.shape), statistics
@@ -89,9 +93,14 @@ def _shaped(tensor: Tensor, shape) -> Tensor:
 
 
 def _rows(tensor: Tensor | None, shape) -> Any:
-    """(rows, width): the kernels normalize over the last dimension."""
-    return None if tensor is None else tensor.reshape(-1, math.prod(shape))
+    """(..., width): the kernels normalize over the last dimension."""
+    if tensor is None or len(shape) == 1:
+        return tensor
+    return tensor.reshape(-1, math.prod(shape))
 
 
 def _line(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.reshape(-1).contiguous()
+    """(width,), contiguous."""
+    if tensor is None or (tensor.ndim == 1 and tensor.is_contiguous()):
+        return tensor
+    return tensor.reshape(-1).contiguous()

@@ -34,7 +34,7 @@ FAMILIES = tuple(MEANING)
 _ACTIVATIONS = r"gelu|silu|relu|elu|glu|mish|hardswish|hardsigmoid|sigmoid|tanh|softplus"
 _NORMS = r"(layer|batch|group|instance|rms|weight)_?norm"
 _SOFTMAX = r"(?<!log)(?<!log_)soft_?max"  # a loss has a log_softmax
-_OURS = r"^_(jvp|vjp|secondvjp)(backward)?$"  # our autograd functions of attention
+_OURS = r"^_(jvp|jvpofplain|vjp|secondvjp)(backward)?$"  # our autograd functions of attention
 
 
 def _table(*rows: tuple[str, str]) -> tuple[tuple[re.Pattern[str], str], ...]:

@@ -40,11 +40,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
     from tangent_kernels import attention as kernels  # it needs Triton
 
     calls = []
-    original = kernels.attention_jvp
+    original = kernels.run_jvp
 
-    def record(call, *tangents):
-        calls.append([None if t is None else t.shape[0] for t in tangents[:1]] + [call.query.shape])
-        return original(call, *tangents)
+    def record(operands, options):
+        query, query_t = operands[0], operands[5]
+        calls.append([None if query_t is None else query_t.shape[0], query.shape])
+        return original(operands, options)
 
-    monkeypatch.setattr(kernels, "attention_jvp", record)
+    monkeypatch.setattr(kernels, "run_jvp", record)
     return calls

@@ -23,6 +23,7 @@ OPERATIONS = [
     ((*MATH, "aten::bmm", ENGINE + "BmmBackward0", "BmmBackward0", "aten::bmm"), "attention"),
     (("_Jvp", "tangent_ops::attention_jvp"), "attention"),
     (("_VjpBackward", "aten::empty"), "attention"),
+    (("_JvpOfPlainBackward", "aten::empty_strided"), "attention"),
     (("aten::softmax", "aten::_softmax"), "attention"),
     (("_LayerNorm", "aten::addcmul_"), "norm"),
     (("aten::layer_norm", "aten::native_layer_norm", "aten::mul"), "norm"),

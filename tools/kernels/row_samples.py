@@ -35,18 +35,18 @@ def launches(
     forward = [rows(), line(), line(), rows(), line(), line()]
     needs = (True, True, True)
     normalized = (rows(), line(), statistic(), statistic())
-    none = (None, None)
+    none = (None, None, None)
     plans: dict[str, Callable] = {
         "layer norm": lambda: layer_norm.plan_jvp(*forward, 1e-6, True),
         "layer norm, first order": lambda: layer_norm.plan_backward(
-            normalized, none, (None, rows()), (False,) * 3, needs
+            *normalized, *none, rows(), False, False, False, *needs
         ),
         "layer norm, second order": lambda: layer_norm.plan_backward(
-            normalized, (rows(), line()), (rows(), rows()), needs, needs
+            *normalized, rows(), line(), rows(), rows(), *needs, *needs
         ),
         "softmax": lambda: softmax.plan_jvp(rows(), rows()),
         "softmax, second order": lambda: softmax.plan_backward(
-            rows(), rows(), (rows(), rows()), (True, True)
+            rows(), rows(), rows(), rows(), True, True
         ),
         "linear": lambda: linear.plan_jvp(
             rows(),
@@ -60,6 +60,6 @@ def launches(
     for name in activation.ACTIVATIONS:
         plans[name] = lambda name=name: activation.plan_jvp(rows(), rows(), name)
         plans[f"{name}, second order"] = lambda name=name: activation.plan_backward(
-            rows(), rows(), (rows(), rows()), (True, True), name
+            rows(), rows(), rows(), rows(), True, True, name
         )
-    return {name: plan()[-1] for name, plan in plans.items()}
+    return {name: plan()[-1][0] for name, plan in plans.items()}

@@ -1,11 +1,13 @@
 """Attention: the fused primal-and-tangent forward pass and its backward passes."""
 
 from tangent_kernels.attention._call import Call, Tangents
-from tangent_kernels.attention.forward import attention_jvp
+from tangent_kernels.attention.forward import attention_jvp, run_jvp
 from tangent_kernels.attention.gradients import (
     Gradients,
     attention_second_vjp,
     attention_vjp,
+    run_second_vjp,
+    run_vjp,
 )
 
 __all__ = [
@@ -15,4 +17,7 @@ __all__ = [
     "attention_jvp",
     "attention_second_vjp",
     "attention_vjp",
+    "run_jvp",
+    "run_second_vjp",
+    "run_vjp",
 ]

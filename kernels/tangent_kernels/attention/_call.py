@@ -51,6 +51,14 @@ class Call:
         check_call(self)
 
     @property
+    def operands(self) -> tuple[Tensor | None, ...]:
+        return self.query, self.key, self.value, self.mask, self.seed
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        return self.scale, self.dropout_p, self.is_causal, self.target
+
+    @property
     def arch(self) -> int:
         return arch_of(self.query) if self.target is None else self.target
 
@@ -123,10 +131,13 @@ class Tangents:
         check_tangents(self)
 
     @property
+    def operands(self) -> tuple[Tensor | None, ...]:
+        return self.query_t, self.key_t, self.value_t, self.mask_t
+
+    @property
     def count(self) -> int:
         """R; 0 if there is no tangent at all."""
-        tangents = (self.query_t, self.key_t, self.value_t, self.mask_t)
-        return next((x.shape[0] for x in tangents if x is not None), 0)
+        return next((x.shape[0] for x in self.operands if x is not None), 0)
 
     @property
     def move_scores(self) -> bool:

@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,6 +128,11 @@ def dim_class(*dims: int) -> int:
 
 def _has(key: Key) -> bool:
     return key in table() or key in _tuned
+
+
+def tuned() -> Mapping[Key, Config]:
+    """The configurations that replace those of the table."""
+    return _tuned
 
 
 def _lookup(key: Key) -> Config:

@@ -14,6 +14,9 @@ R tangents of one primal share its loads, scores and softmax: 2 + 4R products pe
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,11 +24,11 @@ from torch import Tensor
 from tangent_kernels._launch import (
     MAX_GROUPS,
     Launch,
-    device_of,
     empty_heads,
     operand,
     padded_dim,
 )
+from tangent_kernels._plan import run, run_launches
 from tangent_kernels.attention._call import Call, Tangents
 from tangent_kernels.attention._tiles import (
     LOG2_E,
@@ -40,7 +43,13 @@ from tangent_kernels.attention._tiles import (
     plus_mask,
     store_rows,
 )
-from tangent_kernels.attention.configs import autotune, configure, forward_directions
+from tangent_kernels.attention.configs import (
+    autotune,
+    autotuning,
+    configure,
+    forward_directions,
+    tuned,
+)
 
 
 @triton.jit
@@ -313,16 +322,36 @@ def attention_jvp(
         tangent.
     """
 
-    def run() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        outputs, launches = plan_jvp(call, query_t, key_t, value_t, mask_t)
-        with device_of(call.query):
-            for launch in launches:
-                launch.run()
-        return outputs
+    tangents = (query_t, key_t, value_t, mask_t)
+    return run_jvp((*call.operands, *tangents), call.options)
 
+
+def run_jvp(
+    operands: tuple[Tensor | None, ...], options: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`attention_jvp` of operands that are checked once for each layout.
+
+    Args:
+        operands: query, key, value, mask and seed of a :class:`Call`, and the four tangents.
+        options: scale, dropout_p, is_causal and target of a :class:`Call`.
+
+    Returns:
+        As :func:`attention_jvp`.
+
+    Raises:
+        ValueError: as :class:`Call` and :class:`Tangents`.
+    """
+    output, output_t, lse, mu = run(_plan, operands, (*options, autotuning()), tuned())
+    return output, output_t, lse, mu  # pyright: ignore[reportReturnType] - none is None
+
+
+def _plan(query, key, value, mask, seed, query_t, key_t, value_t, mask_t, *options):
+    *options, _ = options
+    call = Call(query, key, value, mask, seed, *options)
+    plan = functools.partial(plan_jvp, call, query_t, key_t, value_t, mask_t)
     count = Tangents(call, query_t, key_t, value_t, mask_t).count
-    autotune(call, forward_directions(call, count), run)
-    return run()
+    autotune(call, forward_directions(call, count), lambda: run_launches(plan()[1]))
+    return plan()
 
 
 def plan_jvp(

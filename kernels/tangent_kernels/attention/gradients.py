@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,21 +13,23 @@ from torch import Tensor
 
 from tangent_kernels._launch import (
     Launch,
-    device_of,
     empty_heads,
     in_chunks,
     operand,
     padded_dim,
     unit_last_stride,
 )
+from tangent_kernels._plan import run, run_launches
 from tangent_kernels.attention._call import Call, Tangents, check_rows
 from tangent_kernels.attention.backward import grad_query_kernel
 from tangent_kernels.attention.configs import (
     autotune,
+    autotuning,
     backward_direction,
     configure,
     kernel_of,
     key_value_directions,
+    tuned,
 )
 from tangent_kernels.attention.key_value import grad_key_value_kernel
 from tangent_kernels.attention.mask import grad_mask_kernel
@@ -61,11 +64,7 @@ def attention_vjp(
     Returns:
         Each (R, *shape of the operand), in its dtype.
     """
-    plan = functools.partial(plan_vjp, call, output, lse, grad_output, needs)
-    autotune(call, _directions("first", call, needs), lambda: _run(call, plan()[-1]))
-    gradients, launches = plan()
-    _run(call, launches)
-    return _rounded(call, gradients)
+    return run_vjp((*call.operands, output, lse, grad_output), call.options, needs)
 
 
 def attention_second_vjp(
@@ -98,18 +97,67 @@ def attention_second_vjp(
         Gradients of the primal operands, each of its operand's shape; and of the tangents,
         (R, *shape).
     """
+    operands = (*call.operands, *tangents.operands, output, output_t, lse, mu)
+    return run_second_vjp((*operands, grad_output, grad_output_t), call.options, (*needs, *needs_t))
+
+
+def run_vjp(
+    operands: tuple[Tensor | None, ...], options: tuple[Any, ...], needs: Needs
+) -> Gradients:
+    """:func:`attention_vjp` of operands that are checked once for each layout.
+
+    Args:
+        operands: query, key, value, mask and seed of a :class:`Call`; output, lse, grad_output.
+        options: scale, dropout_p, is_causal and target of a :class:`Call`.
+        needs: which gradients to compute.
+    """
+    *given, grad_output = operands
+    given.append(unit_last_stride(grad_output))
+    found = run(_plan_first, tuple(given), (*options, *needs, autotuning()), tuned())
+    return _rounded(operands, found)
+
+
+def run_second_vjp(
+    operands: tuple[Tensor | None, ...], options: tuple[Any, ...], needs: Needs
+) -> tuple[Gradients, Gradients]:
+    """:func:`attention_second_vjp` of operands that are checked once for each layout.
+
+    Args:
+        operands: query, key, value, mask and seed of a :class:`Call`; the four tangents; output,
+            output_t, lse, mu, grad_output and grad_output_t.
+        options: scale, dropout_p, is_causal and target of a :class:`Call`.
+        needs: which gradients to compute: four of the primal operands, four of the tangents.
+    """
+    *given, grad_output, grad_output_t = operands
+    given += [unit_last_stride(grad_output), unit_last_stride(grad_output_t)]
+    found = run(_plan_second, tuple(given), (*options, *needs, autotuning()), tuned())
+    primal, tangent = found[:4], found[4:]
+    assert grad_output_t is not None
+    if len(grad_output_t) > 1:
+        primal = [None if x is None else _summed(x) for x in primal]
+    return _rounded(operands, primal), _rounded(operands, tangent)
+
+
+def _plan_first(query, key, value, mask, seed, output, lse, grad_output, *options):
+    *options, needs_q, needs_k, needs_v, needs_mask, _ = options
+    call = Call(query, key, value, mask, seed, *options)
+    needs = (needs_q, needs_k, needs_v, needs_mask)
+    plan = functools.partial(plan_vjp, call, output, lse, grad_output, needs)
+    autotune(call, _directions("first", call, needs), lambda: run_launches(plan()[-1]))
+    return plan()
+
+
+def _plan_second(query, key, value, mask, seed, *rest):
+    tangents, results, options = rest[:4], rest[4:10], rest[10:14]
+    needs, needs_t = rest[14:18], rest[18:22]
+    call = Call(query, key, value, mask, seed, *options)
     plan = functools.partial(
-        plan_second_vjp,
-        call, tangents, output, output_t, lse, mu, grad_output, grad_output_t, needs, needs_t,
-    )  # fmt: skip
+        plan_second_vjp, call, Tangents(call, *tangents), *results, needs, needs_t
+    )
     either = [a or b for a, b in zip(needs, needs_t, strict=True)]
-    autotune(call, _directions("second", call, either), lambda: _run(call, plan()[-1]))
+    autotune(call, _directions("second", call, either), lambda: run_launches(plan()[-1]))
     primal, tangent, launches = plan()
-    _run(call, launches)
-    count = len(grad_output_t)
-    if count > 1:
-        primal = Gradients(*(None if x is None else _summed(x) for x in primal))
-    return _rounded(call, primal), _rounded(call, tangent)
+    return (*primal, *tangent), launches
 
 
 def plan_vjp(
@@ -224,6 +272,8 @@ def _launches(
         tiles = triton.cdiv(mask_rows, config.rows) * triton.cdiv(mask_cols, config.cols)
         grid = (tiles * mask_batch * mask_heads, count)
         launches.append(Launch(grad_mask_kernel, grid, common | grads, config))
+    scratch = tuple(x for x in (common["delta"], common["epsilon"]) if x is not None)
+    launches = [replace(launch, scratch=scratch) for launch in launches]
     return [chunk for launch in launches for chunk in in_chunks(launch)]
 
 
@@ -247,14 +297,14 @@ def _empty(
     return Gradients(*buffers, mask)
 
 
-def _rounded(call: Call, gradients: Gradients) -> Gradients:
+def _rounded(operands: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Gradients:
     """The gradients in their operands' dtype; zeros where there is no query to launch for."""
-    operands = (call.query, call.key, call.value, call.mask)
     rounded = (
         None if grad is None or tensor is None else grad.to(tensor.dtype)
-        for grad, tensor in zip(gradients, operands, strict=True)
+        for grad, tensor in zip(gradients, operands, strict=False)
     )
-    if call.query.numel() == 0:
+    query = operands[0]
+    if query is not None and query.numel() == 0:
         return Gradients(*(None if x is None else x.zero_() for x in rounded))
     return Gradients(*rounded)
 
@@ -264,12 +314,6 @@ def _directions(order: str, call: Call, needs: Needs) -> list[str]:
     by_key_value = key_value_directions(order, call, needs[1], needs[2])
     launched = [f"{order} query", *by_key_value, *[f"{order} mask"] * needs[3]]
     return [backward_direction(direction, call) for direction in launched]
-
-
-def _run(call: Call, launches: list[Launch]) -> None:
-    with device_of(call.query):
-        for launch in launches:
-            launch.run()
 
 
 def _dense(tensor: Tensor) -> Tensor:

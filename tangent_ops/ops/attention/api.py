@@ -154,6 +154,8 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
                 "heads: expected equal key and value heads that divide the query heads"
             )
         return
+    if query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        return
     try:
         torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     except RuntimeError as error:

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
@@ -61,19 +62,32 @@ def fused_attention(
         # One seed per batch element gives vmap's randomness "same" and "different" their meaning.
         size = (lead[:-1].numel(),)
         seed = torch.randint(2**63 - 1, size, dtype=torch.int64, device=query.device)
-    apply = ops.attention_jvp if is_compiling() else _Jvp.apply
-    if unpack:
+    if not unpack:  # _Jvp's own rule carries the tangents
+        output = _Jvp.apply(*operands, seed, None, None, None, None, *options)[0]
+    else:
         pairs = [(None, None) if x is None else forward_ad.unpack_dual(x) for x in operands]
-        tangents = [None if t is None else t.unsqueeze(0) for _, t in pairs]
-        primals = [p for p, _ in pairs]
+        primals, tangents = zip(*pairs, strict=True)
         if all(t is None for t in tangents):
             _refuse_hidden_duals()
-        output, output_t, *_ = apply(*primals, seed, *tangents, *options)
+        output, output_t = _value_and_tangent(primals, seed, tangents, options)
         if any(t is not None for t in tangents):
-            output = forward_ad.make_dual(output, output_t.squeeze(0))
-    else:  # _Jvp's own rule carries the tangents
-        output = apply(*operands, seed, None, None, None, None, *options)[0]
+            output = forward_ad.make_dual(output, output_t)
     return output if len(lead) == 2 else output.reshape(*lead, *output.shape[-2:])
+
+
+def _value_and_tangent(primals, seed, tangents, options) -> tuple[Tensor, Tensor]:
+    """Attention and its tangent, each (B, H, N, Dv); the tangent is empty if all are None."""
+    if not is_compiling() and peek_interpreter_stack() is None:
+        output, output_t, *_ = _JvpOfPlain.apply(*primals, seed, *tangents, *options)
+        return output, output_t
+    apply = ops.attention_jvp if is_compiling() else _Jvp.apply
+    output, output_t, *_ = apply(*primals, seed, *map(_one_row, tangents), *options)
+    return output, output_t.squeeze(0)
+
+
+def _one_row(tensor: Optional) -> Optional:
+    """R = 1 in front."""
+    return None if tensor is None else tensor.unsqueeze(0)
 
 
 def _refuse_hidden_duals() -> None:
@@ -100,12 +114,15 @@ def _with_heads(
 
     The mask keeps size 1 where it is broadcast.
     """
-    if enable_gqa:
+    if query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        leads = [query.shape[:-2]] * 3
+        if query.ndim == 4 and mask is None:
+            return leads[0], (query, key, value, None)
+    elif enable_gqa:
         lead = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
         leads = [torch.Size([*lead, x.shape[-3]]) for x in (query, key, value)]
     else:
-        lead = torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))
-        leads = [lead] * 3
+        leads = [torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))] * 3
 
     def four(tensor: Tensor, lead: torch.Size) -> Tensor:
         if tensor.shape[:-2] != lead:
@@ -153,9 +170,8 @@ def _save_jvp(ctx, inputs, output, dual=False):
     ctx.mark_non_differentiable(*constant)
 
 
-def _backward_jvp(ctx, grad, grad_t, vjp, second_vjp):
+def _backward_jvp(ctx, saved, grad, grad_t, vjp, second_vjp):
     """Gradients by operands and tangents, from those of output and tangent."""
-    saved = ctx.saved_tensors
     primals, output, lse = saved[:5], saved[9], saved[11]
     needs, needs_t = ctx.needs_input_grad[:4], ctx.needs_input_grad[5:9]
     if ctx.tangents == 0:
@@ -183,7 +199,8 @@ def _mark_unneeded(ctx, output) -> None:
 
 
 def _backward_jvp_compiled(ctx, grad, grad_t, grad_lse, grad_mu):
-    return _backward_jvp(ctx, grad, grad_t, ops.attention_vjp, ops.attention_second_vjp)
+    vjp, second_vjp = ops.attention_vjp, ops.attention_second_vjp
+    return _backward_jvp(ctx, ctx.saved_tensors, grad, grad_t, vjp, second_vjp)
 
 
 # For compiled code, in which no operand is dual: forward mode over forward mode raises there.
@@ -213,7 +230,7 @@ class _Jvp(torch.autograd.Function):
 
     @staticmethod
     def forward(*args):
-        return ops.attention_jvp(*args)
+        return ops.run_jvp(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -226,7 +243,7 @@ class _Jvp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, grad_t, grad_lse, grad_mu):
-        return _backward_jvp(ctx, grad, grad_t, _Vjp.apply, _SecondVjp.apply)
+        return _differentiated(ctx, ctx.saved_tensors, grad, grad_t)
 
     @staticmethod
     @_in_outer_levels
@@ -250,12 +267,55 @@ class _Jvp(torch.autograd.Function):
         return output_d, tangent_d, None, None
 
 
+class _JvpOfPlain(torch.autograd.Function):
+    """`_Jvp` of one tangent, without R in front, where no operand is dual; outside ``torch.func``.
+
+    It is faster: with a ``setup_context`` PyTorch inspects the signature of ``forward`` at every
+    call, and views of tensors that require gradients are nodes of the graph.
+    """
+
+    @staticmethod
+    def forward(ctx, *args):
+        rows = map(_one_row, args[5:9])
+        output, output_t, lse, mu = ops.run_jvp(*args[:5], *rows, *args[9:])
+        # Not a view: a view from a Function cannot change in place.
+        output_t = torch.ops.aten._unsafe_view(output_t, output_t.shape[1:])
+        results = output, output_t, lse, mu
+        # Operands and results as they are: those of a differentiable backward pass have a graph.
+        _save_jvp(ctx, args, results)
+        return results
+
+    @staticmethod
+    def backward(ctx, grad, grad_t, grad_lse, grad_mu):
+        saved = list(ctx.saved_tensors)
+        saved[5:9] = map(_one_row, saved[5:9])
+        saved[10] = _one_row(saved[10])
+        found = list(_differentiated(ctx, saved, grad, _one_row(grad_t)))
+        found[5:9] = (None if x is None else x.squeeze(0) for x in found[5:9])
+        return tuple(found)
+
+
+def _differentiated(ctx, saved, grad, grad_t):
+    """The backward pass in eager code."""
+    vjp, second_vjp = _Vjp.apply, _SecondVjp.apply
+    if _derivatives_end(grad, grad_t, *saved):
+        vjp, second_vjp = ops.run_vjp, ops.run_second_vjp
+    return _backward_jvp(ctx, saved, grad, grad_t, vjp, second_vjp)
+
+
+def _derivatives_end(*tensors: Optional) -> bool:
+    """Whether a backward pass with these tensors need not be differentiable itself."""
+    if torch.is_grad_enabled() or peek_interpreter_stack() is not None:
+        return False
+    return forward_ad._current_level < 0 or not any(map(_is_dual, tensors))
+
+
 class _Vjp(torch.autograd.Function):
     """attention_vjp."""
 
     @staticmethod
     def forward(*args):
-        return ops.attention_vjp(*args)
+        return ops.run_vjp(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -314,7 +374,7 @@ class _SecondVjp(torch.autograd.Function):
 
     @staticmethod
     def forward(*args):
-        return ops.attention_second_vjp(*args)
+        return ops.run_second_vjp(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -17,13 +17,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+
+_C: Any = torch._C
+_PLAIN = (Tensor, nn.Parameter)
 
 # --- operators -----------------------------------------------------------------------------
 
 
-@torch.library.custom_op("tangent_ops::attention_jvp", mutates_args=())
-def attention_jvp(
+def _launch_jvp(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -40,12 +43,11 @@ def attention_jvp(
     """See :func:`tangent_kernels.attention.attention_jvp`."""
     from tangent_kernels import attention
 
-    call = attention.Call(query, key, value, mask, seed, scale, dropout_p, is_causal)
-    return attention.attention_jvp(call, query_t, key_t, value_t, mask_t)
+    operands = (query, key, value, mask, seed, query_t, key_t, value_t, mask_t)
+    return attention.run_jvp(operands, (scale, dropout_p, is_causal, None))
 
 
-@torch.library.custom_op("tangent_ops::attention_vjp", mutates_args=())
-def attention_vjp(
+def _launch_vjp(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -62,14 +64,13 @@ def attention_vjp(
     """See :func:`tangent_kernels.attention.attention_vjp`; ``needs`` is for q, k, v, mask."""
     from tangent_kernels import attention
 
-    call = attention.Call(query, key, value, mask, seed, scale, dropout_p, is_causal)
-    found = attention.attention_vjp(call, output, lse, grad_output, needs)
+    operands = (query, key, value, mask, seed, output, lse, grad_output)
+    found = attention.run_vjp(operands, (scale, dropout_p, is_causal, None), needs)
     query_grad, key_grad, value_grad, mask_grad = _filled(query, found)
     return query_grad, key_grad, value_grad, mask_grad
 
 
-@torch.library.custom_op("tangent_ops::attention_second_vjp", mutates_args=())
-def attention_second_vjp(
+def _launch_second_vjp(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -96,13 +97,55 @@ def attention_second_vjp(
     """
     from tangent_kernels import attention
 
-    call = attention.Call(query, key, value, mask, seed, scale, dropout_p, is_causal)
-    tangents = attention.Tangents(call, query_t, key_t, value_t, mask_t)
-    primal, tangent = attention.attention_second_vjp(
-        call, tangents, output, output_t, lse, mu, grad_output, grad_output_t, needs[:4], needs[4:]
+    operands = (query, key, value, mask, seed, query_t, key_t, value_t, mask_t)
+    results = (output, output_t, lse, mu, grad_output, grad_output_t)
+    primal, tangent = attention.run_second_vjp(
+        (*operands, *results), (scale, dropout_p, is_causal, None), needs
     )
     q, k, v, b, q_t, k_t, v_t, b_t = _filled(query, (*primal, *tangent))
     return q, k, v, b, q_t, k_t, v_t, b_t
+
+
+def _operator(name: str, launch: Callable[..., Any]) -> Any:
+    return torch.library.custom_op(f"tangent_ops::{name}", launch, mutates_args=())
+
+
+attention_jvp = _operator("attention_jvp", _launch_jvp)
+attention_vjp = _operator("attention_vjp", _launch_vjp)
+attention_second_vjp = _operator("attention_second_vjp", _launch_second_vjp)
+
+
+# --- launches without the operator ---------------------------------------------------------
+
+
+def run_jvp(*args: Any) -> tuple[Tensor, ...]:
+    """``attention_jvp`` of tensors without derivatives."""
+    return (_launch_jvp if _is_unobserved(args) else attention_jvp)(*args)
+
+
+def run_vjp(*args: Any) -> tuple[Tensor, ...]:
+    """``attention_vjp`` of tensors without derivatives."""
+    return (_launch_vjp if _is_unobserved(args) else attention_vjp)(*args)
+
+
+def run_second_vjp(*args: Any) -> tuple[Tensor, ...]:
+    """``attention_second_vjp`` of tensors without derivatives."""
+    return (_launch_second_vjp if _is_unobserved(args) else attention_second_vjp)(*args)
+
+
+def _is_unobserved(args: Sequence[Any]) -> bool:
+    """Whether nothing in PyTorch would see the operator's call: its dispatcher takes 70 µs.
+
+    Modes, traces, transforms, tensor subclasses and profilers see operators, not launches.
+    """
+    return (
+        peek_interpreter_stack() is None
+        and not _C._len_torch_dispatch_stack()
+        and not _C._len_torch_function_stack()
+        and not _C._autograd._profiler_enabled()
+        and _C._get_tracing_state() is None
+        and all(type(x) in _PLAIN or not isinstance(x, Tensor) for x in args)
+    )
 
 
 def _filled(like: Tensor, gradients: Sequence[Tensor | None]) -> list[Tensor]:
