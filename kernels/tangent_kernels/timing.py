@@ -76,7 +76,8 @@ def medians(contenders: Sequence[Captured], rounds: int = 25) -> list[float]:
     """The median seconds of a call of each; they take turns, so that drift affects all equally."""
     times: list[list[float]] = [[] for _ in contenders]
     for _ in range(rounds):
-        contenders[-1].replay()  # while it runs, the host gets ahead of the GPU
+        for one in contenders[-1:]:
+            one.replay()  # while it runs, the host gets ahead of the GPU
         spans = []
         for one in contenders:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
