@@ -41,8 +41,9 @@ RUN = pytest.StashKey[Run]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tangent-ops benchmarks")
-    words = "cases: those that fit into minutes (default), or all"
-    group.addoption("--extent", choices=("default", "full"), default="default", help=words)
+    words = "cases: attention's home shapes, those that fit into minutes (default), or all"
+    extents = ("home", "default", "full")
+    group.addoption("--extent", choices=extents, default="default", help=words)
     words = "how often the providers of a case are timed in turns, so that a slow minute of the "
     words += "machine affects all of them (default: 1)"
     group.addoption("--turns", type=int, default=1, help=words)

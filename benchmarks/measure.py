@@ -127,7 +127,7 @@ class Contender:
             calls = [graph.replay, *[_nothing] * (graph.count - 1)]  # a replay is a whole round
         info = {"case": asdict(case), "provider": name, "error": prepared.errors[name]}
         benchmark.extra_info.update(info, **asdict(prepared.suite.cost(case, self.provider)))
-        if self.turn == 0:
+        if self.turn == 0 and not self.provider.graphed:  # a replay allocates nothing
             benchmark.extra_info.update(self._memory())
         following = itertools.cycle(calls)
         fewest = max(2, math.ceil(5 / self.turns))
