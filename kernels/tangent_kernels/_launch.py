@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 FLOAT32_DOT = "tf32x3"
 
 DEFAULT_ARCH = 90  # the tiles to use in the interpreter on a CPU
+
+MAX_GROUPS = 65_535  # programs along grid axis 1: CUDA's limit; axis 0 takes 2^31 - 1
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,22 @@ class Launch:
 
     def run(self) -> None:
         self.kernel[self.grid](**self.keywords())
+
+
+def in_chunks(launch: Launch) -> list[Launch]:
+    """The launch of one tangent per program along grid axis 1, in parts that CUDA accepts."""
+    tiles, count = launch.grid
+    if count <= MAX_GROUPS:
+        return [launch]
+    first = launch.arguments["first_tangent"]
+    return [
+        replace(
+            launch,
+            grid=(tiles, min(MAX_GROUPS, count - done)),
+            arguments=launch.arguments | {"first_tangent": first + done},
+        )
+        for done in range(0, count, MAX_GROUPS)
+    ]
 
 
 def arch_of(tensor: Tensor) -> int:

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 from made_up import attention_rows, model_rows, result, row, write
-from matplotlib import image
 
 from benchmarks import report
 from benchmarks.case import Case
@@ -131,6 +130,7 @@ def test_nothing_measured(tmp_path) -> None:
 
 
 def test_pictures(tmp_path) -> None:
+    image = pytest.importorskip("matplotlib.image")
     rows = attention_rows([(8, 12, 50, 64), (8, 12, 197, 64)]) + model_rows()
     file = write(tmp_path / "a.json", result(rows))
     report.main([str(file), "--plots", str(tmp_path / "out")])

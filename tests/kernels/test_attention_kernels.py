@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tangent_kernels import _launch
 from tangent_kernels.attention import (
     Call,
     Tangents,
@@ -15,6 +16,7 @@ from tangent_kernels.attention import (
     attention_second_vjp,
     attention_vjp,
     configs,
+    forward,
 )
 
 from tangent_ops.ops.backend import interpreting
@@ -102,6 +104,17 @@ def test_wide_heads_in_two_groups(dims, device) -> None:
     torch.manual_seed(0)
     shapes = (1, 4, 5, dims[0]), (1, 2, 7, dims[0]), dims[1]
     check(*problem(*shapes, make=packed, dtype=torch.float16, device=device))
+
+
+@pytest.mark.parametrize("mask", ["none", "bias of heads"])
+def test_more_tangents_than_one_launch_takes(mask, device, monkeypatch) -> None:
+    """Five, with CUDA's limit lowered to one group of tangents: groups of two, or of one."""
+    for module in (_launch, forward):
+        monkeypatch.setattr(module, "MAX_GROUPS", 1)
+    torch.manual_seed(0)
+    kind: dict[str, Any] = {"dtype": torch.float16, "device": device}
+    bias = make_mask(mask, (1, 2, 5, 7), **kind)
+    check(*problem((1, 2, 5, 16), (1, 2, 7, 16), 16, bias, count=5, **kind))
 
 
 @pytest.mark.parametrize("queries, keys", [(40, 40), (18, 50), (50, 18)])

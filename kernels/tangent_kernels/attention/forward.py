@@ -18,7 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tangent_kernels._launch import Launch, device_of, empty_heads, operand, padded_dim
+from tangent_kernels._launch import (
+    MAX_GROUPS,
+    Launch,
+    device_of,
+    empty_heads,
+    operand,
+    padded_dim,
+)
 from tangent_kernels.attention._call import Call, Tangents
 from tangent_kernels.attention._tiles import (
     LOG2_E,
@@ -317,7 +324,7 @@ def plan_jvp(
     done = 0
     while done < max(count, 1):
         config, group = configure("forward", call, tangents=count - done)
-        groups = (count - done) // group if group else 1
+        groups = min((count - done) // group, MAX_GROUPS) if group else 1
         arguments = call.arguments() | tangents.arguments()
         arguments |= {
             "o": operand(output) if done == 0 else None,

@@ -14,6 +14,7 @@ from tangent_kernels._launch import (
     Launch,
     device_of,
     empty_heads,
+    in_chunks,
     operand,
     padded_dim,
     unit_last_stride,
@@ -212,7 +213,7 @@ def _launches(
         tiles = triton.cdiv(mask_rows, config.rows) * triton.cdiv(mask_cols, config.cols)
         grid = (tiles * mask_batch * mask_heads, count)
         launches.append(Launch(grad_mask_kernel, grid, common | grads, config))
-    return launches
+    return [chunk for launch in launches for chunk in in_chunks(launch)]
 
 
 def _summed(grads: Tensor) -> Tensor:
