@@ -27,7 +27,8 @@ DTYPES = ("bf16", "fp16", "fp32")
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON")
-    parser.add_argument("--jobs", type=int, default=8, help="processes, which share the GPU")
+    words = "processes, which share the GPU (default: 8)"
+    parser.add_argument("--jobs", type=int, default=8, help=words)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:

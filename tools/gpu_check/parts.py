@@ -51,7 +51,10 @@ UNCOMPILED = "(taft-all or finetune) and not compiled and not finetune-1"
 PARTS: dict[str, Sequence[Step]] = {
     "smoke": [
         _module("machine", "tools.gpu_check.machine", 60, "--out={out}/machine.json"),
-        _module("numerics", "tools.gpu_check.numerics", 150, "--out={out}/numerics.json"),
+        _module(
+            "numerics", "tools.gpu_check.numerics", 150, f"--jobs={min(8, CORES)}",
+            "--out={out}/numerics.json",
+        ),
         _attention("attention forward", 130, "forward and not compiled"),
         _attention("attention backward", 110, "backward and not compiled"),
         _attention("attention second order", 110, "second_order and not compiled"),
@@ -79,8 +82,8 @@ PARTS: dict[str, Sequence[Step]] = {
     ],
     "tests": [
         _module(
-            "tests", "pytest", 350, "tests", "-m", "gpu or triton", "-n", "8", "--dist=worksteal",
-            "-q", "-p", "no:cacheprovider", "--durations=20",
+            "tests", "pytest", 350, "tests", "-m", "gpu or triton", f"-n={min(8, CORES)}",
+            "--dist=worksteal", "-q", "-p", "no:cacheprovider", "--durations=20",
         ),
         _sanitizer("memcheck", 90),
         _sanitizer("racecheck", 90),
