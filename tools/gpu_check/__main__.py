@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("parts", nargs="+", choices=PARTS, help="in this order")
     parser.add_argument("--out", type=Path, required=True, help="folder for the archives")
-    parser.add_argument("--minutes", type=float, default=9.0, help="limit of a part (default: 9)")
+    words = "limit of a part, and of its steps in proportion (default: 9)"
+    parser.add_argument("--minutes", type=float, default=9.0, help=words)
     options = parser.parse_args(arguments)
     if options.minutes <= 0:
         parser.error(f"--minutes={options.minutes:g}: expected more than 0")

@@ -19,6 +19,7 @@ from tools.gpu_check import summary
 from tools.gpu_check.step import Outcome, Step
 from tools.machine import ROOT
 
+USUAL = 540.0  # seconds of a part, for which the limits of its steps are given
 GRACE = 20.0  # seconds that a step has to write its results after it is interrupted
 SAVED_EVERY = 20.0  # seconds between archives while a step runs
 LEAST = 5.0  # seconds: a step for which fewer are left is not started
@@ -33,7 +34,8 @@ def run(part: str, steps: Sequence[Step], out: Path, seconds: float) -> int:
         folder = Path(name)
         for step in steps:
             left = seconds - GRACE - (time.monotonic() - start)
-            outcomes.append(_run(step, folder, min(step.seconds, left), archive))
+            limit = step.seconds * seconds / USUAL
+            outcomes.append(_run(step, folder, min(limit, left), archive))
             print(f"  {outcomes[-1].step:<24} {outcomes[-1].state}", flush=True)
             _write(folder / "steps.json", json.dumps([*map(asdict, outcomes)], indent=1))
             _save(folder, archive)

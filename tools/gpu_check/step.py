@@ -12,7 +12,7 @@ class Step:
 
     name: str  # of its log, too
     command: Sequence[str]
-    seconds: float  # its limit
+    seconds: float  # its limit, in a part of nine minutes
     environment: Mapping[str, str] = field(default_factory=dict)  # beside this process'
 
 
