@@ -11,6 +11,7 @@ killed leaves what it had. The exit status is 1 if a step failed or was cut, 2 w
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,4 +60,5 @@ def _without_one_gpu() -> str | None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a running step ends with it
     sys.exit(main())

@@ -50,14 +50,14 @@ UNCOMPILED = "(taft-all or finetune) and not compiled and not finetune-1"
 
 PARTS: dict[str, Sequence[Step]] = {
     "smoke": [
-        _module("machine", "tools.gpu_check.machine", 60, "--out={out}/machine.json"),
+        _module("machine", "tools.gpu_check.machine", 40, "--out={out}/machine.json"),
         _module(
-            "numerics", "tools.gpu_check.numerics", 150, f"--jobs={min(8, CORES)}",
+            "numerics", "tools.gpu_check.numerics", 120, f"--jobs={min(8, CORES)}",
             "--out={out}/numerics.json",
         ),
-        _attention("attention forward", 130, "forward and not compiled"),
-        _attention("attention backward", 110, "backward and not compiled"),
-        _attention("attention second order", 110, "second_order and not compiled"),
+        _attention("attention forward", 110, "forward and not compiled"),
+        _attention("attention backward", 90, "backward and not compiled"),
+        _attention("attention second order", 90, "second_order and not compiled"),
         _suite("layers", "bench_layers.py", 60, "not compiled"),
     ],
     "tune": [
@@ -70,11 +70,11 @@ PARTS: dict[str, Sequence[Step]] = {
         _attention("after", 70, "ours or sdpa", *COPY_IN_PYTEST),
     ],
     "models": [
-        _module("host", "tools.gpu_check.host_time", 40, "--out={out}/host.json"),
-        _models("base", 120, f"vit_base and {UNCOMPILED}"),
-        _models("base compiled", 200, f"vit_base and {COMPILED}", "--turns=1"),
-        _models("small", 60, f"vit_small and {UNCOMPILED}"),
-        _models("small compiled", 120, f"vit_small and {COMPILED}", "--turns=1"),
+        _module("host", "tools.gpu_check.host_time", 30, "--out={out}/host.json"),
+        _models("base", 100, f"vit_base and {UNCOMPILED}"),
+        _models("base compiled", 180, f"vit_base and {COMPILED}", "--turns=1"),
+        _models("small", 50, f"vit_small and {UNCOMPILED}"),
+        _models("small compiled", 100, f"vit_small and {COMPILED}", "--turns=1"),
         _module(
             "profile", "tangent_ops.cli", 60, "profile", "--model", "vit_base_patch16_224",
             "--batch", "64", "--dtype", "bf16", "--mode", "train",
