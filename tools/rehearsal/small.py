@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,6 +32,13 @@ class Names(rehearsal.CudaNames):
         return super().__torch_function__(func, types, args, kwargs)
 
 
+class FirstAlone(tuple):
+    """The tuner goes over the first kernel alone, and knows the others."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self[0]
+
+
 def make_small() -> None:
     """Start the rehearsal in this process, with small shapes and models."""
     rehearsal.start(compiled=False)
@@ -48,7 +56,7 @@ def make_small() -> None:
     bench_attention.HOME = [(2, 2, 20, 64), (1, 2, 30, 128)]
     bench_layers.VIT_BASE = (40, 48, 96)
     bench_layers.LAYERS = {name: bench_layers.LAYERS[name] for name in ("gelu", "linear")}
-    configs.DIRECTIONS, configs.TRIED = configs.DIRECTIONS[:1], 2
+    configs.DIRECTIONS, configs.TRIED = FirstAlone(configs.DIRECTIONS), 3
 
 
 def _no_error(found: Any, exact: Any) -> float:
