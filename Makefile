@@ -1,7 +1,7 @@
 # `make` lists the targets. Each one creates $(VENV) and installs what it needs into it by itself.
 
 PYTHON ?= python3
-VENV ?= .venv
+VENV ?= $(if $(OLDEST),.venv-oldest,.venv)
 ARGS ?=
 OUT ?=
 
@@ -9,15 +9,17 @@ PY = $(VENV)/bin/python
 # This checkout's sources, also when $(VENV) is shared with another one.
 RUN = PYTHONPATH="$(CURDIR):$(CURDIR)/kernels" $(PY)
 PER_CORE = -n auto --dist loadfile --no-loadscope-reorder
+OLDEST_VERSIONS = "torch==2.11.*" "triton==3.6.*"
 installed = $(VENV)/.tangent-ops-$(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo exact-demo private-demo study test lint format bench bench-compiled gpu-bench publish compile-check gpu-check clean
+.PHONY: help demo exact-demo private-demo study test lint format bench bench-compiled gpu-bench publish compile-check rehearse gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  VENV=path    use this environment instead of .venv    PYTHON=path  make .venv with this Python'
+	@echo '  OLDEST=1     the oldest torch and triton that are supported, in .venv-oldest'
 	@echo '  ARGS="..."   passed on to the demo, pytest or the suite'
 	@echo '  OUT=folder   where bench, gpu-bench and gpu-check write their results'
 
@@ -70,6 +72,9 @@ publish: $(call installed,bench) ## docs/benchmarks.md and its pictures, from th
 compile-check: $(call installed,bench) ## every kernel compiled for four GPUs, without one: registers, spills
 	$(RUN) -m tools.kernels.compile_kernels $(ARGS)
 
+rehearse: $(call installed,rehearsal) ## launches as on a GPU, and every test for one, without one; OLDEST=1: oldest torch, triton
+	$(RUN) -m pytest -n auto -m "long or not long" tests/kernels/test_launches.py tests/tools/test_gpu_check.py $(ARGS)
+
 gpu-check: $(call installed,test) ## on a CUDA machine: four parts of 9 minutes (ARGS=smoke: one), an archive each
 	$(RUN) -m tools.gpu_check $(or $(ARGS),smoke tune models tests) --out "$(or $(OUT),out/gpu)"
 
@@ -79,7 +84,7 @@ clean: ## remove caches and build products; keeps .venv, downloads and out/
 
 # --no-compile: Python compiles what it imports; compiling all of torch first takes half a minute.
 $(call installed,%): pyproject.toml | $(VENV)/bin/pip
-	$(PY) -m pip install --no-compile --editable ".[$*]"
+	$(PY) -m pip install --no-compile --editable ".[$*]" $(if $(OLDEST),$(OLDEST_VERSIONS))
 	@touch $@
 
 $(VENV)/bin/pip:

@@ -12,6 +12,8 @@ from tangent_ops.ops.backend import interpreting
 
 # Tiny tensors gain nothing from threads, and lose a lot where cores are shared.
 torch.set_num_threads(1)
+# On a GPU too, float32 is compared with float64; PyTorch's products are in float32 by default.
+torch.backends.cudnn.allow_tf32 = False
 
 
 # These take longest, so they start first where processes share the files (`make test`).

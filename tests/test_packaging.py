@@ -129,7 +129,9 @@ def test_make_lists_its_targets() -> None:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-@pytest.mark.parametrize("target", ["demo", "test", "lint", "bench", "compile-check", "gpu-check"])
+@pytest.mark.parametrize(
+    "target", ["demo", "test", "lint", "bench", "compile-check", "rehearse", "gpu-check"]
+)
 def test_make_creates_the_environment_it_uses(target: str, tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     plan = run("make", "--dry-run", target, f"VENV={environment}", cwd=ROOT)

@@ -39,7 +39,7 @@ def _project(vector, normal, rstd, inside, width, CENTER: tl.constexpr):
     return rstd * (vector - normal * along)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def layer_norm_kernel(
     x,  # (rows, K) and its row stride; the same for x_t, y and y_t
     weight,  # (K,) or None; the same for bias and their tangents
@@ -94,7 +94,7 @@ def layer_norm_kernel(
     store_row(y_t, row, cols, tangent, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def layer_norm_backward_kernel(
     x,  # (rows, K) and its row stride; the same for the next five
     x_t,  # or None

@@ -45,7 +45,7 @@ class ProductConfig:
 CONFIGS = {16: ProductConfig(64, 64, 64, 4, 3), 32: ProductConfig(32, 32, 16, 4, 2)}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def linear_kernel(
     x,  # (rows, K), unit last stride
     x_t,  # likewise, or None

@@ -18,7 +18,7 @@ from tangent_kernels._rows import load_row, row_config, row_operand, store_row
 Optional = Tensor | None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def softmax_kernel(
     x,  # (rows, K), stride; the same for all that follow
     x_t,
@@ -45,7 +45,7 @@ def softmax_kernel(
     store_row(y_t, row, cols, output * (direction - mean), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def softmax_backward_kernel(
     y,  # (rows, K), stride; the same for all that follow
     x_t,  # or None

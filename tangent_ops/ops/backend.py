@@ -25,6 +25,9 @@ Backend = Literal["triton", "reference"]
 
 MAX_WIDTH = 4096  # tangent_kernels._rows.MAX_WIDTH, which cannot be imported without Triton
 
+# Set by tools.rehearsal, which launches kernels with tensors on the CPU and runs none.
+cpu_stands_for_cuda = False
+
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -42,9 +45,10 @@ def choose_backend(backend: Backend | None, tensor: Tensor, reason: str | None) 
     """
     if backend not in (None, "triton", "reference"):
         raise ArgumentError(f"backend={backend!r}: expected None, 'triton' or 'reference'")
-    chosen = backend or ("triton" if tensor.is_cuda and reason is None else "reference")
+    on_cuda = tensor.is_cuda or cpu_stands_for_cuda
+    chosen = backend or ("triton" if on_cuda and reason is None else "reference")
     if chosen == "triton":
-        if reason is None and not tensor.is_cuda and not interpreting():
+        if reason is None and not on_cuda and not interpreting():
             reason = f"tensors are on {tensor.device}, the kernels run on CUDA devices"
         if reason is not None:
             raise UnsupportedError(

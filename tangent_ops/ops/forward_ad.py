@@ -37,6 +37,7 @@ def _multi_head_attention(backend: Backend | None) -> FunctionType:
     """A copy of ``F.multi_head_attention_forward`` that calls this library's operations.
 
     A mode is off while it handles a function, so it does not see the calls inside the function.
+    Nor may the copy ask other modes, as ``torch.set_default_device``: they would run the original.
     """
     original = F.multi_head_attention_forward
     ours = {
@@ -44,6 +45,7 @@ def _multi_head_attention(backend: Backend | None) -> FunctionType:
         "softmax": softmax,
     }
     names = {**vars(F), **{n: functools.partial(f, backend=backend) for n, f in ours.items()}}
+    names["has_torch_function"] = lambda operands: False
     copy = FunctionType(original.__code__, names, original.__name__, original.__defaults__)
     copy.__kwdefaults__ = original.__kwdefaults__
     return copy

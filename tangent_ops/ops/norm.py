@@ -19,6 +19,7 @@ from tangent_ops.ops.dual_op import DualOp, Maps, dual_output
 from tangent_ops.ops.norm_maps import norm_maps
 from tangent_ops.ops.pytorch_rules import may_be_differentiated
 from tangent_ops.ops.reference import layer_norm as reference
+from tangent_ops.ops.reference import rms_norm as rms_reference
 from tangent_ops.ops.reference.layer_norm import layer_norm_jvp, layer_norm_vjp
 from tangent_ops.ops.reference.rms_norm import rms_norm_jvp, rms_norm_vjp
 
@@ -87,7 +88,8 @@ def rms_norm(
 
     If x and w are frozen, no tangent is saved for the backward pass. PyTorch's own function
     computes calls under autocast, with mixed dtypes, over several dimensions on a CPU, and where
-    :mod:`tangent_ops.functional` says so.
+    :mod:`tangent_ops.functional` says so. Plain operations compute calls where derivatives of the
+    tangent by x or w may be needed: on CUDA PyTorch's own backward pass has no forward mode.
 
     Args:
         input: (..., *normalized_shape), plain or dual.
@@ -103,15 +105,20 @@ def rms_norm(
         UnsupportedError: ``backend="triton"`` and the kernels do not compute this call.
     """
     shape = tuple(normalized_shape)
-    found = None
-    if shapes_fit(input, shape, weight) and not is_left_to_pytorch(input, weight):
-        # PyTorch computes 16-bit operands in float32 and uses the eps of float32.
-        wide = torch.promote_types(input.dtype, torch.float32)
-        added = torch.finfo(wide).eps if eps is None else eps
-        why_not = why_not_in_rows(input, math.prod(shape))
-        op = _RMS if len(shape) == 1 else _RMS_OF_SEVERAL
-        found = dual_output(op, (input, weight), (shape, added), backend, why_not)
-    return F.rms_norm(input, list(shape), weight, eps) if found is None else found
+    if not shapes_fit(input, shape, weight) or is_left_to_pytorch(input, weight):
+        return F.rms_norm(input, list(shape), weight, eps)
+    # PyTorch computes 16-bit operands in float32 and uses the eps of float32.
+    wide = torch.promote_types(input.dtype, torch.float32)
+    added = torch.finfo(wide).eps if eps is None else eps
+    why_not = why_not_in_rows(input, math.prod(shape))
+    op = _RMS if len(shape) == 1 else _RMS_OF_SEVERAL
+    found = dual_output(op, (input, weight), (shape, added), backend, why_not)
+    if found is not None:
+        return found
+    by_weight = weight is not None and may_be_differentiated(weight, input)
+    if by_weight or may_be_differentiated(input, weight):
+        return rms_reference.rms_norm(input, shape, weight, added)
+    return F.rms_norm(input, list(shape), weight, eps)
 
 
 def native_layer_norm(
@@ -183,7 +190,7 @@ _LAYER_OF_BIAS_ALONE = DualOp(_layer_function, reference=None, triton=norm_maps(
 
 def _rms_function(primals, options):
     shape, eps = options
-    return F.rms_norm(primals[0], shape, primals[1], eps)
+    return rms_reference.rms_norm(primals[0], shape, primals[1], eps)
 
 
 def _rms_jvp(primals, tangents, options):

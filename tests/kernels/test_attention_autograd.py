@@ -53,22 +53,6 @@ def test_derivatives_of_a_bias(transform, device) -> None:
     agree(answer(attention, *given), answer(oracle.math_attention, *oracle.double(given)))
 
 
-@pytest.fixture
-def launched(monkeypatch):
-    """Shapes of (query, query_t) of every forward launch."""
-    from tangent_kernels import attention as kernels
-
-    calls = []
-    original = kernels.attention_jvp
-
-    def record(call, *tangents):
-        calls.append([None if t is None else t.shape[0] for t in tangents[:1]] + [call.query.shape])
-        return original(call, *tangents)
-
-    monkeypatch.setattr(kernels, "attention_jvp", record)
-    return calls
-
-
 def test_vmap_over_tangents_is_one_launch_of_many(launched, device) -> None:
     q, k, v, q_t, *_ = inputs(device=device)
     stack = torch.stack([q_t, 2 * q_t, -q_t])

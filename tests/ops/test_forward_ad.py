@@ -165,6 +165,8 @@ def test_multi_head_attention_of_torch(fused_calls):
             assert_near(tuple(forward_ad.unpack_dual(dual)), found)
         value = layer(False)(x)
     assert_near(value, found[0])
+    with torch.device("cpu"), fused_forward_ad():  # another mode, around ours
+        assert_near(torch.func.jvp(layer(False), (x,), (x_t,)), found)
 
 
 class Encoder(nn.Module):

@@ -49,6 +49,7 @@ def start(arch: int = 90, compiled: bool = True) -> None:
     Raises:
         RuntimeError: there is a CUDA device, or no C compiler.
     """
+    from tangent_ops.ops import backend
     from tools.rehearsal.count import count_only
     from tools.rehearsal.device import fake_cuda
     from tools.rehearsal.driver import activate
@@ -56,5 +57,6 @@ def start(arch: int = 90, compiled: bool = True) -> None:
     load(arch)
     fake_cuda(arch)  # before the driver, which takes its functions from torch.cuda
     activate()
+    backend.cpu_stands_for_cuda = True  # compiled code asks no Python property
     if not compiled:
         count_only()

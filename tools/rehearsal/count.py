@@ -30,7 +30,8 @@ class Uncompiled(CompiledKernel):
             "profile_scratch_align": 1,
         }
         self.metadata = namedtuple("Metadata", metadata)(**metadata)
-        self.packed_metadata = make_backend(target).pack_metadata(self.metadata)
+        backend: Any = make_backend(target)
+        self.packed_metadata = backend.pack_metadata(self.metadata)
         self.src = source
         self.name = source.fn.__name__
         self.hash = source.hash()

@@ -110,6 +110,11 @@ def fake_cuda(arch: int) -> None:
     torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     torch.cuda.get_rng_state_all = lambda: [torch.get_rng_state()]
     torch.cuda.set_rng_state_all = lambda states: torch.set_rng_state(states[0])
+    torch.accelerator.is_available = lambda: False  # Dynamo would ask for its stream
+    torch.accelerator.synchronize = lambda device=None: None
+    cpu: Any = torch.cpu  # fork_rng asks the device's module
+    cpu.get_rng_state = lambda device=None: torch.get_rng_state()
+    cpu.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     torch._C._cuda_getCurrentRawStream = lambda device: 0
     torch.Generator = Generator  # type: ignore[misc]
     torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]

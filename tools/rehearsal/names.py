@@ -1,4 +1,4 @@
-"""Devices called "cuda" in a program's arguments are the CPU, as long as the mode is on."""
+"""A mode in which "cuda" names the CPU."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ class CudaNames(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
+        if func is torch.device:  # programs ask what its type is
+            return func(*args, **(kwargs or {}))
         options = {name: _on_cpu(value) for name, value in (kwargs or {}).items()}
         return func(*map(_on_cpu, args), **options)
 
@@ -30,4 +32,4 @@ class Generator(torch.Generator):
     """A generator for "cuda" draws on the CPU."""
 
     def __new__(cls, device: Any = "cpu"):
-        return super().__new__(cls, _on_cpu(device))
+        return super().__new__(cls, _on_cpu(device))  # pyright: ignore[reportCallIssue]
