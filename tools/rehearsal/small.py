@@ -23,15 +23,6 @@ def pytest_configure() -> None:
     make_small()
 
 
-class Names(rehearsal.CudaNames):
-    """A device that a program holds stays "cuda": it decides by it what to do."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.device:
-            return func(*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
-
-
 class FirstAlone(tuple):
     """The tuner goes over the first kernel alone, and knows the others."""
 
@@ -42,8 +33,7 @@ class FirstAlone(tuple):
 def make_small() -> None:
     """Start the rehearsal in this process, with small shapes and models."""
     rehearsal.start(compiled=False)
-    Names().__enter__()
-    torch.accelerator.synchronize = lambda device=None: None
+    rehearsal.CudaNames().__enter__()
     memory = itertools.count(0, 1 << 20)
     torch.cuda.memory_allocated = lambda device=None: next(memory)
     torch.Tensor.isfinite = torch.ones_like  # type: ignore[assignment]
