@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from tangent_kernels import timing
 from tangent_kernels.timing import capture, capture_many, medians
 
+from benchmarks.case import Case, Cost, Provider
+from benchmarks.measure import Contender
 from tangent_ops import scaled_dot_product_attention
 
 
@@ -116,6 +119,37 @@ def test_what_fails_outside_the_capture_fails(gpu: MadeUpGpu) -> None:
 
     with pytest.raises(RuntimeError, match="out of resource"):
         capture_many([fails])
+
+
+class Rounds:
+    """pytest-benchmark's fixture, with the clock of a made-up GPU."""
+
+    def __init__(self, gpu: MadeUpGpu) -> None:
+        self.gpu, self.extra_info, self.seconds = gpu, {}, []
+
+    def pedantic(self, call, rounds: int, iterations: int, warmup_rounds: int) -> None:
+        for turn in range(-warmup_rounds, rounds):
+            start = self.gpu.now
+            for _ in range(iterations):
+                call()
+            if turn >= 0:
+                self.seconds.append((self.gpu.now - start) / iterations)
+
+
+@pytest.mark.parametrize("group", ["attention-backward", "train-step"])
+def test_the_suite_times_single_ops_without_the_host(gpu: MadeUpGpu, group: str) -> None:
+    """A round is one replay of a graph, which holds as many calls as the round counts."""
+    case, host = Case(group, "op", (4,), "bf16"), 1e-3
+    prepared: Any = SimpleNamespace(
+        case=case, device=torch.device("cuda"), input_bytes=0, errors={"ours": 0.0},
+        estimates={"ours": host}, suite=SimpleNamespace(cost=lambda case, one: Cost(1.0, 1.0)),
+    )  # fmt: skip
+    rounds, single = Rounds(gpu), group != "train-step"
+    Contender(prepared, Provider("ours", abs), gpu.kernel(7e-5), 3, 1).time(rounds)
+    assert rounds.extra_info.get("called") == (host if single else None)
+    assert len(rounds.seconds) > 30
+    # What is not captured runs when it is called, which moves the clock of this GPU by nothing.
+    assert rounds.seconds == [pytest.approx(7e-5 if single else 0.0)] * len(rounds.seconds)
 
 
 @pytest.mark.gpu
