@@ -21,7 +21,7 @@ help: ## list the targets
 	@echo '  VENV=path    use this environment instead of .venv    PYTHON=path  make .venv with this Python'
 	@echo '  OLDEST=1     the oldest torch and triton that are supported, in .venv-oldest'
 	@echo '  ARGS="..."   passed on to the demo, pytest or the suite'
-	@echo '  OUT=folder   where bench and gpu-bench write their results'
+	@echo '  OUT=folder   where bench, gpu-bench and gpu-check write their results'
 
 demo: $(call installed,demo) ## add up statistics of shards, forget an image and a shard, with a real ViT; a picture in out/
 	$(RUN) examples/demo.py $(ARGS)
@@ -73,10 +73,10 @@ compile-check: $(call installed,bench) ## every kernel compiled for four GPUs, w
 	$(RUN) -m tools.kernels.compile_kernels $(ARGS)
 
 rehearse: $(call installed,rehearsal) ## launches as on a GPU, and every test for one, without one; OLDEST=1: oldest torch, triton
-	$(RUN) -m pytest -n auto -m "long or not long" tests/kernels/test_launches.py $(ARGS)
+	$(RUN) -m pytest -n auto -m "long or not long" tests/kernels/test_launches.py tests/tools/test_gpu_check.py $(ARGS)
 
-gpu-check: $(call installed,test) ## on a CUDA machine: the gpu tests, compute-sanitizer
-	$(RUN) -m tools.kernels.gpu_check
+gpu-check: $(call installed,test) ## on a CUDA machine: four parts of 9 minutes (ARGS=smoke: one), an archive each
+	$(RUN) -m tools.gpu_check $(or $(ARGS),smoke tune models tests) --out "$(or $(OUT),out/gpu)"
 
 clean: ## remove caches and build products; keeps .venv, downloads and out/
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks

@@ -20,11 +20,22 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from tangent_kernels.timing import capture
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from benchmarks import ops
-from benchmarks.case import Call, Case, Cost, Extent, Outputs, Provider, Suite, compiling_is_slow
+from benchmarks.case import (
+    Call,
+    Case,
+    Cost,
+    Extent,
+    Outputs,
+    Provider,
+    Suite,
+    compiling_is_slow,
+    needs_cuda,
+)
 from benchmarks.roofline import forward_cost, model_cost
 from tangent_ops import last_blocks, linearize
 from tangent_ops.model.features import Tail, blocks_of
@@ -161,10 +172,11 @@ class ModelSuite(Suite):
 
     def prepare(self, provider: Provider, case: Case, inputs: Operands) -> Call:
         subject = provider.answer(inputs)
-        if case.group == FORWARD:
-            return torch.no_grad()(lambda: _forward(subject))
-        names = [name for name in _compared(inputs.model) if name in subject.trained]
-        return lambda: _step(subject, inputs.targets, names)
+        call: Call = torch.no_grad()(lambda: _forward(subject))
+        if case.group == STEP:
+            names = [name for name in _compared(inputs.model) if name in subject.trained]
+            call = lambda: _step(subject, inputs.targets, names)  # noqa: E731
+        return _graphed(call) if provider.graphed else call
 
     def bound(self, case: Case) -> float:
         """A few times what ordinary fine-tuning errs: 1.2e-6, 1.3e-3 and 1.6e-2."""
@@ -215,6 +227,17 @@ def _step(subject: Subject, targets: Tensor, names: Sequence[str]) -> Outputs:
     for parameter in subject.trained.values():
         parameter.grad = None
     return found
+
+
+def _graphed(call: Call) -> Call:
+    """The same work as a CUDA graph, which a call replays: without Python and single launches."""
+    captured = capture([call])
+
+    def replay() -> Outputs:
+        captured.replay()
+        return captured.results[0]
+
+    return replay
 
 
 SUITE = ModelSuite()
@@ -279,6 +302,11 @@ SLOW: Any = {"missing": compiling_is_slow}
 SUITE.provider("taft-all-compiled", **SLOW)(partial(taft, compiled=True))
 SUITE.provider("taft-1-compiled", part="last", **SLOW)(partial(taft, blocks=1, compiled=True))
 SUITE.provider("finetune-compiled", **SLOW, **PLAIN)(partial(ordinary, compiled=True))
+GRAPHED: Any = {"missing": needs_cuda, "graphed": True}
+SUITE.provider("taft-all-graph", **GRAPHED)(taft)
+SUITE.provider("finetune-graph", **GRAPHED, **PLAIN)(ordinary)
+SUITE.provider("taft-all-compiled-graph", **GRAPHED)(partial(taft, compiled=True))
+SUITE.provider("finetune-compiled-graph", **GRAPHED, **PLAIN)(partial(ordinary, compiled=True))
 
 
 def test_model_forward(provider, benchmark) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 Outputs = tuple[Tensor, ...]
 Call = Callable[[], Outputs]
-Extent = Literal["default", "full"]
+Extent = Literal["home", "default", "full"]
 Missing = Callable[["Case", torch.device], str | None]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,6 +59,7 @@ class Provider:
     question: str = "tangent"
     part: str = "all"  # of a model; or "last" (block, norm and head), "tail" (on cached tokens)
     missing: Missing = lambda case, device: None  # why it cannot run here, or None
+    graphed: bool = False  # whether its call is the replay of a CUDA graph
 
 
 class Suite:
@@ -97,7 +98,11 @@ class Suite:
     # A subclass defines the rest.
 
     def cases(self, device: torch.device, extent: Extent) -> Sequence[Case]:
-        """The cases that fit the device: those that take some minutes ("default"), or all."""
+        """The cases that fit the device.
+
+        Those that the targets speak of ("home"), those that take some minutes ("default"), or all;
+        a suite that has no home is measured as by default.
+        """
         raise NotImplementedError
 
     def inputs(self, case: Case, device: torch.device, seed: int) -> Any:
@@ -133,6 +138,11 @@ def compiling_is_slow(case: Case, device: torch.device) -> str | None:
     if device.type != "cpu" or os.environ.get(COMPILE_ON_CPU) == "1":
         return None
     return f"on the CPU only with {COMPILE_ON_CPU}=1: compiling takes a minute a case"
+
+
+def needs_cuda(case: Case, device: torch.device) -> str | None:
+    """Why a provider that runs on CUDA only is left out, or None."""
+    return None if device.type == "cuda" else "it runs on CUDA only"
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:

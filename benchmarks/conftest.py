@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import platform
 import subprocess
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ class Run:
     """One run of the benchmarks."""
 
     device: torch.device  # where the suites compute
+    stream: torch.cuda.Stream | None  # on CUDA, where everything runs
     prepared: Prepared | None = None  # the last one
     not_timed: dict[tuple[Case, str], NotTimedError] = field(default_factory=dict)  # by provider
     ceilings: dict[str, float] = field(default_factory=dict)  # measured where they are written
@@ -39,8 +41,9 @@ RUN = pytest.StashKey[Run]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("tangent-ops benchmarks")
-    words = "cases: those that fit into minutes (default), or all"
-    group.addoption("--extent", choices=("default", "full"), default="default", help=words)
+    words = "cases: attention's home shapes, those that fit into minutes (default), or all"
+    extents = ("home", "default", "full")
+    group.addoption("--extent", choices=extents, default="default", help=words)
     words = "how often the providers of a case are timed in turns, so that a slow minute of the "
     words += "machine affects all of them (default: 1)"
     group.addoption("--turns", type=int, default=1, help=words)
@@ -50,7 +53,16 @@ def pytest_configure(config: pytest.Config) -> None:
     if (turns := config.option.turns) <= 0:
         raise pytest.UsageError(f"--turns={turns}: expected more than 0")
     keep_memory()  # before the first model that is not linearized, too
-    config.stash[RUN] = Run(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    cuda = torch.cuda.is_available()
+    stream = torch.cuda.Stream() if cuda else None
+    config.stash[RUN] = Run(torch.device("cuda" if cuda else "cpu"), stream)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A backward pass runs on the stream of its forward pass, and the default is not captured."""
+    with torch.cuda.stream(item.config.stash[RUN].stream):
+        return (yield)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -137,6 +149,7 @@ def environment(device: torch.device) -> dict[str, str]:
         fields = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,persistence_mode"
         found["gpu"] = torch.cuda.get_device_name(device)
         found["cuda"] = str(torch.version.cuda)
+        found["TF32 in convolutions"] = str(torch.backends.cudnn.allow_tf32)
         command = f"nvidia-smi --query-gpu={fields} --format=csv,noheader"
         found["clocks"] = f"{fields}: {subprocess.getoutput(command)}"
     return found

@@ -15,15 +15,23 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from tangent_kernels import timing
+from tangent_kernels.timing import Captured
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from benchmarks.case import Call, Case, Outputs, Provider, Suite, clock_of
 from tangent_ops.profiling.memory import peak_bytes, saved_bytes
 
 SECONDS = 0.3  # for the timed rounds of a provider
-# Below this, Python and launches take most of a call on CUDA: replays of a graph are timed then.
-GRAPH_BELOW = 1e-3  # seconds
-FORWARD = ("attention-forward", "elementwise", "linear", "model-forward")
+# Groups of single ops, whose Python and launches take longer on CUDA than their kernels: replays of
+# a graph are timed.
+SINGLE = (
+    "attention-forward",
+    "attention-backward",
+    "attention-second-order",
+    "elementwise",
+    "linear",
+)
 MOST_OPERANDS = 16
 SHORT = 0.2  # seconds: calls below are warmed up again in every turn
 
@@ -108,23 +116,20 @@ class Contender:
         """Times the call by pytest-benchmark, on operands that take turns."""
         prepared, name = self.prepared, self.provider.name
         case, device, clock = prepared.case, prepared.device, clock_of(prepared.device)
-        # A backward pass runs on the stream of its forward pass, which no capture may touch.
-        forward = case.group in FORWARD and not case.op.endswith("-step")
         calls: list[Callable[[], object]] = [self.call, *self._other_operands()]
         estimate = prepared.estimates.get(name) or _estimate(calls, clock)
         prepared.estimates[name] = estimate
-        if device.type == "cuda" and estimate < GRAPH_BELOW and forward:
-            captured = [replay for call in calls if (replay := cuda_graph(call)) is not None]
-            if len(captured) == len(calls):
-                benchmark.extra_info["called"] = estimate  # with Python and launches
-                calls, estimate = captured, _estimate(captured, clock)
-        info = {"case": asdict(case), "provider": name, "error": prepared.errors[name]}
-        benchmark.extra_info.update(info, **asdict(prepared.suite.cost(case, self.provider)))
-        if self.turn == 0:
-            benchmark.extra_info.update(self._memory())
-        following = itertools.cycle(calls)
         # A timer that waits for the device is read twice a round: rounds of a millisecond hide it.
         iterations = max(1, round(1e-3 / estimate)) if device.type == "cuda" else 1
+        if device.type == "cuda" and case.group in SINGLE and (graph := _graph(calls)):
+            benchmark.extra_info["called"] = estimate  # with Python and launches
+            (estimate,), iterations = timing.medians([graph], rounds=3), graph.count
+            calls = [graph.replay, *[_nothing] * (graph.count - 1)]  # a replay is a whole round
+        info = {"case": asdict(case), "provider": name, "error": prepared.errors[name]}
+        benchmark.extra_info.update(info, **asdict(prepared.suite.cost(case, self.provider)))
+        if self.turn == 0 and not self.provider.graphed:  # a replay allocates nothing
+            benchmark.extra_info.update(self._memory())
+        following = itertools.cycle(calls)
         fewest = max(2, math.ceil(5 / self.turns))
         benchmark.pedantic(
             lambda: _drop(next(following)()),
@@ -188,28 +193,17 @@ def _drop(result: object) -> None:
     """Outputs are freed within the timed call, as they are in a training loop."""
 
 
-def cuda_graph(call: Callable[[], object]) -> Callable[[], object] | None:
-    """Replays of what `call` launches, without its Python; None where it cannot be captured."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # lazy initializations are no part of a graph
-        call()
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+def _nothing() -> None:
+    pass
+
+
+def _graph(calls: Sequence[Callable[[], object]]) -> Captured | None:
+    """A CUDA graph of many calls; None where they cannot be captured, or memory is too small."""
     try:
-        with torch.cuda.graph(graph, stream=stream):
-            kept = call()
+        return timing.capture_many(calls)
     except RuntimeError:
+        torch.cuda.empty_cache()
         return None
-    finally:
-        torch.cuda.synchronize()
-
-    def replay() -> object:
-        graph.replay()
-        return kept  # the graph writes to it
-
-    return replay
 
 
 def free_memory() -> None:

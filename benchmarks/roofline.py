@@ -51,6 +51,9 @@ ROW_OPS = {
     "softmax": (1, 0, 1, 1, 0, (5, 4, 4)),
 }
 
+# Of a copy that fits into no cache, the bytes; of a product, the rows and columns.
+LARGE = {"cuda": (2**30, 8192), "cpu": (2**28, 1536)}
+
 
 def attention_cost(
     kind: str, question: str, shape: tuple[int, ...], itemsize: int, causal: bool = False
@@ -135,12 +138,10 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
     Returns:
         "bytes/s" (read plus written), and "flops/s fp32", "flops/s bf16", on CUDA "flops/s fp16".
     """
-    cuda = device.type == "cuda"
-    size = 2**30 if cuda else 2**28  # bytes, out of any cache
+    size, side = LARGE[device.type]
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
     found = {"bytes/s": 2 * size / _best(partial(torch.Tensor.copy_, target, source))}
-    side = 8192 if cuda else 1536
-    for name in ("fp32", "bf16", "fp16") if cuda else ("fp32", "bf16"):
+    for name in ("fp32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16"):
         one, other, out = (
             torch.randn(side, side, device=device).to(DTYPES[name]) for _ in range(3)
         )

@@ -64,14 +64,19 @@ def _commit_of(file: Path) -> str | None:
     return json.loads(file.read_text(encoding="utf-8"))["tangent_ops"]["environment"]["commit"]
 
 
+def pytest_command(tests: str, result: str, options: Sequence[str]) -> list[str]:
+    """Runs benchmarks and stores their result."""
+    command = [sys.executable, "-m", "pytest", tests, "--benchmark-only", "-q", "-rf"]
+    # pytest-benchmark's own table is 250 columns wide; the report says more in less.
+    command += ["--turns=3", "--benchmark-quiet", f"--benchmark-json={result}"]
+    return [*command, "-W", "ignore:Not saving anything", *options]  # a file without selected tests
+
+
 def _measure(tests: Path, file: Path, options: Sequence[str]) -> int:
     """pytest's exit status; the file is there only if pytest came to its end."""
     partial = file.with_suffix(".partial")
     file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", str(tests), "--benchmark-only", "-q", "-rf"]
-    # pytest-benchmark's own table is 250 columns wide; the report says more in less.
-    command += ["--turns=3", "--benchmark-quiet", f"--benchmark-json={partial}"]
-    command += ["-W", "ignore:Not saving anything", *options]  # a file without selected tests
+    command = pytest_command(str(tests), str(partial), options)
     status = subprocess.run(command, cwd=ROOT).returncode
     if partial.exists() and partial.stat().st_size:
         partial.replace(file)

@@ -227,14 +227,14 @@ def test_autotuning_keeps_the_fastest(monkeypatch) -> None:
     fastest = configs.candidates(key)[3]
     timed: list[Config] = []
 
-    def milliseconds(run) -> float:
+    def seconds(call, run) -> float:
         config = configs.configure("first query", call)[0]
         timed.append(config)
         if len(timed) == 2:
             raise RuntimeError("out of shared memory")
         return 1.0 if config == fastest else 2.0
 
-    monkeypatch.setattr(configs, "_milliseconds", milliseconds)
+    monkeypatch.setattr(configs, "_seconds", seconds)
     monkeypatch.setattr(configs, "_can_time", lambda call: True)
     monkeypatch.setenv("TANGENT_OPS_AUTOTUNE", "1")
     configs.autotune(call, ["first query"], lambda: None)
@@ -250,7 +250,7 @@ def test_autotuning_is_off_unless_it_is_switched_on(wanted, monkeypatch) -> None
     call, tangent = small_call()
     timed: list[str] = []
     monkeypatch.setattr(configs, "_tuned", {})
-    monkeypatch.setattr(configs, "_milliseconds", lambda run: timed.append("") or 1.0)
+    monkeypatch.setattr(configs, "_seconds", lambda call, run: timed.append("") or 1.0)
     monkeypatch.setattr(configs, "_can_time", lambda call: True)
     monkeypatch.setattr(Launch, "run", lambda launch: None)
     monkeypatch.setenv("TANGENT_OPS_AUTOTUNE", wanted)

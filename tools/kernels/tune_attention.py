@@ -1,11 +1,13 @@
 """Choose the tiles of the attention kernels and write `tangent_kernels/attention/configs.json`.
 
     python -m tools.kernels.tune_attention --screen     # compile only; no GPU is needed
-    python -m tools.kernels.tune_attention --out DIR    # on a GPU: also time; 10 minutes
+    python -m tools.kernels.tune_attention --out DIR    # on a GPU: also time; minutes on 16 cores
 
 Each kernel's candidates are compiled for each architecture. Those that spill registers or take more
 shared memory than a block has are dropped, and `configs.cost` ranks the others. With a GPU the
-first few are also timed, on the shapes below, for that GPU's architecture.
+first few, and the present tiles, are also timed, on the shapes below, for that GPU's architecture.
+The table is written after every kernel, so a run that is cut keeps what it has; timings.json,
+beside it, has the times.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import math
 import multiprocessing
 import re
 import statistics
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import astuple, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,9 +28,10 @@ from typing import Any
 
 import torch
 import triton
-from tangent_kernels._launch import Config
+from tangent_kernels._launch import Config, Launch
 from tangent_kernels.attention import configs
 from tangent_kernels.attention.configs import Key
+from tangent_kernels.timing import Captured, capture_many, medians
 from tqdm import tqdm
 from triton.errors import TritonError
 
@@ -42,6 +47,7 @@ SHAPES = {
 }
 SMALLEST = Config(16, 16, 8, 1)  # used where no candidate fits into shared memory
 SURVIVORS = 2  # spill-free candidates that end the search
+TIMED = 4  # candidates of a key that are timed, where there is a GPU
 LIMIT = {16: configs.TRIED, 32: 4}  # bits -> candidates of a key that are compiled at most
 # The variants that take the most registers: heads of 64 must not spill with any of them. Tiles for
 # heads of 128 must not spill with heads of 96, which do not fill them.
@@ -55,18 +61,20 @@ def main() -> None:
     if timed:
         major, minor = torch.cuda.get_device_capability()
         keys = [key for key in keys if key.arch == configs.family(10 * major + minor)]
-    found: dict[Key, list[Config]] = {}
-    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        search = functools.partial(_search, wanted=SURVIVORS if timed else 1)
-        progress = tqdm(pool.imap_unordered(search, keys), total=len(keys), desc="compiling")
-        for key, survivors in progress:
-            found[key] = survivors
-    if timed:
-        found = {key: time_candidates(key, found[key]) for key in tqdm(keys, desc="timing")}
-    chosen = {key: survivors[0] for key, survivors in found.items() if survivors}
     folder = options.out or configs.TABLE.parent
     folder.mkdir(parents=True, exist_ok=True)
-    write_table(folder / configs.TABLE.name, keys, chosen, timed)
+    found: dict[Key, list[Config]] = {}
+    times: dict[str, dict[str, list[float]]] = {}
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        search = functools.partial(_search, wanted=TIMED if timed else 1)
+        for key, survivors in tqdm(pool.imap_unordered(search, keys), "kernels", len(keys)):
+            found[key] = survivors
+            if timed:
+                found[key], times[" ".join(map(str, key))] = _timed(key, survivors)
+                text = json.dumps(times, indent=1)
+                (folder / "timings.json").write_text(text + "\n", encoding="utf-8")
+            chosen = {key: some[0] for key, some in found.items() if some}
+            write_table(folder / configs.TABLE.name, [*found], chosen, timed)
 
 
 def screen(key: Key, wanted: int) -> list[Config]:
@@ -143,27 +151,53 @@ def _search(key: Key, wanted: int) -> tuple[Key, list[Config]]:
     return key, screen(key, wanted)
 
 
-def time_candidates(key: Key, survivors: list[Config], rounds: int = 25) -> list[Config]:
-    """The candidates by geometric mean of their median times over the shapes, fastest first."""
+def _timed(key: Key, survivors: list[Config]) -> tuple[list[Config], dict[str, list[float]]]:
+    """The candidates and the present tiles, fastest first, and the microseconds of each."""
+    present = configs.table().get(key)
+    seconds = time_candidates(key, [*dict.fromkeys([*([present] if present else []), *survivors])])
+    found = {
+        " ".join(map(str, astuple(config))): [round(1e6 * each, 2) for each in times]
+        for config, times in seconds.items()
+    }
+    return [*seconds], found
+
+
+def time_candidates(key: Key, candidates: Iterable[Config]) -> dict[Config, list[float]]:
+    """Median seconds of each on SHAPES, the fastest by geometric mean first.
+
+    Candidates that the GPU refuses are left out.
+    """
     dtype = torch.bfloat16 if key.bits == 16 else torch.float32
-    logs = dict.fromkeys(survivors, 0.0)
+    times: dict[Config, list[float]] = {config: [] for config in candidates}
     for batch, heads, tokens in SHAPES[key.dim]:
         case = Case(key.direction, key.arch, dtype, key.dim)
         case = replace(case, batch=batch, heads=heads, tokens=tokens)
-        launches = {config: launch_of(case, config, "cuda") for config in survivors}
-        times: dict[Config, list[float]] = {config: [] for config in survivors}
-        for turn in range(-3, rounds):  # interleaved, so that drift affects all equally
-            for config, launch in launches.items():
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                launch.run()
-                end.record()
-                end.synchronize()
-                if turn >= 0:
-                    times[config].append(start.elapsed_time(end))
-        for config, each in times.items():
-            logs[config] += math.log(statistics.median(each))
-    return sorted(survivors, key=logs.__getitem__)
+        graphs: dict[Config, Captured] = {}
+        for config in [*times]:
+            try:
+                graphs[config] = capture_many(_calls(case, config))
+            except (TritonError, RuntimeError) as problem:
+                print(f"{case.name}, {config}: {problem}", file=sys.stderr)
+                del times[config]
+        for config, seconds in zip(graphs, medians([*graphs.values()]), strict=True):
+            times[config].append(seconds)
+    order = sorted(times, key=lambda config: statistics.geometric_mean(times[config]))
+    return {config: times[config] for config in order}
+
+
+def _calls(case: Case, config: Config) -> list[Callable[[], object]]:
+    """The launch on as many sets of operands as it takes to leave none in the GPU's L2 cache."""
+    first = launch_of(case, config, "cuda")
+    cache = torch.cuda.get_device_properties().L2_cache_size
+    count = max(1, math.ceil(2 * cache / _bytes(first)))
+    return [first.run, *(launch_of(case, config, "cuda").run for _ in range(1, count))]
+
+
+def _bytes(launch: Launch) -> int:
+    """Of the tensors among a launch's arguments."""
+    arguments = (x if isinstance(x, tuple) else (x,) for x in launch.arguments.values())
+    tensors = (x for some in arguments for x in some if isinstance(x, torch.Tensor))
+    return sum({x.data_ptr(): x.nbytes for x in tensors}.values())
 
 
 def write_table(path: Path, keys: list[Key], chosen: dict[Key, Config], timed: bool) -> None:

@@ -13,13 +13,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import triton
 from triton.errors import TritonError
 
-from tangent_kernels._launch import Config, padded_dim
+from tangent_kernels import timing
+from tangent_kernels._launch import Config, device_of, padded_dim
 from tangent_kernels.attention._call import Call
 
 TABLE = Path(__file__).with_name("configs.json")
@@ -237,7 +237,7 @@ def autotune(call: Call, directions: Iterable[str], run: Callable[[], object]) -
         for config in dict.fromkeys([default, *candidates(key)[:TRIED]]):
             # A candidate may need more resources than the GPU has.
             with using(key, config), contextlib.suppress(TritonError, RuntimeError):
-                times[config] = _milliseconds(run)
+                times[config] = _seconds(call, run)
         _tuned[key] = min(times, key=times.__getitem__, default=default)
 
 
@@ -257,6 +257,8 @@ def _can_time(call: Call) -> bool:
     return call.query.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
-def _milliseconds(run: Callable[[], object]) -> float:
-    median: Any = triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
+def _seconds(call: Call, run: Callable[[], object]) -> float:
+    """Of a run on the call's GPU. Its graph is freed at once: it holds the results of the run."""
+    with device_of(call.query):
+        (median,) = timing.medians([timing.capture_many([run])], rounds=10)
     return median

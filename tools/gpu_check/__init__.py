@@ -1,0 +1,1 @@
+"""What is measured and tested when a GPU is at hand: four commands, each with one archive."""
