@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 
@@ -40,6 +41,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(no_gpu)
         elif "triton" in item.keywords and not interpreting():
             item.add_marker(no_kernels)
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is looked for among the tests' own objects, not all those of the imports."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -209,8 +209,7 @@ def _attend(attention: Any, tokens: Tensor, rows: int) -> Tensor:
 
 def _with_layer(attention: Any, tokens: Tensor, rows: int) -> Tensor:
     """Queries, keys and values by the layer itself, which is no plain one: (B, rows, H, K)."""
-    qkv = attention.qkv(tokens).unflatten(-1, (3, attention.num_heads, -1))
-    query, key, value = qkv.unbind(2)
+    query, key, value = _split(attention.qkv(tokens), 3, attention.num_heads).unbind(2)
     query = attention.q_norm(query[:, :rows])
     return _dot_product_attention(attention, query, attention.k_norm(key), value)
 
@@ -218,10 +217,9 @@ def _with_layer(attention: Any, tokens: Tensor, rows: int) -> Tensor:
 def _with_keys(attention: Any, tokens: Tensor, rows: int) -> Tensor:
     """Queries of the read rows, keys and values of all tokens: (B, rows, H, K)."""
     weight, bias = attention.qkv.weight, attention.qkv.bias
-    heads, inner = attention.num_heads, len(weight) // 3
-    width = inner // heads
+    inner = len(weight) // 3
     pairs = F.linear(tokens, weight[inner:], None if bias is None else bias[inner:])
-    key, value = pairs.unflatten(-1, (2, heads, width)).unbind(2)
+    key, value = _split(pairs, 2, attention.num_heads).unbind(2)
     query = _query(attention, tokens[:, :rows])
     return _dot_product_attention(attention, query, attention.k_norm(key), value)
 
@@ -231,21 +229,24 @@ def _absorbed(attention: Any, tokens: Tensor, rows: int) -> Tensor:
     weight, bias = attention.qkv.weight, attention.qkv.bias
     heads, inner = attention.num_heads, len(weight) // 3
     width = inner // heads
-    key, value = (
-        part.unflatten(0, (heads, width)) for part in weight[inner:].chunk(2)
-    )  # (H, K, D)
+    key, value = (part.view(heads, width, -1) for part in weight[inner:].chunk(2))  # (H, K, D)
     query = _query(attention, tokens[:, :rows]) * attention.scale
     logits = head_linear(query, key.mT).flatten(1, 2) @ tokens.mT  # (B, rows * H, N)
     mixed = attention.attn_drop(logits.softmax(dim=-1)) @ tokens
     shift = None if bias is None else bias[2 * inner :].view(heads, width)
-    return head_linear(mixed.unflatten(1, (rows, heads)), value, shift)
+    return head_linear(mixed.view(len(mixed), rows, heads, -1), value, shift)
 
 
 def _query(attention: Any, read: Tensor) -> Tensor:
     weight, bias = attention.qkv.weight, attention.qkv.bias
     inner = len(weight) // 3
     query = F.linear(read, weight[:inner], None if bias is None else bias[:inner])
-    return attention.q_norm(query.unflatten(-1, (attention.num_heads, -1)))
+    return attention.q_norm(_split(query, attention.num_heads))
+
+
+def _split(tensor: Tensor, *sizes: int) -> Tensor:
+    """The last dimension in these sizes and one more. Dynamo of torch 2.11 lacks `unflatten`."""
+    return tensor.view(*tensor.shape[:-1], *sizes, -1)
 
 
 def _dot_product_attention(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

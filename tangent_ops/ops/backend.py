@@ -118,8 +118,8 @@ def save_for_tangents(ctx: Any, output: Tensor, *saved: Tensor | None) -> None:
 
 def autocast_is_on(device: str) -> bool:
     """Whether autocast is on for this device type; some types ("meta") have no autocast."""
-    # Dynamo of torch 2.11 cannot trace the first question.
-    available = is_compiling() or torch.amp.is_autocast_available(device)
+    # Dynamo of torch 2.11 cannot trace is_autocast_available, and compiles for no such type.
+    available = torch.compiler.is_dynamo_compiling() or torch.amp.is_autocast_available(device)
     return available and torch.is_autocast_enabled(device)
 
 
