@@ -234,7 +234,7 @@ def _absorbed(attention: Any, tokens: Tensor, rows: int) -> Tensor:
     logits = head_linear(query, key.mT).flatten(1, 2) @ tokens.mT  # (B, rows * H, N)
     mixed = attention.attn_drop(logits.softmax(dim=-1)) @ tokens
     shift = None if bias is None else bias[2 * inner :].view(heads, width)
-    return head_linear(mixed.view(len(mixed), rows, heads, -1), value, shift)
+    return head_linear(mixed.view(len(mixed), rows, heads, mixed.shape[-1]), value, shift)
 
 
 def _query(attention: Any, read: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ def _query(attention: Any, read: Tensor) -> Tensor:
 
 def _split(tensor: Tensor, *sizes: int) -> Tensor:
     """The last dimension in these sizes and one more. Dynamo of torch 2.11 lacks `unflatten`."""
-    return tensor.view(*tensor.shape[:-1], *sizes, -1)
+    return tensor.view(*tensor.shape[:-1], *sizes, tensor.shape[-1] // math.prod(sizes))
 
 
 def _dot_product_attention(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

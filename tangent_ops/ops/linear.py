@@ -65,7 +65,9 @@ def head_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     if has_torch_function((input, weight)):
         return handle_torch_function(head_linear, (input, weight), input, weight, bias)
     rows = input.flatten(0, -3)  # (B, H, K)
-    output = (rows.transpose(0, 1) @ weight.mT).transpose(0, 1).unflatten(0, input.shape[:-2])
+    output = (rows.transpose(0, 1) @ weight.mT).transpose(0, 1)
+    # Dynamo of torch 2.11 does not trace `unflatten` here.
+    output = output.view(*input.shape[:-2], *output.shape[1:])
     return output if bias is None else output + bias
 
 

@@ -106,7 +106,10 @@ class TangentAttention(nn.Module):
         Raises:
             ArgumentError: as :func:`tangent_ops.scaled_dot_product_attention`.
         """
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
+        qkv = self.qkv(x)
+        # Dynamo of torch 2.11 does not trace `unflatten` in `fused_forward_ad()`.
+        width = qkv.shape[2] // (3 * self.num_heads)
+        qkv = qkv.view(x.shape[0], x.shape[1], 3, self.num_heads, width)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         out = _attend(
             self.q_norm(query),

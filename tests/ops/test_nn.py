@@ -24,6 +24,7 @@ from timm.models.davit import ChannelAttention
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
+from tangent_ops import fused_forward_ad
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.ops.nn import TangentAttention
 
@@ -328,3 +329,17 @@ def test_a_graph_takes_masks_and_tangents(mask):
 def test_a_model_is_traced_symbolically():
     model = vit().eval()
     assert torch.equal(torch.fx.symbolic_trace(swapped(model))(images()), model(images()))
+
+
+def test_compiles_under_the_mode() -> None:
+    torch._dynamo.reset()
+    original = Attention(DIM, HEADS)
+    x, x_t = torch.randn(2, 2, TOKENS, DIM, generator=generator()).unbind()
+    module = TangentAttention.from_timm(original)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(x: Tensor) -> tuple[Tensor, Tensor]:
+        with fused_forward_ad():
+            return torch.func.jvp(module, (x,), (x_t,))
+
+    assert_near(compiled(x), exact_input_jvp(original, (x,), (x_t,)))
