@@ -25,6 +25,7 @@ from tools.kernels.compile_kernels import (
     row_problems,
     stale_admissions,
 )
+from tools.kernels.known_slow import KNOWN_SERIALIZED, KNOWN_WITHOUT_WGMMA
 from tools.kernels.known_spills import KNOWN_SPILLS
 from tools.kernels.loop_costs import costs_of
 from tools.kernels.resources import Resources, compile_launch, serialization, specialize
@@ -140,6 +141,11 @@ def test_what_is_admitted_and_does_not_happen_is_a_problem(monkeypatch) -> None:
     assert stale_admissions({case: replace(good, serialized="(C7515)")}) == stale[1:]
     assert stale_admissions({case: replace(good, hgmma=0)}) == stale[:1]
     assert stale_admissions({}) == []
+
+
+def test_admitted_kernels_exist() -> None:
+    kinds = {(case.direction, case.key.dim) for case in default_cases([90])}
+    assert kinds >= KNOWN_SERIALIZED | KNOWN_WITHOUT_WGMMA
 
 
 def test_16_bit_kernels_of_the_usual_heads_have_no_known_spills() -> None:

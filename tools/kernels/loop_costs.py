@@ -48,9 +48,9 @@ KINDS = {
 # without " masked".
 PRODUCTS = {
     "forward": 6, "forward x1": 6, "forward x2": 10, "forward x4": 18,
-    "first query": 3, "first key": 3, "first value": 2, "first key value": 4, "first mask": 2,
-    "second query": 9, "second key": 9, "second value": 6, "second key value": 12,
-    "second mask": 6,
+    "first query": 3, "first key value": 4, "first mask": 2,
+    "second query": 9, "second key value": 12, "second mask": 6,
+    "primal query": 8, "primal key value": 10, "primal mask": 6,
 }  # fmt: skip
 KIND = {name: kind for kind, names in KINDS.items() for name in names.split()}
 # Of the ALU's rate; IMAD and FADD, FFMA, FMUL run elsewhere, and U... on a unit of their own.
