@@ -91,9 +91,7 @@ def _accumulate(
     if mask is not None and not BOOLEAN:
         scores *= unit
         unit = 1.0
-    scores = plus_mask(
-        scores, values, rows[:, None], cols[None, :], keys, BOOLEAN, CAUSAL, EDGE
-    )
+    scores = plus_mask(scores, values, rows[:, None], cols[None, :], keys, BOOLEAN, CAUSAL, EDGE)
     new_max = tl.maximum(row_max, tl.max(scores, 1) * unit)
     origin = new_max
     if mask is not None:  # a row masked so far: -inf - -inf would be NaN
@@ -254,14 +252,14 @@ def attention_jvp_kernel(
     for first in range(0, whole, COLS):
         acc, acc_t, row_max, row_sum, means = _accumulate(
             first, q_tile, q_ts, acc, acc_t, row_max, row_sum, means,
-            k_rows, v_rows, k_ts, v_ts, mask_part, mask_ts, dropout, first_row, queries, keys, scale,
-            TANGENTS, BOOLEAN, False, DIM, DIM_PAD, DV, DV_PAD, ROWS, COLS, False, PRECISION,
+            k_rows, v_rows, k_ts, v_ts, mask_part, mask_ts, dropout, first_row, queries, keys,
+            scale, TANGENTS, BOOLEAN, False, DIM, DIM_PAD, DV, DV_PAD, ROWS, COLS, False, PRECISION,
         )  # fmt: skip
     for first in tl.range(whole, stop, COLS, num_stages=1):
         acc, acc_t, row_max, row_sum, means = _accumulate(
             first, q_tile, q_ts, acc, acc_t, row_max, row_sum, means,
-            k_rows, v_rows, k_ts, v_ts, mask_part, mask_ts, dropout, first_row, queries, keys, scale,
-            TANGENTS, BOOLEAN, CAUSAL, DIM, DIM_PAD, DV, DV_PAD, ROWS, COLS, True, PRECISION,
+            k_rows, v_rows, k_ts, v_ts, mask_part, mask_ts, dropout, first_row, queries, keys,
+            scale, TANGENTS, BOOLEAN, CAUSAL, DIM, DIM_PAD, DV, DV_PAD, ROWS, COLS, True, PRECISION,
         )  # fmt: skip
 
     total = row_sum
