@@ -85,8 +85,8 @@ def _accumulate(
     k_tile = load_rows(k, first, keys, COLS, DIM, DIM_PAD, EDGE)
     v_tile = load_rows(v, first, keys, COLS, DV, DV_PAD, EDGE)
     scores = dot(q, k_tile.T, None, PRECISION)
-    # In the exponents, the largest product of a row times the scale is one number for the row. A
-    # scale of 0 is nearly 0: masked scores are -inf.
+    # The products are scaled in the exponents alone, and only the largest one of each row apart. A
+    # scale of 0 becomes nearly 0, because -inf * 0 is NaN.
     unit = tl.maximum(scale * LOG2_E, 1e-30)
     if mask is not None and not BOOLEAN:
         scores *= unit
@@ -255,6 +255,7 @@ def attention_jvp_kernel(
             k_rows, v_rows, k_ts, v_ts, mask_part, mask_ts, dropout, first_row, queries, keys,
             scale, TANGENTS, BOOLEAN, False, DIM, DIM_PAD, DV, DV_PAD, ROWS, COLS, False, PRECISION,
         )  # fmt: skip
+    # Not pipelined: behind another pipelined loop ptxas would serialize wgmma (C7515).
     for first in tl.range(whole, stop, COLS, num_stages=1):
         acc, acc_t, row_max, row_sum, means = _accumulate(
             first, q_tile, q_ts, acc, acc_t, row_max, row_sum, means,
