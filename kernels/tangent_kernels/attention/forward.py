@@ -92,7 +92,7 @@ def _accumulate(
         scores *= unit
         unit = 1.0
     scores = plus_mask(scores, values, rows[:, None], cols[None, :], keys, BOOLEAN, CAUSAL, EDGE)
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * unit)
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * unit)  # pyright: ignore[reportOperatorIssue]
     origin = new_max
     if mask is not None:  # a row masked so far: -inf - -inf would be NaN
         origin = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -124,7 +124,7 @@ def _accumulate(
                 scores_t = dot(q, k_t_tile.T, scores_t, PRECISION)
             scores_t *= scale
             if mask_t is not None:
-                scores_t += values_t[r].to(tl.float32)
+                scores_t += tl.cast(values_t[r], tl.float32)
             weights_t = p * (scores_t - mean[:, None])
             step = tl.sum(weights_t, 1) * inverse
             mean = mean + step
