@@ -46,12 +46,20 @@ def outlying_first_key(q, k, v, q_t, k_t, v_t):
     return q, k, v, q_t, k_t, v_t
 
 
+def outlying_last_key(q, k, v, q_t, k_t, v_t):
+    """A key that most rows attend to alone comes when the running sums are complete but for it."""
+    k, k_t = k.clone(), k_t.clone()
+    k[..., -1, :] *= 10
+    k_t[..., -1, :] *= 100
+    return q, k, v, q_t, k_t, v_t
+
+
 CASES = [unit, peaked, large_tangents, peaked_with_large_tangents, offset_keys]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keys", [130, 1030 if interpreting() else 4096])
-@pytest.mark.parametrize("case", [*CASES, outlying_first_key])
+@pytest.mark.parametrize("case", [*CASES, outlying_first_key, outlying_last_key])
 def test_value_and_tangent(case, keys, dtype, device) -> None:
     operands = [x.to(dtype) for x in case(*draw(keys, device))]
     primals, tangents = operands[:3], operands[3:]
@@ -72,6 +80,32 @@ def test_gradients(case, dtype, device) -> None:
     tangents = [*(t[None] for t in operands[3:]), None]
     call = make_call(*operands[:3])
     check(call, tangents, grad.to(device, dtype), grad_t.to(device, dtype)[None])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("masked", ["by none", "causal", "boolean", "additive"])
+def test_a_scale_that_is_not_positive(masked, scale, dtype, device) -> None:
+    """The kernel multiplies the largest score of a row by the scale, not every score."""
+    operands = [x.to(dtype) for x in draw(70, device)]
+    primals, tangents = operands[:3], operands[3:]
+    mask = None
+    if masked == "boolean":
+        mask = torch.ones(1, 1, 64, 70, dtype=torch.bool, device=device).tril(3)
+    elif masked == "additive":
+        bias = torch.randn(1, 1, 64, 70, generator=torch.Generator().manual_seed(1))
+        bias[..., :20, 5:] = -torch.inf
+        mask = bias.to(device, dtype)
+    call = make_call(*primals, mask, scale, masked == "causal")
+    with oracle.poison():
+        output, output_t, *_ = attention_jvp(call, *(t[None] for t in tangents))
+    options = {"scale": scale, "is_causal": masked == "causal"}
+    wide = mask if mask is None or masked == "boolean" else mask.double()
+    exact = oracle.attention_jvp(
+        oracle.double(primals), oracle.double(tangents), attn_mask=wide, **options
+    )
+    eager = oracle.attention_jvp(primals, tangents, attn_mask=mask, **options)
+    oracle.assert_as_good_as((output, output_t[0]), exact, eager)
 
 
 def draw(keys: int, device: str) -> list[torch.Tensor]:

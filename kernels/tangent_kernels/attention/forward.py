@@ -101,16 +101,14 @@ def _accumulate(
     k_tile = load_rows(k, first, keys, COLS, DIM, DIM_PAD, EDGE)
     v_tile = load_rows(v, first, keys, COLS, DV, DV_PAD, EDGE)
     scores = dot(q, k_tile.T, None, PRECISION)
-    # In the exponents, the largest product of a row times the scale is one number for the row. A
-    # scale of 0 is nearly 0: masked scores are -inf.
+    # The products are scaled in the exponents alone, and only the largest one of each row apart. A
+    # scale of 0 becomes nearly 0, because -inf * 0 is NaN.
     unit = tl.maximum(scale * LOG2_E, 1e-30)
     if mask is not None and not BOOLEAN:
         scores *= unit
         unit = 1.0
-    scores = plus_mask(
-        scores, values, rows[:, None], cols[None, :], keys, BOOLEAN, CAUSAL, EDGE
-    )
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * unit)
+    scores = plus_mask(scores, values, rows[:, None], cols[None, :], keys, BOOLEAN, CAUSAL, EDGE)
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * unit)  # pyright: ignore[reportOperatorIssue]
     origin = new_max
     if mask is not None:  # a row masked so far: -inf - -inf would be NaN
         origin = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -142,7 +140,7 @@ def _accumulate(
                 scores_t = dot(q, k_t_tile.T, scores_t, PRECISION)
             scores_t *= scale
             if mask_t is not None:
-                scores_t += values_t[r].to(tl.float32)
+                scores_t += tl.cast(values_t[r], tl.float32)
             weights_t = p * (scores_t - mean[:, None])
             step = tl.sum(weights_t, 1) * inverse
             mean = mean + step
@@ -270,14 +268,15 @@ def attention_jvp_kernel(
     for first in range(0, whole, COLS):
         acc, acc_t, row_max, row_sum, means = _accumulate(
             first, q_tile, q_ts, acc, acc_t, row_max, row_sum, means,
-            k_rows, v_rows, k_ts, v_ts, mask_part, mask_ts, dropout, first_row, queries, keys, scale,
-            TANGENTS, BOOLEAN, False, DIM, DIM_PAD, DV, DV_PAD, ROWS, COLS, False, PRECISION,
+            k_rows, v_rows, k_ts, v_ts, mask_part, mask_ts, dropout, first_row, queries, keys,
+            scale, TANGENTS, BOOLEAN, False, DIM, DIM_PAD, DV, DV_PAD, ROWS, COLS, False, PRECISION,
         )  # fmt: skip
+    # Not pipelined: behind another pipelined loop ptxas would serialize wgmma (C7515).
     for first in tl.range(whole, stop, COLS, num_stages=1):
         acc, acc_t, row_max, row_sum, means = _accumulate(
             first, q_tile, q_ts, acc, acc_t, row_max, row_sum, means,
-            k_rows, v_rows, k_ts, v_ts, mask_part, mask_ts, dropout, first_row, queries, keys, scale,
-            TANGENTS, BOOLEAN, CAUSAL, DIM, DIM_PAD, DV, DV_PAD, ROWS, COLS, True, PRECISION,
+            k_rows, v_rows, k_ts, v_ts, mask_part, mask_ts, dropout, first_row, queries, keys,
+            scale, TANGENTS, BOOLEAN, CAUSAL, DIM, DIM_PAD, DV, DV_PAD, ROWS, COLS, True, PRECISION,
         )  # fmt: skip
 
     total = row_sum
