@@ -67,7 +67,7 @@ gpu-bench: $(call installed,bench) ## on a CUDA machine: the benchmarks, file by
 publish: $(call installed,bench) ## docs/benchmarks.md and its pictures, from the stored results
 	$(RUN) -m benchmarks.report --docs
 
-compile-check: $(call installed,bench) ## every kernel compiled for four GPUs, without one: registers, spills
+compile-check: $(call installed,bench) ## every kernel compiled for four GPUs, without one: registers, spills, serialized wgmma
 	$(RUN) -m tools.kernels.compile_kernels $(ARGS)
 
 gpu-check: $(call installed,test) ## on a CUDA machine: the gpu tests, compute-sanitizer

@@ -1,9 +1,11 @@
 """Compile every kernel for every supported GPU; attention with its tiles of `configs.json`.
 
-    python -m tools.kernels.compile_kernels [--arch 90] [--jobs 2]
+    python -m tools.kernels.compile_kernels [--arch 90] [--jobs 2] [--out FILE]
 
-No GPU is needed. Exit status 1: a kernel spills more registers than `known_spills.py` admits, an
-admitted spill does not happen, or a block takes more shared or tensor memory than the GPU has.
+No GPU is needed. Exit status 1: a kernel spills more registers than `known_spills.py` admits, a
+block takes more shared or tensor memory than the GPU has, a 16-bit kernel for heads of up to 128
+has no wgmma on sm_90 or a serialized one that `known_slow.py` does not admit, or something is
+admitted that does not happen.
 """
 
 from __future__ import annotations
@@ -14,16 +16,17 @@ import itertools
 import multiprocessing
 import sys
 from collections.abc import Iterable
-from dataclasses import astuple
+from pathlib import Path
 
 import torch
 import triton
 from rich.console import Console
-from rich.table import Table
 from tangent_kernels.attention.configs import DIMS, DIRECTIONS, table
 from tqdm import tqdm
 
+from tools.kernels.known_slow import KNOWN_SERIALIZED, KNOWN_WITHOUT_WGMMA
 from tools.kernels.known_spills import KNOWN_EXCESS, KNOWN_SPILLS, OTHER_TRITON, TRITON
+from tools.kernels.report import record, table_of, write
 from tools.kernels.resources import SHARED_LIMITS, Resources, resources
 from tools.kernels.row_samples import WIDTHS, launches
 from tools.kernels.samples import Case, launch_of, variants_of
@@ -33,14 +36,17 @@ PADDED = (8, 72, 80, 96)  # head dimensions that no tile fits exactly, on sm_90
 
 def main() -> int:
     options = _parse()
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 220)
     cases = default_cases(options.arch)
     others = row_cases(options.arch)
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         attention = tqdm(pool.imap(measure, cases), "attention", len(cases))
         found = dict(zip(cases, attention, strict=True))
         rows = list(tqdm(pool.imap(row_problems, others), "rows", len(others)))
-    console.print(_report(found))
+    records = [record(case, one) for case, one in found.items()]
+    console.print(table_of(records))
+    if options.out:
+        write(options.out, records)
     problems = [problem for case in cases for problem in problems_of(case, found[case])]
     problems += [*stale_admissions(found), *itertools.chain(*rows)]
     for problem in problems:
@@ -72,7 +78,7 @@ def row_cases(archs: Iterable[int]) -> list[tuple[int, int, torch.dtype]]:
 
 
 def row_problems(case: tuple[int, int, torch.dtype]) -> list[str]:
-    """Spills and excess of the norm, activation, softmax and linear kernels; none is admitted."""
+    """Problems of the norm, activation, softmax and linear kernels; none is admitted."""
     arch, width, dtype = case
     problems = []
     for name, launch in launches(width, dtype).items():
@@ -82,6 +88,8 @@ def row_problems(case: tuple[int, int, torch.dtype]) -> list[str]:
             problems.append(f"{where}: spills {found.spilled} bytes")
         if found.excess(arch):
             problems.append(f"{where}: {found.excess(arch)}")
+        if found.serialized and dtype.itemsize == 2:
+            problems.append(f"{where}: {found.serialized}")
     return problems
 
 
@@ -101,7 +109,18 @@ def problems_of(case: Case, found: Resources) -> list[str]:
         problems.append(f"{case.name}: {excess}")
     if found.matrix == 0:
         problems.append(f"{case.name}: compiled to no matrix instruction")
+    if _has_wgmma(case):
+        kind = case.direction, case.key.dim
+        if found.serialized and kind not in KNOWN_SERIALIZED:
+            problems.append(f"{case.name}: {found.serialized}")
+        if found.matrix and not found.hgmma and kind not in KNOWN_WITHOUT_WGMMA:
+            problems.append(f"{case.name}: compiled without wgmma")
     return problems
+
+
+def _has_wgmma(case: Case) -> bool:
+    """Whether the kernel should use sm_90's own matrix instructions, one after another."""
+    return case.arch == 90 and case.key.bits == 16 and case.key.dim <= 128
 
 
 def admitted_spill(case: Case) -> int:
@@ -115,9 +134,35 @@ def _kind(case: Case) -> tuple[str, int, int]:
 
 
 def stale_admissions(found: dict[Case, Resources]) -> list[str]:
-    """Admitted spills and excess of these cases that do not happen, with Triton TRITON."""
+    """What is admitted of these cases and does not happen, with Triton TRITON."""
     if not triton.__version__.startswith(TRITON):
         return []
+    return [*_stale_spills(found), *_stale_slow(found)]
+
+
+def _stale_slow(found: dict[Case, Resources]) -> list[str]:
+    """Kernels of `known_slow.py` all of whose cases are here, and none of them is slow."""
+    cases: dict[tuple[str, int], list[Case]] = {}
+    for case in filter(_has_wgmma, default_cases([90])):
+        cases.setdefault((case.direction, case.key.dim), []).append(case)
+    whole = {
+        kind: [found[case] for case in all_]
+        for kind, all_ in cases.items()
+        if found.keys() >= set(all_)
+    }
+    stale = [
+        f"known_slow.py: {direction}, {dim} is not serialized"
+        for direction, dim in sorted(KNOWN_SERIALIZED & whole.keys())
+        if not any(one.serialized for one in whole[direction, dim])
+    ]
+    return stale + [
+        f"known_slow.py: {direction}, {dim} has wgmma"
+        for direction, dim in sorted(KNOWN_WITHOUT_WGMMA & whole.keys())
+        if all(one.hgmma for one in whole[direction, dim])
+    ]
+
+
+def _stale_spills(found: dict[Case, Resources]) -> list[str]:
     spilled: dict[tuple[str, int, int, int], int] = {}
     for case, one in found.items():
         kind = (*_kind(case), case.arch)
@@ -135,26 +180,12 @@ def stale_admissions(found: dict[Case, Resources]) -> list[str]:
     ]
 
 
-def _report(found: dict[Case, Resources]) -> Table:
-    report = Table(title=f"Attention kernels, compiled by Triton {triton.__version__}")
-    for name in ("kernel", "rows cols warps stages"):
-        report.add_column(name)
-    counted = ("registers", "spilled", "shared KiB", "tensor", "HMMA", "HGMMA", "UTCMMA", "blocks")
-    for name in counted:
-        report.add_column(name, justify="right")
-    for case, one in found.items():
-        shared = f"{one.shared / 1024:.1f}"
-        counts = (one.registers, one.spilled, shared, one.tensor, one.hmma, one.hgmma, one.utcmma)
-        tiles = " ".join(map(str, astuple(table()[case.key])))
-        report.add_row(case.name, tiles, *map(str, counts), str(one.blocks(case.arch)))
-    return report
-
-
 def _parse() -> argparse.Namespace:
     archs = tuple(SHARED_LIMITS)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=archs, default=archs)
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    parser.add_argument("--out", type=Path, help="JSON file for all that is known of each kernel")
     return parser.parse_args()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import subprocess
 import tempfile
@@ -11,9 +13,12 @@ from typing import Any
 
 import triton
 from tangent_kernels._launch import Launch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
+
+from tools.kernels.sass import Instruction, main_loop, parse
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 KIB = 1024
@@ -34,6 +39,9 @@ class Resources:
     hmma: int  # mma.sync, of every architecture
     hgmma: int  # wgmma, of sm_90
     utcmma: int  # tcgen05.mma, of sm_100
+    serialized: str = ""  # ptxas's reason to wait for each wgmma before the next; "" if it does not
+    loop: tuple[Instruction, ...] = ()  # one iteration of the main loop, see sass.main_loop
+    config: Any = None  # the launch's
 
     def blocks(self, arch: int) -> int:
         """Blocks that fit on one multiprocessor, by registers and shared memory."""
@@ -89,6 +97,7 @@ def resources(launch: Launch, arch: int) -> Resources:
         sass = _cuobjdump("-sass", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
+    hgmma = len(re.findall(r"\bHGMMA\.", sass))
     return Resources(
         registers=int(found[1]),
         spilled=int(found[2]),
@@ -96,9 +105,28 @@ def resources(launch: Launch, arch: int) -> Resources:
         tensor=getattr(compiled.metadata, "tmem_size", 0) or 0,
         warps=launch.config.num_warps,
         hmma=len(re.findall(r"\bHMMA\.", sass)),
-        hgmma=len(re.findall(r"\bHGMMA\.", sass)),
+        hgmma=hgmma,
         utcmma=len(re.findall(r"\bUTC\w*MMA", sass)),
+        serialized=serialization(compiled) if hgmma else "",
+        loop=tuple(main_loop(parse(sass))),
+        config=launch.config,
     )
+
+
+def serialization(compiled: Any) -> str:
+    """The warning (C75..) with which ptxas serializes a kernel's wgmma instructions; "" if none.
+
+    ptxas runs again: Triton discards what it prints, and does not run it for a kernel in its cache.
+    """
+    target = compiled.metadata.target
+    backend: Any = make_backend(target)
+    options = backend.parse_options(compiled.metadata._asdict())
+    printed = io.StringIO()
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(printed):
+        knobs.nvidia.dump_ptxas_log = True
+        backend.make_cubin(compiled.asm["ptx"], {}, options, target.arch)
+    found = re.search(r"\(C75\d\d\)[^\n]*", printed.getvalue())
+    return found[0] if found else ""
 
 
 def _cuobjdump(flag: str, cubin: Path) -> str:
