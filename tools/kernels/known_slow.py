@@ -5,15 +5,8 @@ All are 16-bit kernels for heads of up to 128, by direction and head dimension o
 
 # ptxas makes each wgmma wait for the one before: see resources.serialization.
 KNOWN_SERIALIZED: set[tuple[str, int]] = {
-    ("first query", 64),
-    ("second query", 64),
-    ("first query", 128),
 }
 
 # Tiles of fewer than the 64 rows that wgmma takes: they use mma.sync.
 KNOWN_WITHOUT_WGMMA: set[tuple[str, int]] = {
-    ("second key value", 64),
-    ("second query", 128),
-    ("second key value", 128),
-    ("second mask", 128),
 }

@@ -17,8 +17,6 @@ from torch import Tensor
 KERNELS = {
     "query": "grad_query_kernel",
     "key value": "grad_key_value_kernel",
-    "key": "grad_key_value_kernel",
-    "value": "grad_key_value_kernel",
     "mask": "grad_mask_kernel",
 }
 TANGENTS = {"x1": 1, "x2": 2, "x4": 4, "masked": 1}
@@ -29,18 +27,20 @@ def variants_of(key: Key) -> tuple[str, ...]:
     direction = key.direction
     if direction in ("forward x2", "forward x4"):
         return ("causal", "grouped")
-    if direction == "forward x1" or direction.endswith(" mask"):
-        return ("causal", "dropout", "grouped")
-    if _masked(direction):
+    if direction == "forward masked":
         return ("boolean", "causal", "dropout", "grouped")
+    if direction == "forward x1" or _of_mask(direction):
+        return ("causal", "dropout", "grouped")
+    if direction.endswith(" masked"):
+        return ("boolean", "causal", "dropout")
     if key._replace(direction=f"{direction} masked") in table():
-        return ("causal", "grouped")
+        return ("grouped",)
     return ("boolean", "additive", "causal", "dropout", "grouped")
 
 
-def _masked(direction: str) -> bool:
-    """Whether a plain call has an additive mask, with a tangent."""
-    return direction.endswith(("mask", "masked"))
+def _of_mask(direction: str) -> bool:
+    """Whether every call of this direction's kernel has an additive mask, with a tangent."""
+    return direction == "forward masked" or direction.endswith(" mask")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ class Case:
         """The entry of `configs.json` that has its tiles."""
         bits = 8 * self.dtype.itemsize
         return Key(self.direction, family(self.arch, bits), bits, class_of(self.dim))
+
+    @property
+    def plainly_masked(self) -> bool:
+        """Whether the plain call of tiles for masked ones: it has an additive mask."""
+        return self.variant == "plain" and self.direction.endswith(" masked")
 
     @property
     def name(self) -> str:
@@ -90,8 +95,8 @@ def _plan(case: Case, device: str) -> list[Launch]:
     order, _, rest = case.direction.partition(" ")
     count = TANGENTS.get(rest, 1)
     call, mask_t = _call(case, count, device)
-    kernel = kernel_of(case.direction)
-    needs = (kernel == "query", "key" in kernel, "value" in kernel, kernel == "mask")
+    by_mask = kernel_of(case.direction) == "mask"
+    needs = (not by_mask, not by_mask, not by_mask, by_mask)
     if order == "first":
         output, lse, _ = _results(call, 1)
         return plan_vjp(call, output[0], lse, torch.empty_like(output), needs)[-1]
@@ -102,8 +107,9 @@ def _plan(case: Case, device: str) -> list[Launch]:
         return plan_jvp(call, query_t, key_t, value_t, mask_t)[-1]
     tangents = Tangents(call, query_t, key_t, value_t, mask_t)
     output, lse, mu = _results(call, 1)
+    needs_t = (False,) * 4 if order == "primal" else needs
     return plan_second_vjp(
-        call, tangents, output[0], output, lse, mu, output[0], output, needs, needs
+        call, tangents, output[0], output, lse, mu, output[0], output, needs, needs_t
     )[-1]
 
 
@@ -117,7 +123,7 @@ def _call(case: Case, tangents: int, device: str) -> tuple[Call, Tensor | None]:
     mask = mask_t = seed = None
     if case.variant == "boolean":
         mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device)
-    elif case.variant == "additive" or _masked(case.direction):
+    elif case.variant == "additive" or _of_mask(case.direction) or case.plainly_masked:
         mask = torch.randn(1, heads, tokens, tokens, device=device).to(case.dtype)
         mask_t = torch.randn(tangents, *mask.shape, device=device).to(case.dtype)
     if case.variant == "dropout":

@@ -76,8 +76,8 @@ def adjoints(
 ):
     """grad_S_t, and grad_S less the term of B (without SECOND it has no meaning).
 
-        grad_S_t = P∘(A - δ)        A = H Vᵀ
-        grad_S = P∘B + P∘((A - δ)∘(S_t - μ) - ε)        B = G Vᵀ + H V_tᵀ
+    grad_S_t = P∘(A - δ)        A = H Vᵀ
+    grad_S = P∘B + P∘((A - δ)∘(S_t - μ) - ε)        B = G Vᵀ + H V_tᵀ
     """
     if dropout is not None:
         grad_p *= keep
@@ -85,8 +85,8 @@ def adjoints(
     grad_s_t = p * centred_p
     grad_s = grad_s_t
     if SECOND:
+        grad_s = -epsilon
         if mu is not None:
-            grad_s = p * (centred_p * centred - epsilon)
-        else:
-            grad_s = -p * epsilon
+            grad_s = centred_p * centred - epsilon
+        grad_s *= p
     return grad_s_t, grad_s

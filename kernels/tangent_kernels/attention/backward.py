@@ -9,7 +9,8 @@ With cotangents G of O and H of O_t (see kernels/README.md):
     grad_V_t = Pᵀ H                       grad_V = Pᵀ G + P_tᵀ H
 
 The left column is the ordinary flash backward of O with cotangent H, because O_t is linear in the
-tangents. "First order" means the left column alone, for any output and its cotangent.
+tangents. "First order" means the left column alone, for any output and its cotangent; "primal"
+means the right column alone.
 """
 
 from __future__ import annotations

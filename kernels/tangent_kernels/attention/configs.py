@@ -27,18 +27,18 @@ ARCHS = (80, 90, 100)
 DIMS = (64, 128, 256)
 DIRECTIONS = (
     "forward x1", "forward x2", "forward x4", "forward masked",
-    "first query", "first query masked", "first key value", "first key value masked",
-    "first mask",
+    "first query", "first key value", "first mask",
     "second query", "second query masked", "second key value", "second key value masked",
-    "second key", "second key masked", "second value", "second value masked", "second mask",
+    "second mask",
+    "primal query", "primal key value", "primal mask",
 )  # fmt: skip
 
-# Directions that the table may lack: several tangents at once; other tiles for backward calls with
-# a mask or dropout; the gradients by key and by value in two launches instead of one.
+# The table may lack "forward x2" and "x4" (several tangents in a program), and "... masked" (other
+# tiles for a mask, dropout or causality). Where it has "primal ..." it lacks "second ...": too few
+# registers hold all sums, and the gradients of the tangents are those of first order.
 OPTIONAL = (
-    "forward x2", "forward x4", "first query masked", "first key value masked",
-    "second query masked", "second key value masked",
-    "second key", "second key masked", "second value", "second value masked",
+    "forward x2", "forward x4", "second query masked", "second key value masked",
+    "primal query", "primal key value", "primal mask",
 )  # fmt: skip
 
 TRIED = 12  # candidates per key that autotune compiles
@@ -74,8 +74,8 @@ def configure(direction: str, call: Call, tangents: int = 0) -> tuple[Config, in
 
     "forward" becomes "forward x4", "x2" or "x1", the most tangents that fit into registers. With a
     mask or dropout a program computes one tangent, and with a mask the tiles are smaller. With
-    dropout they have half the keys, because Philox takes many registers. A backward kernel has
-    smaller tiles with either, where the table has them ("... masked").
+    dropout they have half the keys, because Philox takes many registers. A backward kernel may have
+    other tiles for such calls ("... masked").
     """
     if direction != "forward":
         return _lookup(key_of(backward_direction(direction, call), call)), 0
@@ -92,18 +92,16 @@ def configure(direction: str, call: Call, tangents: int = 0) -> tuple[Config, in
 
 
 def backward_direction(direction: str, call: Call) -> str:
-    """The direction, or the one for calls with a mask or dropout where the table has it."""
+    """The direction, or "... masked" where the call has fewer scores and the table other tiles."""
     masked = f"{direction} masked"
-    if call.mask is None and call.seed is None:
+    if call.mask is None and call.seed is None and not call.is_causal:
         return direction
     return masked if _has(key_of(masked, call)) else direction
 
 
-def key_value_directions(order: str, call: Call, by_key: bool, by_value: bool) -> list[str]:
-    """The launches for gradients by key or value: two, where the table has tiles for each."""
-    if any(_has(key_of(f"{order} {one}", call)) for one in ("key", "value")):
-        return [f"{order} key"] * by_key + [f"{order} value"] * by_value
-    return [f"{order} key value"] * (by_key or by_value)
+def apart(call: Call) -> bool:
+    """Whether the second order is launched as "first" for the tangents and "primal"."""
+    return _has(key_of("primal query", call))
 
 
 def key_of(direction: str, call: Call) -> Key:
@@ -157,7 +155,7 @@ def candidates(key: Key) -> list[Config]:
     """Configurations worth compiling, the most promising first; see :func:`cost`."""
     found = {}
     for rows, cols, warps in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8)):
-        owned, walked = (cols, rows) if _by_key(key.direction) else (rows, cols)
+        owned, walked = (cols, rows) if kernel_of(key.direction) == "key value" else (rows, cols)
         registers = _least_registers(key, owned, walked, warps)
         limit, least = (176, 4 * warps) if key.bits == 16 else (40, 2 * warps)
         several = key.direction in ("forward x2", "forward x4")
@@ -184,7 +182,7 @@ def cost(key: Key, config: Config, blocks: float, wide: bool) -> float:
         wide: whether the kernel uses the matrix instructions of sm_90 or sm_100.
     """
     owned, walked = config.rows, config.cols
-    if _by_key(key.direction):
+    if kernel_of(key.direction) == "key value":
         owned, walked = walked, owned
     if key.direction.endswith(" mask"):  # loads both
         owned = walked = min(owned, walked)
@@ -194,13 +192,8 @@ def cost(key: Key, config: Config, blocks: float, wide: bool) -> float:
 
 
 def kernel_of(direction: str) -> str:
-    """What a backward direction's gradients are by: "query", "key value", "key", ..."""
+    """What a backward direction's gradients are by: "query", "key value" or "mask"."""
     return direction.partition(" ")[2].removesuffix(" masked")
-
-
-def _by_key(direction: str) -> bool:
-    """Whether a program owns keys and walks over queries."""
-    return kernel_of(direction) in ("key value", "key", "value")
 
 
 def _least_registers(key: Key, owned: int, walked: int, warps: int) -> float:
@@ -209,10 +202,9 @@ def _least_registers(key: Key, owned: int, walked: int, warps: int) -> float:
     if order == "forward":
         sums, scores = 1 + {"x2": 2, "x4": 4}.get(rest, 1), 3
     else:
-        factor = 1 if order == "first" else 2
-        kernel = kernel_of(key.direction)
-        sums = {"key value": 2 * factor, "mask": 1}.get(kernel, factor)
-        scores = factor if kernel == "value" else 1 + factor
+        sums = {"query": 1, "key value": 2, "mask": 1}[kernel_of(key.direction)]
+        sums *= 2 if order == "second" else 1
+        scores = 2 if order == "first" else 3
     return (sums * owned * key.dim + scores * owned * walked) / (32 * warps)
 
 

@@ -23,12 +23,11 @@ from tangent_kernels._plan import run, run_launches
 from tangent_kernels.attention._call import Call, Tangents, check_rows
 from tangent_kernels.attention.backward import grad_query_kernel
 from tangent_kernels.attention.configs import (
+    apart,
     autotune,
     autotuning,
     backward_direction,
     configure,
-    kernel_of,
-    key_value_directions,
     tuned,
 )
 from tangent_kernels.attention.key_value import grad_key_value_kernel
@@ -154,8 +153,8 @@ def _plan_second(query, key, value, mask, seed, *rest):
     plan = functools.partial(
         plan_second_vjp, call, Tangents(call, *tangents), *results, needs, needs_t
     )
-    either = [a or b for a, b in zip(needs, needs_t, strict=True)]
-    autotune(call, _directions("second", call, either), lambda: run_launches(plan()[-1]))
+    directions = _second_directions(call, needs, needs_t)
+    autotune(call, directions, lambda: run_launches(plan()[-1]))
     primal, tangent, launches = plan()
     return (*primal, *tangent), launches
 
@@ -167,19 +166,8 @@ def plan_vjp(
     check_rows("grad_output", grad_output, "output", output)
     count = len(grad_output)
     gradients = _empty(call, (count,), needs)
-    grad_output = _dense(grad_output)
-    rows = {"o": operand(_dense(output)), "o_t": None}
-    common = Tangents(call, None, None, None, None).arguments() | {
-        "lse": lse.contiguous(),
-        "mu": None,
-        "g": None,
-        "h": operand(grad_output),
-        "delta": lse.new_empty(count, *lse.shape),
-        "epsilon": None,
-        "first_tangent": 0,
-        "SECOND": False,
-    }
-    return gradients, _launches(call, "first", count, rows, common, NONE, gradients)
+    delta = lse.new_empty(count, *lse.shape)
+    return gradients, _first_order(call, output, lse, grad_output, delta, gradients)
 
 
 def plan_second_vjp(
@@ -202,24 +190,50 @@ def plan_second_vjp(
         _empty(call, (count,), needs, call.statistics) if count > 1 else _empty(call, (), needs)
     )
     tangent = _empty(call, (count,), needs_t)
+    order, by_tangents = "second", tangent
+    launches = []
+    delta = lse.new_empty(count, *lse.shape)
+    if apart(call):
+        order, by_tangents = "primal", NONE
+        if any(needs_t):
+            launches = _first_order(call, output, lse, grad_output_t, delta, tangent)
+        if not any(needs):
+            return primal, tangent, launches
     rows = {"o": operand(_dense(output)), "o_t": operand(_dense(output_t))}
     common = tangents.arguments() | {
         "lse": lse.contiguous(),
         "mu": mu.contiguous() if tangents.move_scores else None,
         "h": operand(_dense(grad_output_t)),
-        "delta": lse.new_empty(count, *lse.shape),
+        "delta": delta,
         "epsilon": lse.new_empty(count, *lse.shape),
         "SECOND": True,
     }
     g = None if grad_output is None else operand(_dense(grad_output))
+    alone = count if g is None else 1  # g belongs to the first tangent alone
     first = common | {"g": g, "first_tangent": 0}
-    rest = common | {"g": None, "first_tangent": 1}
-    if g is None:  # one launch for all tangents
-        return primal, tangent, _launches(call, "second", count, rows, first, primal, tangent)
-    launches = _launches(call, "second", 1, rows, first, primal, tangent)
-    if count > 1:
-        launches += _launches(call, "second", count - 1, rows, rest, primal, tangent)
+    launches += _launches(call, order, alone, rows, first, primal, by_tangents)
+    if count > alone:
+        rest = common | {"g": None, "first_tangent": alone}
+        launches += _launches(call, order, count - alone, rows, rest, primal, by_tangents)
     return primal, tangent, launches
+
+
+def _first_order(
+    call: Call, output: Tensor, lse: Tensor, grad_output: Tensor, delta: Tensor, into: Gradients
+) -> list[Launch]:
+    """The launches for gradients of R outputs, or of R tangents by the tangents."""
+    rows = {"o": operand(_dense(output)), "o_t": None}
+    common = Tangents(call, None, None, None, None).arguments() | {
+        "lse": lse.contiguous(),
+        "mu": None,
+        "g": None,
+        "h": operand(_dense(grad_output)),
+        "delta": delta,
+        "epsilon": None,
+        "first_tangent": 0,
+        "SECOND": False,
+    }
+    return _launches(call, "first", len(grad_output), rows, common, NONE, into)
 
 
 def _launches(
@@ -242,21 +256,17 @@ def _launches(
     grads = {"grad_q": operand(primal.query), "grad_q_t": operand(tangent.query)}
     grid = (triton.cdiv(queries, config.rows) * batch * heads, count)
     launches = [Launch(grad_query_kernel, grid, common | rows | grads, config)]
-    by_key = primal.key is not None or tangent.key is not None
-    by_value = primal.value is not None or tangent.value is not None
-    grouped = {"GROUPED": heads > call.key.shape[1]}
-    for direction in key_value_directions(order, call, by_key, by_value):
-        kernel = kernel_of(direction)
-        own_key, own_value = "key" in kernel, "value" in kernel
-        grads = {
-            "grad_k": operand(primal.key) if own_key else None,
-            "grad_k_t": operand(tangent.key) if own_key else None,
-            "grad_v": operand(primal.value) if own_value else None,
-            "grad_v_t": operand(tangent.value) if own_value else None,
-        }
-        config, _ = configure(direction, call)
+    grads = {
+        "grad_k": operand(primal.key),
+        "grad_k_t": operand(tangent.key),
+        "grad_v": operand(primal.value),
+        "grad_v_t": operand(tangent.value),
+        "GROUPED": heads > call.key.shape[1],
+    }
+    if any(grads[name] is not None for name in ("grad_k", "grad_k_t", "grad_v", "grad_v_t")):
+        config, _ = configure(f"{order} key value", call)
         grid = (triton.cdiv(keys, config.cols) * batch * call.key.shape[1], count)
-        launches.append(Launch(grad_key_value_kernel, grid, common | grads | grouped, config))
+        launches.append(Launch(grad_key_value_kernel, grid, common | grads, config))
     if primal.mask is not None or tangent.mask is not None:
         assert call.mask is not None
         config, _ = configure(f"{order} mask", call)
@@ -311,9 +321,17 @@ def _rounded(operands: Sequence[Tensor | None], gradients: Sequence[Tensor | Non
 
 def _directions(order: str, call: Call, needs: Needs) -> list[str]:
     """The directions whose tiles :func:`_launches` uses."""
-    by_key_value = key_value_directions(order, call, needs[1], needs[2])
-    launched = [f"{order} query", *by_key_value, *[f"{order} mask"] * needs[3]]
-    return [backward_direction(direction, call) for direction in launched]
+    launched = {"query": True, "key value": needs[1] or needs[2], "mask": needs[3]}
+    directions = (f"{order} {kernel}" for kernel, one in launched.items() if one)
+    return [backward_direction(direction, call) for direction in directions]
+
+
+def _second_directions(call: Call, needs: Needs, needs_t: Needs) -> list[str]:
+    if not apart(call):
+        either = [a or b for a, b in zip(needs, needs_t, strict=True)]
+        return _directions("second", call, either)
+    first = _directions("first", call, needs_t) if any(needs_t) else []
+    return first + (_directions("primal", call, needs) if any(needs) else [])
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -166,24 +166,25 @@ def grad_mask_kernel(
                 q_t_rows = at(q_t, r, b, head)
                 q_t_tile = load_rows(q_t_rows, first_row, queries, ROWS, DIM, DIM_PAD, True)
                 scores_t = dot(q_t_tile, k_tile.T, scores_t, PRECISION)
-        h_tile = load_rows(at(h, r, b, head), first_row, queries, ROWS, DV, DV_PAD, True)
-        v_tile = load_rows(at(v, 0, b, key_head), first_col, keys, COLS, DV, DV_PAD, True)
-        grad_p = dot(h_tile, v_tile.T, None, PRECISION)
         if SECOND:
             mask_t_part = mask_at(mask_t, mask_t_strides, r, b, head)
-            epsilon_base = epsilon + tangent_base
-            row_epsilon = load_numbers(epsilon_base, first_row, queries, 0.0, ROWS, True)
-            epsilon_tile = row_epsilon[:, None]
             if mu is not None:
                 row_mu = load_numbers(mu + tangent_base, first_row, queries, 0.0, ROWS, True)
                 mu_tile = row_mu[:, None]
         lse2 = load_numbers(lse + row_base, first_row, queries, 0.0, ROWS, True) * LOG2_E
-        delta_tile = load_numbers(delta + tangent_base, first_row, queries, 0.0, ROWS, True)
         # The mask itself is -inf outside, so only the diagonal of a causal mask is checked.
         p, p_kept, _, centred, keep = weights(
             scores, scores_t, lse2[:, None], mu_tile, mask_part, mask_t_part, dropout,
             rows[:, None], cols[None, :], queries, keys, scale, CAUSAL, SECOND, BOOLEAN, CAUSAL,
         )  # fmt: skip
+        h_tile = load_rows(at(h, r, b, head), first_row, queries, ROWS, DV, DV_PAD, True)
+        v_tile = load_rows(at(v, 0, b, key_head), first_col, keys, COLS, DV, DV_PAD, True)
+        grad_p = dot(h_tile, v_tile.T, None, PRECISION)
+        delta_tile = load_numbers(delta + tangent_base, first_row, queries, 0.0, ROWS, True)
+        if SECOND:
+            epsilon_base = epsilon + tangent_base
+            row_epsilon = load_numbers(epsilon_base, first_row, queries, 0.0, ROWS, True)
+            epsilon_tile = row_epsilon[:, None]
         grad_s_t, grad_s = adjoints(
             p, centred, keep, mu, dropout, grad_p, delta_tile[:, None], epsilon_tile, SECOND
         )
