@@ -169,16 +169,25 @@ def compare(call: Call) -> bool:
 # --- checks --------------------------------------------------------------------------------
 
 
+def compare_many(make: Callable[..., Call], kinds: int, rounds: int) -> None:
+    """Calls of so many kinds, each in several layouts, of which some were there before."""
+    calls = [
+        make(random.Random(kind), random.Random(kind + layout % 5))
+        for layout in range(rounds)
+        for kind in range(kinds)
+    ]
+    replayed = sum(not compare(call) for call in calls)
+    assert replayed > len(calls) // 8, replayed
+
+
 @check
 def random_calls_of_attention_launch_what_planning_launches() -> None:
-    replayed = sum(not compare(attention_call(random.Random(i % 150))) for i in range(300))
-    assert replayed > 60, replayed
+    compare_many(attention_call, 40, 8)
 
 
 @check
 def random_calls_of_rows_launch_what_planning_launches() -> None:
-    replayed = sum(not compare(row_call(random.Random(i % 250))) for i in range(500))
-    assert replayed > 150, replayed
+    compare_many(row_call, 60, 8)
 
 
 @check

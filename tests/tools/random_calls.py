@@ -26,9 +26,9 @@ class Call:
         return f"{self.name} {layouts}"
 
 
-def tensor(draw: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def tensor(layout: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor in one of few layouts, so that calls meet the plans of others."""
-    kind = draw.choice(["dense"] * 4 + ["offset", "aligned offset", "padded", "one row"])
+    kind = layout.choice(["dense"] * 4 + ["offset", "aligned offset", "padded", "one row"])
     if kind == "one row":
         return torch.ones(shape[-1], dtype=dtype).expand(shape)
     last = shape[-1] + (8 if kind == "padded" else 0)
@@ -37,65 +37,69 @@ def tensor(draw: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> T
     return memory[offset:].view(*shape[:-1], last)[..., : shape[-1]]
 
 
-def present(draw: random.Random, *shape: int, dtype: torch.dtype) -> Tensor | None:
-    return tensor(draw, shape, dtype) if draw.random() < 0.7 else None
+def present(
+    draw: random.Random, layout: random.Random, *shape: int, dtype: torch.dtype
+) -> Tensor | None:
+    return tensor(layout, shape, dtype) if draw.random() < 0.7 else None
 
 
-def attention_call(draw: random.Random) -> Call:
+def attention_call(draw: random.Random, layout: random.Random) -> Call:
+    """``draw`` chooses everything but the tensors' layouts."""
     from tangent_kernels.attention import run_jvp, run_second_vjp, run_vjp
 
     dtype = draw.choice([torch.bfloat16, torch.float16, torch.float32])
     batch, heads, rows, dim = draw.choice([1, 2]), draw.choice([1, 2]), draw.choice([1, 16, 24]), 8
     count = draw.choice([1, 2, 7])
     shape = (batch, heads, rows, dim)
-    q, k, v = (tensor(draw, shape, dtype) for _ in range(3))
+    q, k, v = (tensor(layout, shape, dtype) for _ in range(3))
     mask = mask_t = seed = None
     if draw.random() < 0.4:
         sizes = (draw.choice([1, batch]), draw.choice([1, heads]), rows, draw.choice([1, rows]))
-        mask = tensor(draw, sizes, draw.choice([torch.bool, dtype, torch.float32]))
+        mask = tensor(layout, sizes, draw.choice([torch.bool, dtype, torch.float32]))
         if mask.is_floating_point():
-            mask_t = present(draw, count, *sizes, dtype=mask.dtype)
+            mask_t = present(draw, layout, count, *sizes, dtype=mask.dtype)
     if draw.random() < 0.3:
         seed = torch.ones(batch, dtype=torch.int64)
-    tangents = [present(draw, count, *shape, dtype=dtype) for _ in range(3)]
+    tangents = [present(draw, layout, count, *shape, dtype=dtype) for _ in range(3)]
     causal = mask is None and draw.random() < 0.3
     options = (draw.choice([0.5, 1.0]), 0.0 if seed is None else 0.25, causal, None)
     operands = [q, k, v, mask, seed, *tangents, mask_t]
     if draw.random() < 0.4:
         return Call("jvp", lambda: run_jvp(tuple(operands), options), operands)
-    output, lse = tensor(draw, shape, dtype), torch.ones(shape[:3])
+    output, lse = tensor(layout, shape, dtype), torch.ones(shape[:3])
     needs = (*(draw.random() < 0.7 for _ in range(3)), mask_t is not None)
     if draw.random() < 0.5:
-        operands = [*operands[:5], output, lse, tensor(draw, (count, *shape), dtype)]
+        operands = [*operands[:5], output, lse, tensor(layout, (count, *shape), dtype)]
         return Call("vjp", lambda: run_vjp(tuple(operands), options, needs), operands)
     moved = any(x is not None for x in (*tangents[:2], mask_t))
     if all(x is None for x in (*tangents, mask_t)):
-        return attention_call(draw)
+        return attention_call(draw, layout)
     mu = torch.ones(count if moved else 0, *shape[:3])
-    operands += [output, tensor(draw, (count, *shape), dtype), lse, mu]
-    operands += [present(draw, *shape, dtype=dtype), tensor(draw, (count, *shape), dtype)]
+    operands += [output, tensor(layout, (count, *shape), dtype), lse, mu]
+    operands += [present(draw, layout, *shape, dtype=dtype), tensor(layout, (count, *shape), dtype)]
     both = (*needs, *(x is not None and draw.random() < 0.7 for x in (*tangents, mask_t)))
     return Call("second", lambda: run_second_vjp(tuple(operands), options, both), operands)
 
 
-def row_call(draw: random.Random) -> Call:
+def row_call(draw: random.Random, layout: random.Random) -> Call:
+    """``draw`` chooses everything but the tensors' layouts."""
     from tangent_kernels import activation, layer_norm, linear, softmax
 
     dtype = draw.choice([torch.bfloat16, torch.float32])
     shape, width = (draw.choice([1, 3]), draw.choice([1, 16, 24])), 32
 
     def rows() -> Tensor:
-        return tensor(draw, (*shape, width), dtype)
+        return tensor(layout, (*shape, width), dtype)
 
     def line(size: int = width) -> Tensor | None:
-        found = present(draw, size, dtype=dtype)
+        found = present(draw, layout, size, dtype=dtype)
         return found if found is None else found.contiguous()
 
     needs = [draw.random() < 0.7 for _ in range(5)]
     kind = draw.choice(
         ["layer", "layer back", "gelu", "gelu back", "softmax", "soft back", "linear"]
     )
-    x, x_t, g = rows(), rows(), present(draw, *shape, width, dtype=dtype)
+    x, x_t, g = rows(), rows(), present(draw, layout, *shape, width, dtype=dtype)
     h = rows()
     statistics = [torch.ones(*shape, 1), torch.ones(*shape, 1)]
     if kind == "layer":
@@ -130,7 +134,7 @@ def row_call(draw: random.Random) -> Call:
         return Call(
             kind, lambda: softmax.softmax_second_vjp(x, x_t, (g, h), wanted), [x, x_t, g, h]
         )
-    weight, weight_t = (tensor(draw, (16, width), dtype) for _ in range(2))
+    weight, weight_t = (tensor(layout, (16, width), dtype) for _ in range(2))
     operands = [x, weight, line(16), draw.choice([x_t, None]), weight_t, line(16)]
     return Call(kind, lambda: linear.linear_jvp(*operands), operands)
 
