@@ -14,8 +14,8 @@ Three maps describe it (p: query, key, value, mask; t: R tangents of p):
 :mod:`tangent_ops.ops.attention.third_order` has the rest: forward mode over forward mode by p, and
 derivatives of second_vjp.
 
-Eager code uses three ``autograd.Function``, because forward mode over forward mode silently drops
-an operator's registered formula. Code under ``torch.compile`` uses the registered formulas, because
+Eager code uses an ``autograd.Function`` for each, because forward mode over forward mode silently
+drops an operator's registered formula; a fourth, of jvp in plain dual levels, is faster. Code under ``torch.compile`` uses the registered formulas, because
 Dynamo does not support a Function with a ``jvp``.
 """
 
