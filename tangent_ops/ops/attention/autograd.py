@@ -15,8 +15,9 @@ Three maps describe it (p: query, key, value, mask; t: R tangents of p):
 derivatives of second_vjp.
 
 Eager code uses an ``autograd.Function`` for each, because forward mode over forward mode silently
-drops an operator's registered formula; a fourth, of jvp in plain dual levels, is faster. Code under ``torch.compile`` uses the registered formulas, because
-Dynamo does not support a Function with a ``jvp``.
+drops an operator's registered formula; a fourth, of jvp in plain dual levels, is faster. Code under
+``torch.compile`` uses the registered formulas, because Dynamo does not support a Function with a
+``jvp``.
 """
 
 from __future__ import annotations
