@@ -109,7 +109,7 @@ class _Plan(NamedTuple):
         addresses = _addresses((*operands, *results, *scratch))
         if addresses is None:
             return None
-        if driver.active.get_current_device() != self.index:
+        if _current_device() != self.index:
             with torch.cuda.device(self.index):
                 self._launch(addresses)
         else:
@@ -117,7 +117,8 @@ class _Plan(NamedTuple):
         return results
 
     def _launch(self, addresses: list[int]) -> None:
-        stream = driver.active.get_current_stream(self.index)
+        active: Any = driver.active
+        stream = active.get_current_stream(self.index)
         for step in self.steps:
             arguments = step.arguments.copy()
             for place, tensor, rest in step.pointers:
@@ -158,7 +159,7 @@ def _plan(
         [None if x is None else _layout(x) for x in results],
         [_layout(x) for x in scratch],
         steps,
-        driver.active.get_current_device(),
+        _current_device(),
         None if tiles is None else dict(tiles),
     )
 
@@ -185,6 +186,11 @@ def _step(
     grid = (*launch.grid, 1, 1)[:3]
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     return _Step(launch.kernel, run, function, metadata, grid, arguments, pointers)
+
+
+def _current_device() -> int:
+    active: Any = driver.active
+    return active.get_current_device()
 
 
 def _launches_are_plain() -> bool:

@@ -9,6 +9,7 @@ import functools
 
 import pytest
 import torch
+from tangent_kernels.activation import activation_jvp
 
 from tangent_ops import functional as ops
 from tangent_ops.errors import UnsupportedError
@@ -23,6 +24,17 @@ def test_activations_near_zero_and_far_out(name, device) -> None:
     x = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e-4, -4.0, 8.0, -30.0, 50.0], device=device)
     ours = lambda x: OPS[name].ours(x, backend="triton")  # noqa: E731
     check(OPS[name], ours, [x], [torch.ones_like(x)], tracked=True)
+
+
+def test_values_that_pytorch_has_not_written_to_memory(device) -> None:
+    """A tensor that is negated lazily, and a tangent of lazy zeros, which has no memory."""
+    x = torch._neg_view(torch.randn(2, 8, device=device))
+    zeros = torch._efficientzerotensor(x.shape, device=device)
+    for x_t, written in ((torch._neg_view(x), (-x).clone()), (zeros, torch.zeros_like(x).clone())):
+        found = activation_jvp(x, x_t, "silu")
+        exact = torch.func.jvp(torch.nn.functional.silu, *oracle.double(((x.clone(),), (written,))))
+        for one, other in zip(found, exact, strict=True):
+            assert oracle.error(one, other) < 1e-5
 
 
 def test_what_the_kernels_do_not_compute_is_refused(device) -> None:

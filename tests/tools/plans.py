@@ -15,13 +15,14 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from tests.tools.random_calls import Call, attention_call, gelu, row_call
+
 CHECKS: dict[str, Callable[[], None]] = {}
-ALIGNMENT = 16  # bytes
 
 
 def check(function: Callable[[], None]) -> Callable[[], None]:
@@ -30,11 +31,15 @@ def check(function: Callable[[], None]) -> Callable[[], None]:
 
 
 def main() -> None:
+    import triton
+
     from tools import rehearsal
     from tools.rehearsal.count import count_only
 
     rehearsal.start()
     count_only()
+    driver: Any = triton.runtime.driver.active
+    driver.launcher_cls = Launcher
     answers = {}
     for name, function in CHECKS.items():
         forget_plans()
@@ -61,36 +66,50 @@ class Seen:
     def __init__(self) -> None:
         self.launches: list[tuple[Any, ...]] = []
         self.planned = 0
+        self.kept: list[Any] = []  # alive, so that no later tensor has the address of a freed one
         self.sizes: dict[int, int] = {}  # address -> bytes, of what a replay allocated
+
+
+class Launcher:
+    """In the place of Triton's launcher in C: it records a launch, and calls the first hook."""
+
+    watchers: ClassVar[list[Seen]] = []
+
+    def __init__(self, source: Any, metadata: Any): ...
+
+    def __call__(self, *arguments: Any) -> None:
+        *grid, _, function, metadata, about, hook, _ = arguments[:9]
+        if hook is not None:
+            hook(about)
+        for seen in self.watchers:
+            seen.launches.append((self, function, metadata, tuple(grid), arguments[9:]))
 
 
 @contextlib.contextmanager
 def watching() -> Iterator[Seen]:
-    """Record launches at the last Python call before Triton's C launcher, which is not called."""
     from tangent_kernels import _launch, _plan
-    from triton.backends.nvidia.driver import CudaLauncher
 
     seen = Seen()
-    launcher, run, empty = CudaLauncher.__call__, _launch.Launch.run, _plan._empty
-
-    def record(self, x, y, z, stream, function, metadata, *rest):
-        _, _, _, *arguments = rest  # launch metadata and hooks come first
-        seen.launches.append((self, function, metadata, (x, y, z), tuple(arguments)))
+    run, empty = _launch.Launch.run, _plan._empty
 
     def planned(self):
         seen.planned += 1
+        seen.kept.append(self)
         return run(self)
 
     def sized(*layout):
         tensor = empty(*layout)
         seen.sizes[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        seen.kept.append(tensor)
         return tensor
 
-    CudaLauncher.__call__, _launch.Launch.run, _plan._empty = record, planned, sized
+    _launch.Launch.run, _plan._empty = planned, sized
+    Launcher.watchers.append(seen)
     try:
         yield seen
     finally:
-        CudaLauncher.__call__, _launch.Launch.run, _plan._empty = launcher, run, empty
+        Launcher.watchers.remove(seen)
+        _launch.Launch.run, _plan._empty = run, empty
 
 
 def launched(call: Call) -> tuple[list[Any], list[Any], bool]:
@@ -147,152 +166,28 @@ def compare(call: Call) -> bool:
     return planned
 
 
-# --- random calls --------------------------------------------------------------------------
-
-
-class Call:
-    """A launcher of the kernels, with operands."""
-
-    def __init__(self, name: str, run: Callable[[], Any], operands: list[Tensor | None]):
-        self.name, self.run, self.operands = name, run, operands
-
-    def __str__(self) -> str:
-        layouts = [
-            None if x is None else (tuple(x.shape), x.stride(), x.dtype, x.data_ptr() % ALIGNMENT)
-            for x in self.operands
-        ]
-        return f"{self.name} {layouts}"
-
-
-def tensor(draw: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor in one of few layouts, so that calls meet the plans of others."""
-    kind = draw.choice(["dense"] * 4 + ["offset", "aligned offset", "padded", "one row"])
-    if kind == "one row":
-        return torch.ones(shape[-1], dtype=dtype).expand(shape)
-    last = shape[-1] + (8 if kind == "padded" else 0)
-    offset = {"offset": 1, "aligned offset": 8 if dtype.itemsize < 8 else 2}.get(kind, 0)
-    memory = torch.ones(torch.Size(shape[:-1]).numel() * last + offset, dtype=dtype)
-    return memory[offset:].view(*shape[:-1], last)[..., : shape[-1]]
-
-
-def present(draw: random.Random, *shape: int, dtype: torch.dtype) -> Tensor | None:
-    return tensor(draw, shape, dtype) if draw.random() < 0.7 else None
-
-
-def attention_call(draw: random.Random) -> Call:
-    from tangent_kernels.attention import run_jvp, run_second_vjp, run_vjp
-
-    dtype = draw.choice([torch.bfloat16, torch.float16, torch.float32])
-    batch, heads, rows, dim = draw.choice([1, 2]), draw.choice([1, 2]), draw.choice([1, 16, 24]), 8
-    count = draw.choice([1, 2, 7])
-    shape = (batch, heads, rows, dim)
-    q, k, v = (tensor(draw, shape, dtype) for _ in range(3))
-    mask = mask_t = seed = None
-    if draw.random() < 0.4:
-        sizes = (draw.choice([1, batch]), draw.choice([1, heads]), rows, draw.choice([1, rows]))
-        mask = tensor(draw, sizes, draw.choice([torch.bool, dtype, torch.float32]))
-        if mask.is_floating_point():
-            mask_t = present(draw, count, *sizes, dtype=mask.dtype)
-    if draw.random() < 0.3:
-        seed = torch.ones(batch, dtype=torch.int64)
-    tangents = [present(draw, count, *shape, dtype=dtype) for _ in range(3)]
-    causal = mask is None and draw.random() < 0.3
-    options = (draw.choice([0.5, 1.0]), 0.0 if seed is None else 0.25, causal, None)
-    operands = [q, k, v, mask, seed, *tangents, mask_t]
-    if draw.random() < 0.4:
-        return Call("jvp", lambda: run_jvp(tuple(operands), options), operands)
-    output, lse = tensor(draw, shape, dtype), torch.ones(shape[:3])
-    needs = tuple(draw.random() < 0.7 for _ in range(3)) + (mask_t is not None,)
-    if draw.random() < 0.5:
-        operands = [*operands[:5], output, lse, tensor(draw, (count, *shape), dtype)]
-        return Call("vjp", lambda: run_vjp(tuple(operands), options, needs), operands)
-    moved = any(x is not None for x in (*tangents[:2], mask_t))
-    if all(x is None for x in (*tangents, mask_t)):
-        return attention_call(draw)
-    mu = torch.ones(count if moved else 0, *shape[:3])
-    operands += [output, tensor(draw, (count, *shape), dtype), lse, mu]
-    operands += [present(draw, *shape, dtype=dtype), tensor(draw, (count, *shape), dtype)]
-    both = (*needs, *(x is not None and draw.random() < 0.7 for x in (*tangents, mask_t)))
-    return Call("second", lambda: run_second_vjp(tuple(operands), options, both), operands)
-
-
-def row_call(draw: random.Random) -> Call:
-    from tangent_kernels import activation, layer_norm, linear, softmax
-
-    dtype = draw.choice([torch.bfloat16, torch.float32])
-    shape, width = (draw.choice([1, 3]), draw.choice([1, 16, 24])), 32
-
-    def rows() -> Tensor:
-        return tensor(draw, (*shape, width), dtype)
-
-    def line(size: int = width) -> Tensor | None:
-        found = present(draw, size, dtype=dtype)
-        return found if found is None else found.contiguous()
-
-    needs = [draw.random() < 0.7 for _ in range(5)]
-    kind = draw.choice(
-        ["layer", "layer back", "gelu", "gelu back", "softmax", "soft back", "linear"]
-    )
-    x, x_t, g = rows(), rows(), present(draw, *shape, width, dtype=dtype)
-    h = rows()
-    statistics = [torch.ones(*shape, 1), torch.ones(*shape, 1)]
-    if kind == "layer":
-        operands = [x, line(), line(), draw.choice([x_t, None]), line(), line()]
-        options = (draw.choice([1e-5, 1e-6]), draw.random() < 0.5)
-        return Call(kind, lambda: layer_norm.layer_norm_jvp(*operands, *options), operands)
-    if kind == "layer back":
-        mean, rstd = statistics
-        weight, weight_t = line(), line()
-        operands = [x, weight, mean, rstd, x_t, weight_t, g, h]
-        return Call(
-            kind,
-            lambda: layer_norm.layer_norm_second_vjp(
-                x, weight, mean, rstd, x_t, weight_t, (g, h), needs[:3], [True, *needs[3:]]
-            ),
-            operands,
-        )
-    if kind == "gelu":
-        name = draw.choice(activation.ACTIVATIONS)
-        return Call(kind, lambda: activation.activation_jvp(x, x_t, name), [x, x_t])
-    if kind == "gelu back":
-        name = draw.choice(activation.ACTIVATIONS)
-        wanted = (needs[0], True)
-        operands = [x, x_t, g, h]
-        return Call(
-            kind, lambda: activation.activation_second_vjp(x, x_t, (g, h), wanted, name), operands
-        )
-    if kind == "softmax":
-        return Call(kind, lambda: softmax.softmax_jvp(x, x_t), [x, x_t])
-    if kind == "soft back":
-        wanted = (needs[0], True)
-        return Call(
-            kind, lambda: softmax.softmax_second_vjp(x, x_t, (g, h), wanted), [x, x_t, g, h]
-        )
-    weight, weight_t = (tensor(draw, (16, width), dtype) for _ in range(2))
-    operands = [x, weight, line(16), draw.choice([x_t, None]), weight_t, line(16)]
-    return Call(kind, lambda: linear.linear_jvp(*operands), operands)
-
-
-def gelu(rows: int = 4) -> Call:
-    from tangent_kernels.activation import activation_jvp
-
-    x, x_t = torch.ones(rows, 32), torch.ones(rows, 32)
-    return Call("gelu", lambda: activation_jvp(x, x_t, "gelu"), [x, x_t])
-
-
 # --- checks --------------------------------------------------------------------------------
+
+
+def compare_many(make: Callable[..., Call], kinds: int, rounds: int) -> None:
+    """Calls of so many kinds, each in several layouts, of which some were there before."""
+    calls = [
+        make(random.Random(kind), random.Random(kind + layout % 5))
+        for layout in range(rounds)
+        for kind in range(kinds)
+    ]
+    replayed = sum(not compare(call) for call in calls)
+    assert replayed > len(calls) // 8, replayed
 
 
 @check
 def random_calls_of_attention_launch_what_planning_launches() -> None:
-    replayed = sum(not compare(attention_call(random.Random(i % 150))) for i in range(300))
-    assert replayed > 60, replayed
+    compare_many(attention_call, 40, 8)
 
 
 @check
 def random_calls_of_rows_launch_what_planning_launches() -> None:
-    replayed = sum(not compare(row_call(random.Random(i % 250))) for i in range(500))
-    assert replayed > 150, replayed
+    compare_many(row_call, 60, 8)
 
 
 @check
@@ -353,6 +248,7 @@ def tiles_that_the_user_sets_are_used() -> None:
 def hooks_and_knobs_of_triton_see_every_launch() -> None:
     from triton import knobs
 
+    runtime: Any = knobs.runtime
     call = gelu()
     assert compare(call)
     assert not compare(call)
@@ -361,21 +257,21 @@ def hooks_and_knobs_of_triton_see_every_launch() -> None:
     def record(metadata: Any) -> None:
         names.append(metadata.get()["name"])
 
-    before = knobs.runtime.launch_enter_hook
-    knobs.runtime.launch_enter_hook = record
+    before = runtime.launch_enter_hook
+    runtime.launch_enter_hook = record
     try:
         call.run()
         call.run()
         assert names == ["activation_kernel"] * 2, names
     finally:
-        knobs.runtime.launch_enter_hook = before
-    knobs.runtime.debug = True
+        runtime.launch_enter_hook = before
+    runtime.debug = True
     try:
         with watching() as seen:
             call.run()
         assert seen.planned
     finally:
-        knobs.runtime.debug = False
+        runtime.debug = False
     assert not compare(call)
 
 
@@ -383,7 +279,8 @@ def hooks_and_knobs_of_triton_see_every_launch() -> None:
 def a_plan_runs_on_its_own_device() -> None:
     from triton.runtime import driver
 
-    active, device, entered = driver.active, torch.cuda.device, []
+    active: Any = driver.active
+    device, entered = torch.cuda.device, []
     call = gelu()
     compare(call)
     before = active.get_current_device
@@ -426,7 +323,7 @@ def threads_share_plans() -> None:
             for _ in range(50):
                 call = gelu(draw.choice([1, 2, 3, 4]))
                 shapes = [x.shape for x in flat(call.run()) if x is not None]
-                assert shapes == [x.shape for x in call.operands]
+                assert shapes == [x.shape for x in flat(tuple(call.operands)) if x is not None]
         except Exception as error:
             errors.append(error)
 
@@ -442,6 +339,7 @@ def threads_share_plans() -> None:
 @check
 def dual_ops_are_replayed_forward_and_backward() -> None:
     from torch.autograd import forward_ad
+
     from tools.rehearsal.host_time import ops
 
     for name, op in ops().items():

@@ -310,7 +310,9 @@ def _empty(
 def _rounded(operands: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Gradients:
     """The gradients in their operands' dtype; zeros where there is no query to launch for."""
     rounded = (
-        None if grad is None or tensor is None else grad.to(tensor.dtype)
+        grad
+        if grad is None or tensor is None or grad.dtype == tensor.dtype
+        else grad.to(tensor.dtype)
         for grad, tensor in zip(gradients, operands, strict=False)
     )
     query = operands[0]
