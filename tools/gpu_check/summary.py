@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.report import aligned, digits, si, table, targets_table
 from benchmarks.roofline import percent_of_floor
-from benchmarks.stored import BadFile, Result, Row, ratio, read
+from benchmarks.stored import OURS, BadFile, Result, Row, ratio, read
 from tools.gpu_check.step import Outcome
 
 
@@ -21,7 +21,7 @@ def text(part: str, outcomes: Sequence[Outcome], folder: Path) -> str:
     elif result := _result(sorted(folder.glob("suite-*.json"))):
         report = f"{table(result)}\n\n{targets_table(result)}\n"
         (folder / "report.txt").write_text(report, encoding="utf-8")
-        parts += [ratios(result), targets_table(result)]
+        parts += [ratios(result), _failures(result), _targets(result)]
     lines = [(part, "", "seconds")]
     lines += [(f"  {one.step}", one.state, f"{one.seconds:.0f}") for one in outcomes]
     return "\n\n".join([*filter(None, parts), "\n".join(aligned(lines))])
@@ -80,8 +80,10 @@ def ratios(result: Result) -> str:
         by_group.setdefault(case.group, {})[case] = answers
     tables = []
     for group, cases in by_group.items():
-        names = [*dict.fromkeys(name for answers in cases.values() for name in answers)]
-        ours, *others = names
+        timed = [row for answers in cases.values() for row in answers.values() if row.seconds]
+        names = [*dict.fromkeys(row.provider for row in timed)] or [OURS[0]]
+        ours = next((name for name in names if name in OURS), names[0])
+        others = [name for name in names if name != ours]
         lines = [(group, ours, "called", "% floor", *others)]
         for case, answers in cases.items():
             own = answers.get(ours)
@@ -89,6 +91,22 @@ def ratios(result: Result) -> str:
             lines.append((f"  {case}", *_own(own, result), *times))
         tables.append("\n".join(aligned(lines)))
     return "\n\n".join(tables)
+
+
+def _failures(result: Result) -> str:
+    """Providers that should have been timed, and why they were not."""
+    rows = [row for row in result.rows if row.status in ("wrong", "failed")]
+    return "\n".join(
+        f"{row.provider}, {row.case.group} {row.case}: {row.status}: {row.note}" for row in rows
+    )
+
+
+def _targets(result: Result) -> str:
+    """Those that speak of cases of this part."""
+    others = ("a target for a CPU", "no such case")
+    return "\n".join(
+        line for line in targets_table(result).splitlines() if not line.endswith(others)
+    )
 
 
 def _own(row: Row | None, result: Result) -> tuple[str, str, str]:
