@@ -12,10 +12,12 @@ from benchmarks.roofline import percent_of_floor
 from benchmarks.stored import OURS, BadFile, Result, Row, ratio, read
 from tools.gpu_check.step import Outcome
 
+MOST = 40  # failed tests that are shown
+
 
 def text(part: str, outcomes: Sequence[Outcome], folder: Path) -> str:
     """Of the files that the steps have left in the folder; report.txt has the long table."""
-    parts = [_machine(folder), _numerics(folder), _host(folder)]
+    parts = [_machine(folder), _numerics(folder), _host(folder), _tests(folder)]
     if part == "tune":
         parts.append(_before_and_after(folder))
     elif result := _result(sorted(folder.glob("suite-*.json"))):
@@ -71,6 +73,16 @@ def _host(folder: Path) -> str:
     for name, seconds in found.items():
         lines.append((name, f"{1e6 * seconds:.1f}", digits(seconds / found["torch.add"])))
     return "\n".join(aligned(lines))
+
+
+def _tests(folder: Path) -> str:
+    """What failed, and pytest's last line."""
+    log = folder / "tests.log"
+    if not log.exists():
+        return ""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    bad = [line[:160] for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return "\n".join([*bad[:MOST], *lines[-1:]])
 
 
 def ratios(result: Result) -> str:
