@@ -12,7 +12,7 @@ from benchmarks.roofline import percent_of_floor
 from benchmarks.stored import OURS, BadFile, Result, Row, ratio, read
 from tools.gpu_check.step import Outcome
 
-MOST = 40  # failed tests that are shown
+MOST, WIDTH = 20, 160  # lines of failures that are shown, and their characters
 
 
 def text(part: str, outcomes: Sequence[Outcome], folder: Path) -> str:
@@ -81,8 +81,14 @@ def _tests(folder: Path) -> str:
     if not log.exists():
         return ""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    bad = [line[:160] for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return "\n".join([*bad[:MOST], *lines[-1:]])
+    bad = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return "\n".join(filter(None, [_some(bad), *lines[-1:]]))
+
+
+def _some(lines: Sequence[str]) -> str:
+    """As many as a terminal shows, and whose ends it shows."""
+    more = [f"and {len(lines) - MOST} more"] if len(lines) > MOST else []
+    return "\n".join([*(line[:WIDTH] for line in lines[:MOST]), *more])
 
 
 def ratios(result: Result) -> str:
@@ -108,9 +114,10 @@ def ratios(result: Result) -> str:
 def _failures(result: Result) -> str:
     """Providers that should have been timed, and why they were not."""
     rows = [row for row in result.rows if row.status in ("wrong", "failed")]
-    return "\n".join(
+    lines = [
         f"{row.provider}, {row.case.group} {row.case}: {row.status}: {row.note}" for row in rows
-    )
+    ]
+    return _some(lines)
 
 
 def _targets(result: Result) -> str:
