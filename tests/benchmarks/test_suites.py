@@ -124,7 +124,7 @@ def test_a_fault_in_a_model_is_seen(group: str, name: str) -> None:
         Prepared(suite, case, CPU).checked_call(replace(provider, answer=answer))
 
 
-@pytest.mark.parametrize("extent", ["default", "full"])
+@pytest.mark.parametrize("extent", ["home", "default", "full"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("module", [bench_attention, bench_layers, bench_models])
 def test_cases_are_different_and_have_benchmarks(module, device, extent) -> None:

@@ -6,9 +6,10 @@ import functools
 from dataclasses import replace
 
 import pytest
+import torch
 from made_up import model_rows, result, row
 
-from benchmarks import report
+from benchmarks import bench_attention, report
 from benchmarks.case import Case
 from benchmarks.stored import Row
 from benchmarks.targets import TARGETS, judge
@@ -144,3 +145,12 @@ def test_the_table() -> None:
     (step,) = (line for line in lines if "tangent step / fine-tuning step, ViT-S/16" in line)
     assert step.split()[-6:-3] == ["1.750", "not", "met"] and "<= 1.70" in step
     assert sum("not measured" in line for line in lines) == len(TARGETS) - 3
+
+
+def test_the_home_shapes_have_every_target_of_attention() -> None:
+    cases = bench_attention.SUITE.cases(torch.device("cuda"), "home")
+    names = ("ours", "sdpa-flash", "torch-jvp", "jvp-flash-attention")
+    rows = [row(case, name, 1.0, peak_bytes=100, flops=1e12) for case in cases for name in names]
+    found = {one.name: judge(one, result(rows, gpu=True)).verdict for one in TARGETS}
+    measured = {name for name, verdict in found.items() if verdict != "not measured"}
+    assert measured == {one.name for one in TARGETS if one.name.startswith("attention")}

@@ -18,9 +18,9 @@ import torch
 
 from tools import rehearsal
 from tools.gpu_check import __main__ as command
-from tools.gpu_check import runner
+from tools.gpu_check import runner, summary
 from tools.gpu_check.parts import PARTS
-from tools.gpu_check.step import Step
+from tools.gpu_check.step import Outcome, Step
 from tools.machine import ROOT
 
 
@@ -185,6 +185,51 @@ def test_a_part_has_time_for_its_steps(part: str) -> None:
     names = [step.name for step in PARTS[part]]
     assert len(set(names)) == len(names)
     assert all(re.fullmatch(r"[a-z ]+", name) for name in names)
+
+
+def test_the_summary_says_what_went_wrong(tmp_path) -> None:
+    """With half of the files, as a part leaves them that is cut."""
+    said = "FAILED tests/test_one.py::test_it - assert 1 == 2\n1 failed, 2 passed in 3.00s\n"
+    (tmp_path / "tests.log").write_text("noise\n" + said)
+    row = {"group": "linear", "case": "gelu 4x4 bf16", "allowed": 2e-2}
+    rows = [
+        row | {"status": "ok", "error": 1e-3, "note": ""},
+        row | {"status": "wrong", "error": None, "note": "error 3.0e-01, allowed 2.0e-02"},
+    ]
+    (tmp_path / "numerics.json").write_text(json.dumps(rows))
+    (tmp_path / "host.json").write_text(json.dumps({"torch.add": 2e-6, "gelu, forward": 6e-5}))
+    case = {"group": "attention-forward", "op": "attention", "shape": [64, 12, 197, 64]}
+    case |= {"dtype": "bf16", "causal": False}
+    timed = {"ours": (1.5e-4, 1e9), "sdpa-flash": (1e-4, 0.0)}
+    benchmarks = [
+        {
+            "extra_info": {"case": case, "provider": name, "flops": flops, "bytes": 1e5},
+            "stats": dict.fromkeys(("median", "q1", "q3"), seconds),
+        }
+        for name, (seconds, flops) in timed.items()
+    ]
+    own = {
+        "environment": {"gpu": "example"},
+        "ceilings": {"bytes/s": 1e12, "flops/s bf16": 1e14},
+        "not_timed": [
+            {"case": case, "provider": "torch-jvp", "status": "failed", "note": "out of memory"}
+        ],
+    }
+    content = {"benchmarks": benchmarks, "tangent_ops": own}
+    (tmp_path / "suite-one.json").write_text(json.dumps(content))
+    text = summary.text("smoke", [Outcome("numerics", "failed (exit status 1)", 3.0)], tmp_path)
+    lines = [re.sub(" +", " ", line.strip()) for line in text.splitlines()]
+    assert said.strip() in text and "noise" not in text
+    assert "wrong: linear gelu 4x4 bf16: error 3.0e-01, allowed 2.0e-02" in lines
+    assert "numerics: 1 of 2 right" in lines
+    assert "gelu, forward 60.0 30.0" in lines
+    # 1e9 operations at 1e14 a second take 10 µs, 7 % of 150.
+    assert "attention 64x12x197x64 bf16 150 µs - 7 0.667" in lines
+    name = "torch-jvp, attention-forward attention 64x12x197x64 bf16"
+    assert f"{name}: failed: out of memory" in lines
+    met = [line for line in lines if "B64 H12 N197" in line]
+    assert met and "1.500 met" in met[0] and "ViT-S" not in text
+    assert "numerics failed (exit status 1) 3" in lines
 
 
 # --- on the rehearsal ----------------------------------------------------------------------------

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,15 +25,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON")
     options = parser.parse_args()
-    add = torch.ones(64, device="cuda")
-    with forward_ad.dual_level():
-        calls: dict[str, Callable[[], object]] = {"torch.add": lambda: add + add}
-        for name, (op, operands) in _ops().items():
-            calls |= _forward_and_backward(name, op, operands)
-        found = _seconds(calls)
+    found = {name: statistics.median(times) for name, times in measured().items()}
     options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name, seconds in found.items():
         print(f"{name:24}{1e6 * seconds:8.1f} µs{seconds / found['torch.add']:8.1f}")
+
+
+def measured() -> dict[str, list[float]]:
+    """Seconds until a call returns, in every round; calls take turns.
+
+    Forward is a call in a dual level whose operands all have tangents that require gradients;
+    backward gives their gradients, after the level.
+    """
+    add = torch.ones(64, device="cuda")
+    operands = {
+        name: (op, primals, [torch.randn_like(one).requires_grad_() for one in primals])
+        for name, (op, primals) in _ops().items()
+    }
+    backward = {name: _backward(*one) for name, one in operands.items()}
+    times: dict[str, list[float]] = collections.defaultdict(list)
+    for _ in range(ROUNDS):
+        times["torch.add"].append(_seconds(lambda: add + add))
+        for name, (op, primals, tangents) in operands.items():
+            with forward_ad.dual_level():
+                duals = [forward_ad.make_dual(*one) for one in zip(primals, tangents, strict=True)]
+                times[f"{name}, forward"].append(_seconds(partial(op, *duals)))
+            times[f"{name}, backward"].append(_seconds(backward[name]))
+    return times
 
 
 def _ops() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
@@ -48,35 +68,24 @@ def _ops() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
     }
 
 
-def _forward_and_backward(
-    name: str, op: Callable[..., Tensor], primals: list[Tensor]
-) -> dict[str, Callable[[], object]]:
-    """The dual call, and the gradients of all its tangents by that of the output."""
-    tangents = [torch.randn_like(one).requires_grad_() for one in primals]
-    duals = [forward_ad.make_dual(*pair) for pair in zip(primals, tangents, strict=True)]
-    tangent = forward_ad.unpack_dual(op(*duals)).tangent
+def _backward(
+    op: Callable[..., Tensor], primals: list[Tensor], tangents: list[Tensor]
+) -> Callable[[], object]:
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(*one) for one in zip(primals, tangents, strict=True)]
+        tangent = forward_ad.unpack_dual(op(*duals)).tangent
     assert tangent is not None
     grad = torch.randn_like(tangent)
-    return {
-        f"{name}, forward": lambda: op(*duals),
-        f"{name}, backward": lambda: torch.autograd.grad(
-            tangent, tangents, grad, retain_graph=True
-        ),
-    }
+    return lambda: torch.autograd.grad(tangent, tangents, grad, retain_graph=True)
 
 
-def _seconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """The median seconds of each call until it returns; they take turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            call()  # compiles, in the first round
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(CALLS):
-                call()
-            times[name].append((time.perf_counter() - start) / CALLS)
-    return {name: statistics.median(found) for name, found in times.items()}
+def _seconds(call: Callable[[], object]) -> float:
+    call()  # compiles, at the first time
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    return (time.perf_counter() - start) / CALLS
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ PARTS: dict[str, Sequence[Step]] = {
         _models("small compiled", 100, f"vit_small and {COMPILED}", "--turns=1"),
         _module(
             "profile", "tangent_ops.cli", 60, "profile", "--model", "vit_base_patch16_224",
-            "--batch", "64", "--dtype", "bf16", "--mode", "train",
+            "--batch", "64", "--dtype", "bf16", "--mode", "train", "--out", "{out}/profile",
         ),
     ],
     "tests": [

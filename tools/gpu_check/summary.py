@@ -9,19 +9,21 @@ from typing import Any
 
 from benchmarks.report import aligned, digits, si, table, targets_table
 from benchmarks.roofline import percent_of_floor
-from benchmarks.stored import BadFile, Result, Row, ratio, read
+from benchmarks.stored import OURS, BadFile, Result, Row, ratio, read
 from tools.gpu_check.step import Outcome
+
+MOST, WIDTH = 20, 160  # lines of failures that are shown, and their characters
 
 
 def text(part: str, outcomes: Sequence[Outcome], folder: Path) -> str:
     """Of the files that the steps have left in the folder; report.txt has the long table."""
-    parts = [_machine(folder), _numerics(folder), _host(folder)]
+    parts = [_machine(folder), _numerics(folder), _host(folder), _tests(folder)]
     if part == "tune":
         parts.append(_before_and_after(folder))
     elif result := _result(sorted(folder.glob("suite-*.json"))):
         report = f"{table(result)}\n\n{targets_table(result)}\n"
         (folder / "report.txt").write_text(report, encoding="utf-8")
-        parts += [ratios(result), targets_table(result)]
+        parts += [ratios(result), _failures(result), _targets(result)]
     lines = [(part, "", "seconds")]
     lines += [(f"  {one.step}", one.state, f"{one.seconds:.0f}") for one in outcomes]
     return "\n\n".join([*filter(None, parts), "\n".join(aligned(lines))])
@@ -73,6 +75,22 @@ def _host(folder: Path) -> str:
     return "\n".join(aligned(lines))
 
 
+def _tests(folder: Path) -> str:
+    """What failed, and pytest's last line."""
+    log = folder / "tests.log"
+    if not log.exists():
+        return ""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    bad = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return "\n".join(filter(None, [_some(bad), *lines[-1:]]))
+
+
+def _some(lines: Sequence[str]) -> str:
+    """As many as a terminal shows, and whose ends it shows."""
+    more = [f"and {len(lines) - MOST} more"] if len(lines) > MOST else []
+    return "\n".join([*(line[:WIDTH] for line in lines[:MOST]), *more])
+
+
 def ratios(result: Result) -> str:
     """A line per case: our time, and the others' as multiples of it; "-" where there is none."""
     by_group: dict[str, dict] = {}
@@ -80,8 +98,10 @@ def ratios(result: Result) -> str:
         by_group.setdefault(case.group, {})[case] = answers
     tables = []
     for group, cases in by_group.items():
-        names = [*dict.fromkeys(name for answers in cases.values() for name in answers)]
-        ours, *others = names
+        timed = [row for answers in cases.values() for row in answers.values() if row.seconds]
+        names = [*dict.fromkeys(row.provider for row in timed)] or [OURS[0]]
+        ours = next((name for name in names if name in OURS), names[0])
+        others = [name for name in names if name != ours]
         lines = [(group, ours, "called", "% floor", *others)]
         for case, answers in cases.items():
             own = answers.get(ours)
@@ -89,6 +109,23 @@ def ratios(result: Result) -> str:
             lines.append((f"  {case}", *_own(own, result), *times))
         tables.append("\n".join(aligned(lines)))
     return "\n\n".join(tables)
+
+
+def _failures(result: Result) -> str:
+    """Providers that should have been timed, and why they were not."""
+    rows = [row for row in result.rows if row.status in ("wrong", "failed")]
+    lines = [
+        f"{row.provider}, {row.case.group} {row.case}: {row.status}: {row.note}" for row in rows
+    ]
+    return _some(lines)
+
+
+def _targets(result: Result) -> str:
+    """Those that speak of cases of this part."""
+    others = ("a target for a CPU", "no such case")
+    return "\n".join(
+        line for line in targets_table(result).splitlines() if not line.endswith(others)
+    )
 
 
 def _own(row: Row | None, result: Result) -> tuple[str, str, str]:
