@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import triton
 from tangent_kernels._launch import Config, Launch
 from tangent_kernels.attention import Call, attention_jvp, attention_vjp, configs
 
@@ -23,9 +22,7 @@ from tools.kernels.compile_kernels import (
     problems_of,
     row_cases,
     row_problems,
-    stale_admissions,
 )
-from tools.kernels.known_slow import KNOWN_SERIALIZED, KNOWN_WITHOUT_WGMMA
 from tools.kernels.known_spills import KNOWN_SPILLS
 from tools.kernels.loop_costs import costs_of
 from tools.kernels.resources import Resources, compile_launch, serialization, specialize
@@ -126,27 +123,6 @@ def test_ptxas_says_whether_wgmma_waits() -> None:
     assert serialization(changed).startswith("(C7517) warpgroup.wait is injected")
     good = "\n".join(line for line in PTX.splitlines() if "add.f32" not in line)
     assert serialization(SimpleNamespace(asm={"ptx": good}, metadata=compiled.metadata)) == ""
-
-
-def test_what_is_admitted_and_does_not_happen_is_a_problem(monkeypatch) -> None:
-    case = Case("first key value", 90, torch.bfloat16, 64)
-    monkeypatch.setattr(compile_kernels, "default_cases", lambda archs: [case])
-    monkeypatch.setattr(compile_kernels, "KNOWN_SERIALIZED", {("first key value", 64)})
-    monkeypatch.setattr(compile_kernels, "KNOWN_WITHOUT_WGMMA", {("first key value", 64)})
-    monkeypatch.setattr(compile_kernels, "TRITON", triton.__version__)
-    good = Resources(100, 0, 0, 0, 4, 0, 8, 0)
-    stale = [
-        f"known_slow.py: first key value, 64 {what}" for what in ("is not serialized", "has wgmma")
-    ]
-    assert stale_admissions({case: good}) == stale
-    assert stale_admissions({case: replace(good, serialized="(C7515)")}) == stale[1:]
-    assert stale_admissions({case: replace(good, hgmma=0)}) == stale[:1]
-    assert stale_admissions({}) == []
-
-
-def test_admitted_kernels_exist() -> None:
-    kinds = {(case.direction, case.key.dim) for case in default_cases([90])}
-    assert kinds >= KNOWN_SERIALIZED | KNOWN_WITHOUT_WGMMA
 
 
 def test_16_bit_kernels_of_the_usual_heads_have_no_known_spills() -> None:

@@ -3,9 +3,8 @@
     python -m tools.kernels.compile_kernels [--arch 90] [--jobs 2] [--out FILE]
 
 No GPU is needed. Exit status 1: a kernel spills more registers than `known_spills.py` admits, a
-block takes more shared or tensor memory than the GPU has, a 16-bit kernel for heads of up to 128
-has no wgmma on sm_90 or a serialized one that `known_slow.py` does not admit, or something is
-admitted that does not happen.
+block takes more shared or tensor memory than the GPU has, an admitted spill does not happen, or a
+16-bit kernel for heads of up to 128 has no wgmma on sm_90, or a serialized one.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from rich.console import Console
 from tangent_kernels.attention.configs import DIMS, DIRECTIONS, table
 from tqdm import tqdm
 
-from tools.kernels.known_slow import KNOWN_SERIALIZED, KNOWN_WITHOUT_WGMMA
 from tools.kernels.known_spills import KNOWN_EXCESS, KNOWN_SPILLS, OTHER_TRITON, TRITON
 from tools.kernels.report import record, table_of, write
 from tools.kernels.resources import SHARED_LIMITS, Resources, resources
@@ -110,10 +108,9 @@ def problems_of(case: Case, found: Resources) -> list[str]:
     if found.matrix == 0:
         problems.append(f"{case.name}: compiled to no matrix instruction")
     if _has_wgmma(case):
-        kind = case.direction, case.key.dim
-        if found.serialized and kind not in KNOWN_SERIALIZED:
+        if found.serialized:
             problems.append(f"{case.name}: {found.serialized}")
-        if found.matrix and not found.hgmma and kind not in KNOWN_WITHOUT_WGMMA:
+        if found.matrix and not found.hgmma:
             problems.append(f"{case.name}: compiled without wgmma")
     return problems
 
@@ -137,32 +134,6 @@ def stale_admissions(found: dict[Case, Resources]) -> list[str]:
     """What is admitted of these cases and does not happen, with Triton TRITON."""
     if not triton.__version__.startswith(TRITON):
         return []
-    return [*_stale_spills(found), *_stale_slow(found)]
-
-
-def _stale_slow(found: dict[Case, Resources]) -> list[str]:
-    """Kernels of `known_slow.py` all of whose cases are here, and none of them is slow."""
-    cases: dict[tuple[str, int], list[Case]] = {}
-    for case in filter(_has_wgmma, default_cases([90])):
-        cases.setdefault((case.direction, case.key.dim), []).append(case)
-    whole = {
-        kind: [found[case] for case in all_]
-        for kind, all_ in cases.items()
-        if found.keys() >= set(all_)
-    }
-    stale = [
-        f"known_slow.py: {direction}, {dim} is not serialized"
-        for direction, dim in sorted(KNOWN_SERIALIZED & whole.keys())
-        if not any(one.serialized for one in whole[direction, dim])
-    ]
-    return stale + [
-        f"known_slow.py: {direction}, {dim} has wgmma"
-        for direction, dim in sorted(KNOWN_WITHOUT_WGMMA & whole.keys())
-        if all(one.hgmma for one in whole[direction, dim])
-    ]
-
-
-def _stale_spills(found: dict[Case, Resources]) -> list[str]:
     spilled: dict[tuple[str, int, int, int], int] = {}
     for case, one in found.items():
         kind = (*_kind(case), case.arch)
