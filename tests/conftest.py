@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,14 @@ FIRST = (
     "test_run_shards.py",
     "test_ledger_crashes.py",
 )
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Interpreted, files without a test that runs then are not imported."""
+    if not interpreting() or collection_path.suffix != ".py":
+        return None
+    named = "triton" in collection_path.read_text(encoding="utf-8")
+    return None if named or collection_path.parent.name == "kernels" else True
 
 
 @pytest.hookimpl(trylast=True)  # after the folders' own hooks, which add the marker

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 from pathlib import Path
@@ -31,6 +32,37 @@ def test_precision() -> None:
     exec(block, names)
     assert all(delta.any() for delta in names["tangent"].deltas().values())
     assert names["scaler"].get_scale() == 1024  # no step was skipped
+
+
+@pytest.mark.gpu
+def test_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay computes what an eager call does, with the deltas that there are then."""
+    model = vit(depth=2, img_size=32, num_classes=10)
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: model)
+    inference, training = blocks_of("cuda-graphs.md")
+    names: dict[str, Any] = {}
+    exec(inference, names)
+    deltas = names["tangent"].deltas()
+    with torch.no_grad():
+        for delta in deltas.values():
+            delta.normal_(std=0.02)
+    names["inference"].replay()
+    torch.testing.assert_close(names["outputs"], names["infer"](), rtol=1e-4, atol=1e-5)
+
+    exec(training, names)
+    state = copy.deepcopy(names["optimizer"].state_dict())
+    before = {name: delta.detach().clone() for name, delta in deltas.items()}
+    names["training"].replay()
+    replayed = {name: delta.detach().clone() for name, delta in deltas.items()}
+    with torch.no_grad():
+        for name, delta in deltas.items():
+            delta.copy_(before[name])
+    names["optimizer"].load_state_dict(state)
+    names["step"]()
+    for name, delta in deltas.items():
+        moved = float((replayed[name] - before[name]).norm())
+        assert float((replayed[name] - delta.detach()).norm()) <= 1e-3 * moved + 1e-7, name
+    assert any(float((replayed[name] - before[name]).norm()) > 1e-4 for name in before)
 
 
 PROMISES = sorted(path.name for path in (DOCS / "promises").glob("*.md"))
