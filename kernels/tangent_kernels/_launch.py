@@ -98,14 +98,15 @@ def operand(tensor: Tensor | None) -> tuple[Any, ...] | None:
     """A (B, H, N, D) or (R, B, H, N, D) tensor as a kernel argument.
 
     Returns:
-        The tensor, its strides over tangents (0 without that axis), batch, heads and rows, and 0 if
-        these are all multiples of 8, else None. None for an absent tensor.
+        The tensor, its strides over tangents (0 without that axis), batch, heads and rows, and one
+        more 0 if these are all multiples of 8. None for an absent tensor.
     """
     if tensor is None:
         return None
     strides = tensor.stride()[:-1]
     strides = (0, *strides) if len(strides) == 3 else strides
-    return (tensor, *strides, None if any(stride % 8 for stride in strides) else 0)
+    # A None at the end would do, but Triton 3.6 compiles no None within a tuple.
+    return (tensor, *strides) if any(stride % 8 for stride in strides) else (tensor, *strides, 0)
 
 
 def empty_heads(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,7 +1,8 @@
 """Device functions shared by the attention kernels.
 
-An operand is a tuple (pointer, strides over tangents, batch, heads and rows, 0 or None), as from
-_launch.operand, or None for an absent tensor. None is a compile-time constant and costs nothing.
+An operand is a tuple (pointer, strides over tangents, batch, heads and rows), as from
+_launch.operand, or None for an absent tensor. A sixth element says that 8 divides the strides. The
+length, and None, are compile-time constants and cost nothing.
 """
 
 import triton
@@ -29,8 +30,11 @@ def at(operand, r, b, h):
     if operand is None:
         rows = None
     else:
-        _, r_stride, b_stride, h_stride, row_stride, in_eights = operand
-        if in_eights is not None:
+        r_stride = operand[1]
+        b_stride = operand[2]
+        h_stride = operand[3]
+        row_stride = operand[4]
+        if len(operand) == 6:
             # Triton detects only multiples of 16 itself, and then copies 16 bytes at a time. It
             # would copy heads of 72 one element at a time.
             r_stride = r_stride // 8 * 8
