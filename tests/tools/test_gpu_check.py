@@ -33,7 +33,7 @@ def kept(archive: Path) -> dict[str, str]:
     with tarfile.open(archive) as file:
         members = [(one, file.extractfile(one)) for one in file if one.isfile()]
         return {
-            one.name.partition("/")[2]: content.read().decode()
+            one.name.partition("/")[2]: content.read().decode(errors="replace")
             for one, content in members
             if content
         }

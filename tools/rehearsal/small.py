@@ -13,6 +13,7 @@ from tangent_kernels import timing
 from tangent_kernels.attention import configs
 
 from benchmarks import bench_attention, bench_layers, measure, roofline
+from tangent_ops.cli import profile_options
 from tangent_ops.model import check_derivatives
 from tools import rehearsal
 
@@ -39,9 +40,10 @@ def make_small() -> None:
     torch.cuda.memory_allocated = lambda device=None: next(memory)
     torch.Tensor.isfinite = lambda self: torch.ones_like(self, dtype=torch.bool)
     torch.compile = lambda function, **options: function  # type: ignore[assignment]
-    timm.create_model = lambda name, **options: create_model("test_vit", **options)
+    timm.create_model = _small_model
     measure.relative_error = _no_error
     check_derivatives._refuse = lambda side, lost: None
+    profile_options._device = lambda name: "cpu"  # the profiler would ask CUDA itself for times
     measure.MOST_OPERANDS, measure.SECONDS = 3, 1e-3
     timing.MOST = 4
     roofline.LARGE = dict.fromkeys(roofline.LARGE, (1 << 10, 16))
@@ -49,6 +51,13 @@ def make_small() -> None:
     bench_layers.VIT_BASE = (40, 48, 96)
     bench_layers.LAYERS = {name: bench_layers.LAYERS[name] for name in ("gelu", "linear")}
     configs.DIRECTIONS, configs.TRIED = FirstAlone(configs.DIRECTIONS), 3
+
+
+def _small_model(name: str, **options: Any) -> Any:
+    """Whatever the name, a transformer of width 64, for images of four patches."""
+    model: Any = create_model("test_vit", img_size=32, **options)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 32, 32)}
+    return model
 
 
 def _no_error(found: Any, exact: Any) -> float:
