@@ -28,9 +28,10 @@ def test_activations_near_zero_and_far_out(name, device) -> None:
 
 def test_values_that_pytorch_has_not_written_to_memory(device) -> None:
     """A tensor that is negated lazily, and a tangent of lazy zeros, which has no memory."""
-    x = torch._neg_view(torch.randn(2, 8, device=device))
-    zeros = torch._efficientzerotensor(x.shape, device=device)
-    for x_t, written in ((torch._neg_view(x), (-x).clone()), (zeros, torch.zeros_like(x).clone())):
+    negated = torch.ops.aten._neg_view
+    x = negated(torch.randn(2, 8, device=device))
+    zeros = torch.ops.aten._efficientzerotensor(x.shape, device=device)
+    for x_t, written in ((negated(x), (-x).clone()), (zeros, torch.zeros_like(x).clone())):
         found = activation_jvp(x, x_t, "silu")
         exact = torch.func.jvp(torch.nn.functional.silu, *oracle.double(((x.clone(),), (written,))))
         for one, other in zip(found, exact, strict=True):

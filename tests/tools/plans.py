@@ -353,5 +353,35 @@ def dual_ops_are_replayed_forward_and_backward() -> None:
         assert seen.launches and not seen.planned, name
 
 
+@check
+def profilers_and_modes_see_the_operator() -> None:
+    from torch.autograd import forward_ad
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from tools.rehearsal.host_time import ops
+
+    names: set[str] = set()
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+    op = ops()["attention"]
+    backward = op.backward()
+    for _ in range(2):  # also where there are plans
+        names.clear()
+        with forward_ad.dual_level(), Log():
+            op.function(*op.duals())
+            backward()
+        for name in ("attention_jvp", "attention_vjp"):
+            assert f"tangent_ops.{name}.default" in names, names
+        with forward_ad.dual_level(), torch.profiler.profile() as seen:
+            op.function(*op.duals())
+            backward()
+        profiled = {event.key for event in seen.key_averages()}
+        assert {"tangent_ops::attention_jvp", "tangent_ops::attention_vjp"} <= profiled
+
+
 if __name__ == "__main__":
     main()
