@@ -1,4 +1,4 @@
-"""What `compile_kernels.py` admits, because no tiles were found without it: spills, excess, waits."""
+"""Spills, excess and waits that `compile_kernels.py` admits: no tiles were found without them."""
 
 TRITON = "3.8"  # the version that the table below is for
 OTHER_TRITON = 64  # bytes that another version may spill beyond the table; 3.6 spills 8 in places
