@@ -215,7 +215,7 @@ def test_a_gradient_that_is_not_needed_is_not_computed(needs, device) -> None:
                 assert_close(one, true)
 
 
-@pytest.mark.usefixtures("second_order")
+@several_tiles
 def test_gradients_are_the_same_bits_in_every_run(device) -> None:
     torch.manual_seed(0)
     rows = 18 if interpreting() else 200
