@@ -238,9 +238,9 @@ def tiles_that_the_user_sets_are_used() -> None:
     before = tiles()
     assert tiles() == before
     for _ in range(2):
-        with configs.using(key, Config(16, 16, 4, 1)):
-            assert tiles() == 4 != before
-            assert tiles() == 4
+        with configs.using(key, Config(32, 16, 4, 1)):
+            assert tiles() == 2 != before
+            assert tiles() == 2
         assert tiles() == before
 
 
