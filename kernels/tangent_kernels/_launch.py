@@ -15,6 +15,8 @@ FLOAT32_DOT = "tf32x3"
 
 DEFAULT_ARCH = 90  # the tiles to use in the interpreter on a CPU
 
+MAX_ROWS = 128  # of a tile
+
 MAX_GROUPS = 65_535  # programs along grid axis 1: CUDA's limit; axis 0 takes 2^31 - 1
 
 
@@ -87,11 +89,16 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def unit_last_stride(tensor: Tensor | None) -> Tensor | None:
-    """``tensor`` itself if its last stride is 1, else a contiguous copy."""
-    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
-        return tensor
-    return tensor.contiguous()
+def readable(tensor: Tensor | None) -> Tensor | None:
+    """``tensor`` itself if kernels can read its rows in place, else a contiguous copy.
+
+    They need a last stride of 1, and offsets within a tile of rows that fit into 32 bits.
+    """
+    if tensor is None:
+        return None
+    unit = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+    far = tensor.ndim > 1 and MAX_ROWS * tensor.stride(-2) >= 2**31
+    return tensor if unit and not far else tensor.contiguous()
 
 
 def operand(tensor: Tensor | None) -> tuple[Any, ...] | None:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tangent_kernels._launch import FLOAT32_DOT, Launch, unit_last_stride
+from tangent_kernels._launch import FLOAT32_DOT, Launch, readable
 from tangent_kernels._plan import run
 from tangent_kernels.attention._tiles import dot
 
@@ -142,7 +142,7 @@ def plan_jvp(x, weight, bias, x_t, weight_t, bias_t) -> tuple[tuple[Tensor, Tens
     matrices = {"x": x.reshape(-1, width), "x_t": x_t, "weight": weight, "weight_t": weight_t}
     if x_t is not None:
         matrices["x_t"] = x_t.reshape(-1, width)
-    matrices = {name: unit_last_stride(matrix) for name, matrix in matrices.items()}
+    matrices = {name: readable(matrix) for name, matrix in matrices.items()}
     strides = {f"{n}_stride": 0 if m is None else m.stride(0) for n, m in matrices.items()}
     rows = y.numel() // features
     config = CONFIGS[8 * x.element_size()]

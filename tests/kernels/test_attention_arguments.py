@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tangent_kernels._launch import readable
 from tangent_kernels.attention import (
     Call,
     Tangents,
@@ -101,3 +102,12 @@ def test_any_stride_is_taken(device) -> None:
     call = Call(*operands, None, None, 0.25, 0.0, False)
     dense = Call(*(x.contiguous() for x in operands), None, None, 0.25, 0.0, False)
     assert torch.equal(attention_jvp(call)[0], attention_jvp(dense)[0])
+
+
+@pytest.mark.parametrize("stride, copied", [(2**24 - 8, False), (2**24, True)])
+def test_rows_too_far_apart_for_32_bits_are_copied(stride, copied) -> None:
+    """A tile has up to 128 rows: a row at 127 strides must lie within 2^31 elements."""
+    tensor = torch.empty_strided((1, 1, 200, 16), (0, 0, stride, 1), device="meta")
+    found = readable(tensor)
+    assert found is not None and (found is not tensor) == copied
+    assert found.is_contiguous() == copied

@@ -340,9 +340,9 @@ def threads_share_plans() -> None:
 def dual_ops_are_replayed_forward_and_backward() -> None:
     from torch.autograd import forward_ad
 
-    from tools.rehearsal.host_time import ops
+    from tools.host_time import ops
 
-    for name, op in ops().items():
+    for name, op in ops("cpu").items():
         backward = op.backward()
         backward()
         with forward_ad.dual_level(), watching() as seen:
@@ -358,7 +358,7 @@ def profilers_and_modes_see_the_operator() -> None:
     from torch.autograd import forward_ad
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from tools.rehearsal.host_time import ops
+    from tools.host_time import ops
 
     names: set[str] = set()
 
@@ -367,7 +367,7 @@ def profilers_and_modes_see_the_operator() -> None:
             names.add(str(func))
             return func(*args, **(kwargs or {}))
 
-    op = ops()["attention"]
+    op = ops("cpu")["attention"]
     backward = op.backward()
     for _ in range(2):  # also where there are plans
         names.clear()

@@ -70,7 +70,7 @@ PARTS: dict[str, Sequence[Step]] = {
         _attention("after", 70, "ours or sdpa", *COPY_IN_PYTEST),
     ],
     "models": [
-        _module("host", "tools.gpu_check.host_time", 30, "--out={out}/host.json"),
+        _module("host", "tools.host_time", 30, "--out={out}/host.json"),
         _models("base", 100, f"vit_base and {UNCOMPILED}"),
         _models("base compiled", 180, f"vit_base and {COMPILED}", "--turns=1"),
         _models("small", 50, f"vit_small and {UNCOMPILED}"),

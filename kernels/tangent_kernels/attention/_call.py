@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tangent_kernels._launch import arch_of, operand, unit_last_stride
+from tangent_kernels._launch import arch_of, operand, readable
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = range(8, 257, 8)
@@ -47,7 +47,7 @@ class Call:
 
     def __post_init__(self):
         for name in ("query", "key", "value"):
-            object.__setattr__(self, name, unit_last_stride(getattr(self, name)))
+            object.__setattr__(self, name, readable(getattr(self, name)))
         check_call(self)
 
     @property
@@ -127,7 +127,7 @@ class Tangents:
 
     def __post_init__(self):
         for name in ("query_t", "key_t", "value_t"):
-            object.__setattr__(self, name, unit_last_stride(getattr(self, name)))
+            object.__setattr__(self, name, readable(getattr(self, name)))
         check_tangents(self)
 
     @property

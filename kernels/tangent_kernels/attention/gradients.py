@@ -17,7 +17,7 @@ from tangent_kernels._launch import (
     in_chunks,
     operand,
     padded_dim,
-    unit_last_stride,
+    readable,
 )
 from tangent_kernels._plan import run, run_launches
 from tangent_kernels.attention._call import Call, Tangents, check_rows
@@ -111,7 +111,7 @@ def run_vjp(
         needs: which gradients to compute.
     """
     *given, grad_output = operands
-    given.append(unit_last_stride(grad_output))
+    given.append(readable(grad_output))
     found = run(_plan_first, tuple(given), (*options, *needs, autotuning()), tuned())
     return _rounded(operands, found)
 
@@ -128,7 +128,7 @@ def run_second_vjp(
         needs: which gradients to compute: four of the primal operands, four of the tangents.
     """
     *given, grad_output, grad_output_t = operands
-    given += [unit_last_stride(grad_output), unit_last_stride(grad_output_t)]
+    given += [readable(grad_output), readable(grad_output_t)]
     found = run(_plan_second, tuple(given), (*options, *needs, autotuning()), tuned())
     primal, tangent = found[:4], found[4:]
     assert grad_output_t is not None
@@ -337,6 +337,6 @@ def _second_directions(call: Call, needs: Needs, needs_t: Needs) -> list[str]:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    dense = unit_last_stride(tensor)
+    dense = readable(tensor)
     assert dense is not None
     return dense

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tangent_ops.errors import ArgumentError
-from tangent_ops.ops.attention.autograd import fused_attention
 from tangent_ops.ops.attention.eager import AttentionInParts
+from tangent_ops.ops.attention.fused import fused_attention
 from tangent_ops.ops.attention.path import Path, decide
 from tangent_ops.ops.backend import Backend, autocast, no_autocast
 from tangent_ops.ops.reference.attention import attention, attention_jvp

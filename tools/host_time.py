@@ -1,6 +1,7 @@
-"""Python's time per call of the dual ops: kernels are launched the real way, and nothing runs.
+"""Python's time per call of the dual ops, on a GPU or, without one, on the rehearsal.
 
-    python -m tools.rehearsal.host_time
+    python -m tools.host_time               # on a CUDA device
+    python -m tools.host_time --rehearse    # kernels are launched the real way, and nothing runs
 
 A row is one op and direction. Forward is one call in a plain dual level, whose operands all have
 tangents that require grad; backward is ``torch.autograd.grad`` of its tangent by theirs, after the
@@ -11,9 +12,11 @@ level. The columns are the median µs of this thread's CPU time per call, and th
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +26,7 @@ from torch.autograd import forward_ad
 from tools import rehearsal
 
 BATCH, HEADS, TOKENS, DIM = 2, 4, 197, 64
+CALLS = 20  # of a row in a round: fewer launches than a GPU's queue holds
 
 
 class Op(NamedTuple):
@@ -49,24 +53,29 @@ class Op(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rehearse", action="store_true", help="on a stand-in for a GPU")
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--calls", type=int, default=20, help="of each row in a round")
-    chosen = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="JSON of the medians, in seconds")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    rehearsal.start()
-    times = _times(ops(), chosen.rounds, chosen.calls)
+    if options.rehearse:
+        rehearsal.start()
+    times = _times(ops("cpu" if options.rehearse else "cuda"), options.rounds)
+    if options.out:
+        found = {name: statistics.median(seconds) for name, seconds in times.items()}
+        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"{'op':32}{'µs':>8}{'x torch.add':>13}")
     for name, seconds in times.items():
         ratios = [s / base for s, base in zip(seconds, times["torch.add"], strict=True)]
         print(f"{name:32}{1e6 * statistics.median(seconds):8.1f}{statistics.median(ratios):13.1f}")
 
 
-def ops() -> dict[str, Op]:
+def ops(device: str) -> dict[str, Op]:
     """The ops, at the shapes of a small ViT."""
     from tangent_ops import functional as F
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.bfloat16)
+        return torch.randn(*shape, dtype=torch.bfloat16, device=device)
 
     def op(function: Callable[..., Tensor], *primals: Tensor) -> Op:
         return Op(function, list(primals), [torch.randn_like(x).requires_grad_() for x in primals])
@@ -90,21 +99,21 @@ def ops() -> dict[str, Op]:
     }
 
 
-def _times(chosen: dict[str, Op], rounds: int, calls: int) -> dict[str, list[float]]:
+def _times(chosen: dict[str, Op], rounds: int) -> dict[str, list[float]]:
     """Seconds per call of every row, one for each round; the first round compiles the kernels."""
-    a, b = torch.ones(64), torch.ones(64)
+    a = torch.ones(64, device=next(iter(chosen.values())).primals[0].device)
     backward = {f"{name}, backward": op.backward() for name, op in chosen.items()}
     for one in backward.values():
         one()
     times: dict[str, list[float]] = {}
     for _ in range(rounds):
-        _add(times, {"torch.add": lambda: torch.add(a, b)}, calls)
+        _add(times, {"torch.add": lambda: torch.add(a, a)})
         with forward_ad.dual_level():
             forward: dict[str, Any] = {}
             for name, op in chosen.items():
                 forward[f"{name}, forward"] = _bound(op.function, op.duals())
-            _add(times, forward, calls)
-        _add(times, backward, calls)
+            _add(times, forward)
+        _add(times, backward)
     return times
 
 
@@ -112,12 +121,14 @@ def _bound(function: Callable[..., Tensor], operands: list[Tensor]) -> Callable[
     return lambda: function(*operands)
 
 
-def _add(times: dict[str, list[float]], rows: dict[str, Any], calls: int) -> None:
+def _add(times: dict[str, list[float]], rows: dict[str, Any]) -> None:
     for name, call in rows.items():
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         start = time.thread_time()
-        for _ in range(calls):
+        for _ in range(CALLS):
             call()
-        times.setdefault(name, []).append((time.thread_time() - start) / calls)
+        times.setdefault(name, []).append((time.thread_time() - start) / CALLS)
 
 
 if __name__ == "__main__":
