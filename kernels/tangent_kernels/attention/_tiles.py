@@ -183,28 +183,6 @@ def load_mask_tile(
 
 
 @triton.jit
-def masked(
-    scores,  # in units of log2; rows and cols broadcast to its shape
-    rows,  # indices of its queries
-    cols,  # indices of its keys
-    queries,
-    keys,
-    mask,  # as load_mask takes it, or None
-    BOOLEAN: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    EDGE: tl.constexpr,
-):
-    """Scores plus the additive mask, with -inf where a query may not attend."""
-    values = None
-    if mask is not None:
-        if BOOLEAN:
-            values = load_mask(mask, rows, cols, queries, keys, 0)
-        else:
-            values = load_mask(mask, rows, cols, queries, keys, float("-inf"))
-    return plus_mask(scores, values, rows, cols, keys, BOOLEAN, CAUSAL, EDGE)
-
-
-@triton.jit
 def plus_mask(
     scores,  # in units of log2 if the mask is additive; rows and cols broadcast to its shape
     values,  # of the mask, or None
