@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,12 @@ torch.set_num_threads(1)
 # On a GPU too, float32 is compared with float64; PyTorch's products are in float32 by default.
 torch.backends.cudnn.allow_tf32 = False
 
+
+# Tests that kill and forget write through to the disk, which takes longer than all else in them.
+# Memory survives a killed process as a disk does. A container may have a few megabytes of it.
+MEMORY = Path("/dev/shm")
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 # These take longest, so they start first where processes share the files (`make test`).
 FIRST = (

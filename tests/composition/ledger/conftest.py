@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ledger_contents import AnyLedger, add
 
 from tangent_ops import Ledger, StatisticsLedger
+
+
+@pytest.fixture(autouse=True, scope="session")
+def random_sequences_use_the_tests_own_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[None]:
+    """In memory where that is possible (tests/conftest.py): they write thousands of times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.getbasetemp()))
+        yield
 
 
 @pytest.fixture(params=[Ledger, StatisticsLedger])
