@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from torch import nn
 
-from tangent_ops.data import check_choice, check_integer, check_positive, did_you_mean
+from tangent_ops.checks import check_choice, check_integer, check_positive, did_you_mean
 from tangent_ops.errors import ArgumentError
 from tangent_ops.model.linearize import last_blocks
 from tangent_ops.training.options import Recipe

@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
-from tangent_ops.data import (
+from tangent_ops.checks import (
     check_choice,
     check_integer,
     check_not_negative,
