@@ -5,9 +5,13 @@ from __future__ import annotations
 import csv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tangent_ops.errors import ArgumentError
-from tangent_ops.shards import Samples, by_class, by_column, by_hash
+from tangent_ops.shards.assignment import by_class, by_column, by_hash
+
+if TYPE_CHECKING:
+    from tangent_ops.shards import Samples
 
 _SHOWN = 50  # classes
 

@@ -23,7 +23,7 @@ from tangent_ops.cli.method import EXACT_L2, decided
 from tangent_ops.cli.options import Group
 from tangent_ops.cli.training import check_tensorboard, watching
 from tangent_ops.errors import ArgumentError
-from tangent_ops.shards import ShardRecipe
+from tangent_ops.shards.recipe import ShardRecipe
 
 if TYPE_CHECKING:
     from tangent_ops.shards import Plan, Samples

@@ -7,18 +7,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from tangent_ops.errors import ArgumentError, TangentOpsError
-from tangent_ops.files import to_json
-from tangent_ops.shards import ImageData, Samples, ShardRecipe, read_anchor, save_anchor
-from tangent_ops.shards.run_folder import ANCHOR
-from tangent_ops.training.head import fit_head
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tangent_ops.shards import Samples, ShardRecipe
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,8 @@ class AnchorOptions:
         if self.anchor is not None:
             if self.weights or (self.public and not basis):
                 raise ArgumentError("--anchor is a whole model: leave --weights and --public out")
+            from tangent_ops.shards import read_anchor
+
             read_anchor(self.anchor)
             return
         import timm
@@ -74,6 +72,9 @@ class AnchorOptions:
 def check_model(options: AnchorOptions, recipe: ShardRecipe, classes: int) -> None:
     """Raise ArgumentError if timm cannot build the model, or it lacks the blocks to be trained."""
     import timm
+    import torch
+
+    from tangent_ops.shards import read_anchor
 
     if options.anchor is not None:
         info = read_anchor(options.anchor)
@@ -108,6 +109,12 @@ def make_anchor(
     Raises:
         ArgumentError: weights that do not fit; the run's anchor was made from something else.
     """
+    import torch
+
+    from tangent_ops.shards import ImageData, read_anchor, save_anchor
+    from tangent_ops.shards.run_folder import ANCHOR
+    from tangent_ops.training.head import fit_head
+
     if options.anchor is not None:
         return options.anchor, f"the anchor is {options.anchor}"
     public = None if options.public is None else ImageData(str(options.public)).open()
@@ -144,6 +151,8 @@ def make_anchor(
 
 
 def _origin(options: AnchorOptions, classes: Sequence[str], public: Samples | None) -> str:
+    from tangent_ops.files import to_json
+
     told: dict[str, Any] = {
         "model": options.model,
         "img_size": options.img_size,
@@ -162,6 +171,8 @@ def _origin(options: AnchorOptions, classes: Sequence[str], public: Samples | No
 def _built(options: AnchorOptions, built: dict[str, Any]) -> tuple[nn.Module, bool]:
     """The model, and whether its head came with its weights."""
     import timm
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     if options.weights is None:
         try:

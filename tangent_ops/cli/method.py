@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tangent_ops.errors import ArgumentError
-from tangent_ops.shards import ShardRecipe
+from tangent_ops.shards.recipe import ShardRecipe
 
 if TYPE_CHECKING:
     from tangent_ops.shards import Plan

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
-from tangent_ops.data import check_integer
+from tangent_ops.checks import check_integer
 from tangent_ops.errors import ArgumentError
 
 Assignment = dict[str, list[str]]  # shard -> ids of its samples

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
-from torch import nn
-
-from tangent_ops.data import check_choice, check_integer, check_positive, did_you_mean
+from tangent_ops.checks import check_choice, check_integer, check_positive, did_you_mean
 from tangent_ops.errors import ArgumentError
-from tangent_ops.model.linearize import last_blocks
 from tangent_ops.training.options import Recipe
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from tangent_ops.privacy import Privacy
 
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
@@ -114,6 +113,8 @@ class ShardRecipe(Recipe):
 
     def trainable(self, model: nn.Module) -> str | None:
         """The pattern of the trained parameters, for `linearize`."""
+        from tangent_ops.model.linearize import last_blocks
+
         return None if self.blocks is None else last_blocks(model, self.blocks)
 
     def to_dict(self) -> dict[str, Any]:

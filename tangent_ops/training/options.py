@@ -1,4 +1,4 @@
-"""`Recipe`: the options of a training, with their defaults and ranges."""
+"""`Recipe`: the options of a training, with their defaults and ranges; it needs no torch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-import torch
-from torch import nn
-
-from tangent_ops.data import (
+from tangent_ops.checks import (
     check_choice,
     check_integer,
     check_not_negative,
@@ -19,19 +16,33 @@ from tangent_ops.data import (
     did_you_mean,
 )
 from tangent_ops.errors import ArgumentError
-from tangent_ops.losses import Loss, RescaledSquareLoss
 
-LOSSES: dict[str, Callable[[], Loss]] = {
-    "rsl": RescaledSquareLoss,
-    "cross-entropy": nn.CrossEntropyLoss,
-}
-MakeOptimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-OPTIMIZERS: dict[str, MakeOptimizer] = {
-    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0),
-    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
-    "momentum": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
-}
+    from tangent_ops.losses import Loss
+
+    MakeOptimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
+else:
+    Loss = Callable  # the command line reads the fields' types
+
+LOSSES = ("rsl", "cross-entropy")
+
+
+def _adamw(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    from torch.optim import AdamW
+
+    return AdamW(parameters, lr=lr, weight_decay=0.0)
+
+
+def _momentum(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    from torch.optim import SGD
+
+    return SGD(parameters, lr=lr, momentum=0.9)
+
+
+OPTIMIZERS: dict[str, MakeOptimizer] = {"adamw": _adamw, "sgd": _momentum, "momentum": _momentum}
 
 # Factor of the learning rate after this fraction of all steps.
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -118,7 +129,11 @@ class Recipe:
         """The loss as a function of logits and targets."""
         if callable(self.loss):
             return self.loss
-        return LOSSES[self.loss or "rsl"]()
+        from torch.nn import CrossEntropyLoss
+
+        from tangent_ops.losses import RescaledSquareLoss
+
+        return CrossEntropyLoss() if self.loss == "cross-entropy" else RescaledSquareLoss()
 
     def lr_at(self, done: float) -> float:
         """The learning rate after this fraction of all steps."""
@@ -126,6 +141,8 @@ class Recipe:
 
     def precision(self, device: torch.device) -> torch.dtype | None:
         """Autocast's dtype; None for no autocast."""
+        import torch
+
         if self.amp is None and torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)  # the caller's own
         by_default = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -133,6 +150,8 @@ class Recipe:
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context that a model's forward pass runs in."""
+        import torch
+
         dtype = self.precision(device)
         return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
