@@ -30,9 +30,13 @@ ORANGE, AMBER, BLACK, GREY = "#D55E00", "#E69F00", "#000000", "#595959"
 TANGENT, TANGENT_OTHER = BLUE, SKY  # tangent fine-tuning (TAFT), and another form of it
 EXACT = GREEN  # what is solved from sums: statistics, exact fits, exact influence
 ORDINARY, ORDINARY_OTHER = ORANGE, AMBER  # ordinary fine-tuning (NLFT), attention without tangents
+ORDINARIES = (ORDINARY, ORDINARY_OTHER)
 RIVAL = PURPLE  # another way to what this library computes
 PROBE = BLACK  # a head trained alone
 LEVEL = GREY  # what depends on nothing that the picture varies: anchors, chance, bounds
+
+# Of words in these colours, which are too light for text: a contrast of 4.5 with white or more.
+INKS = {SKY: "#1F78A8", AMBER: "#8F6300", GREEN: "#007A59", ORANGE: "#B84F00", PURPLE: "#A9497F"}
 
 WIDTH = 9.0  # inches of a picture that fills a page; there its text has the size of the page's
 RESOLUTION = 160  # pixels per inch
@@ -116,8 +120,10 @@ def styled() -> Iterator[None]:
 def new_figure(width: float = WIDTH, height: float = 4.0) -> Figure:
     """An empty figure of that many inches, drawn without a window; inside `styled`."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    return Figure(figsize=(width, height), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.05)  # inches
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def number_axis(axes: Axes, numbers: Sequence[float], space: float = 0.035) -> None:
@@ -166,7 +172,7 @@ def label_ends(axes: Axes, ends: Iterable[tuple[float, str, str]], size: float =
     for place, (_, words, colour) in zip(spread(places, gap), ordered, strict=True):
         axes.annotate(
             words, (1, place), xycoords="axes fraction", xytext=(7, 0), annotation_clip=False,
-            textcoords="offset points", color=colour, va="center", fontsize=size,
+            textcoords="offset points", color=INKS.get(colour, colour), va="center", fontsize=size,
         )  # fmt: skip
 
 
@@ -190,15 +196,26 @@ def _start(group: Sequence[float], gap: float) -> float:
     return sum(group) / len(group) - gap * (len(group) - 1) / 2
 
 
-def legend_above(figure: Figure, columns: int, keys: Mapping[str, Any] | None = None) -> None:
-    """One legend for all axes, above them; `keys` are label to handle, None for the axes' own."""
+def legend_above(
+    figure: Figure, columns: int, keys: Mapping[str, Any] | None = None, title: str | None = None
+) -> None:
+    """One legend for all axes, above them, below the picture's title.
+
+    Args:
+        figure: with axes.
+        columns: of the legend.
+        keys: label to handle; None for those of the axes.
+        title: of the picture.
+    """
     if keys is None:
         keys = {
             label: handle
             for axes in figure.axes
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
-    figure.legend(keys.values(), keys, loc="outside upper left", ncols=columns, borderpad=0)
+    options: Any = {"title": title, "title_fontproperties": {"size": 11.5, "weight": "bold"}}
+    options |= {"alignment": "left", "ncols": columns, "borderpad": 0}
+    figure.legend(keys.values(), keys, loc="outside upper left", **options)
 
 
 def note(figure: Figure, words: str) -> None:

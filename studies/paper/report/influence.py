@@ -93,8 +93,7 @@ def _draw(cells: list[dict], removed: list[int], path: Path) -> Path:
         before = _series(cells, 0, "exact", key)
         for number, (name, look) in enumerate(LOOKS.items()):
             changes = [
-                paired(_series(cells, index, name, key), before)
-                for index in range(1, len(removed))
+                paired(_series(cells, index, name, key), before) for index in range(1, len(removed))
             ]
             apart = [count + 0.4 * (number - 1) for count in removed[1:]]  # two of them coincide
             draw_series(each, look, apart, changes, factor=1)
