@@ -47,6 +47,7 @@ LOOKS = {
         ("finetune-1", "p", pictures.ORDINARY_OTHER),
     )
 }
+SHAPES = "Shapes: batch x heads x N x D, and rows x in x out."
 PLAIN = "Dashed: PyTorch's attention without a tangent."
 
 
@@ -133,7 +134,7 @@ def _roofs(result: Result, out: Path) -> list[Path]:
             for percent, row in rows:
                 look = look_of(row.provider)
                 apart = 0.7 * ((names.index(row.provider) + 0.5) / len(names) - 0.5)
-                points = {"marker": look.marker, "color": look.colour, "linestyle": "none"}
+                points: Any = {"marker": look.marker, "color": look.colour, "linestyle": "none"}
                 axes.plot(percent, place + apart, label=row.provider, markersize=5, **points)
         axes.axvline(100, color=pictures.LEVEL, linewidth=1)
         axes.set_yticks(range(len(cases)), [_named(case) for case in cases], fontsize=8.5)
@@ -142,7 +143,7 @@ def _roofs(result: Result, out: Path) -> list[Path]:
         axes.set_xlabel("rate, % of the roof: what the machine's limits allow")
         flops, copied = (result.ceilings[key] for key in (f"flops/s {dtype}", "bytes/s"))
         limits = f"matmul {flops / 1e12:.3g} TFLOP/s, copy {copied / 1e9:.3g} GB/s"
-        words = f"Limits, measured in the same run: {limits}. Shapes: batch x heads x N x D, rows x in x out."
+        words = f"Limits, measured in the same run: {limits}. {SHAPES}"
         drawn.append(_save(figure, out, f"roofline-{dtype}", f"Roofline, {dtype}", result, words))
     return drawn
 

@@ -21,6 +21,7 @@ from tangent_ops.training.fit import fit
 from tangent_ops.training.grouped import fit_grouped
 from tangent_ops.training.head import fit_head
 from tangent_ops.training.loop import History
+from tangent_ops.training.lr_range import LrRange, find_lr
 from tangent_ops.training.options import Recipe
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Influence",
     "Ledger",
     "LinearizedModel",
+    "LrRange",
     "Recipe",
     "StatisticsLedger",
     "TangentAttention",
@@ -41,6 +43,7 @@ __all__ = [
     "compose_lossless",
     "core_basis",
     "errors",
+    "find_lr",
     "fit",
     "fit_exact",
     "fit_grouped",

@@ -43,7 +43,7 @@ RESOLUTION = 160  # pixels per inch
 SMALL = 8.5  # points of notes and of numbers beside bars and points
 TERMS = "TAFT: tangent fine-tuning. NLFT: non-linear fine-tuning, the ordinary one."
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {  # matplotlib types its keys
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.labelsize": 10,
