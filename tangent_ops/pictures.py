@@ -227,7 +227,7 @@ def note(figure: Figure, words: str) -> None:
 
 @styled()
 def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Write a PNG, whole or not at all; the same figure gives the same bytes."""
+    """Write a PNG, whole or not at all; a figure that is made anew gives the same bytes."""
     path, content = Path(path), io.BytesIO()
     figure.savefig(content, format="png", dpi=RESOLUTION, metadata={"Software": None})
 

@@ -19,7 +19,8 @@ TOUCH = 1.0  # pixel by which boxes may overlap: they have some air around the i
 def assert_readable(figure: Figure) -> None:
     """Texts do not overlap, are whole and not struck through; legends have no box; lines show.
 
-    Panels with the same axis label in a row or column have the same limits.
+    Panels side by side that show the same thing have the same scale. A text with a plate of its own
+    hides what is behind it, so no line goes through it.
     """
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -46,11 +47,12 @@ def assert_readable(figure: Figure) -> None:
         for axes in figure.axes
         for line in axes.lines
         for text, box in boxes.items()
-        if _crosses(line, box, axes)
+        if text.get_bbox_patch() is None and _crosses(line, box, axes)
     ]
     assert not struck, f"a line goes through a text: {struck}"
     legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
-    assert not any(legend.get_frame_on() for legend in legends if legend is not None)
+    boxed = [legend for legend in legends if legend is not None and legend.get_frame_on()]
+    assert not boxed, f"legends with a box: {boxed}"
     hidden = [axes.get_title(loc="left") for axes in figure.axes if _hides_a_level(axes)]
     assert not hidden, f"a level line lies on an axis or outside: {hidden}"
     _assert_same_scales(figure)
@@ -101,7 +103,7 @@ def _hides_a_level(axes: Axes) -> bool:
     """Whether a line from left to right is not at least 1 % of the height inside."""
     for line in axes.lines:
         y = np.asarray(line.get_ydata(), dtype=float)
-        if len(y) < 2 or np.ptp(y) or line.get_transform() == axes.transAxes:
+        if len(y) < 2 or np.ptp(y):
             continue
         place = axes.transLimits.transform(axes.transScale.transform((axes.get_xlim()[0], y[0])))
         if not 0.01 <= place[1] <= 0.99:
@@ -110,7 +112,7 @@ def _hides_a_level(axes: Axes) -> bool:
 
 
 def _assert_same_scales(figure: Figure) -> None:
-    """Panels side by side that show the same thing, by their label or without one."""
+    """Panels side by side with the same label; or with no label and no ticks of their own."""
     words = " ".join(text.get_text() for text in figure.findobj(Text) if isinstance(text, Text))
     if "scales differ" in words:
         return
@@ -119,8 +121,7 @@ def _assert_same_scales(figure: Figure) -> None:
         if (place := axes.get_subplotspec()) is not None:
             rows.setdefault(place.rowspan.start, []).append(axes)
     for panels in rows.values():
-        labelled = [axes for axes in panels if axes.get_ylabel()]
         for one, other in combinations(panels, 2):
-            same = one.get_ylabel() == other.get_ylabel() or len(labelled) == 1
-            if same and not (one.images or other.images):
+            ticks = any(label.get_visible() for label in other.get_yticklabels())
+            if other.get_ylabel() == (one.get_ylabel() if ticks else "") and other.axison:
                 assert one.get_ylim() == other.get_ylim(), "panels side by side differ in scale"
