@@ -49,6 +49,7 @@ from tangent_ops import (
 )
 from tangent_ops.exact import Problem, fit_exact
 from tangent_ops.model.features import split_model
+from tangent_ops.pictures import save
 
 T = TypeVar("T")
 Deals = Mapping[int, Sequence[Dataset[Any]]]  # number of shards -> their images
@@ -61,7 +62,7 @@ TOLERANCE = 0.03  # of these fits
 
 
 def demo(options: argparse.Namespace) -> None:
-    """Run the demo; write ``demo.png`` and a ledger to the output folder."""
+    """Run the demo; write ``demo.png``, its numbers and a ledger to the output folder."""
     began = time.perf_counter()
     model, images = load(options)
     parts = deal(images, options)
@@ -83,8 +84,8 @@ def demo(options: argparse.Namespace) -> None:
 
     results.seconds = time.perf_counter() - began
     print_table(results.model, results.setting, results.rows, results.facts, console)
-    path = options.out / "demo.png"
-    draw(results).savefig(path, dpi=150)
+    results.write(options.out / "demo.json")
+    path = save(draw(results), options.out / "demo.png")
     console.print(f"\n  wrote {path} and {options.out / 'ledger'}; {results.seconds:.0f} s in all")
 
 

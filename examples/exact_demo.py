@@ -47,6 +47,7 @@ from tangent_ops.exact import (
     predictive_covariance,
 )
 from tangent_ops.exact.influence_grid import influence_grid
+from tangent_ops.pictures import save
 
 T = TypeVar("T")
 L2S = (3.0, 10.0, 30.0)  # leave-one-out cross-validation chooses among them
@@ -169,7 +170,7 @@ def explain(
 
     caption = f"{names[target]}, taken for {names[taken]}"
     figure = influence_grid((scored.images.data[wrong][0], caption), sample, scores, MOST)
-    figure.savefig(options.out / "influence.png", dpi=150)
+    save(figure, options.out / "influence.png")
     sure = predictive_covariance(problem, queries, noise, tol=TOLERANCE)[0].diagonal().sqrt()
     said = " and ".join(f"{logits[c]:.1f} ± {sure[c]:.1f} for {names[c]}" for c in (taken, target))
     worst = int(scores.argmin())

@@ -1,24 +1,27 @@
-"""Print a demo's table, and draw the picture of the demo of shards."""
+"""Print a demo's table; keep the results of the demo of shards, and draw their picture."""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-# Okabe and Ito's colours, told apart by colour-blind readers.
-BLACK, ORANGE, BLUE, PURPLE, GREY = "#000000", "#D55E00", "#0072B2", "#CC79A7", "#666666"
+from tangent_ops import pictures
+from tangent_ops.pictures import Look
+
 STARTS = ("mean", "statistics", "no image", "exact", "forgotten")  # of a table's sections
 BOLD = ("statistics", "no image", "no shard", "forgotten")
 BESIDE: dict[str, Any] = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
 PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # hides lines behind a label
-ABOVE: dict[str, Any] = {"xytext": (8, 6), "textcoords": "offset points", "weight": "bold"}
+ABOVE: dict[str, Any] = {"xytext": (9, 7), "textcoords": "offset points", "bbox": PLATE}
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Row:
         name: What to call it.
         images: Training images it has seen, those of its anchor's head included.
         accuracy: On the scored images, 0 to 1.
-        seconds: To get it from what the rows above made, without `solve`.
+        seconds: To get it from what the rows above made, without `solve`; NaN if not known.
         solve: Seconds of the solve, after something was forgotten.
         shards: Number of the shards that it was composed of; 0 if it is not of shards.
     """
@@ -39,7 +42,7 @@ class Row:
     name: str
     images: int
     accuracy: float
-    seconds: float
+    seconds: float = math.nan
     solve: float = 0.0
     shards: int = 0
 
@@ -82,6 +85,16 @@ class Results:
         """Append a row."""
         self.rows.append(Row(kind, name, images, accuracy, seconds, solve, shards))
 
+    def write(self, path: Path) -> None:
+        """Keep them as JSON, to draw the picture again."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """What `write` has kept; times that are not known may be left out."""
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{**content, "rows": [Row(**row) for row in content["rows"]]})
+
     def of(self, kind: str) -> list[Row]:
         """The rows of a kind."""
         return [row for row in self.rows if row.kind == kind]
@@ -114,94 +127,60 @@ def print_table(
         console.print(f"  [green]✓[/green] {fact}", highlight=False)
 
 
+@pictures.styled()
 def draw(results: Results) -> Figure:
     """Accuracy by number of shards, and the times to forget."""
-    style: dict[Any, Any] = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(13.5, 4.4), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
-        _accuracies(left, results)
-        _times(right, results)
+    figure = pictures.new_figure(width=11, height=3.9)
+    left, right = figure.subplots(1, 2, width_ratios=[1, 0.92])
+    _times(right, results)
+    _accuracies(left, results)
     return figure
 
 
 def _accuracies(axes: Axes, results: Results) -> None:
     """A line over the numbers of shards for each way to compose, and level lines of the others."""
     levels = {
-        "ordinary": "ordinary fine-tuning, all images",
-        "head": "linear head, all images",
-        "anchor": f"linear head, {results.of('anchor')[0].images} public images",
+        "ordinary": ("ordinary fine-tuning, all images", pictures.ORDINARY),
+        "head": ("linear head, all images", pictures.LEVEL),
+        "anchor": (f"linear head, {results.of('anchor')[0].images} public images", pictures.LEVEL),
     }
     lines = {
-        "statistics": ("sum of statistics", BLUE, "o-", 3.5),
-        "mean": ("mean of deltas", ORANGE, "s-", 2.0),
+        "statistics": Look("sum of statistics", "o", "-", pictures.EXACT),
+        "mean": Look("mean of deltas", "D", "-", pictures.TANGENT),
     }
     ends = []
-    for kind, name in levels.items():
+    for kind, (words, colour) in levels.items():
         score = results.of(kind)[0].percent
-        axes.axhline(score, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
-        ends.append((score, f"{score:.1f}  {name}", GREY, "normal"))
-    for kind, (name, colour, style, width) in lines.items():
+        pictures.draw_level(axes, score, colour=colour)
+        ends.append((score, f"{score:.1f}  {words}", colour))
+    for kind, look in lines.items():
         rows = results.of(kind)
         numbers, scores = [row.shards for row in rows], [row.percent for row in rows]
-        axes.plot(numbers, scores, style, color=colour, linewidth=width, markersize=8, zorder=3)
-        ends.append((scores[-1], f"{scores[-1]:.1f}  {name}", colour, "bold"))
-    for number, score in zip(numbers[:-1], scores[:-1], strict=True):  # of the means
-        axes.annotate(f"{score:.1f}", (number, score), color=ORANGE, bbox=PLATE, **ABOVE)
-    axes.set_xscale("log")
-    axes.set_xlim(numbers[0] / 1.2, numbers[-1] * 1.12)
-    axes.set_xticks(numbers, [str(number) for number in numbers])
-    axes.minorticks_off()
-    axes.set_xlabel("shards that the same images are dealt into")
+        axes.plot(numbers, scores, linewidth=2.5, **look.drawn)
+        ends.append((scores[-1], f"{scores[-1]:.1f}  {look.title}", look.colour))
     axes.set_ylabel(results.scored + " images recognised, %")
+    axes.set_xlabel("shards that the same images are dealt into")
     axes.margins(y=0.09)
-    low, high = axes.get_ylim()
-    ends.sort()
-    places = spread([end[0] for end in ends], gap=0.07 * (high - low))
-    for place, (score, text, colour, weight) in zip(places, ends, strict=True):
-        axes.annotate(
-            text, (1, score), xycoords=("axes fraction", "data"), xytext=(1.02, place),
-            textcoords=("axes fraction", "data"), color=colour, va="center", weight=weight,
-        )  # fmt: skip
-    axes.set_title(
-        "Statistics add up: one model, however the images are dealt", loc="left", weight="bold"
-    )
+    pictures.number_axis(axes, numbers)
+    axes.set_title("Statistics add up, however the images are dealt")
+    for number, score in zip(numbers[:-1], scores[:-1], strict=True):  # of the means
+        axes.annotate(f"{score:.1f}", (number, score), color=pictures.TANGENT, **ABOVE)
+    pictures.label_ends(axes, ends)
 
 
 def _times(axes: Axes, results: Results) -> None:
     """Seconds to forget: by training again, and by a ledger of statistics and a solve."""
     again = results.of("ordinary")[0].seconds
-    axes.barh("train again:\nordinary fine-tuning", again, color=GREY, height=0.5)
+    axes.barh("train again:\nordinary fine-tuning", again, color=pictures.ORDINARY, height=0.5)
     axes.annotate(duration(again), (again, 0), **BESIDE)
     for place, (kind, what) in enumerate({"image": "one image", "shard": "a shard"}.items(), 1):
         row = results.of(f"no {kind}")[0]
-        name = f"statistics:\n{what}"
-        axes.barh(name, row.seconds, color=PURPLE, height=0.5)
-        axes.barh(name, row.solve, left=row.seconds, color=BLUE, height=0.5)
         end = row.seconds + row.solve
+        axes.barh(f"statistics:\n{what}", end, color=pictures.EXACT, height=0.5)
         times = f"{duration(row.seconds)} to forget, {duration(row.solve)} to solve"
         axes.annotate(f"{times}\n{row.percent:.1f} % afterwards", (end, place), **BESIDE)
-    axes.set_xlim(0, 1.25 * max(again, row.seconds + row.solve))
+    axes.set_xlim(0, 1.25 * max(again, end))
+    axes.grid(visible=False)
     axes.invert_yaxis()
     axes.set_xlabel("seconds to forget")
-    axes.set_title("Forgotten bit for bit", loc="left", weight="bold")
-
-
-def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Places of labels, in rising order, moved apart to be at least `gap` from each other.
-
-    Labels that would overlap are centred on where they belong.
-    """
-    groups: list[list[float]] = []
-    for place in places:
-        groups.append([place])
-        while len(groups) > 1 and _start(groups[-1], gap) < _start(groups[-2], gap) + gap * len(
-            groups[-2]
-        ):
-            groups[-2:] = [groups[-2] + groups[-1]]
-    return [_start(group, gap) + gap * k for group in groups for k in range(len(group))]
-
-
-def _start(group: Sequence[float], gap: float) -> float:
-    """Where the first label of a group is that is centred on its places' mean."""
-    return sum(group) / len(group) - gap * (len(group) - 1) / 2
+    axes.set_title("Forgotten bit for bit")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tangent_ops.training.grouped import fit_grouped
     from tangent_ops.training.head import fit_head
     from tangent_ops.training.loop import History
+    from tangent_ops.training.lr_range import LrRange, find_lr
     from tangent_ops.training.options import Recipe
 else:
     __getattr__, __dir__ = lazy(
@@ -51,6 +52,7 @@ else:
             "training.grouped": "fit_grouped",
             "training.head": "fit_head",
             "training.loop": "History",
+            "training.lr_range": "LrRange find_lr",
             "training.options": "Recipe",
         },
     )
@@ -63,6 +65,7 @@ __all__ = [
     "Influence",
     "Ledger",
     "LinearizedModel",
+    "LrRange",
     "Recipe",
     "StatisticsLedger",
     "TangentAttention",
@@ -73,6 +76,7 @@ __all__ = [
     "compose_lossless",
     "core_basis",
     "errors",
+    "find_lr",
     "fit",
     "fit_exact",
     "fit_grouped",

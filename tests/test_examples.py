@@ -7,7 +7,6 @@ import re
 import sys
 import zipfile
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,6 @@ import demo
 import exact_demo
 import images
 import onnx
-import picture
 from onnx import helper, numpy_helper
 from PIL import Image
 
@@ -291,14 +289,6 @@ def test_the_demo_adds_up_and_forgets(tmp_path, capsys):
     left.terms["core_residual"][0] += 1
     with pytest.raises(assets.DemoError, match="the rest differs in core_residual"):
         demo.check_same(left, ledger.statistics(), "the rest")
-
-
-@pytest.mark.parametrize("places", [[1.0, 1.1, 5.0], [0.0, 0.9, 1.0, 1.1, 2.4], [3.0]], ids=str)
-def test_labels_are_moved_apart_and_stay_near(places):
-    moved = picture.spread(places, gap=1.0)
-    assert all(b - a >= 1.0 - 1e-9 for a, b in pairwise(moved))
-    assert sum(moved) == pytest.approx(sum(places))
-    assert picture.spread([0.0, 1.0, 2.5], gap=1.0) == [0.0, 1.0, 2.5]
 
 
 def test_the_exact_demo_shows_what_is_exact(tmp_path, capsys):

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from tangent_ops import pictures
 from tangent_ops.errors import ArgumentError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@pictures.styled()
 def influence_grid(
     query: tuple[Tensor, str],
     sample: Callable[[int], tuple[Tensor, str]],
@@ -34,9 +36,8 @@ def influence_grid(
 
     Raises:
         ArgumentError: scores is not (N,), or top is below 1.
+        UnsupportedError: matplotlib is not installed.
     """
-    from matplotlib.figure import Figure
-
     if scores.ndim != 1 or len(scores) == 0:
         raise ArgumentError(f"scores must be (N,), got {tuple(scores.shape)}: one input's column")
     if top < 1:
@@ -44,7 +45,7 @@ def influence_grid(
     order = scores.argsort(descending=True).tolist()
     helpful = [index for index in order[:top] if scores[index] > 0]
     harmful = [index for index in order[::-1][:top] if scores[index] < 0]
-    figure = Figure(figsize=(1.25 * (top + 1.4), 3.7), layout="constrained")
+    figure = pictures.new_figure(width=1.25 * (top + 1.4), height=3.9)
     grid = figure.add_gridspec(2, top + 1, width_ratios=[1.4] + [1.0] * top)
     _draw(figure.add_subplot(grid[:, 0]), *query)
     rows = ((helpful, "Without these its loss rises"), (harmful, "Without these its loss falls"))
@@ -52,7 +53,7 @@ def influence_grid(
         for column in range(top):
             axes = figure.add_subplot(grid[row, column + 1])
             if column == 0:
-                axes.set_title(title, loc="left", fontsize=10)
+                axes.set_title(title)
             if column >= len(indices):
                 axes.set_axis_off()
                 continue
@@ -66,6 +67,7 @@ def _draw(axes, image: Tensor, caption: str) -> None:
     image = image - image.min()
     image = (image / image.max().clamp_min(1e-6)).permute(1, 2, 0)
     axes.imshow(image.numpy(), cmap="gray")
+    axes.grid(visible=False)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_xlabel(caption, fontsize=9)

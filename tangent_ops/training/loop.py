@@ -131,7 +131,7 @@ def train(
 
                 optimizer.zero_grad()
                 with group.own_draws(recipe.seed, history.steps):
-                    objective = _backward(model, batch, parameters, group, recipe)
+                    objective = backward(model, batch, parameters, group, recipe)
                 if objective is None:
                     optimizer.zero_grad()
                     raise NonFiniteLossError(
@@ -154,7 +154,7 @@ def train(
     return history
 
 
-def _backward(
+def backward(
     model: nn.Module, batch: Batch, parameters: list[nn.Parameter], group: Group, recipe: Recipe
 ) -> float | None:
     """Set the gradients; return the objective, or None if it or a gradient is not finite."""

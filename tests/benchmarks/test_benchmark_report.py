@@ -11,6 +11,7 @@ from made_up import attention_rows, model_rows, result, row, write
 from benchmarks import report
 from benchmarks.case import Case
 from benchmarks.stored import BadFile, Row, newest, read
+from tangent_ops import pictures
 
 CASE = Case("attention-forward", "attention", (8, 12, 197, 64), "fp32")
 ROWS = [
@@ -129,9 +130,16 @@ def test_nothing_measured(tmp_path) -> None:
         read([write(tmp_path / "a.json", result([]))])
 
 
-def test_pictures(tmp_path) -> None:
+def test_pictures(tmp_path, monkeypatch) -> None:
+    """Of made-up data: each can be read."""
     image = pytest.importorskip("matplotlib.image")
-    rows = attention_rows([(8, 12, 50, 64), (8, 12, 197, 64)]) + model_rows()
+    from readable_pictures import assert_readable
+
+    save = pictures.save
+    monkeypatch.setattr(
+        pictures, "save", lambda figure, path: assert_readable(figure) or save(figure, path)
+    )
+    rows = attention_rows([(8, 12, 50, 64), (8, 12, 197, 64)]) + model_rows(forward=0.9)
     file = write(tmp_path / "a.json", result(rows))
     report.main([str(file), "--plots", str(tmp_path / "out")])
     drawn = {path.name: image.imread(path) for path in (tmp_path / "out").iterdir()}

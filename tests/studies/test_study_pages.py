@@ -9,17 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from readable_pictures import assert_readable
 
 import studies  # noqa: F401  # makes the demo's modules importable
 from studies.paper.cells import Found
 from studies.paper.parts import composition as composition_part
 from studies.paper.report import composition, forgetting, influence, privacy
 from studies.paper.report.pages import CLAIMS, FIRST, PAGE, write_pages
+from tangent_ops import pictures
 
 DOCS = Path(__file__).parents[2] / "docs" / "study"
 
 
-def test_the_page_is_what_its_results_make(tmp_path: Path) -> None:
+def test_the_page_is_what_its_results_make(tmp_path: Path, monkeypatch) -> None:
+    save = pictures.save
+    monkeypatch.setattr(
+        pictures, "save", lambda figure, path: assert_readable(figure) or save(figure, path)
+    )
     results = json.loads((DOCS / "results.json").read_text(encoding="utf-8"))
     written = write_pages(results, tmp_path)
     page = (tmp_path / PAGE).read_text(encoding="utf-8")
@@ -29,9 +35,9 @@ def test_the_page_is_what_its_results_make(tmp_path: Path) -> None:
     }
     claims = [entry["claim"] for entry in json.loads((DOCS / CLAIMS).read_text())["claims"]]
     assert all(any(claim.endswith(end) for claim in claims) for end in FIRST)
-    pictures = re.findall(r"!\[[^]]+\]\((\S+)\)", page)
-    assert pictures and len(set(pictures)) == len(pictures)
-    for picture in pictures:
+    shown = re.findall(r"!\[[^]]+\]\((\S+)\)", page)
+    assert shown and len(set(shown)) == len(shown)
+    for picture in shown:
         for folder in (tmp_path, DOCS):
             grey = np.asarray(Image.open(folder / picture).convert("L"))
             assert grey.std() > 10, f"{picture} is blank"

@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
 from studies.paper.cells import Found
 from studies.paper.methods import METHODS, exact
 from studies.paper.parts import accuracy
 from studies.paper.report.claims import Claim
-from studies.paper.report.figures import new_figure, save
 from studies.paper.report.section import Section
 from studies.paper.report.summary import Mean, paired
+from tangent_ops import pictures
 
-MARKS = {"square": ("o", "black", "square loss"), "cross-entropy": ("s", "white", "cross-entropy")}
+MARKS = {"square": ("o", True), "cross-entropy": ("s", False)}  # marker, whether it is filled
 
 
 def scores(found: Found, images: str, method: str, loss: str, key: str = "test_accuracy"):
@@ -115,36 +118,68 @@ def _tried(found: Found, sets: list[str], runs: list[tuple[str, str]]) -> str:
     )
 
 
+@pictures.styled()
 def _draw(found: Found, sets: list[str], runs: list[tuple[str, str]], path: Path) -> Path:
-    methods = [m for m in dict.fromkeys(m for m, _ in runs) if m != accuracy.PROBE][::-1]
-    figure, axes = new_figure(len(sets), (2.5 * len(sets) + 1.4, 3.4))
-    for number, (images, each) in enumerate(zip(sets, axes, strict=True)):
-        for offset, (loss, (marker, fill, name)) in zip((0.14, -0.14), MARKS.items(), strict=True):
-            for row, method in enumerate(methods):
-                values = scores(found, images, method, loss)
-                base = scores(found, images, accuracy.PROBE, loss)
-                if not values:
-                    continue
-                gain = paired(values, base)
-                each.errorbar(
-                    100 * gain.value,
-                    row + offset,
-                    xerr=100 * gain.error,
-                    marker=marker,
-                    color="black",
-                    markerfacecolor=fill,
-                    capsize=2.5,
-                    label=name if row == len(methods) - 1 else None,
-                )
-        each.axvline(0, color="#555555", linewidth=1)
-        each.set_yticks(range(len(methods)), [title(m) for m in methods] if number == 0 else [])
-        each.set_ylim(-0.5, len(methods) - 0.5)
-        each.set_title(images)
-        each.set_xlabel("points above the probe")
-    handles, labels = axes[0].get_legend_handles_labels()
-    known = dict(zip(labels, handles, strict=True))
-    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=2, frameon=False)
-    return save(figure, path)
+    """A panel per set; below, the methods that were not tried on every set."""
+    methods = [m for m in dict.fromkeys(m for m, _ in runs) if m != accuracy.PROBE]
+    tried = {m: [s for s in sets if any(scores(found, s, m, x) for x in MARKS)] for m in methods}
+    everywhere = [m for m in methods if tried[m] == sets]
+    rest = [m for m in methods if tried[m] != sets]
+    rows = [(everywhere, sets), (rest, [s for s in sets if any(s in tried[m] for m in rest)])]
+    rows = [row for row in rows if row[0]]
+    figure = pictures.new_figure(height=1.3 + 0.36 * len(methods) + 0.3 * len(rows))
+    grid = figure.add_gridspec(len(rows), len(sets), height_ratios=[len(m) for m, _ in rows])
+    first = None
+    for number, (shown, on) in enumerate(rows):
+        for column, images in enumerate(sets):
+            if images not in on:
+                continue
+            each = figure.add_subplot(grid[number, column], sharex=first)
+            first = first or each
+            _draw_gains(each, found, images, shown[::-1])
+            each.tick_params(labelleft=column == 0, left=column == 0)
+            each.set_title(images if number == 0 else f"{images} only")
+    keys = {
+        {"square": "square loss"}.get(loss, loss): Line2D(
+            [], [], color=pictures.LEVEL, marker=mark,
+            markerfacecolor=pictures.LEVEL if full else "white",
+        )
+        for loss, (mark, full) in MARKS.items()
+    }  # fmt: skip
+    pictures.legend_above(figure, 2, keys)
+    words = "Points above the probe that has the same loss; bars: standard errors over seeds."
+    pictures.note(figure, f"{words} All panels have the same scale. {pictures.TERMS}")
+    return pictures.save(figure, path)
+
+
+def _draw_gains(axes: Axes, found: Found, images: str, methods: list[str]) -> None:
+    """Of each method on one set, from bottom to top."""
+    for row, method in enumerate(methods):
+        for offset, (loss, (mark, full)) in zip((0.15, -0.15), MARKS.items(), strict=True):
+            values = scores(found, images, method, loss)
+            if not values:
+                continue
+            gain = paired(values, scores(found, images, accuracy.PROBE, loss))
+            colour = _colour(method)
+            axes.errorbar(
+                100 * gain.value,
+                row + offset,
+                xerr=100 * gain.error,
+                marker=mark,
+                color=colour,
+                markerfacecolor=colour if full else "white",
+            )
+    axes.axvline(0, color=pictures.LEVEL, linewidth=1)
+    axes.set_yticks(range(len(methods)), [title(method) for method in methods])
+    axes.set_ylim(-0.5, len(methods) - 0.5)
+
+
+def _colour(method: str) -> str:
+    if "exact" in method:
+        return pictures.EXACT
+    if method.startswith("taft"):
+        return pictures.TANGENT
+    return pictures.ORDINARY if method.startswith("nlft") else pictures.ORDINARY_OTHER
 
 
 def _claims(found: Found, sets: list[str]) -> list[Claim]:

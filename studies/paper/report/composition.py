@@ -9,19 +9,21 @@ from typing import Any
 from studies.paper.cells import Found
 from studies.paper.parts import composition, forgetting
 from studies.paper.report.claims import Claim
-from studies.paper.report.figures import Look, draw_level, draw_series, new_figure, save
 from studies.paper.report.section import Section
+from studies.paper.report.series import draw_series
 from studies.paper.report.summary import Mean, paired
+from tangent_ops import pictures
+from tangent_ops.pictures import Look
 
 LOOKS = {
-    ("tangent", "mean"): Look("TAFT, mean", "D", "-", "#0072B2"),
-    ("tangent", "least_squares"): Look("TAFT, least squares", "^", "-", "#009E73"),
-    ("ordinary", "soup"): Look("NLFT, soup", "s", "--", "#D55E00"),
-    ("ordinary", "ensemble"): Look("NLFT, output ensemble", "o", ":", "#000000"),
+    ("tangent", "mean"): Look("TAFT, mean", "D", "-", pictures.TANGENT),
+    ("tangent", "least_squares"): Look("TAFT, least squares", "^", "-", pictures.TANGENT_OTHER),
+    ("ordinary", "soup"): Look("NLFT, soup", "s", "--", pictures.ORDINARY),
+    ("ordinary", "ensemble"): Look("NLFT, output ensemble", "o", ":", pictures.ORDINARY_OTHER),
 }
 EXACT = {
-    ("exact", "lossless"): Look("exact, lossless", "v", "-", "#CC79A7"),
-    ("exact", "mean"): Look("exact, mean", "P", "--", "#555555"),
+    ("exact", "lossless"): Look("exact, lossless", "v", "-", pictures.EXACT),
+    ("exact", "mean"): Look("exact, mean", "P", "--", pictures.EXACT),
 }
 
 
@@ -91,9 +93,11 @@ def _table(found: Found, images: str, deals: list[str]) -> str:
     return f"{note}.\n\n" + "\n".join(rows)
 
 
+@pictures.styled()
 def _draw(found: Found, images: str, deals: list[str], path: Path) -> Path:
-    figure, axes = new_figure(len(deals), (4.3 * len(deals) + 0.6, 4.4))
-    for each, deal in zip(axes, deals, strict=True):
+    figure = pictures.new_figure(height=4.9)
+    panels = figure.subplots(1, len(deals), sharey=True, squeeze=False)[0]
+    for each, deal in zip(panels, deals, strict=True):
         for (way, key), look in (LOOKS | EXACT).items():
             counts = numbers(found, images, way, deal)
             points = [values(found, images, deal, way, count, key) for count in counts]
@@ -103,20 +107,14 @@ def _draw(found: Found, images: str, deals: list[str], path: Path) -> Path:
                     look = replace(look, title=f"{look.title} ({size} images)")
                 draw_series(each, look, counts, [Mean.of(point) for point in points])
         anchors = [c["anchor"] for c in found.of(composition.PART, images=images, way="tangent")]
-        draw_level(each, "the anchor", Mean.of(anchors))
-        counts = numbers(found, images, "tangent", deal)
-        each.set_xscale("log")
-        each.set_xticks(counts, [str(count) for count in counts])
-        each.minorticks_off()
+        pictures.draw_level(each, 100 * Mean.of(anchors).value, "the anchor")
+        pictures.number_axis(each, numbers(found, images, "tangent", deal))
         each.set_xlabel("shards")
         each.set_title({"iid": "dealt at random", "by class": "dealt by class"}[deal])
-        each.set_ylabel("test accuracy, %")
-    handles, labels = axes[0].get_legend_handles_labels()
-    columns = 2 * len(deals)
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
-    )
-    return save(figure, path)
+    panels[0].set_ylabel("test accuracy, %")
+    pictures.legend_above(figure, columns=3)
+    pictures.note(figure, f"{pictures.TERMS} Bars: standard errors over seeds.")
+    return pictures.save(figure, path)
 
 
 def _claims(found: Found, images: str, deals: list[str]) -> list[Claim]:

@@ -7,15 +7,17 @@ from pathlib import Path
 from studies.paper.cells import Found
 from studies.paper.parts import forgetting
 from studies.paper.report.claims import Claim
-from studies.paper.report.figures import Look, draw_level, draw_series, new_figure, save
 from studies.paper.report.section import Section
+from studies.paper.report.series import draw_series
 from studies.paper.report.summary import Attack, Mean, attack, auc, paired
+from tangent_ops import pictures
+from tangent_ops.pictures import Look
 
 LOOKS = {
-    "ledger": Look("TAFT, by ledger", "D", "-", "#0072B2"),
-    "ensemble": Look("NLFT ensemble (SISA)", "o", ":", "#000000"),
-    "tangent_again": Look("TAFT, trained again", "^", "-", "#009E73"),
-    "ordinary_again": Look("NLFT, trained again", "s", "--", "#D55E00"),
+    "ledger": Look("TAFT, by ledger", "D", "-", pictures.TANGENT),
+    "ensemble": Look("NLFT ensemble (SISA)", "o", ":", pictures.ORDINARY_OTHER),
+    "tangent_again": Look("TAFT, trained again", "^", "-", pictures.TANGENT_OTHER),
+    "ordinary_again": Look("NLFT, trained again", "s", "--", pictures.ORDINARY),
 }
 FALSE_POSITIVES = 0.05
 
@@ -144,38 +146,48 @@ def _attack_table(found: Found, attacks: dict[str, Attack]) -> str:
     )
 
 
+@pictures.styled()
 def _draw_curve(cells: list[dict], path: Path) -> Path:
-    figure, (axes, *_) = new_figure()
+    figure = pictures.new_figure(height=4.4)
+    axes = figure.subplots()
     shards = cells[0]["shards"]
     removed = [100 * point["removed"] / shards for point in cells[0]["points"]]
+    ends = []
     for key, look in LOOKS.items():
         means = [Mean.of(_series(cells, index, key)) for index in range(len(removed))]
-        draw_series(axes, look, removed, means)
-    draw_level(axes, "the anchor", Mean.of([cell["anchor"] for cell in cells]))
-    axes.set_xlabel("shards removed, %")
+        ends.append((draw_series(axes, look, removed, means), look.title, look.colour))
+    anchor = 100 * Mean.of([cell["anchor"] for cell in cells]).value
+    pictures.draw_level(axes, anchor)
+    ends.append((anchor, "the anchor", pictures.LEVEL))
+    axes.set_xticks(removed)
+    axes.set_xlabel(f"removed of {shards} shards, %")
     axes.set_ylabel("test accuracy, %")
-    axes.legend(fontsize=8, frameon=False)
-    return save(figure, path)
+    pictures.note(figure, f"{pictures.TERMS} Bars: standard errors over seeds.")
+    pictures.label_ends(axes, ends)
+    return pictures.save(figure, path)
 
 
+@pictures.styled()
 def _draw_attack(attacks: dict[str, Attack], path: Path) -> Path:
-    figure, (axes, *_) = new_figure(size=(7.2, 3.6))
+    figure = pictures.new_figure(height=4.0)
+    axes = figure.subplots()
     names = list(attacks)[::-1]
     for row, name in enumerate(names):
-        seen = attacks[name]
+        seen, tangent = attacks[name], name.startswith("tangent")
         axes.errorbar(
             seen.auc,
             row,
             xerr=[[seen.auc - seen.low], [seen.high - seen.auc]],
-            marker="D" if name.startswith("tangent") else "s",
-            markerfacecolor="black" if name.startswith("tangent") else "white",
-            color="black",
-            capsize=3,
+            marker="D" if tangent else "s",
+            markerfacecolor="white",
+            color=pictures.TANGENT if tangent else pictures.ORDINARY,
         )
-    axes.axvline(0.5, color="#555555", linestyle=(0, (1, 2)))
+    axes.axvline(0.5, color=pictures.LEVEL, linestyle=(0, (1, 2)))
     axes.set_yticks(range(len(names)), [_title(name) for name in names])
-    axes.set_xlabel("AUC of membership inference; 0.5 is chance")
-    return save(figure, path)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("AUC of membership inference; 0.5 (dotted) is chance")
+    pictures.note(figure, f"{pictures.TERMS} Bars: 95 % intervals.")
+    return pictures.save(figure, path)
 
 
 def _claims(found: Found, cells: list[dict]) -> list[Claim]:

@@ -8,14 +8,16 @@ from studies.paper.cells import Found
 from studies.paper.methods import LOW_RANK
 from studies.paper.parts import influence
 from studies.paper.report.claims import Claim
-from studies.paper.report.figures import Look, draw_series, new_figure, save
 from studies.paper.report.section import Section
+from studies.paper.report.series import draw_series
 from studies.paper.report.summary import Mean, paired
+from tangent_ops import pictures
+from tangent_ops.pictures import Look
 
 LOOKS = {
-    "exact": Look("exact influence", "D", "-", "#0072B2"),
-    "classical": Look("classical influence", "^", "--", "#D55E00"),
-    "random": Look("at random", "o", ":", "#000000"),
+    "exact": Look("exact influence", "D", "-", pictures.EXACT),
+    "classical": Look("classical influence", "^", "--", pictures.RIVAL),
+    "random": Look("at random", "o", ":", pictures.LEVEL),
 }
 PANELS = {"validation_loss": "validation loss", "test_loss": "test loss"}
 
@@ -26,7 +28,7 @@ def section(found: Found, out: Path) -> Section:
     removed = [point["removed"] for point in cells[0]["points"]]
 
     def series(index: int, name: str, key: str) -> list[float]:
-        return [cell["points"][index][name][key] for cell in cells]
+        return _series(cells, index, name, key)
 
     rows = ["| removed | by | validation loss | test loss | test accuracy, % | wrong labels |"]
     rows.append("| --- " * 6 + "|")
@@ -40,19 +42,7 @@ def section(found: Found, out: Path) -> Section:
             wrong = Mean.of(series(index, name, "wrong_found")).value
             title = look.title if count else "–"
             rows.append(f"| {count} | {title} | {shown} | {right} | {wrong:.1f} |")
-    figure, axes = new_figure(2, (7.6, 3.8))
-    for each, (key, title) in zip(axes, PANELS.items(), strict=True):
-        before = series(0, "exact", key)
-        for number, (name, look) in enumerate(LOOKS.items()):
-            changes = [paired(series(index, name, key), before) for index in range(1, len(removed))]
-            apart = [count + 0.4 * (number - 1) for count in removed[1:]]  # two of them coincide
-            draw_series(each, look, apart, changes, factor=1)
-        each.axhline(0, color="#555555", linewidth=1)
-        each.set_xticks(removed[1:])
-        each.set_xlabel("training images removed")
-        each.set_ylabel(f"change of the {title}")
-    axes[0].legend(fontsize=8, frameon=False)
-    path = save(figure, out / "influence.png")
+    path = _draw(cells, removed, out / "influence.png")
     first = cells[0]
     agreement = Mean.of([cell["correlation"] for cell in cells])
     ratio = Mean.of([cell["exact_over_classical"] for cell in cells])
@@ -89,3 +79,29 @@ def section(found: Found, out: Path) -> Section:
         )
     ]
     return Section("Influence", text, [(path, "Images removed by influence")], claims)
+
+
+def _series(cells: list[dict], index: int, name: str, key: str) -> list[float]:
+    return [cell["points"][index][name][key] for cell in cells]
+
+
+@pictures.styled()
+def _draw(cells: list[dict], removed: list[int], path: Path) -> Path:
+    figure = pictures.new_figure(height=4.2)
+    panels = figure.subplots(1, 2, sharey=True)
+    for each, (key, title) in zip(panels, PANELS.items(), strict=True):
+        before = _series(cells, 0, "exact", key)
+        for number, (name, look) in enumerate(LOOKS.items()):
+            changes = [
+                paired(_series(cells, index, name, key), before) for index in range(1, len(removed))
+            ]
+            apart = [count + 0.4 * (number - 1) for count in removed[1:]]  # two of them coincide
+            draw_series(each, look, apart, changes, factor=1)
+        each.axhline(0, color=pictures.LEVEL, linewidth=1)
+        each.set_xticks(removed[1:])
+        each.set_xlabel("training images removed")
+        each.set_title(title)
+    panels[0].set_ylabel("change of the loss")
+    pictures.legend_above(figure, columns=3)
+    pictures.note(figure, "Bars: standard errors over seeds. Points are set apart sideways.")
+    return pictures.save(figure, path)

