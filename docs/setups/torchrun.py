@@ -1,4 +1,4 @@
-"""The code of cluster.md starts from this: what torchrun tells a process, a small ViT and images."""
+"""The code of cluster.md starts from this: what torchrun sets, a small ViT, images."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The code on pages of docs/ starts from this: a small ViT, and 12 random images in three shards."""
+"""Code on pages of docs/ starts from this: a small ViT, and 12 random images in three shards."""
 
 import torch
 from timm.models.vision_transformer import VisionTransformer

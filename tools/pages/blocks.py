@@ -43,7 +43,7 @@ class Block:
     needs: str | None
 
     def __str__(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
+        return f"{self.page}:{self.line}"
 
 
 def pages(root: Path = ROOT) -> list[Path]:
