@@ -13,7 +13,7 @@ OLDEST_VERSIONS = "torch==2.11.*" "triton==3.6.*"
 installed = $(VENV)/.tangent-ops-$(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo exact-demo private-demo study test lint format bench bench-compiled gpu-bench publish compile-check rehearse gpu-check clean
+.PHONY: help demo exact-demo private-demo study test lint docs format bench bench-compiled gpu-bench publish compile-check rehearse gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -21,7 +21,7 @@ help: ## list the targets
 	@echo '  VENV=path    use this environment instead of .venv    PYTHON=path  make .venv with this Python'
 	@echo '  OLDEST=1     the oldest torch and triton that are supported, in .venv-oldest'
 	@echo '  ARGS="..."   passed on to the demo, pytest or the suite'
-	@echo '  OUT=folder   where bench, gpu-bench and gpu-check write their results'
+	@echo '  OUT=folder   where docs, bench, gpu-bench and gpu-check write their results'
 
 demo: $(call installed,demo) ## add up statistics of shards, forget an image and a shard, with a real ViT; a picture in out/
 	$(RUN) examples/demo.py $(ARGS)
@@ -46,6 +46,9 @@ lint: $(call installed,test) ## ruff, pyright and the import contracts
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(PY)
 	PYTHONPATH="$(CURDIR):$(CURDIR)/kernels" $(VENV)/bin/lint-imports --no-logo
+
+docs: $(call installed,docs) ## the pages as a site, its tutorial executed: out/site/index.html; offline
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet --site-dir "$(or $(OUT),out/site)" $(ARGS)
 
 format: $(call installed,test) ## ruff's fixes and format, in place
 	$(VENV)/bin/ruff check --fix .

@@ -1,47 +1,134 @@
-"""The code on pages of docs/ runs, each page's in order, as one program."""
+"""The code on the Markdown pages runs as shown: a page's set-up and blocks, as one program."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
-import re
+import os
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from small_models import images, vit
-from torch.utils.data import Subset, TensorDataset
+from small_models import vit
+from torch.utils.data import Subset
 
 import tangent_ops
-from tangent_ops.exact import Problem
 from tangent_ops.ops.backend import interpreting
+from tools.pages.blocks import (
+    ROOT,
+    Block,
+    PageError,
+    blocks,
+    check,
+    pages,
+    python_blocks,
+    run,
+)
 
-DOCS = Path(__file__).parents[1] / "docs"
-INSTALLED = importlib.util.find_spec("jvp_flash_attention") is not None
+HAS_CUDA = torch.cuda.is_available() and not interpreting()
+LONG = [page for page in pages() if "<!-- needs time:" in page.read_text(encoding="utf-8")]
+# Of extras: where they are not installed, the pages that import them are skipped.
+OPTIONAL = {"einops", "huggingface_hub", "matplotlib", "sklearn", "transformers"}
 
 
-def blocks_of(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
-def test_precision() -> None:
-    (block,) = blocks_of("precision.md")
-    names: dict[str, Any] = {}
-    exec(block, names)
+@pytest.fixture(autouse=True)
+def as_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In an empty folder, with an environment of its own; weights are small and random."""
+    create = timm.create_model
+
+    def create_model(name: str, *args: Any, pretrained: bool = False, **options: Any) -> Any:
+        if not pretrained:
+            return create(name, *args, **options)
+        return vit(depth=1, num_classes=options.get("num_classes", 10))
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    monkeypatch.chdir(tmp_path)
+    environment = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def run_page(page: Path, *able: str) -> dict[str, Any]:
+    """Run a page's code with what this machine has."""
+    try:
+        return run(page, {*able, *(["cuda"] if HAS_CUDA else [])})
+    except ImportError as error:
+        missing = getattr(error, "name", None) in OPTIONAL or "tangent-ops[" in str(error)
+        if not missing:
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.mark.filterwarnings("ignore:tl.make_block_ptr is deprecated")  # the rival's
+@pytest.mark.parametrize("page", pages(), ids=name_of)
+def test_page(page: Path) -> None:
+    names = run_page(page)
+    RESULTS.get(name_of(page), finite)(names)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page", LONG, ids=name_of)
+def test_page_with_blocks_that_take_time(page: Path) -> None:
+    run_page(page, "time")
+
+
+def finite(names: dict[str, Any]) -> None:
+    """Of any page: what it trained is a number."""
+    tangent = names.get("tangent")
+    if isinstance(tangent, tangent_ops.LinearizedModel):
+        assert all(value.isfinite().all() for value in tangent.deltas().values())
+
+
+def as_never_added(names: dict[str, Any]) -> None:
+    """The ledger of the README is that of the samples that were not forgotten."""
+    rest = Subset(names["private_set"], [0, 1, 2, 3, 8, 10, 11])
+    never = tangent_ops.statistics(names["tangent"], rest)
+    assert names["ledger"].statistics() == never
+    expected = never.choose().delta
+    assert all(torch.equal(d, expected[n]) for n, d in names["tangent"].deltas().items())
+    assert names["y_t"].any()
+
+
+def no_step_was_skipped(names: dict[str, Any]) -> None:
     assert all(delta.any() for delta in names["tangent"].deltas().values())
-    assert names["scaler"].get_scale() == 1024  # no step was skipped
+    assert names["scaler"].get_scale() == 1024
+
+
+def same_tangent_as_math(names: dict[str, Any]) -> None:
+    """Of the last attention on the page, as the MATH backend's of the first."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        _, expected = torch.func.jvp(names["model"], names["primals"], names["tangents"])
+    torch.testing.assert_close(names["y_t"], expected, rtol=1e-4, atol=1e-4)
+
+
+RESULTS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "README.md": as_never_added,
+    "docs/precision.md": no_step_was_skipped,
+    "docs/coming-from.md": same_tangent_as_math,
+}
+
+
+def test_the_example_of_the_readme_has_ten_lines() -> None:
+    first = python_blocks(ROOT / "README.md")[0]
+    assert 10 <= len([line for line in first.code.splitlines() if line]) <= 13
 
 
 @pytest.mark.gpu
-def test_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_graphs() -> None:
     """A replay computes what an eager call does, with the deltas that there are then."""
-    model = vit(depth=2, img_size=32, num_classes=10)
-    monkeypatch.setattr(timm, "create_model", lambda *_, **__: model)
-    inference, training = blocks_of("cuda-graphs.md")
+    inference, training = python_blocks(ROOT / "docs/cuda-graphs.md")
     names: dict[str, Any] = {}
-    exec(inference, names)
+    exec(inference.code, names)
     deltas = names["tangent"].deltas()
     with torch.no_grad():
         for delta in deltas.values():
@@ -49,7 +136,7 @@ def test_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     names["inference"].replay()
     torch.testing.assert_close(names["outputs"], names["infer"](), rtol=1e-4, atol=1e-5)
 
-    exec(training, names)
+    exec(training.code, names)
     state = copy.deepcopy(names["optimizer"].state_dict())
     before = {name: delta.detach().clone() for name, delta in deltas.items()}
     names["training"].replay()
@@ -65,88 +152,111 @@ def test_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(float((replayed[name] - before[name]).norm()) > 1e-4 for name in before)
 
 
-PROMISES = sorted(path.name for path in (DOCS / "promises").glob("*.md"))
+def written(folder: Path, text: str) -> Path:
+    page = folder / "page.md"
+    page.write_text(textwrap.dedent(text), encoding="utf-8")
+    return page
 
 
-@pytest.mark.parametrize("page", PROMISES)
-def test_promises(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    blocks = blocks_of(f"promises/{page}")
-    assert blocks or page == "README.md"
-    if not blocks:
-        return
-    (tmp_path / "models").mkdir()
-    if "matplotlib" in "".join(blocks):
-        pytest.importorskip("matplotlib", reason="the extra for plots is not installed")
-    if "tangent_ops.privacy" in "".join(blocks):
-        pytest.importorskip("opacus", reason="the extra for privacy is not installed")
-    names = setting()
-    for block in blocks:
-        exec(block, names)
-    assert all(value.isfinite().all() for value in names["tangent"].deltas().values())
+def test_the_blocks_of_a_page(tmp_path: Path) -> None:
+    page = written(
+        tmp_path,
+        """\
+        Text:
+
+            indented
+
+        - item
+
+          ```python
+          a = 1
+
+          ```
+
+        <!-- needs cuda: a reason -->
+        ```python
+        b = 2
+        ```
+        ```text
+            no block of its own
+        ```
+        """,
+    )
+    found = [(b.line, b.language, b.code, b.needs) for b in blocks(page)]
+    assert found == [
+        (3, None, "indented\n", None),
+        (8, "python", "a = 1\n\n", None),
+        (14, "python", "b = 2\n", "cuda"),
+        (17, "text", "    no block of its own\n", None),
+    ]
 
 
-def test_the_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
-    block = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
-    assert 10 <= len([line for line in block.splitlines() if line]) <= 13
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(timm, "create_model", lambda *_, **__: vit(depth=1))
-    public, private = (TensorDataset(images(12, seed=k), torch.arange(12) % 4) for k in (1, 2))
-    shards = {f"customer-{k}": Subset(private, range(4 * k - 24, 4 * k - 20)) for k in (6, 7, 8)}
-    names = {"public_set": public, "shards": shards, "photos": Subset(private, [9])}
-    exec(block, names)
-    never = tangent_ops.statistics(names["tangent"], Subset(private, [0, 1, 2, 3, 8, 10, 11]))
-    assert names["ledger"].statistics() == never
-    expected = never.choose().delta
-    assert all(torch.equal(d, expected[n]) for n, d in names["tangent"].deltas().items())
+def test_a_block_is_run_with_the_names_of_those_before(tmp_path: Path) -> None:
+    (tmp_path / "names.py").write_text("a = 1\n")
+    page = written(
+        tmp_path,
+        """\
+        Its [set-up](names.py).
+        ```python
+        b = a + 1
+        ```
+        <!-- needs network: a reason -->
+        ```python
+        b = 5
+        ```
+        ```python
+        c = b + 1
+        ```
+        """,
+    )
+    assert run(page, able=set())["c"] == 3
+    assert run(page, able={"network"})["c"] == 6
 
 
-def setting() -> dict[str, Any]:
-    """Small versions of the names that the pages use without defining them."""
-    model = vit(depth=1, embed_dim=12, num_heads=2)
-    tangent = tangent_ops.linearize(model)
-    train_set = TensorDataset(images(12), torch.arange(12) % 4)
-    shards = {f"customer-{k}": Subset(train_set, range(4 * k - 24, 4 * k - 20)) for k in (6, 7, 8)}
-    shard_deltas = {}
-    for name, shard in shards.items():
-        for delta in tangent.deltas().values():
-            delta.data.zero_()
-        tangent_ops.fit_exact(Problem(tangent, shard, l2=10.0, progress=False))
-        shard_deltas[name] = tangent.delta_dict()
-    return {
-        "model": model,
-        "tangent": tangent,
-        "tangent_ops": tangent_ops,
-        "train_set": train_set,
-        "retain_set": Subset(train_set, range(8)),
-        "public_set": TensorDataset(images(8, seed=7), torch.arange(8) % 4),
-        "validation_set": TensorDataset(images(4, seed=5), torch.arange(4)),
-        "vit": model,
-        "images_to_forget": Subset(shards["customer-7"], [0]),
-        "shards": shards,
-        "shard_deltas": shard_deltas,
-        "inputs": images(2, seed=6),
-        "targets": torch.arange(2),
-    }
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("```python\nx = undefined\n```\n", "name 'undefined' is not defined"),
+        ("Text.\n\n    import torch\n", "fence this code"),
+        ("Its [set-up](none.py).\n", "none.py does not exist"),
+        ("Its [set-up](a.py), its [set-up](b.py).\n", "2 links named set-up"),
+        ("<!-- needs luck: why -->\n```python\n1\n```\n", "needs WHAT: the reason"),
+        ("<!-- needs cuda -->\n```python\n1\n```\n", "needs WHAT: the reason"),
+        ('```python title="x"\n1\n```\n', "after ```python"),
+    ],
+)
+def test_a_page_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises((PageError, NameError), match=message):
+        run(written(tmp_path, text), able=set())
 
 
-@pytest.mark.filterwarnings("ignore:tl.make_block_ptr is deprecated")  # the rival's
-def test_coming_from() -> None:
-    device = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
-    blocks = blocks_of("coming-from.md")
-    assert len(blocks) == 5
-    names: dict[str, object] = {}
-    tangents = []
-    with torch.device(device):
-        for block in blocks:
-            if "jvp_flash_attention" in block and not (
-                INSTALLED and (interpreting() or device == "cuda")
-            ):
-                continue
-            exec(block, names)
-            if "y_t" in names:
-                tangents.append(names["y_t"])
-    assert len(tangents) >= 3
-    for tangent in tangents[1:]:
-        torch.testing.assert_close(tangent, tangents[0], rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("y = f(x)", "f is not defined"),
+        ("import torch\ntorch.nn.Linaer(1, 2)", "torch.nn has no Linaer"),
+        ("from tangent_ops import nothing", "nothing"),
+        ("import tangent_ops.nothing", "nothing"),
+        ("def (", "invalid syntax"),
+    ],
+)
+def test_a_block_that_is_not_run_is_checked(code: str, error: str) -> None:
+    with pytest.raises((PageError, ImportError, SyntaxError), match=error):
+        check(Block(ROOT / "page.md", 1, "python", code, "cuda"), {"x": 1})
+
+
+def test_a_right_block_that_is_not_run_passes() -> None:
+    code = """
+    import torch, tangent_ops
+    from absent.package import thing
+
+    def call(a, *rest, b=0):
+        return [c for c in (a, b, *rest, x)]
+
+    with torch.no_grad() as mode, open("f") as file:
+        for row in thing(file, mode):
+            last = call(row)
+    print(tangent_ops.fit(last), lambda d: d)
+    """
+    block = Block(ROOT / "page.md", 1, "python", textwrap.dedent(code), "package absent")
+    check(block, {"x": 1})
