@@ -97,6 +97,8 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _history(*, loss: Any, lr: Any, accuracy: Any, seconds: Any, bound: Any) -> ShardHistory:
+    if len(loss) != len(lr) or (loss and accuracy and len(accuracy) != len(loss)):
+        raise ValueError("its columns have different lengths")
     listed = [*loss, *lr, *accuracy, seconds, *([] if bound is None else [bound])]
     if not all(type(value) in (int, float) and math.isfinite(value) for value in listed):
         raise ValueError("a value is no number")

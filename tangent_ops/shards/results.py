@@ -15,6 +15,7 @@ from tangent_ops.errors import DeltaError, PlanError, StatisticsError
 from tangent_ops.files import content_sha256, erase, write_atomically, write_safetensors
 from tangent_ops.shards.history import history_path, read_record
 from tangent_ops.shards.plan import Job, Plan
+from tangent_ops.shards.summary import summary_path
 
 _NAME = re.compile(r"[0-9a-f]{32}\.(safetensors|json)")  # of Plan.result_path and history_path
 _FAILURES = (DeltaError, StatisticsError, PlanError, OSError)
@@ -75,6 +76,8 @@ def erase_stale(plan: Plan) -> None:
                 stale.append(path)
         except _FAILURES as error:
             unclear.append(str(error))
+    if stale:
+        erase(summary_path(plan))  # it has their histories
     for path in stale:
         erase(path)
     if unclear:

@@ -16,6 +16,7 @@ from tangent_ops.files import erase
 from tangent_ops.shards.local import run_local
 from tangent_ops.shards.on_ray import need_ray, run_on_ray
 from tangent_ops.shards.plan import Plan
+from tangent_ops.shards.summary import write_summary
 
 EXECUTORS = ("local", "ray")
 
@@ -144,6 +145,7 @@ def train(
             run_on_ray(plan.path, todo, **options, address=address, on_result=on_result)
         elif todo:
             run_local(plan.path, todo, **options, progress=alone, on_result=on_result)
+    write_summary(plan)
     return Report(
         trained=tuple(trained),
         skipped=tuple(shard.name for shard in shards if shard.done),
