@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from tangent_ops.errors import ArgumentError, TangentOpsError
+from tangent_ops.errors import ArgumentError, TangentOpsError, in_words
 from tangent_ops.files import to_json
 from tangent_ops.shards import ImageData, Samples, ShardRecipe, read_anchor, save_anchor
 from tangent_ops.shards.run_folder import ANCHOR
@@ -177,7 +177,7 @@ def _built(options: AnchorOptions, built: dict[str, Any]) -> tuple[nn.Module, bo
     try:
         state = load_file(options.weights)
     except (SafetensorError, OSError) as error:
-        raise ArgumentError(f"--weights {options.weights}: {error}") from error
+        raise ArgumentError(f"--weights {options.weights}: {in_words(error)}") from error
     own = model.state_dict()
     head = {name for name in own if name.startswith(_head(model))}
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tangent_ops.errors import ArgumentError, SampleError, UnsupportedError
+from tangent_ops.errors import ArgumentError, SampleError, UnsupportedError, in_words
 from tangent_ops.shards.decode import decoded, to_rgb
 from tangent_ops.shards.listing import Listing, list_images
 
@@ -220,7 +220,7 @@ class Samples(Dataset[tuple[Tensor, int]]):
         try:
             return self._source.read(sample)
         except OSError as error:
-            raise SampleError(f"sample {sample!r} cannot be read: {error}") from error
+            raise SampleError(f"sample {sample!r} cannot be read: {in_words(error)}") from error
 
 
 class _Source(Protocol):
@@ -262,7 +262,9 @@ class _Indexed:
         try:
             self.found = _found(data)
         except Exception as error:  # whatever these packages raise
-            raise ArgumentError(f"{data.name} in {data.root} cannot be opened: {error}") from error
+            raise ArgumentError(
+                f"{data.name} in {data.root} cannot be opened: {in_words(error)}"
+            ) from error
 
     def list(self) -> Listing:
         reader = getattr(self.found, "reader", None)
@@ -302,7 +304,7 @@ class _Stream:
             samples = [(to_rgb(image), int(target)) for image, target in found.reader]
         except Exception as error:  # whatever these packages raise
             name, root = self.data.name, self.data.root
-            raise ArgumentError(f"{name} in {root} cannot be read: {error}") from error
+            raise ArgumentError(f"{name} in {root} cannot be read: {in_words(error)}") from error
         if missing := found.reader.num_samples - len(samples):  # timm skips them without an error
             raise ArgumentError(
                 f"{missing} samples of {self.data.name} in {self.data.root} cannot be read, or are "

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from tangent_ops.errors import PlanError
+from tangent_ops.files import sweep, temporary_file
 from tangent_ops.shards.data import safe
 
 LONGEST_NAME = 200
@@ -50,9 +51,9 @@ class Manifest:
 
     def create(self, about: Mapping[str, str], shards: Mapping[str, Iterable[Sample]]) -> None:
         """Write a new file, completely or not at all."""
-        temporary = self.path.with_name(f".{os.getpid():016x}.tmp")
-        temporary.unlink(missing_ok=True)
-        try:
+        sweep(self.path.parent)
+        with temporary_file(self.path.parent) as file:
+            temporary = Path(file.name)
             with self._connected("rwc", temporary) as connection:
                 connection.execute("BEGIN")
                 for statement in _TABLES:
@@ -67,11 +68,8 @@ class Manifest:
                         ((number, s.id, s.target, s.content, s.label) for s in samples),
                     )
                 connection.execute("COMMIT")
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())
             os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def check(self) -> None:
         """Raise PlanError unless the file is a plan's database that this release reads."""

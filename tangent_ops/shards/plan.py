@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tangent_ops.errors import ArgumentError, PlanError
 from tangent_ops.files import to_json, write_atomically
@@ -131,8 +131,7 @@ class Plan:
         if recipe.dp_epsilon is not None:
             check_no_copies(shards)
         path.mkdir(parents=True, exist_ok=True)
-        with open(anchor, "rb") as source:
-            write_atomically(path / ANCHOR, lambda file: shutil.copyfileobj(source, file))
+        write_atomically(path / ANCHOR, lambda file: _copy(anchor, file))
         rest = {"dealt": digest(rows), "data": to_json(asdict(data)), "weights": WEIGHTS[0]}
         if recipe.method == "statistics" and public is not None:
             basis = public_basis(path / ANCHOR, recipe, public)
@@ -386,6 +385,11 @@ class Plan:
                 f"new, {gone} are gone. Give another folder to start a new one; to take samples "
                 "out of this one, forget them"
             )
+
+
+def _copy(source: str | os.PathLike[str], target: BinaryIO) -> None:
+    with open(source, "rb") as file:
+        shutil.copyfileobj(file, target)
 
 
 def _results(recipe: ShardRecipe) -> str:
