@@ -113,6 +113,16 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     sync_folder(path.parent)
 
 
+def copy_atomically(source: Path, path: Path) -> None:
+    """Copy a file, as `write_atomically` writes one."""
+
+    def write(target: BinaryIO) -> None:
+        with open(source, "rb") as file:
+            shutil.copyfileobj(file, target)
+
+    write_atomically(path, write)
+
+
 def write_new(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Call `write` on a new file and sync it to disk; an error or a crash may leave a part of it.
 

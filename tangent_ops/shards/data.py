@@ -156,6 +156,15 @@ class Samples(Dataset[tuple[Tensor, int]]):
             )
         return self._transform(decoded(read, sample)), self.targets[index]
 
+    def size(self, index: int) -> int | None:
+        """Bytes of the sample's file; None where there is no file, or it cannot be read."""
+        if not isinstance(self._source, _Folder):
+            return None
+        try:
+            return (self._source.root / self.ids[index]).stat().st_size
+        except OSError:
+            return None
+
     def content(self, index: int) -> str:
         """SHA-256 of the file's bytes, or of the pixels where there is no file."""
         return _digest(self._read(self.ids[index]))

@@ -9,6 +9,11 @@ from tangent_ops.shards.data import Samples
 from tangent_ops.shards.manifest import Sample
 from tangent_ops.shards.recipe import ShardRecipe
 
+_PUBLIC = (
+    "sample {!r} is public, too, as {!r}: what the anchor learned from it cannot be forgotten. "
+    "Remove it from one of them"
+)
+
 
 def check_disjoint(shards: Mapping[str, Sequence[Sample]]) -> None:
     """Raise ArgumentError if two shards share a sample, or copies of one."""
@@ -30,10 +35,27 @@ def check_public(public: Samples, shards: Mapping[str, Sequence[Sample]]) -> Non
     private = {s.content: s.id for samples in shards.values() for s in samples}
     for index, id in enumerate(public.ids):
         if (found := private.get(public.content(index))) is not None:
-            raise ArgumentError(
-                f"sample {found!r} is public, too, as {id!r}: what the anchor learned from it "
-                "cannot be forgotten. Remove it from one of them"
-            )
+            raise ArgumentError(_PUBLIC.format(found, id))
+
+
+def check_apart(public: Samples, private: Samples) -> None:
+    """As `check_public`, before the private images are hashed: only files of equal size are read.
+
+    Images that are no files are left to `check_public`.
+    """
+    by_size: dict[int, list[int]] = {}
+    for index in range(len(private)):
+        if (size := private.size(index)) is not None:
+            by_size.setdefault(size, []).append(index)
+    contents: dict[int, str] = {}
+    for index, id in enumerate(public.ids):
+        near = by_size.get(public.size(index) or -1, [])
+        content = public.content(index) if near else ""
+        for other in near:
+            if other not in contents:
+                contents[other] = private.content(other)
+            if contents[other] == content:
+                raise ArgumentError(_PUBLIC.format(private.ids[other], id))
 
 
 def check_private(

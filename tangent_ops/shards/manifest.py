@@ -15,6 +15,7 @@ from urllib.parse import quote
 from tangent_ops.errors import PlanError
 from tangent_ops.files import sweep, temporary_file
 from tangent_ops.shards.data import safe
+from tangent_ops.shards.suggest import suggestion
 
 LONGEST_NAME = 200
 
@@ -113,6 +114,16 @@ class Manifest:
         with self._connected("ro") as connection:
             rows = connection.execute("SELECT name FROM shard ORDER BY number")
             return [_name(row[0]) for row in rows]
+
+    def suggestion(self, sample: str | None = None, label: str | None = None) -> str:
+        """What there is instead of an unknown sample or label: the end of a message."""
+        column = "id" if label is None else "label"
+        query = f"SELECT DISTINCT {column} FROM sample WHERE {column} IS NOT NULL ORDER BY {column}"
+        with self._connected("ro") as connection:
+            known = [_text(row[0]) for row in connection.execute(query)]
+        if label is None:
+            return suggestion(sample or "", known, "samples")
+        return suggestion(label, known, "labels")
 
     def samples(self, shard: str | None = None) -> Iterator[tuple[str, list[Sample]]]:
         """Each shard's name and samples, sorted by id; one shard in memory at a time."""
