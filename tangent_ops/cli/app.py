@@ -12,6 +12,7 @@ from tangent_ops.cli.evaluate import evaluate
 from tangent_ops.cli.export import export
 from tangent_ops.cli.finetune import EXAMPLES, finetune
 from tangent_ops.cli.forget import forget
+from tangent_ops.cli.group import Commands
 from tangent_ops.cli.inspect import inspect
 from tangent_ops.cli.ledger import app as ledger
 from tangent_ops.cli.options import grouped
@@ -23,6 +24,7 @@ app = typer.Typer(
     name="tangent-ops",
     help="Fine-tune vision transformers so that what they learned can be added up, and taken out "
     "again. In order: finetune, compose, evaluate, forget, export.",
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

@@ -6,7 +6,7 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from tangent_ops.errors import ArgumentError
+from tangent_ops.errors import ArgumentError, in_words
 from tangent_ops.shards import Samples, by_class, by_column, by_hash
 
 _SHOWN = 50  # classes
@@ -99,5 +99,5 @@ def _column(table: Path, column: str) -> dict[str, str]:
                 if found.setdefault(row["sample"], row[column]) != row[column]:
                     raise ArgumentError(f"--table {table} has {row['sample']!r} twice")
     except (OSError, UnicodeError, csv.Error) as error:
-        raise ArgumentError(f"--table {table} cannot be read: {error}") from error
+        raise ArgumentError(f"--table {table} cannot be read: {in_words(error)}") from error
     return found

@@ -11,6 +11,7 @@ import typer
 
 from tangent_ops.cli.config import Config
 from tangent_ops.cli.messages import errors, fail, hidden, say
+from tangent_ops.cli.targets import check_new
 
 Run = Annotated[Path, typer.Argument(help="The run's folder, made by `tangent-ops finetune`.")]
 
@@ -60,13 +61,12 @@ def compose(
     """
     from tangent_ops.composition.ridge import SolvedDelta
     from tangent_ops.delta import save_delta
-    from tangent_ops.errors import ArgumentError
     from tangent_ops.shards import ImageData, Plan, settle, settled_ledger
     from tangent_ops.shards.composing import check_how, compose_run, default_how
 
     with errors():
-        if out is not None and out.exists() and not force:
-            raise ArgumentError(f"{out} exists: give another name, or --force to overwrite it")
+        if out is not None:
+            check_new(out, force, "--out")
         plan = Plan.open(run)
         if how == "weights":
             how, weights = "mean", weights or "samples"

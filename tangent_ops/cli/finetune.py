@@ -189,12 +189,12 @@ def finetune(
     ]
     check_tensorboard(tensorboard)
 
-    from tangent_ops.cli.make_anchor import check_model, make_anchor
+    from tangent_ops.cli.make_anchor import check_model, check_public, make_anchor
     from tangent_ops.shards import ImageData, Plan
     from tangent_ops.shards.disjoint import check_private
     from tangent_ops.shards.run_folder import DATABASE, check_folder
 
-    with errors():
+    with errors(left=lambda: _left(out)):
         source = ImageData(str(data), data_name, split)
         anchor = replace(anchor, seed=recipe.seed)
         _check_alone(given)
@@ -213,11 +213,12 @@ def finetune(
         check_model(anchor, recipe, len(classes))
         measured = _checked_validation(validation, there, classes)
         moved = there is not None and there.data != source.absolute()
+        if there is not None:
+            there.check_same(recipe, samples, dealt, labels, assignment.allow_overlap)
+        check_public(anchor, samples)
         if dry_run:
-            if there is not None:
-                there.check_same(recipe, samples, dealt, labels, assignment.allow_overlap)
-                if moved:
-                    there.relocate(source, dry_run=True, progress=not hidden(as_json))
+            if there is not None and moved:
+                there.relocate(source, dry_run=True, progress=not hidden(as_json))
             _show_dry_run(recipe, samples, dealt, there, out, as_json)
             return
         with tempfile.TemporaryDirectory(prefix="tangent-ops-") as scratch:
@@ -295,6 +296,15 @@ def _train(
             say(f"next: tangent-ops compose {plan.path}")
     if report.failed:
         raise typer.Exit(1)
+
+
+def _left(out: Path) -> str:
+    """What Ctrl-C leaves before the shards are trained."""
+    from tangent_ops.shards.run_folder import DATABASE
+
+    if not (out / DATABASE).exists():
+        return "no shard was trained; the same command begins again"
+    return "the shards that are done stay; the same command goes on"
 
 
 def _statement(plan: Plan) -> Any:

@@ -64,7 +64,7 @@ def forget(
     and no other image is read. The images themselves, copies of files, and earlier exports stay
     where they are.
     """
-    from tangent_ops.errors import TangentOpsError
+    from tangent_ops.errors import TangentOpsError, in_words
     from tangent_ops.shards import Plan, find
     from tangent_ops.shards import forget as forgotten
 
@@ -102,7 +102,7 @@ def forget(
         except (TangentOpsError, OSError) as error:
             if _there(plan, which):
                 raise
-            fail(f"{error}\nBut {GONE}", 1, error)
+            fail(f"{in_words(error)}\nBut {GONE}", 1, error)
     _show(done, as_json)
 
 

@@ -14,9 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from tangent_ops.errors import ArgumentError, TangentOpsError
+from tangent_ops.cli.assignment import classes_of
+from tangent_ops.errors import ArgumentError, TangentOpsError, in_words
 from tangent_ops.files import to_json
 from tangent_ops.shards import ImageData, Samples, ShardRecipe, read_anchor, save_anchor
+from tangent_ops.shards.disjoint import PUBLIC, check_apart
 from tangent_ops.shards.run_folder import ANCHOR
 from tangent_ops.training.head import fit_head
 
@@ -93,6 +95,16 @@ def check_model(options: AnchorOptions, recipe: ShardRecipe, classes: int) -> No
         raise ArgumentError(f"--blocks {recipe.blocks}: {error}; or give all") from error
 
 
+def check_public(options: AnchorOptions, private: Samples) -> None:
+    """Raise ArgumentError unless the public images are of the private ones' classes, and others."""
+    if options.public is None:
+        return
+    public = ImageData(str(options.public)).open()
+    public.check_classes(f"--public {options.public}")
+    public.with_classes(classes_of(private))
+    check_apart(public, private, PUBLIC)
+
+
 def make_anchor(
     options: AnchorOptions, run: Path, scratch: Path, classes: Sequence[str], quiet: bool
 ) -> tuple[Path, str]:
@@ -111,8 +123,6 @@ def make_anchor(
     if options.anchor is not None:
         return options.anchor, f"the anchor is {options.anchor}"
     public = None if options.public is None else ImageData(str(options.public)).open()
-    if public is not None:
-        public.check_classes(f"--public {options.public}")
     told = _origin(options, classes, public)
     if (run / ANCHOR).exists():
         info = read_anchor(run / ANCHOR)
@@ -177,7 +187,7 @@ def _built(options: AnchorOptions, built: dict[str, Any]) -> tuple[nn.Module, bo
     try:
         state = load_file(options.weights)
     except (SafetensorError, OSError) as error:
-        raise ArgumentError(f"--weights {options.weights}: {error}") from error
+        raise ArgumentError(f"--weights {options.weights}: {in_words(error)}") from error
     own = model.state_dict()
     head = {name for name in own if name.startswith(_head(model))}
     fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}

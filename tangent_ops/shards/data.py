@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tangent_ops.errors import ArgumentError, SampleError, UnsupportedError
+from tangent_ops.errors import ArgumentError, SampleError, UnsupportedError, in_words
 from tangent_ops.shards.decode import decoded, to_rgb
 from tangent_ops.shards.listing import Listing, list_images
 
@@ -156,6 +156,15 @@ class Samples(Dataset[tuple[Tensor, int]]):
             )
         return self._transform(decoded(read, sample)), self.targets[index]
 
+    def size(self, index: int) -> int | None:
+        """Bytes of the sample's file; None where there is no file, or it cannot be read."""
+        if not isinstance(self._source, _Folder):
+            return None
+        try:
+            return (self._source.root / self.ids[index]).stat().st_size
+        except OSError:
+            return None
+
     def content(self, index: int) -> str:
         """SHA-256 of the file's bytes, or of the pixels where there is no file."""
         return _digest(self._read(self.ids[index]))
@@ -220,7 +229,7 @@ class Samples(Dataset[tuple[Tensor, int]]):
         try:
             return self._source.read(sample)
         except OSError as error:
-            raise SampleError(f"sample {sample!r} cannot be read: {error}") from error
+            raise SampleError(f"sample {sample!r} cannot be read: {in_words(error)}") from error
 
 
 class _Source(Protocol):
@@ -262,7 +271,9 @@ class _Indexed:
         try:
             self.found = _found(data)
         except Exception as error:  # whatever these packages raise
-            raise ArgumentError(f"{data.name} in {data.root} cannot be opened: {error}") from error
+            raise ArgumentError(
+                f"{data.name} in {data.root} cannot be opened: {in_words(error)}"
+            ) from error
 
     def list(self) -> Listing:
         reader = getattr(self.found, "reader", None)
@@ -302,7 +313,7 @@ class _Stream:
             samples = [(to_rgb(image), int(target)) for image, target in found.reader]
         except Exception as error:  # whatever these packages raise
             name, root = self.data.name, self.data.root
-            raise ArgumentError(f"{name} in {root} cannot be read: {error}") from error
+            raise ArgumentError(f"{name} in {root} cannot be read: {in_words(error)}") from error
         if missing := found.reader.num_samples - len(samples):  # timm skips them without an error
             raise ArgumentError(
                 f"{missing} samples of {self.data.name} in {self.data.root} cannot be read, or are "

@@ -13,7 +13,7 @@ import torch
 
 from tangent_ops.composition.statistics import TangentStatistics
 from tangent_ops.delta import Delta, save_delta
-from tangent_ops.errors import TangentOpsError
+from tangent_ops.errors import TangentOpsError, in_words
 from tangent_ops.exact import Problem, fit_exact
 from tangent_ops.exact.collect import statistics
 from tangent_ops.model.linearized import LinearizedModel
@@ -50,7 +50,7 @@ def attempt(run: str, shard: str, progress: bool = False) -> dict[str, Any]:
         # A killed worker may have written its result; a private fit must not be published twice.
         found = {} if plan.result_path(job.hash).exists() else _train(plan, job, progress)
     except (TangentOpsError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        return {"error": _described(error)}
+        return {"error": _told(error)}
     except Exception:
         return {"error": traceback.format_exc()}
     return {**found, "seconds": time.perf_counter() - began}
@@ -162,9 +162,9 @@ def save(plan: Plan, job: Job, delta: Delta, **extra: str) -> Path:
     return path
 
 
-def _described(error: BaseException) -> str:
+def _told(error: BaseException) -> str:
     if isinstance(error, (TangentOpsError, OSError)):
-        return str(error)
+        return in_words(error)
     return f"{type(error).__name__}: {error}. A smaller batch_size, or grad_checkpointing, may fit"
 
 

@@ -13,7 +13,9 @@ from typing import Any
 from urllib.parse import quote
 
 from tangent_ops.errors import PlanError
+from tangent_ops.files import sweep, temporary_file
 from tangent_ops.shards.data import safe
+from tangent_ops.shards.suggest import suggestion
 
 LONGEST_NAME = 200
 
@@ -50,9 +52,9 @@ class Manifest:
 
     def create(self, about: Mapping[str, str], shards: Mapping[str, Iterable[Sample]]) -> None:
         """Write a new file, completely or not at all."""
-        temporary = self.path.with_name(f".{os.getpid():016x}.tmp")
-        temporary.unlink(missing_ok=True)
-        try:
+        sweep(self.path.parent)
+        with temporary_file(self.path.parent) as file:
+            temporary = Path(file.name)
             with self._connected("rwc", temporary) as connection:
                 connection.execute("BEGIN")
                 for statement in _TABLES:
@@ -67,11 +69,8 @@ class Manifest:
                         ((number, s.id, s.target, s.content, s.label) for s in samples),
                     )
                 connection.execute("COMMIT")
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())
             os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def check(self) -> None:
         """Raise PlanError unless the file is a plan's database that this release reads."""
@@ -119,6 +118,16 @@ class Manifest:
         with self._connected("ro") as connection:
             rows = connection.execute("SELECT name FROM shard ORDER BY number")
             return [_name(row[0]) for row in rows]
+
+    def suggestion(self, sample: str | None = None, label: str | None = None) -> str:
+        """What there is instead of an unknown sample or label: the end of a message."""
+        column = "id" if label is None else "label"
+        query = f"SELECT DISTINCT {column} FROM sample WHERE {column} IS NOT NULL ORDER BY {column}"
+        with self._connected("ro") as connection:
+            known = [_text(row[0]) for row in connection.execute(query)]
+        if label is None:
+            return suggestion(sample or "", known, "samples")
+        return suggestion(label, known, "labels")
 
     def samples(self, shard: str | None = None) -> Iterator[tuple[str, list[Sample]]]:
         """Each shard's name and samples, sorted by id; one shard in memory at a time."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from tangent_ops.errors import ArgumentError, PlanError
-from tangent_ops.files import to_json, write_atomically
+from tangent_ops.files import copy_atomically, to_json
 from tangent_ops.model.core_basis import CoreBasis
 from tangent_ops.model.linearize import linearize
 from tangent_ops.model.linearized import LinearizedModel
@@ -27,6 +26,7 @@ from tangent_ops.shards.disjoint import (
 )
 from tangent_ops.shards.jobs import Job, Shard, job_hash
 from tangent_ops.shards.manifest import Manifest, Sample
+from tangent_ops.shards.plan_change import plan_change
 from tangent_ops.shards.public import public_basis, public_digest
 from tangent_ops.shards.recipe import ShardRecipe
 from tangent_ops.shards.recorded import AUTOMATIC, WEIGHTS, Recorded
@@ -41,6 +41,7 @@ from tangent_ops.shards.run_folder import (
     check_folder,
     locked,
 )
+from tangent_ops.shards.suggest import suggestion
 
 
 class Plan(Recorded):
@@ -135,8 +136,7 @@ class Plan(Recorded):
         if recipe.dp_epsilon is not None:
             check_no_copies(shards)
         path.mkdir(parents=True, exist_ok=True)
-        with open(anchor, "rb") as source:
-            write_atomically(path / ANCHOR, lambda file: shutil.copyfileobj(source, file))
+        copy_atomically(Path(anchor), path / ANCHOR)
         rest = {"dealt": digest(rows), "data": to_json(asdict(data)), "weights": WEIGHTS[0]}
         if validation is not None:
             rest["validation"] = to_json(asdict(validation.absolute()))
@@ -227,7 +227,11 @@ class Plan(Recorded):
         for name, samples in self.manifest.samples(shard):
             if samples:
                 return Job(name, self._hash(name, samples), tuple(samples))
-        raise ArgumentError(f"{self.path} has no shard {shard!r} with samples")
+        known = [name for name, samples in self.manifest.samples() if samples]
+        raise ArgumentError(
+            f"{self.path} has no shard {shard!r} with samples"
+            f"{suggestion(shard, known, 'shards with samples')}"
+        )
 
     def relocate(
         self,
@@ -303,7 +307,8 @@ class Plan(Recorded):
             here = self.manifest.find(one, label)
             if not here:
                 what = f"sample {one!r}" if label is None else f"sample with the label {label!r}"
-                raise ArgumentError(f"{self.path} has no {what}: was it forgotten already?")
+                near = self.manifest.suggestion(one, label)
+                raise ArgumentError(f"{self.path} has no {what}, or it was forgotten{near}")
             for shard, ids in here.items():
                 found.setdefault(shard, set()).update(ids)
         return {shard: sorted(ids) for shard, ids in found.items()}
@@ -339,9 +344,10 @@ class Plan(Recorded):
         for key, value in asked.items():
             there = self._about.get(key, "none")
             if there != value:
+                change = plan_change(key, there, value)
                 raise PlanError(
-                    f"{self.path} holds a plan with another {key}: give another folder to start "
-                    f"a new one ({there[:300]} there, {value[:300]} now)"
+                    f"{self.path} holds a plan with {change}. Give the same options to go on with "
+                    "it, or another folder to start a new one"
                 )
         if digest(rows) == self._about["dealt"]:
             return

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from tangent_ops.composition.statistics import TangentStatistics
 from tangent_ops.composition.statistics_file import file_content, load_statistics
 from tangent_ops.delta import load_delta
-from tangent_ops.errors import DeltaError, PlanError, StatisticsError
+from tangent_ops.errors import DeltaError, PlanError, StatisticsError, in_words
 from tangent_ops.files import content_sha256, erase, write_atomically, write_safetensors
 from tangent_ops.shards.history import history_path, read_record
 from tangent_ops.shards.plan import Job, Plan
@@ -48,7 +48,7 @@ def checked_result(plan: Plan, shard: str, job: str) -> Path:
     try:
         origin = _origin(plan, path)
     except _FAILURES as error:
-        raise PlanError(f"{error}. Or remove it, and run the shards again") from error
+        raise PlanError(f"{in_words(error)}. Or remove it, and run the shards again") from error
     if origin != (plan.anchor_info.fingerprint, shard, job):
         what = "statistics" if plan.recipe.method == "statistics" else "delta"
         raise PlanError(
@@ -75,7 +75,7 @@ def erase_stale(plan: Plan) -> None:
             if ours and origin.job.startswith(path.stem):
                 stale.append(path)
         except _FAILURES as error:
-            unclear.append(str(error))
+            unclear.append(in_words(error))
     if stale:
         erase(summary_path(plan))  # it has their histories
     for path in stale:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -12,15 +11,13 @@ from tqdm import tqdm
 
 from tangent_ops.data import check_choice, check_integer
 from tangent_ops.errors import ArgumentError
-from tangent_ops.files import erase
+from tangent_ops.files import sweep
 from tangent_ops.shards.local import run_local
 from tangent_ops.shards.on_ray import need_ray, run_on_ray
 from tangent_ops.shards.plan import Plan
 from tangent_ops.shards.summary import write_summary
 
 EXECUTORS = ("local", "ray")
-
-_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")  # of write_atomically
 
 
 @dataclass(frozen=True)
@@ -118,9 +115,7 @@ def train(
     """`run_shards` for a caller that has locked the plan; ``only`` limits it to some shards."""
     began = time.perf_counter()
     check_executor(executor, workers, retries, address)
-    for path in plan.results_path.iterdir():
-        if _TEMPORARY.fullmatch(path.name):
-            erase(path)  # of a killed worker; the lock keeps others from writing here
+    sweep(plan.results_path)
 
     shards = [s for s in plan.shards() if only is None or s.name in only]
     todo = [shard.name for shard in shards if shard.job is not None and not shard.done]
