@@ -22,6 +22,8 @@ from tangent_ops.shards.disjoint import PUBLIC, check_apart
 from tangent_ops.shards.run_folder import ANCHOR
 from tangent_ops.training.head import fit_head
 
+FOLDS = 5  # of the public images, to say how good the head is
+
 
 @dataclass(frozen=True)
 class AnchorOptions:
@@ -140,17 +142,41 @@ def make_anchor(
     words = f"its head is {'that of the weights, for as many classes' if fetched else 'random'}: "
     words += "images that never have to be forgotten (--public) make a better one"
     if public is not None:
-        from timm.data.config import resolve_model_data_config
-
-        config = dict(resolve_model_data_config(model))
-        if options.img_size is not None:
-            config["input_size"] = (3, options.img_size, options.img_size)
+        config = _config(options, model)
         samples = ImageData(str(options.public)).open(config).with_classes(classes)
-        model, history = fit_head(model, samples, seed=options.seed, progress=not quiet)
-        words = f"its head is fitted to {len(samples)} public images (loss {history.loss[-1]:.3g})"
+        folds = min(FOLDS, len(samples))
+        model, history = fit_head(
+            model, samples, seed=options.seed, folds=folds, progress=not quiet
+        )
+        words = (
+            f"its head is fitted to {len(samples)} public images: {history.held_out:.1%} of them "
+            f"are recognised by heads fitted to the others ({folds}-fold cross-validation)"
+        )
     path = scratch / ANCHOR
     save_anchor(model, path, name=name, options=built, classes=classes, origin=told)
     return path, words
+
+
+def model_without_weights(options: AnchorOptions, classes: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The model with random weights, and how its images are prepared."""
+    import timm
+
+    with torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        model = timm.create_model(
+            options.model.split(".")[0], pretrained=False, **options.built(classes)
+        )
+    return model.eval(), _config(options, model)
+
+
+def _config(options: AnchorOptions, model: nn.Module) -> dict[str, Any]:
+    """How images are prepared for the model."""
+    from timm.data.config import resolve_model_data_config
+
+    config = dict(resolve_model_data_config(model))
+    if options.img_size is not None:
+        config["input_size"] = (3, options.img_size, options.img_size)
+    return config
 
 
 def _origin(options: AnchorOptions, classes: Sequence[str], public: Samples | None) -> str:

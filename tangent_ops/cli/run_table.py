@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -46,7 +48,20 @@ def show_shards(plan: Plan) -> None:
         say("accuracy is on the validation images")
 
 
-def _column(plan: Plan):  # noqa: ANN202
+def histories(plan: Plan) -> list[dict[str, Any]]:
+    """The same for programs: of each trained shard, its history."""
+    from tangent_ops.shards.history import read_history
+
+    found = []
+    for shard in plan.shards():
+        if shard.done:
+            history = read_history(plan, shard.job or "")
+            told = {} if history is None else asdict(history)
+            found.append({"shard": shard.name, "samples": shard.samples, **told})
+    return found
+
+
+def _column(plan: Plan) -> tuple[list[str], Callable[..., list[str]]]:
     """Headings of the columns on the fit, and a function of a shard's cells."""
     recipe = plan.recipe
     if recipe.method == "statistics":

@@ -43,12 +43,15 @@ class History:
         lr: of each epoch, the learning rate of its first step.
         steps: number of optimizer steps.
         seconds: wall time, caching of features included.
+        held_out: of `fit_head` with folds, the share of samples that are right where they were left
+            out; None without.
     """
 
     loss: list[float] = field(default_factory=list)
     lr: list[float] = field(default_factory=list)
     steps: int = 0
     seconds: float = 0.0
+    held_out: float | None = None
 
     def __repr__(self) -> str:
         losses = f", loss {self.loss[0]:.4g} to {self.loss[-1]:.4g}" if self.loss else ""
