@@ -16,6 +16,7 @@ from tangent_ops.cli.group import Commands
 from tangent_ops.cli.inspect import inspect
 from tangent_ops.cli.ledger import app as ledger
 from tangent_ops.cli.options import grouped
+from tangent_ops.cli.predict import predict
 from tangent_ops.cli.privacy import privacy
 from tangent_ops.cli.profile import profile
 from tangent_ops.cli.version import version
@@ -51,6 +52,7 @@ def _tangent_ops(
 app.command(epilog=EXAMPLES)(grouped(finetune))
 app.command()(compose)
 app.command()(evaluate)
+app.command()(predict)
 app.command()(grouped(forget))
 app.command()(export)
 app.command()(inspect)
