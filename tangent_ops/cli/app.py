@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from tangent_ops.cli.audit import audit
+from tangent_ops.cli.certify import certify
 from tangent_ops.cli.compose import compose
 from tangent_ops.cli.evaluate import evaluate
 from tangent_ops.cli.export import export
@@ -55,6 +56,7 @@ app.command()(evaluate)
 app.command()(predict)
 app.command()(grouped(forget))
 app.command()(export)
+app.command()(certify)
 app.command()(inspect)
 app.command()(profile)
 app.command()(privacy)
