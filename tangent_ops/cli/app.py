@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from tangent_ops.cli.audit import audit
+from tangent_ops.cli.certify import certify
 from tangent_ops.cli.compose import compose
 from tangent_ops.cli.evaluate import evaluate
 from tangent_ops.cli.export import export
@@ -16,6 +17,7 @@ from tangent_ops.cli.group import Commands
 from tangent_ops.cli.inspect import inspect
 from tangent_ops.cli.ledger import app as ledger
 from tangent_ops.cli.options import grouped
+from tangent_ops.cli.predict import predict
 from tangent_ops.cli.privacy import privacy
 from tangent_ops.cli.profile import profile
 from tangent_ops.cli.version import version
@@ -51,8 +53,10 @@ def _tangent_ops(
 app.command(epilog=EXAMPLES)(grouped(finetune))
 app.command()(compose)
 app.command()(evaluate)
+app.command()(predict)
 app.command()(grouped(forget))
 app.command()(export)
+app.command()(certify)
 app.command()(inspect)
 app.command()(profile)
 app.command()(privacy)

@@ -74,10 +74,16 @@ def described(samples: Samples) -> str:
     if len(counts) > _SHOWN:
         listed.append(f"and {len(counts) - _SHOWN} more classes, which --json lists")
     words = f"{len(samples)} images of {len(counts)} classes: {', '.join(listed)}"
-    if others := [_printable(name) for name in samples.passed_over[:3]]:
-        words += f"\nfiles without an image's name, passed over: {len(samples.passed_over)} files"
-        words += f" ({', '.join(others)}{', ...' if len(samples.passed_over) > 3 else ''})"
-    return words
+    return f"{words}\n{passed_over(samples)}" if samples.passed_over else words
+
+
+def passed_over(samples: Samples) -> str:
+    """Text that tells of the files that are no images."""
+    others = [_printable(name) for name in samples.passed_over[:3]]
+    return (
+        f"files without an image's name, passed over: {len(samples.passed_over)} files "
+        f"({', '.join(others)}{', ...' if len(samples.passed_over) > 3 else ''})"
+    )
 
 
 def _printable(name: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +17,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tangent_ops.cli.assignment import classes_of
+from tangent_ops.cli.network import WeightsSource, weights_source
 from tangent_ops.errors import ArgumentError, TangentOpsError, in_words
 from tangent_ops.files import to_json
 from tangent_ops.shards import ImageData, Samples, ShardRecipe, read_anchor, save_anchor
 from tangent_ops.shards.disjoint import PUBLIC, check_apart
+from tangent_ops.shards.plan_change import differing
 from tangent_ops.shards.run_folder import ANCHOR
 from tangent_ops.training.head import fit_head
 
 FOLDS = 5  # of the public images, to say how good the head is
+OFFLINE = "Without a network give --weights FILE.safetensors, or --no-pretrained for random weights"
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,10 @@ class AnchorOptions:
             close = difflib.get_close_matches(self.model, timm.list_models(), n=3, cutoff=0.5)
             hint = f": did you mean {', '.join(close)}?" if close else ""
             raise ArgumentError(f"--model {self.model}: timm has no such model{hint}")
+        if "." in self.model and self.model not in timm.list_pretrained(self.model):
+            known = timm.list_pretrained(f"{self.model.split('.')[0]}.*")
+            words = f"it has {', '.join(known)}" if known else "it has no published weights"
+            raise ArgumentError(f"--model {self.model}: timm has no such weights; {words}")
         if self.weights is not None and not self.weights.is_file():
             raise ArgumentError(f"--weights {self.weights}: there is no such file")
         if self.weights is not None and self.weights.suffix != ".safetensors":
@@ -88,8 +97,14 @@ def check_model(options: AnchorOptions, recipe: ShardRecipe, classes: int) -> No
         with torch.device("meta"):  # shapes only: nothing is computed or allocated
             model = timm.create_model(name, pretrained=False, **built)
     except Exception as error:  # whatever an architecture raises
+        if options.img_size is not None and "img_size" in str(error):
+            raise ArgumentError(
+                f"--img-size {options.img_size}: {name} takes no size: leave it out"
+            ) from error
+        what = "" if options.img_size is None else f" for images of {options.img_size} pixels"
         raise ArgumentError(
-            f"--model {name}: timm cannot build it with {built}: {error}"
+            f"--model {name}: timm cannot build it{what} ({_first_line(error)}): give another model"
+            f"{'' if options.img_size is None else ', or another --img-size'}"
         ) from error
     try:
         recipe.trainable(model)
@@ -125,20 +140,22 @@ def make_anchor(
     if options.anchor is not None:
         return options.anchor, f"the anchor is {options.anchor}"
     public = None if options.public is None else ImageData(str(options.public)).open()
+    begun = (run / ANCHOR).exists()
+    source = None if begun else _source(options)
     told = _origin(options, classes, public)
-    if (run / ANCHOR).exists():
+    if begun:
         info = read_anchor(run / ANCHOR)
         if info.origin != told:
             raise ArgumentError(
-                f"{run} was begun with another anchor ({info.origin[:300]}): give the same "
-                "options, or another --out"
+                f"{run} was begun with another anchor ({_differing(info.origin, told)}): give the "
+                "same options, or another --out"
             )
         return run / ANCHOR, "going on with the run's anchor"
     name = options.model.split(".")[0]
     built = options.built(len(classes))
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
-        model, fetched = _built(options, built)
+        model, fetched = _built(options, built, source)
     words = f"its head is {'that of the weights, for as many classes' if fetched else 'random'}: "
     words += "images that never have to be forgotten (--public) make a better one"
     if public is not None:
@@ -195,17 +212,42 @@ def _origin(options: AnchorOptions, classes: Sequence[str], public: Samples | No
     return to_json(told)
 
 
-def _built(options: AnchorOptions, built: dict[str, Any]) -> tuple[nn.Module, bool]:
+def _differing(there: str, now: str) -> str:
+    """The options that differ between two anchors' origins."""
+    try:
+        old, new = json.loads(there), json.loads(now)
+        return differing(old, new) or "made by another release"
+    except (ValueError, AttributeError):
+        return "made in another way"
+
+
+def _source(options: AnchorOptions) -> WeightsSource | None:
+    """Where timm's weights come from; None if none are wanted; ArgumentError if there are none."""
+    if options.weights is not None or not options.pretrained:
+        return None
+    source = weights_source(options.model)
+    if source.kind == "none":
+        raise ArgumentError(f"--model {options.model}: no weights, because {source.why}. {OFFLINE}")
+    return source
+
+
+def _built(
+    options: AnchorOptions, built: dict[str, Any], source: WeightsSource | None
+) -> tuple[nn.Module, bool]:
     """The model, and whether its head came with its weights."""
     import timm
 
     if options.weights is None:
+        # Downloads try again many times, and log each time.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        here = {} if source is None or source.file is None else {"file": str(source.file)}
         try:
-            model = timm.create_model(options.model, pretrained=options.pretrained, **built).eval()
+            model = timm.create_model(
+                options.model, pretrained=options.pretrained, pretrained_cfg_overlay=here, **built
+            ).eval()
         except Exception as error:  # of the hub, the network, the architecture
             raise ArgumentError(
-                f"--model {options.model}: timm cannot make it ({type(error).__name__}: {error}). "
-                "Without a network give --weights FILE.safetensors, or --no-pretrained"
+                f"--model {options.model}: timm cannot make it ({_first_line(error)}). {OFFLINE}"
             ) from error
         published = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
         return model, options.pretrained and published == built["num_classes"]
@@ -230,6 +272,10 @@ def _built(options: AnchorOptions, built: dict[str, Any]) -> tuple[nn.Module, bo
         )
     model.load_state_dict({**own, **fitting})
     return model, head <= fitting.keys()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _head(model: Any) -> str:

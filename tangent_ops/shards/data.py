@@ -21,10 +21,12 @@ from torch.utils.data import Dataset
 
 from tangent_ops.errors import ArgumentError, SampleError, UnsupportedError, in_words
 from tangent_ops.shards.decode import decoded, to_rgb
-from tangent_ops.shards.listing import Listing, list_images
+from tangent_ops.shards.listing import Listing, list_images, list_unlabelled
 
 # Those of timm's torchvision data sets that read images or arrays of numbers. Others unpickle.
 TORCHVISION = ("mnist", "kmnist", "fashion_mnist", "places365", "inaturalist")
+
+_WANTED = "give one that holds a folder of images for each class"
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,26 @@ class ImageData:
         found = source.list()
         transform = _transform(config, augment)
         samples = Samples(source, found.ids, found.targets, found.classes, transform)
+        samples.passed_over = found.passed_over
+        return samples
+
+    def unlabelled(self, config: Mapping[str, Any]) -> Samples:
+        """All images below a folder, or a single image's file, with class 0 in place of a label.
+
+        Args:
+            config: as in `open`.
+
+        Raises:
+            ArgumentError: there is no such folder or file; or it holds no image, or images in
+                formats that are not read.
+        """
+        path = Path(self.root)
+        if path.is_file():
+            source, found = _Folder(path.parent, ""), Listing([path.name], [0])
+        else:
+            source = _Folder(path, "", "give one that holds images, or an image's file")
+            found = list_unlabelled(path)
+        samples = Samples(source, found.ids, found.targets, (), _transform(config, False))
         samples.passed_over = found.passed_over
         return samples
 
@@ -241,11 +263,9 @@ class _Source(Protocol):
 
 
 class _Folder:
-    def __init__(self, root: Path, split: str) -> None:
+    def __init__(self, root: Path, split: str, wanted: str = _WANTED) -> None:
         if not root.is_dir():
-            raise ArgumentError(
-                f"{root} is no folder: give one that holds a folder of images for each class"
-            )
+            raise ArgumentError(f"{root} is no folder: {wanted}")
         below = root / split
         self.root = below if safe(split) and below.is_dir() else root
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -14,10 +15,14 @@ def plan_change(key: str, there: str, now: str) -> str:
         return "other public images"
     if key == "overlap":
         return f"allow_overlap={there}, not {now}"
-    old, new = json.loads(there), json.loads(now)
-    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    found = [f"{name}={_plain(old.get(name))}, not {_plain(new.get(name))}" for name in names]
-    return f"another recipe: {'; '.join(found)}"
+    return f"another recipe: {differing(json.loads(there), json.loads(now))}"
+
+
+def differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The entries that differ, with both values."""
+    names = sorted(name for name in there.keys() | now.keys() if there.get(name) != now.get(name))
+    found = [f"{name}={_plain(there.get(name))}, not {_plain(now.get(name))}" for name in names]
+    return "; ".join(found)
 
 
 def _plain(value: Any) -> str:
