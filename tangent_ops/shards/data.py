@@ -147,6 +147,10 @@ class Samples(Dataset[tuple[Tensor, int]]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._transform(self.image(index)), self.targets[index]
+
+    def image(self, index: int) -> Image.Image:
+        """The sample in RGB, as it is in its file."""
         sample = self.ids[index]
         read = self._read(sample)
         if self._contents is not None and _digest(read) != self._contents[index]:
@@ -154,7 +158,7 @@ class Samples(Dataset[tuple[Tensor, int]]):
                 f"sample {sample!r} is not what it was when the plan was made: restore it, or "
                 "forget it and add it under another name"
             )
-        return self._transform(decoded(read, sample)), self.targets[index]
+        return decoded(read, sample)
 
     def content(self, index: int) -> str:
         """SHA-256 of the file's bytes, or of the pixels where there is no file."""
