@@ -26,7 +26,7 @@ from tangent_ops.errors import ArgumentError
 from tangent_ops.shards import ShardRecipe
 
 if TYPE_CHECKING:
-    from tangent_ops.shards import Plan, Samples
+    from tangent_ops.shards import ImageData, Plan, Samples
 
 
 EXAMPLES = """
@@ -161,6 +161,14 @@ def finetune(
             rich_help_panel="Data",
         ),
     ] = "train",
+    validation: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of other labelled images, on which accuracies are measured. The run "
+            "remembers it. No delta depends on it.",
+            rich_help_panel="Data",
+        ),
+    ] = None,
     tensorboard: Annotated[
         Path | None, typer.Option(help="Folder for TensorBoard files, with losses by epoch.")
     ] = None,
@@ -203,6 +211,7 @@ def finetune(
         check_private(recipe, dealt, assignment.allow_overlap)
         classes = classes_of(samples)
         check_model(anchor, recipe, len(classes))
+        measured = _checked_validation(validation, there, classes)
         moved = there is not None and there.data != source.absolute()
         if dry_run:
             if there is not None:
@@ -225,6 +234,7 @@ def finetune(
                 assignment=dealt,
                 labels=labels,
                 public=None if anchor.public is None else ImageData(str(anchor.public)),
+                validation=measured,
                 allow_overlap=assignment.allow_overlap,
                 progress=not hidden(as_json),
             )
@@ -295,6 +305,25 @@ def _statement(plan: Plan) -> Any:
     settle(plan)
     ledger = check_settled(plan)
     return ledger_privacy(ledger) if len(ledger) else None
+
+
+def _checked_validation(
+    folder: Path | None, there: Plan | None, classes: list[str]
+) -> ImageData | None:
+    """The validation images that were given, or those of the run."""
+    from tangent_ops.shards import ImageData
+
+    if folder is not None:
+        data = ImageData(str(folder), split="validation")
+    elif there is not None and there.validation is not None:
+        data = there.validation
+    else:
+        return None
+    try:
+        data.open().with_classes(classes)
+    except ArgumentError as error:
+        raise ArgumentError(f"--validation {data.root}: {error}") from error
+    return data
 
 
 def _check_alone(given: list[str]) -> None:

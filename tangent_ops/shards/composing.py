@@ -17,7 +17,8 @@ from tangent_ops.shards.composition_files import (
 )
 from tangent_ops.shards.data import ImageData
 from tangent_ops.shards.job import device, job_data, job_problem
-from tangent_ops.shards.plan import AUTOMATIC, Plan
+from tangent_ops.shards.plan import Plan
+from tangent_ops.shards.recorded import AUTOMATIC
 from tangent_ops.shards.settling import settled_ledger
 
 HOWS = ("mean", *KEPT)

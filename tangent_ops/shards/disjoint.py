@@ -27,13 +27,29 @@ def check_disjoint(shards: Mapping[str, Sequence[Sample]]) -> None:
 
 def check_public(public: Samples, shards: Mapping[str, Sequence[Sample]]) -> None:
     """Raise ArgumentError if a shard has a sample that the anchor was made from."""
-    private = {s.content: s.id for samples in shards.values() for s in samples}
-    for index, id in enumerate(public.ids):
-        if (found := private.get(public.content(index))) is not None:
-            raise ArgumentError(
-                f"sample {found!r} is public, too, as {id!r}: what the anchor learned from it "
-                "cannot be forgotten. Remove it from one of them"
-            )
+    if found := _common(public, shards):
+        raise ArgumentError(
+            f"sample {found[0]!r} is public, too, as {found[1]!r}: what the anchor learned from it "
+            "cannot be forgotten. Remove it from one of them"
+        )
+
+
+def check_validation(validation: Samples, shards: Mapping[str, Sequence[Sample]]) -> None:
+    """Raise ArgumentError if a shard has a sample that accuracies would be measured on."""
+    if found := _common(validation, shards):
+        raise ArgumentError(
+            f"sample {found[0]!r} is a validation image, too, as {found[1]!r}: the accuracy would "
+            "be that of images that were learned. Remove it from one of them"
+        )
+
+
+def _common(others: Samples, shards: Mapping[str, Sequence[Sample]]) -> tuple[str, str] | None:
+    """The ids, here and there, of an image that is in a shard and among others."""
+    here = {s.content: s.id for samples in shards.values() for s in samples}
+    for index, id in enumerate(others.ids):
+        if (found := here.get(others.content(index))) is not None:
+            return found, id
+    return None
 
 
 def check_private(

@@ -119,6 +119,10 @@ class Manifest:
         """Change the place of the images in `about`."""
         self._set("data", data)
 
+    def set_validation(self, validation: str) -> None:
+        """Set, or change, the place of the validation images in `about`."""
+        self._set("validation", validation)
+
     def names(self) -> list[str]:
         """The shards' names, in their order."""
         with self._connected("ro") as connection:
@@ -184,7 +188,7 @@ class Manifest:
 
     def _set(self, key: str, value: str) -> None:
         with self._connected("rw") as connection:
-            connection.execute("UPDATE about SET value = ? WHERE key = ?", (value, key))
+            connection.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", (key, value))
 
     @contextmanager
     def _connected(self, mode: str, path: Path | None = None) -> Iterator[sqlite3.Connection]:

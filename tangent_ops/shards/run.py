@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from tangent_ops.data import check_choice, check_integer
 from tangent_ops.errors import ArgumentError
+from tangent_ops.files import erase
 from tangent_ops.shards.local import run_local
 from tangent_ops.shards.on_ray import need_ray, run_on_ray
 from tangent_ops.shards.plan import Plan
@@ -65,8 +66,8 @@ def run_shards(
         address: of a Ray cluster, whose machines see the run and the images under the same paths.
         progress: show a bar of shards; or, if one shard is trained on this machine, its own bar.
         on_done: called as each shard ends, with its name and
-            ``{"seconds": ..., "loss": [...], "lr": [...]}`` (loss and lr by epoch, where there are
-            epochs), or ``{"error": message}``.
+            ``{"seconds": ..., "loss": [...], "lr": [...], "accuracy": [...]}`` (by epoch, where
+            there are epochs and, for the accuracy, validation images), or ``{"error": message}``.
 
     Raises:
         ArgumentError: an argument is not as above.
@@ -118,7 +119,7 @@ def train(
     check_executor(executor, workers, retries, address)
     for path in plan.results_path.iterdir():
         if _TEMPORARY.fullmatch(path.name):
-            path.unlink()  # of a killed worker; the lock keeps others from writing here
+            erase(path)  # of a killed worker; the lock keeps others from writing here
 
     shards = [s for s in plan.shards() if only is None or s.name in only]
     todo = [shard.name for shard in shards if shard.job is not None and not shard.done]

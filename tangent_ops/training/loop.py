@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -89,7 +89,12 @@ def check_precision(name: str, model: nn.Module, device: torch.device, recipe: R
 
 
 def train(
-    model: nn.Module, loader: DataLoader[Any], group: Group, recipe: Recipe, progress: bool
+    model: nn.Module,
+    loader: DataLoader[Any],
+    group: Group,
+    recipe: Recipe,
+    progress: bool,
+    on_epoch: Callable[[History], None] | None = None,
 ) -> History:
     """Train the parameters of a model that have requires_grad.
 
@@ -99,6 +104,7 @@ def train(
         group: the processes that train together.
         recipe: as in `fit`.
         progress: show a progress bar.
+        on_epoch: as in `fit`.
 
     Returns:
         The history, without its seconds.
@@ -150,6 +156,10 @@ def train(
             if samples == 0:
                 raise ArgumentError("data has a length, but yielded no batch")
             history.loss.append(total / samples)
+            if on_epoch is not None:
+                optimizer.zero_grad()
+                with seeded(recipe.seed, device, loader):  # its draws must not change ours
+                    on_epoch(history)
     optimizer.zero_grad()
     return history
 
