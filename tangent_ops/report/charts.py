@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tangent_ops.shards.scoring import Estimate
 
-_TICKS = 4  # at least
+_STEPS = 4  # of an axis, at least two and at most one more than these
 _DECADE = 10.0  # values that span more are drawn on a logarithmic axis
 
 
@@ -82,7 +82,7 @@ def dot_plot(
     """
     ends = [(one.value - one.error, one.value + one.error) for one in estimates.values()]
     low, high = min(low for low, _ in ends), max(high for _, high in ends)
-    values = _round_values(max(low, limits[0]), min(high, limits[1]))
+    values = _round_values(max(low, limits[0]), min(high, limits[1]), limits)
     place = _placed(values[0], values[-1])
     dots = []
     for (name, one), (low, high) in zip(estimates.items(), ends, strict=True):
@@ -123,13 +123,16 @@ def _placed(low: float, high: float) -> Callable[[float], float]:
     return lambda value: 100 * (value - low) / (high - low)
 
 
-def _round_values(low: float, high: float) -> list[float]:
-    """Round numbers that enclose two numbers, evenly spaced."""
-    if high - low < 1e-9 * max(abs(low), abs(high), 1e-9):
-        low, high = low - 0.005, high + 0.005
-    step = 10.0 ** math.floor(math.log10((high - low) / _TICKS))
-    while (high - low) / step > 2 * _TICKS:
-        step *= 2 if f"{step:e}"[0] in "15" else 2.5
+def _round_values(
+    low: float, high: float, limits: tuple[float, float] = (-math.inf, math.inf)
+) -> list[float]:
+    """Round numbers that enclose two numbers, evenly spaced, within limits."""
+    if high - low < 1e-6 * max(abs(low), abs(high), 1e-3):
+        some = 0.02 * (abs(low) or 1)
+        low, high = max(low - some, limits[0]), min(high + some, limits[1])
+    step = 10.0 ** math.floor(math.log10((high - low) / _STEPS))
+    while (high - low) / step > _STEPS:
+        step *= 2.5 if f"{step:e}"[0] == "2" else 2
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
 

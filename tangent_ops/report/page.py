@@ -18,7 +18,7 @@ COLUMNS = 24  # classes of the table of classes by shard
 CURVES = 40  # lines in a plot
 NAMED = 8  # of which so few have a colour each
 EVENTS = 100
-_CONFUSIONS = 12
+_CONFUSIONS = 8
 _METHODS = {
     "exact": "each shard fitted to its optimum",
     "gradient": "each shard trained by steps",
@@ -111,7 +111,11 @@ def points(estimate: Estimate) -> str:
 
 
 def _percents(value: float) -> str:
-    return f"{100 * value:g} %" if round(100 * value, 1) == 100 * value else f"{100 * value:.1f} %"
+    return f"{round(100 * value, 1):g} %"
+
+
+def _signed(value: float) -> str:
+    return f"{round(100 * value, 1):+g}".replace("-", "−") if value else "0"
 
 
 def _accuracy(report: RunReport) -> DotPlot | None:
@@ -136,7 +140,7 @@ def _without(report: RunReport) -> DotPlot | None:
     if not changes:
         return None
     ordered = dict(sorted(changes.items(), key=lambda item: item[1].value))
-    return dot_plot({"": Estimate(0, 0), **ordered}, lambda v: f"{100 * v:+g}", points)
+    return dot_plot({"": Estimate(0, 0), **ordered}, _signed, points)
 
 
 def _confusion(report: RunReport) -> Heat | None:
