@@ -20,12 +20,13 @@ from tangent_ops.cli.options import grouped
 from tangent_ops.cli.predict import predict
 from tangent_ops.cli.privacy import privacy
 from tangent_ops.cli.profile import profile
+from tangent_ops.cli.report import report
 from tangent_ops.cli.version import version
 
 app = typer.Typer(
     name="tangent-ops",
     help="Fine-tune vision transformers so that what they learned can be added up, and taken out "
-    "again. In order: finetune, compose, evaluate, forget, export.",
+    "again. In order: finetune, compose, evaluate, report, forget, export.",
     cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -58,6 +59,7 @@ app.command()(grouped(forget))
 app.command()(export)
 app.command()(certify)
 app.command()(inspect)
+app.command()(report)
 app.command()(profile)
 app.command()(privacy)
 app.command()(audit)

@@ -169,6 +169,10 @@ class Samples(Dataset[tuple[Tensor, int]]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._transform(self.image(index)), self.targets[index]
+
+    def image(self, index: int) -> Image.Image:
+        """The sample in RGB, as it is in its file."""
         sample = self.ids[index]
         read = self._read(sample)
         if self._contents is not None and _digest(read) != self._contents[index]:
@@ -176,7 +180,7 @@ class Samples(Dataset[tuple[Tensor, int]]):
                 f"sample {sample!r} is not what it was when the plan was made: restore it, or "
                 "forget it and add it under another name"
             )
-        return self._transform(decoded(read, sample)), self.targets[index]
+        return decoded(read, sample)
 
     def size(self, index: int) -> int | None:
         """Bytes of the sample's file; None where there is no file, or it cannot be read."""

@@ -44,6 +44,15 @@ class Sample:
     label: str | None = None
 
 
+@dataclass(frozen=True)
+class Removed:
+    """How many samples were removed from a shard, and when, in UTC, in ISO format."""
+
+    when: str
+    shard: str
+    samples: int
+
+
 class Manifest:
     """The database file. Each operation opens it anew."""
 
@@ -179,6 +188,12 @@ class Manifest:
                 "AND name IN (SELECT shard FROM removed)"
             )
             connection.execute("COMMIT")
+
+    def removed(self) -> list[Removed]:
+        """What was removed so far, in order."""
+        with self._connected("ro") as connection:
+            rows = connection.execute('SELECT "when", shard, samples FROM removed ORDER BY rowid')
+            return [Removed(_text(when), _name(shard), int(count)) for when, shard, count in rows]
 
     def _set(self, key: str, value: str) -> None:
         with self._connected("rw") as connection:

@@ -113,4 +113,6 @@ def predictions(
             found[name].append(logits.argmax(dim=1).cpu())
     if not wanted:
         raise ArgumentError("data has no sample: there is nothing to evaluate")
+    if (largest := int(torch.cat(wanted).max())) >= outputs:
+        raise ArgumentError(f"data has class {largest}, and the model knows {outputs} classes")
     return Predictions(torch.cat(wanted), outputs, {n: torch.cat(c) for n, c in found.items()})
