@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
+from tangent_ops.composition.statistics_file import file_content
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.exact import fit_exact
 from tangent_ops.exact.collect import statistics
@@ -95,7 +96,9 @@ def _measured(
         began = time.perf_counter()
         found = statistics(tangent, few, progress=False)
         once = (time.perf_counter() - began) / len(few)
-        return Expected(_trained(tangent), found.nbytes, len(few), once, 0.0)
+        stored, _ = file_content(found)  # less than in memory
+        size = sum(tensor.nbytes for tensor in stored.values())
+        return Expected(_trained(tangent), size, len(few), once, 0.0)
     tangent = linearize(model, recipe.trainable(model), rank=recipe.rank, basis=recipe.basis)
     size = sum(value.numel() * value.element_size() for value in tangent.delta_dict().values())
     if recipe.method == "exact":
