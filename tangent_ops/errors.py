@@ -4,6 +4,8 @@ Each also derives from the built-in class that fits it, so that ``except ValueEr
 without an import of this module.
 """
 
+import errno
+import os
 from collections.abc import Iterable
 
 
@@ -58,6 +60,14 @@ class WorkerError(TangentOpsError, RuntimeError):
     """A process that trains a shard died repeatedly."""
 
 
+class DiskFullError(TangentOpsError, OSError):
+    """The disk is full; a file was not written."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.errno = errno.ENOSPC
+
+
 class CertificateError(TangentOpsError, ValueError):
     """A certificate does not hold, or belongs to another fit."""
 
@@ -87,3 +97,30 @@ def few(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+_REASONS = {
+    errno.ENOENT: "there is no such file or folder: check the path",
+    errno.EACCES: "no permission: change the permissions, or give another path",
+    errno.EPERM: "no permission: change the permissions, or give another path",
+    errno.EISDIR: "it is a folder: give a file",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: check the path",
+    errno.EEXIST: "it exists: give another path",
+    errno.EROFS: "it is on a disk that cannot be written: give another path",
+    errno.ENAMETOOLONG: "the name is too long: give a shorter one",
+    errno.ELOOP: "it is a symbolic link, or links lead in a circle: give the file itself",
+    errno.ENOSPC: "the disk is full: make room, and try again",
+    errno.EDQUOT: "your quota of the disk is used up: make room, and try again",
+    errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
+    errno.EIO: "the disk cannot be read or written: check it",
+}
+
+
+def in_words(error: BaseException) -> str:
+    """An error in words; for one of the system which file, what is wrong and the way out."""
+    if not isinstance(error, OSError) or error.errno is None or error.strerror is None:
+        return str(error)
+    reason = _REASONS.get(error.errno, error.strerror)
+    if error.filename is None:
+        return reason
+    return f"{os.fsdecode(error.filename)}: {reason}"

@@ -7,10 +7,14 @@ opened and erased without following links.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
+import io
 import json
 import os
+import re
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,8 +24,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from tangent_ops.errors import ArgumentError
+from tangent_ops.errors import ArgumentError, DiskFullError
 
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 _DTYPE_CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -92,32 +97,136 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Call `write` on a temporary file beside `path`, sync it to disk and rename it to `path`.
 
     If `write` or the file system raises, the error passes on, `path` keeps its older content, and
-    the temporary file is removed. A crash may leave the temporary file, ``.<16 hex digits>.tmp``.
+    the temporary file is removed. A killed process may leave its temporary file, which the next
+    call in this folder removes.
+
+    Raises:
+        DiskFullError: the disk is full, with the number of bytes that the file needs.
+        OSError: the file cannot be written.
     """
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
+    sweep(path.parent)
+    with telling_of_full_disk(path, write), temporary_file(path.parent) as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(file.name, path)
     sync_folder(path.parent)
+
+
+def copy_atomically(source: Path, path: Path) -> None:
+    """Copy a file, as `write_atomically` writes one."""
+
+    def write(target: BinaryIO) -> None:
+        with open(source, "rb") as file:
+            shutil.copyfileobj(file, target)
+
+    write_atomically(path, write)
 
 
 def write_new(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Call `write` on a new file and sync it to disk; an error or a crash may leave a part of it.
 
     For files that nothing refers to yet.
+
+    Raises:
+        DiskFullError, OSError: as in `write_atomically`.
     """
-    with open(path, "xb") as file:
+    with telling_of_full_disk(path, write), open(path, "xb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
     sync_folder(path.parent)
+
+
+@contextmanager
+def temporary_file(folder: Path) -> Iterator[BinaryIO]:
+    """A new file in a folder, ``.<16 hex digits>.tmp``, which is removed at the end if it is there.
+
+    It is locked as long as it is open, so `sweep` of another process leaves it alone.
+    """
+    while True:
+        path = folder / f".{secrets.token_hex(8)}.tmp"
+        file = open(path, "xb")  # noqa: SIM115 (it is closed below)
+        with suppress(OSError):  # a file system without locks, on which nothing is swept
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            break
+        file.close()  # swept before it was locked
+    try:
+        yield file
+    finally:
+        with suppress(FileNotFoundError):
+            path.unlink()
+        with suppress(OSError):  # what a full disk did not take is lost with the file
+            file.close()
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files of killed processes from a folder: those that nobody has locked.
+
+    Files of other users, and what cannot be locked or removed, are left.
+    """
+    try:
+        names = [name for name in os.listdir(folder) if _TEMPORARY.fullmatch(name)]
+    except OSError:
+        return
+    for name in names:
+        with suppress(OSError):
+            descriptor = _open(folder / name, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(descriptor).st_uid == os.geteuid():
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(folder / name)
+            finally:
+                os.close(descriptor)
+
+
+@contextmanager
+def telling_of_full_disk(
+    path: Path, write: Callable[[BinaryIO], None] | None = None
+) -> Iterator[None]:
+    """Raise DiskFullError in place of the system's error.
+
+    Args:
+        path: what is written.
+        write: called again, on a file that only counts, to say how many bytes are needed.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        needed = None if write is None else _counted(write)
+        words = "has no room" if needed is None else f"needs {needed:,} bytes"
+        with suppress(OSError):
+            words += f", and {shutil.disk_usage(path.parent).free:,} bytes are free"
+        raise DiskFullError(
+            f"the disk is full: {path} {words}. It was not written: make room, and give the same "
+            "command again"
+        ) from error
+
+
+def _counted(write: Callable[[BinaryIO], None]) -> int | None:
+    counter = _Counter()
+    try:
+        write(counter)  # pyright: ignore[reportArgumentType]
+    except Exception:  # a writer that needs a real file
+        return None
+    return counter.count or None
+
+
+class _Counter(io.RawIOBase):
+    """Counts the bytes that are written to it."""
+
+    count = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        size = memoryview(data).nbytes
+        self.count += size
+        return size
 
 
 @contextmanager

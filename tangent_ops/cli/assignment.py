@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tangent_ops.errors import ArgumentError
+from tangent_ops.errors import ArgumentError, in_words
 from tangent_ops.shards.assignment import by_class, by_column, by_hash
 
 if TYPE_CHECKING:
@@ -78,10 +78,16 @@ def described(samples: Samples) -> str:
     if len(counts) > _SHOWN:
         listed.append(f"and {len(counts) - _SHOWN} more classes, which --json lists")
     words = f"{len(samples)} images of {len(counts)} classes: {', '.join(listed)}"
-    if others := [_printable(name) for name in samples.passed_over[:3]]:
-        words += f"\nfiles without an image's name, passed over: {len(samples.passed_over)} files"
-        words += f" ({', '.join(others)}{', ...' if len(samples.passed_over) > 3 else ''})"
-    return words
+    return f"{words}\n{passed_over(samples)}" if samples.passed_over else words
+
+
+def passed_over(samples: Samples) -> str:
+    """Text that tells of the files that are no images."""
+    others = [_printable(name) for name in samples.passed_over[:3]]
+    return (
+        f"files without an image's name, passed over: {len(samples.passed_over)} files "
+        f"({', '.join(others)}{', ...' if len(samples.passed_over) > 3 else ''})"
+    )
 
 
 def _printable(name: str) -> str:
@@ -103,5 +109,5 @@ def _column(table: Path, column: str) -> dict[str, str]:
                 if found.setdefault(row["sample"], row[column]) != row[column]:
                     raise ArgumentError(f"--table {table} has {row['sample']!r} twice")
     except (OSError, UnicodeError, csv.Error) as error:
-        raise ArgumentError(f"--table {table} cannot be read: {error}") from error
+        raise ArgumentError(f"--table {table} cannot be read: {in_words(error)}") from error
     return found

@@ -9,8 +9,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from tangent_ops.cli.accuracy_change import measured_change, say_change
 from tangent_ops.cli.config import Config
 from tangent_ops.cli.messages import errors, fail, hidden, say
+from tangent_ops.cli.next_command import say_next
+from tangent_ops.cli.targets import check_new
 
 Run = Annotated[Path, typer.Argument(help="The run's folder, made by `tangent-ops finetune`.")]
 
@@ -60,13 +63,12 @@ def compose(
     """
     from tangent_ops.composition.ridge import SolvedDelta
     from tangent_ops.delta import save_delta
-    from tangent_ops.errors import ArgumentError
     from tangent_ops.shards import ImageData, Plan, settle, settled_ledger
-    from tangent_ops.shards.composing import check_how, compose_run, default_how
+    from tangent_ops.shards.composing import check_how, compose_run, default_how, former_composition
 
     with errors():
-        if out is not None and out.exists() and not force:
-            raise ArgumentError(f"{out} exists: give another name, or --force to overwrite it")
+        if out is not None:
+            check_new(out, force, "--out")
         plan = Plan.open(run)
         if how == "weights":
             how, weights = "mean", weights or "samples"
@@ -74,10 +76,11 @@ def compose(
         validation = None if data is None else ImageData(str(data), split="validation")
         penalty = _number(l2)
         check_how(plan, kind, penalty, validation)
+        before = None if plan.validation is None else former_composition(plan, kind)
         settled = settle(plan, weights=weights)
         count = len(settled_ledger(plan))
         delta = None
-        if count and (kind != "mean" or out is not None):
+        if count and (kind != "mean" or out is not None or plan.validation is not None):
             delta = compose_run(
                 plan, kind, l2=penalty, data=validation, progress=not hidden(as_json)
             )
@@ -85,12 +88,17 @@ def compose(
             if delta is None:
                 fail(f"{run} has no trained shard: {out} was not written", 2)
             save_delta(delta, out)
+    change = None
+    if delta is not None:
+        left = "the run is composed, but the accuracy was not measured"
+        change = measured_change(plan, before, delta, left, progress=not hidden(as_json))
     record: dict[str, Any] = {"run": str(plan.path), "composed": count, **asdict(settled)}
     solved = delta if isinstance(delta, SolvedDelta) else None
     if as_json:
         record |= {"how": kind, "delta": None if out is None else str(out)}
         if solved is not None:
             record |= {"l2": solved.l2, "condition": solved.condition, "loss": solved.loss}
+        record["accuracy"] = change
         typer.echo(json.dumps(record, indent=2))
         return
     say(
@@ -102,6 +110,9 @@ def compose(
         say(f"solved with l2 = {solved.l2:g}, {chosen}")
     if out is not None:
         say(f"wrote {out}")
+    say_change(change)
+    if count:
+        say_next("evaluate", run, plan)
 
 
 def _number(l2: str | None) -> float | str | None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from tangent_ops.cli.messages import fail
+from tangent_ops.errors import in_words
 
 _LARGEST = 1 << 20  # bytes; nobody writes so many options
 
@@ -57,7 +58,7 @@ def _parsed(path: Path) -> dict[str, Any]:
         else:
             fail(f"{path}: expected a .toml, .yaml or .yml file", 2)
     except (OSError, ValueError, RecursionError) as error:
-        fail(f"{path} cannot be read: {error}", 2, error)
+        fail(f"{path} cannot be read: {in_words(error)}", 2, error)
     if not isinstance(found, dict):
         fail(f"{path} holds no options: write one `name: value` per line", 2)
     return found

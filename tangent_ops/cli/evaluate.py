@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,11 +17,10 @@ from tangent_ops.cli.config import Config
 from tangent_ops.cli.messages import errors, hidden, say
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from tangent_ops.delta import Delta
     from tangent_ops.model.linearized import LinearizedModel
     from tangent_ops.shards import Plan
+    from tangent_ops.shards.scoring import Estimate, Predictions
 
 _SHOWN = 50  # classes
 
@@ -42,24 +40,26 @@ def evaluate(
     anchor_only: Annotated[
         bool, typer.Option("--anchor-only", help="Evaluate the anchor, without any delta.")
     ] = False,
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="Show the recall of each class, too.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 64,
     config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Measure the accuracy of a run on labelled images, and the recall of each class.
+    """Measure the accuracy of a run on labelled images.
 
     Side by side: the anchor, and each composition that the run has (see `compose --how`). In a run
     of statistics also "head only", a probe of the same images: the optimum if nothing but the head
-    is trained.
+    is trained. Errors are standard errors, and those of differences are of paired images.
     """
-    from torch import bincount, tensor
 
     from tangent_ops.checks import check_integer
     from tangent_ops.cli.assignment import described
     from tangent_ops.errors import ArgumentError
     from tangent_ops.shards import ImageData, Plan
     from tangent_ops.shards.job import device
-    from tangent_ops.shards.scoring import correct_by_class
+    from tangent_ops.shards.scoring import predictions
 
     with errors():
         if anchor_only and delta is not None:
@@ -74,24 +74,22 @@ def evaluate(
         samples = samples.with_classes(info.classes)
         deltas, main, what = _compared(plan, delta, anchor_only)
         tangent = plan.tangent().to(device())
-        correct = correct_by_class(
+        found = predictions(
             tangent, deltas, samples, batch_size=batch_size, progress=not hidden(as_json)
         )
-    totals = bincount(tensor(samples.targets), minlength=len(correct[main]))
-    names = list(info.classes) or [str(index) for index in range(len(totals))]
-    found = {name: _score(own, totals, names) for name, own in correct.items()}
+    names = list(info.classes) or [str(index) for index in range(found.outputs)]
     if as_json:
-        record = {key: found[main][key] for key in ("accuracy", "standard_error")}
-        record |= {"samples": len(samples), "classes": counts, "model": what, "models": found}
+        scores = {name: _score(found, name, names) for name in deltas}
+        record = {key: scores[main][key] for key in ("accuracy", "standard_error")}
+        record |= {"samples": len(samples), "classes": counts, "model": what, "models": scores}
         typer.echo(json.dumps(record, indent=2))
         return
-    if len(found) > 1:
-        _show(found, dict(zip(names, totals.tolist(), strict=True)))
-    score = found[main]
-    say(
-        f"{what}: {score['accuracy']:.1%} of {len(samples)} images "
-        f"(standard error {score['standard_error']:.1%})"
-    )
+    if len(deltas) > 1:
+        Console().print(_table(found, main))
+    if per_class:
+        _show_classes(found, names)
+    share, error = found.accuracy(main)
+    say(f"{what}: {share:.1%} of {len(samples)} images (standard error {error:.1%})")
 
 
 def _compared(
@@ -129,27 +127,44 @@ def composed(plan: Plan, delta: Path | None) -> tuple[LinearizedModel, str]:
     return tangent.to(device()), what
 
 
-def _score(correct: Tensor, totals: Tensor, names: list[str]) -> dict[str, Any]:
-    share = float(correct.sum() / totals.sum())
-    recall = {
-        name: right / total if total else None
-        for name, right, total in zip(names, correct.tolist(), totals.tolist(), strict=True)
+def _score(found: Predictions, name: str, classes: list[str]) -> dict[str, Any]:
+    share, error = found.accuracy(name)
+    counts = zip(found.correct_by_class(name).tolist(), found.totals().tolist(), strict=True)
+    recall = [right / total if total else None for right, total in counts]
+    return {
+        "accuracy": share,
+        "standard_error": error,
+        "recall": dict(zip(classes, recall, strict=True)),
     }
-    error = math.sqrt(share * (1 - share) / int(totals.sum()))
-    return {"accuracy": share, "standard_error": error, "recall": recall}
 
 
-def _show(found: Mapping[str, dict[str, Any]], totals: Mapping[str, int]) -> None:
+def _table(found: Predictions, main: str) -> Table:
+    """A row for each model, with what the main one gains over it."""
+    table = Table("model", caption="± standard error", caption_justify="left")
+    table.add_column("accuracy", justify="right")
+    table.add_column(f"{escape(main)} is better by", justify="right")
+    for name in found.classes:
+        share, error = found.accuracy(name)
+        gain = "" if name == main else points(found.gain(main, name))
+        style = "bold" if name == main else ""
+        table.add_row(escape(name), f"{share:.1%} ± {error:.1%}", gain, style=style)
+    return table
+
+
+def points(gain: Estimate) -> str:
+    """A difference of accuracies in percentage points, with its standard error."""
+    return f"{100 * gain.value:+.1f} ± {100 * gain.error:.1f} points"
+
+
+def _show_classes(found: Predictions, names: list[str]) -> None:
     """A table: a column for each model, and a row for each class that has images."""
-    table = Table("recall", "images", *found)
-    there = [name for name, total in totals.items() if total]
-    for name in there[:_SHOWN]:
-        shares = [f"{score['recall'][name]:.1%}" for score in found.values()]
-        table.add_row(escape(name), str(totals[name]), *shares)
-    table.add_section()
-    table.add_row(
-        "all", str(sum(totals.values())), *(f"{score['accuracy']:.1%}" for score in found.values())
-    )
+    table = Table("recall", "images", *map(escape, found.classes))
+    totals = found.totals().tolist()
+    there = [index for index, total in enumerate(totals) if total]
+    correct = [found.correct_by_class(name).tolist() for name in found.classes]
+    for index in there[:_SHOWN]:
+        shares = [f"{right[index] / totals[index]:.1%}" for right in correct]
+        table.add_row(escape(names[index]), str(totals[index]), *shares)
     Console().print(table)
     if len(there) > _SHOWN:
         say(f"and {len(there) - _SHOWN} more classes, which --json lists")

@@ -11,6 +11,7 @@ import typer
 from tangent_ops.cli.compose import Run
 from tangent_ops.cli.config import Config
 from tangent_ops.cli.messages import errors, say
+from tangent_ops.cli.targets import check_new
 
 
 def export(
@@ -48,9 +49,9 @@ def export(
         targets = [path for path in (file, task_vector) if path is not None]
         if not targets:
             raise ArgumentError("give a .pt2 file to write, or --task-vector FILE, or both")
-        for path in targets:
-            if path.exists() and not force:
-                raise ArgumentError(f"{path} exists: give another name, or --force to overwrite it")
+        for path, option in ((file, "FILE"), (task_vector, "--task-vector")):
+            if path is not None:
+                check_new(path, force, option)
         plan = Plan.open(run)
         tangent, what = composed(plan, delta)
         if task_vector is not None:

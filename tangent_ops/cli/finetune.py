@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from tangent_ops.cli.anchor_options import AnchorOptions
 from tangent_ops.cli.assignment import Assignment, classes_of, described
 from tangent_ops.cli.config import Config
+from tangent_ops.cli.dry_run import show_dry_run
 from tangent_ops.cli.machines import HELPS, Machines
-from tangent_ops.cli.make_anchor import AnchorOptions
 from tangent_ops.cli.messages import errors, fail, hidden, need_privacy, say, tell
 from tangent_ops.cli.method import EXACT_L2, decided
+from tangent_ops.cli.next_command import say_next
 from tangent_ops.cli.options import Group
-from tangent_ops.cli.training import check_tensorboard, watching
+from tangent_ops.cli.run_table import histories, show_shards
+from tangent_ops.cli.training import check_trackers, watching
 from tangent_ops.errors import ArgumentError
 from tangent_ops.shards.recipe import ShardRecipe
 
 if TYPE_CHECKING:
-    from tangent_ops.shards import Plan, Samples
+    from tangent_ops.shards import ImageData, Plan, Samples
 
 
 EXAMPLES = """
@@ -161,8 +160,20 @@ def finetune(
             rich_help_panel="Data",
         ),
     ] = "train",
+    validation: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of other labelled images, on which accuracies are measured. The run "
+            "remembers it. No delta depends on it.",
+            rich_help_panel="Data",
+        ),
+    ] = None,
     tensorboard: Annotated[
-        Path | None, typer.Option(help="Folder for TensorBoard files, with losses by epoch.")
+        Path | None,
+        typer.Option(help="Folder for TensorBoard files: losses and accuracies by epoch."),
+    ] = None,
+    wandb: Annotated[
+        str | None, typer.Option(help="Project of Weights & Biases, for the same values.")
     ] = None,
     config: Config = None,
     dry_run: Annotated[
@@ -179,14 +190,14 @@ def finetune(
     given = [
         name for name, source in sources.items() if name and source and source.name != "DEFAULT"
     ]
-    check_tensorboard(tensorboard)
+    check_trackers(tensorboard, wandb)
 
-    from tangent_ops.cli.make_anchor import check_model, make_anchor
+    from tangent_ops.cli.make_anchor import check_model, check_public, make_anchor
     from tangent_ops.shards import ImageData, Plan
     from tangent_ops.shards.disjoint import check_private
     from tangent_ops.shards.run_folder import DATABASE, check_folder
 
-    with errors():
+    with errors(left=lambda: _left(out)):
         source = ImageData(str(data), data_name, split)
         anchor = replace(anchor, seed=recipe.seed)
         _check_alone(given)
@@ -203,13 +214,17 @@ def finetune(
         check_private(recipe, dealt, assignment.allow_overlap)
         classes = classes_of(samples)
         check_model(anchor, recipe, len(classes))
+        measured = _validation(validation, samples)
         moved = there is not None and there.data != source.absolute()
+        if there is not None:
+            there.check_same(recipe, samples, dealt, labels, assignment.allow_overlap)
+        check_public(anchor, samples)
         if dry_run:
-            if there is not None:
-                there.check_same(recipe, samples, dealt, labels, assignment.allow_overlap)
-                if moved:
-                    there.relocate(source, dry_run=True, progress=not hidden(as_json))
-            _show_dry_run(recipe, samples, dealt, there, out, as_json)
+            if there is not None and moved:
+                there.relocate(source, dry_run=True, progress=not hidden(as_json))
+            show_dry_run(
+                anchor, recipe, source, samples, dealt, there, out, machines.workers, as_json
+            )
             return
         with tempfile.TemporaryDirectory(prefix="tangent-ops-") as scratch:
             path, words = make_anchor(
@@ -225,33 +240,37 @@ def finetune(
                 assignment=dealt,
                 labels=labels,
                 public=None if anchor.public is None else ImageData(str(anchor.public)),
+                validation=measured,
                 allow_overlap=assignment.allow_overlap,
                 progress=not hidden(as_json),
             )
         if moved and there is not None and not as_json:
             tell(f"the run's images, of {there.data.root}, are read in {plan.data.root} now")
-        _train(plan, samples, machines, tensorboard, as_json)
+        _train(plan, samples, machines, {"tensorboard": tensorboard, "wandb": wandb}, out, as_json)
 
 
 def _train(
     plan: Plan,
     samples: Samples,
     machines: Machines,
-    tensorboard: Path | None,
+    trackers: dict[str, Any],
+    out: Path,
     as_json: bool,
 ) -> None:
     from tangent_ops.shards import run_shards
 
     todo = sum(shard.job is not None and not shard.done for shard in plan.shards())
     alone = machines.executor == "local" and todo == 1  # then its worker shows bars
+    bars = alone and not hidden(as_json)
+    unmeasured: set[str] = set()
     try:
-        with watching(todo, tensorboard, quiet=alone or hidden(as_json)) as event:
-            report = run_shards(
-                plan,
-                **vars(machines),
-                progress=alone and not hidden(as_json),
-                on_done=event,
-            )
+        with watching(todo, quiet=bars or as_json, **trackers) as event:
+
+            def on_done(shard: str, found: dict[str, Any]) -> None:
+                unmeasured.update({found["unmeasured"]} if "unmeasured" in found else ())
+                event(shard, found)
+
+            report = run_shards(plan, **vars(machines), progress=bars, on_done=on_done)
     except KeyboardInterrupt:
         rows = [shard for shard in plan.shards() if shard.job is not None]
         done = sum(shard.done for shard in rows)
@@ -267,6 +286,7 @@ def _train(
             "empty": report.empty,
             "failed": report.failed,
             "seconds": report.seconds,
+            "shards": histories(plan),
         }
         if statement is not None:
             record["privacy"] = json.loads(statement.to_json())
@@ -279,12 +299,24 @@ def _train(
         )
         for shard, why in report.failed.items():
             say(f"  {shard}: {why}")
+        for why in sorted(unmeasured):
+            say(why)
+        show_shards(plan)
         if statement is not None:
             say(str(statement))
         if not report.failed:
-            say(f"next: tangent-ops compose {plan.path}")
+            say_next("compose", out, plan)
     if report.failed:
         raise typer.Exit(1)
+
+
+def _left(out: Path) -> str:
+    """What Ctrl-C leaves before the shards are trained."""
+    from tangent_ops.shards.run_folder import DATABASE
+
+    if not (out / DATABASE).exists():
+        return "no shard was trained; the same command begins again"
+    return "the shards that are done stay; the same command goes on"
 
 
 def _statement(plan: Plan) -> Any:
@@ -297,6 +329,22 @@ def _statement(plan: Plan) -> Any:
     return ledger_privacy(ledger) if len(ledger) else None
 
 
+def _validation(folder: Path | None, samples: Samples) -> ImageData | None:
+    """The validation images that were given: of the classes of the samples, and none of these."""
+    from tangent_ops.shards import ImageData
+    from tangent_ops.shards.disjoint import VALIDATION, check_apart
+
+    if folder is None:
+        return None
+    data = ImageData(str(folder), split="validation")
+    try:
+        found = data.open().with_classes(classes_of(samples))
+        check_apart(found, samples, VALIDATION)
+    except ArgumentError as error:
+        raise ArgumentError(f"--validation {folder}: {error}") from error
+    return data
+
+
 def _check_alone(given: list[str]) -> None:
     """Raise ArgumentError for options that would be ignored."""
     private = [name for name in given if name.startswith("dp_")]
@@ -307,50 +355,3 @@ def _check_alone(given: list[str]) -> None:
     if made and "anchor" in given:
         option = made[0].replace("_", "-")
         raise ArgumentError(f"--anchor is a whole model: leave --{option} out")
-
-
-def _show_dry_run(
-    recipe: ShardRecipe,
-    samples: Samples,
-    assignment: dict[str, list[str]],
-    there: Plan | None,
-    out: Path,
-    as_json: bool,
-) -> None:
-    listed = [(name, len(ids), False) for name, ids in assignment.items()]
-    if there is not None:  # perhaps some were forgotten
-        listed = [(shard.name, shard.samples, shard.done) for shard in there.shards()]
-    rows = []
-    for name, count, done in listed:
-        per_epoch = math.ceil(count / recipe.batch_size)
-        steps = recipe.epochs * per_epoch if recipe.dp_epsilon is None else recipe.dp_steps
-        by_steps = recipe.method == "gradient"
-        rows.append(
-            {
-                "shard": name,
-                "samples": count,
-                "steps": steps if by_steps else None,
-                "done": done,
-            }
-        )
-    if as_json:
-        record = {
-            "run": str(out),
-            "classes": samples.counts(),
-            "passed_over": list(samples.passed_over),
-            "recipe": recipe.to_dict(),
-            "shards": rows,
-        }
-        typer.echo(json.dumps(record, indent=2))
-        return
-    without = "one pass" if recipe.method == "statistics" else "to the optimum"
-    table = Table("shard", "samples", "steps")
-    for row in rows[:50]:
-        steps = without if row["steps"] is None else str(row["steps"])
-        if row["done"] or not row["samples"]:
-            steps = "none: it is trained" if row["done"] else "none: it is empty"
-        table.add_row(escape(row["shard"]), str(row["samples"]), steps)
-    todo = sum(not row["done"] and row["samples"] > 0 for row in rows)
-    Console().print(table)
-    more = f" ({len(rows) - 50} more not shown)" if len(rows) > 50 else ""
-    say(f"{todo} of {len(rows)} shards would be trained into {out}{more}; nothing was written")

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tangent_ops.cli.accuracy_change import measured_change, say_change
 from tangent_ops.cli.compose import Run
 from tangent_ops.cli.config import Config
 from tangent_ops.cli.machines import HELPS, Machines
 from tangent_ops.cli.messages import errors, fail, hidden, say
+from tangent_ops.cli.next_command import say_next
 from tangent_ops.cli.options import Group
 
 if TYPE_CHECKING:
@@ -64,9 +66,10 @@ def forget(
     and no other image is read. The images themselves, copies of files, and earlier exports stay
     where they are.
     """
-    from tangent_ops.errors import TangentOpsError
+    from tangent_ops.errors import TangentOpsError, in_words
     from tangent_ops.shards import Plan, find
     from tangent_ops.shards import forget as forgotten
+    from tangent_ops.shards.composing import default_how, former_composition
 
     with errors():
         plan = Plan.open(run)
@@ -87,6 +90,8 @@ def forget(
             if not sys.stdin.isatty():
                 fail(f"this forgets {words} for good: say --yes", 2)
             typer.confirm(f"Forget {words} for good?", abort=True)
+        how = default_how(plan)
+        before = None if plan.validation is None else former_composition(plan, how)
         try:
             done = forgotten(
                 plan,
@@ -102,8 +107,17 @@ def forget(
         except (TangentOpsError, OSError) as error:
             if _there(plan, which):
                 raise
-            fail(f"{error}\nBut {GONE}", 1, error)
-    _show(done, as_json)
+            fail(f"{in_words(error)}\nBut {GONE}", 1, error)
+    change = None
+    after = former_composition(plan, how)
+    if before is not None and after is not None:
+        left = "the images are forgotten, but the accuracy was not measured"
+        change = measured_change(plan, before, after, left, progress=not hidden(as_json))
+    _show(done, change, as_json)
+    if done.report.failed:
+        raise typer.Exit(1)
+    if not as_json and any(shard.done for shard in plan.shards()):
+        say_next("compose" if after is None else "evaluate", run, plan)
 
 
 def _there(plan: Plan, which: dict[str, Any]) -> bool:
@@ -118,7 +132,7 @@ def _there(plan: Plan, which: dict[str, Any]) -> bool:
     return True
 
 
-def _show(done: Forgotten, as_json: bool) -> None:
+def _show(done: Forgotten, change: dict[str, Any] | None, as_json: bool) -> None:
     failed = done.report.failed
     if as_json:
         record = {
@@ -130,6 +144,7 @@ def _show(done: Forgotten, as_json: bool) -> None:
             "subtracted": done.subtracted,
             "l2": None if done.solution is None else done.solution.l2,
             "failed": failed,
+            "accuracy": change,
         }
         typer.echo(json.dumps(record, indent=2))
     else:
@@ -146,5 +161,4 @@ def _show(done: Forgotten, as_json: bool) -> None:
             say(f"  {name}: within {bound:.2g} of the optimum without them (certified)")
         for name, why in failed.items():
             say(f"  {name}: {why}")
-    if failed:
-        raise typer.Exit(1)
+        say_change(change)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,8 @@ from rich.table import Table
 
 from tangent_ops.cli.messages import errors, say
 
+_SHOWN = 20  # shards, or items of a list
+
 
 def inspect(
     path: Annotated[
@@ -23,16 +26,23 @@ def inspect(
             "anchor or a program."
         ),
     ],
-    shards: Annotated[bool, typer.Option("--shards", help="List a run's shards, too.")] = False,
+    shards: Annotated[
+        bool,
+        typer.Option(
+            "--shards",
+            help="List all shards of a run, not only the first 20; for --json, list them, too.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Show what a folder or file is."""
     from tangent_ops.composition.ledger.base import DATABASE as LEDGER
+    from tangent_ops.shards import ShardRecipe
     from tangent_ops.shards.run_folder import DATABASE as PLAN
 
     with errors():
         if (path / PLAN).exists():
-            found = _run(path, shards)
+            found = _run(path, shards or not as_json)
         elif (path / LEDGER).exists():
             found = _ledger(path)
         else:
@@ -41,17 +51,57 @@ def inspect(
         typer.echo(json.dumps(found, indent=2))
         return
     listed = found.pop("list", None)
-    for key, value in found.items():
-        text = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
-        say(f"{key + ':':<14} {text}")
-    if listed is not None:
-        table = Table("shard", "samples", "trained", "delta")
-        for row in listed:
-            table.add_row(
-                escape(row["name"]), str(row["samples"]), "yes" if row["done"] else "no",
-                row["delta"] or "none: it is empty",
-            )  # fmt: skip
-        Console().print(table)
+    if listed is None:
+        _show(found)
+        return
+    recipe = ShardRecipe.from_dict(found["recipe"])
+    _show(found | {"recipe": recipe.applied})
+    _show_shards(listed, recipe.method, None if shards else _SHOWN)
+
+
+def _show(found: dict[str, Any]) -> None:
+    """One fact per row; those of a table within it are indented."""
+    rows = list(_rows(found))
+    width = max(len(name) for name, _ in rows) + 2
+    for name, text in rows:
+        say(f"{name + ':':<{width}} {text}".rstrip())
+
+
+def _rows(found: dict[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in found.items():
+        name = indent + name.replace("_", " ")
+        if isinstance(value, dict) and not indent:
+            yield name, ""
+            yield from _rows(value, "  ")
+        else:
+            yield name, _text(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        value = [f"{name.replace('_', ' ')} {_text(one)}" for name, one in value.items()]
+    if isinstance(value, list):
+        shown = ", ".join(map(_text, value[:_SHOWN])) or "none"
+        return shown + (f" and {len(value) - _SHOWN} more" if len(value) > _SHOWN else "")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None or value == "" else str(value)
+
+
+def _show_shards(listed: list[dict[str, Any]], method: str, most: int | None) -> None:
+    from tangent_ops.shards.run_folder import DELTAS, STATISTICS
+
+    folder = STATISTICS if method == "statistics" else DELTAS
+    table = Table("shard", "images", "trained")
+    table.columns[1].justify = "right"
+    table.add_column("file", overflow="fold")
+    for row in listed[:most]:
+        done = "yes" if row["done"] else "no" if row["delta"] else "it is empty"
+        file = f"{folder}/{row['delta']}" if row["done"] else ""
+        table.add_row(escape(row["name"]), str(row["samples"]), done, file)
+    Console().print(table)
+    if most is not None and len(listed) > most:
+        say(f"and {len(listed) - most} more shards, which --shards lists")
 
 
 def _run(path: Path, shards: bool) -> dict[str, Any]:

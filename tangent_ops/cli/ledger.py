@@ -12,12 +12,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tangent_ops.cli.group import Commands
 from tangent_ops.cli.messages import errors, say
+from tangent_ops.cli.targets import check_new
 
 if TYPE_CHECKING:
     from tangent_ops.composition.ledger import Ledger, StatisticsLedger
 
 app = typer.Typer(
+    cls=Commands,
     help="Keep the deltas of many shards in a folder, with their weighted mean, or their "
     "statistics, with the sum. Any shard can be forgotten, exactly and for good.",
     no_args_is_help=True,
@@ -164,6 +167,7 @@ def export(
     from tangent_ops.errors import ArgumentError, LedgerError
 
     with errors():
+        check_new(file, force, "FILE")
         ledger = _open(folder)
         if isinstance(ledger, Ledger):
             if l2 is not None:
@@ -176,8 +180,6 @@ def export(
                 f"{folder} has a shard of unknown anchor, but a delta file must name its anchor: "
                 "add that shard from a delta file"
             )
-        if file.exists() and not force:
-            raise ArgumentError(f"{file} exists: give another name, or --force to overwrite it")
         save_delta(composed, file)
     say(f"wrote {file}")
 

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from contextvars import ContextVar
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+INTERRUPTED = 130  # exit code, by convention 128 + SIGINT
+
+running: ContextVar[Any] = ContextVar("running", default=None)  # the command
+
 
 @contextmanager
-def errors(code: int = 2) -> Iterator[None]:
-    """Print an error of the library, and exit."""
-    from tangent_ops.errors import TangentOpsError
+def errors(code: int = 2, left: str | Callable[[], str] = "nothing was written") -> Iterator[None]:
+    """Print an error of the library, and exit.
+
+    Args:
+        code: the exit code of an error.
+        left: what is left after Ctrl-C, or a function that says it.
+    """
+    from tangent_ops.errors import TangentOpsError, in_words
 
     try:
         yield
     except (TangentOpsError, OSError) as error:
-        fail(str(error), code, error)
+        fail(_with_options(in_words(error)), code, error)
+    except KeyboardInterrupt as error:
+        fail(f"interrupted: {left if isinstance(left, str) else left()}", INTERRUPTED, error)
 
 
-def fail(message: str, code: int, cause: Exception | None = None) -> NoReturn:
+def fail(message: str, code: int, cause: BaseException | None = None) -> NoReturn:
     """Print an error, and exit."""
     Console(stderr=True).print(
         f"[bold red]error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True
@@ -47,8 +60,27 @@ def hidden(as_json: bool) -> bool:
     return as_json or not sys.stderr.isatty()
 
 
+def need(extra: str, *packages: str) -> None:
+    """Exit with an install command if packages of an extra are missing."""
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        fail(f'this needs {", ".join(missing)}: pip install "tangent-ops[{extra}]"', code=2)
+
+
 def need_privacy() -> None:
     """Exit with an install command if packages of the extra ``privacy`` are missing."""
-    needed = ("dp_accounting", "opacus", "scipy")
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        fail(f'this needs {", ".join(missing)}: pip install "tangent-ops[privacy]"', code=2)
+    need("privacy", "dp_accounting", "opacus", "scipy")
+
+
+def _with_options(message: str) -> str:
+    """The message with Python's names of arguments as the present command's options."""
+    for parameter in getattr(running.get(), "params", ()):
+        option = next((text for text in parameter.opts if text.startswith("--")), None)
+        if option is None or not parameter.name:
+            continue
+        name = re.escape(parameter.name)
+        # NAME=VALUE, then a name that is no English word, then a name that begins the message.
+        message = re.sub(rf"(?<![\w/.\-]){name}=(['\"]?)([^'\"\s:,;]+)\1", rf"{option} \2", message)
+        if "_" in parameter.name:
+            message = re.sub(rf"(?<![\w/.\-'\"]){name}(?![\w/.'\"=])", option, message)
+        message = re.sub(rf"^{name}(?= (must|is|needs|are) )", option, message)
+    return message

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 EXACT_L2 = 0.1  # docs/cluster.md says what it gives
 # Options of the steps of method "gradient", which the others do not have.
-STEPS = ("epochs", "lr", "optimizer", "schedule", "accumulate", "augment", "amp", "tensorboard")
+STEPS = (
+    *("epochs", "lr", "optimizer", "schedule", "accumulate", "augment", "amp"),
+    *("tensorboard", "wandb"),
+)
 
 
 def decided(recipe: ShardRecipe, given: Collection[str], there: Plan | None) -> ShardRecipe:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tangent_ops.composition.ridge import FeatureRows
+from tangent_ops.composition.feature_rows import FeatureRows
 from tangent_ops.composition.statistics import LIMIT, TangentStatistics
 from tangent_ops.errors import StatisticsError
 from tangent_ops.files import bytes_of

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tangent_ops.checks import check_not_negative
+from tangent_ops.composition.feature_rows import FeatureRows
 from tangent_ops.delta import Delta, DeltaMeta
 from tangent_ops.errors import ArgumentError, StatisticsError
 
@@ -69,33 +70,6 @@ class PathRow:
     delta: SolvedDelta
     effective_dimension: float
     gcv: float
-
-
-@dataclass(frozen=True)
-class FeatureRows:
-    """f and J of some samples, as `TangentStatistics` sums them.
-
-    Attributes:
-        outputs: f, (n, C).
-        core: φ, (n, C, k).
-        head: a, (n, h), with a 1 for a bias.
-    """
-
-    outputs: Tensor
-    core: Tensor
-    head: Tensor
-
-    @classmethod
-    def joined(cls, several: Sequence[FeatureRows]) -> FeatureRows:
-        """The samples of all, in order."""
-        return cls(
-            torch.cat([rows.outputs for rows in several]),
-            torch.cat([rows.core for rows in several]),
-            torch.cat([rows.head for rows in several]),
-        )
-
-    def __len__(self) -> int:
-        return len(self.outputs)
 
 
 class Ridge:
@@ -192,6 +166,30 @@ class Ridge:
         left = residuals.double() - system.moves(rows)
         eye = torch.eye(self.meta.outputs, dtype=torch.float64)
         return torch.linalg.solve(eye - system.leverage(rows), left[..., None])[..., 0]
+
+    def changes(
+        self, rows: FeatureRows, residuals: Tensor, others: FeatureRows, l2: float
+    ) -> Tensor:
+        """f₋ᵢ(x) - f(x): the change of other samples' outputs when each sample is left out.
+
+        Exact, as `exact.Influence.change`, from (N, m) products in the columns of the statistics.
+
+        Args:
+            rows: of samples that are in the statistics.
+            residuals: as in `leave_one_out`, of these samples.
+            others: of the samples whose outputs change.
+            l2: the penalty's weight.
+
+        Returns:
+            (n, m, C): float64.
+
+        Raises:
+            StatisticsError: as in `leave_one_out`.
+        """
+        system = self.system(l2, fewer=1)
+        left = self.leave_one_out(rows, residuals, l2)  # (I - h_ii)⁻¹ (r_i - J_i Δ)
+        moved = system.moves(others) - self.system(l2).moves(others)
+        return moved - torch.einsum("nmcd,nc->nmd", system.cross_leverage(rows, others), left)
 
     def covariance(
         self, rows: FeatureRows, l2: float, noise_variance: float | None = None
@@ -328,13 +326,24 @@ class System:
 
     def leverage(self, rows: FeatureRows) -> Tensor:
         """J (H + λ I)⁻¹ Jᵀ of each sample, (n, C, C)."""
+        solved, inputs = self._halves(rows)
+        own = (inputs.square() * self.inverse).sum(1)
+        return solved @ solved.mT + torch.diag_embed(own[:, None].expand(solved.shape[:2]))
+
+    def cross_leverage(self, rows: FeatureRows, others: FeatureRows) -> Tensor:
+        """J (H + λ I)⁻¹ Jᵀ of each pair of samples, (n, m, C, C)."""
+        (left, inputs), (right, seen) = self._halves(rows), self._halves(others)
+        shared = (inputs * self.inverse) @ seen.T
+        eye = torch.eye(left.shape[1], dtype=torch.float64)
+        return torch.einsum("nck,mdk->nmcd", left, right) + shared[..., None, None] * eye
+
+    def _halves(self, rows: FeatureRows) -> tuple[Tensor, Tensor]:
+        """The core's half of a product by the inverse, (n, C, k), and the head's inputs, (n, h)."""
         inputs = rows.head.double() @ self.ridge.basis
         left = rows.core.double() - torch.einsum("kch,nh->nck", self.scaled, inputs)
         k = left.shape[-1]
         solved = torch.linalg.solve_triangular(self.factor, left.reshape(-1, k).T, upper=False)
-        solved = solved.T.view_as(left)
-        own = (inputs.square() * self.inverse).sum(1)
-        return solved @ solved.mT + torch.diag_embed(own[:, None].expand(left.shape[:2]))
+        return solved.T.view_as(left), inputs
 
     def hopeless(self, condition: float) -> StatisticsError:
         """The error that says so."""

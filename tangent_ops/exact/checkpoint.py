@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tangent_ops.errors import ArgumentError
+from tangent_ops.errors import ArgumentError, in_words
 from tangent_ops.files import content_sha256, write_atomically, write_safetensors
 
 FORMAT = "tangent-ops solver checkpoint"
@@ -48,7 +48,7 @@ class Checkpoint:
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ArgumentError(
-                f"checkpoint={self.path} is damaged ({error}): {way_out}"
+                f"checkpoint={self.path} is damaged ({in_words(error)}): {way_out}"
             ) from error
         expected = metadata.pop("content_sha256", None)
         if metadata.get("format") != FORMAT or content_sha256(tensors, metadata) != expected:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tangent_ops.checks import check_integer, check_positive
+from tangent_ops.composition.feature_rows import FeatureRows
 from tangent_ops.composition.fixed_terms import add_samples
-from tangent_ops.composition.ridge import FeatureRows
 from tangent_ops.composition.statistics import FRACTION_BITS, StatisticsMeta, TangentStatistics
 from tangent_ops.data import Data, in_order, place, unpack
 from tangent_ops.delta import DeltaMeta

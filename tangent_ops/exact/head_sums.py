@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tangent_ops.checks import check_integer
+from tangent_ops.composition.feature_rows import FeatureRows
 from tangent_ops.composition.fixed_terms import add_samples
 from tangent_ops.composition.head import AT_ANCHOR, BLOCK, block_fingerprint
-from tangent_ops.composition.ridge import FeatureRows
 from tangent_ops.composition.statistics import (
     FRACTION_BITS,
     StatisticsMeta,

@@ -18,11 +18,13 @@ from tangent_ops.exact.problem import check_tolerance
 from tangent_ops.exact.progress import progress_bar
 from tangent_ops.losses import loss_name
 
+TOLERANCE = 1e-4
+
 
 def compose_lossless(
     deltas: Sequence[DeltaLike],
     curvatures: Sequence[Curvature],
-    tol: float = 1e-4,
+    tol: float = TOLERANCE,
     *,
     max_iterations: int = 1000,
     max_rounds: int | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tangent_ops.composition.ridge import FeatureRows
+from tangent_ops.composition.feature_rows import FeatureRows
 from tangent_ops.composition.statistics import layout_of
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.exact.extract import CHECKED, Extractor

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 from rich.table import Table
 
+from tangent_ops.pages import rendered
 from tangent_ops.profiling.families import (
     ACTIVATION,
     ATTENTION,
@@ -187,12 +187,9 @@ def write_report(comparison: Comparison) -> list[Path]:
         The paths of these, and of the traces, which `compare` wrote.
     """
     out = comparison.settings.out
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
-    )
-    templates.filters["bytes"] = _bytes
     longest = max((side.total for side in comparison.sides), default=0.0)
-    page = templates.get_template("report.html.j2").render(
+    page = rendered(
+        Path(__file__).parent / "report.html.j2",
         comparison=comparison,
         settings=comparison.settings,
         rows=rows(comparison),
@@ -201,6 +198,7 @@ def write_report(comparison: Comparison) -> list[Path]:
         bars=[(side, list(_segments(side, longest))) for side in comparison.sides],
         families=[(name, COLOURS[name], meaning) for name, meaning in MEANING.items()],
         clock=_clock(comparison.settings),
+        size=_bytes,
         kind="kernels" if _on_cuda(comparison.settings) else "operations",
     )
     paths = [out / "profile.json", out / "report.html"]

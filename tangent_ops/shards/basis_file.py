@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tangent_ops.errors import PlanError
+from tangent_ops.errors import PlanError, in_words
 from tangent_ops.files import content_sha256, opened, to_json, write_atomically, write_safetensors
 from tangent_ops.model.core_basis import CoreBasis
 
@@ -45,7 +45,9 @@ def load_basis(path: Path) -> CoreBasis:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise PlanError(f"{path} cannot be read: {error}. Restore it from a copy") from error
+        raise PlanError(
+            f"{path} cannot be read: {in_words(error)}. Restore it from a copy"
+        ) from error
     if (metadata.get("format"), metadata.get("format_version")) != (FORMAT, FORMAT_VERSION):
         raise PlanError(f"{path} is no core basis of format version {FORMAT_VERSION}")
     written = metadata.pop("content_sha256", "")

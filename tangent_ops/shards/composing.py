@@ -5,8 +5,8 @@ from __future__ import annotations
 from tangent_ops.checks import check_choice, check_not_negative
 from tangent_ops.composition.head_only import probe
 from tangent_ops.composition.ledger import Ledger, StatisticsLedger
-from tangent_ops.delta import Delta
-from tangent_ops.errors import ArgumentError, LedgerError
+from tangent_ops.delta import Delta, load_delta
+from tangent_ops.errors import ArgumentError, DeltaFileError, LedgerError
 from tangent_ops.exact import compose_lossless, head_statistics
 from tangent_ops.exact.compose import compose
 from tangent_ops.shards.composition_files import (
@@ -17,8 +17,9 @@ from tangent_ops.shards.composition_files import (
 )
 from tangent_ops.shards.data import ImageData
 from tangent_ops.shards.job import device, job_data, job_problem
-from tangent_ops.shards.plan import AUTOMATIC, Plan
-from tangent_ops.shards.settling import settled_ledger
+from tangent_ops.shards.plan import Plan
+from tangent_ops.shards.recorded import AUTOMATIC
+from tangent_ops.shards.settling import ledger_of, settled_ledger
 
 HOWS = ("mean", *KEPT)
 PROBE = "head only"
@@ -132,6 +133,23 @@ def composition(plan: Plan, how: str) -> Delta:
     if how == "mean" and isinstance(ledger, Ledger):
         return ledger.composed()
     return read_composition(plan, how)
+
+
+def former_composition(plan: Plan, how: str) -> Delta | None:
+    """A composition as its file holds it, even if it is out of date; None if there is none.
+
+    Raises:
+        LedgerError: the ledger is damaged.
+    """
+    if how == "mean":
+        if not plan.ledger_path.is_dir():
+            return None
+        ledger = ledger_of(plan, create=False)
+        return ledger.composed() if isinstance(ledger, Ledger) and len(ledger) else None
+    try:
+        return load_delta(path_of(plan, how), anchor=plan.anchor_info.fingerprint)
+    except (FileNotFoundError, DeltaFileError):  # the next `settle` erases a damaged one
+        return None
 
 
 def compositions(plan: Plan) -> dict[str, Delta | None]:

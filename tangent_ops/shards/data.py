@@ -19,12 +19,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tangent_ops.errors import ArgumentError, SampleError, UnsupportedError
+from tangent_ops.errors import ArgumentError, SampleError, UnsupportedError, in_words
 from tangent_ops.shards.decode import decoded, to_rgb
-from tangent_ops.shards.listing import Listing, list_images
+from tangent_ops.shards.listing import Listing, list_images, list_unlabelled
 
 # Those of timm's torchvision data sets that read images or arrays of numbers. Others unpickle.
 TORCHVISION = ("mnist", "kmnist", "fashion_mnist", "places365", "inaturalist")
+
+_WANTED = "give one that holds a folder of images for each class"
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,26 @@ class ImageData:
         found = source.list()
         transform = _transform(config, augment)
         samples = Samples(source, found.ids, found.targets, found.classes, transform)
+        samples.passed_over = found.passed_over
+        return samples
+
+    def unlabelled(self, config: Mapping[str, Any]) -> Samples:
+        """All images below a folder, or a single image's file, with class 0 in place of a label.
+
+        Args:
+            config: as in `open`.
+
+        Raises:
+            ArgumentError: there is no such folder or file; or it holds no image, or images in
+                formats that are not read.
+        """
+        path = Path(self.root)
+        if path.is_file():
+            source, found = _Folder(path.parent, ""), Listing([path.name], [0])
+        else:
+            source = _Folder(path, "", "give one that holds images, or an image's file")
+            found = list_unlabelled(path)
+        samples = Samples(source, found.ids, found.targets, (), _transform(config, False))
         samples.passed_over = found.passed_over
         return samples
 
@@ -147,6 +169,10 @@ class Samples(Dataset[tuple[Tensor, int]]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._transform(self.image(index)), self.targets[index]
+
+    def image(self, index: int) -> Image.Image:
+        """The sample in RGB, as it is in its file."""
         sample = self.ids[index]
         read = self._read(sample)
         if self._contents is not None and _digest(read) != self._contents[index]:
@@ -154,7 +180,16 @@ class Samples(Dataset[tuple[Tensor, int]]):
                 f"sample {sample!r} is not what it was when the plan was made: restore it, or "
                 "forget it and add it under another name"
             )
-        return self._transform(decoded(read, sample)), self.targets[index]
+        return decoded(read, sample)
+
+    def size(self, index: int) -> int | None:
+        """Bytes of the sample's file; None where there is no file, or it cannot be read."""
+        if not isinstance(self._source, _Folder):
+            return None
+        try:
+            return (self._source.root / self.ids[index]).stat().st_size
+        except OSError:
+            return None
 
     def content(self, index: int) -> str:
         """SHA-256 of the file's bytes, or of the pixels where there is no file."""
@@ -220,7 +255,7 @@ class Samples(Dataset[tuple[Tensor, int]]):
         try:
             return self._source.read(sample)
         except OSError as error:
-            raise SampleError(f"sample {sample!r} cannot be read: {error}") from error
+            raise SampleError(f"sample {sample!r} cannot be read: {in_words(error)}") from error
 
 
 class _Source(Protocol):
@@ -232,11 +267,9 @@ class _Source(Protocol):
 
 
 class _Folder:
-    def __init__(self, root: Path, split: str) -> None:
+    def __init__(self, root: Path, split: str, wanted: str = _WANTED) -> None:
         if not root.is_dir():
-            raise ArgumentError(
-                f"{root} is no folder: give one that holds a folder of images for each class"
-            )
+            raise ArgumentError(f"{root} is no folder: {wanted}")
         below = root / split
         self.root = below if safe(split) and below.is_dir() else root
 
@@ -262,7 +295,9 @@ class _Indexed:
         try:
             self.found = _found(data)
         except Exception as error:  # whatever these packages raise
-            raise ArgumentError(f"{data.name} in {data.root} cannot be opened: {error}") from error
+            raise ArgumentError(
+                f"{data.name} in {data.root} cannot be opened: {in_words(error)}"
+            ) from error
 
     def list(self) -> Listing:
         reader = getattr(self.found, "reader", None)
@@ -302,7 +337,7 @@ class _Stream:
             samples = [(to_rgb(image), int(target)) for image, target in found.reader]
         except Exception as error:  # whatever these packages raise
             name, root = self.data.name, self.data.root
-            raise ArgumentError(f"{name} in {root} cannot be read: {error}") from error
+            raise ArgumentError(f"{name} in {root} cannot be read: {in_words(error)}") from error
         if missing := found.reader.num_samples - len(samples):  # timm skips them without an error
             raise ArgumentError(
                 f"{missing} samples of {self.data.name} in {self.data.root} cannot be read, or are "

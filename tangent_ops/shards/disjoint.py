@@ -9,6 +9,15 @@ from tangent_ops.shards.data import Samples
 from tangent_ops.shards.manifest import Sample
 from tangent_ops.shards.recipe import ShardRecipe
 
+PUBLIC = (
+    "sample {!r} is public, too, as {!r}: what the anchor learned from it cannot be forgotten. "
+    "Remove it from one of them"
+)
+VALIDATION = (
+    "sample {!r} is a validation image, too, as {!r}: the accuracy would be that of images that "
+    "were learned. Remove it from one of them"
+)
+
 
 def check_disjoint(shards: Mapping[str, Sequence[Sample]]) -> None:
     """Raise ArgumentError if two shards share a sample, or copies of one."""
@@ -27,13 +36,49 @@ def check_disjoint(shards: Mapping[str, Sequence[Sample]]) -> None:
 
 def check_public(public: Samples, shards: Mapping[str, Sequence[Sample]]) -> None:
     """Raise ArgumentError if a shard has a sample that the anchor was made from."""
-    private = {s.content: s.id for samples in shards.values() for s in samples}
-    for index, id in enumerate(public.ids):
-        if (found := private.get(public.content(index))) is not None:
-            raise ArgumentError(
-                f"sample {found!r} is public, too, as {id!r}: what the anchor learned from it "
-                "cannot be forgotten. Remove it from one of them"
-            )
+    if found := _common(public, shards):
+        raise ArgumentError(PUBLIC.format(*found))
+
+
+def check_validation(validation: Samples, shards: Mapping[str, Sequence[Sample]]) -> None:
+    """Raise ArgumentError if a shard has a sample that accuracies would be measured on."""
+    if found := _common(validation, shards):
+        raise ArgumentError(VALIDATION.format(*found))
+
+
+def _common(others: Samples, shards: Mapping[str, Sequence[Sample]]) -> tuple[str, str] | None:
+    """The ids, here and there, of an image that is in a shard and among others."""
+    here = {s.content: s.id for samples in shards.values() for s in samples}
+    for index, id in enumerate(others.ids):
+        if (found := here.get(others.content(index))) is not None:
+            return found, id
+    return None
+
+
+def check_apart(others: Samples, private: Samples, message: str) -> None:
+    """Raise ArgumentError if an image is among both, before the private images are hashed.
+
+    Only files of equal size are read. Images that are no files are left to `check_public` and
+    `check_validation`.
+
+    Args:
+        others: public or validation images.
+        private: those of the run.
+        message: PUBLIC or VALIDATION.
+    """
+    by_size: dict[int, list[int]] = {}
+    for index in range(len(private)):
+        if (size := private.size(index)) is not None:
+            by_size.setdefault(size, []).append(index)
+    contents: dict[int, str] = {}
+    for index, id in enumerate(others.ids):
+        near = by_size.get(others.size(index) or -1, [])
+        content = others.content(index) if near else ""
+        for other in near:
+            if other not in contents:
+                contents[other] = private.content(other)
+            if contents[other] == content:
+                raise ArgumentError(message.format(private.ids[other], id))
 
 
 def check_private(

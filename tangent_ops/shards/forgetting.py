@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from tangent_ops.shards.anchor import load_anchor
 from tangent_ops.shards.composing import compose_locked
 from tangent_ops.shards.composition_files import path_of
 from tangent_ops.shards.data import ImageData
+from tangent_ops.shards.history import ShardHistory, write_history
 from tangent_ops.shards.job import job_data, job_problem, save
 from tangent_ops.shards.plan import Plan
 from tangent_ops.shards.results import write_statistics
@@ -22,6 +24,7 @@ from tangent_ops.shards.rows import difference
 from tangent_ops.shards.run import Report, check_executor, train
 from tangent_ops.shards.settling import settle_locked
 from tangent_ops.shards.subtracting import reduced
+from tangent_ops.shards.validating import Validator
 
 
 @dataclass(frozen=True)
@@ -212,11 +215,20 @@ def _solved(
     tangent = plan.tangent() if starts else None
     for name, start in starts.items():
         assert tangent is not None
+        began = time.perf_counter()
         job = plan.job(name)
         tangent.load_delta_dict(start)
         problem = job_problem(tangent, job_data(plan, job), recipe, progress)
         fit_exact(problem, recipe.tol)
         certificate = certify(problem)
         bounds[name] = certificate.distance_bound
+        validator = Validator(plan, tangent, repeated=False)
+        validator.measure()
+        history = ShardHistory(
+            accuracy=tuple(validator.accuracy),
+            seconds=time.perf_counter() - began,
+            bound=certificate.distance_bound,
+        )
+        write_history(plan, job.hash, history)
         save(plan, job, tangent.delta_dict(), certificate=certificate.to_json())
     return bounds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,16 @@ import torch
 
 from tangent_ops.composition.statistics import TangentStatistics
 from tangent_ops.delta import Delta, save_delta
-from tangent_ops.errors import TangentOpsError
+from tangent_ops.errors import TangentOpsError, in_words
 from tangent_ops.exact import Problem, fit_exact
 from tangent_ops.exact.collect import statistics
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.shards.data import Samples
+from tangent_ops.shards.history import ShardHistory, write_history
 from tangent_ops.shards.plan import Job, Plan
 from tangent_ops.shards.recipe import ShardRecipe
 from tangent_ops.shards.results import write_statistics
+from tangent_ops.shards.validating import Validator
 from tangent_ops.training.fit import fit
 
 # Libraries read these when a process starts. The last bits of a sum depend on how it is split.
@@ -36,8 +38,10 @@ def attempt(run: str, shard: str, progress: bool = False) -> dict[str, Any]:
         progress: show bars.
 
     Returns:
-        Plain values: "seconds", and "loss" and "lr" by epoch if the fit has epochs and is not
-        private; or "error", a message, if trying again would not help.
+        Plain values: "seconds"; "loss", "lr" and, if the run has validation images, "accuracy" by
+        epoch, as in `ShardHistory`, if the fit is not private; "unmeasured", why there is no
+        accuracy, if these images cannot be read. Or "error", a message, if trying again would not
+        help.
     """
     began = time.perf_counter()
     try:
@@ -46,21 +50,22 @@ def attempt(run: str, shard: str, progress: bool = False) -> dict[str, Any]:
         # A killed worker may have written its result; a private fit must not be published twice.
         found = {} if plan.result_path(job.hash).exists() else _train(plan, job, progress)
     except (TangentOpsError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        return {"error": _described(error)}
+        return {"error": _told(error)}
     except Exception:
         return {"error": traceback.format_exc()}
     return {**found, "seconds": time.perf_counter() - began}
 
 
 def _train(plan: Plan, job: Job, progress: bool) -> dict[str, Any]:
-    recipe = plan.recipe
+    recipe, began = plan.recipe, time.perf_counter()
     torch.set_num_threads(recipe.threads)
     data = job_data(plan, job)
     if recipe.method == "statistics":
-        write_statistics(plan, job, statistics_of(plan, data, progress))
+        found = statistics_of(plan, data, progress)
+        write_history(plan, job.hash, ShardHistory(seconds=time.perf_counter() - began))
+        write_statistics(plan, job, found)
         return {}
     tangent = plan.tangent().to(device())
-    found: dict[str, Any] = {}
     privacy = recipe.privacy(len(data))
     if privacy is not None:
         from tangent_ops.privacy import fit_private
@@ -77,15 +82,31 @@ def _train(plan: Plan, job: Job, progress: bool) -> dict[str, Any]:
             cache=recipe.cached,
             progress=progress,
         ).delta
+        save(plan, job, delta)
+        return {}
+    bound = None
+    validator = Validator(plan, tangent, repeated=recipe.method == "gradient")
+    if recipe.method == "exact":
+        bound = fit_exact(job_problem(tangent, data, recipe, progress), recipe.tol).distance_bound
+        validator.measure()
+        losses = rates = ()
     else:
-        if recipe.method == "exact":
-            fit_exact(job_problem(tangent, data, recipe, progress), recipe.tol)
-        else:
-            history = fit(tangent, data, recipe, cache=recipe.cached, progress=progress)
-            found = {"loss": history.loss, "lr": history.lr}
-        delta = tangent.delta_dict()
-    save(plan, job, delta)
-    return found
+        history = fit(
+            tangent,
+            data,
+            recipe,
+            cache=recipe.cached,
+            progress=progress,
+            on_epoch=lambda _: validator.measure(),
+        )
+        losses, rates = tuple(history.loss), tuple(history.lr)
+    found = ShardHistory(
+        losses, rates, tuple(validator.accuracy), time.perf_counter() - began, bound
+    )
+    write_history(plan, job.hash, found)
+    save(plan, job, tangent.delta_dict())
+    told = {} if validator.failure is None else {"unmeasured": validator.failure}
+    return {**{k: v for k, v in asdict(found).items() if v and k != "seconds"}, **told}
 
 
 def statistics_of(plan: Plan, data: Samples, progress: bool) -> TangentStatistics:
@@ -141,9 +162,9 @@ def save(plan: Plan, job: Job, delta: Delta, **extra: str) -> Path:
     return path
 
 
-def _described(error: BaseException) -> str:
+def _told(error: BaseException) -> str:
     if isinstance(error, (TangentOpsError, OSError)):
-        return str(error)
+        return in_words(error)
     return f"{type(error).__name__}: {error}. A smaller batch_size, or grad_checkpointing, may fit"
 
 

@@ -75,6 +75,28 @@ def list_images(root: Path) -> Listing:
     return Listing(ids, [numbers[id.split("/")[-2]] for id in ids], classes, sorted(passed_over))
 
 
+def list_unlabelled(root: Path) -> Listing:
+    """Images below a folder, in any folders, without classes; hidden files are left out.
+
+    Raises:
+        ArgumentError: there are no images, or some are in formats that are not read.
+    """
+    from timm.utils.misc import natural_key
+
+    ids: list[str] = []
+    passed_over: list[str] = []
+    for path, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not _hidden(name)]
+        folder = os.path.relpath(path, root).replace(os.sep, "/")
+        prefix = "" if folder == "." else f"{folder}/"
+        for name in filter(lambda name: not _hidden(name), files):
+            (ids if _is_image(path, name) else passed_over).append(prefix + name)
+    if not ids:
+        raise ArgumentError(f"{root} holds no images. {READ}")
+    ids.sort(key=lambda id: (natural_key(id), id))
+    return Listing(ids, [0] * len(ids), (), sorted(passed_over))
+
+
 def _is_image(folder: str, name: str) -> bool:
     """Whether it is an image, by its name; ArgumentError for formats that are not read."""
     suffix = os.path.splitext(name)[1].lower()

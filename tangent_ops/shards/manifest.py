@@ -13,7 +13,9 @@ from typing import Any
 from urllib.parse import quote
 
 from tangent_ops.errors import PlanError
+from tangent_ops.files import sweep, temporary_file
 from tangent_ops.shards.data import safe
+from tangent_ops.shards.suggest import suggestion
 
 LONGEST_NAME = 200
 
@@ -42,6 +44,15 @@ class Sample:
     label: str | None = None
 
 
+@dataclass(frozen=True)
+class Removed:
+    """How many samples were removed from a shard, and when, in UTC, in ISO format."""
+
+    when: str
+    shard: str
+    samples: int
+
+
 class Manifest:
     """The database file. Each operation opens it anew."""
 
@@ -50,9 +61,9 @@ class Manifest:
 
     def create(self, about: Mapping[str, str], shards: Mapping[str, Iterable[Sample]]) -> None:
         """Write a new file, completely or not at all."""
-        temporary = self.path.with_name(f".{os.getpid():016x}.tmp")
-        temporary.unlink(missing_ok=True)
-        try:
+        sweep(self.path.parent)
+        with temporary_file(self.path.parent) as file:
+            temporary = Path(file.name)
             with self._connected("rwc", temporary) as connection:
                 connection.execute("BEGIN")
                 for statement in _TABLES:
@@ -67,11 +78,8 @@ class Manifest:
                         ((number, s.id, s.target, s.content, s.label) for s in samples),
                     )
                 connection.execute("COMMIT")
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())
             os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def check(self) -> None:
         """Raise PlanError unless the file is a plan's database that this release reads."""
@@ -110,11 +118,25 @@ class Manifest:
         """Change the place of the images in `about`."""
         self._set("data", data)
 
+    def set_validation(self, validation: str) -> None:
+        """Set, or change, the place of the validation images in `about`."""
+        self._set("validation", validation)
+
     def names(self) -> list[str]:
         """The shards' names, in their order."""
         with self._connected("ro") as connection:
             rows = connection.execute("SELECT name FROM shard ORDER BY number")
             return [_name(row[0]) for row in rows]
+
+    def suggestion(self, sample: str | None = None, label: str | None = None) -> str:
+        """What there is instead of an unknown sample or label: the end of a message."""
+        column = "id" if label is None else "label"
+        query = f"SELECT DISTINCT {column} FROM sample WHERE {column} IS NOT NULL ORDER BY {column}"
+        with self._connected("ro") as connection:
+            known = [_text(row[0]) for row in connection.execute(query)]
+        if label is None:
+            return suggestion(sample or "", known, "samples")
+        return suggestion(label, known, "labels")
 
     def samples(self, shard: str | None = None) -> Iterator[tuple[str, list[Sample]]]:
         """Each shard's name and samples, sorted by id; one shard in memory at a time."""
@@ -167,9 +189,15 @@ class Manifest:
             )
             connection.execute("COMMIT")
 
+    def removed(self) -> list[Removed]:
+        """What was removed so far, in order."""
+        with self._connected("ro") as connection:
+            rows = connection.execute('SELECT "when", shard, samples FROM removed ORDER BY rowid')
+            return [Removed(_text(when), _name(shard), int(count)) for when, shard, count in rows]
+
     def _set(self, key: str, value: str) -> None:
         with self._connected("rw") as connection:
-            connection.execute("UPDATE about SET value = ? WHERE key = ?", (value, key))
+            connection.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", (key, value))
 
     @contextmanager
     def _connected(self, mode: str, path: Path | None = None) -> Iterator[sqlite3.Connection]:

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from tangent_ops.errors import ArgumentError, PlanError
-from tangent_ops.files import to_json, write_atomically
+from tangent_ops.files import copy_atomically, to_json
 from tangent_ops.model.core_basis import CoreBasis
 from tangent_ops.model.linearize import linearize
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.shards.anchor import AnchorInfo, load_anchor, read_anchor
 from tangent_ops.shards.basis_file import load_basis, save_basis
 from tangent_ops.shards.data import ImageData, Samples
-from tangent_ops.shards.disjoint import check_disjoint, check_no_copies, check_private, check_public
+from tangent_ops.shards.disjoint import (
+    check_disjoint,
+    check_no_copies,
+    check_private,
+    check_public,
+    check_validation,
+)
 from tangent_ops.shards.jobs import Job, Shard, job_hash
 from tangent_ops.shards.manifest import Manifest, Sample
+from tangent_ops.shards.plan_change import plan_change
 from tangent_ops.shards.public import public_basis, public_digest
 from tangent_ops.shards.recipe import ShardRecipe
+from tangent_ops.shards.recorded import AUTOMATIC, WEIGHTS, Recorded
 from tangent_ops.shards.rows import Rows, changes, check_names, difference, digest, hashed, rows_of
 from tangent_ops.shards.run_folder import (
     ANCHOR,
@@ -37,12 +41,10 @@ from tangent_ops.shards.run_folder import (
     check_folder,
     locked,
 )
-
-WEIGHTS = ("uniform", "samples")
-AUTOMATIC = "auto"  # l2 chosen from the statistics
+from tangent_ops.shards.suggest import suggestion
 
 
-class Plan:
+class Plan(Recorded):
     """A folder with the anchor, the recipe, which sample is in which shard, and the deltas.
 
     A delta's file is named by the hash of what determines it: the anchor's fingerprint, the recipe,
@@ -51,10 +53,6 @@ class Plan:
 
     Made by `create`, opened by `open`.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.manifest = Manifest(path / DATABASE)
 
     @classmethod
     def create(
@@ -67,6 +65,7 @@ class Plan:
         assignment: Mapping[str, Sequence[str]],
         labels: Mapping[str, str] | None = None,
         public: ImageData | None = None,
+        validation: ImageData | None = None,
         allow_overlap: bool = False,
         progress: bool = True,
     ) -> Plan:
@@ -85,6 +84,8 @@ class Plan:
             public: images that the anchor was made from, and that the method "statistics" needs for
                 its basis. None of them may be among the samples, because what anchor and basis
                 learned from them cannot be forgotten.
+            validation: labelled images that accuracies are measured on. None of them may be among
+                the samples. If the plan exists, they replace its former ones; None keeps these.
             allow_overlap: let shards share samples, or copies of them. Forgetting one then changes
                 all shards that have it, and the shards' privacy guarantees no longer compose in
                 parallel. The plan records this option.
@@ -117,6 +118,8 @@ class Plan:
             plan._check_same(asked, rows)
             if data != plan.data:
                 plan.relocate(data, progress=progress)
+            if validation is not None:
+                plan.set_validation(validation)
             return plan
         check_folder(path)
         check_private(recipe, assignment, allow_overlap)
@@ -126,14 +129,17 @@ class Plan:
             shards[shard].append(sample)
         if public is not None:
             check_public(public.open(), shards)
+        if validation is not None:
+            check_validation(validation.open().with_classes(info.classes), shards)
         if not allow_overlap:
             check_disjoint(shards)
         if recipe.dp_epsilon is not None:
             check_no_copies(shards)
         path.mkdir(parents=True, exist_ok=True)
-        with open(anchor, "rb") as source:
-            write_atomically(path / ANCHOR, lambda file: shutil.copyfileobj(source, file))
+        copy_atomically(Path(anchor), path / ANCHOR)
         rest = {"dealt": digest(rows), "data": to_json(asdict(data)), "weights": WEIGHTS[0]}
+        if validation is not None:
+            rest["validation"] = to_json(asdict(validation.absolute()))
         if recipe.method == "statistics" and public is not None:
             basis = public_basis(path / ANCHOR, recipe, public)
             save_basis(basis, path / BASIS)
@@ -157,7 +163,7 @@ class Plan:
         plan.manifest.check()
         if plan.anchor_info.fingerprint != plan._about["anchor"]:
             raise PlanError(f"{path / ANCHOR} is not the anchor of the plan: restore it")
-        _ = plan.recipe, plan.data, plan.overlap, plan.weights, plan.l2
+        _ = plan.recipe, plan.data, plan.validation, plan.overlap, plan.weights, plan.l2
         return plan
 
     @property
@@ -176,47 +182,6 @@ class Plan:
     @cached_property
     def anchor_info(self) -> AnchorInfo:
         return read_anchor(self.anchor_path)
-
-    @cached_property
-    def recipe(self) -> ShardRecipe:
-        values = self._value("recipe")
-        try:
-            return ShardRecipe.from_dict(values)
-        except (ArgumentError, TypeError, AttributeError) as error:
-            raise PlanError(f"{self.path} has a damaged recipe: {error}") from error
-
-    @cached_property
-    def data(self) -> ImageData:
-        values = self._value("data")
-        try:
-            return ImageData(**values)
-        except (ArgumentError, TypeError) as error:
-            raise PlanError(f"{self.path} has a damaged data source: {error}") from error
-
-    @cached_property
-    def overlap(self) -> bool:
-        """Whether shards may share samples."""
-        return self._value("overlap") is True
-
-    @property
-    def weights(self) -> str:
-        """The shards' weights in the mean, as the last `settle` set them; "uniform" at first."""
-        found = self.manifest.about()["weights"]
-        if found not in WEIGHTS:
-            raise PlanError(f"{self.path / DATABASE} has weights {found!r}: it was edited")
-        return found
-
-    @property
-    def l2(self) -> float | None:
-        """The penalty of the last solution of statistics; None if they choose it themselves."""
-        found = self.manifest.about().get("l2", AUTOMATIC)
-        try:
-            l2 = None if found == AUTOMATIC else float(found)
-        except ValueError:
-            l2 = math.nan
-        if l2 is not None and not (l2 >= 0 and math.isfinite(l2)):
-            raise PlanError(f"{self.path / DATABASE} has l2 {found!r}: it was edited")
-        return l2
 
     @cached_property
     def basis(self) -> CoreBasis | None:
@@ -262,7 +227,11 @@ class Plan:
         for name, samples in self.manifest.samples(shard):
             if samples:
                 return Job(name, self._hash(name, samples), tuple(samples))
-        raise ArgumentError(f"{self.path} has no shard {shard!r} with samples")
+        known = [name for name, samples in self.manifest.samples() if samples]
+        raise ArgumentError(
+            f"{self.path} has no shard {shard!r} with samples"
+            f"{suggestion(shard, known, 'shards with samples')}"
+        )
 
     def relocate(
         self,
@@ -294,6 +263,21 @@ class Plan:
             self.manifest.set_data(to_json(asdict(data)))
             self.data = data
 
+    def set_validation(self, data: ImageData) -> None:
+        """Set the images that accuracies are measured on.
+
+        Raises:
+            ArgumentError: there is no such folder, a class is not the run's, or an image is among
+                the run's samples. Nothing was changed.
+        """
+        data = data.absolute()
+        if data != self.validation:
+            samples = data.open().with_classes(self.anchor_info.classes)
+            check_validation(samples, dict(self.manifest.samples()))
+            self.manifest.set_validation(to_json(asdict(data)))
+            self._about["validation"] = to_json(asdict(data))
+            self.validation = data
+
     def staying(
         self, without: Mapping[str, Sequence[str]], shards: Collection[str] | None = None
     ) -> list[Sample]:
@@ -323,7 +307,8 @@ class Plan:
             here = self.manifest.find(one, label)
             if not here:
                 what = f"sample {one!r}" if label is None else f"sample with the label {label!r}"
-                raise ArgumentError(f"{self.path} has no {what}: was it forgotten already?")
+                near = self.manifest.suggestion(one, label)
+                raise ArgumentError(f"{self.path} has no {what}, or it was forgotten{near}")
             for shard, ids in here.items():
                 found.setdefault(shard, set()).update(ids)
         return {shard: sorted(ids) for shard, ids in found.items()}
@@ -339,20 +324,6 @@ class Plan:
     def locked(self) -> AbstractContextManager[None]:
         """Hold the run's lock, to train, settle or forget; see `run_folder.locked`."""
         return locked(self.path)
-
-    @cached_property
-    def _about(self) -> dict[str, str]:
-        found = self.manifest.about()
-        needed = {"anchor", "recipe", "data", "overlap", "dealt", "weights"}
-        if found.keys() not in (needed, needed | {"public", "basis", "l2"}):
-            raise PlanError(f"{self.path / DATABASE} lacks entries of a plan: restore it")
-        return found
-
-    def _value(self, key: str) -> Any:
-        try:
-            return json.loads(self._about[key])
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"{self.path / DATABASE} has a damaged {key}: restore it") from error
 
     def check_same(
         self,
@@ -373,9 +344,10 @@ class Plan:
         for key, value in asked.items():
             there = self._about.get(key, "none")
             if there != value:
+                change = plan_change(key, there, value)
                 raise PlanError(
-                    f"{self.path} holds a plan with another {key}: give another folder to start "
-                    f"a new one ({there[:300]} there, {value[:300]} now)"
+                    f"{self.path} holds a plan with {change}. Give the same options to go on with "
+                    "it, or another folder to start a new one"
                 )
         if digest(rows) == self._about["dealt"]:
             return

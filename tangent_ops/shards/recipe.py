@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from tangent_ops.privacy import Privacy
 
+_GRADIENT = ("epochs", "lr", "optimizer", "schedule", "seed", "accumulate", "batch_size")
+_EXACT, _STATISTICS = ("tol",), ("core",)
+_REPLACED = ("epochs", "batch_size", "seed")  # by the options of a private fit
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
@@ -123,6 +126,26 @@ class ShardRecipe(Recipe):
         if self.method != "statistics":
             del values["core"]  # not used: it must not change the hashes of jobs
         return values
+
+    @property
+    def applied(self) -> dict[str, Any]:
+        """The options that the method reads, without those that are off."""
+        private = self.dp_epsilon is not None
+        unused = {
+            "gradient": (*_EXACT, *_STATISTICS),
+            "exact": (*_GRADIENT, *_STATISTICS),
+            "statistics": (*_GRADIENT, *_EXACT, "l2"),
+        }[self.method]
+        unused += _REPLACED if private else ()
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if name not in unused
+            and (private or not name.startswith("dp_"))
+            and (name != "basis" or self.rank is not None)
+            and value is not None
+            and value is not False
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ShardRecipe:

@@ -1,4 +1,4 @@
-"""The files that jobs write, a delta or statistics each, and which job they are of."""
+"""The files that jobs write: a delta or statistics each, and a history; whose they are."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from safetensors import safe_open
 from tangent_ops.composition.statistics import TangentStatistics
 from tangent_ops.composition.statistics_file import file_content, load_statistics
 from tangent_ops.delta import load_delta
-from tangent_ops.errors import DeltaError, PlanError, StatisticsError
+from tangent_ops.errors import DeltaError, PlanError, StatisticsError, in_words
 from tangent_ops.files import content_sha256, erase, write_atomically, write_safetensors
+from tangent_ops.shards.history import history_path, read_record
 from tangent_ops.shards.plan import Job, Plan
+from tangent_ops.shards.summary import summary_path
 
-_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")  # of Plan.result_path
-_FAILURES = (DeltaError, StatisticsError, OSError)
+_NAME = re.compile(r"[0-9a-f]{32}\.(safetensors|json)")  # of Plan.result_path and history_path
+_FAILURES = (DeltaError, StatisticsError, PlanError, OSError)
 
 
 class Origin(NamedTuple):
@@ -46,7 +48,7 @@ def checked_result(plan: Plan, shard: str, job: str) -> Path:
     try:
         origin = _origin(plan, path)
     except _FAILURES as error:
-        raise PlanError(f"{error}. Or remove it, and run the shards again") from error
+        raise PlanError(f"{in_words(error)}. Or remove it, and run the shards again") from error
     if origin != (plan.anchor_info.fingerprint, shard, job):
         what = "statistics" if plan.recipe.method == "statistics" else "delta"
         raise PlanError(
@@ -56,12 +58,13 @@ def checked_result(plan: Plan, shard: str, job: str) -> Path:
 
 
 def erase_stale(plan: Plan) -> None:
-    """Erase the results that the run's workers wrote and that its plan does not have any more.
+    """Erase the results and histories of jobs that the plan does not have any more.
 
     Raises:
-        PlanError: a file is named like a result, but cannot be read; the others are erased.
+        PlanError: a file is named like one of them, but cannot be read; the others are erased.
     """
-    wanted = {plan.result_path(shard.job) for shard in plan.shards() if shard.job is not None}
+    jobs = [shard.job for shard in plan.shards() if shard.job is not None]
+    wanted = {*map(plan.result_path, jobs), *(history_path(plan, job) for job in jobs)}
     stale, unclear = [], []
     for path in sorted(plan.results_path.iterdir()):
         if path in wanted or not _NAME.fullmatch(path.name):
@@ -72,7 +75,9 @@ def erase_stale(plan: Plan) -> None:
             if ours and origin.job.startswith(path.stem):
                 stale.append(path)
         except _FAILURES as error:
-            unclear.append(str(error))
+            unclear.append(in_words(error))
+    if stale:
+        erase(summary_path(plan))  # it has their histories
     for path in stale:
         erase(path)
     if unclear:
@@ -85,6 +90,9 @@ def erase_stale(plan: Plan) -> None:
 def _origin(plan: Plan, path: Path) -> Origin:
     if path.is_symlink():
         raise OSError(f"{path} is a symbolic link, which is not followed here")
+    if path.suffix == ".json":
+        record = read_record(path)
+        return Origin(str(record.get("anchor")), None, str(record.get("job")))
     if plan.recipe.method == "statistics":
         found = load_statistics(path)
         with safe_open(path, framework="pt") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ from tqdm import tqdm
 
 from tangent_ops.checks import check_choice, check_integer
 from tangent_ops.errors import ArgumentError
+from tangent_ops.files import sweep
 from tangent_ops.shards.local import run_local
 from tangent_ops.shards.on_ray import need_ray, run_on_ray
 from tangent_ops.shards.plan import Plan
+from tangent_ops.shards.summary import write_summary
 
 EXECUTORS = ("local", "ray")
-
-_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")  # of write_atomically
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ def run_shards(
         address: of a Ray cluster, whose machines see the run and the images under the same paths.
         progress: show a bar of shards; or, if one shard is trained on this machine, its own bar.
         on_done: called as each shard ends, with its name and
-            ``{"seconds": ..., "loss": [...], "lr": [...]}`` (loss and lr by epoch, where there are
-            epochs), or ``{"error": message}``.
+            ``{"seconds": ..., "loss": [...], "lr": [...], "accuracy": [...]}`` (by epoch, where
+            there are epochs and, for the accuracy, validation images), or ``{"error": message}``.
 
     Raises:
         ArgumentError: an argument is not as above.
@@ -116,9 +115,7 @@ def train(
     """`run_shards` for a caller that has locked the plan; ``only`` limits it to some shards."""
     began = time.perf_counter()
     check_executor(executor, workers, retries, address)
-    for path in plan.results_path.iterdir():
-        if _TEMPORARY.fullmatch(path.name):
-            path.unlink()  # of a killed worker; the lock keeps others from writing here
+    sweep(plan.results_path)
 
     shards = [s for s in plan.shards() if only is None or s.name in only]
     todo = [shard.name for shard in shards if shard.job is not None and not shard.done]
@@ -143,6 +140,7 @@ def train(
             run_on_ray(plan.path, todo, **options, address=address, on_result=on_result)
         elif todo:
             run_local(plan.path, todo, **options, progress=alone, on_result=on_result)
+    write_summary(plan)
     return Report(
         trained=tuple(trained),
         skipped=tuple(shard.name for shard in shards if shard.done),

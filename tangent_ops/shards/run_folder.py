@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,8 +45,18 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def check_folder(path: Path) -> None:
-    """Raise PlanError if the path is a file, or a folder with other files and no plan."""
-    if (path / DATABASE).exists() or not path.exists():
+    """Raise PlanError unless a plan is in this folder, or can be written there.
+
+    It is a file, or a folder with other files and no plan, or there is no permission.
+    """
+    if (path / DATABASE).exists():
+        return
+    above = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
+    if not above.is_dir() and above != path:
+        raise PlanError(f"{path} cannot be made, because {above} is a file: give another folder")
+    if above.is_dir() and not os.access(above, os.W_OK | os.X_OK):
+        raise PlanError(f"{path} cannot be written: no permission in {above}. Give another folder")
+    if above != path:
         return
     if not path.is_dir() or any(map(_foreign, path.iterdir())):
         raise PlanError(f"{path} holds no plan, but other files: give a new or empty folder")

@@ -8,7 +8,8 @@ from tangent_ops.checks import check_choice
 from tangent_ops.composition.ledger import Ledger, StatisticsLedger
 from tangent_ops.errors import ArgumentError, LedgerError
 from tangent_ops.shards.composition_files import erase_stale_compositions
-from tangent_ops.shards.plan import WEIGHTS, Plan
+from tangent_ops.shards.plan import Plan
+from tangent_ops.shards.recorded import WEIGHTS
 from tangent_ops.shards.results import checked_result, erase_stale
 
 

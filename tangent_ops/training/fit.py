@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import Unpack
 
 import torch
@@ -25,6 +26,7 @@ def fit(
     device: str | torch.device | None = None,
     cache: bool | str | os.PathLike[str] = False,
     progress: bool = True,
+    on_epoch: Callable[[History], None] | None = None,
     **options: Unpack[RecipeOptions],
 ) -> History:
     """Train a model's parameters in place; for a `LinearizedModel` these are its deltas.
@@ -58,6 +60,9 @@ def fit(
             inputs without random augmentation. In a group every process computes all, and keeps
             its own file, in ``rank0``, ``rank1`` and so on of the folder.
         progress: show a progress bar; in a group the first process does.
+        on_epoch: called after each epoch with the history so far, in every process of a group,
+            while the model has that epoch's parameters: to measure an accuracy, say. What it draws
+            at random does not change the training. An exception that it raises ends the fit.
         options: fields of the `Recipe`, which replace those of `recipe`.
 
     Returns:
@@ -92,6 +97,6 @@ def fit(
         if path is not None and group.world > 1:
             path = os.path.join(path, f"rank{group.rank}")
         loader = cached_loader(trunk, loader, path, where, recipe, progress and group.rank == 0)
-    history = train(model, loader, group, recipe, progress)
+    history = train(model, loader, group, recipe, progress, on_epoch)
     history.seconds = time.perf_counter() - start
     return history

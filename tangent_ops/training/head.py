@@ -8,11 +8,13 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from tangent_ops.checks import check_integer
 from tangent_ops.data import Data, as_loader, place
 from tangent_ops.delta import fingerprint
 from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.evaluate import accuracy
 from tangent_ops.training.loop import History, cached_loader, check_group, seeded, train
 from tangent_ops.training.options import Recipe, RecipeOptions, recipe_of
 from tangent_ops.training.processes import Group
@@ -38,6 +40,7 @@ def fit_head(
     *,
     num_classes: int | None = None,
     device: str | torch.device | None = None,
+    folds: int | None = None,
     progress: bool = True,
     **options: Unpack[RecipeOptions],
 ) -> tuple[nn.Module, History]:
@@ -55,6 +58,9 @@ def fit_head(
         recipe: how to train; None for ``Recipe(lr=1e-2)``. l2 is of the classifier only.
         num_classes: of the new classifier; None for as many as the model has.
         device: where the copy goes; None for where the model is.
+        folds: measure how good the head is by cross-validation, too: in so many parts of the data,
+            at random, each classified by a head that is fitted to the others in the same way. The
+            history has the share that is right; the returned head is fitted to all samples.
         progress: show a progress bar; in a group the first process does.
         options: fields of the `Recipe`, which replace those of `recipe`.
 
@@ -71,6 +77,10 @@ def fit_head(
     if num_classes is not None:
         check_integer("num_classes", num_classes, 1)
     loader = as_loader(data, recipe.batch_size, shuffle=True)
+    if folds is not None:
+        check_integer("folds", folds, 2)
+        if folds > (count := len(loader.dataset)):  # pyright: ignore[reportArgumentType]
+            raise ArgumentError(f"folds={folds}, but data has {count} samples: pass fewer")
     model = copy.deepcopy(model).eval()
     with seeded(recipe.seed, torch.device("cpu")):  # reset_classifier draws weights
         head = zero_head(model, num_classes)
@@ -82,8 +92,26 @@ def fit_head(
     show = progress and group.rank == 0
     loader = cached_loader(PreLogits(model), loader, None, where, recipe, show)
     history = train(head, loader, group, recipe, progress)
+    if folds is not None:
+        history.held_out = _held_out(head, loader.dataset, folds, group, recipe)
     history.seconds = time.perf_counter() - start
     return model, history
+
+
+def _held_out(head: nn.Linear, features: Any, folds: int, group: Group, recipe: Recipe) -> float:
+    """The share of samples that a head is right on which was fitted without them."""
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(recipe.seed))
+    fitted = copy.deepcopy(head)
+    right = 0.0
+    for part in order.tensor_split(folds):
+        rest = order[~torch.isin(order, part)]
+        for parameter in fitted.parameters():
+            nn.init.zeros_(parameter)
+        own = as_loader(Subset(features, rest.tolist()), recipe.batch_size, shuffle=True)
+        train(fitted, own, group, recipe, progress=False)
+        left_out = Subset(features, part.tolist())
+        right += len(part) * accuracy(fitted, left_out, progress=False)
+    return right / len(order)
 
 
 def zero_head(model: Any, num_classes: int | None) -> nn.Linear:

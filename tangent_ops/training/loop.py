@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -43,12 +43,15 @@ class History:
         lr: of each epoch, the learning rate of its first step.
         steps: number of optimizer steps.
         seconds: wall time, caching of features included.
+        held_out: of `fit_head` with folds, the share of samples that are right where they were left
+            out; None without.
     """
 
     loss: list[float] = field(default_factory=list)
     lr: list[float] = field(default_factory=list)
     steps: int = 0
     seconds: float = 0.0
+    held_out: float | None = None
 
     def __repr__(self) -> str:
         losses = f", loss {self.loss[0]:.4g} to {self.loss[-1]:.4g}" if self.loss else ""
@@ -89,7 +92,12 @@ def check_precision(name: str, model: nn.Module, device: torch.device, recipe: R
 
 
 def train(
-    model: nn.Module, loader: DataLoader[Any], group: Group, recipe: Recipe, progress: bool
+    model: nn.Module,
+    loader: DataLoader[Any],
+    group: Group,
+    recipe: Recipe,
+    progress: bool,
+    on_epoch: Callable[[History], None] | None = None,
 ) -> History:
     """Train the parameters of a model that have requires_grad.
 
@@ -99,6 +107,7 @@ def train(
         group: the processes that train together.
         recipe: as in `fit`.
         progress: show a progress bar.
+        on_epoch: as in `fit`.
 
     Returns:
         The history, without its seconds.
@@ -150,6 +159,10 @@ def train(
             if samples == 0:
                 raise ArgumentError("data has a length, but yielded no batch")
             history.loss.append(total / samples)
+            if on_epoch is not None:
+                optimizer.zero_grad()
+                with seeded(recipe.seed, device, loader):  # its draws must not change ours
+                    on_epoch(history)
     optimizer.zero_grad()
     return history
 

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tangent_ops import pictures
-from tangent_ops.data import Data, as_loader, check_integer, place, unpack
+from tangent_ops.checks import check_integer
+from tangent_ops.data import Data, as_loader, place, unpack
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.files import check_target
 from tangent_ops.model.allocator import keep_memory

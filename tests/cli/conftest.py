@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,42 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def exact_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``images`` and ``run``, of three shards fitted exactly and composed."""
+    from shard_runs import make_plan, trained
+
+    from tangent_ops.shards import compose_run, settle
+
+    folder = tmp_path_factory.mktemp("exact")
+    plan = trained(make_plan(folder, method="exact", l2=0.1))
+    settle(plan)
+    compose_run(plan, "lossless", progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def statistics_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``images`` and ``run``, of three shards' statistics, composed."""
+    from shard_runs import anchor_file, create_plan, image_folder, trained
+
+    from tangent_ops.shards import ImageData, ShardRecipe, by_hash, compose_run, settle
+
+    folder = tmp_path_factory.mktemp("statistics")
+    images = image_folder(folder / "images")
+    anchor_file(folder / "anchor.safetensors")
+    public = ImageData(str(image_folder(folder / "public", each=3, seed=9)))
+    plan = create_plan(
+        folder,
+        by_hash(ImageData(str(images)).open().ids, 3),
+        recipe=ShardRecipe(method="statistics", core=2),
+        public=public,
+    )
+    settle(trained(plan))
+    compose_run(plan, "statistics", l2=0.01, progress=False)
+    return folder
 
 
 @pytest.fixture

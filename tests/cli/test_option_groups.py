@@ -9,10 +9,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from tangent_ops.cli.anchor_options import AnchorOptions
 from tangent_ops.cli.assignment import Assignment
 from tangent_ops.cli.finetune import ANCHOR, ASSIGNMENT, RECIPE
 from tangent_ops.cli.machines import HELPS, Machines
-from tangent_ops.cli.make_anchor import AnchorOptions
 from tangent_ops.cli.options import Group, grouped
 from tangent_ops.errors import ArgumentError
 from tangent_ops.shards import ShardRecipe

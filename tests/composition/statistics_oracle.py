@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tangent_ops.composition.feature_rows import FeatureRows
 from tangent_ops.composition.fixed_terms import add_samples
-from tangent_ops.composition.ridge import FeatureRows
 from tangent_ops.composition.statistics import StatisticsMeta, TangentStatistics
 from tangent_ops.delta import DeltaMeta
 

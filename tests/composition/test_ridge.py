@@ -115,6 +115,16 @@ def test_leave_one_out_is_the_fit_without_the_sample() -> None:
         torch.testing.assert_close(flat(without), others.optimum(L2), rtol=1e-9, atol=1e-9)
 
 
+def test_changes_are_those_of_fits_without_each_sample() -> None:
+    samples, others = make_samples(9), make_samples(4, seed=5)
+    found = Ridge(samples.statistics()).changes(samples.rows, samples.residuals, others.rows, L2)
+    full = others.jacobian() @ samples.optimum(L2)
+    for index in range(9):
+        rest = samples.take([one for one in range(9) if one != index])
+        expected = others.jacobian() @ rest.optimum(L2) - full
+        torch.testing.assert_close(found[index], expected, rtol=1e-7, atol=1e-8)
+
+
 def test_predictions_and_covariances_are_those_of_the_dense_problem() -> None:
     samples, new = make_samples(9), make_samples(4, seed=5)
     ridge = Ridge(samples.statistics())

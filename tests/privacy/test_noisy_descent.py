@@ -26,7 +26,7 @@ from regression_problem import (
 from torch import Tensor, nn
 
 from tangent_ops import load_delta, save_delta
-from tangent_ops.composition.ridge import FeatureRows
+from tangent_ops.composition.feature_rows import FeatureRows
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.privacy import GroupClips, Privacy, fit_noisy_descent, statement_of
 from tangent_ops.privacy.noise import NoiseSource

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, TensorDataset
 
 from tangent_ops import load_delta, save_delta, statistics
-from tangent_ops.composition.ridge import FeatureRows
+from tangent_ops.composition.feature_rows import FeatureRows
 from tangent_ops.errors import ArgumentError, StatisticsError, UnsupportedError
 from tangent_ops.privacy import (
     FeatureBounds,

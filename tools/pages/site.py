@@ -86,7 +86,12 @@ def _reference(name: str, package: Any) -> str:
         if found is not None and not found.is_alias and found.is_attribute and not found.docstring:
             lines += [f"## `{member}`", "", f"`{found.value}`", ""]
         elif (ROOT / name.replace(".", "/") / f"{member}.py").is_file():
-            lines += [f"## `{member}`", "", f"A module: [`{name}.{member}`]({name}.{member}.md).", ""]
+            lines += [
+                f"## `{member}`",
+                "",
+                f"A module: [`{name}.{member}`]({name}.{member}.md).",
+                "",
+            ]
         else:
             lines += [f"::: {name}.{member}", ""]
     return "\n".join(lines)

@@ -122,6 +122,18 @@ class LedgerBase(Generic[C, R]):
             current.add_shard(content, label)
             current.set_sum(total)
 
+    def _without(self, shard_id: str | None) -> RunningSum[C, R]:
+        """The sum, less one shard; the ledger does not change."""
+
+        def read(transaction: Transaction) -> RunningSum[C, R]:
+            total = self._sum(transaction)
+            if shard_id is not None:
+                row = self._row(transaction, shard_id)
+                total.subtract(*self._read(self._kind.load, row))
+            return total
+
+        return self._settled(read)
+
     def _row(self, transaction: Transaction, shard_id: str) -> Row:
         row = transaction.shard(shard_id)
         if row is None:

@@ -24,7 +24,7 @@ from tangent_ops.composition.ledger.own_files import (
 )
 from tangent_ops.composition.ledger.records import Records, Row, Transaction
 from tangent_ops.composition.ledger.sealed import Seal
-from tangent_ops.errors import LedgerError
+from tangent_ops.errors import LedgerError, in_words
 from tangent_ops.files import erase
 
 
@@ -144,7 +144,7 @@ def change(records: Records, folder: Folder[C, R]) -> Iterator[Change[C, R]]:
             erase(path)
     except OSError as error:
         raise LedgerError(
-            f"the change is made, but an old file could not be erased: {error}. "
+            f"the change is made, but an old file could not be erased: {in_words(error)}. "
             "Open the ledger again to erase it"
         ) from error
 

@@ -125,8 +125,12 @@ class Ledger(LedgerBase[Delta, DeltaRules]):
             raise ArgumentError(f"delta must be a dict of tensors or a path, got a {kind}")
         self._add(Delta(delta, getattr(delta, "meta", None)), label)
 
-    def composed(self) -> Delta:
+    def composed(self, *, without: str | None = None) -> Delta:
         """The weighted mean of the present shards' deltas, in their dtypes.
+
+        Args:
+            without: a present shard that is left out: the same bits as after `forget` of it, but
+                the ledger does not change.
 
         Returns:
             The delta. Its meta is None if a shard has none. Otherwise it has the ledger's anchor,
@@ -134,10 +138,10 @@ class Ledger(LedgerBase[Delta, DeltaRules]):
             shards' model names and patterns.
 
         Raises:
-            LedgerError: the ledger is empty, or its sum is damaged.
+            LedgerError: no shard is left, there is no such shard, or a file is damaged.
             DeltaError: a value is beyond its dtype's range.
         """
-        total = self._settled(self._sum)
+        total = self._without(without)
         assert isinstance(total, DeltaSum)
         if not total.shards:
             raise LedgerError(f"{self.path} is empty: there is nothing to compose")

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tangent_ops.composition.ledger.own_files import check_file, check_folder
-from tangent_ops.errors import LedgerError
+from tangent_ops.errors import LedgerError, in_words
 from tangent_ops.files import content_sha256, opened, to_json, write_new, write_safetensors
 
 
@@ -93,7 +93,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
     except FileNotFoundError as error:
         raise LedgerError(f"{path} is missing") from error
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise LedgerError(f"{path} cannot be read: {error}") from error
+        raise LedgerError(f"{path} cannot be read: {in_words(error)}") from error
 
 
 def _checked(file: safe_open, folder: Path, sealed: Seal) -> dict[str, str]:

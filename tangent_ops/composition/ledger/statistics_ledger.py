@@ -182,13 +182,17 @@ class StatisticsLedger(LedgerBase[TangentStatistics, StatisticsRules]):
                 current.remove_shard(row)
             current.set_sum(total)
 
-    def statistics(self) -> TangentStatistics:
+    def statistics(self, *, without: str | None = None) -> TangentStatistics:
         """The sum of the present shards' statistics, without a list of samples.
 
+        Args:
+            without: a present shard that is left out: the same bits as after `forget` of it, but
+                the ledger does not change.
+
         Raises:
-            LedgerError: the ledger is empty, or its sum is damaged.
+            LedgerError: no shard is left, there is no such shard, or a file is damaged.
         """
-        total = self._settled(self._sum)
+        total = self._without(without)
         assert isinstance(total, StatisticsSum)
         if total.total is None:
             raise LedgerError(f"{self.path} is empty: there is nothing to compose")

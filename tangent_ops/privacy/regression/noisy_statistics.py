@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tangent_ops.checks import check_not_negative, check_positive
-from tangent_ops.composition.ridge import FeatureRows
+from tangent_ops.composition.feature_rows import FeatureRows
 from tangent_ops.data import Data
 from tangent_ops.errors import ArgumentError
 from tangent_ops.losses import Loss

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tangent_ops.composition.ridge import FeatureRows
+from tangent_ops.composition.feature_rows import FeatureRows
 from tangent_ops.data import Data, in_order
 from tangent_ops.errors import ArgumentError
 from tangent_ops.losses import Loss

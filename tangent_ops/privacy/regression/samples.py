@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tangent_ops.composition.ridge import FeatureRows
+from tangent_ops.composition.feature_rows import FeatureRows
 from tangent_ops.data import place, unpack
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.exact.problem import check_tangent

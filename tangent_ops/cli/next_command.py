@@ -1,0 +1,24 @@
+"""Tells which command comes next, in full."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tangent_ops.cli.messages import say
+
+if TYPE_CHECKING:
+    from tangent_ops.shards import Plan
+
+
+def say_next(command: str, run: Path, plan: Plan) -> None:
+    """Print ``next:`` and a command on the run; ``evaluate`` with the run's validation images."""
+    words = ["tangent-ops", command, str(run)]
+    rest = ""
+    if command == "evaluate":
+        if plan.validation is None:
+            rest = " IMAGES, a folder of labelled images"
+        else:
+            words.append(plan.validation.root)
+    say(f"next: {shlex.join(words)}{rest}")

@@ -1,0 +1,158 @@
+"""Estimates what a shard's job will write, and how long it will take, from a few of its images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset, TensorDataset
+
+from tangent_ops.composition.statistics_file import file_content
+from tangent_ops.errors import UnsupportedError
+from tangent_ops.exact import fit_exact
+from tangent_ops.exact.collect import statistics
+from tangent_ops.model.core_basis import core_basis
+from tangent_ops.model.linearize import linearize
+from tangent_ops.model.linearized import LinearizedModel
+from tangent_ops.shards.data import ImageData, Samples
+from tangent_ops.shards.job import device, job_problem
+from tangent_ops.shards.recipe import ShardRecipe
+from tangent_ops.training.fit import fit
+
+_MOST = 8  # images
+_BUDGET = 1.0  # seconds of a forward pass over them
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a job will take.
+
+    Attributes:
+        parameters: numbers that are trained.
+        bytes: size of a shard's delta, or statistics.
+        images: number of images that were timed.
+        once: seconds per image, to read it and run the frozen blocks on it, or all that a method
+            without epochs does.
+        repeated: seconds per image and epoch, of a step.
+    """
+
+    parameters: int
+    bytes: int
+    images: int
+    once: float
+    repeated: float
+
+    def seconds(self, samples: int, epochs: int) -> float:
+        """The time of a shard's job, if it grows with the number of images."""
+        return samples * (self.once + epochs * self.repeated)
+
+
+def expected(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    recipe: ShardRecipe,
+    data: ImageData,
+    public: ImageData | None,
+) -> Expected:
+    """Measure one step, after one that warms up, on up to eight images, in a few seconds.
+
+    Args:
+        model: the anchor; its weights do not matter.
+        config: how images are prepared, as `AnchorInfo.input` holds it.
+        recipe: of the run.
+        data: the run's images.
+        public: those of the basis, with the method "statistics".
+
+    Raises:
+        SampleError: an image cannot be read.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(recipe.threads)
+    try:
+        return _measured(model.to(device()), config, recipe, data, public)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measured(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    recipe: ShardRecipe,
+    data: ImageData,
+    public: ImageData | None,
+) -> Expected:
+    samples = data.open(config, augment=recipe.augment)
+    few = _few(model, samples, recipe)
+    if recipe.method == "statistics":
+        assert public is not None
+        known = public.open(config)
+        some = Subset(known, range(min(len(known), _MOST)))
+        basis = core_basis(model, some, recipe.core, trainable=recipe.trainable(model) or "")
+        tangent = linearize(model, core=basis)
+        began = time.perf_counter()
+        found = statistics(tangent, few, progress=False)
+        once = (time.perf_counter() - began) / len(few)
+        stored, _ = file_content(found)  # less than in memory
+        size = sum(tensor.nbytes for tensor in stored.values())
+        return Expected(_trained(tangent), size, len(few), once, 0.0)
+    tangent = linearize(model, recipe.trainable(model), rank=recipe.rank, basis=recipe.basis)
+    size = sum(value.numel() * value.element_size() for value in tangent.delta_dict().values())
+    if recipe.method == "exact":
+        began = time.perf_counter()
+        fit_exact(job_problem(tangent, few, recipe, False), recipe.tol)
+        once, repeated = (time.perf_counter() - began) / len(few), 0.0
+    else:
+        once, repeated = _step(tangent, few, recipe)
+    return Expected(_trained(tangent), size, len(few), once, repeated)
+
+
+def _few(model: nn.Module, samples: Samples, recipe: ShardRecipe) -> Samples:
+    """As many images as a forward pass takes about a second for."""
+    first = samples[0][0][None].to(device())
+    with torch.no_grad():
+        model(first)  # warms up
+        began = time.perf_counter()
+        model(first)
+        taken = time.perf_counter() - began
+    count = min(_MOST, recipe.batch_size, len(samples), int(_BUDGET / max(taken, 1e-6)))
+    step = len(samples) // max(1, count)  # of different classes, where the images are sorted
+    return samples.subset(samples.ids[:: max(1, step)][: max(1, count)])
+
+
+def _step(tangent: LinearizedModel, few: Samples, recipe: ShardRecipe) -> tuple[float, float]:
+    """Seconds per image: once, and of a step."""
+    began = time.perf_counter()
+    inputs = torch.stack([image for image, _ in few]).to(device())
+    targets = torch.tensor(few.targets)
+    read = time.perf_counter() - began
+    trained: nn.Module = tangent
+    if recipe.cached:
+        try:
+            trunk, trained = tangent.split()
+        except UnsupportedError:
+            pass
+        else:
+            with torch.no_grad():
+                inputs = trunk(inputs)
+            read = time.perf_counter() - began
+    step = _timed_fit(trained, inputs, targets)
+    again = 0.0 if recipe.cached else read  # without a cache every epoch reads the images
+    return (read - again) / len(few), (step + again) / len(few)
+
+
+def _timed_fit(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
+    """Seconds of one step on all inputs, after one that warms up."""
+    data = TensorDataset(inputs.cpu(), targets)
+    for _ in range(2):
+        began = time.perf_counter()
+        fit(model, data, epochs=1, batch_size=len(targets), progress=False)
+        taken = time.perf_counter() - began
+    return taken  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def _trained(tangent: nn.Module) -> int:
+    return sum(p.numel() for p in tangent.parameters() if p.requires_grad)
