@@ -119,8 +119,8 @@ def unpack(batch: Any, device: torch.device) -> tuple[Inputs, Tensor]:
         given = [name for name in LABELS if name in batch]
         if len(given) != 1:
             raise ArgumentError(
-                f"a batch of fields must have its targets as 'labels', or 'label', got the fields "
-                f"{sorted(batch)}"
+                f"a dict of fields must have its targets as 'labels', or 'label', got "
+                f"{describe(batch)}"
             )
         inputs, targets = inputs_of(batch), batch[given[0]]
     elif isinstance(batch, (tuple, list)) and len(batch) == 2:
@@ -128,7 +128,8 @@ def unpack(batch: Any, device: torch.device) -> tuple[Inputs, Tensor]:
         inputs = inputs_of(inputs) if isinstance(inputs, Mapping) else inputs
     else:
         raise ArgumentError(
-            f"data must yield (input, target) batches, or dicts, got {describe(batch)}"
+            f"data must yield (input, target) batches, got {describe(batch)}; dicts with 'labels' "
+            "are batches, too"
         )
     if not isinstance(inputs, (Tensor, Fields)) or not isinstance(targets, Tensor):
         raise ArgumentError(f"input and target must be tensors, got {describe(batch)}")

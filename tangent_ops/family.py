@@ -16,7 +16,7 @@ _LISTS = ("blocks", "layers", "layer", "h", "block")
 _HEADS = (("cls_classifier", "distillation_classifier"), ("classifier",), ("head",), ("score",))
 _WAY_OUT = (
     "set model.tangent_family to a tangent_ops.Family (docs/models.md), or name the trained "
-    "parameters with a regular expression"
+    "parameters with a regular expression instead"
 )
 
 

@@ -93,8 +93,22 @@ Inputs: TypeAlias = Tensor | Fields
 
 
 def call(function: Callable[..., Any], inputs: Inputs) -> Any:
-    """Call a model with a batch: with a tensor, or with the fields as keyword arguments."""
-    return function(**inputs.tensors) if isinstance(inputs, Fields) else function(inputs)
+    """Call a model with a batch: with a tensor, or with the fields as keyword arguments.
+
+    Raises:
+        ArgumentError: the model does not take a field.
+    """
+    if not isinstance(inputs, Fields):
+        return function(inputs)
+    try:
+        return function(**inputs.tensors)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ArgumentError(
+            f"the model does not take the fields of the dict {sorted(inputs.tensors)}: {error}. It "
+            "is called with every field but the labels: leave the others out, or rename them"
+        ) from error
 
 
 def named_tensors(inputs: Inputs) -> dict[str, Tensor]:

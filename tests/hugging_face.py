@@ -21,6 +21,7 @@ VISION = {
     "patch_size": 4,
 }
 TEXT = VISION | {"vocab_size": 20, "max_position_embeddings": 12, "type_vocab_size": 1}
+SIGLIP_TEXT = {"vocab_size": 20, "bos_token_id": 1, "eos_token_id": 2}  # else it warns
 FAMILIES = (
     "vit", "deit", "deit-distilled", "dinov2", "clip", "siglip", "swin", "bert", "roberta",
 )  # fmt: skip
@@ -29,7 +30,7 @@ PIXELS = FAMILIES[:7]
 
 def made(family: str, attention: str = "sdpa") -> nn.Module:
     """The model, in eval mode, with weights that no symmetry hides."""
-    t, common = transformers, {"num_labels": CLASSES, "attn_implementation": attention}
+    t = transformers
     swin = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1, 1]}
     configs: dict[str, Any] = {
         "vit": lambda: (t.ViTForImageClassification, t.ViTConfig(**VISION)),
@@ -40,7 +41,8 @@ def made(family: str, attention: str = "sdpa") -> nn.Module:
         "clip": lambda: (
             t.CLIPForImageClassification, t.CLIPConfig(vision_config=dict(VISION))),
         "siglip": lambda: (
-            t.SiglipForImageClassification, t.SiglipConfig(vision_config=dict(VISION))),
+            t.SiglipForImageClassification,
+            t.SiglipConfig(text_config=SIGLIP_TEXT, vision_config=dict(VISION))),
         "swin": lambda: (
             t.SwinForImageClassification,
             t.SwinConfig(**swin, num_heads=[1, 2, 2], window_size=2, mlp_ratio=2.0)),
@@ -51,7 +53,6 @@ def made(family: str, attention: str = "sdpa") -> nn.Module:
     cls, config = configs[family]()
     config.num_labels = CLASSES
     config._attn_implementation = attention
-    del common
     torch.manual_seed(0)
     model = cls(config).eval()
     generator = torch.Generator().manual_seed(1)
@@ -77,7 +78,9 @@ class Samples(Dataset):
         return {name: values[index] for name, values in self.fields.items()}
 
 
-def inputs(family: str, count: int = 10, seed: int = 3, *, padded: bool = True) -> dict[str, Tensor]:
+def inputs(
+    family: str, count: int = 10, seed: int = 3, *, padded: bool = True
+) -> dict[str, Tensor]:
     """The fields of a batch, without labels."""
     generator = torch.Generator().manual_seed(seed)
     if family in PIXELS:

@@ -147,8 +147,8 @@ class Trunk(nn.Module):
                 tail.rows = 0  # the ordinary block is always right
         if not _gives(tail, tokens, expected):
             raise UnsupportedError(
-                "this model cannot be split: what follows its blocks does not give, for the "
-                "blocks' output alone, what the model gives. Train without a feature cache."
+                "this model cannot be split: its blocks, norm and head in a row do not give what "
+                "the model gives. Train without a feature cache."
             )
 
 
@@ -165,7 +165,13 @@ def _gives(tail: nn.Module, tokens: Tensor, expected: Any) -> bool:
     """Whether the tail returns this output for the tokens, but for rounding."""
     try:
         found = tree_leaves(tail(tokens))
-    except (RuntimeError, TypeError, ValueError, IndexError):  # it needs more than the tokens
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+    ):  # it needs more than the tokens
         return False
     right = tree_leaves(expected)
     return len(found) == len(right) and all(
@@ -191,7 +197,7 @@ def split_model(model: nn.Module, start: int) -> tuple[Trunk, Tail | ResumedTail
     count = len(block_names(model))
     if not 0 <= start <= count:
         raise ArgumentError(f"start={start}: expected 0 to {count}, the number of blocks")
-    if all(callable(getattr(model, name, None)) for name in ("norm", "forward_head")):
+    if all(hasattr(model, name) for name in ("blocks", "norm", "forward_head")):
         tail = Tail(model, start)
         if hasattr(tail, "norm"):
             return Trunk(model, tail, start), tail

@@ -38,9 +38,9 @@ class ResumedTail(nn.Module):
     def __init__(self, model: nn.Module, start: int) -> None:
         super().__init__()
         self.tangent_family: Family = family_of(model)
-        names = list(block_names(model))
-        self._entry = _Entry()
-        within = _with(model, dict.fromkeys(names[:start], self._entry))
+        self._given = _Given()
+        lower = list(block_names(model).items())[:start]
+        within = _with(model, {name: _StandIn(block, self._given) for name, block in lower})
         for name, child in within.named_children():
             self.add_module(name, child)
         self._parameters, self._buffers = within._parameters, within._buffers
@@ -50,7 +50,7 @@ class ResumedTail(nn.Module):
     def learn(self, inputs: Inputs, output: Any) -> None:
         """Take the shapes of the model's inputs, and of the last lower block's output."""
         self._ones = each_tensor(inputs, lambda x: torch.ones_like(x[:1]))
-        self._entry.learn(output)
+        self._given.learn(output)
 
     def forward(self, tokens: Tensor) -> Any:
         """What the model returns."""
@@ -61,18 +61,17 @@ class ResumedTail(nn.Module):
         def there(x: Tensor) -> Tensor:
             return x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
 
-        self._entry.tokens = tokens
+        self._given.tokens = tokens
         try:
             return call(self._within[0], each_tensor(self._ones, there))
         finally:
-            self._entry.tokens = None
+            self._given.tokens = None
 
 
-class _Entry(nn.Module):
-    """Stands for the lower blocks: returns the tokens, as the last of them returns its output."""
+class _Given:
+    """The tokens of a call, and what the last lower block returns beside them."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.tokens: Tensor | None = None
         self._rest: tuple[list[Any], TreeSpec] | None = None
 
@@ -81,10 +80,29 @@ class _Entry(nn.Module):
         # Zeros, as no value of a sample may stay; a wrong one would be found by the check.
         self._rest = ([torch.zeros_like(x[:1]) if isinstance(x, Tensor) else x for x in rest], spec)
 
-    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+    def output(self) -> Any:
         assert self._rest is not None
         rest, spec = self._rest
         return tree_unflatten([self.tokens, *rest], spec)
+
+
+class _StandIn(nn.Module):
+    """Stands for a lower block: returns the tokens, as the last of these blocks does.
+
+    It has the block's plain attributes, and True for each submodule, since a model may ask whether
+    one is None, as Swin does.
+    """
+
+    def __init__(self, block: nn.Module, given: _Given) -> None:
+        super().__init__()
+        own = {name: value for name, value in vars(block).items() if not name.startswith("_")}
+        parts = {name: None if child is None else True for name, child in block._modules.items()}
+        vars(self).update({**own, **parts, "training": False})
+        vars(self).pop("forward", None)
+        self._given = given
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self._given.output()
 
 
 def taken_apart(output: Any) -> tuple[Tensor, list[Any], TreeSpec]:

@@ -137,6 +137,7 @@ def zero_head(model: Any, num_classes: int | None) -> nn.Linear:
         )
     if not found:
         present = model.get_classifier() if resets else getattr(model, "classifier", None)
+        present = getattr(model, "head", None) if present is None else present
         if isinstance(present, nn.Identity):
             how = "pass num_classes" if resets else "load the model with num_labels"
             raise ArgumentError(f"model has no classifier: {how}")
