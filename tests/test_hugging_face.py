@@ -134,7 +134,15 @@ def test_eager_attention(family: str) -> None:
     tangent = moved(one.tangent())
     fields = {name: x for name, x in one.data.fields.items() if name != "labels"}
     expected = one.outputs + one.jacobian @ one.flat(tangent.deltas())
-    torch.testing.assert_close(tangent(**fields).logits, expected, rtol=1e-9, atol=1e-9)
+    # Its softmax is in float32, whatever the model's dtype is.
+    torch.testing.assert_close(tangent(**fields).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", ["vit", "clip", "swin"])
+def test_the_check_allows_for_softmax_in_float32(family: str, dtype: torch.dtype) -> None:
+    """By keys' biases the gradient is zero but for that rounding, in float64, too."""
+    linearize(made(family, "eager").to(dtype))
 
 
 def test_last_blocks_are_the_last_block_and_what_follows(each: Case) -> None:
@@ -248,12 +256,12 @@ def test_statistics_in_a_core_and_their_ledger(each: Case, tmp_path: Path) -> No
     basis = core_basis(each.model, public, (2, 3))
     tangent = linearize(each.model, core=basis)
     parts = [Samples({n: x[a:b] for n, x in each.data.fields.items()}) for a, b in ((0, 3), (3, 8))]
-    with StatisticsLedger(tmp_path / "ledger", anchor=tangent) as ledger:
-        for name, part in zip("ab", parts, strict=True):
-            ledger.add(name, statistics(tangent, part, progress=False))
-        both = ledger.solve(0.1).delta
-        ledger.forget("a")
-        rest = ledger.solve(0.1).delta
+    ledger = StatisticsLedger(tmp_path / "ledger", anchor=tangent)
+    for name, part in zip("ab", parts, strict=True):
+        ledger.add(name, statistics(tangent, part, progress=False))
+    both = ledger.solve(0.1)
+    ledger.forget("a")
+    rest = ledger.solve(0.1)
     for delta, rows in ((both, list(range(8))), (rest, [3, 4, 5, 6, 7])):
         jacobian = core_rows(each, basis, tangent, rows)
         residual = (each.wanted - each.outputs)[rows].flatten()
@@ -294,12 +302,17 @@ def test_deltas_are_files_and_compose(each: Case, tmp_path: Path) -> None:
     torch.testing.assert_close(predict(tangent, each.data), expected)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap of Swin's windows
 def test_shards_that_are_trained_together(each: Case) -> None:
     recipe = {"epochs": 2, "lr": 1e-3, "batch_size": 2, "progress": False}
     parts = {
         name: Samples({n: x[a : a + 4] for n, x in each.data.fields.items()})
         for name, a in (("a", 0), ("b", 4))
     }
+    if each.family not in PIXELS:  # transformers looks at the masks' values
+        with pytest.raises(UnsupportedError, match="Fit one shard after the other"):
+            fit_grouped(each.tangent(), parts, **recipe)
+        return
     found = fit_grouped(each.tangent(), parts, **recipe)
     for name, part in parts.items():
         alone = each.tangent()

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from tangent_ops.errors import ArgumentError, ZeroHeadWarning
 from tangent_ops.family import after_blocks, block_names, heads_of, parts_pattern
-from tangent_ops.model.check_derivatives import described_input
 from tangent_ops.model.checkpointing import find_blocks, find_switches, take_flags
 from tangent_ops.model.copies import independent_copy
 from tangent_ops.model.core_basis import CoreBasis
+from tangent_ops.model.described_input import described_input
 from tangent_ops.model.eval_caches import clear_caches
 from tangent_ops.model.linearized import LinearizedModel, Record
 from tangent_ops.model.low_rank import Basis, Core, delta_dtype, make_bases, make_cores

@@ -18,7 +18,6 @@ from small_models import (
     generator,
     images,
     moved,
-    swin,
     vit,
 )
 from torch import Tensor, nn
