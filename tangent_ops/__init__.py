@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tangent_ops.exact import Influence, compose_lossless, fit_exact, forget_samples
     from tangent_ops.exact.collect import statistics
     from tangent_ops.exact.compose import compose
+    from tangent_ops.family import Family
     from tangent_ops.functional import scaled_dot_product_attention
     from tangent_ops.model.core_basis import core_basis
     from tangent_ops.model.features import CachedFeatures, cache_features
@@ -40,6 +41,7 @@ else:
             "exact": "Influence compose_lossless fit_exact forget_samples",
             "exact.collect": "statistics",
             "exact.compose": "compose",
+            "family": "Family",
             "functional": "scaled_dot_product_attention",
             "model.core_basis": "core_basis",
             "model.features": "CachedFeatures cache_features",
@@ -61,6 +63,7 @@ __all__ = [
     "CachedFeatures",
     "Delta",
     "DeltaMeta",
+    "Family",
     "History",
     "Influence",
     "Ledger",

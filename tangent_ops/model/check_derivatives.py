@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -47,17 +49,6 @@ _CAUSES = (
     "uses another model's parameters; a checkpointed block that reads tensors that are not its "
     "arguments. Train other parameters (`trainable`), or pass check=False if J is right"
 )
-
-
-def described_input(anchor: nn.Module) -> Tensor | None:
-    """A random image of the size in timm's ``pretrained_cfg``; None if the model has none."""
-    config = getattr(anchor, "pretrained_cfg", None)
-    size = config.get("input_size") if isinstance(config, dict) else None
-    weight = next((p for p in anchor.parameters() if p.is_floating_point()), None)
-    if size is None or weight is None:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, *size, generator=generator).to(weight.device, weight.dtype)
 
 
 def can_check(anchor: nn.Module, inputs: Any) -> bool:
@@ -210,12 +201,11 @@ class _Side:
     def adds_up(self, names: Iterable[str]) -> bool:
         return abs(self.counted(names)) <= _FAR  # False for NaN
 
-    def in_another_precision(self) -> _Side | None:
-        """The same for a float64 copy (float32 for a float64 anchor); None if that fails."""
-        exact = self.epsilon == torch.finfo(torch.float64).eps
-        dtype = torch.float32 if exact else torch.float64
+    def copied(self, dtype: torch.dtype) -> _Side | None:
+        """The same for a copy in another precision; None if that fails."""
         try:
             anchor = independent_copy(self.anchor).to(dtype)
+            anchor.forward = functools.partial(_with_exact_softmax, anchor.forward)
             inputs = tree_map(
                 lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x,
                 self.inputs,
@@ -265,6 +255,24 @@ class _Side:
         }
 
 
+class _ExactSoftmax(TorchFunctionMode):
+    """Softmax in float64 where a model asks for float32, as Hugging Face's eager attention does."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in _SOFTMAX and kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = args[0].dtype
+        return func(*args, **kwargs)
+
+
+_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+
+
+def _with_exact_softmax(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with _ExactSoftmax():
+        return forward(*args, **kwargs)
+
+
 def _judge(own: _Side) -> list[str]:
     """Raise UnsupportedError if a derivative gets lost.
 
@@ -277,8 +285,9 @@ def _judge(own: _Side) -> list[str]:
     doubtful = [n for n in own.names if not own.differences[n] <= close * own.sizes[n]]
     if not doubtful and own.adds_up(own.names):
         return [n for n in own.names if own.sizes[n] == 0]
-    other = own.in_another_precision()
-    if other is None:
+    exact = own.copied(torch.float64)
+    other = own.copied(torch.float32) if own.epsilon == torch.finfo(torch.float64).eps else own
+    if exact is None or other is None:
         # Only this is known without it: rounding is small compared with the largest gradient.
         largest = max(own.sizes.values())
         lost = [n for n in doubtful if not own.differences[n] <= 100 * own.epsilon * largest]
@@ -286,7 +295,7 @@ def _judge(own: _Side) -> list[str]:
             lost = _find_lost(own, [n for n in own.names if n not in doubtful])
         _refuse(own, lost)
         return [n for n in own.names if own.sizes[n] == 0]
-    coarse, fine = sorted((own, other), key=lambda side: -side.epsilon)
+    coarse, fine = other, exact
     largest = max(fine.sizes.values())
     lost, countable = [], []
     for name in own.names:
@@ -301,7 +310,7 @@ def _judge(own: _Side) -> list[str]:
         if not agree or not (noise or coarse.differences[name] <= _HALF * coarse.sizes[name]):
             lost.append(name)
     _refuse(own, lost or _find_lost(fine, countable))
-    return [n for n in own.names if own.sizes[n] == other.sizes[n] == 0]
+    return [n for n in own.names if coarse.sizes[n] == fine.sizes[n] == 0]
 
 
 def _find_lost(side: _Side, names: list[str]) -> list[str]:
