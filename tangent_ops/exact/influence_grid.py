@@ -53,7 +53,7 @@ def influence_grid(
         for column in range(top):
             axes = figure.add_subplot(grid[row, column + 1])
             if column == 0:
-                axes.set_title(title)
+                axes.set_title(title).set_in_layout(False)  # it is of the whole row
             if column >= len(indices):
                 axes.set_axis_off()
                 continue
