@@ -76,7 +76,8 @@ def test_the_suggestion_is_where_the_loss_falls_fastest():
     lrs = np.geomspace(1e-6, 1.0, 61)
     falls = 10 - 8 / (1 + np.exp(-3 * np.log(lrs / 1e-3)))  # steepest at 1e-3
     diverges = falls + 1e4 * np.maximum(0, lrs - 0.1) ** 2
-    for losses in (falls, diverges):
+    comes_back = falls + 50.0 * ((lrs > 0.1) & (lrs < 0.5)) + (lrs > 0.5)  # falls by 50, too late
+    for losses in (falls, diverges, comes_back):
         assert LrRange(lrs, losses, losses).suggestion == pytest.approx(1e-3)
     assert LrRange(lrs, falls[::-1], falls[::-1]).suggestion is None
     assert "suggestion 0.001" in repr(LrRange(lrs, falls, falls))
