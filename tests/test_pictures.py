@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -175,6 +176,9 @@ def test_the_influence_grid(found: int) -> None:
     assert_readable(influence_grid((torch.rand(3, 8, 8), "tabby, taken for tiger"), sample, scores))
 
 
+DOCS = Path(__file__).parents[1] / "docs"
+
+
 @pytest.fixture
 def saved(monkeypatch) -> list[Path]:
     """Every picture that is saved is checked; their paths."""
@@ -207,6 +211,17 @@ def test_the_demo(mean, summed, seconds) -> None:
     for kind in ("no image", "no shard"):
         results.add(kind, kind, 100, 0.868, seconds, 0.3)
     assert_readable(draw(results))
+
+
+def test_the_readme_states_what_its_picture_shows() -> None:
+    """Of docs/demo.json; the README leaves out the head of public images."""
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    rows = json.loads((DOCS / "demo.json").read_text(encoding="utf-8"))["rows"]
+    for row in rows:
+        if row["kind"] != "anchor":
+            assert f"{100 * row['accuracy']:.1f} %" in readme, row
+        if (seconds := row.get("seconds")) is not None:
+            assert f"{seconds:.2f} s" in readme or f"{seconds:.1f} s" in readme, row
 
 
 def test_pictures_of_pages(saved, tmp_path) -> None:
