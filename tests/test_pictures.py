@@ -166,12 +166,12 @@ def test_what_broke_once_is_seen(defect) -> None:
             assert_readable(figure)
 
 
-@pytest.mark.parametrize("found", [2, 6])
-def test_the_influence_grid(found: int) -> None:
+@pytest.mark.parametrize(("found", "more"), [(2, ""), (6, ""), (6, "\na/long/name.png")])
+def test_the_influence_grid(found: int, more: str) -> None:
     scores = torch.linspace(-1, 1, 2 * found) * 3.14159e-3
 
     def sample(index: int):
-        return torch.full((3, 8, 8), float(index)), f"class {index}"
+        return torch.full((3, 8, 8), float(index)), f"class {index}{more}"
 
     assert_readable(influence_grid((torch.rand(3, 8, 8), "tabby, taken for tiger"), sample, scores))
 
