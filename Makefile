@@ -14,6 +14,7 @@ installed = $(VENV)/.tangent-ops-$(1)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo exact-demo private-demo study test lint docs format bench bench-compiled gpu-bench publish compile-check rehearse gpu-check clean
+.PHONY: help demo exact-demo private-demo study test lint format bench bench-compiled gpu-bench publish pictures compile-check rehearse gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -71,6 +72,11 @@ gpu-bench: $(call installed,bench) ## on a CUDA machine: the benchmarks, file by
 
 publish: $(call installed,bench) ## docs/benchmarks.md and its pictures, from the stored results
 	$(RUN) -m benchmarks.report --docs
+
+pictures: $(call installed,study) ## every picture of docs/ again, from what is stored
+	$(RUN) -m studies.paper --pages-only
+	$(RUN) -m benchmarks.report --docs
+	$(RUN) -m tools.pages.pictures
 
 compile-check: $(call installed,bench) ## every kernel compiled for four GPUs, without one: registers, spills, serialized wgmma
 	$(RUN) -m tools.kernels.compile_kernels $(ARGS)

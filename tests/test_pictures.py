@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,8 +44,8 @@ def test_labels_and_ticks_do_not_touch() -> None:
     (axes,) = figure.axes
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "10", "1,000"]
     assert [text.get_text() for text in axes.texts] == ["level", "one", "other"]
-    heights = [text.xy[1] for text in axes.texts]
-    assert all(b > a for a, b in pairwise(heights))
+    heights = [text.get_window_extent().y0 for text in axes.texts]
+    assert all(b > a + 10 for a, b in pairwise(heights))  # pixels
 
 
 @pytest.mark.parametrize("places", [[1.0, 1.1, 5.0], [0.0, 0.9, 1.0, 1.1, 2.4], [3.0]], ids=str)
@@ -165,14 +166,17 @@ def test_what_broke_once_is_seen(defect) -> None:
             assert_readable(figure)
 
 
-@pytest.mark.parametrize("found", [2, 6])
-def test_the_influence_grid(found: int) -> None:
+@pytest.mark.parametrize(("found", "more"), [(2, ""), (6, ""), (6, "\na/long/name.png")])
+def test_the_influence_grid(found: int, more: str) -> None:
     scores = torch.linspace(-1, 1, 2 * found) * 3.14159e-3
 
     def sample(index: int):
-        return torch.full((3, 8, 8), float(index)), f"class {index}"
+        return torch.full((3, 8, 8), float(index)), f"class {index}{more}"
 
     assert_readable(influence_grid((torch.rand(3, 8, 8), "tabby, taken for tiger"), sample, scores))
+
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 @pytest.fixture
@@ -209,9 +213,20 @@ def test_the_demo(mean, summed, seconds) -> None:
     assert_readable(draw(results))
 
 
+def test_the_readme_states_what_its_picture_shows() -> None:
+    """Of docs/demo.json; the README leaves out the head of public images."""
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    rows = json.loads((DOCS / "demo.json").read_text(encoding="utf-8"))["rows"]
+    for row in rows:
+        if row["kind"] != "anchor":
+            assert f"{100 * row['accuracy']:.1f} %" in readme, row
+        if (seconds := row.get("seconds")) is not None:
+            assert f"{seconds:.2f} s" in readme or f"{seconds:.1f} s" in readme, row
+
+
 def test_pictures_of_pages(saved, tmp_path) -> None:
     pytest.importorskip("opacus", reason="the study's extra is not installed")
-    from tools import page_pictures
+    from tools.pages import pictures as page_pictures
 
     for draw in (page_pictures.draw_demo, page_pictures.draw_privacy, page_pictures.draw_shards):
         path = draw(tmp_path)

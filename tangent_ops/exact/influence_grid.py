@@ -45,20 +45,23 @@ def influence_grid(
     order = scores.argsort(descending=True).tolist()
     helpful = [index for index in order[:top] if scores[index] > 0]
     harmful = [index for index in order[::-1][:top] if scores[index] < 0]
-    figure = pictures.new_figure(width=1.25 * (top + 1.4), height=3.9)
+    figure = pictures.new_figure(width=1.25 * (top + 1.4), height=3.2)
     grid = figure.add_gridspec(2, top + 1, width_ratios=[1.4] + [1.0] * top)
     _draw(figure.add_subplot(grid[:, 0]), *query)
+    lines = 0
     rows = ((helpful, "Without these its loss rises"), (harmful, "Without these its loss falls"))
     for row, (indices, title) in enumerate(rows):
         for column in range(top):
             axes = figure.add_subplot(grid[row, column + 1])
             if column == 0:
-                axes.set_title(title)
+                axes.set_title(title, fontsize=9.5, weight="normal")
             if column >= len(indices):
                 axes.set_axis_off()
                 continue
             image, caption = sample(indices[column])
+            lines = max(lines, 2 + caption.count("\n"))
             _draw(axes, image, f"{caption}\n{float(scores[indices[column]]):+.2g}")
+    figure.set_figheight(3.2 + 0.2 * lines)
     return figure
 
 
@@ -68,6 +71,7 @@ def _draw(axes, image: Tensor, caption: str) -> None:
     image = (image / image.max().clamp_min(1e-6)).permute(1, 2, 0)
     axes.imshow(image.numpy(), cmap="gray")
     axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_xlabel(caption, fontsize=9)

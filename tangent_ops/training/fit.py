@@ -53,7 +53,7 @@ def fit(
     Args:
         model: a module of one input; parameters with requires_grad are trained.
         data: a Dataset of (input, target), batched and shuffled here, or a DataLoader.
-        recipe: how to train; None for `Recipe()`.
+        recipe: how to train; None for `Recipe()`. `find_lr` suggests its learning rate.
         device: moves the model there first; None for where it is. Batches follow the model.
         cache: compute the outputs of the frozen blocks below the first trained one only once, in
             memory (True) or in a memory-mapped file in this folder; for a `LinearizedModel` and

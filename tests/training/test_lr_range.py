@@ -1,6 +1,7 @@
 """`find_lr`: the losses of a rising rate, the stability limit, and that all is put back."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from training_cases import (
 
 from tangent_ops import Recipe, find_lr, last_blocks, linearize
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
+from tangent_ops.training import lr_range
 from tangent_ops.training.lr_range import LrRange
 
 QUIET = {"progress": False}
@@ -76,7 +78,8 @@ def test_the_suggestion_is_where_the_loss_falls_fastest():
     lrs = np.geomspace(1e-6, 1.0, 61)
     falls = 10 - 8 / (1 + np.exp(-3 * np.log(lrs / 1e-3)))  # steepest at 1e-3
     diverges = falls + 1e4 * np.maximum(0, lrs - 0.1) ** 2
-    for losses in (falls, diverges):
+    comes_back = falls + 50.0 * ((lrs > 0.1) & (lrs < 0.5)) + (lrs > 0.5)  # falls by 50, too late
+    for losses in (falls, diverges, comes_back):
         assert LrRange(lrs, losses, losses).suggestion == pytest.approx(1e-3)
     assert LrRange(lrs, falls[::-1], falls[::-1]).suggestion is None
     assert "suggestion 0.001" in repr(LrRange(lrs, falls, falls))
@@ -199,6 +202,19 @@ def test_data_that_gives_no_loss():
         find_lr(linear().requires_grad_(False), vectors(), **QUIET)
     with pytest.raises(UnsupportedError, match="find_lr in float16"):
         find_lr(linear().half(), vectors(), **QUIET)
+
+
+def test_a_loss_that_overflows_ends_the_test():
+    model, data = linear().float(), vectors(dtype=torch.float32)
+    found = find_lr(model, data, low=1e-3, high=1e300, steps=10, optimizer="sgd", **QUIET)
+    assert 2 <= len(found.lrs) == len(found.losses) == len(found.smoothed) < 10
+    assert np.isfinite(found.losses).all()
+
+
+def test_a_group_of_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(lr_range, "Group", lambda device: SimpleNamespace(world=2))
+    with pytest.raises(UnsupportedError, match="in one process before the group starts"):
+        find_lr(linear(), vectors(), **QUIET)
 
 
 def test_a_plot(tmp_path):

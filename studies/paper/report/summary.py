@@ -54,10 +54,10 @@ def auc(members: ArrayLike, others: ArrayLike) -> float:
     return float((below + up_to).mean() / (2 * len(ordered)))
 
 
-def caught(members: ArrayLike, others: ArrayLike, rate: float) -> float:
-    """True positive rate at a false positive rate."""
-    threshold = np.quantile(np.asarray(others), 1 - rate)
-    return float((np.asarray(members) > threshold).mean())
+def caught(members: ArrayLike, others: ArrayLike, rate: float) -> np.ndarray:
+    """True positive rate at a false positive rate, of each row if there are several."""
+    threshold = np.quantile(np.asarray(others), 1 - rate, axis=-1, keepdims=True)
+    return (np.asarray(members) > threshold).mean(axis=-1)
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,13 @@ def attack(runs: Sequence[tuple[Sequence[float], Sequence[float]]], rate: float 
     """
     random = np.random.default_rng(0)
     arrays = [(np.asarray(members), np.asarray(others)) for members, others in runs]
-    areas, rates = np.empty(BOOTSTRAPS), np.empty(BOOTSTRAPS)
-    for index in range(BOOTSTRAPS):
-        drawn = [(random.choice(a, len(a)), random.choice(b, len(b))) for a, b in arrays]
-        areas[index] = np.mean([auc(a, b) for a, b in drawn])
-        rates[index] = np.mean([caught(a, b, rate) for a, b in drawn])
+    drawn = [
+        [(random.choice(a, len(a)), random.choice(b, len(b))) for a, b in arrays]
+        for _ in range(BOOTSTRAPS)
+    ]
+    areas = [np.mean([auc(a, b) for a, b in seeds]) for seeds in drawn]
+    by_seed = [map(np.stack, zip(*pairs, strict=True)) for pairs in zip(*drawn, strict=True)]
+    rates = np.mean([caught(members, others, rate) for members, others in by_seed], axis=0)
     low, high = np.quantile(areas, [0.025, 0.975])
     caught_low, caught_high = np.quantile(rates, [0.025, 0.975])
     return Attack(

@@ -1,6 +1,6 @@
 """Draw the pictures of pages again whose numbers are kept in the page, or beside it.
 
-    python -m tools.page_pictures    # or, with all other pictures of docs/: make pictures
+    python -m tools.pages.pictures    # or, with all other pictures of docs/: make pictures
 
 docs/demo.png is of docs/demo.json, which `make demo` writes anew into out/. What measured
 docs/privacy.png and docs/shards-scale.png is no longer in this repository: they are drawn from the
