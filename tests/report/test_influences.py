@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from report_runs import validation
 from torch.utils.data import TensorDataset
 
 from tangent_ops import fit_exact
@@ -11,7 +12,6 @@ from tangent_ops.errors import UnsupportedError
 from tangent_ops.exact import Problem
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.report import influences
-from tangent_ops.report.collect import labelled_images
 from tangent_ops.report.influences import cases, chosen_images, reason_against
 from tangent_ops.shards import Plan
 from tangent_ops.shards.composing import composition, default_how
@@ -20,8 +20,7 @@ from tangent_ops.shards.scoring import Predictions, predictions
 
 
 def traced(plan: Plan) -> tuple[list[influences.Case], torch.Tensor, torch.Tensor]:
-    _, samples = labelled_images(plan, None)
-    assert samples is not None
+    samples = validation(plan)
     how = default_how(plan)
     found = predictions(plan.tangent(), {how: composition(plan, how)}, samples, progress=False)
     made = cases(plan, samples, found, progress=False)
@@ -112,8 +111,7 @@ def test_wrong_and_right_predictions_are_chosen(wrong: int, right: int, expected
 
 def test_why_there_are_none(stepped: Plan, exact: Plan, monkeypatch) -> None:
     assert "--method exact" in reason_against(stepped)
-    _, samples = labelled_images(stepped, None)
-    assert samples is not None
+    samples = validation(stepped)
     found = predictions(stepped.tangent(), {"mean": None}, samples, progress=False)
     with pytest.raises(UnsupportedError, match="trained by steps"):
         cases(stepped, samples, found, progress=False)

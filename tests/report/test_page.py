@@ -11,8 +11,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import make_run
 from PIL import Image
+from report_runs import make_run
 from shard_runs import anchor_file, create_plan, image_folder, trained
 
 from tangent_ops.errors import ArgumentError

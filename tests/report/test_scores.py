@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from report_runs import validation
 
 from tangent_ops.errors import ArgumentError
-from tangent_ops.report.collect import labelled_images
 from tangent_ops.report.scores import scores
 from tangent_ops.shards import Plan, compositions, forget, settle
 from tangent_ops.shards.composing import compose_run, composition, default_how
@@ -19,8 +19,7 @@ from tangent_ops.shards.scoring import Predictions, predictions
 
 def alone(plan: Plan, delta) -> torch.Tensor:
     """What a model predicts for the validation images, one image at a time."""
-    _, samples = labelled_images(plan, None)
-    assert samples is not None
+    samples = validation(plan)
     tangent = plan.tangent().eval()
     if delta is not None:
         tangent.load_delta_dict(delta)
@@ -32,8 +31,7 @@ def alone(plan: Plan, delta) -> torch.Tensor:
 @pytest.mark.parametrize("run", ["exact", "summed"])
 def test_each_model_and_each_shard_left_out(run, request, tmp_path: Path) -> None:
     plan = request.getfixturevalue(run)
-    _, samples = labelled_images(plan, None)
-    assert samples is not None
+    samples = validation(plan)
     found = scores(plan, samples, composed=True, progress=False)
     how = default_how(plan)
     assert (found.main, found.largest) == (how, False)
@@ -55,8 +53,7 @@ def test_each_model_and_each_shard_left_out(run, request, tmp_path: Path) -> Non
 
 
 def test_a_run_that_is_not_composed_has_its_anchor(stepped: Plan) -> None:
-    _, samples = labelled_images(stepped, None)
-    assert samples is not None
+    samples = validation(stepped)
     found = scores(stepped, samples, composed=False, progress=False)
     assert (list(found.models.classes), found.main, found.without) == (["anchor"], "anchor", None)
 
