@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from report_runs import validation
+from shard_runs import create_plan, trained
 from torch.utils.data import TensorDataset
 
 from tangent_ops import fit_exact
@@ -13,7 +14,7 @@ from tangent_ops.exact import Problem
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.report import influences
 from tangent_ops.report.influences import cases, chosen_images, reason_against
-from tangent_ops.shards import Plan
+from tangent_ops.shards import ImageData, Plan, ShardRecipe, settle
 from tangent_ops.shards.composing import composition, default_how
 from tangent_ops.shards.job import job_data
 from tangent_ops.shards.scoring import Predictions, predictions
@@ -76,17 +77,44 @@ def test_of_statistics_it_is_the_optimum_on_all_other_images(summed: Plan) -> No
     check(made, inputs, targets, whole, without)
 
 
+def without_in_mean(plan: Plan, inputs: torch.Tensor):
+    """The logits of the mean, and a function that fits and weights the shards without an image."""
+    names = [shard.name for shard in plan.shards()]
+
+    def mean(but: str | None = None) -> torch.Tensor:
+        each, weights = [], []
+        for name in names:
+            if left := [one.id for one in plan.job(name).samples if one.id != but]:
+                each.append(fitted(plan, images_of(plan, name, but), plan.recipe.l2, inputs))
+                weights.append(len(left) if plan.weights == "samples" else 1)
+        return sum(w * one for w, one in zip(weights, each, strict=True)) / sum(weights)
+
+    return mean(), lambda one: mean(one.sample.id)
+
+
 def test_of_exact_fits_it_is_the_mean_of_the_shards(exact: Plan) -> None:
     made, inputs, targets = traced(exact)
-    l2 = exact.recipe.l2
-    names = [shard.name for shard in exact.shards()]
-    each = {name: fitted(exact, images_of(exact, name), l2, inputs) for name in names}
+    check(made, inputs, targets, *without_in_mean(exact, inputs))
 
-    def without(one: influences.Neighbour) -> torch.Tensor:
-        moved = fitted(exact, images_of(exact, one.shard, one.sample.id), l2, inputs)
-        return (sum(each.values()) - each[one.shard] + moved) / len(names)
 
-    check(made, inputs, targets, sum(each.values()) / len(names), without)
+@pytest.mark.parametrize("weights", ["uniform", "samples"])
+def test_weights_and_a_shard_of_one_image(folder, exact, weights, monkeypatch) -> None:
+    ids = ImageData(str(folder / "images")).open().ids
+    dealt = {"one": ids[:1], "some": ids[1:5] + ids[12:15]}
+    recipe = ShardRecipe(method="exact", l2=0.5)
+    given = {"recipe": recipe, "validation": ImageData(str(folder / "test"))}
+    plan = trained(create_plan(folder, dealt, f"weighted-{weights}", **given))
+    settle(plan, weights=weights)
+    monkeypatch.setattr(influences, "TOP", 8)
+    made, inputs, targets = traced(plan)
+    found = [one for case in made[:2] for one in case.helpful + case.harmful]
+    assert len({one.sample.id for one in found}) == 8
+    logits, without = without_in_mean(plan, inputs)
+    check(made, inputs, targets, logits, without)
+    alone = next(one for one in made[0].helpful + made[0].harmful if one.shard == "one")
+    loss = RescaledSquareLoss(reduction="none")
+    expected = (loss(without(alone), targets) - loss(logits, targets))[0]
+    assert alone.change == pytest.approx(float(expected), rel=2e-2, abs=2e-4)
 
 
 def test_helpful_images_raise_the_loss_when_they_go(exact: Plan) -> None:
@@ -119,3 +147,5 @@ def test_why_there_are_none(stepped: Plan, exact: Plan, monkeypatch) -> None:
     assert "use exact.Influence" in reason_against(exact)
     monkeypatch.setattr(influences, "MOST_IMAGES", 10)
     assert "up to 10" in reason_against(exact)
+    monkeypatch.setitem(vars(exact), "overlap", True)
+    assert "in one shard each" in reason_against(exact)
