@@ -13,8 +13,7 @@ OLDEST_VERSIONS = "torch==2.11.*" "triton==3.6.*"
 installed = $(VENV)/.tangent-ops-$(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo exact-demo private-demo study test lint docs format bench bench-compiled gpu-bench publish compile-check rehearse gpu-check clean
-.PHONY: help demo exact-demo private-demo study test lint format bench bench-compiled gpu-bench publish pictures compile-check rehearse gpu-check clean
+.PHONY: help demo exact-demo private-demo study test lint docs format bench bench-compiled gpu-bench publish pictures compile-check rehearse gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))

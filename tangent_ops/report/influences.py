@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from tangent_ops.composition.feature_rows import FeatureRows
-from tangent_ops.composition.ledger import Ledger, StatisticsLedger
+from tangent_ops.composition.ledger import StatisticsLedger
 from tangent_ops.composition.ridge import Ridge
 from tangent_ops.delta import load_delta
 from tangent_ops.errors import UnsupportedError
@@ -82,6 +82,8 @@ def reason_against(plan: Plan) -> str:
             f"Exact influence needs a quadratic loss, and this run's is {recipe.loss}: "
             "finetune --loss rsl."
         )
+    if plan.overlap:
+        return "Influences are computed for images that are in one shard each."
     classes = plan.anchor_info.options["num_classes"]
     done = [shard.samples for shard in plan.shards() if shard.done]
     rows = max(done, default=0) * classes
@@ -107,9 +109,9 @@ def reason_against(plan: Plan) -> str:
 def cases(plan: Plan, data: Samples, found: Predictions, progress: bool = True) -> list[Case]:
     """Trace the predictions of some labelled images back to training images.
 
-    "Without an image" is the composition of the same shards, of which one was fitted without that
-    image; with the method "statistics" it is the optimum on all others with the same l2. The
-    shards' weights in a mean stay as they are.
+    "Without an image" is the mean of the shards, of which one was fitted without that image, with
+    the weights that they then have; with the method "statistics" it is the optimum on all others
+    with the same l2.
 
     Args:
         plan: a settled run, of which `reason_against` says nothing.
@@ -130,8 +132,7 @@ def cases(plan: Plan, data: Samples, found: Predictions, progress: bool = True) 
     targets = found.targets[chosen]
     main = composition(plan, how)
     tangent.load_delta_dict(main)
-    with torch.no_grad():
-        logits = tangent.eval()(inputs.to(device())).double().cpu()
+    logits = _logits(tangent, inputs.to(device()))
     jobs = [plan.job(shard.name) for shard in plan.shards() if shard.done]
     ledger = settled_ledger(plan)
     if isinstance(ledger, StatisticsLedger):
@@ -139,7 +140,7 @@ def cases(plan: Plan, data: Samples, found: Predictions, progress: bool = True) 
         l2 = float(main.meta.extra["l2"])
         changes = _of_statistics(plan, tangent, ledger, jobs, (inputs, targets), l2, progress)
     else:
-        changes = _of_mean(plan, tangent, ledger, jobs, inputs, progress)
+        changes = _of_mean(plan, tangent, jobs, inputs, progress)
     names = [(job.shard, sample) for job in jobs for sample in job.samples]
     loss = RescaledSquareLoss(reduction="none")
     result = []
@@ -179,28 +180,48 @@ def _evenly(items: list[int], count: int) -> list[int]:
 def _of_mean(
     plan: Plan,
     tangent: LinearizedModel,
-    ledger: Ledger,
     jobs: list[Job],
     inputs: Tensor,
     progress: bool,
 ) -> Tensor:
-    """(N, M, C): the changes of the mean's logits; a shard's change counts by its weight."""
-    weights = {entry.shard: entry.weight for entry in ledger.list()}
-    whole, parts = sum(weights.values()), []
+    """(N, M, C): the changes of the mean's logits.
+
+    With weights w_s, W their sum and t_s the outputs of the shards' deltas, the mean is
+    T = Σ w_s t_s / W, and without an image of s it is (W T - w_s t_s + w (t_s + change)) / (W - w_s
+    + w) with w the weight that s then has.
+    """
+    counts = {job.shard: float(len(job.samples)) for job in jobs}
+    by_size = plan.weights == "samples"
+    weights = counts if by_size else dict.fromkeys(counts, 1.0)
+    whole = sum(weights.values())
+    inputs = inputs.to(device())
+    tangent.zero_()
+    anchored = _logits(tangent, inputs)
+    moves, changes = {}, {}
     bar = tqdm(jobs, "influence", unit="shard", delay=2, leave=False, disable=not progress)
     for job in bar:
-        if len(job.samples) == 1:  # without its only image, the shard is the anchor
-            path = plan.result_path(job.hash)
-            tangent.load_delta_dict(load_delta(path, anchor=plan.anchor_info.fingerprint))
-            with torch.no_grad():
-                moved = tangent(inputs.to(device()))
-                tangent.zero_()
-                change = (tangent(inputs.to(device())) - moved)[None].double().cpu()
+        path = plan.result_path(job.hash)
+        tangent.load_delta_dict(load_delta(path, anchor=plan.anchor_info.fingerprint))
+        moves[job.shard] = _logits(tangent, inputs) - anchored
+        if len(job.samples) == 1:  # the shard goes with its only image
+            changes[job.shard] = torch.zeros(1, *anchored.shape, dtype=torch.float64)
         else:
             problem = job_problem(tangent, job_data(plan, job), plan.recipe, progress=False)
-            change = Influence(problem).change(inputs.to(device())).cpu()
-        parts.append(change * (weights[job.shard] / whole))
+            changes[job.shard] = Influence(problem).change(inputs).cpu()
+    mean = sum(weights[name] * move for name, move in moves.items()) / whole
+    parts = []
+    for name, move in moves.items():
+        own = weights[name]
+        left = own - 1 if by_size or counts[name] == 1 else own
+        rest = whole - own + left
+        moved = whole * mean - own * move + left * (move + changes[name])
+        parts.append((moved / rest if rest else torch.zeros_like(moved)) - mean)
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def _logits(tangent: LinearizedModel, inputs: Tensor) -> Tensor:
+    return tangent.eval()(inputs).double().cpu()
 
 
 def _of_statistics(

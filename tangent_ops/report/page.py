@@ -6,7 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 
+from tangent_ops.files import write_atomically
 from tangent_ops.pages import rendered
 from tangent_ops.report.charts import DotPlot, dot_plot, plot
 from tangent_ops.report.collect import SHOWN, RunReport
@@ -18,6 +20,7 @@ COLUMNS = 24  # classes of the table of classes by shard
 CURVES = 40  # lines in a plot
 NAMED = 8  # of which so few have a colour each
 EVENTS = 100
+EXTREMES = 10  # shards that help most, and least, where there are many
 _CONFUSIONS = 8
 _METHODS = {
     "exact": "each shard fitted to its optimum",
@@ -78,6 +81,7 @@ def page_of(report: RunReport) -> str:
         accuracy=_accuracy(report),
         without=_without(report),
         most_left_out=LEFT_OUT,
+        extremes=EXTREMES,
         confusion=_confusion(report),
         confusions=_confusions(report),
         shards=report.shards[:SHOWN],
@@ -93,6 +97,25 @@ def page_of(report: RunReport) -> str:
         short=short,
         points=points,
     )
+
+
+def write_page(report: RunReport, path: Path) -> int:
+    """Write the page, completely or not at all.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        UnsupportedError: jinja2 is not installed.
+        OSError: the file cannot be written.
+    """
+    page = page_of(report).encode("utf-8", "replace")  # names of files may be no text
+
+    def write(file: BinaryIO) -> None:
+        file.write(page)
+
+    write_atomically(path, write)
+    return len(page)
 
 
 def short(value: float) -> str:
@@ -139,8 +162,10 @@ def _without(report: RunReport) -> DotPlot | None:
     changes = _changes(report)
     if not changes:
         return None
-    ordered = dict(sorted(changes.items(), key=lambda item: item[1].value))
-    return dot_plot({"": Estimate(0, 0), **ordered}, _signed, points)
+    ordered = sorted(changes.items(), key=lambda item: item[1].value)
+    if len(ordered) > 2 * EXTREMES:
+        ordered = ordered[:EXTREMES] + ordered[-EXTREMES:]
+    return dot_plot({"": Estimate(0, 0), **dict(ordered)}, _signed, points)
 
 
 def _confusion(report: RunReport) -> Heat | None:
