@@ -64,6 +64,8 @@ def check_tensorboard(folder: Path | None) -> None:
     """Exit with an install command if a folder is given and TensorBoard is missing."""
     if folder is not None and importlib.util.find_spec("tensorboard") is None:
         fail('--tensorboard needs tensorboard: pip install "tangent-ops[tensorboard]"', code=2)
+    if folder is not None and folder.exists() and not folder.is_dir():
+        fail(f"--tensorboard {folder}: it is a file: give a folder", code=2)
 
 
 def _writer(folder: Path | None) -> Any:
