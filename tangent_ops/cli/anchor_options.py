@@ -9,6 +9,8 @@ from typing import Any
 
 from tangent_ops.errors import ArgumentError
 
+_LARGEST = 1 << 16  # pixels, as in an anchor's file
+
 
 @dataclass(frozen=True)
 class AnchorOptions:
@@ -47,6 +49,8 @@ class AnchorOptions:
 
             read_anchor(self.anchor)
             return
+        if self.img_size is not None and not 0 < self.img_size < _LARGEST:
+            raise ArgumentError(f"--img-size {self.img_size}: expected 1 to {_LARGEST - 1} pixels")
         import timm
 
         if not timm.is_model(self.model.split(".")[0]):

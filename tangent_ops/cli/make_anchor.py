@@ -40,7 +40,9 @@ def check_model(options: AnchorOptions, recipe: ShardRecipe, classes: int) -> No
         name, built = options.model.split(".")[0], options.built(classes)
     try:
         with torch.device("meta"):  # shapes only: nothing is computed or allocated
-            model = timm.create_model(name, pretrained=False, **built)
+            model = timm.create_model(name, pretrained=False, **built).eval()
+            if options.img_size is not None:
+                model(torch.zeros(1, 3, options.img_size, options.img_size))
     except Exception as error:  # whatever an architecture raises
         if options.img_size is not None and "img_size" in str(error):
             raise ArgumentError(
