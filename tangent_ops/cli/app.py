@@ -14,6 +14,7 @@ from tangent_ops.cli.export import export
 from tangent_ops.cli.finetune import EXAMPLES, finetune
 from tangent_ops.cli.forget import forget
 from tangent_ops.cli.group import Commands
+from tangent_ops.cli.influence import influence
 from tangent_ops.cli.inspect import inspect
 from tangent_ops.cli.ledger import app as ledger
 from tangent_ops.cli.options import grouped
@@ -57,6 +58,7 @@ app.command()(evaluate)
 app.command()(predict)
 app.command()(grouped(forget))
 app.command()(export)
+app.command()(influence)
 app.command()(certify)
 app.command()(inspect)
 app.command()(report)

@@ -44,7 +44,7 @@ def influence_grid(
     order = scores.argsort(descending=True).tolist()
     helpful = [index for index in order[:top] if scores[index] > 0]
     harmful = [index for index in order[::-1][:top] if scores[index] < 0]
-    figure = Figure(figsize=(1.25 * (top + 1.4), 3.7), layout="constrained")
+    figure = Figure(figsize=(1.25 * (top + 1.4), 4.3), layout="constrained")
     grid = figure.add_gridspec(2, top + 1, width_ratios=[1.4] + [1.0] * top)
     _draw(figure.add_subplot(grid[:, 0]), *query)
     rows = ((helpful, "Without these its loss rises"), (harmful, "Without these its loss falls"))
