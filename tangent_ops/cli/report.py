@@ -40,8 +40,8 @@ def report(
     training images: keep it where these may be seen.
     """
     from tangent_ops.errors import ArgumentError
-    from tangent_ops.files import check_target, write_atomically
-    from tangent_ops.report import collect, page_of
+    from tangent_ops.files import check_target
+    from tangent_ops.report import collect, write_page
     from tangent_ops.shards import ImageData, Plan
 
     with errors():
@@ -53,9 +53,8 @@ def report(
         plan = Plan.open(run)
         images = None if data is None else ImageData(str(data), data_name, split)
         found = collect(plan, images, progress=not hidden(False))
-        page = page_of(found).encode("utf-8", "replace")  # names of files may be no text
-        write_atomically(out, lambda file: file.write(page))
-    say(f"wrote {out} ({len(page) / 1e6:.1f} MB)")
+        size = write_page(found, out)
+    say(f"wrote {out} ({size / 1e6:.1f} MB)")
     for remark in found.remarks.values():
         say(remark)
     if show:

@@ -127,8 +127,8 @@ def _round_values(
     low: float, high: float, limits: tuple[float, float] = (-math.inf, math.inf)
 ) -> list[float]:
     """Round numbers that enclose two numbers, evenly spaced, within limits."""
-    if high - low < 1e-6 * max(abs(low), abs(high), 1e-3):
-        some = 0.02 * (abs(low) or 1)
+    if high - low < 1e-6 * max(abs(low), abs(high), 1e-2):
+        some = 0.02 * max(abs(low), 0.5)
         low, high = max(low - some, limits[0]), min(high + some, limits[1])
     step = 10.0 ** math.floor(math.log10((high - low) / _STEPS))
     while (high - low) / step > _STEPS:

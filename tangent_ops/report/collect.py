@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 
 from tangent_ops.composition.ledger import Event, Ledger, StatisticsLedger
 from tangent_ops.delta import DeltaMeta
-from tangent_ops.errors import LedgerError, SampleError, TangentOpsError
+from tangent_ops.errors import (
+    ArgumentError,
+    LedgerError,
+    SampleError,
+    TangentOpsError,
+    UnsupportedError,
+)
 from tangent_ops.report.influences import Case, Neighbour, cases, reason_against
 from tangent_ops.report.pictures import add_pictures, data_uri
 from tangent_ops.report.scores import Scores, scores
@@ -51,15 +57,14 @@ class RunReport:
     remarks: Mapping[str, str]
 
 
-def labelled_images(plan: Plan, data: ImageData | None) -> tuple[ImageData | None, Samples | None]:
-    """The labelled images of a report: those given, or the run's own validation images.
+def labelled_images(plan: Plan, data: ImageData) -> Samples:
+    """Labelled images, prepared for a run's anchor, with its classes.
 
     Raises:
         ArgumentError: there is no such folder, or its classes are not the run's.
     """
     info = plan.anchor_info
-    data = plan.validation if data is None else data
-    return data, None if data is None else data.open(info.input).with_classes(info.classes)
+    return data.open(info.input).with_classes(info.classes)
 
 
 def collect(plan: Plan, data: ImageData | None = None, *, progress: bool = True) -> RunReport:
@@ -78,8 +83,8 @@ def collect(plan: Plan, data: ImageData | None = None, *, progress: bool = True)
         ArgumentError: there is no such folder, or its classes are not the run's.
         PlanError, LedgerError: a file of the run is damaged.
     """
-    data, samples = labelled_images(plan, data)
     remarks: dict[str, str] = {}
+    data, samples = _labelled(plan, data, remarks)
     ledger = None
     try:
         ledger = settled_ledger(plan)
@@ -94,9 +99,7 @@ def collect(plan: Plan, data: ImageData | None = None, *, progress: bool = True)
     elif remark := add_pictures(plan, shards[:SHOWN], progress):
         remarks["pictures"] = remark
     found = None
-    if samples is None:
-        remarks["scores"] = "No labelled images are known: give a folder of them by --data."
-    else:
+    if samples is not None:
         try:
             found = scores(plan, samples, composed=ledger is not None, progress=progress)
         except SampleError as error:
@@ -117,6 +120,22 @@ def collect(plan: Plan, data: ImageData | None = None, *, progress: bool = True)
         privacy=privacy,
         remarks=remarks,
     )
+
+
+def _labelled(
+    plan: Plan, data: ImageData | None, remarks: dict[str, str]
+) -> tuple[ImageData | None, Samples | None]:
+    """The images given, or else the run's validation images, which may have gone since."""
+    if data is not None:
+        return data, labelled_images(plan, data)
+    if plan.validation is None:
+        remarks["scores"] = "No labelled images are known: give a folder of them by --data."
+        return None, None
+    try:
+        return plan.validation, labelled_images(plan, plan.validation)
+    except (ArgumentError, UnsupportedError) as error:
+        remarks["scores"] = f"The run's validation images are not there: {error} (--data)."
+        return None, None
 
 
 def _traced(

@@ -6,7 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 
+from tangent_ops.files import write_atomically
 from tangent_ops.pages import rendered
 from tangent_ops.report.charts import DotPlot, dot_plot, plot
 from tangent_ops.report.collect import SHOWN, RunReport
@@ -93,6 +95,25 @@ def page_of(report: RunReport) -> str:
         short=short,
         points=points,
     )
+
+
+def write_page(report: RunReport, path: Path) -> int:
+    """Write the page, completely or not at all.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        UnsupportedError: jinja2 is not installed.
+        OSError: the file cannot be written.
+    """
+    page = page_of(report).encode("utf-8", "replace")  # names of files may be no text
+
+    def write(file: BinaryIO) -> None:
+        file.write(page)
+
+    write_atomically(path, write)
+    return len(page)
 
 
 def short(value: float) -> str:

@@ -56,7 +56,7 @@ def test_from_images_to_forgetting_one(images: Path, tmp_path: Path) -> None:
     assert score["accuracy"] == score["models"]["statistics"]["accuracy"]
     for model in score["models"].values():  # each class has five of the 20 images
         assert sum(model["recall"].values()) / 4 == pytest.approx(model["accuracy"])
-    table = run("evaluate", out, images / "test", COLUMNS="100").stdout
+    table = run("evaluate", out, images / "test", "--per-class", COLUMNS="100").stdout
     assert all(word in table for word in ("head only", "class3", "all", "composition of 3 shards"))
 
     sample = Plan.open(out).job("shard-1").samples[0].id
