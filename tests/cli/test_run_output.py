@@ -146,7 +146,7 @@ def test_programs_get_the_histories(images: Path, begun: tuple[Path, Result]) ->
     assert "shards:" not in result.stderr
 
 
-def test_compose_and_forget_say_what_changed(copied: Path) -> None:
+def test_compose_and_forget_say_what_changed(copied: Path, images: Path) -> None:
     plan = Plan.open(copied)
     count = 24
 
@@ -170,7 +170,7 @@ def test_compose_and_forget_say_what_changed(copied: Path) -> None:
     words = check(parsed(run("compose", copied, "--json"))["accuracy"], None, Delta(mean))
     result = run("compose", again)
     assert f"accuracy on 24 validation images: the anchor's {words}" in result.stdout
-    next_one = f"next: tangent-ops evaluate {again} {plan.validation.root}"
+    next_one = f"next: tangent-ops evaluate {again} {images / 'valid'}"
     assert result.stdout.splitlines()[-1] == next_one
     same = run("compose", again).stdout
     assert f"{right(plan, Delta(mean)).mean():.1%}, as before" in same
