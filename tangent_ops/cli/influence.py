@@ -82,7 +82,7 @@ def influence(
         truth = predicted if target is None else _named(names, target)
         words = f"{truth}, predicted {predicted}" if truth != predicted else predicted
         png = _picture(plan, found, (query, f"{_short(image.name)}\n{_short(words)}"), top)
-        write_atomically(path, lambda file: file.write(png) and None)
+        write_atomically(path, lambda file: file.writelines([png]))
     order = found.changes.argsort(descending=True).tolist()
     helpful = [_row(found, names, one) for one in order[:top] if found.changes[one] > 0]
     harmful = [_row(found, names, one) for one in order[::-1][:top] if found.changes[one] < 0]

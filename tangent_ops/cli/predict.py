@@ -70,7 +70,7 @@ def predict(
             sys.stdout.buffer.write(data)
             sys.stdout.flush()
         else:
-            write_atomically(csv_file, lambda file: file.write(data) and None)
+            write_atomically(csv_file, lambda file: file.writelines([data]))
     if samples.passed_over:
         tell(passed_over(samples))
     if csv_file != _STDOUT:

@@ -52,7 +52,7 @@ def gradient_over_l2(folder: Path, plan: Plan, shard: str) -> float:
     loss = torch.where(right, K * (logits - M) ** 2, logits**2).mean()
     size = sum(value.square().sum() for value in delta.values())
     found = torch.autograd.grad(loss + L2 / 2 * size, list(delta.values()))
-    return float(sum(value.square().sum() for value in found).sqrt()) / L2
+    return sum(float(value.square().sum()) for value in found) ** 0.5 / L2
 
 
 def claims(result) -> dict[tuple[str, str], dict]:

@@ -155,8 +155,10 @@ def test_what_does_not_fit_together(images: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
     assert finetune(images, tmp_path / "run").exit_code == 0
-    refused(finetune(images, tmp_path / "run", "--seed", "1"), "another anchor")
+    refused(finetune(images, tmp_path / "run", "--seed", "1"), "recipe: --seed 0, not 1")
     refused(finetune(images, tmp_path / "run", "--l2", "1"), "another recipe")
+    size = finetune(images, tmp_path / "run", "--img-size", "48")
+    refused(size, "was begun with another anchor (--img-size 32, not 48)")
     run("compose", tmp_path / "run")
     for name in ("class0", "dog"):
         (tmp_path / "test" / name).mkdir(parents=True)

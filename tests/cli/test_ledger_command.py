@@ -139,9 +139,9 @@ def test_an_unknown_anchor_cannot_be_exported(ledger: Ledger, tmp_path: Path) ->
 # Words around the folder -> a pattern of the message.
 REFUSED = {
     "add a {file}": "shard 'a' is in the ledger already",
-    "add c {file} --weight 0": "weight must be finite and positive",
+    "add c {file} --weight 0": "--weight must be finite and positive",
     "add c {file} --meta who": "--meta who: expected key=value",
-    "add c {file}.missing": ".*No such file",
+    "add c {file}.missing": ".*there is no such file",
     "add c {folder}/ledger.sqlite": ".*no safetensors file",
     "forget c": "shard 'c' is not in the ledger",
 }

@@ -28,7 +28,7 @@ def outputs(folder: Path, image: Path) -> torch.Tensor:
     mean = {name: sum(delta[name] for delta in deltas) / len(deltas) for name in deltas[0]}
     weights = dict(model.named_parameters())
     zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
-    inputs = create_transform(**info.input)(Image.open(image).convert("RGB"))[None]
+    inputs = torch.stack([create_transform(**info.input)(Image.open(image).convert("RGB"))])
     tangents = {**zeros, **mean}
     with sdpa_kernel(SDPBackend.MATH):
         found = torch.func.jvp(
