@@ -258,6 +258,9 @@ def test_a_dry_run_tells_sizes(images: Path, tmp_path: Path, method: str) -> Non
     assert not (tmp_path / "run").exists()
     assert (found["weights"], found["bytes"]) == ("random", 2 * found["bytes_per_shard"])
     assert 0 < found["seconds"] < 60 and 0 < found["measured_on"] <= 8
+    if method == "gradient":
+        many = parsed(run(*command, "--epochs", 1000, "--dry-run", "--json"))["seconds"]
+        assert many > 10 * found["seconds"]
     if method == "statistics":
         assert "numbers of each shard" in run(*command, "--dry-run").stdout
     assert run(*command).exit_code == 0
