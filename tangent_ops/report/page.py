@@ -20,6 +20,7 @@ COLUMNS = 24  # classes of the table of classes by shard
 CURVES = 40  # lines in a plot
 NAMED = 8  # of which so few have a colour each
 EVENTS = 100
+EXTREMES = 10  # shards that help most, and least, where there are many
 _CONFUSIONS = 8
 _METHODS = {
     "exact": "each shard fitted to its optimum",
@@ -80,6 +81,7 @@ def page_of(report: RunReport) -> str:
         accuracy=_accuracy(report),
         without=_without(report),
         most_left_out=LEFT_OUT,
+        extremes=EXTREMES,
         confusion=_confusion(report),
         confusions=_confusions(report),
         shards=report.shards[:SHOWN],
@@ -160,8 +162,10 @@ def _without(report: RunReport) -> DotPlot | None:
     changes = _changes(report)
     if not changes:
         return None
-    ordered = dict(sorted(changes.items(), key=lambda item: item[1].value))
-    return dot_plot({"": Estimate(0, 0), **ordered}, _signed, points)
+    ordered = sorted(changes.items(), key=lambda item: item[1].value)
+    if len(ordered) > 2 * EXTREMES:
+        ordered = ordered[:EXTREMES] + ordered[-EXTREMES:]
+    return dot_plot({"": Estimate(0, 0), **dict(ordered)}, _signed, points)
 
 
 def _confusion(report: RunReport) -> Heat | None:

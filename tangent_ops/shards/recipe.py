@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _GRADIENT = ("epochs", "lr", "optimizer", "schedule", "seed", "accumulate", "batch_size")
 _EXACT, _STATISTICS = ("tol",), ("core",)
-_REPLACED = ("epochs", "batch_size", "seed")  # by the options of a private fit
+_REPLACED = ("epochs", "batch_size", "seed", "accumulate")  # by the options of a private fit
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 

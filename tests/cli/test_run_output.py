@@ -177,6 +177,9 @@ def test_compose_and_forget_say_what_changed(copied: Path, images: Path) -> None
 
     found = parsed(run("forget", copied, "--shard", "shard-0", "--json"))["accuracy"]
     words = check(found, Delta(mean), two)
+    assert run("evaluate", again, images / "valid").stdout.splitlines()[-1] == (
+        f"next: tangent-ops report {again}"
+    )
     result = run("forget", again, "--shard", "shard-0", "--yes")
     expected = words if found["change"] or found["standard_error"] else "as before"
     assert expected in result.stdout

@@ -72,7 +72,7 @@ def test_a_page_of_exact_fits(exact: Plan) -> None:
     titles = Counter(one["title"] for one in found.all("img") if one.get("title"))
     assert all(f"class{k}" in " ".join(map(str, titles)) for k in range(4))
     counts = [cell for cell in found.all("td") if (cell.get("title") or "").startswith("shard-")]
-    assert sum(int(cell["title"].rpartition(" ")[2]) for cell in counts) == 24
+    assert sum(int(str(cell["title"]).rpartition(" ")[2]) for cell in counts) == 24
 
 
 def test_a_page_of_statistics(summed: Plan) -> None:

@@ -40,7 +40,7 @@ def test_each_model_and_each_shard_left_out(run, request, tmp_path: Path) -> Non
     assert found.without is not None
     assert list(found.without.classes) == [shard.name for shard in plan.shards()]
     moved = 0
-    for name, classes in found.without.classes.items():
+    for name, classes in list(found.without.classes.items())[1:]:
         shutil.copytree(plan.path, tmp_path / name)
         less = Plan.open(tmp_path / name)
         forget(less, shard=name, progress=False)
