@@ -31,6 +31,7 @@ def show_dry_run(
     assignment: Mapping[str, Sequence[str]],
     there: Plan | None,
     out: Path,
+    validation: ImageData | None,
     workers: int | None,
     as_json: bool,
 ) -> None:
@@ -44,6 +45,7 @@ def show_dry_run(
         assignment: shard -> ids.
         there: the run, if it was begun already.
         out: its folder.
+        validation: the validation images that were given.
         workers: shards at a time; None for the default.
         as_json: print JSON.
     """
@@ -53,7 +55,12 @@ def show_dry_run(
     todo = [row for row in rows if not row["done"] and row["samples"]]
     epochs = recipe.epochs if recipe.method == "gradient" else 1
     known = found is not None and recipe.dp_epsilon is None
-    seconds = [found.seconds(row["samples"], epochs) for row in todo] if known and found else []
+    if validation is None and there is not None:
+        validation = there.validation
+    measured = 0 if validation is None else _count(validation)
+    seconds = (
+        [found.seconds(row["samples"], epochs, measured) for row in todo] if known and found else []
+    )
     if as_json:
         record = {
             "run": str(out),
@@ -82,6 +89,16 @@ def show_dry_run(
         say(f"{kind + ':':<11} {_bytes(found.bytes)} each, {_bytes(found.bytes * count)} in all")
         say(f"time:       {_time(recipe, seconds, found, workers)}")
     say(f"{len(todo)} of {len(rows)} shards would be trained into {out}{more}; nothing was written")
+
+
+def _count(validation: ImageData) -> int:
+    """Number of validation images; 0 if those of a run are gone."""
+    from tangent_ops.errors import ArgumentError
+
+    try:
+        return len(validation.open())
+    except ArgumentError:
+        return 0
 
 
 def _rows(

@@ -15,6 +15,7 @@ from rich.table import Table
 from tangent_ops.cli.compose import Run
 from tangent_ops.cli.config import Config
 from tangent_ops.cli.messages import errors, hidden, say
+from tangent_ops.cli.next_command import say_next
 
 if TYPE_CHECKING:
     from tangent_ops.delta import Delta
@@ -90,6 +91,8 @@ def evaluate(
         _show_classes(found, names)
     share, error = found.accuracy(main)
     say(f"{what}: {share:.1%} of {len(samples)} images (standard error {error:.1%})")
+    if delta is None and not anchor_only and not data_name:
+        say_next("report", run, plan, *(() if plan.validation else ("--data", str(data))))
 
 
 def _compared(

@@ -164,7 +164,7 @@ def finetune(
         Path | None,
         typer.Option(
             help="Folder of other labelled images, on which accuracies are measured. The run "
-            "remembers it. No delta depends on it.",
+            "remembers it. No delta depends on it. Each shard's process reads these images once.",
             rich_help_panel="Data",
         ),
     ] = None,
@@ -226,7 +226,16 @@ def finetune(
             if there is not None and moved:
                 there.relocate(source, dry_run=True, progress=not hidden(as_json))
             show_dry_run(
-                anchor, recipe, source, samples, dealt, there, out, machines.workers, as_json
+                anchor,
+                recipe,
+                source,
+                samples,
+                dealt,
+                there,
+                out,
+                measured,
+                machines.workers,
+                as_json,
             )
             return
         with tempfile.TemporaryDirectory(prefix="tangent-ops-") as scratch:

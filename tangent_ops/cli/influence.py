@@ -59,7 +59,7 @@ def influence(
     """
     need("plots", "matplotlib")
 
-    from tangent_ops.data import check_integer
+    from tangent_ops.checks import check_integer
     from tangent_ops.errors import ArgumentError
     from tangent_ops.files import write_atomically
     from tangent_ops.shards import ImageData, Plan

@@ -12,13 +12,20 @@ if TYPE_CHECKING:
     from tangent_ops.shards import Plan
 
 
-def say_next(command: str, run: Path, plan: Plan) -> None:
-    """Print ``next:`` and a command on the run; ``evaluate`` with the run's validation images."""
-    words = ["tangent-ops", command, str(run)]
+def say_next(command: str, run: Path, plan: Plan, *words: str) -> None:
+    """Print ``next:`` and a command on the run; ``evaluate`` with the run's validation images.
+
+    Args:
+        command: its name.
+        run: as the user gave it.
+        plan: of the run.
+        words: further ones of the command.
+    """
+    told = ["tangent-ops", command, str(run), *words]
     rest = ""
     if command == "evaluate":
         if plan.validation is None:
             rest = " IMAGES, a folder of labelled images"
         else:
-            words.append(plan.validation.root)
-    say(f"next: {shlex.join(words)}{rest}")
+            told.append(plan.validation.root)
+    say(f"next: {shlex.join(told)}{rest}")

@@ -38,6 +38,8 @@ class Expected:
         once: seconds per image, to read it and run the frozen blocks on it, or all that a method
             without epochs does.
         repeated: seconds per image and epoch, of a step.
+        seen: seconds per validation image, to read and classify it.
+        again: seconds per validation image and epoch, to classify it.
     """
 
     parameters: int
@@ -45,10 +47,13 @@ class Expected:
     images: int
     once: float
     repeated: float
+    seen: float
+    again: float
 
-    def seconds(self, samples: int, epochs: int) -> float:
-        """The time of a shard's job, if it grows with the number of images."""
-        return samples * (self.once + epochs * self.repeated)
+    def seconds(self, samples: int, epochs: int, validation: int = 0) -> float:
+        """The time of a shard's job, if it grows with the numbers of images."""
+        trained = samples * (self.once + epochs * self.repeated)
+        return trained + validation * (self.seen + epochs * self.again)
 
 
 def expected(
@@ -86,7 +91,7 @@ def _measured(
     public: ImageData | None,
 ) -> Expected:
     samples = data.open(config, augment=recipe.augment)
-    few = _few(model, samples, recipe)
+    few, seen = _few(model, samples, recipe)
     if recipe.method == "statistics":
         assert public is not None
         known = public.open(config)
@@ -98,33 +103,33 @@ def _measured(
         once = (time.perf_counter() - began) / len(few)
         stored, _ = file_content(found)  # less than in memory
         size = sum(tensor.nbytes for tensor in stored.values())
-        return Expected(_trained(tangent), size, len(few), once, 0.0)
+        return Expected(_trained(tangent), size, len(few), once, 0.0, 0.0, 0.0)
     tangent = linearize(model, recipe.trainable(model), rank=recipe.rank, basis=recipe.basis)
     size = sum(value.numel() * value.element_size() for value in tangent.delta_dict().values())
     if recipe.method == "exact":
         began = time.perf_counter()
         fit_exact(job_problem(tangent, few, recipe, False), recipe.tol)
-        once, repeated = (time.perf_counter() - began) / len(few), 0.0
-    else:
-        once, repeated = _step(tangent, few, recipe)
-    return Expected(_trained(tangent), size, len(few), once, repeated)
+        once = (time.perf_counter() - began) / len(few)
+        # A tangent model's pass is three of its anchor's.
+        return Expected(_trained(tangent), size, len(few), once, 0.0, 3 * seen, 0.0)
+    once, repeated, again = _step(tangent, few, recipe)
+    return Expected(_trained(tangent), size, len(few), once, repeated, seen, again)
 
 
-def _few(model: nn.Module, samples: Samples, recipe: ShardRecipe) -> Samples:
-    """As many images as a forward pass takes about a second for."""
-    first = samples[0][0][None].to(device())
+def _few(model: nn.Module, samples: Samples, recipe: ShardRecipe) -> tuple[Samples, float]:
+    """As many images as a forward pass takes about a second for, and the seconds of one."""
     with torch.no_grad():
-        model(first)  # warms up
+        model(samples[0][0][None].to(device()))  # warms up
         began = time.perf_counter()
-        model(first)
+        model(samples[0][0][None].to(device())).cpu()
         taken = time.perf_counter() - began
     count = min(_MOST, recipe.batch_size, len(samples), int(_BUDGET / max(taken, 1e-6)))
     step = len(samples) // max(1, count)  # of different classes, where the images are sorted
-    return samples.subset(samples.ids[:: max(1, step)][: max(1, count)])
+    return samples.subset(samples.ids[:: max(1, step)][: max(1, count)]), taken
 
 
-def _step(tangent: LinearizedModel, few: Samples, recipe: ShardRecipe) -> tuple[float, float]:
-    """Seconds per image: once, and of a step."""
+def _step(tangent: LinearizedModel, few: Samples, recipe: ShardRecipe) -> tuple[float, ...]:
+    """Seconds per image: once, of a step, and of a forward pass."""
     began = time.perf_counter()
     inputs = torch.stack([image for image, _ in few]).to(device())
     targets = torch.tensor(few.targets)
@@ -140,8 +145,13 @@ def _step(tangent: LinearizedModel, few: Samples, recipe: ShardRecipe) -> tuple[
                 inputs = trunk(inputs)
             read = time.perf_counter() - began
     step = _timed_fit(trained, inputs, targets)
+    with torch.no_grad():
+        began = time.perf_counter()
+        trained(inputs).cpu()
+        forward = time.perf_counter() - began
     again = 0.0 if recipe.cached else read  # without a cache every epoch reads the images
-    return (read - again) / len(few), (step + again) / len(few)
+    count = len(few)
+    return (read - again) / count, (step + again) / count, forward / count
 
 
 def _timed_fit(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:

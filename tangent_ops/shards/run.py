@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 
 from tangent_ops.checks import check_choice, check_integer
-from tangent_ops.errors import ArgumentError
+from tangent_ops.errors import ArgumentError, PlanError
 from tangent_ops.files import sweep
 from tangent_ops.shards.local import run_local
 from tangent_ops.shards.on_ray import need_ray, run_on_ray
@@ -140,7 +141,8 @@ def train(
             run_on_ray(plan.path, todo, **options, address=address, on_result=on_result)
         elif todo:
             run_local(plan.path, todo, **options, progress=alone, on_result=on_result)
-    write_summary(plan)
+    with suppress(OSError, PlanError):  # a full disk, say: the shards' results stand without it
+        write_summary(plan)
     return Report(
         trained=tuple(trained),
         skipped=tuple(shard.name for shard in shards if shard.done),

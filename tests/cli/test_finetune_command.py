@@ -232,11 +232,12 @@ def test_losses_for_tensorboard(images: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("tensorboard") is None:
         refused(finetune(images, tmp_path / "run", *words), "tangent-ops[tensorboard]")
         return
+    words += ("--validation", images / "test")
     assert finetune(images, tmp_path / "run", *words).exit_code == 0
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "board"))
     events.Reload()
-    assert events.Tags()["scalars"] == ["loss/shard-0", "lr/shard-0"]
+    assert events.Tags()["scalars"] == ["loss/shard-0", "lr/shard-0", "accuracy/shard-0"]
     assert [event.step for event in events.Scalars("loss/shard-0")] == [0, 1]
     assert events.Scalars("lr/shard-0")[0].value == pytest.approx(1e-3)

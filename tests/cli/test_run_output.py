@@ -146,7 +146,7 @@ def test_programs_get_the_histories(images: Path, begun: tuple[Path, Result]) ->
     assert "shards:" not in result.stderr
 
 
-def test_compose_and_forget_say_what_changed(copied: Path) -> None:
+def test_compose_and_forget_say_what_changed(copied: Path, images: Path) -> None:
     plan = Plan.open(copied)
     count = 24
 
@@ -170,13 +170,16 @@ def test_compose_and_forget_say_what_changed(copied: Path) -> None:
     words = check(parsed(run("compose", copied, "--json"))["accuracy"], None, Delta(mean))
     result = run("compose", again)
     assert f"accuracy on 24 validation images: the anchor's {words}" in result.stdout
-    next_one = f"next: tangent-ops evaluate {again} {plan.validation.root}"
+    next_one = f"next: tangent-ops evaluate {again} {images / 'valid'}"
     assert result.stdout.splitlines()[-1] == next_one
     same = run("compose", again).stdout
     assert f"{right(plan, Delta(mean)).mean():.1%}, as before" in same
 
     found = parsed(run("forget", copied, "--shard", "shard-0", "--json"))["accuracy"]
     words = check(found, Delta(mean), two)
+    assert run("evaluate", again, images / "valid").stdout.splitlines()[-1] == (
+        f"next: tangent-ops report {again}"
+    )
     result = run("forget", again, "--shard", "shard-0", "--yes")
     expected = words if found["change"] or found["standard_error"] else "as before"
     assert expected in result.stdout
@@ -258,6 +261,9 @@ def test_a_dry_run_tells_sizes(images: Path, tmp_path: Path, method: str) -> Non
     assert not (tmp_path / "run").exists()
     assert (found["weights"], found["bytes"]) == ("random", 2 * found["bytes_per_shard"])
     assert 0 < found["seconds"] < 60 and 0 < found["measured_on"] <= 8
+    if method == "gradient":
+        many = parsed(run(*command, "--epochs", 1000, "--dry-run", "--json"))["seconds"]
+        assert many > 10 * found["seconds"]
     if method == "statistics":
         assert "numbers of each shard" in run(*command, "--dry-run").stdout
     assert run(*command).exit_code == 0

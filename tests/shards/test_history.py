@@ -20,6 +20,7 @@ from tangent_ops import fit, load_delta
 from tangent_ops.errors import ArgumentError, PlanError
 from tangent_ops.shards import ImageData, Plan, ShardRecipe, by_hash, forget, job, results, settle
 from tangent_ops.shards.history import history_path, read_history
+from tangent_ops.shards.summary import summary_path, write_summary
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -196,6 +197,8 @@ def test_killed_between_history_and_delta(tmp_path: Path, monkeypatch) -> None:
 def test_killed_after_one_of_them_is_erased(tmp_path: Path, monkeypatch, last: str) -> None:
     plan = trained(plan_of(tmp_path))
     settle(plan)
+    write_summary(plan)
+    assert "shard-0" in summary_path(plan).read_text()
     staying = {name for name in contents(plan) if name.startswith(plan.job("shard-1").hash[:32])}
 
     def erase(path: Path, real=results.erase) -> None:
@@ -206,6 +209,7 @@ def test_killed_after_one_of_them_is_erased(tmp_path: Path, monkeypatch, last: s
     monkeypatch.setattr(results, "erase", erase)
     killed(lambda: forget(plan, shard="shard-0", progress=False))
     monkeypatch.undo()
+    assert not summary_path(plan).exists()  # it went first
     assert "shard-0" not in [shard.name for shard in plan.shards()]
     settle(plan)  # what the next command does
     assert len(staying) == 2 and contents(plan) == staying

@@ -284,6 +284,37 @@ def test_gradients_are_cleared():
     assert model.weight.grad is None
 
 
+def test_each_epoch_can_be_watched():
+    """What is called after an epoch sees its parameters, and its draws change no other epoch."""
+    seen = []
+
+    def watch(history):
+        torch.rand(3)
+        next(iter(loader))  # draws from the loader's own generator
+        assert all(parameter.grad is None for parameter in model.parameters())
+        seen.append((len(history.loss), copy.deepcopy(model.state_dict())))
+
+    found = []
+    for on_epoch in (None, watch):
+        model = linear()
+        loader = DataLoader(vectors(), 5, shuffle=True, generator=torch.Generator().manual_seed(1))
+        fit(model, loader, epochs=3, lr=0.1, schedule="constant", progress=False, on_epoch=on_epoch)
+        found.append(model.state_dict())
+    assert_equal(*found)
+    assert [epochs for epochs, _ in seen] == [1, 2, 3]
+    for epochs, state in seen:
+        model = linear()
+        loader = DataLoader(vectors(), 5, shuffle=True, generator=torch.Generator())
+        fit(model, loader, epochs=epochs, lr=0.1, schedule="constant", progress=False)
+        assert_equal(model.state_dict(), state)
+
+    def stop(history):
+        raise KeyError(len(history.loss))
+
+    with pytest.raises(KeyError, match="1"):
+        fit(linear(), vectors(), epochs=3, progress=False, on_epoch=stop)
+
+
 # Progress
 
 

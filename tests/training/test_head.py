@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 from training_cases import assert_equal, generator_states, images, quiet, tiny_vit, vectors
 
 from tangent_ops import accuracy, fit_head, last_blocks, linearize, predict
@@ -59,6 +59,27 @@ def test_a_probe_computes_features_once():
         return len(count)
 
     assert forwards(epochs=5) == forwards(epochs=1) > 0
+
+
+def test_what_is_held_out_is_not_fitted():
+    """With a fold for each sample: against a probe of all others, whole batches at a time."""
+    model, data = tiny_vit(), images()
+    training = {"epochs": 3, "batch_size": 20, "lr": 0.05, "progress": False}
+    probe, history = fit_head(model, data, folds=20, **training)
+    right = 0
+    for left_out in range(20):
+        others = [index for index in range(20) if index != left_out]
+        fitted, _ = fit_head(model, Subset(data, others), **training)
+        image, target = data[left_out]
+        with torch.no_grad():
+            right += int(fitted(image[None]).argmax()) == int(target)
+    assert history.held_out == right / 20 < accuracy(probe, data)
+    alone, history = fit_head(model, data, **training)
+    assert history.held_out is None
+    assert_equal(alone.state_dict(), probe.state_dict())
+    for folds in (1, 21):
+        with pytest.raises(ArgumentError, match="folds"):
+            fit_head(model, data, folds=folds, progress=False)
 
 
 def test_a_probe_may_have_other_classes():
