@@ -27,7 +27,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     links to; a page of the reference for each one that the navigation names; the tutorials.
     """
     of_theme = [file for file in files if file.generated_by is None and not _in_docs(file)]
-    sources = {path for path in pages() if path.is_file()}
+    sources = {*pages(), *(ROOT / name for name in config.extra_css)}
     for page in list(sources):
         linked = (page.parent / target for target, _ in targets(page) if target)
         sources |= {path.resolve() for path in linked if path.is_file()}
@@ -80,7 +80,7 @@ def _reference(name: str, package: Any) -> str:
     if not public:
         raise PluginError(f"{REFERENCE}{name}.md: {name} has no public names")
     lines = [f"# `{name}`", "", f"::: {name}"]
-    lines += ["    options: { members: false, show_root_heading: false }", ""]
+    lines += ["    options: { members: false, show_root_heading: false, show_root_toc_entry: false }", ""]
     for member in sorted(public, key=str.lower):
         found = module.members.get(member)
         if found is not None and not found.is_alias and found.is_attribute and not found.docstring:
