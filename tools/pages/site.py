@@ -27,8 +27,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     links to; a page of the reference for each one that the navigation names; the tutorials.
     """
     of_theme = [file for file in files if file.generated_by is None and not _in_docs(file)]
-    sources = {*pages(), *(ROOT / name for name in config.extra_css)}
-    for page in list(sources):
+    sources = {*pages(), *(ROOT / "docs").glob("*.css")}
+    for page in pages():
         linked = (page.parent / target for target, _ in targets(page) if target)
         sources |= {path.resolve() for path in linked if path.is_file()}
     found = Files(of_theme)
