@@ -14,7 +14,10 @@
 import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
+from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import Subset, TensorDataset
+
+import tangent_ops
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -37,8 +40,7 @@ favourite = private // 2  # customer 0 has most of the zeros and ones, and so on
 elsewhere = torch.rand(len(private)) < 0.1
 owner = torch.where(elsewhere, torch.randint(5, private.shape), favourite)
 shards = {
-    f"customer-{k}": Subset(digits, (150 + torch.where(owner == k)[0]).tolist())
-    for k in range(5)
+    f"customer-{k}": Subset(digits, (150 + torch.where(owner == k)[0]).tolist()) for k in range(5)
 }
 
 figure, axes = plt.subplots(5, 12, figsize=(8, 3.6))
@@ -55,10 +57,6 @@ for row, shard in zip(axes, shards.values(), strict=True):
 # from the 150 public images.
 
 # %%
-from timm.models.vision_transformer import VisionTransformer
-
-import tangent_ops
-
 size = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10}
 vit = VisionTransformer(**size, embed_dim=48, depth=2, num_heads=3)
 optimizer = torch.optim.AdamW(vit.parameters(), lr=0.01, weight_decay=0.05)
@@ -147,5 +145,6 @@ axis.spines[["top", "right"]].set_visible(False)
 # %% [markdown]
 # Without a customer, the sum has hardly seen two of the digits, and is worse at them than the
 # model of the public images. With 497 test images the standard error of an accuracy is about 1.5
-# points: differences below that say nothing. [Statistics](../promises/statistics.md) has the theorem, and
-# [the ledger](../promises/ledger.md) says what is forgotten, and what is not.
+# points: differences below that say nothing. The theorem is on the page on
+# [statistics](../promises/statistics.md); the page on [the ledger](../promises/ledger.md) says what
+# is forgotten, and what is not.

@@ -80,13 +80,21 @@ def _reference(name: str, package: Any) -> str:
     if not public:
         raise PluginError(f"{REFERENCE}{name}.md: {name} has no public names")
     lines = [f"# `{name}`", "", f"::: {name}"]
-    lines += ["    options: { members: false, show_root_heading: false, show_root_toc_entry: false }", ""]
+    lines += [
+        "    options: { members: false, show_root_heading: false, show_root_toc_entry: false }",
+        "",
+    ]
     for member in sorted(public, key=str.lower):
         found = module.members.get(member)
         if found is not None and not found.is_alias and found.is_attribute and not found.docstring:
             lines += [f"## `{member}`", "", f"`{found.value}`", ""]
         elif (ROOT / name.replace(".", "/") / f"{member}.py").is_file():
-            lines += [f"## `{member}`", "", f"A module: [`{name}.{member}`]({name}.{member}.md).", ""]
+            lines += [
+                f"## `{member}`",
+                "",
+                f"A module: [`{name}.{member}`]({name}.{member}.md).",
+                "",
+            ]
         else:
             lines += [f"::: {name}.{member}", ""]
     return "\n".join(lines)
