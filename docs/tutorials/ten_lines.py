@@ -46,7 +46,8 @@ shards = {
 figure, axes = plt.subplots(5, 12, figsize=(8, 3.6))
 figure.suptitle("The first 12 images of each customer")
 for row, shard in zip(axes, shards.values(), strict=True):
-    for cell, (image, _) in zip(row, shard, strict=False):
+    for number, cell in enumerate(row):
+        image, _ = shard[number]
         cell.imshow(image[0], cmap="gray_r")
         cell.axis("off")
 
@@ -57,8 +58,9 @@ for row, shard in zip(axes, shards.values(), strict=True):
 # from the 150 public images.
 
 # %%
-size = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10}
-vit = VisionTransformer(**size, embed_dim=48, depth=2, num_heads=3)
+vit = VisionTransformer(
+    img_size=8, patch_size=4, in_chans=1, num_classes=10, embed_dim=48, depth=2, num_heads=3
+)
 optimizer = torch.optim.AdamW(vit.parameters(), lr=0.01, weight_decay=0.05)
 schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=250)
 for _ in range(250):

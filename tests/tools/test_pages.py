@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from tools.pages import commands
-from tools.pages.blocks import ROOT, pages
+from tools.pages.blocks import ROOT, pages, python_blocks
 from tools.pages.links import anchors, broken, targets
 
 EVERY_PAGE = pytest.mark.parametrize("page", pages(), ids=lambda p: p.relative_to(ROOT).as_posix())
@@ -105,6 +106,14 @@ def test_a_wrong_command(command: str, message: str) -> None:
     pytest.importorskip("typer", reason="the extra for the command line is not installed")
     with pytest.raises(commands.CommandError, match=message):
         commands.check(command)
+
+
+def test_the_reference_has_every_module_that_code_on_pages_imports() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    code = "".join(block.code for page in pages() for block in python_blocks(page))
+    modules = set(re.findall(r"^ *from (tangent_ops[\w.]*) import", code, flags=re.MULTILINE))
+    assert len(modules) > 3
+    assert [name for name in sorted(modules) if f"docs/reference/{name}.md" not in nav] == []
 
 
 def test_the_readme_counts_the_claims_of_the_study() -> None:
