@@ -20,6 +20,26 @@ REFERENCE = "docs/reference/"
 TUTORIALS = "docs/tutorials/"
 
 
+def on_config(config: MkDocsConfig) -> None:
+    """The navigation with pages in place of each `FOLDER/*.md`."""
+    rest = {page.relative_to(ROOT).as_posix() for page in pages()} - set(_named(config.nav))
+    config.nav = _filled(config.nav, sorted(rest))
+
+
+def _filled(nav: Any, rest: list[str]) -> Any:
+    if isinstance(nav, dict):
+        return {title: _filled(part, rest) for title, part in nav.items()}
+    if isinstance(nav, str):
+        return nav
+    filled = []
+    for part in nav:
+        if isinstance(part, str) and part.endswith("/*.md"):
+            filled += [name for name in rest if str(Path(name).parent / "*.md") == part]
+        else:
+            filled.append(_filled(part, rest))
+    return filled
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """What the site is made of: the same relative links work in it and on the code host.
 
