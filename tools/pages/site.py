@@ -47,7 +47,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     links to; a page of the reference for each one that the navigation names; the tutorials.
     """
     of_theme = [file for file in files if file.generated_by is None and not _in_docs(file)]
-    sources = {*pages(), *(ROOT / "docs").glob("*.css")}
+    sources = {*pages(), *(ROOT / "docs").glob("*.css"), *(ROOT / "docs").glob("*.js")}
     for page in pages():
         linked = (page.parent / target for target, _ in targets(page) if target)
         sources |= {path.resolve() for path in linked if path.is_file()}
