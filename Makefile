@@ -48,7 +48,7 @@ lint: $(call installed,test) ## ruff, pyright and the import contracts
 	PYTHONPATH="$(CURDIR):$(CURDIR)/kernels" $(VENV)/bin/lint-imports --no-logo
 
 docs: $(call installed,docs) ## the pages as a site, its tutorial executed: out/site/index.html; offline
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet --site-dir "$(or $(OUT),out/site)" $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --site-dir "$(or $(OUT),out/site)" $(ARGS)
 
 format: $(call installed,test) ## ruff's fixes and format, in place
 	$(VENV)/bin/ruff check --fix .

@@ -130,7 +130,7 @@ def test_make_lists_its_targets() -> None:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize(
-    "target", ["demo", "test", "lint", "bench", "compile-check", "rehearse", "gpu-check"]
+    "target", ["demo", "test", "lint", "docs", "bench", "compile-check", "rehearse", "gpu-check"]
 )
 def test_make_creates_the_environment_it_uses(target: str, tmp_path: Path) -> None:
     environment = tmp_path / "environment"

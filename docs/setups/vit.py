@@ -16,7 +16,7 @@ torch.manual_seed(0)
 vit = model = VisionTransformer(
     img_size=16, patch_size=4, embed_dim=12, depth=1, num_heads=2, num_classes=5
 )
-torch.nn.init.normal_(model.head.weight, std=0.2)  # timm's starts at zero
+torch.nn.init.normal_(model.get_parameter("head.weight"), std=0.2)  # timm's starts at zero
 tangent = tangent_ops.linearize(model)
 
 train_set = TensorDataset(images(12, seed=1), torch.arange(12) % 4)

@@ -14,7 +14,10 @@
 import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
+from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import Subset, TensorDataset
+
+import tangent_ops
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -25,26 +28,26 @@ order = torch.randperm(len(labels))
 images, labels = images[order], labels[order]
 
 digits = TensorDataset(images, labels)
-public_set = Subset(digits, range(300))  # images that never have to be forgotten
+public_set = Subset(digits, range(150))  # images that never have to be forgotten
 test_set = Subset(digits, range(1300, 1797))
 
 # %% [markdown]
-# The five customers have about 100 images each, most of them of two digits.
+# The five customers have about 100 images each, nine of ten of two digits.
 
 # %%
-private = labels[300:800]
+private = labels[150:650]
 favourite = private // 2  # customer 0 has most of the zeros and ones, and so on
-elsewhere = torch.rand(len(private)) < 0.25
+elsewhere = torch.rand(len(private)) < 0.1
 owner = torch.where(elsewhere, torch.randint(5, private.shape), favourite)
 shards = {
-    f"customer-{k}": Subset(digits, (300 + (owner == k).nonzero().flatten()).tolist())
-    for k in range(5)
+    f"customer-{k}": Subset(digits, (150 + torch.where(owner == k)[0]).tolist()) for k in range(5)
 }
 
 figure, axes = plt.subplots(5, 12, figsize=(8, 3.6))
 figure.suptitle("The first 12 images of each customer")
 for row, shard in zip(axes, shards.values(), strict=True):
-    for cell, (image, _) in zip(row, shard, strict=False):
+    for number, cell in enumerate(row):
+        image, _ = shard[number]
         cell.imshow(image[0], cmap="gray_r")
         cell.axis("off")
 
@@ -52,20 +55,16 @@ for row, shard in zip(axes, shards.values(), strict=True):
 # ## A pre-trained model
 #
 # Elsewhere this is one line: `timm.create_model(..., pretrained=True)`. Here a small ViT learns
-# from the 300 public images.
+# from the 150 public images.
 
 # %%
-from timm.models.vision_transformer import VisionTransformer
-
-import tangent_ops
-
 vit = VisionTransformer(
-    img_size=8, patch_size=4, in_chans=1, embed_dim=48, depth=2, num_heads=3, num_classes=10
+    img_size=8, patch_size=4, in_chans=1, num_classes=10, embed_dim=48, depth=2, num_heads=3
 )
 optimizer = torch.optim.AdamW(vit.parameters(), lr=0.01, weight_decay=0.05)
 schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=250)
 for _ in range(250):
-    batch = torch.randint(300, (64,))
+    batch = torch.randint(150, (64,))
     optimizer.zero_grad()
     torch.nn.functional.cross_entropy(vit(images[batch]), labels[batch]).backward()
     optimizer.step()
@@ -101,8 +100,7 @@ print(f"of the test images recognised: {accuracy['all five customers']:.1%}")
 # %%
 ledger.forget("customer-1")
 tangent.load_delta_dict(ledger.choose().delta)
-accuracy["without customer 1"] = tangent_ops.accuracy(tangent, test_set)
-print(f"of the test images recognised: {accuracy['without customer 1']:.1%}")
+print(f"of the test images recognised: {tangent_ops.accuracy(tangent, test_set):.1%}")
 
 # %% [markdown]
 # One image of customer 3 has to go, too. Only that image is read again.
@@ -147,6 +145,8 @@ axis.set_xlabel("%")
 axis.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]
-# With 497 test images the standard error of an accuracy is about 1.4 points: differences below
-# that say nothing. [Statistics](../promises/statistics.md) has the theorem, and
-# [the ledger](../promises/ledger.md) says what is forgotten, and what is not.
+# Without a customer, the sum has hardly seen two of the digits, and is worse at them than the
+# model of the public images. With 497 test images the standard error of an accuracy is about 1.5
+# points: differences below that say nothing. The theorem is on the page on
+# [statistics](../promises/statistics.md); the page on [the ledger](../promises/ledger.md) says what
+# is forgotten, and what is not.

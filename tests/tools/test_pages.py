@@ -1,4 +1,4 @@
-"""Pages show pictures that exist, and the README states what the study found."""
+"""Markdown pages: links lead somewhere, commands exist, the README states what the study found."""
 
 from __future__ import annotations
 
@@ -8,15 +8,112 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+from tools.pages import commands
+from tools.pages.blocks import ROOT, pages, python_blocks
+from tools.pages.links import anchors, broken, targets
+
+EVERY_PAGE = pytest.mark.parametrize("page", pages(), ids=lambda p: p.relative_to(ROOT).as_posix())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_picture_exists(page: Path) -> None:
-    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
-    assert pictures or page != ROOT / "README.md"
-    assert [name for name in pictures if not (page.parent / name).is_file()] == []
+@EVERY_PAGE
+def test_links_and_pictures_lead_somewhere(page: Path) -> None:
+    assert broken(page) == []
+
+
+def test_there_are_links_to_check() -> None:
+    """As many as a plain search finds."""
+    found = [path for page in pages() for path, _ in targets(page)]
+    assert len(found) > 100
+    assert any(path.endswith(".png") for path in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("[a](page.md#a-heading), [a](#a-heading-1), [b](folder)", []),
+        ("[a](https://example.com/none.md#x), `[a](none.md)`", []),
+        ("    [a](none.md)", []),
+        ("[a](none.md), ![a](none.png)", ["none.md", "none.png"]),
+        ("[a](#none), [b](page.md#a_heading)", ["#none", "page.md#a_heading"]),
+        ("[![a](none.png)](page.md)", ["none.png"]),
+    ],
+)
+def test_broken_links(text: str, lost: list[str], tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    page = tmp_path / "page.md"
+    page.write_text(f"# A heading\n\n{text}\n\n## A heading\n")
+    assert broken(page) == lost
+
+
+def test_anchors_are_those_of_github(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        '# `backend="triton"`, here: interpreted\n## A: b - c_d\n## [Link](x.md)\'s Δw ## \n'
+        "```sh\n# no heading\n```\n"
+    )
+    assert anchors(page) == {"backendtriton-here-interpreted", "a-b---c_d", "links-δw"}
+
+
+@EVERY_PAGE
+def test_commands_exist(page: Path) -> None:
+    pytest.importorskip("typer", reason="the extra for the command line is not installed")
+    for place, command in commands.commands(page):
+        try:
+            commands.check(command)
+        except (commands.CommandError, ValueError) as error:
+            pytest.fail(f"{place}: {command}: {error}")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "tangent-ops finetune photos --out run --by customer  # a comment",
+        "tangent-ops compose run --how mean; tangent-ops forget run --label x && make test",
+        "tangent-ops ledger forget models customer-7 --samples one.safetensors",
+        "tangent-ops --version",
+        'make test ARGS="-k x" OUT=folder',
+        "TRITON_INTERPRET=1 python3 -m pytest tests/test_docs.py::test_page -k x",
+        "python -m tools.coverage --only 'swin|eva'",
+        'pip install ".[cli,privacy]" other',
+        ".ci/run",
+        "git stash",
+    ],
+)
+def test_a_right_command(command: str) -> None:
+    pytest.importorskip("typer", reason="the extra for the command line is not installed")
+    commands.check(command)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("tangent-ops fine-tune photos", "no command 'fine-tune'"),
+        ("tangent-ops compose run --who mean", "no option --who"),
+        ("tangent-ops compose run --how median", "takes .*mean.*, not 'median'"),
+        ("tangent-ops compose run other", "takes 1 arguments, not 2"),
+        ("make tests", "no target 'tests'"),
+        ("make test ARG=1", "no variable ARG"),
+        ("make test; make tests", "no target 'tests'"),
+        ("python -m tools.nothing", "no such module"),
+        ("python -m tools.coverage --onyl x", "no option --onyl"),
+        ("python examples/nothing.py", "no such file"),
+        ("pytest tests/nothing.py", "no such file"),
+        ('pip install ".[everything]"', "no extra 'everything'"),
+        ("rm -rf x", "rm: unknown"),
+    ],
+)
+def test_a_wrong_command(command: str, message: str) -> None:
+    pytest.importorskip("typer", reason="the extra for the command line is not installed")
+    with pytest.raises(commands.CommandError, match=message):
+        commands.check(command)
+
+
+def test_the_reference_has_every_module_that_code_on_pages_imports() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    code = "".join(block.code for page in pages() for block in python_blocks(page))
+    modules = set(re.findall(r"^ *from (tangent_ops[\w.]*) import", code, flags=re.MULTILINE))
+    assert len(modules) > 3
+    assert [name for name in sorted(modules) if f"docs/reference/{name}.md" not in nav] == []
 
 
 def test_the_readme_counts_the_claims_of_the_study() -> None:

@@ -1,1 +1,1 @@
-"""Pages of docs/ that a command writes."""
+"""The Markdown pages: their code, commands and links; the site; a page that a command writes."""

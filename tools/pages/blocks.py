@@ -85,7 +85,7 @@ def _blocks(page: Path, lines: list[str]) -> Iterator[Block]:
         else:
             at += 1
         if line.strip():
-            if "<!-- needs " in line and not NEEDS.match(line):
+            if line.lstrip().startswith("<!-- needs ") and not NEEDS.match(line):
                 ways = "cuda, network, time, package NAME"
                 raise PageError(f"{page}:{start + 1}: {line.strip()}: not '<!-- needs WHAT: "
                                 f"the reason -->' with one of {ways}")  # fmt: skip
@@ -114,7 +114,7 @@ def set_up(page: Path) -> Path | None:
     Raises:
         PageError: There are several, or the file does not exist.
     """
-    names = SET_UP.findall(page.read_text(encoding="utf-8"))
+    names = SET_UP.findall(re.sub(r"`[^`\n]*`", "", page.read_text(encoding="utf-8")))
     if len(names) > 1:
         raise PageError(f"{page}: {len(names)} links named set-up; a page has one, or none")
     if names and not (page.parent / names[0]).is_file():

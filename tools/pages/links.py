@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tools.pages.blocks import blocks
 
-LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
-HEADING = re.compile(r"^#{1,6} +(.*?) *#*$")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#{1,6} +(.*?) *#* *$")
 
 
 def text_of(page: Path) -> list[str]:

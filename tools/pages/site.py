@@ -20,6 +20,26 @@ REFERENCE = "docs/reference/"
 TUTORIALS = "docs/tutorials/"
 
 
+def on_config(config: MkDocsConfig) -> None:
+    """The navigation with pages in place of each `FOLDER/*.md`."""
+    rest = {page.relative_to(ROOT).as_posix() for page in pages()} - set(_named(config.nav))
+    config.nav = _filled(config.nav, sorted(rest))
+
+
+def _filled(nav: Any, rest: list[str]) -> Any:
+    if isinstance(nav, dict):
+        return {title: _filled(part, rest) for title, part in nav.items()}
+    if isinstance(nav, str):
+        return nav
+    filled = []
+    for part in nav:
+        if isinstance(part, str) and part.endswith("/*.md"):
+            filled += [name for name in rest if str(Path(name).parent / "*.md") == part]
+        else:
+            filled.append(_filled(part, rest))
+    return filled
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """What the site is made of: the same relative links work in it and on the code host.
 
@@ -27,8 +47,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     links to; a page of the reference for each one that the navigation names; the tutorials.
     """
     of_theme = [file for file in files if file.generated_by is None and not _in_docs(file)]
-    sources = {path for path in pages() if path.is_file()}
-    for page in list(sources):
+    sources = {*pages(), *(ROOT / "docs").glob("*.css"), *(ROOT / "docs").glob("*.js")}
+    for page in pages():
         linked = (page.parent / target for target, _ in targets(page) if target)
         sources |= {path.resolve() for path in linked if path.is_file()}
     found = Files(of_theme)
@@ -80,7 +100,10 @@ def _reference(name: str, package: Any) -> str:
     if not public:
         raise PluginError(f"{REFERENCE}{name}.md: {name} has no public names")
     lines = [f"# `{name}`", "", f"::: {name}"]
-    lines += ["    options: { members: false, show_root_heading: false }", ""]
+    lines += [
+        "    options: { members: false, show_root_heading: false, show_root_toc_entry: false }",
+        "",
+    ]
     for member in sorted(public, key=str.lower):
         found = module.members.get(member)
         if found is not None and not found.is_alias and found.is_attribute and not found.docstring:
