@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from tangent_ops.checks import check_integer
+from tangent_ops.checks import (  # noqa: F401 - modules that need torch import them from here
+    check_choice,
+    check_integer,
+    check_not_negative,
+    check_positive,
+    did_you_mean,
+)
 from tangent_ops.errors import ArgumentError
 
 Data = DataLoader[Any] | Dataset[Any]

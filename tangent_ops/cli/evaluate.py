@@ -54,8 +54,8 @@ def evaluate(
     """
     from torch import bincount, tensor
 
-    from tangent_ops.checks import check_integer
     from tangent_ops.cli.assignment import described
+    from tangent_ops.data import check_integer
     from tangent_ops.errors import ArgumentError
     from tangent_ops.shards import ImageData, Plan
     from tangent_ops.shards.job import device

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tangent_ops.checks import check_not_negative
+from tangent_ops.data import check_not_negative
 from tangent_ops.delta import Delta, DeltaMeta
 from tangent_ops.errors import ArgumentError, StatisticsError
 

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from tangent_ops.checks import check_integer, check_positive
 from tangent_ops.composition.fixed_terms import add_samples
 from tangent_ops.composition.ridge import FeatureRows
 from tangent_ops.composition.statistics import FRACTION_BITS, StatisticsMeta, TangentStatistics
-from tangent_ops.data import Data, in_order, place, unpack
+from tangent_ops.data import Data, check_integer, check_positive, in_order, place, unpack
 from tangent_ops.delta import DeltaMeta
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.exact.problem import check_tangent

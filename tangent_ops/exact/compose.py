@@ -6,13 +6,12 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, overload
 
-from tangent_ops.checks import check_choice
 from tangent_ops.composition.compose import compose as weighted_sum
 from tangent_ops.composition.head import compose_head
 from tangent_ops.composition.ridge import SolvedDelta
 from tangent_ops.composition.statistics import TangentStatistics
 from tangent_ops.composition.statistics_file import load_statistics
-from tangent_ops.data import Data
+from tangent_ops.data import Data, check_choice
 from tangent_ops.delta import Delta, DeltaLike
 from tangent_ops.errors import ArgumentError
 from tangent_ops.exact.curvature import Curvature

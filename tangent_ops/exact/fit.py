@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tangent_ops.checks import check_integer
+from tangent_ops.data import check_integer
 from tangent_ops.errors import ArgumentError, NotConvergedWarning, UnsupportedError
 from tangent_ops.exact.checkpoint import Checkpoint
 from tangent_ops.exact.layout import norm

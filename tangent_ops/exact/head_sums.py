@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tangent_ops.checks import check_integer
 from tangent_ops.composition.fixed_terms import add_samples
 from tangent_ops.composition.head import AT_ANCHOR, BLOCK, block_fingerprint
 from tangent_ops.composition.ridge import FeatureRows
@@ -19,7 +18,7 @@ from tangent_ops.composition.statistics import (
     TangentStatistics,
     layout_of,
 )
-from tangent_ops.data import Data, in_order, place, unpack
+from tangent_ops.data import Data, check_integer, in_order, place, unpack
 from tangent_ops.delta import (
     DeltaLike,
     DeltaMeta,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tangent_ops.checks import check_integer
+from tangent_ops.data import check_integer
 from tangent_ops.errors import ArgumentError
 from tangent_ops.exact.conjugate import Product, solve_many
 from tangent_ops.exact.layout import norm

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from tangent_ops.checks import check_integer
 from tangent_ops.composition.compose import DeltaLike, compose
+from tangent_ops.data import check_integer
 from tangent_ops.delta import Delta, DeltaMeta, check_anchor, load_delta
 from tangent_ops.errors import ArgumentError, ConvergenceError
 from tangent_ops.exact.conjugate import State, unpreconditioned

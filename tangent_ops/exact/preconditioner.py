@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tangent_ops.checks import check_integer
+from tangent_ops.data import check_integer
 from tangent_ops.exact.conjugate import Product, unpreconditioned
 from tangent_ops.exact.nystrom import Nystrom
 from tangent_ops.exact.passes import Passes

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from tangent_ops.checks import check_integer
-from tangent_ops.data import Data, in_order, place, unpack
+from tangent_ops.data import Data, check_integer, in_order, place, unpack
 from tangent_ops.errors import ArgumentError
 from tangent_ops.exact.curvature import ShardCurvature
 from tangent_ops.exact.jacobian import Jacobian

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tangent_ops.checks import check_integer
+from tangent_ops.data import check_integer
 from tangent_ops.delta import Delta, fingerprint
 from tangent_ops.errors import ArgumentError, ConvergenceError
 from tangent_ops.exact.certificate import Certificate, certify

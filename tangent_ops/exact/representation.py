@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tangent_ops.checks import check_choice
+from tangent_ops.data import check_choice
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.exact.extract import Extractor
 from tangent_ops.exact.jacobian import Jacobian

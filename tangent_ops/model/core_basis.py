@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tangent_ops.checks import check_choice, check_integer
-from tangent_ops.data import Data, as_loader, place, unpack
+from tangent_ops.data import Data, as_loader, check_choice, check_integer, place, unpack
 from tangent_ops.delta import fingerprint
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, few
 from tangent_ops.files import add_tensor

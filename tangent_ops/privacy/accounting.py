@@ -27,7 +27,7 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from opacus.accountants import PRVAccountant
 
-from tangent_ops.checks import check_choice
+from tangent_ops.data import check_choice
 from tangent_ops.errors import ArgumentError
 
 ACCOUNTANTS = ("pld", "prv", "rdp")

@@ -14,8 +14,7 @@ from torch import distributed
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from tangent_ops.checks import check_choice, check_integer
-from tangent_ops.data import place, unpack
+from tangent_ops.data import check_choice, check_integer, place, unpack
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError
 from tangent_ops.losses import Loss, MeanOfSamples

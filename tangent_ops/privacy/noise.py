@@ -13,7 +13,7 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
-from tangent_ops.checks import check_integer, check_not_negative
+from tangent_ops.data import check_integer, check_not_negative
 from tangent_ops.errors import ArgumentError
 from tangent_ops.files import to_json
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tangent_ops.checks import check_choice, check_integer, check_positive
+from tangent_ops.data import check_choice, check_integer, check_positive
 from tangent_ops.errors import ArgumentError
 from tangent_ops.privacy.accounting import Phase, noise_multiplier_for
 from tangent_ops.privacy.noise import NoiseSource

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tangent_ops.checks import check_choice, check_not_negative
 from tangent_ops.composition.head_only import probe
 from tangent_ops.composition.ledger import Ledger, StatisticsLedger
+from tangent_ops.data import check_choice, check_not_negative
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError, LedgerError
 from tangent_ops.exact import compose_lossless, head_statistics

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tangent_ops.checks import check_choice, check_integer
+from tangent_ops.data import check_choice, check_integer
 from tangent_ops.errors import ArgumentError
 from tangent_ops.shards.local import run_local
 from tangent_ops.shards.on_ray import need_ray, run_on_ray

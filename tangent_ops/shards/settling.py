@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tangent_ops.checks import check_choice
 from tangent_ops.composition.ledger import Ledger, StatisticsLedger
+from tangent_ops.data import check_choice
 from tangent_ops.errors import ArgumentError, LedgerError
 from tangent_ops.shards.composition_files import erase_stale_compositions
 from tangent_ops.shards.plan import WEIGHTS, Plan

@@ -9,8 +9,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from tangent_ops.checks import check_integer
-from tangent_ops.data import Data, as_loader, place
+from tangent_ops.data import Data, as_loader, check_integer, place
 from tangent_ops.delta import fingerprint
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.training.loop import History, cached_loader, check_group, seeded, train

@@ -47,7 +47,7 @@ def make_plan_of(folder: Path, run: str, recipe: dict[str, Any]) -> Plan:
     if recipe.get("method") != "statistics":
         return make_plan(folder, run=run, **recipe)
     if not (folder / "public").exists():
-        make_plan(folder, run="images")
+        make_plan(folder, run="first")
         image_folder(folder / "public", each=3, seed=1)
     ids = by_hash(ImageData(str(folder / "images")).open().ids, 3)
     public = ImageData(str(folder / "public"))

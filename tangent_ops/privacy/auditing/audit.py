@@ -13,7 +13,7 @@ from scipy.stats import beta
 from torch import Tensor
 from tqdm import tqdm
 
-from tangent_ops.checks import check_integer
+from tangent_ops.data import check_integer
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.privacy.accounting import Phase
 from tangent_ops.privacy.auditing.trade_off import TradeOff, largest_noise, scaled

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 
-from tangent_ops.checks import check_positive
+from tangent_ops.data import check_positive
 from tangent_ops.errors import ArgumentError
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.privacy.auditing.audit import Audit, audit, check_runs

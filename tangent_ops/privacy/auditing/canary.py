@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from tangent_ops.checks import check_positive
+from tangent_ops.data import check_positive
 from tangent_ops.delta import check_layout
 from tangent_ops.errors import ArgumentError
 from tangent_ops.losses import Loss, RescaledSquareLoss

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from tangent_ops.checks import check_positive
-from tangent_ops.data import unpack
+from tangent_ops.data import check_positive, unpack
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.passes import Passes

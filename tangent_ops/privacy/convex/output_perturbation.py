@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tangent_ops.checks import check_integer
-from tangent_ops.data import Data, in_order
+from tangent_ops.data import Data, check_integer, in_order
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError, ConvergenceError
 from tangent_ops.exact.certificate import gradient_in_double

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tangent_ops.checks import check_integer, check_not_negative
 from tangent_ops.composition.ridge import FeatureRows
-from tangent_ops.data import Data, in_order
+from tangent_ops.data import Data, check_integer, check_not_negative, in_order
 from tangent_ops.errors import ArgumentError
 from tangent_ops.losses import Loss
 from tangent_ops.model.linearized import LinearizedModel

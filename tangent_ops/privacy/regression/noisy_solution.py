@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tangent_ops.checks import check_not_negative
+from tangent_ops.data import check_not_negative
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError, StatisticsError, UnsupportedError
 from tangent_ops.privacy.parallel_composition import ASSUMES as ASSUMES_SHARDS

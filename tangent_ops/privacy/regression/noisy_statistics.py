@@ -20,9 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tangent_ops.checks import check_not_negative, check_positive
 from tangent_ops.composition.ridge import FeatureRows
-from tangent_ops.data import Data
+from tangent_ops.data import Data, check_not_negative, check_positive
 from tangent_ops.errors import ArgumentError
 from tangent_ops.losses import Loss
 from tangent_ops.model.linearized import LinearizedModel
