@@ -104,7 +104,7 @@ def influence(
 
 
 def _target(image: Path, class_name: str | None, names: list[str]) -> int | None:
-    from tangent_ops.data import did_you_mean
+    from tangent_ops.checks import did_you_mean
     from tangent_ops.errors import ArgumentError
 
     if class_name is not None:

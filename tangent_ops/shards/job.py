@@ -22,6 +22,7 @@ from tangent_ops.shards.history import ShardHistory, write_history
 from tangent_ops.shards.plan import Job, Plan
 from tangent_ops.shards.recipe import ShardRecipe
 from tangent_ops.shards.results import write_statistics
+from tangent_ops.shards.shared_model import SharedModel
 from tangent_ops.shards.validating import Validator
 from tangent_ops.training.fit import fit
 
@@ -29,13 +30,16 @@ from tangent_ops.training.fit import fit
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def attempt(run: str, shard: str, progress: bool = False) -> dict[str, Any]:
+def attempt(
+    run: str, shard: str, progress: bool = False, shared: SharedModel | None = None
+) -> dict[str, Any]:
     """Train a shard in this process, unless its delta, or its statistics, exist.
 
     Args:
         run: the folder of a plan.
         shard: the shard's name.
         progress: show bars.
+        shared: of the shards that this process trains one after the other; None for this one only.
 
     Returns:
         Plain values: "seconds"; "loss", "lr" and, if the run has validation images, "accuracy" by
@@ -48,7 +52,7 @@ def attempt(run: str, shard: str, progress: bool = False) -> dict[str, Any]:
         plan = Plan.open(run)
         job = plan.job(shard)
         # A killed worker may have written its result; a private fit must not be published twice.
-        found = {} if plan.result_path(job.hash).exists() else _train(plan, job, progress)
+        found = {} if plan.result_path(job.hash).exists() else _train(plan, job, progress, shared)
     except (TangentOpsError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         return {"error": _told(error)}
     except Exception:
@@ -56,16 +60,18 @@ def attempt(run: str, shard: str, progress: bool = False) -> dict[str, Any]:
     return {**found, "seconds": time.perf_counter() - began}
 
 
-def _train(plan: Plan, job: Job, progress: bool) -> dict[str, Any]:
+def _train(plan: Plan, job: Job, progress: bool, shared: SharedModel | None) -> dict[str, Any]:
     recipe, began = plan.recipe, time.perf_counter()
+    # A private fit shares nothing with others.
+    shared = shared if shared is not None and recipe.dp_epsilon is None else SharedModel()
     torch.set_num_threads(recipe.threads)
     data = job_data(plan, job)
     if recipe.method == "statistics":
-        found = statistics_of(plan, data, progress)
+        found = statistics_of(plan, data, progress, shared)
         write_history(plan, job.hash, ShardHistory(seconds=time.perf_counter() - began))
         write_statistics(plan, job, found)
         return {}
-    tangent = plan.tangent().to(device())
+    tangent = shared.start(plan, device())
     privacy = recipe.privacy(len(data))
     if privacy is not None:
         from tangent_ops.privacy import fit_private
@@ -109,9 +115,11 @@ def _train(plan: Plan, job: Job, progress: bool) -> dict[str, Any]:
     return {**{k: v for k, v in asdict(found).items() if v and k != "seconds"}, **told}
 
 
-def statistics_of(plan: Plan, data: Samples, progress: bool) -> TangentStatistics:
+def statistics_of(
+    plan: Plan, data: Samples, progress: bool, shared: SharedModel
+) -> TangentStatistics:
     """The statistics of some of a plan's samples, which are read one after the other."""
-    tangent, classes = plan.tangent().to(device()), plan.anchor_info.classes
+    tangent, classes = shared.start(plan, device()), plan.anchor_info.classes
     return statistics(tangent, data, classes=classes or None, progress=progress)
 
 

@@ -1,4 +1,4 @@
-"""The local executor: each shard is trained in a process of its own on this machine."""
+"""The local executor: shards are trained by workers on this machine, some at a time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run_local(
     progress: bool,
     on_result: Result,
 ) -> None:
-    """Train shards, each in a process of its own, at most `workers` at a time.
+    """Train shards in processes of `tangent_ops.shards.worker`, at most `workers` at a time.
 
     Each worker has its own cores, if there are enough, or its own GPU. With progress, workers show
     their bars; those of several workers would overwrite one another.

@@ -58,8 +58,9 @@ def run_shards(
 
     Args:
         plan: what to train.
-        executor: "local", a process for each shard on this machine, with cores or a GPU of its
-            own; or "ray", which needs the extra ``distributed``.
+        executor: "local", processes on this machine, each with cores or a GPU of its own; small
+            shards share one (`tangent_ops.shards.worker`). Or "ray", a task for each shard, which
+            needs the extra ``distributed``.
         workers: number of shards at a time; None for one per GPU, or else as the cores permit.
         retries: how often a shard is tried again after its process died.
         address: of a Ray cluster, whose machines see the run and the images under the same paths.

@@ -13,6 +13,7 @@ from tangent_ops.composition.statistics_file import load_statistics
 from tangent_ops.errors import SampleError, StatisticsError
 from tangent_ops.shards.job import job_data, statistics_of
 from tangent_ops.shards.plan import Plan
+from tangent_ops.shards.shared_model import SharedModel
 
 
 def reduced(
@@ -29,7 +30,7 @@ def reduced(
         names: the shards that have statistics.
         progress: show bars.
     """
-    less = {}
+    less, shared = {}, SharedModel()
     with _threads(plan.recipe.threads):
         for name in names:
             job = plan.job(name)
@@ -37,7 +38,8 @@ def reduced(
             if len(gone) == len(job.samples):
                 continue
             try:
-                lost = statistics_of(plan, job_data(plan, replace(job, samples=gone)), progress)
+                data = job_data(plan, replace(job, samples=gone))
+                lost = statistics_of(plan, data, progress, shared)
                 less[name] = load_statistics(plan.result_path(job.hash)) - lost
             except (SampleError, StatisticsError):
                 continue
