@@ -80,7 +80,8 @@ def test_the_family_goes_where_the_model_goes() -> None:
         assert isinstance(family_of(other), OddFamily)
     tangent = pickle.loads(pickle.dumps(linearize(model)))
     assert torch.equal(predict(tangent, data()), predict(model, data()))
-    assert fit_head(model, data(), epochs=1, progress=False)[0].out.weight.any()
+    probe: Any = fit_head(model, data(), epochs=1, progress=False)[0]
+    assert probe.out.weight.any()
 
 
 def test_a_model_without_blocks_or_logits_says_what_to_do() -> None:

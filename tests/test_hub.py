@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,13 @@ from fake_hub import Repositories, serving
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+import tangent_ops
 from tangent_ops import (
     Delta,
     DeltaMeta,
     Ledger,
     StatisticsLedger,
     load_delta,
-    load_pretrained,
-    pull_from_hub,
     push_to_hub,
     save_delta,
     save_pretrained,
@@ -30,6 +30,11 @@ from tangent_ops.model.linearize import linearize
 
 constants = pytest.importorskip("huggingface_hub.constants")
 ANCHOR = "a" * 64
+
+
+# What is pulled has one of four types; the tests say which.
+load_pretrained: Callable[..., Any] = tangent_ops.load_pretrained
+pull_from_hub: Callable[..., Any] = tangent_ops.pull_from_hub
 
 
 def delta(seed: int = 0, shard: str | None = None) -> Delta:
