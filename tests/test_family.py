@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tangent_ops import Family, cache_features, fit, fit_head, last_blocks, linearize, predict
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.family import block_names, family_of, heads_of
+from tangent_ops.model.features import split_model
 
 PAGE = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
 
@@ -149,6 +150,32 @@ def test_a_model_that_needs_more_than_the_tokens_cannot_be_split(kind: type[Odd]
     trunk, _ = linearize(model, last_blocks(model, 1)).split()
     with pytest.raises(UnsupportedError, match="in a row do not give what the model gives"):
         cache_features(trunk, DataLoader(data(), 4), progress=False)
+
+
+class Scaled(Odd):
+    """Has a parameter of its own, which the part after the blocks reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([1.5]))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        output = super().forward(x)
+        return {**output, "scores": self.scale * output["scores"]}
+
+
+def test_a_split_model_is_cast_as_a_whole() -> None:
+    model, inputs = Scaled(), data().tensors[0]
+    trunk, tail = split_model(model, 2)
+    tokens = trunk(inputs)
+    expected = copy.deepcopy(model).double()(inputs.double())["scores"]
+    found = copy.deepcopy(tail).double()(tokens.double())["scores"]
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    names = [name for name, _ in tail.named_parameters()]
+    assert "scale" in names and "steps.2.0.weight" in names and "steps.1.0.weight" not in names
+    with pytest.raises(ArgumentError, match="a tail runs after its trunk"):
+        split_model(model, 1)[1](tokens)
 
 
 class ByLength(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -159,13 +160,24 @@ def test_what_a_ledger_has_forgotten_stays_in_no_history(hub, tmp_path: Path) ->
     assert delta(1)["head.weight"].numpy().tobytes() in content
 
 
+def test_a_database_that_was_changed_is_refused(tmp_path: Path) -> None:
+    saved = save_pretrained(ledger_in(tmp_path / "ledger"), tmp_path / "saved")
+    with sqlite3.connect(saved / "ledger" / "ledger.sqlite") as database:
+        database.execute("UPDATE history SET shard = 'nobody'")
+    database.close()
+    with pytest.raises(DeltaFileError, match=r"ledger\.sqlite was changed"):
+        load_pretrained(saved)
+
+
 def test_what_was_changed_on_the_way_is_refused(hub, tmp_path: Path) -> None:
     push_to_hub(delta(), "someone/delta")
     pushed = dict(hub.commits["someone/delta"][-1])
     bad = bytearray(pushed["delta.safetensors"])
     bad[-1] ^= 1
     hub.commits["someone/delta"].append(pushed | {"delta.safetensors": bytes(bad)})
-    with pytest.raises(DeltaFileError, match=r"delta\.safetensors was changed"):
+    with pytest.raises(
+        DeltaFileError, match=r"delta\.safetensors was changed .* tangent_ops\.json says"
+    ):
         pull_from_hub("someone/delta")
 
     index = json.loads(pushed["tangent_ops.json"])
