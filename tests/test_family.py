@@ -166,6 +166,7 @@ class Scaled(Odd):
 
 def test_a_split_model_is_cast_as_a_whole() -> None:
     model, inputs = Scaled(), data().tensors[0]
+    model.tangent_family = OddFamily()
     trunk, tail = split_model(model, 2)
     tokens = trunk(inputs)
     expected = copy.deepcopy(model).double()(inputs.double())["scores"]

@@ -175,9 +175,7 @@ def test_what_was_changed_on_the_way_is_refused(hub, tmp_path: Path) -> None:
     bad = bytearray(pushed["delta.safetensors"])
     bad[-1] ^= 1
     hub.commits["someone/delta"].append(pushed | {"delta.safetensors": bytes(bad)})
-    with pytest.raises(
-        DeltaFileError, match=r"delta\.safetensors was changed .* tangent_ops\.json says"
-    ):
+    with pytest.raises(DeltaFileError, match=r"was changed .* tangent_ops\.json says"):
         pull_from_hub("someone/delta")
 
     index = json.loads(pushed["tangent_ops.json"])
