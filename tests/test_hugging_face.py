@@ -322,6 +322,19 @@ def test_shards_that_are_trained_together(each: Case) -> None:
         torch.testing.assert_close(each.flat(found[name]), each.flat(alone.deltas()))
 
 
+def test_gradients_of_single_samples_for_private_training() -> None:
+    pytest.importorskip("opacus")
+    from tangent_ops.privacy.per_sample.gradients import per_sample_gradients
+
+    one = case("vit", count=4)
+    images, labels = one.data.fields["pixel_values"], one.data.fields["labels"]
+    found = per_sample_gradients(one.tangent(), images, labels)
+    residual = 2 / CLASSES * (one.outputs - one.wanted)
+    expected = torch.einsum("nc,ncp->np", residual, one.jacobian)
+    flat = torch.cat([found[name].flatten(1) for name in one.names], dim=1)
+    torch.testing.assert_close(flat, expected, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("family", ["vit", "siglip"])
 def test_exported_programs_return_the_logits(family: str, tmp_path: Path) -> None:
