@@ -38,7 +38,8 @@ from benchmarks.case import (
 )
 from benchmarks.roofline import forward_cost, model_cost
 from tangent_ops import last_blocks, linearize
-from tangent_ops.model.features import Tail, blocks_of
+from tangent_ops.family import block_names
+from tangent_ops.model.features import Tail
 
 Weights = dict[str, Tensor]
 
@@ -92,7 +93,7 @@ def _forward_costs(name: str, dtype: torch.dtype, images: int) -> tuple[Cost, Co
     """Of the model, and of its last block, norm and head."""
     with torch.device("meta"):
         model: Any = timm.create_model(name).to(dtype)
-    tail, tokens = Tail(model, len(blocks_of(model)) - 1), model.pos_embed.shape[1:]
+    tail, tokens = Tail(model, len(block_names(model)) - 1), model.pos_embed.shape[1:]
     whole = forward_cost(model, (images, *model.pretrained_cfg["input_size"]))
     return whole, forward_cost(tail, (images, *tokens))  # class token included
 
@@ -207,7 +208,7 @@ def _operands(
 
 def _compared(model: Any) -> list[str]:
     """Parameters whose gradients are compared: one of each kind, those of TAFT-1 first."""
-    end = f"blocks.{len(blocks_of(model)) - 1}"
+    end = f"blocks.{len(block_names(model)) - 1}"
     late = [f"{end}.attn.qkv.weight", f"{end}.mlp.fc2.weight", "norm.weight", "head.weight"]
     return [*late, "patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"]
 

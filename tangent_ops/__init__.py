@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tangent_ops.exact.compose import compose
     from tangent_ops.family import Family
     from tangent_ops.functional import scaled_dot_product_attention
+    from tangent_ops.hub import load_pretrained, pull_from_hub, push_to_hub, save_pretrained
     from tangent_ops.model.core_basis import core_basis
     from tangent_ops.model.features import CachedFeatures, cache_features
     from tangent_ops.model.gradient_basis import gradient_basis
@@ -43,6 +44,7 @@ else:
             "exact.compose": "compose",
             "family": "Family",
             "functional": "scaled_dot_product_attention",
+            "hub": "load_pretrained pull_from_hub push_to_hub save_pretrained",
             "model.core_basis": "core_basis",
             "model.features": "CachedFeatures cache_features",
             "model.gradient_basis": "gradient_basis",
@@ -90,10 +92,14 @@ __all__ = [
     "last_blocks",
     "linearize",
     "load_delta",
+    "load_pretrained",
     "load_statistics",
     "losses",
     "predict",
+    "pull_from_hub",
+    "push_to_hub",
     "save_delta",
+    "save_pretrained",
     "save_statistics",
     "scaled_dot_product_attention",
     "statistics",

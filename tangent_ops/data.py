@@ -114,8 +114,8 @@ def unpack_one(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
         return inputs, targets
     if len(inputs.tensors) > 1:
         raise UnsupportedError(
-            f"private training takes one input tensor, got the fields {sorted(inputs.tensors)}: "
-            "train on features that are computed once (tangent_ops.cache_features)"
+            f"private training takes one input tensor, such as images, got the fields "
+            f"{sorted(inputs.tensors)}: give data with one field beside the labels"
         )
     return next(iter(inputs.tensors.values())), targets
 

@@ -51,8 +51,10 @@ def fit(
     true gradient is zero move by rounding errors, too; the keys' biases do, which change no output.
 
     Args:
-        model: a module of one input; parameters with requires_grad are trained.
-        data: a Dataset of (input, target), batched and shuffled here, or a DataLoader.
+        model: a module of one input, or of the data's fields; parameters with requires_grad are
+            trained. The loss gets its logits (`tangent_ops.Family`).
+        data: a Dataset of (input, target), or of dicts with "labels" whose other fields are the
+            model's keyword arguments, batched and shuffled here; or a DataLoader.
         recipe: how to train; None for `Recipe()`. `find_lr` suggests its learning rate.
         device: moves the model there first; None for where it is. Batches follow the model.
         cache: compute the outputs of the frozen blocks below the first trained one only once, in

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -93,6 +94,26 @@ class LedgerBase(Generic[C, R]):
         with change(self._records, self._folder) as current:
             current.set_sum(self._summed_anew(current, progress))
         sweep(self._records, self._folder)  # opening erased nothing if the sum was damaged
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy the ledger, as it is at one moment, into an empty folder.
+
+        The copy has what the ledger has: not the contents of forgotten shards, but their ids and
+        times, in `history`. A later `forget` does not reach the copy.
+
+        Raises:
+            ArgumentError: the folder is not an empty one.
+            LedgerBusyError: as in `forget`.
+            OSError: a file is missing, or the disk is full.
+        """
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise ArgumentError(f"{folder} is not an empty folder: make one for the copy")
+        with self._records.writing() as transaction:  # so nothing changes meanwhile
+            for path in sorted(self._folder.named(transaction)):
+                target = folder / path.relative_to(self.path)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target, follow_symlinks=False)
+            self._records.copy_to(folder / DATABASE)
 
     def __len__(self) -> int:
         with self._records.reading() as transaction:

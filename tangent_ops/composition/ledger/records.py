@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -159,6 +159,13 @@ class Records:
             self._check_tables(connection)
             yield Transaction(connection)
             connection.execute("COMMIT")
+
+    def copy_to(self, path: Path) -> None:
+        """Write the committed state into a new file, which needs no log beside it."""
+        with self._connected("ro") as connection, closing(sqlite3.connect(path)) as copy:
+            connection.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")
+            copy.execute("VACUUM")  # without the free pages
 
     def _check_files(self) -> None:
         # SQLite would follow a link in the database's place, and create a database at its target.
