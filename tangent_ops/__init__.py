@@ -9,6 +9,7 @@ from tangent_ops.evaluate import accuracy, predict
 from tangent_ops.exact import Influence, compose_lossless, fit_exact, forget_samples
 from tangent_ops.exact.collect import statistics
 from tangent_ops.exact.compose import compose
+from tangent_ops.family import Family
 from tangent_ops.functional import scaled_dot_product_attention
 from tangent_ops.model.core_basis import core_basis
 from tangent_ops.model.features import CachedFeatures, cache_features
@@ -27,6 +28,7 @@ __all__ = [
     "CachedFeatures",
     "Delta",
     "DeltaMeta",
+    "Family",
     "History",
     "Influence",
     "Ledger",

@@ -1,4 +1,4 @@
-"""Checks and batches users' data: datasets and loaders of (input, target) pairs."""
+"""Checks and batches users' data: datasets and loaders of (input, target) pairs, or of dicts."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from tangent_ops.errors import ArgumentError
+from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.fields import Fields, Inputs
 
 Data = DataLoader[Any] | Dataset[Any]
+
+LABELS = ("labels", "label")  # fields of a dict that are the targets
 
 
 def as_loader(data: Data, batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
     """Return a DataLoader as it is, batch a Dataset; raise ArgumentError if `data` is empty."""
     check_integer("batch_size", batch_size, 1)
-    if not isinstance(data, (DataLoader, Dataset)):
+    if not isinstance(data, (DataLoader, Dataset)) and not _is_indexed(data):
         raise ArgumentError(
             f"data must be a DataLoader or a Dataset of (input, target), got a "
             f"{type(data).__name__}: wrap tensors in torch.utils.data.TensorDataset"
@@ -106,19 +109,74 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     return f": did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
 
 
-def unpack(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Move an (input, target) batch to `device`; raise ArgumentError if it is anything else."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise ArgumentError(f"data must yield (input, target) batches, got {describe(batch)}")
-    inputs, targets = batch
-    if not isinstance(inputs, Tensor) or not isinstance(targets, Tensor):
+def unpack(batch: Any, device: torch.device) -> tuple[Inputs, Tensor]:
+    """Move a batch's inputs and targets to `device`; raise ArgumentError if it has others.
+
+    A batch is an (input, target) pair, or a dict whose field "labels" or "label" is the target. The
+    other fields of a dict are what the model is called with, by name; the labels are not.
+    """
+    if isinstance(batch, Mapping):
+        given = [name for name in LABELS if name in batch]
+        if len(given) != 1:
+            raise ArgumentError(
+                f"a dict of fields must have its targets as 'labels', or 'label', got "
+                f"{describe(batch)}"
+            )
+        inputs, targets = inputs_of(batch), batch[given[0]]
+    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+        inputs, targets = batch
+        inputs = inputs_of(inputs) if isinstance(inputs, Mapping) else inputs
+    else:
+        raise ArgumentError(
+            f"data must yield (input, target) batches, got {describe(batch)}; dicts with 'labels' "
+            "are batches, too"
+        )
+    if not isinstance(inputs, (Tensor, Fields)) or not isinstance(targets, Tensor):
         raise ArgumentError(f"input and target must be tensors, got {describe(batch)}")
-    if inputs.ndim == 0 or targets.ndim == 0 or len(inputs) != len(targets):
+    flat = isinstance(inputs, Tensor) and inputs.ndim == 0
+    if flat or targets.ndim == 0 or len(inputs) != len(targets):
+        shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else inputs
         raise ArgumentError(
             "input and target must have the same batch size, got shapes "
-            f"{tuple(inputs.shape)} and {tuple(targets.shape)}"
+            f"{shape} and {tuple(targets.shape)}"
         )
     return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+
+def unpack_one(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """As `unpack`, with one tensor as inputs: that of the only field, if there are fields.
+
+    Raises:
+        UnsupportedError: there are several fields.
+    """
+    inputs, targets = unpack(batch, device)
+    if not isinstance(inputs, Fields):
+        return inputs, targets
+    if len(inputs.tensors) > 1:
+        raise UnsupportedError(
+            f"private training takes one input tensor, got the fields {sorted(inputs.tensors)}: "
+            "train on features that are computed once (tangent_ops.cache_features)"
+        )
+    return next(iter(inputs.tensors.values())), targets
+
+
+def inputs_of(batch: Mapping[str, Any]) -> Fields:
+    """The fields of a batch but its labels; raise ArgumentError if one is no tensor."""
+    fields = {name: value for name, value in batch.items() if name not in LABELS}
+    for name, value in fields.items():
+        if not isinstance(value, Tensor):
+            raise ArgumentError(
+                f"the field {name!r} of a batch is a {type(value).__name__}, not a tensor: the "
+                "model is called with every field but the labels. Leave it out of the data "
+                "(remove_columns), or make it a tensor (with_format('torch'))"
+            )
+    return Fields(fields)
+
+
+def _is_indexed(data: object) -> bool:
+    """Whether it is a data set without torch's base class, as Hugging Face's `datasets.Dataset`."""
+    plain = isinstance(data, (Mapping, Sequence, Tensor)) or hasattr(data, "__array__")
+    return not plain and hasattr(data, "__getitem__") and hasattr(data, "__len__")
 
 
 def place(model: nn.Module, device: str | torch.device | None) -> torch.device:
@@ -131,6 +189,8 @@ def place(model: nn.Module, device: str | torch.device | None) -> torch.device:
 
 def describe(batch: Any) -> str:
     """Name a batch's type and its items' types, for error messages."""
+    if isinstance(batch, Mapping):
+        return f"a {type(batch).__name__} of the fields {sorted(map(str, batch))}"
     if isinstance(batch, (tuple, list)):
         inside = ", ".join(type(item).__name__ for item in batch)
         return f"a {type(batch).__name__} of {len(batch)}: ({inside})"

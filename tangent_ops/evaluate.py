@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tangent_ops.data import Data, as_loader, describe, place, unpack
+from tangent_ops.data import Data, as_loader, describe, inputs_of, place, unpack
 from tangent_ops.errors import ArgumentError
+from tangent_ops.family import logits_of
+from tangent_ops.fields import Fields
 
 
 def predict(
@@ -26,14 +28,17 @@ def predict(
     """Compute a model's outputs in eval mode, without gradients.
 
     Args:
-        model: any module of one input; its train/eval modes are restored at the end.
-        data: a Dataset, or a DataLoader read in its own order, of inputs or (input, target, ...).
+        model: any module of one input, or of the data's fields; its train/eval modes are restored
+            at the end.
+        data: a Dataset, or a DataLoader read in its own order, of inputs, (input, target, ...), or
+            dicts, whose labels are not read.
         batch_size: batch size for a Dataset; a DataLoader has its own.
         device: device to move the model to first; None to leave it.
         progress: show a progress bar after two seconds.
 
     Returns:
-        (N, ...): the outputs of all batches one after the other, on the CPU.
+        (N, ...): the outputs of all batches one after the other, on the CPU. Of a Hugging Face
+        model these are its logits.
 
     Raises:
         ArgumentError: data has another type, is empty, or yields something else.
@@ -44,9 +49,10 @@ def predict(
     with _evaluating(model):
         for batch in _bar(loader, progress):
             inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-            if not isinstance(inputs, Tensor):
+            inputs = inputs_of(inputs) if isinstance(inputs, Mapping) else inputs
+            if not isinstance(inputs, (Tensor, Fields)):
                 raise ArgumentError(f"data must yield tensors first, got {describe(batch)}")
-            outputs.append(model(inputs.to(device, non_blocking=True)).cpu())
+            outputs.append(logits_of(model, inputs.to(device, non_blocking=True)).cpu())
     return torch.cat(outputs)
 
 
@@ -62,7 +68,8 @@ def accuracy(
 
     Args:
         model: any module with logits (N, C) as output; its train/eval modes are restored.
-        data: a Dataset or DataLoader of (input, target), targets int64 class indices.
+        data: a Dataset or DataLoader of (input, target), or of dicts with "labels"; targets are
+            int64 class indices.
         batch_size: batch size for a Dataset; a DataLoader has its own.
         device: device to move the model to first; None to leave it.
         progress: show a progress bar after two seconds.
@@ -80,7 +87,7 @@ def accuracy(
     with _evaluating(model):
         for batch in _bar(loader, progress):
             inputs, targets = unpack(batch, device)
-            logits = model(inputs)
+            logits = logits_of(model, inputs)
             if logits.ndim != 2 or targets.shape != logits.shape[:1]:
                 raise ArgumentError(
                     "accuracy needs logits of shape (N, C) and targets of shape (N,), got "

@@ -22,6 +22,8 @@ from tangent_ops.delta import (
     open_delta,
 )
 from tangent_ops.errors import ArgumentError, NonFiniteLossError
+from tangent_ops.family import logits_pair
+from tangent_ops.fields import Inputs
 from tangent_ops.losses import (
     Loss,
     MeanOfSamples,
@@ -203,12 +205,12 @@ class _Columns(nn.Module):
         for index in range(self.count):
             self._open(index)
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return self.tangent.primal_and_tangent(inputs)
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        return logits_pair(self.tangent, inputs)
 
-    def of(self, inputs: Tensor, bar: tqdm) -> tuple[Tensor, list[Tensor]]:
+    def of(self, inputs: Inputs, bar: tqdm) -> tuple[Tensor, list[Tensor]]:
         """The anchor's outputs (n, ...), and for each delta J delta, of the same shape."""
-        outputs, effects = inputs, []
+        outputs, effects = torch.empty(0), []
         for index in range(self.count):
             outputs, effect = functional_call(self, self._open(index), (inputs,))
             if not isinstance(outputs, Tensor):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tangent_ops.data import inputs_of
 from tangent_ops.delta import Delta, fingerprint
 from tangent_ops.errors import ArgumentError, CertificateError
 from tangent_ops.exact.jacobian import Jacobian
@@ -66,7 +67,9 @@ class Certificate:
             f"{self.gradient_norm:.4g}, l2 {self.l2:g}, {self.samples} samples, {self.loss})"
         )
 
-    def logit_bound(self, tangent: LinearizedModel, inputs: Tensor) -> Tensor:
+    def logit_bound(
+        self, tangent: LinearizedModel, inputs: Tensor | Mapping[str, Tensor]
+    ) -> Tensor:
         """Bounds on the logits' distances from the optimum's: ‖J(x)ᵀ e_c‖ times `distance_bound`.
 
         Args:
@@ -78,7 +81,8 @@ class Certificate:
         """
         jacobian = Jacobian(tangent)
         bounds = []
-        for one in inputs[:, None]:
+        fields = inputs_of(inputs) if isinstance(inputs, Mapping) else inputs
+        for one in fields.split(1):
             output, _ = jacobian.outputs(None, one)
             bounds.append(jacobian.rows(one).double().norm(dim=1).view(output.shape[1:]))
         return self.distance_bound * torch.stack(bounds)

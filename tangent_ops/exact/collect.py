@@ -16,6 +16,7 @@ from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.exact.problem import check_tangent
 from tangent_ops.exact.progress import progress_bar
 from tangent_ops.exact.tangent_features import TangentFeatures
+from tangent_ops.fields import Inputs
 from tangent_ops.losses import Loss, RescaledSquareLoss, loss_name
 from tangent_ops.model.core_basis import sample_sha256
 from tangent_ops.model.linearized import LinearizedModel
@@ -115,7 +116,7 @@ def _read(
     batch_size: int,
     device: str | torch.device | None,
     progress: bool,
-) -> Iterator[tuple[TangentFeatures, Tensor, Tensor, FeatureRows]]:
+) -> Iterator[tuple[TangentFeatures, Inputs, Tensor, FeatureRows]]:
     """Features, inputs, targets and rows of each batch."""
     loader = in_order(data, batch_size)
     where = place(tangent, device)
@@ -128,7 +129,7 @@ def _read(
             bar.update()
 
 
-def _check_remembered(tangent: LinearizedModel, inputs: Tensor, first: int) -> None:
+def _check_remembered(tangent: LinearizedModel, inputs: Inputs, first: int) -> None:
     known = tangent.basis_remembers
     for index, one in enumerate(inputs if known else ()):
         if sample_sha256(one) in known:

@@ -17,6 +17,8 @@ from tangent_ops.exact.parts import Factors, Part, Place, Rows
 from tangent_ops.exact.recorded import MapCall, Recording, Used, covered_by, grouped
 from tangent_ops.exact.stored import Stored
 from tangent_ops.exact.weights import weights_of
+from tangent_ops.family import family_of
+from tangent_ops.fields import Fields, Inputs, each_tensor
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.ops.levels import functional_call, in_turn
 
@@ -44,7 +46,7 @@ class Extractor:
         work_per_sample: floating-point operations of J v and Jᵀ u.
     """
 
-    def __init__(self, tangent: LinearizedModel, inputs: Tensor, *, explicit: bool = False) -> None:
+    def __init__(self, tangent: LinearizedModel, inputs: Inputs, *, explicit: bool = False) -> None:
         self._tangent = tangent
         self._jacobian = Jacobian(tangent)
         self._explicit = explicit
@@ -52,7 +54,7 @@ class Extractor:
         self._slow: set[str] = set()
         self._plan(inputs[:1].to(self._jacobian.device))
 
-    def check(self, inputs: Tensor) -> None:
+    def check(self, inputs: Inputs) -> None:
         """Compare J of the first few inputs with that by passes.
 
         Raises:
@@ -72,14 +74,14 @@ class Extractor:
                 "representation='passes'"
             )
 
-    def __call__(self, inputs: Tensor) -> Stored:
+    def __call__(self, inputs: Inputs) -> Stored:
         """J of some inputs (n, ...), with f of them."""
         inputs = inputs.to(self._jacobian.device)
         if not self._slow:
             return self._of_batch(inputs)
         return Stored.joined([self._of_batch(one) for one in inputs.split(1)])
 
-    def alone(self, one: Tensor) -> Stored:
+    def alone(self, one: Inputs) -> Stored:
         """J of one input, (1, ...), with the same bits whatever other samples there are.
 
         The model runs on C copies, and each goes back from another output: one pass, not C.
@@ -88,7 +90,7 @@ class Extractor:
         if self._slow:
             return self._of_batch(one)
         copies = self._outputs
-        used = self._run(one.expand(copies, *one.shape[1:]).contiguous())
+        used = self._run(each_tensor(one, lambda x: x.expand(copies, *x.shape[1:]).contiguous()))
         outputs = used.output.flatten(1)
         edges = [call.edge for call in used.maps if call.names <= self._covered]
         edges += [edge for *_, edge in used.modules]
@@ -99,7 +101,7 @@ class Extractor:
             found = [None if g is None else g.unflatten(0, (copies, -1)) for g in grads]
         return self._stored(used, found, 1)
 
-    def _plan(self, inputs: Tensor) -> None:
+    def _plan(self, inputs: Inputs) -> None:
         """Find out which modules' parameters `Factors` do not cover, and which remain."""
         self._modules: dict[str, nn.Module] = {}
         used = self._run(inputs)
@@ -143,7 +145,7 @@ class Extractor:
         self.bytes_per_sample = entries * self._jacobian.layout.dtype.itemsize
         self.work_per_sample = work
 
-    def _wrong(self, inputs: Tensor) -> set[str]:
+    def _wrong(self, inputs: Inputs) -> set[str]:
         """Parameters by which Jᵀu differs from that of a pass, for a random u."""
         layout = self._jacobian.layout
         stored = self(inputs)
@@ -164,7 +166,7 @@ class Extractor:
                 wrong.add(name)
         return wrong
 
-    def _of_batch(self, inputs: Tensor) -> Stored:
+    def _of_batch(self, inputs: Inputs) -> Stored:
         used = self._run(inputs)
         edges = [call.edge for call in used.maps if call.names <= self._covered]
         edges += [edge for *_, edge in used.modules]
@@ -258,10 +260,10 @@ class Extractor:
             for each in zip(*found, strict=True)
         ]
 
-    def _run(self, inputs: Tensor) -> Used:
+    def _run(self, inputs: Inputs) -> Used:
         """The anchor's forward pass, with a graph of the tensors of interest."""
         anchor, weights = self._tangent.anchor, self._weights
-        used = Used()
+        family, used = family_of(anchor), Used()
         used.leaves = {name: weights[name].tensor.detach().requires_grad_() for name in self._slow}
         handles = [
             module.register_forward_hook(used.hook(name), with_kwargs=True)
@@ -272,7 +274,9 @@ class Extractor:
 
         def run() -> Any:
             with torch.enable_grad(), torch.autocast(device.type, enabled=False), recording:
-                return functional_call(anchor, used.leaves, (inputs,))
+                named = inputs.tensors if isinstance(inputs, Fields) else {}
+                args = () if named else (inputs,)
+                return family.logits(functional_call(anchor, used.leaves, args, named))
 
         def call() -> Any:
             with self._tangent.kept.nothing():

@@ -32,6 +32,8 @@ from tangent_ops.errors import UnsupportedError
 from tangent_ops.exact.collect import READ, SquareTargets
 from tangent_ops.exact.problem import check_tangent
 from tangent_ops.exact.progress import progress_bar
+from tangent_ops.family import family_of, logits_pair
+from tangent_ops.fields import Inputs, call
 from tangent_ops.losses import Loss, RescaledSquareLoss, loss_name
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.ops.levels import functional_call
@@ -101,7 +103,7 @@ def head_statistics(
 class _Reader(nn.Module):
     """Computes f + J b and the head's inputs, sample by sample, as `TangentFeatures` does."""
 
-    def __init__(self, tangent: LinearizedModel, delta: DeltaLike | None, one: Tensor) -> None:
+    def __init__(self, tangent: LinearizedModel, delta: DeltaLike | None, one: Inputs) -> None:
         super().__init__()
         self.tangent = tangent
         own = tangent.deltas()
@@ -117,8 +119,8 @@ class _Reader(nn.Module):
             f"tangent.delta.{n}": block.get(n, torch.zeros_like(p)) for n, p in own.items()
         }
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return self.tangent.primal_and_tangent(inputs)
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        return logits_pair(self.tangent, inputs)
 
     def meta(self, outputs: int, loss: str, fraction_bits: int) -> StatisticsMeta:
         tangent, own = self.tangent, self.tangent.deltas()
@@ -137,11 +139,11 @@ class _Reader(nn.Module):
         )
 
     @torch.no_grad()
-    def rows(self, inputs: Tensor) -> FeatureRows:
+    def rows(self, inputs: Inputs) -> FeatureRows:
         """f + J b (n, C), no columns of a core, and a (n, h)."""
         return FeatureRows.joined([self._of(one) for one in inputs.split(1)])
 
-    def _of(self, one: Tensor) -> FeatureRows:
+    def _of(self, one: Inputs) -> FeatureRows:
         seen: list[Tensor] = []
         hook = self._linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
@@ -168,7 +170,7 @@ def _checked(tangent: LinearizedModel, item: DeltaLike) -> Mapping[str, Tensor]:
     return delta
 
 
-def _find_head(tangent: LinearizedModel, one: Tensor) -> tuple[str, nn.Linear]:
+def _find_head(tangent: LinearizedModel, one: Inputs) -> tuple[str, nn.Linear]:
     """The trained linear layer that returns the model's outputs, and its name."""
     made: list[tuple[str, nn.Linear, Tensor]] = []
 
@@ -182,7 +184,7 @@ def _find_head(tangent: LinearizedModel, one: Tensor) -> tuple[str, nn.Linear]:
     hooks = [watched(name, module) for name, module in modules if isinstance(module, nn.Linear)]
     try:
         with torch.no_grad():
-            outputs = tangent.anchor(one)
+            outputs = family_of(tangent).logits(call(tangent.anchor, one))
     finally:
         for hook in hooks:
             hook.remove()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -69,11 +69,11 @@ class Influence:
             check_l2(weight)
         return [self._validation(weight) for weight in weights]
 
-    def change(self, inputs: Tensor) -> Tensor:
+    def change(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
         """f₋ᵢ(x) - f(x): the change of each input's logits when each sample is left out.
 
         Args:
-            inputs: (M, ...), a batch.
+            inputs: (M, ...), a batch; or a dict of fields, as the data's.
 
         Returns:
             (N, M, C): float64.
@@ -82,7 +82,7 @@ class Influence:
         across = kernel.cross(self._problem.present(inputs))  # (M, C, N C)
         return torch.stack([across @ weights for weights in self._weight_changes()])
 
-    def classical(self, inputs: Tensor) -> Tensor:
+    def classical(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
         """`change` by the classical influence function, without the factor (I - h_ii)⁻¹.
 
         For comparison: it is not exact (Koh, Liang: "Understanding Black-box Predictions via
@@ -100,7 +100,7 @@ class Influence:
         residual = n * self.l2 * (inverse @ kernel.wanted.reshape(-1)).view(n, c)
         return -torch.einsum("mcie,ie->imc", moved, residual)
 
-    def loss_change(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def loss_change(self, inputs: Tensor | Mapping[str, Tensor], targets: Tensor) -> Tensor:
         """(N, M): the change of each input's loss when each sample is left out.
 
         Positive: the loss is higher without the sample, so the sample helped.
@@ -121,7 +121,9 @@ class Influence:
         before = each(full)
         return torch.stack([each(after) - before for after in changed])
 
-    def covariance(self, inputs: Tensor, noise_variance: float = 1.0) -> Tensor:
+    def covariance(
+        self, inputs: Tensor | Mapping[str, Tensor], noise_variance: float = 1.0
+    ) -> Tensor:
         """As `predictive_covariance`, from the tangent kernel: (M, C, C) in float64.
 
         By Woodbury's identity, σ² / (N l2) (J(x) J(x)ᵀ - k M kᵀ) with k = J(x) Jᵀ L.

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from tangent_ops.data import unpack
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.exact.layout import Layout
+from tangent_ops.family import logits_pair
+from tangent_ops.fields import Inputs
 from tangent_ops.losses import at_least_single
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.ops.levels import functional_call
@@ -37,11 +39,11 @@ class Jacobian:
         """The same in float64, of a copy of the model."""
         return Jacobian(copy.deepcopy(self.tangent).double())
 
-    def unpack(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def unpack(self, batch: Any) -> tuple[Inputs, Tensor]:
         """Inputs and targets of a loader's batch, on the model's device."""
         return unpack(batch, self.device)
 
-    def outputs(self, delta: Tensor | None, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def outputs(self, delta: Tensor | None, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """f(x) and J(x) Δ for a batch, without gradients; None for Δ = 0."""
         with torch.no_grad():
             parts = self.layout.views(self.layout.zeros() if delta is None else delta)
@@ -49,7 +51,7 @@ class Jacobian:
         return at_least_single(primal), at_least_single(tangent)
 
     def pull_back(
-        self, direction: Tensor, inputs: Tensor, cotangent: Callable[[Tensor, Tensor], Tensor]
+        self, direction: Tensor, inputs: Inputs, cotangent: Callable[[Tensor, Tensor], Tensor]
     ) -> list[Tensor]:
         """J(x)ᵀ c in parts, shaped as the deltas; c may depend on f(x) and J(x) v.
 
@@ -59,15 +61,15 @@ class Jacobian:
         with torch.enable_grad():
             primal, tangent = self._call(leaves, inputs)
         pulled = cotangent(at_least_single(primal.detach()), at_least_single(tangent.detach()))
-        return list(torch.autograd.grad(tangent, leaves, pulled.to(tangent.dtype)))
+        return list(_grads(tangent, leaves, pulled.to(tangent.dtype)))
 
-    def outputs_many(self, directions: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def outputs_many(self, directions: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """f(x), (n, ...), and J(x) v for each row v of (R, P), (R, n, ...), without gradients."""
         primal, first = self.outputs(directions[0], inputs)
         return primal, torch.cat([first[None], self._tangents(directions[1:], inputs, first)])
 
     def pull_back_many(
-        self, directions: Tensor, inputs: Tensor, cotangent: Callable[[Tensor, Tensor], Tensor]
+        self, directions: Tensor, inputs: Inputs, cotangent: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
         """J(x)ᵀ c_r for R cotangents, (R, P); they may depend on f(x) and J(x) v_r.
 
@@ -85,11 +87,11 @@ class Jacobian:
         pulled = torch.empty_like(directions)
         for index, one in enumerate(cotangents):
             last = index + 1 == len(cotangents)
-            grads = torch.autograd.grad(tangent, leaves, one, retain_graph=not last)
+            grads = _grads(tangent, leaves, one, retain_graph=not last)
             torch.cat([grad.reshape(-1) for grad in grads], out=pulled[index])
         return pulled
 
-    def _tangents(self, directions: Tensor, inputs: Tensor, like: Tensor) -> Tensor:
+    def _tangents(self, directions: Tensor, inputs: Inputs, like: Tensor) -> Tensor:
         """J(x) v for each of the directions, shaped as `like`, which another one has given."""
         if not len(directions):
             return like.new_empty(0, *like.shape)
@@ -109,7 +111,7 @@ class Jacobian:
             every = [self._call(one, inputs)[1] for one in zip(*parts, strict=True)]
             return at_least_single(torch.stack(every))
 
-    def rows(self, one: Tensor) -> Tensor:
+    def rows(self, one: Inputs) -> Tensor:
         """The rows of J(x), (C, P), for one input of shape (1, ...) with C outputs."""
         leaves = [part.requires_grad_() for part in self.layout.views(self.layout.zeros())]
         with torch.enable_grad():
@@ -120,11 +122,11 @@ class Jacobian:
             )
             for index, output in enumerate(outputs):
                 last = index + 1 == len(outputs)
-                grads = torch.autograd.grad(output, leaves, retain_graph=not last)
+                grads = _grads(output, leaves, None, retain_graph=not last)
                 torch.cat([grad.reshape(-1) for grad in grads], out=rows[index])
         return rows
 
-    def _call(self, parts: Sequence[Tensor], inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def _call(self, parts: Sequence[Tensor], inputs: Inputs) -> tuple[Tensor, Tensor]:
         names = [f"tangent.delta.{name}" for name in self.layout.shapes]
         deltas = dict(zip(names, parts, strict=True))
         with torch.autocast(self.device.type, enabled=False):
@@ -144,5 +146,19 @@ class Pair(nn.Module):
         super().__init__()
         self.tangent = tangent
 
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return self.tangent.primal_and_tangent(inputs)
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        return logits_pair(self.tangent, inputs)
+
+
+def _grads(
+    tangent: Tensor, leaves: list[Tensor], cotangent: Tensor | None, *, retain_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """The gradients by the leaves; zeros by those that the output does not depend on."""
+    return torch.autograd.grad(
+        tangent,
+        leaves,
+        cotangent,
+        retain_graph=retain_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )

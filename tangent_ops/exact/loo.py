@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from tangent_ops.losses import loss_gradient
 
 def first_order_scores(
     problem: Problem,
-    inputs: Tensor,
+    inputs: Tensor | Mapping[str, Tensor],
     targets: Tensor,
     *,
     tol: float = 1e-3,
@@ -87,7 +87,7 @@ def _loss_gradient(
 def leave_one_out(
     problem: Problem,
     ids: Sequence[int],
-    inputs: Tensor,
+    inputs: Tensor | Mapping[str, Tensor],
     *,
     tol: float = 1e-4,
     max_iterations: int = 1000,

@@ -18,6 +18,7 @@ from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.layout import Layout, dot
 from tangent_ops.exact.progress import progress_bar
 from tangent_ops.exact.stored import StoredBatches
+from tangent_ops.fields import Inputs, each_tensor, same
 from tangent_ops.losses import (
     Loss,
     MeanOfSamples,
@@ -132,10 +133,10 @@ class Passes:
             loader = subset(self.loader, indices)
         return self.changed(loader=loader, samples=len(indices))
 
-    def entering(self, inputs: Tensor) -> Tensor:
+    def entering(self, inputs: Inputs) -> Inputs:
         """Inputs on the model's device, in float64 if the model was cast to it."""
         inputs = inputs.to(self.jacobian.device)
-        return _double(inputs) if self._in_double else inputs
+        return each_tensor(inputs, _double) if self._in_double else inputs
 
     def batches(self, what: str | None = None) -> Iterator[tuple[Any, Tensor]]:
         """Batches of inputs and targets, on the model's device; a bar says what they are for."""
@@ -149,7 +150,7 @@ class Passes:
                 if not self._read_once:
                     self._mean.check(targets)
                 if self._in_double:
-                    inputs, targets = _double(inputs), _double(targets)
+                    inputs, targets = each_tensor(inputs, _double), _double(targets)
                 seen += len(inputs)
                 yield inputs, targets
                 bar.update(len(targets))
@@ -259,10 +260,10 @@ class Passes:
                 part.add_(added)
         return total
 
-    def _first_batch(self) -> tuple[Tensor, Tensor]:
+    def _first_batch(self) -> tuple[Inputs, Tensor]:
         readings = [next(iter(self.loader)) for _ in range(2)]
         first, again = map(self.jacobian.unpack, readings)
-        if not all(torch.equal(a, b) for a, b in zip(first, again, strict=True)):
+        if not all(same(a, b) for a, b in zip(first, again, strict=True)):
             raise ArgumentError(
                 "data differ between two readings of their first batch: an exact fit reads the "
                 "same samples many times. Pass them without random augmentation"

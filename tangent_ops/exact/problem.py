@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from tangent_ops.data import Data, check_integer, in_order, place, unpack
+from tangent_ops.data import Data, check_integer, in_order, inputs_of, place, unpack
 from tangent_ops.errors import ArgumentError
 from tangent_ops.exact.curvature import ShardCurvature
 from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.layout import Layout
 from tangent_ops.exact.passes import Passes, subset
 from tangent_ops.exact.representation import Representation
+from tangent_ops.fields import Inputs, call, named_tensors
 from tangent_ops.files import add_tensor
 from tangent_ops.losses import Loss, RescaledSquareLoss, loss_name
 from tangent_ops.model.features import Trunk, cache_features
@@ -43,8 +44,8 @@ class Problem:
 
     Args:
         tangent: the model. Only `fit_exact` and what is built on it change its deltas.
-        data: a Dataset of (input, target), or a DataLoader; all samples are read, in the data
-            set's own order. Without random augmentation.
+        data: a Dataset of (input, target), or of dicts with "labels", or a DataLoader; all samples
+            are read, in the data set's own order. Without random augmentation.
         l2: the penalty's weight, positive.
         loss: a mean over the batch of each sample's own loss, convex in the logits; None for
             `RescaledSquareLoss()`. The constructor checks it on up to 1,024 classes, the first pass
@@ -310,12 +311,13 @@ class Problem:
         """
         return self.passes.layout.flat(self.tangent.deltas() if delta is None else delta)
 
-    def entering(self, inputs: Tensor) -> Tensor:
+    def entering(self, inputs: Inputs | Mapping[str, Tensor]) -> Inputs:
         """The inputs as `passes` takes them: through the frozen part if its outputs are cached."""
-        inputs = inputs.to(self.passes.layout.device)
-        return inputs if self._trunk is None else self._trunk(inputs)
+        fields = inputs_of(inputs) if isinstance(inputs, Mapping) else inputs
+        inputs = fields.to(self.passes.layout.device)
+        return inputs if self._trunk is None else call(self._trunk, inputs)
 
-    def present(self, inputs: Tensor) -> Any:
+    def present(self, inputs: Inputs | Mapping[str, Tensor]) -> Any:
         """The inputs as `system` takes them."""
         found = self.entering(inputs)
         return found if self.representation == "passes" else self._representation.present(found)
@@ -403,10 +405,12 @@ class _Hashed:
     def __iter__(self) -> Iterator[Any]:
         for batch in self.loader:
             # Sample by sample, so that the batch size does not matter.
-            for sample in zip(*unpack(batch, torch.device("cpu")), strict=True):
+            for one, target in zip(*unpack(batch, torch.device("cpu")), strict=True):
                 digest = hashlib.sha256()
-                for tensor in sample:
+                for name, tensor in sorted(named_tensors(one).items()):
+                    digest.update(name.encode())
                     add_tensor(digest, tensor)
+                add_tensor(digest, target)
                 self.digests.append(digest.digest())
             yield batch
 

@@ -20,6 +20,7 @@ from tangent_ops.exact.extract import Extractor
 from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.passes import Passes
 from tangent_ops.exact.stored import Stored, StoredBatches, StoredJacobian
+from tangent_ops.fields import Inputs, call
 from tangent_ops.ops.levels import in_turn
 
 REPRESENTATIONS = ("auto", "passes", "factors", "rows")
@@ -76,7 +77,7 @@ class Representation:
             self.batches = self._computed(passes)
         return passes.changed(jacobian=StoredJacobian(passes.layout), loader=self.batches)
 
-    def present(self, inputs: Tensor) -> Any:
+    def present(self, inputs: Inputs) -> Any:
         """Inputs as the chosen J takes them."""
         return inputs if self.extractor is None else self.extractor(inputs)
 
@@ -194,10 +195,10 @@ class Kept:
         return mapped.view(shape)
 
 
-def flops(model: nn.Module, inputs: Tensor) -> int:
+def flops(model: nn.Module, inputs: Inputs) -> int:
     """Floating-point operations of a forward pass."""
     from torch.utils.flop_counter import FlopCounterMode  # it imports triton
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        in_turn(lambda: model(inputs))
+        in_turn(lambda: call(model, inputs))
     return counter.get_total_flops()

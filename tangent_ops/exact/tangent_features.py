@@ -12,6 +12,7 @@ from tangent_ops.exact.extract import CHECKED, Extractor
 from tangent_ops.exact.layout import Layout
 from tangent_ops.exact.parts import Factors, Part, Rows
 from tangent_ops.exact.stored import Stored
+from tangent_ops.fields import Inputs, call, named_tensors
 from tangent_ops.model.linearized import LinearizedModel
 
 MOST_COLUMNS = 8192  # of a core: the sums are quadratic in it
@@ -37,16 +38,20 @@ class TangentFeatures:
         UnsupportedError: the model mixes samples, or has no output of one row to a sample.
     """
 
-    def __init__(self, tangent: LinearizedModel, inputs: Tensor) -> None:
+    def __init__(self, tangent: LinearizedModel, inputs: Inputs) -> None:
         self._layout = Layout.of(tangent)
         inputs = inputs.to(self._layout.device)
-        if not inputs[:CHECKED].isfinite().all():  # it would look as if J were wrong
+        tensors = named_tensors(inputs[:CHECKED]).values()
+        if not all(x.isfinite().all() for x in tensors):  # it would look as if J were wrong
             raise ArgumentError("the inputs are not finite: check the data for NaN")
         try:
             self._trunk, tail = tangent.split()
         except UnsupportedError:
             self._trunk, tail = None, tangent
-        few = self._entering(inputs[:CHECKED])
+        try:
+            few = self._entering(inputs[:CHECKED])
+        except UnsupportedError:  # found by running the trunk
+            self._trunk, tail, few = None, tangent, inputs[:CHECKED]
         self._extract = Extractor(tail, few)
         self._extract.check(few)
         self.layout = layout_of({n: d.detach() for n, d in tangent.deltas().items()})
@@ -68,17 +73,17 @@ class TangentFeatures:
                 "Linearize with core=core_basis(model, public_data)"
             )
 
-    def __call__(self, inputs: Tensor) -> FeatureRows:
+    def __call__(self, inputs: Inputs) -> FeatureRows:
         """f, φ and a of some samples (n, ...), on the model's device."""
         ones = inputs.to(self._layout.device).split(1)
         return FeatureRows.joined([self._of(one) for one in ones])
 
-    def _entering(self, inputs: Tensor) -> Tensor:
+    def _entering(self, inputs: Inputs) -> Inputs:
         if self._trunk is None:
             return inputs
-        return torch.cat([self._trunk(one) for one in inputs.split(1)])
+        return torch.cat([call(self._trunk, one) for one in inputs.split(1)])
 
-    def _of(self, one: Tensor) -> FeatureRows:
+    def _of(self, one: Inputs) -> FeatureRows:
         stored = self._extract.alone(self._entering(one))
         head = stored.logits.new_zeros(1, 0)
         if self._head is not None:

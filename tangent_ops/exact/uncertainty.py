@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from tangent_ops.exact.progress import progress_bar
 
 def predictive_covariance(
     problem: Problem,
-    inputs: Tensor,
+    inputs: Tensor | Mapping[str, Tensor],
     noise_variance: float | None = None,
     *,
     tol: float = 1e-4,
@@ -55,7 +57,7 @@ def predictive_covariance(
         noise_variance = 2 * mean_loss / outputs if problem.quadratic else 1.0
     ones, together = list(problem.present(inputs).split(1)), passes.layout.together
     several = max(1, together // outputs)
-    total = len(inputs) * outputs
+    total = len(ones) * outputs
     found = []
     with progress_bar("uncertainty", "solve", total, passes.progress, inner=False) as bar:
         for start in range(0, len(ones), several):

@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from tangent_ops.data import Data, as_loader, check_choice, check_integer, place, unpack
 from tangent_ops.delta import fingerprint
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, few
+from tangent_ops.family import block_names, family_of, heads_of, logits_of, names_of, parts_pattern
+from tangent_ops.fields import Inputs, named_tensors
 from tangent_ops.files import add_tensor
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.model.features import Tail
@@ -106,8 +108,8 @@ def core_basis(
         size: rows and columns of each C: r, or (r_out, r_in); at most those of the weight.
         directions: instead of one size for all, about this many numbers in all cores together, at
             most; the sizes are chosen by the products of eigenvalues across layers ("kfac" only).
-        trainable: which parameters, as in :func:`tangent_ops.linearize`; None for the last of
-            `model.blocks`, or all parameters if there are no blocks. Of these, weights of linear
+        trainable: which parameters, as in :func:`tangent_ops.linearize`; None for the last of the
+            model's blocks, or all parameters if there are none. Of these, weights of linear
             layers have cores, and the classifier is trained in full.
         vectors: the other parameters of `trainable` (norms, biases, LayerScale) are trained in
             full, too.
@@ -136,12 +138,16 @@ def core_basis(
         if isinstance(module, Tail):
             module.rows = 0  # for read rows alone, weights are used in parts
     names = choose(model, _last_block(model) if trainable is None else trainable)
-    head = _classifier(model)
+    head = names_of(model, heads_of(model))
     matrices = {
         name: parameter
         for name, parameter in model.named_parameters()
         if name in names and name not in head and parameter.ndim == 2
     }
+    if trainable is None:  # relative position biases are matrices, too
+        layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        linear = {id(layer.weight) for layer in layers}
+        matrices = {name: weight for name, weight in matrices.items() if id(weight) in linear}
     if not matrices:
         raise ArgumentError("trainable has no matrix outside of the classifier: nothing has a core")
     sides, remembers = {}, set()
@@ -175,17 +181,19 @@ def core_basis(
     return CoreBasis(kept, sorted({*whole, *head}), remembers)
 
 
-def sample_sha256(one: Tensor) -> bytes:
+def sample_sha256(one: Inputs) -> bytes:
     """A hash of one sample's input, by which a sample that a basis remembers is recognized."""
     digest = hashlib.sha256()
-    add_tensor(digest, one)
+    for name, tensor in sorted(named_tensors(one).items()):
+        digest.update(name.encode())
+        add_tensor(digest, tensor)
     return digest.digest()
 
 
 def _remembering(loader: Any, remembers: set[bytes]) -> Iterator[Any]:
     for batch in loader:
         yield batch
-        remembers.update(sample_sha256(one) for one in batch[0])
+        remembers.update(sample_sha256(one) for one in unpack(batch, torch.device("cpu"))[0])
 
 
 class _Spectrum:
@@ -215,7 +223,7 @@ def _kfac(model: nn.Module, matrices: Mapping[str, Tensor], loader: Any) -> dict
         inputs, _ = unpack(batch, device)
         recording = _Recording(matrices)
         with torch.enable_grad(), recording:
-            outputs = model(inputs).flatten(1)
+            outputs = logits_of(model, inputs).flatten(1)
         calls = recording.calls
         if not calls:
             raise ArgumentError("no linear layer uses the parameters of trainable")
@@ -252,7 +260,7 @@ def _gradients(
     with torch.enable_grad():
         for batch in loader:
             inputs, targets = unpack(batch, device)
-            (loss(model(inputs), targets) * len(inputs)).backward()
+            (loss(logits_of(model, inputs), targets) * len(inputs)).backward()
     found = {}
     for name, parameter in matrices.items():
         if parameter.grad is None:
@@ -331,23 +339,13 @@ class _Recording(TorchFunctionMode):
         return output
 
 
-def _last_block(model: Any) -> str | None:
-    """A pattern of the last block, as no norm or head has a core."""
-    blocks = getattr(model, "blocks", None)
-    if blocks is None:
+def _last_block(model: nn.Module) -> str | None:
+    """A pattern of the last block and the head, as no norm has a core; None without blocks."""
+    if not family_of(model).blocks(model):
         return None
-    last = list(dict(blocks.named_children()))[-1]
-    return rf"^(blocks\.{last}|head)\."
-
-
-def _classifier(model: Any) -> list[str]:
-    """Names of the parameters of a linear classifier."""
-    get = getattr(model, "get_classifier", None)
-    found = get() if callable(get) else getattr(model, "head", None)
-    if not isinstance(found, nn.Linear):
-        return []
-    own = {id(parameter) for parameter in found.parameters()}
-    return [name for name, parameter in model.named_parameters() if id(parameter) in own]
+    last = list(block_names(model))[-1]
+    names = {id(module): name for name, module in model.named_modules()}
+    return parts_pattern([last, *(names[id(head)] for head in heads_of(model))])
 
 
 def _not_finite(name: str) -> NonFiniteLossError:

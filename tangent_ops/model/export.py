@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.family import logits_of
 from tangent_ops.files import check_target, write_atomically, write_safetensors
 from tangent_ops.model.dual_call import plain_dual_output
 from tangent_ops.model.linearized import LinearizedModel
@@ -33,7 +34,8 @@ def export_program(
     costs one dual forward pass, however many deltas were composed.
 
     Args:
-        tangent: a model with one input tensor; it does not change. The program runs on the CPU;
+        tangent: a model with one input tensor, of which the program returns the logits; it does
+            not change. The program runs on the CPU;
             ``torch.export.passes.move_to_device_pass`` moves it.
         path: the file, which is overwritten completely or not at all; ``.pt2`` by convention.
         input_size: size of one input, such as (3, 224, 224). The batch size stays dynamic.
@@ -124,11 +126,11 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
 def _exported(tangent: LinearizedModel, input_size: tuple[int, ...]) -> ExportedProgram:
     # On the CPU ops are computed by PyTorch's operators; on CUDA by our kernels.
     tangent = copy.deepcopy(tangent).cpu().requires_grad_(False)
-    directions = tangent.directions()
+    directions, logits = tangent.directions(), tangent.tangent_family.logits
 
     def merged(images: Tensor) -> Tensor:
         with _Formulas():
-            output = plain_dual_output(tangent.anchor, directions, (images,))
+            output = logits(plain_dual_output(tangent.anchor, directions, (images,)))
             primal, slope = forward_ad.unpack_dual(output)
             return primal if slope is None else primal + slope
 
@@ -162,7 +164,7 @@ def _check(program: ExportedProgram, tangent: LinearizedModel, input_size: tuple
     for batch in (1, 3):
         images = torch.randn((batch, *input_size), generator=generator).to(like.dtype)
         with torch.no_grad():
-            expected = tangent(images.to(like.device)).cpu().double()
+            expected = logits_of(tangent, images.to(like.device)).cpu().double()
             found = program.module()(images).double()
         close = 1e-2 if like.dtype in (torch.float16, torch.bfloat16) else 1e-4
         if not torch.allclose(

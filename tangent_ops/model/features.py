@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
+from tangent_ops.data import unpack
 from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.family import block_names
+from tangent_ops.fields import Fields, Inputs, call
 from tangent_ops.model.allocator import keep_memory
 from tangent_ops.model.read_rows import agrees, count_read_rows, form_of, near, run_block
+from tangent_ops.model.resumed import ResumedTail, check_arguments, differs_by_sample, taken_apart
 from tangent_ops.ops.levels import alone
 
 
@@ -39,7 +44,7 @@ class Tail(nn.Module):
 
     def __init__(self, model: nn.Module, start: int):
         super().__init__()
-        blocks = blocks_of(model)
+        blocks = list(block_names(model).values())
         self.blocks = nn.ModuleDict({str(i): blocks[i] for i in range(start, len(blocks))})
         children = list(model.named_children())
         after = [name for name, _ in children].index("blocks") + 1
@@ -62,40 +67,61 @@ class Tail(nn.Module):
 class Trunk(nn.Module):
     """The part of a model below block ``start``: model inputs in, tokens out, no gradients.
 
-    The first batch checks that the tail returns the model's output for the trunk's tokens.
+    The first batch checks that the tail returns the model's output for the trunk's tokens. Inputs
+    of several fields, and of indices, are checked in every batch: a model may read of them which
+    tokens count.
     """
 
-    def __init__(self, model: nn.Module, tail: Tail, start: int):
+    def __init__(self, model: nn.Module, tail: Tail | ResumedTail, start: int):
         super().__init__()
-        blocks = blocks_of(model)
+        blocks = list(block_names(model).values())
         self.model = model
-        # Not registered as a child: the model already owns these modules.
-        self._entry: list[nn.Module] = [blocks[start] if start < len(blocks) else tail.norm]
-        self._unchecked_tail = [tail]
+        # Not registered as children: the model already owns these modules.
+        self._entry: list[Any] = [tail]
+        if isinstance(tail, Tail):
+            self._entry.append(blocks[start] if start < len(blocks) else tail.norm)
+        else:
+            self._entry.append(blocks[start - 1])
+        self._checked = False
 
     @torch.no_grad()
-    def forward(self, *args) -> Tensor:
-        return alone(lambda: self._run(args))  # the model temporarily has a hook and another mode
+    def forward(self, *args, **kwargs) -> Tensor:
+        # The model temporarily has a hook and another mode.
+        return alone(lambda: self._run(args, kwargs))
 
-    def _run(self, args) -> Tensor:
+    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
+        inputs = Fields(kwargs) if kwargs else args[0]
         try:
-            if self._unchecked_tail:
-                self._check(self._unchecked_tail[0], args)
-                self._unchecked_tail.clear()
-            return self._tokens(args)
+            if not self._checked or differs_by_sample(inputs):
+                self._check(inputs)
+                self._checked = True
+            return self._tokens(inputs)
         finally:
             for module, mode in modes.items():  # the tail's modes may differ from the others
                 module.training = mode
 
-    def _tokens(self, args) -> Tensor:
-        def stop(_module, inputs, kwargs):
-            raise _Reached(inputs, kwargs)
+    def _tokens(self, inputs: Inputs) -> Tensor:
+        return taken_apart(self._reached(inputs))[0]
 
-        handle = self._entry[0].register_forward_pre_hook(stop, with_kwargs=True)
+    def _reached(self, inputs: Inputs) -> Any:
+        """What enters the tail: its only argument, or the output of the block before it."""
+        tail, module = self._entry
+
+        def stop_before(_module, args, kwargs):
+            raise _Reached(args, kwargs)
+
+        def stop_after(_module, args, kwargs, output):
+            check_arguments(args, kwargs)
+            raise _Reached((output,), {})
+
+        if isinstance(tail, Tail):
+            handle = module.register_forward_pre_hook(stop_before, with_kwargs=True)
+        else:
+            handle = module.register_forward_hook(stop_after, with_kwargs=True)
         try:
-            self.model(*args)
+            call(self.model, inputs)
         except _Reached as reached:
             if reached.kwargs or len(reached.inputs) != 1:
                 raise UnsupportedError(
@@ -108,15 +134,21 @@ class Trunk(nn.Module):
             handle.remove()
         raise UnsupportedError("this model cannot be split: its forward pass skips its own blocks")
 
-    def _check(self, tail: Tail, args) -> None:
-        expected = self.model(*args)
-        tokens = self._tokens(args)
-        if tail.rows and not (agrees(self.model, tail.rows) and near(tail(tokens), expected)):
-            tail.rows = 0  # the ordinary block is always right
-        if not near(tail(tokens), expected):
+    def _check(self, inputs: Inputs) -> None:
+        tail = self._entry[0]
+        expected = call(self.model, inputs)
+        reached = self._reached(inputs)
+        tokens = taken_apart(reached)[0]
+        if isinstance(tail, ResumedTail) and not self._checked:
+            tail.learn(inputs, reached)
+        if isinstance(tail, Tail):
+            by_rows = tail.rows and agrees(self.model, tail.rows)
+            if not (by_rows and _gives(tail, tokens, expected)):
+                tail.rows = 0  # the ordinary block is always right
+        if not _gives(tail, tokens, expected):
             raise UnsupportedError(
-                "this model cannot be split: its blocks, norm and forward_head in a row do not "
-                "give what the model gives. Train without a feature cache."
+                "this model cannot be split: its blocks, norm and head in a row do not give what "
+                "the model gives. Train without a feature cache."
             )
 
 
@@ -129,50 +161,52 @@ class _Reached(Exception):
         self.kwargs = kwargs
 
 
-def blocks_of(model: nn.Module) -> Sequence[nn.Module]:
-    """The model's transformer blocks.
+def _gives(tail: nn.Module, tokens: Tensor, expected: Any) -> bool:
+    """Whether the tail returns this output for the tokens, but for rounding."""
+    try:
+        found = tree_leaves(tail(tokens))
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+    ):  # it needs more than the tokens
+        return False
+    right = tree_leaves(expected)
+    return len(found) == len(right) and all(
+        near(one, other) for one, other in zip(found, right, strict=True) if other is not None
+    )
 
-    Raises:
-        UnsupportedError: there is no ``blocks`` list, ``norm`` or ``forward_head``.
-    """
-    blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0:
-        raise UnsupportedError(
-            f"{type(model).__name__} has no `blocks` (an nn.Sequential or nn.ModuleList), so it "
-            "has no last blocks; name the trained parameters with a regular expression instead"
-        )
-    return blocks  # pyright: ignore[reportReturnType]
 
-
-def split_model(model: nn.Module, start: int) -> tuple[Trunk, Tail]:
-    """Split a timm-like transformer in front of block ``start``.
+def split_model(model: nn.Module, start: int) -> tuple[Trunk, Tail | ResumedTail]:
+    """Split a transformer in front of block ``start``.
 
     ``tail(trunk(x))`` is ``model(x)``; no parameter is copied. The trunk runs in eval mode
     without gradients, so its tokens can be computed once (:func:`cache_features`).
 
     Args:
-        model: has ``blocks``, ``norm`` and ``forward_head``.
-        start: first block of the tail, from 0 to ``len(model.blocks)``.
+        model: has blocks (:class:`tangent_ops.Family`), one after the other.
+        start: first block of the tail, from 0 to the number of blocks; of a model without timm's
+            ``norm`` and ``forward_head`` at least 1.
 
     Raises:
         ArgumentError: ``start`` is out of range.
         UnsupportedError: the model has another structure (found here or at the first batch).
     """
-    count = len(blocks_of(model))
+    count = len(block_names(model))
     if not 0 <= start <= count:
         raise ArgumentError(f"start={start}: expected 0 to {count}, the number of blocks")
-    for needed in ("norm", "forward_head"):
-        if not callable(getattr(model, needed, None)):
-            raise UnsupportedError(
-                f"{type(model).__name__} cannot be split: it has no `{needed}`. "
-                "Train without a feature cache."
-            )
-    tail = Tail(model, start)
-    if not hasattr(tail, "norm"):
+    if all(hasattr(model, name) for name in ("blocks", "norm", "forward_head")):
+        tail = Tail(model, start)
+        if hasattr(tail, "norm"):
+            return Trunk(model, tail, start), tail
+    if start == 0:
         raise UnsupportedError(
-            f"{type(model).__name__} cannot be split: its `norm` is registered before its blocks. "
-            "Train without a feature cache."
+            f"{type(model).__name__} cannot be split in front of its first block: no block is "
+            "frozen. Train without a feature cache."
         )
+    tail = ResumedTail(model, start)
     return Trunk(model, tail, start), tail
 
 
@@ -216,7 +250,7 @@ def cache_features(
 
     Args:
         trunk: module from a batch of inputs to a batch of features.
-        loader: yields (inputs, targets) batches.
+        loader: yields (inputs, targets) batches, or dicts with "labels".
         path: None keeps the features in memory; a folder keeps them in a memory-mapped file
             ``features.bin`` there, for sets larger than memory. The file replaces an older one
             when it is complete; caches that are still mapped keep the older content.
@@ -235,7 +269,7 @@ def cache_features(
     try:
         for batch in tqdm(loader, desc="features", unit="batch", disable=not progress):
             inputs, labels = _pair(batch)
-            features = trunk(inputs.to(device, non_blocking=True)).cpu()
+            features = call(trunk, inputs.to(device, non_blocking=True)).cpu()
             kind = (features.shape[1:], features.dtype)
             expected = expected or kind
             if len(features) != len(labels) or kind != expected:
@@ -252,15 +286,17 @@ def cache_features(
         store.close()
 
 
-def _pair(batch: object) -> tuple[Tensor, Tensor]:
+def _pair(batch: object) -> tuple[Inputs, Tensor]:
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        inputs, labels = batch[0], torch.as_tensor(batch[1])
-        if isinstance(inputs, Tensor) and labels.ndim and len(inputs) == len(labels):
-            return inputs, labels
-    raise ArgumentError(
-        "loader must yield (inputs, targets) batches, two tensors of equal length; a dataset of "
-        "single samples needs a DataLoader around it"
-    )
+        labels = torch.as_tensor(batch[1])
+        batch = (batch[0], labels)
+    try:
+        return unpack(batch, torch.device("cpu"))
+    except ArgumentError as error:
+        raise ArgumentError(
+            "loader must yield (inputs, targets) batches, two tensors of equal length, or dicts "
+            f"with labels; a dataset of single samples needs a DataLoader around it. {error}"
+        ) from error
 
 
 class _Memory:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tangent_ops.data import Data, as_loader, place, unpack
 from tangent_ops.errors import ArgumentError, NonFiniteLossError
+from tangent_ops.family import logits_of
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.model.low_rank import check_rank, delta_dtype, has_low_rank, matrix_shape
@@ -63,7 +64,7 @@ def gradient_basis(
     with torch.enable_grad():
         for batch in loader if chosen else ():
             inputs, targets = unpack(batch, device)
-            (loss(model(inputs), targets) * len(inputs)).backward()
+            (loss(logits_of(model, inputs), targets) * len(inputs)).backward()
     return {name: _leading(name, parameter, rank) for name, parameter in chosen.items()}
 
 

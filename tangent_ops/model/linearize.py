@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from typing import Any
 
@@ -10,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tangent_ops.errors import ArgumentError, ZeroHeadWarning
+from tangent_ops.family import after_blocks, block_names, heads_of, parts_pattern
 from tangent_ops.model.check_derivatives import described_input
 from tangent_ops.model.checkpointing import find_blocks, find_switches, take_flags
 from tangent_ops.model.copies import independent_copy
 from tangent_ops.model.core_basis import CoreBasis
 from tangent_ops.model.eval_caches import clear_caches
-from tangent_ops.model.features import blocks_of
 from tangent_ops.model.linearized import LinearizedModel, Record
 from tangent_ops.model.low_rank import Basis, Core, delta_dtype, make_bases, make_cores
 from tangent_ops.model.sharded import refuse_sharded
@@ -45,7 +44,8 @@ def linearize(
     would learn. Train a linear probe first (:func:`tangent_ops.fit_head`), then linearize.
 
     Args:
-        model: any module built of operations with a forward derivative.
+        model: any module built of operations with a forward derivative, such as a timm or Hugging
+            Face model. Called with its own arguments, the result returns its own kind of output.
         trainable: which parameters get a delta. None: all; a regular expression, searched for in
             parameter names (see :func:`last_blocks`); or a function from name to bool.
         rank: None: full deltas. An integer r: each trained parameter, seen as a matrix (first
@@ -61,7 +61,7 @@ def linearize(
             or r, or (r_out, r_in), for random ones. Other trained parameters keep full deltas.
             :func:`tangent_ops.core_basis` computes sides, and then chooses ``trainable``, too.
         example: an input of the model, or a tuple of its inputs, to run the check below now instead
-            of at the first call. timm models describe their own input.
+            of at the first call. timm's and Hugging Face's models describe their own input.
         check: compare J with the ordinary model's gradients on one sample. The check finds
             derivatives that would get lost (docs/promises/derivatives.md), and costs about two
             training steps on that sample.
@@ -124,20 +124,18 @@ def linearize(
 def last_blocks(model: nn.Module, k: int) -> str:
     """A pattern for ``linearize(model, trainable=...)`` that trains the end of a transformer.
 
-    It matches the last ``k`` of ``model.blocks`` and everything registered after them (final
-    norm, head): the paper's TAFT-k.
+    It matches the last ``k`` blocks (:class:`tangent_ops.Family`; of a Swin its stages) and
+    everything registered after them (final norm, head): the paper's TAFT-k.
 
     Raises:
         ArgumentError: ``k`` is not between 0 and the number of blocks.
-        UnsupportedError: the model has no ``blocks``.
+        UnsupportedError: the model has no blocks, or several lists of them.
     """
-    count = len(blocks_of(model))
+    names = list(block_names(model))
+    count = len(names)
     if not 0 <= k <= count:
         raise ArgumentError(f"k={k}: expected 0 to {count}, the number of blocks")
-    children = [name for name, _ in model.named_children()]
-    after = children[children.index("blocks") + 1 :]
-    groups = [rf"blocks\.{i}" for i in range(count - k, count)] + [re.escape(n) for n in after]
-    return rf"^({'|'.join(groups)})\."
+    return parts_pattern([*names[count - k :], *after_blocks(model)])
 
 
 def _zero_delta(parameter: Tensor, right: Tensor | None, left: Tensor | None) -> Tensor:
@@ -148,10 +146,8 @@ def _zero_delta(parameter: Tensor, right: Tensor | None, left: Tensor | None) ->
 
 
 def _warn_about_zero_head(anchor: nn.Module, names: set[str]) -> bool:
-    get_classifier = getattr(anchor, "get_classifier", None)
-    found: Any = get_classifier() if callable(get_classifier) else None
-    heads = found if isinstance(found, tuple) else (found,)  # a distilled model has two
-    if any(not isinstance(h, nn.Linear) or torch.count_nonzero(h.weight) for h in heads):
+    heads = heads_of(anchor)  # a distilled model has two
+    if not heads or any(torch.count_nonzero(head.weight) for head in heads):
         return False
     own = {id(parameter) for head in heads for parameter in head.parameters()}
     if all(id(anchor.get_parameter(name)) in own for name in names):

@@ -23,12 +23,13 @@ from tangent_ops.delta import (
     fingerprint,
 )
 from tangent_ops.errors import NoGradientWarning, UnsupportedError, few
+from tangent_ops.family import Family, after_blocks, block_names, family_of
 from tangent_ops.model.allocator import keep_memory
 from tangent_ops.model.check_derivatives import can_check, check_adjoint
 from tangent_ops.model.checkpointing import find_blocks, find_switches, take_flags
 from tangent_ops.model.dual_call import dual_call, multiplied
 from tangent_ops.model.eval_caches import Kept
-from tangent_ops.model.features import Trunk, blocks_of, split_model
+from tangent_ops.model.features import Trunk, split_model
 from tangent_ops.model.read_rows import agrees, count_read_rows_of_calls, reading_rows
 from tangent_ops.model.tree import Tree
 from tangent_ops.ops.factored import Factors
@@ -73,7 +74,7 @@ class LinearizedModel(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, *args, **kwargs) -> Any:
-        """f(x; w0) + J(x) Δw, shaped as the model's own output.
+        """f(x; w0) + J(x) Δw, shaped as the model's own output, of its own class.
 
         Raises:
             UnsupportedError: the output holds something else than tensors, plain values, and
@@ -246,17 +247,16 @@ class LinearizedModel(nn.Module):
             UnsupportedError: a parameter below the blocks is trained, or the model's parts do
                 not run one after the other (see :func:`tangent_ops.model.features.split_model`).
         """
-        blocks = blocks_of(self.anchor)
-        trained = {int(n.split(".")[1]) for n in self.delta.names if n.startswith("blocks.")}
-        start = min(trained, default=len(blocks))
-        trunk, tail = split_model(self.anchor, start)
-        inside = {name for name, _ in tail.named_parameters()}
-        below = [name for name in self.delta.names if name not in inside]
-        if below:
+        names, own = [f"{name}." for name in block_names(self.anchor)], self.delta.names
+        trained = [i for i, name in enumerate(names) if any(n.startswith(name) for n in own)]
+        start = min(trained, default=len(names))
+        inside = (*names[start:], *(f"{name}." for name in after_blocks(self.anchor)))
+        if below := [name for name in own if not name.startswith(inside)]:
             raise UnsupportedError(
                 f"no part of the model is frozen below its first trained parameter: {below[0]} "
                 "is trained. Train without a feature cache."
             )
+        trunk, tail = split_model(self.anchor, start)
         trained_part = LinearizedModel(tail, self.delta, self.basis, self.left, self._record)
         trained_part._multiplies = self._multiplies
         trained_part._wants_check, trained_part._unchecked = self._wants_check, self._unchecked
@@ -278,9 +278,11 @@ class LinearizedModel(nn.Module):
         """
         deltas = self.deltas()
         rows: dict[str, list[int]] = {}
+        has_blocks = len(self.tangent_family.blocks(self.anchor)) > 0
+        named = block_names(self.anchor).items() if has_blocks else ()
+        block_of = {id(p): name for name, block in named for p in block.parameters()}
         for name, parameter in self.anchor.named_parameters():
-            parts = name.split(".")
-            group = ".".join(parts[:2]) if parts[0] == "blocks" else parts[0]
+            group = block_of.get(id(parameter)) or name.partition(".")[0]
             row = rows.setdefault(group, [0, 0])
             if name in deltas:
                 row[0] += deltas[name].numel()
@@ -332,6 +334,11 @@ class LinearizedModel(nn.Module):
     @property
     def trainable(self) -> str:
         return self._record.trainable
+
+    @property
+    def tangent_family(self) -> Family:
+        """The anchor's: what tells its blocks, head and logits."""
+        return family_of(self.anchor)
 
     @property
     def model_name(self) -> str:
@@ -392,4 +399,5 @@ class Record:
     @property
     def model_name(self) -> str:
         config = getattr(self.anchor, "pretrained_cfg", None) or {}
-        return str(config.get("architecture") or type(self.anchor).__name__)
+        own = getattr(getattr(self.anchor, "config", None), "name_or_path", None)  # Hugging Face's
+        return str(config.get("architecture") or own or type(self.anchor).__name__)

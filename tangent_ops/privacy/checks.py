@@ -18,7 +18,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from tangent_ops.data import unpack
+from tangent_ops.data import unpack_one
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.files import add_tensor
 from tangent_ops.model.features import CachedFeatures
@@ -72,7 +72,7 @@ def check_contents(loader: DataLoader) -> None:
     first: dict[bytes, int] = {}
     with torch.random.fork_rng(devices=[]):  # augmentation may draw from the global generator
         for batch in loader:
-            inputs, _ = unpack(batch, torch.device("cpu"))
+            inputs, _ = unpack_one(batch, torch.device("cpu"))
             for index, one in enumerate(inputs, len(first)):
                 digest = hashlib.sha256()
                 add_tensor(digest, one)

@@ -14,9 +14,10 @@ from torch import distributed
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from tangent_ops.data import check_choice, check_integer, place, unpack
+from tangent_ops.data import check_choice, check_integer, place, unpack_one
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError
+from tangent_ops.family import logits_of
 from tangent_ops.losses import Loss, MeanOfSamples
 from tangent_ops.model.features import cache_features
 from tangent_ops.model.linearized import LinearizedModel
@@ -218,7 +219,7 @@ def fit_private(
                 settings["lr"] = recipe.lr_at(state.step / steps)
             sums = {p: torch.zeros_like(p, requires_grad=False) for p in parameters.values()}
             if batch is not None:
-                inputs, targets = unpack(batch, device)
+                inputs, targets = unpack_one(batch, device)
                 mean.check(targets)
                 found = gradients.clipped_sum(inputs, targets, loss, clip, mode)
                 sums = {parameters[name]: value for name, value in found.items()}
@@ -245,11 +246,11 @@ def _prepared(
 ) -> tuple[PerSampleGradients, MeanOfSamples]:
     """The per-sample gradients, and the check that the loss is a mean over samples."""
     few = [dataset[index] for index in range(min(4, len(dataset)))]  # pyright: ignore
-    inputs, targets = unpack(default_collate(few), device)
+    inputs, targets = unpack_one(default_collate(few), device)
     gradients = PerSampleGradients(model, inputs)
     noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(2)).to(inputs)
     with torch.no_grad():
-        logits = model(noise)
+        logits = logits_of(model, noise)
     return gradients, MeanOfSamples(loss, logits, targets)
 
 

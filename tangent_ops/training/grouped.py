@@ -20,6 +20,8 @@ from tqdm import tqdm
 from tangent_ops.data import Data, as_loader, place, unpack
 from tangent_ops.delta import Delta
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
+from tangent_ops.family import family_of
+from tangent_ops.fields import Fields, Inputs, each_tensor, named_tensors
 from tangent_ops.losses import Loss
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.ops.attention.frozen import frozen_attention
@@ -33,6 +35,7 @@ from tangent_ops.training.loop import (
     seeded,
 )
 from tangent_ops.training.options import OPTIMIZERS, Recipe, RecipeOptions, recipe_of
+from tangent_ops.training.processes import Batch
 from tangent_ops.training.subnormals import flushed_subnormals
 
 
@@ -122,7 +125,7 @@ class Shard:
             for n, p in tangent.deltas().items()
             if p.requires_grad
         }
-        self.batch: tuple[Tensor, Tensor] | None = None
+        self.batch: Batch | None = None
         self.done = 0
         self.steps = recipe.epochs * len(loader)
         self._recipe = recipe
@@ -166,7 +169,7 @@ class Shard:
         trained = {name: parameter.detach() for name, parameter in self.parameters.items()}
         return Delta({**start, **trained}, replace(start.meta, shard=self.name))
 
-    def _read(self, loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, loader: DataLoader[Any]) -> Iterator[Batch]:
         for _ in range(self._recipe.epochs):
             empty = True
             for batch in loader:
@@ -230,7 +233,7 @@ def _train(
 
 def _alike(shards: list[Shard]) -> list[list[Shard]]:
     """The shards that have a batch left, grouped by the shape and dtype of its inputs."""
-    groups: dict[tuple[torch.Size, torch.dtype], list[Shard]] = {}
+    groups: dict[tuple[object, object], list[Shard]] = {}
     for shard in shards:
         if shard.batch is not None:
             inputs = shard.batch[0]
@@ -262,18 +265,25 @@ def step(model: LinearizedModel, group: list[Shard], device: torch.device, recip
 
 
 def forward(
-    model: LinearizedModel, deltas: list[dict[str, nn.Parameter]], inputs: list[Tensor]
+    model: LinearizedModel, deltas: list[dict[str, nn.Parameter]], inputs: list[Inputs]
 ) -> list[Any]:
     """The outputs for each shard's inputs with its deltas."""
 
-    def run(own: Mapping[str, Tensor], batch: Tensor) -> Any:
-        return functional_call(model, {f"delta.{name}": d for name, d in own.items()}, (batch,))
+    named = isinstance(inputs[0], Fields)
+    family = family_of(model)
 
+    def run(own: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Any:
+        args, fields = ((), dict(batch)) if named else ((batch[""],), {})
+        given = {f"delta.{name}": delta for name, delta in own.items()}
+        return family.logits(functional_call(model, given, args, fields))
+
+    batches = [named_tensors(each) for each in inputs]
     if len(inputs) == 1:
-        return [run(deltas[0], inputs[0])]
+        return [run(deltas[0], batches[0])]
     stacked = {name: torch.stack([own[name] for own in deltas]) for name in deltas[0]}
+    together = {name: torch.stack([each[name] for each in batches]) for name in batches[0]}
     with frozen_attention():
-        outputs = vmap(run)(stacked, torch.stack(inputs))
+        outputs = vmap(run)(stacked, together)
     return [
         tree_map(lambda x, i=i: x[i] if isinstance(x, Tensor) else x, outputs)
         for i in range(len(inputs))
@@ -289,9 +299,11 @@ def _check_vmap(model: LinearizedModel, group: list[Shard]) -> None:
         drawn = scale * torch.randn(tensor.shape, generator=noise, dtype=torch.float64)
         return drawn.to(tensor.device, tensor.dtype)
 
+    def noisy(tensor: Tensor) -> Tensor:
+        return like(tensor, 1.0) if tensor.is_floating_point() else tensor
+
     inputs = [shard.batch[0][:2] for shard in group[:2] if shard.batch is not None]
-    if inputs[0].is_floating_point():
-        inputs = [like(batch, 1.0) for batch in inputs]
+    inputs = [each_tensor(batch, noisy) for batch in inputs]
     deltas = [{n: like(p, 0.1) for n, p in shard.parameters.items()} for shard in group[:2]]
     expected = [forward(model, [own], [x])[0] for own, x in zip(deltas, inputs, strict=True)]
     try:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tangent_ops.data import Data, as_loader, check_integer, place
 from tangent_ops.delta import fingerprint
 from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.family import family_of, heads_of, names_of
 from tangent_ops.training.loop import History, cached_loader, check_group, seeded, train
 from tangent_ops.training.options import Recipe, RecipeOptions, recipe_of
 from tangent_ops.training.processes import Group
@@ -20,14 +21,45 @@ PROBE = Recipe(lr=1e-2)  # a probe takes a higher rate than the blocks
 
 
 class PreLogits(nn.Module):
-    """The features that a timm model passes to its classifier."""
+    """The features that a model passes to its linear classifier.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        model: whose logits are the classifier's output, which every call checks.
+        head: its classifier.
+    """
+
+    def __init__(self, model: nn.Module, head: nn.Linear) -> None:
         super().__init__()
         self.model = model
+        self._head = [head]  # not a child of its own
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.model.forward_head(self.model.forward_features(inputs), pre_logits=True)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def note(_head: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor:
+            # Noise, since the head is all zeros: another function of zeros may be zero, too.
+            noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+            seen.append((given[0], noise.to(output)))
+            return seen[-1][1]
+
+        hook = self._head[0].register_forward_hook(note)
+        try:
+            logits = family_of(self.model).logits(self.model(*args, **kwargs))
+        finally:
+            hook.remove()
+        if len(seen) != 1 or seen[0][0].ndim != 2:
+            raise UnsupportedError(
+                f"fit_head needs a classifier that is called once, with one row to a sample: "
+                f"{type(self.model).__name__} calls it {len(seen)} times"
+                + (f", with {tuple(seen[0][0].shape)}" if seen else "")
+            )
+        features, made = seen[0]
+        if not torch.equal(logits, made):
+            raise UnsupportedError(
+                f"the logits of {type(self.model).__name__} are not its classifier's output, so "
+                "the classifier cannot be trained alone: use fit"
+            )
+        return features
 
 
 def fit_head(
@@ -48,8 +80,8 @@ def fit_head(
     derivative, and its tangent model is only a probe.
 
     Args:
-        model: a timm model (forward_features, forward_head, get_classifier, reset_classifier) whose
-            classifier is one linear layer. It is not changed.
+        model: whose classifier is one linear layer that returns the logits: a timm or Hugging Face
+            model, or one with a `tangent_ops.Family`. It is not changed.
         data: as in `fit`, without random augmentation: it would be drawn once.
         recipe: how to train; None for ``Recipe(lr=1e-2)``. l2 is of the classifier only.
         num_classes: of the new classifier; None for as many as the model has.
@@ -62,7 +94,7 @@ def fit_head(
 
     Raises:
         ArgumentError: as in `fit`; num_classes is missing for a model without classifier.
-        UnsupportedError: not a timm model, or its classifier is not one linear layer.
+        UnsupportedError: the classifier is not one linear layer, or does not return the logits.
         NonFiniteLossError: as in `fit`.
     """
     start = time.perf_counter()
@@ -79,7 +111,7 @@ def fit_head(
     if group.world > 1:
         group.agree(model=fingerprint(model.state_dict()))
     show = progress and group.rank == 0
-    loader = cached_loader(PreLogits(model), loader, None, where, recipe, show)
+    loader = cached_loader(PreLogits(model, head), loader, None, where, recipe, show)
     history = train(head, loader, group, recipe, progress)
     history.seconds = time.perf_counter() - start
     return model, history
@@ -90,21 +122,45 @@ def zero_head(model: Any, num_classes: int | None) -> nn.Linear:
 
     Raises:
         ArgumentError: there is no classifier.
-        UnsupportedError: not a timm model, or its classifier is not one linear layer.
+        UnsupportedError: the classifier is not one linear layer.
     """
-    needed = ("forward_features", "forward_head", "get_classifier", "reset_classifier")
-    missing = [name for name in needed if not hasattr(model, name)]
-    if missing:
-        kind = type(model).__name__
-        raise UnsupportedError(f"fit_head needs a timm model; this {kind} lacks {missing}")
-    if num_classes is not None:
+    kind = type(model).__name__
+    resets = callable(getattr(model, "reset_classifier", None))  # timm's
+    if num_classes is not None and resets:
         model.reset_classifier(num_classes)
-    head = model.get_classifier()
-    if isinstance(head, nn.Identity):
-        raise ArgumentError("model has no classifier: pass num_classes")
-    if not isinstance(head, nn.Linear):
-        kind = type(head).__name__
-        raise UnsupportedError(f"fit_head needs one nn.Linear as classifier, this is a {kind}")
+    found = heads_of(model)
+    if len(found) > 1:
+        names = [name.rpartition(".")[0] for name in names_of(model, found)]
+        raise UnsupportedError(
+            f"fit_head needs one nn.Linear as classifier, {kind} has {[*dict.fromkeys(names)]}: "
+            "load it as a class with one (DeiTForImageClassification), or use fit"
+        )
+    if not found:
+        present = model.get_classifier() if resets else getattr(model, "classifier", None)
+        present = getattr(model, "head", None) if present is None else present
+        if isinstance(present, nn.Identity):
+            how = "pass num_classes" if resets else "load the model with num_labels"
+            raise ArgumentError(f"model has no classifier: {how}")
+        what = "no known classifier" if present is None else f"a {type(present).__name__}"
+        raise UnsupportedError(
+            f"fit_head needs one nn.Linear as classifier, {kind} has {what}: set "
+            "model.tangent_family to a tangent_ops.Family (docs/models.md)"
+        )
+    head = found[0]
+    if num_classes is not None and not resets:
+        head = _replaced(model, head, num_classes)
     for parameter in head.parameters():
         nn.init.zeros_(parameter.requires_grad_())
     return head
+
+
+def _replaced(model: Any, head: nn.Linear, num_classes: int) -> nn.Linear:
+    """Put a linear layer of so many outputs in the place of the head."""
+    name = next(name for name, module in model.named_modules() if module is head)
+    like = {"device": head.weight.device, "dtype": head.weight.dtype}
+    made = nn.Linear(head.in_features, num_classes, head.bias is not None, **like)
+    made.train(head.training)
+    model.set_submodule(name, made)
+    if hasattr(getattr(model, "config", None), "num_labels"):  # Hugging Face's
+        model.config.num_labels = model.num_labels = num_classes
+    return made

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from tangent_ops.data import unpack
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
+from tangent_ops.family import logits_of
 from tangent_ops.losses import Loss
 from tangent_ops.model.allocator import keep_memory
 from tangent_ops.model.features import cache_features
@@ -165,7 +166,7 @@ def _backward(
         if not weight:  # one sample of weight 0: FSDP needs a call in every process
             inputs, targets = batch[0][:1], batch[1][:1]
         with recipe.autocast(inputs.device):
-            logits = model(inputs)
+            logits = logits_of(model, inputs)
         value = weight * loss_of(logits, targets, loss)
         with torch.autocast(
             inputs.device.type, enabled=False

@@ -9,7 +9,7 @@ communication with the backward pass, but takes the plain mean over processes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, distributed, nn
 
 from tangent_ops.delta import fingerprint
 from tangent_ops.errors import ArgumentError, UnsupportedError
+from tangent_ops.fields import Inputs, named_tensors
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Inputs, Tensor]
 
 _BITS = 2**62 - 1  # the number and its negative fit into an int64
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -65,7 +66,8 @@ class Group:
             numbers = ended
             if batch is not None:
                 size = torch.tensor(len(batch[0]), device=self.device)
-                numbers = torch.stack([size, *(_checksum(x).to(self.device) for x in batch)])
+                sums = [_sum_of(part).to(self.device) for part in batch]
+                numbers = torch.stack([size, *sums])
             if any(self._unlike(numbers)):
                 raise ArgumentError(
                     "the processes of the group read different batches. Give each the same data in "
@@ -76,7 +78,7 @@ class Group:
                 return
             yield batch
 
-    def parts(self, batch: Sequence[Tensor], accumulate: int) -> list[tuple[Tensor, ...]]:
+    def parts(self, batch: Batch, accumulate: int) -> list[Batch]:
         """This process's part of a batch, in micro-batches.
 
         Every process has as many of them, so that all communicate equally often; one may be empty.
@@ -194,6 +196,12 @@ def frozen_fingerprint(model: nn.Module) -> str:
 def _digest(value: object) -> int:
     digest = hashlib.sha256(repr(value).encode()).digest()
     return int.from_bytes(digest[:8], "little") & _BITS
+
+
+def _sum_of(inputs: Inputs) -> Tensor:
+    """A checksum of a tensor, or of all fields."""
+    sums = [_checksum(x) for _, x in sorted(named_tensors(inputs).items())]
+    return torch.stack(sums).sum()
 
 
 def _checksum(x: Tensor) -> Tensor:

@@ -175,7 +175,7 @@ def test_weights_that_no_linear_layer_uses_are_refused() -> None:
     with pytest.raises(ArgumentError, match=r"no linear layer uses .*unused"):
         model = vit().double()
         model.blocks[-1].unused = nn.Parameter(torch.zeros(3, 3).double())
-        core_basis(model, data(), 2)
+        core_basis(model, data(), 2, trainable=r"^blocks\.")
 
 
 def test_values_that_are_not_finite_are_refused() -> None:

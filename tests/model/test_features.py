@@ -152,12 +152,11 @@ class TwoOutputs(BetweenBlocksAndNorm):
 
 
 def test_models_that_cannot_be_split():
-    with pytest.raises(UnsupportedError, match="SwinTransformer has no `blocks`"):
-        linearize(swin(), "head").split()
-    with pytest.raises(UnsupportedError, match=r"no `norm`\. Train without a feature cache"):
-        split_model(family("test_efficientnet"), 1)
-    with pytest.raises(UnsupportedError, match=r"`norm` is registered before its blocks"):
-        split_model(BetweenBlocksAndNorm(norm_first=True), 1)
+    with pytest.raises(UnsupportedError, match=r"ResNet has no `blocks`"):
+        linearize(family("test_resnet"), "fc").split()
+    for model in (family("test_efficientnet"), BetweenBlocksAndNorm(norm_first=True)):
+        with pytest.raises(UnsupportedError, match="in front of its first block: no block is fro"):
+            split_model(model, 0)
     for start in (-1, 4):
         with pytest.raises(ArgumentError, match=rf"start={start}: expected 0 to 3"):
             split_model(vit(), start)
@@ -310,11 +309,12 @@ X = torch.zeros(4, 3)
         ([], "yields no batch"),
         ([X], r"must yield \(inputs, targets\) batches"),
         ([(X, torch.zeros(4), X)], r"must yield \(inputs, targets\) batches"),
-        ([{"image": X, "label": X}], r"must yield \(inputs, targets\) batches"),
+        ([{"image": X}], r"must yield \(inputs, targets\) batches.*must have its targets as 'lab"),
+        ([{"image": X, "label": X}], r"does not take the fields of the dict \['image'\]"),
         ([(X, torch.zeros(3))], "two tensors of equal length"),
         (TensorDataset(X, torch.zeros(4)), "needs a DataLoader around it"),
     ],
-    ids=["empty", "no pair", "triple", "dict", "lengths", "dataset"],
+    ids=["empty", "no pair", "triple", "no labels", "unknown field", "lengths", "dataset"],
 )
 @pytest.mark.parametrize("in_file", [False, True])
 def test_bad_loaders(tmp_path, loader, message, in_file):

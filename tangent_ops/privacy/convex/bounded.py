@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from tangent_ops.data import check_positive, unpack
+from tangent_ops.data import check_positive, unpack_one
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.passes import Passes
@@ -189,7 +189,7 @@ def _pack(jacobian: Jacobian, loader: DataLoader, bounds: Bounds, progress: bool
     packed = []
     with norms_bar(loader, progress) as bar:
         for batch in loader:
-            inputs, targets = unpack(batch, jacobian.device)
+            inputs, targets = unpack_one(batch, jacobian.device)
             _check_classes(jacobian, inputs, targets)
             norms = batch_norms(jacobian, inputs, bar)
             weights = ((1 - slack) * bounds.jacobian / norms).clamp_max(1.0)

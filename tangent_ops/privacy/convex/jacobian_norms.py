@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tangent_ops.data import Data, in_order, place, unpack
+from tangent_ops.data import Data, in_order, place, unpack_one
 from tangent_ops.errors import ArgumentError
 from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.problem import Cache, cached, check_tangent
@@ -51,7 +51,9 @@ def jacobian_norms(
     model, loader = entering(tangent, in_order(data, batch_size), cache, device, progress)
     jacobian = Jacobian(model)
     with norms_bar(loader, progress) as bar:
-        found = [batch_norms(jacobian, unpack(batch, jacobian.device)[0], bar) for batch in loader]
+        found = [
+            batch_norms(jacobian, unpack_one(batch, jacobian.device)[0], bar) for batch in loader
+        ]
     return torch.cat(found)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tangent_ops.errors import ArgumentError, NonFiniteLossError, UnsupportedError
 from tangent_ops.exact.jacobian import Jacobian
+from tangent_ops.family import logits_of
 from tangent_ops.losses import Loss, MeanOfSamples, RescaledSquareLoss, loss_gradient
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.privacy.per_sample.layers import Layer, make_layer
@@ -264,7 +265,7 @@ def per_sample_gradients(
     """
     own = PerSampleGradients(tangent, inputs)
     with torch.no_grad():
-        logits = tangent(inputs)
+        logits = logits_of(tangent, inputs)
     loss = loss or RescaledSquareLoss()
     MeanOfSamples(loss, logits, targets).check(targets)
     _, gradient = loss_gradient(loss, logits, targets)

@@ -10,6 +10,7 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tangent_ops.errors import UnsupportedError
+from tangent_ops.family import family_of
 from tangent_ops.model.eval_caches import Kept
 from tangent_ops.ops.factored import Factors
 from tangent_ops.ops.levels import functional_call
@@ -30,6 +31,7 @@ class Whole:
     ) -> None:
         self.names = names
         self._anchor = anchor
+        self._family = family_of(anchor)
         self._kept = kept
         self._weights = {name: anchor.get_parameter(name).detach() for name in names}
         self._factors = {name: each for name, each in factors.items() if name in names}
@@ -43,7 +45,8 @@ class Whole:
 
         def output(weights: dict[str, Tensor], one: Tensor, cotangent: Tensor) -> Tensor:
             with self._kept.nothing():
-                logits = functional_call(self._anchor, weights, (one[None],))
+                output = functional_call(self._anchor, weights, (one[None],))
+                logits = self._family.logits(output)
             return (logits[0] * cotangent).sum()
 
         try:
@@ -63,7 +66,7 @@ class Whole:
         """Σ_i w_i G_i by name, shaped as the deltas, without any G_i."""
         leaves = {name: value.requires_grad_() for name, value in self._fresh().items()}
         with torch.enable_grad(), _without_autocast(inputs), self._kept.nothing():
-            logits = functional_call(self._anchor, leaves, (inputs,))
+            logits = self._family.logits(functional_call(self._anchor, leaves, (inputs,)))
         shape = (-1,) + (1,) * (cotangents.ndim - 1)
         scaled = (cotangents * weights.view(shape)).to(logits.dtype)
         found = torch.autograd.grad(logits, list(leaves.values()), scaled)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tangent_ops.composition.ridge import FeatureRows
-from tangent_ops.data import place, unpack
+from tangent_ops.data import place, unpack_one
 from tangent_ops.errors import ArgumentError, UnsupportedError
 from tangent_ops.exact.problem import check_tangent
 from tangent_ops.exact.progress import progress_bar
@@ -58,7 +58,7 @@ class SampleReader:
         self._device = place(tangent, device)
         self._loader = loader
         self._progress = progress
-        first, _ = unpack(next(iter(loader)), self._device)
+        first, _ = unpack_one(next(iter(loader)), self._device)
         noise = torch.randn(first[:_TRIED].shape, generator=torch.Generator().manual_seed(2))
         self.features = TangentFeatures(tangent, noise.to(first))
         deltas = {name: value.detach().cpu().double() for name, value in tangent.deltas().items()}
@@ -71,7 +71,7 @@ class SampleReader:
     def __iter__(self) -> Iterator[tuple[FeatureRows, Tensor]]:
         with progress_bar("features", "batch", len(self._loader), self._progress) as bar:
             for batch in self._loader:
-                inputs, targets = unpack(batch, self._device)
+                inputs, targets = unpack_one(batch, self._device)
                 rows = self.features(inputs)
                 rows = FeatureRows(
                     rows.outputs.detach().cpu().double(),
