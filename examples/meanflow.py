@@ -198,7 +198,9 @@ def recognised(images: Tensor, labels: Tensor, samples: Tensor, wanted: Tensor) 
 def draw(rows: dict[str, Tensor]) -> Figure:
     """A grid of digits: groups of rows by name, each (10 k, 1, S, S), a column for each digit."""
     heights = [len(images) // 10 for images in rows.values()]
-    figure = Figure(figsize=(7, 0.62 * sum(heights) + 0.5), layout="constrained", dpi=110)
+    figure = Figure(
+        figsize=(5.6, 0.56 * sum(heights) + 0.3 * len(rows)), layout="constrained", dpi=110
+    )
     for axes, (name, images) in zip(
         figure.subplots(len(rows), 1, height_ratios=heights), rows.items(), strict=True
     ):
@@ -208,7 +210,7 @@ def draw(rows: dict[str, Tensor]) -> Figure:
         axes.set_yticks([])
         axes.set_xticks([])
         axes.spines[:].set_visible(False)
-        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11)
+        axes.set_title(name, loc="left", fontsize=11)
     return figure
 
 
@@ -272,7 +274,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dim", type=int, default=128, help="width of the tokens")
     add("--depth", type=int, default=4, help="number of blocks")
     add("--heads", type=int, default=4, help="number of attention heads")
-    add("--steps", type=int, default=1600, help="of training")
+    add("--steps", type=int, default=2500, help="of training")
     add("--batch", type=int, default=64, help="images in a step")
     add("--lr", type=float, default=1.5e-3, help="learning rate of AdamW at its peak")
     add("--share", type=float, default=0.25, help="of images with r < t, which need the jvp")
