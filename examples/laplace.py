@@ -73,7 +73,7 @@ def photographs(count: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     found = []
     for number in range(count):
-        photo = torch.from_numpy(bunch.images[number % 2]).float().mean(2) / 255
+        photo = torch.tensor(bunch.images[number % 2]).float().mean(2) / 255
         top, left = (
             int(torch.randint(extent - 8 * SIDE, (), generator=generator)) for extent in photo.shape
         )

@@ -206,7 +206,7 @@ def draw(rows: dict[str, Tensor]) -> Figure:
     ):
         size = images.shape[-1]
         grid = images.view(-1, 10, size, size).permute(0, 2, 1, 3).reshape(-1, 10 * size)
-        axes.imshow(grid.cpu(), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
+        axes.imshow(grid.cpu().numpy(), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
         axes.set_yticks([])
         axes.set_xticks([])
         axes.spines[:].set_visible(False)

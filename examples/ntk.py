@@ -34,7 +34,7 @@ from tangent_ops.exact.tangent_kernel import TangentKernel
 from tangent_ops.profiling.memory import peak_bytes
 
 
-def hugging_face_vit(name: str, size: int, classes: int) -> Any:
+def hugging_face_vit(name: str, size: int, classes: int, width: int = 96) -> Any:
     """A ViT for images: with published weights, or small with random ones if `name` is empty.
 
     Raises:
@@ -57,9 +57,10 @@ def hugging_face_vit(name: str, size: int, classes: int) -> Any:
                 f"{str(error).splitlines()[0]}"
             ) from error
     config = ViTConfig(
-        image_size=size, patch_size=size // 4, hidden_size=96, num_hidden_layers=4,
-        num_attention_heads=3, intermediate_size=384, num_labels=classes,
+        image_size=size, patch_size=size // 4, hidden_size=width, num_hidden_layers=4,
+        num_attention_heads=3, intermediate_size=4 * width,
     )  # fmt: skip
+    config.num_labels = classes
     return ViTForImageClassification(config).eval()
 
 
@@ -113,7 +114,7 @@ def draw(kernel: Tensor, labels: Tensor) -> Figure:
     scale = traces.diagonal().rsqrt()
     figure = Figure(figsize=(5.6, 4.8), layout="constrained", dpi=110)
     axes = figure.subplots()
-    image = axes.imshow((scale[:, None] * traces * scale).cpu(), cmap="viridis")
+    image = axes.imshow((scale[:, None] * traces * scale).cpu().numpy(), cmap="viridis")
     starts = [int((labels == digit).nonzero()[0]) for digit in labels.unique()]
     each = len(labels) / len(starts)
     axes.set_xticks([s + each / 2 - 0.5 for s in starts], [str(int(labels[s])) for s in starts])
