@@ -13,7 +13,7 @@ OLDEST_VERSIONS = "torch==2.11.*" "triton==3.6.*"
 installed = $(VENV)/.tangent-ops-$(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo exact-demo private-demo study test lint docs format bench bench-compiled gpu-bench publish pictures compile-check rehearse gpu-check clean
+.PHONY: help demo exact-demo private-demo meanflow study test lint docs format bench bench-compiled gpu-bench publish pictures compile-check rehearse gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,6 +31,9 @@ exact-demo: $(call installed,demo) ## optima, certificates and influences on 1,0
 
 private-demo: $(call installed,private-demo) ## fine-tune with differential privacy, and say what that promises
 	$(RUN) examples/private_demo.py $(ARGS)
+
+meanflow: $(call installed,demo) ## train a small DiT by MeanFlow on MNIST-5k; digits in one step, as a picture in out/
+	$(RUN) examples/meanflow.py $(ARGS)
 
 study: $(call installed,study) ## the paper's claims on real images, into docs/study; run again, it goes on
 	$(RUN) -m studies.paper $(ARGS)

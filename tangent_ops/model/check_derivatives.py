@@ -31,6 +31,7 @@ from tangent_ops.model.copies import independent_copy
 from tangent_ops.model.dual_call import dual_call
 from tangent_ops.model.eval_caches import Kept
 from tangent_ops.model.missing_formulas import naming_what_lacks
+from tangent_ops.model.sharded import refuse_sharded
 from tangent_ops.ops.backend import in_forward_ad
 from tangent_ops.ops.checkpoint_guard import saved_tensors_hook
 from tangent_ops.ops.factored import Factors
@@ -92,8 +93,10 @@ def check_adjoint(
         itself fails with these inputs or returns NaN, so that a later call has to be checked.
 
     Raises:
-        UnsupportedError: a parameter's derivative gets lost, or an operation has none.
+        UnsupportedError: a parameter's derivative gets lost, or an operation has none; or the
+            anchor is under FSDP.
     """
+    refuse_sharded(anchor)
     devices = {p.device for p in anchor.parameters() if p.is_cuda}
     with (
         torch.random.fork_rng(devices),

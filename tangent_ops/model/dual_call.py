@@ -90,7 +90,10 @@ def _in_turn(model, directions, kept: Kept, args, kwargs, blocks) -> tuple[Any, 
         stack.enter_context(naming_what_lacks(model))
         if peek_interpreter_stack() is not None:
             return _jvp(model, weights, full, factors, args, kwargs, kept)
-        # As torch.func.jvp, without the cost of wrapping every tensor.
+        # As torch.func.jvp, without the cost of wrapping every tensor. Like it, also where PyTorch
+        # has switched forward mode off: in the forward method of a Function, as of a reentrant
+        # checkpoint around the call.
+        stack.enter_context(forward_ad._set_fwd_grad_enabled(True))
         dual, trained = _duals(weights, full, factors)
         tangents = {n: factors[n].trained if n in factors else full[n] for n in weights}
         repeated = repeating(blocks, model, weights, tangents, factors, kept)

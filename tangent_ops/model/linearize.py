@@ -17,6 +17,7 @@ from tangent_ops.model.described_input import described_input
 from tangent_ops.model.eval_caches import clear_caches
 from tangent_ops.model.linearized import LinearizedModel, Record
 from tangent_ops.model.low_rank import Basis, Core, delta_dtype, make_bases, make_cores
+from tangent_ops.model.sharded import refuse_sharded
 from tangent_ops.model.trainable import Trainable, choose, pattern_text
 from tangent_ops.model.tree import Tree
 
@@ -72,8 +73,8 @@ def linearize(
         ArgumentError: no parameter matches; ``model`` is no module or linearized already; or rank,
             basis or core is not as above (see :mod:`tangent_ops.model.low_rank`).
         UnsupportedError: an operation of the model has no derivative, or a parameter's derivative
-            would get lost (the error names it); the model is lazy or scripted; or a function on an
-            instance uses another model.
+            would get lost (the error names it); the model is lazy, scripted or under FSDP; or a
+            function on an instance uses another model.
 
     Warns:
         NoGradientWarning: a parameter gets no gradient in the ordinary model either.
@@ -83,6 +84,7 @@ def linearize(
         raise ArgumentError("model is linearized already: pass the original, or model.anchor")
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}: expected an nn.Module")
+    refuse_sharded(model)
     if trainable is None and isinstance(core, CoreBasis):
         trainable = core.trainable
     clear_caches(model)

@@ -20,7 +20,7 @@ from tangent_ops.errors import UnsupportedError
 from tangent_ops.ops.levels import is_compiling
 
 _REENTRANT = checkpoint.CheckpointFunction.forward.__code__
-_MESSAGE = (
+CHECKPOINT_MESSAGE = (
     "torch.utils.checkpoint with forward mode around it or in it, within fused_forward_ad(): its "
     "function is repeated without that context and level. Put `with fused_forward_ad():` and the "
     "level inside the function, or switch the model's checkpointing off: a linearized model has "
@@ -50,7 +50,7 @@ class CheckpointGuard:
         if repeats and forward_ad._current_level >= 0:
             if func is torch._C._set_grad_enabled:
                 self._in_reentrant = False  # the error ends the checkpoint
-            raise UnsupportedError(_MESSAGE)
+            raise UnsupportedError(CHECKPOINT_MESSAGE)
 
 
 def saved_tensors_hook() -> Any:

@@ -30,6 +30,7 @@ from tangent_ops.ops.pytorch_rules import (
     out_of_place,
     refuse_factorizations,
 )
+from tangent_ops.ops.refused_functions import explain
 from tangent_ops.ops.softmax import softmax
 
 
@@ -148,7 +149,9 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
         UnsupportedError: torch.inference_mode() is on, where PyTorch makes all tangents zero;
             another thread stays in such a block for a minute, or is in a torch.func.jvp outside of
             one. Calls in the block raise it where a derivative would be wrong, and for a
-            ``torch.utils.checkpoint`` with forward mode around it or in it.
+            ``torch.utils.checkpoint`` with forward mode around it or in it. The end of the block
+            raises it in place of PyTorch's error for a module under ``fully_shard`` in a
+            ``dual_level()``.
     """
 
     def __init__(self, backend: Backend | None = None):
@@ -181,6 +184,7 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
         if self._turns:
             self._turns -= 1
             leave_block()
+            explain(exception[1])
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

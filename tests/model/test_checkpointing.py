@@ -194,6 +194,19 @@ def test_a_models_own_checkpointing_is_never_silently_wrong(reentrant) -> None:
         tangent(torch.ones(3, 4)).square().sum().backward()
 
 
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_reentrant_checkpoint_around_the_model(checked) -> None:
+    """PyTorch switches forward mode off in it, where the output was f(x; w0) without J(x) Δw."""
+    tangent, x = moved(linearize(vit(), check=checked)), images()
+    output, grads, cotangent = gradients(tangent, x)
+    leaf = x.clone().requires_grad_()
+    again = torch.utils.checkpoint.checkpoint(tangent, leaf, use_reentrant=True)
+    assert torch.equal(again, output)
+    again.backward(cotangent)
+    found = [delta.grad for delta in tangent.deltas().values()]
+    assert_near(found, grads, 1e-5)
+
+
 def kept(model: nn.Module) -> int:
     """Bytes saved for the backward pass, without the model's own parameters."""
 
