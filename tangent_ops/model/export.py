@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, cast
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,9 @@ def export_program(
             f"the model uses {min(ours)}, which plain PyTorch does not have: it cannot be exported"
         )
     _check(program, tangent, tuple(input_size))
-    write_atomically(path, lambda file: torch.export.save(program, cast(BinaryIO, file)))
+    written = io.BytesIO()  # PyTorch's writer ends the process where a disk is full
+    torch.export.save(program, written)
+    write_atomically(path, lambda file: file.writelines([written.getbuffer()]))
 
 
 def task_vector(tangent: LinearizedModel) -> dict[str, Tensor]:
