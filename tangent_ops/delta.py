@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tangent_ops.errors import ArgumentError, DeltaError, DeltaFileError, few
+from tangent_ops.errors import ArgumentError, DeltaError, DeltaFileError, few, in_words
 from tangent_ops.files import (
     check_target,
     content_sha256,
@@ -206,7 +206,8 @@ def load_delta(
             raise
         except SafetensorError as error:
             raise DeltaFileError(
-                f"{path} is truncated or no safetensors file: {error}. Restore it from a copy"
+                f"{path} is truncated or no safetensors file: {in_words(error)}. Restore it "
+                "from a copy"
             ) from error
         except Exception as error:  # torch raises many kinds for invalid shapes
             raise DeltaFileError(f"{path} holds no delta: {error}") from error

@@ -119,7 +119,7 @@ _REASONS = {
 def in_words(error: BaseException) -> str:
     """An error in words; for one of the system which file, what is wrong and the way out."""
     if not isinstance(error, OSError) or error.errno is None or error.strerror is None:
-        return str(error)
+        return str(error).removeprefix("Error while deserializing header: ")  # of safetensors
     reason = _REASONS.get(error.errno, error.strerror)
     if error.filename is None:
         return reason

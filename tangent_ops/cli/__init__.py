@@ -17,6 +17,10 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(1)
-    from tangent_ops.cli.app import app
+    try:
+        from tangent_ops.cli.app import app
 
-    app(prog_name="tangent-ops")
+        app(prog_name="tangent-ops")
+    except KeyboardInterrupt:  # while modules are imported
+        print("error: interrupted: nothing was written", file=sys.stderr)
+        sys.exit(130)

@@ -104,6 +104,8 @@ def _column(table: Path, column: str) -> dict[str, str]:
             for row in rows:
                 if found.setdefault(row["sample"], row[column]) != row[column]:
                     raise ArgumentError(f"--table {table} has {row['sample']!r} twice")
-    except (OSError, UnicodeError, csv.Error) as error:
+    except UnicodeError as error:
+        raise ArgumentError(f"--table {table} is no text in UTF-8: save it as CSV UTF-8") from error
+    except (OSError, csv.Error) as error:
         raise ArgumentError(f"--table {table} cannot be read: {in_words(error)}") from error
     return found

@@ -66,7 +66,7 @@ def compose(
     from tangent_ops.shards import ImageData, Plan, settle, settled_ledger
     from tangent_ops.shards.composing import check_how, compose_run, default_how, former_composition
 
-    with errors():
+    with errors(left="what was composed before is kept; the same command goes on"):
         if out is not None:
             check_new(out, force, "--out")
         plan = Plan.open(run)

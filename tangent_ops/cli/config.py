@@ -68,7 +68,7 @@ def _yaml(yaml: Any, text: str) -> Any:
     try:
         return yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise ValueError(error) from error
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 Config = Annotated[

@@ -45,7 +45,8 @@ def export(
     from tangent_ops.model.export import export_program, save_task_vector
     from tangent_ops.shards import Plan
 
-    with errors():
+    before = {path: _when(path) for path in (file, task_vector) if path is not None}
+    with errors(left=lambda: _left(before)):
         targets = [path for path in (file, task_vector) if path is not None]
         if not targets:
             raise ArgumentError("give a .pt2 file to write, or --task-vector FILE, or both")
@@ -63,3 +64,13 @@ def export(
     else:
         for path in targets:
             say(f"wrote {path} ({what})")
+
+
+def _when(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _left(before: dict[Path, int | None]) -> str:
+    """Which of the files Ctrl-C left unwritten; each is written completely or not at all."""
+    missing = [str(path) for path, when in before.items() if _when(path) == when]
+    return f"{' and '.join(missing)} was not written" if missing else "all files are written"

@@ -195,6 +195,7 @@ def finetune(
     from tangent_ops.cli.make_anchor import check_model, check_public, make_anchor
     from tangent_ops.shards import ImageData, Plan
     from tangent_ops.shards.disjoint import check_private
+    from tangent_ops.shards.rows import check_names, rows_of
     from tangent_ops.shards.run_folder import DATABASE, check_folder
 
     with errors(left=lambda: _left(out)):
@@ -218,6 +219,8 @@ def finetune(
         moved = there is not None and there.data != source.absolute()
         if there is not None:
             there.check_same(recipe, samples, dealt, labels, assignment.allow_overlap)
+        check_names(dealt)
+        rows_of(samples, dealt, labels, len(classes))  # raises for names that do not print
         check_public(anchor, samples)
         if dry_run:
             if there is not None and moved:

@@ -66,12 +66,14 @@ def forget(
     and no other image is read. The images themselves, copies of files, and earlier exports stay
     where they are.
     """
-    from tangent_ops.errors import TangentOpsError, in_words
+    from tangent_ops.errors import ArgumentError, TangentOpsError, in_words
     from tangent_ops.shards import Plan, find
     from tangent_ops.shards import forget as forgotten
     from tangent_ops.shards.composing import default_how, former_composition
 
     with errors():
+        if [shard, sample or None, label].count(None) != 2:
+            raise ArgumentError("give one of --shard, --sample and --label")
         plan = Plan.open(run)
         which: dict[str, Any] = {"shard": shard, "sample": sample or None, "label": label}
         found = find(plan, **which)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import typer
@@ -23,3 +24,17 @@ class Commands(typer.core.TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             fail("interrupted: nothing was written", INTERRUPTED, error)
+        except Exception as error:
+            message = getattr(error, "message", None)
+            if isinstance(message, str):  # of a wrong option, in the words of Typer's libraries
+                error.message = _plain(message)  # pyright: ignore[reportAttributeAccessIssue]
+            raise
+
+
+def _plain(message: str) -> str:
+    message = re.sub(r"\bValue error, ", "", message)
+    return re.sub(
+        r"Input should be a valid (integer|number)(, unable to parse string as an? \w+)?",
+        lambda found: "expected an integer" if found[1] == "integer" else "expected a number",
+        message,
+    )

@@ -226,12 +226,13 @@ def _file(path: Path) -> dict[str, Any]:
 
     from tangent_ops import delta
     from tangent_ops.composition import statistics_file
-    from tangent_ops.errors import ArgumentError
+    from tangent_ops.errors import ArgumentError, in_words
+    from tangent_ops.files import opened
     from tangent_ops.shards import anchor, basis_file
 
     if path.is_dir():
         raise ArgumentError(f"{path} is neither a run's folder nor a ledger's")
-    with open(path, "rb") as file:
+    with opened(path) as name, open(name, "rb") as file:  # a pipe would block
         start = file.read(4)
     if start == b"PK\x03\x04":
         return _program(path)
@@ -239,7 +240,7 @@ def _file(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             form = (file.metadata() or {}).get("format")
     except SafetensorError as error:
-        raise ArgumentError(f"{path} is not a file of tangent-ops: {error}") from error
+        raise ArgumentError(f"{path} is not a file of tangent-ops: {in_words(error)}") from error
     if form == anchor.FORMAT:
         return {"what": "anchor", **_anchor(path)}
     if form == statistics_file.FORMAT:

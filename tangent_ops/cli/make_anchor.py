@@ -28,6 +28,7 @@ from tangent_ops.training.head import fit_head
 
 FOLDS = 5  # of the public images, to say how good the head is
 OFFLINE = "Without a network give --weights FILE.safetensors, or --no-pretrained for random weights"
+_LARGEST = 1 << 16  # pixels, as in an anchor's file
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class AnchorOptions:
                 raise ArgumentError("--anchor is a whole model: leave --weights and --public out")
             read_anchor(self.anchor)
             return
+        if self.img_size is not None and not 0 < self.img_size < _LARGEST:
+            raise ArgumentError(f"--img-size {self.img_size}: expected 1 to {_LARGEST - 1} pixels")
         import timm
 
         if not timm.is_model(self.model.split(".")[0]):
@@ -95,7 +98,9 @@ def check_model(options: AnchorOptions, recipe: ShardRecipe, classes: int) -> No
         name, built = options.model.split(".")[0], options.built(classes)
     try:
         with torch.device("meta"):  # shapes only: nothing is computed or allocated
-            model = timm.create_model(name, pretrained=False, **built)
+            model = timm.create_model(name, pretrained=False, **built).eval()
+            if options.img_size is not None:
+                model(torch.zeros(1, 3, options.img_size, options.img_size))
     except Exception as error:  # whatever an architecture raises
         if options.img_size is not None and "img_size" in str(error):
             raise ArgumentError(

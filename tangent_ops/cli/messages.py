@@ -16,6 +16,8 @@ from rich.markup import escape
 
 INTERRUPTED = 130  # exit code, by convention 128 + SIGINT
 
+_OTHER_NAMES = {"data_name": "name"}  # of an option -> of the argument
+
 running: ContextVar[Any] = ContextVar("running", default=None)  # the command
 
 
@@ -77,10 +79,10 @@ def _with_options(message: str) -> str:
         option = next((text for text in parameter.opts if text.startswith("--")), None)
         if option is None or not parameter.name:
             continue
-        name = re.escape(parameter.name)
+        name = _OTHER_NAMES.get(parameter.name, parameter.name)
         # NAME=VALUE, then a name that is no English word, then a name that begins the message.
         message = re.sub(rf"(?<![\w/.\-]){name}=(['\"]?)([^'\"\s:,;]+)\1", rf"{option} \2", message)
-        if "_" in parameter.name:
+        if "_" in name:
             message = re.sub(rf"(?<![\w/.\-'\"]){name}(?![\w/.'\"=])", option, message)
         message = re.sub(rf"^{name}(?= (must|is|needs|are) )", option, message)
     return message

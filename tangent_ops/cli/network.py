@@ -51,12 +51,12 @@ def weights_source(model: str) -> WeightsSource:
         return WeightsSource("none", why=f"{set_by} is set, and they are not in the local cache")
     place = _address(config)
     if (why := unreachable(place)) is not None:
-        return WeightsSource("none", why=f"{urlparse(place).netloc} cannot be reached ({why})")
+        return WeightsSource("none", why=f"{urlparse(place).netloc} cannot be used ({why})")
     return WeightsSource("hub")
 
 
 def unreachable(address: str) -> str | None:
-    """Why a server does not answer, after one more try; None if it does, whatever it answers."""
+    """Why a file cannot be had, after one more try; None if its server answers that it can."""
     why: str | None = None
     for _ in range(_TRIES):
         answer: list[str | None] = []
@@ -74,14 +74,23 @@ def unreachable(address: str) -> str | None:
 def _asked(address: str) -> str | None:
     request = urllib.request.Request(address, method="HEAD")
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT):
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=TIMEOUT):
             return None
-    except urllib.error.HTTPError:
-        return None  # it answers; what is wrong with the file, the download says
+    except urllib.error.HTTPError as error:
+        with error:  # Hugging Face's hub marks its own errors; gateways answer in its place
+            known = error.headers.get("X-Error-Code") == "EntryNotFound"
+        return None if error.code < 400 or known else f"it answers {error.code}"
     except urllib.error.URLError as error:
         return _reason(error.reason)
     except OSError as error:
         return _reason(error)
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirection is an answer."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
 
 
 def _reason(error: object) -> str:

@@ -60,6 +60,8 @@ def check_trackers(tensorboard: Path | None, wandb: str | None) -> None:
     """Exit with an install command if one is asked for and its package is missing."""
     if tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
         fail('--tensorboard needs tensorboard: pip install "tangent-ops[tensorboard]"', code=2)
+    if tensorboard is not None and tensorboard.exists() and not tensorboard.is_dir():
+        fail(f"--tensorboard {tensorboard}: it is a file: give a folder", code=2)
     if wandb is not None and importlib.util.find_spec("wandb") is None:
         fail("--wandb needs wandb: pip install wandb", code=2)
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tangent_ops.composition.statistics import LIMIT, TangentStatistics
-from tangent_ops.errors import ArgumentError, StatisticsError, StatisticsFileError
+from tangent_ops.errors import ArgumentError, StatisticsError, StatisticsFileError, in_words
 from tangent_ops.files import (
     check_target,
     content_sha256,
@@ -73,7 +73,8 @@ def load_statistics(path: str | os.PathLike[str]) -> TangentStatistics:
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise StatisticsFileError(
-                f"{path} is truncated or no safetensors file: {error}. Restore it from a copy"
+                f"{path} is truncated or no safetensors file: {in_words(error)}. Restore it "
+                "from a copy"
             ) from error
     expected = metadata.pop("content_sha256", "missing")
     try:

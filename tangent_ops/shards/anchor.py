@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from tangent_ops.delta import fingerprint
-from tangent_ops.errors import ArgumentError, PlanError
-from tangent_ops.files import to_json, write_atomically, write_safetensors
+from tangent_ops.errors import ArgumentError, PlanError, in_words
+from tangent_ops.files import opened, to_json, write_atomically, write_safetensors
 
 FORMAT = "tangent-ops anchor"
 FORMAT_VERSION = "1"
@@ -123,13 +123,15 @@ def read_anchor(path: str | os.PathLike[str]) -> AnchorInfo:
     Raises:
         FileNotFoundError, PlanError: as in `load_anchor`.
     """
-    with open(path, "rb"):
-        pass  # raises the usual OSError for a missing or unreadable file
+    with opened(path):
+        pass  # raises the usual OSError for a missing or unreadable file; a pipe would block
     try:
         with safe_open(path, framework="pt") as file:
             found = file.metadata() or {}
     except SafetensorError as error:
-        raise PlanError(f"{path} is truncated or not a safetensors file: {error}") from error
+        raise PlanError(
+            f"{path} is truncated or not a safetensors file: {in_words(error)}"
+        ) from error
     if found.get("format") != FORMAT:
         raise PlanError(f"{path} is not an anchor's file: make one with shards.save_anchor")
     if found.get("format_version") != FORMAT_VERSION:

@@ -6,7 +6,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from tangent_ops.errors import SampleError
 
@@ -37,6 +37,11 @@ def decoded(read: bytes | Image.Image, sample: str) -> Image.Image:
             warnings.filterwarnings("ignore", category=UserWarning)  # odd EXIF data, palettes
             with Image.open(io.BytesIO(read), formats=tuple(FORMATS)) as image:
                 return to_rgb(image)
+    except UnidentifiedImageError as error:
+        raise SampleError(
+            f"sample {sample!r} is damaged, or cannot be read as an image: replace or remove it. "
+            f"Formats are {', '.join(FORMATS)}"
+        ) from error
     except Exception as error:  # decoders raise errors of many kinds
         raise SampleError(
             f"sample {sample!r} cannot be read as an image ({type(error).__name__}: {error}): "

@@ -158,7 +158,9 @@ class Plan(Recorded):
         """
         path = Path(path).absolute()
         if not (path / DATABASE).is_file():
-            raise FileNotFoundError(f"{path} holds no plan of shards: there is no {DATABASE}")
+            raise FileNotFoundError(
+                f"{path} holds no plan of shards, {DATABASE}: give a run's folder"
+            )
         plan = cls(path)
         plan.manifest.check()
         if plan.anchor_info.fingerprint != plan._about["anchor"]:

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+_LONGEST = 40
+
 
 def plan_change(key: str, there: str, now: str) -> str:
     """What differs between a plan's entry and the one asked for, in words."""
@@ -28,4 +30,6 @@ def differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def _plain(value: Any) -> str:
     if value is None:
         return "none"
+    if isinstance(value, str) and len(value) > _LONGEST:  # a hash
+        return f"{value[:12]}…"
     return f"{value:g}" if isinstance(value, float) else json.dumps(value)

@@ -46,14 +46,18 @@ def silent() -> Iterator[str]:
 
 
 @pytest.fixture
-def answering() -> Iterator[tuple[str, list[str]]]:
-    """The address of a server that knows no file, and the paths that were asked for."""
+def answering(request: pytest.FixtureRequest) -> Iterator[tuple[str, list[str]]]:
+    """The address of a server with one answer, and the paths that were asked for."""
     asked: list[str] = []
+    status: tuple[int, dict[str, str]] = request.param
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             asked.append(self.path)
-            self.send_error(404)
+            self.send_response(status[0])
+            for name, value in status[1].items():
+                self.send_header(name, value)
+            self.end_headers()
 
         def log_message(self, *_) -> None:
             pass
@@ -87,7 +91,7 @@ def test_a_network_that_does_not_answer_is_said_within_three_seconds(
     with caplog.at_level(logging.INFO):
         result = run("finetune", images, "--out", tmp_path / "run", "--model", MODEL)
     assert time.perf_counter() - began < 3.5  # 3 s for the probes
-    refused(result, f"{silent.removeprefix('http://')} cannot be reached (no answer within 1.2 s)")
+    refused(result, f"{silent.removeprefix('http://')} cannot be used (no answer within 1.2 s)")
     refused(result, "give --weights FILE.safetensors, or --no-pretrained")
     assert len(result.stderr.splitlines()) == 1
     assert [record for record in caplog.records if "huggingface" in record.name] == []
@@ -118,11 +122,22 @@ def test_one_more_try(monkeypatch) -> None:
     assert weights_source(MODEL).kind == "hub"
 
 
-def test_a_server_that_answers(answering: tuple[str, list[str]], monkeypatch) -> None:
+HUB = [(200, {}), (307, {"Location": "/elsewhere"}), (404, {"X-Error-Code": "EntryNotFound"})]
+
+
+@pytest.mark.parametrize("answering", HUB, indirect=True)
+def test_the_hub_answers(answering: tuple[str, list[str]], monkeypatch) -> None:
     address, asked = answering
     monkeypatch.setenv("HF_ENDPOINT", address)
     assert weights_source(MODEL).kind == "hub"
     assert asked == ["/timm/test_vit.r160_in1k/resolve/main/config.json"]
+
+
+@pytest.mark.parametrize("answering", [(404, {}), (503, {})], indirect=True)
+def test_a_gateway_answers_in_its_place(answering: tuple[str, list[str]], monkeypatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", answering[0])
+    found = weights_source(MODEL)
+    assert (found.kind, "cannot be used (it answers" in found.why) == ("none", True)
 
 
 @pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
