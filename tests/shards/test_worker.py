@@ -106,7 +106,8 @@ def until(condition: Callable[[], bool]) -> None:
 
 def running(pid: int) -> bool:
     try:
-        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+        threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
+        return threads > 1 or " Z " not in Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
 
