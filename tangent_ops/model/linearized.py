@@ -243,8 +243,7 @@ class LinearizedModel(nn.Module):
             model returns. They share delta parameters: training the tail trains this model.
 
         Raises:
-            UnsupportedError: a parameter below the blocks is trained, or the model's parts do
-                not run one after the other (see :func:`tangent_ops.model.features.split_model`).
+            UnsupportedError: a parameter below the blocks is trained, or it cannot be split.
         """
         names, own = [f"{name}." for name in block_names(self.anchor)], self.delta.names
         trained = [i for i, name in enumerate(names) if any(n.startswith(name) for n in own)]
