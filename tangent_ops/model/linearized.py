@@ -239,13 +239,11 @@ class LinearizedModel(nn.Module):
         """Split in front of the first trained block.
 
         Returns:
-            ``trunk`` maps inputs to tokens, without gradients or tangents; ``tail`` maps tokens
-            to what this model returns. The tail shares this model's delta parameters: training
-            it trains this model.
+            ``trunk`` maps inputs to tokens, without gradients; ``tail`` maps tokens to what this
+            model returns. They share delta parameters: training the tail trains this model.
 
         Raises:
-            UnsupportedError: a parameter below the blocks is trained, or the model's parts do
-                not run one after the other (see :func:`tangent_ops.model.features.split_model`).
+            UnsupportedError: a parameter below the blocks is trained, or it cannot be split.
         """
         names, own = [f"{name}." for name in block_names(self.anchor)], self.delta.names
         trained = [i for i, name in enumerate(names) if any(n.startswith(name) for n in own)]
@@ -278,8 +276,7 @@ class LinearizedModel(nn.Module):
         """
         deltas = self.deltas()
         rows: dict[str, list[int]] = {}
-        has_blocks = len(self.tangent_family.blocks(self.anchor)) > 0
-        named = block_names(self.anchor).items() if has_blocks else ()
+        named = block_names(self.anchor).items() if self.tangent_family.blocks(self.anchor) else ()
         block_of = {id(p): name for name, block in named for p in block.parameters()}
         for name, parameter in self.anchor.named_parameters():
             group = block_of.get(id(parameter)) or name.partition(".")[0]
@@ -337,7 +334,7 @@ class LinearizedModel(nn.Module):
 
     @property
     def tangent_family(self) -> Family:
-        """The anchor's: what tells its blocks, head and logits."""
+        """What tells the anchor's blocks, head and logits."""
         return family_of(self.anchor)
 
     @property
@@ -398,6 +395,6 @@ class Record:
 
     @property
     def model_name(self) -> str:
-        config = getattr(self.anchor, "pretrained_cfg", None) or {}
-        own = getattr(getattr(self.anchor, "config", None), "name_or_path", None)  # Hugging Face's
-        return str(config.get("architecture") or own or type(self.anchor).__name__)
+        timms = (getattr(self.anchor, "pretrained_cfg", None) or {}).get("architecture")
+        hub_s = getattr(getattr(self.anchor, "config", None), "name_or_path", None)
+        return str(timms or hub_s or type(self.anchor).__name__)

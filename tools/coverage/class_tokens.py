@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from typing import Any
+
 import timm
 import torch
 from timm.models._registry import _model_to_module
@@ -72,7 +74,7 @@ def _answer(model: nn.Module) -> str:
     if kind in CANNOT_SPLIT:
         return CANNOT_SPLIT[kind]
     try:
-        _, tail = split_model(model, 0)
+        tail: Any = split_model(model, 0)[1]
     except UnsupportedError as error:
         return f"not split: {str(error).split('(')[0].strip()}"
     except AttributeError:
