@@ -85,7 +85,7 @@ def trained_vit(data: TensorDataset, epochs: int, seed: int) -> VisionTransforme
     """A small ViT, trained by AdamW on all its parameters."""
     torch.manual_seed(seed)
     vit = VisionTransformer(
-        img_size=SIDE, patch_size=2, in_chans=1, embed_dim=24, depth=2, num_heads=3, num_classes=10
+        img_size=SIDE, patch_size=2, in_chans=1, embed_dim=48, depth=2, num_heads=3, num_classes=10
     )
     fit(vit, data, loss=F.cross_entropy, epochs=epochs, lr=2e-3, batch_size=64, seed=seed)
     return vit.eval()
@@ -179,8 +179,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add = found.add_argument
     add("--images", type=int, default=500, help="digits to train on")
-    add("--scored", type=int, default=40, help="other digits, and patches of photographs")
-    add("--epochs", type=int, default=80, help="of the ViT's training")
+    add("--scored", type=int, default=60, help="other digits, and patches of photographs")
+    add("--epochs", type=int, default=60, help="of the ViT's training")
     add("--blocks", type=int, default=0, help="last blocks to linearize, too; slower")
     add("--l2", type=float, default=1e-3, help="the penalty: a prior of variance 1 / (images l2)")
     add("--seed", type=int, default=0, help="of weights, order and split")
