@@ -2,8 +2,8 @@
 
     python examples/laplace.py --help
 
-A small ViT is trained on scikit-learn's digits and linearized in its last block. Given the data,
-the logits of a new image have a covariance (`predictive_covariance`; Immer, Korzepa, Bauer:
+A small ViT is trained on scikit-learn's digits, and linearized in its last norm and head. Given the
+data, the logits of a new image have a covariance (`predictive_covariance`; Immer, Korzepa, Bauer:
 "Improving predictions of Bayesian neural nets via local linearization", AISTATS 2021). It should be
 large where the model has seen nothing alike: on patches of two photographs.
 """
@@ -85,15 +85,15 @@ def trained_vit(data: TensorDataset, epochs: int, seed: int) -> VisionTransforme
     """A small ViT, trained by AdamW on all its parameters."""
     torch.manual_seed(seed)
     vit = VisionTransformer(
-        img_size=SIDE, patch_size=2, in_chans=1, embed_dim=24, depth=2, num_heads=3, num_classes=10
+        img_size=SIDE, patch_size=2, in_chans=1, embed_dim=48, depth=2, num_heads=3, num_classes=10
     )
     fit(vit, data, loss=F.cross_entropy, epochs=epochs, lr=2e-3, batch_size=64, seed=seed)
     return vit.eval()
 
 
-def posterior(vit: VisionTransformer, data: TensorDataset, l2: float) -> Problem:
-    """The linearization of the last block, norm and head, at the optimum for the data."""
-    tangent = linearize(vit, last_blocks(vit, 1))
+def posterior(vit: VisionTransformer, data: TensorDataset, l2: float, blocks: int = 1) -> Problem:
+    """The linearization of the last blocks, norm and head, at the optimum for the data."""
+    tangent = linearize(vit, last_blocks(vit, blocks))
     # Rows of J are small here: products with them are faster than passes.
     problem = Problem(tangent, data, l2, loss=F.cross_entropy, representation="rows")
     fit_exact(problem, tol=1e-2)
@@ -145,7 +145,7 @@ def run(options: argparse.Namespace) -> tuple[Problem, Predictions, Predictions]
     images = 2 * pixels[:, None] - 1
     data, scored = TensorDataset(images[parts[0]], labels[parts[0]]), images[parts[1]]
     vit = trained_vit(data, options.epochs, options.seed)
-    problem = posterior(vit, data, options.l2)
+    problem = posterior(vit, data, options.l2, options.blocks)
     known = predict(problem, scored)
     others = predict(problem, 2 * photographs(options.scored, options.seed) - 1)
     truth = labels[parts[1]]
@@ -180,7 +180,8 @@ def parser() -> argparse.ArgumentParser:
     add = found.add_argument
     add("--images", type=int, default=500, help="digits to train on")
     add("--scored", type=int, default=60, help="other digits, and patches of photographs")
-    add("--epochs", type=int, default=80, help="of the ViT's training")
+    add("--epochs", type=int, default=60, help="of the ViT's training")
+    add("--blocks", type=int, default=0, help="last blocks to linearize, too; slower")
     add("--l2", type=float, default=1e-3, help="the penalty: a prior of variance 1 / (images l2)")
     add("--seed", type=int, default=0, help="of weights, order and split")
     add("--out", type=Path, default=Path("out"), help="folder for the picture")

@@ -274,7 +274,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dim", type=int, default=128, help="width of the tokens")
     add("--depth", type=int, default=4, help="number of blocks")
     add("--heads", type=int, default=4, help="number of attention heads")
-    add("--steps", type=int, default=2500, help="of training")
+    add("--steps", type=int, default=1600, help="of training")
     add("--batch", type=int, default=64, help="images in a step")
     add("--lr", type=float, default=1.5e-3, help="learning rate of AdamW at its peak")
     add("--share", type=float, default=0.25, help="of images with r < t, which need the jvp")
