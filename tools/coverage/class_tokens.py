@@ -7,7 +7,6 @@ device, which takes a minute, and writes the section of docs/coverage.md.
 from __future__ import annotations
 
 from collections import Counter
-
 from typing import Any
 
 import timm
