@@ -112,7 +112,7 @@ OF_ALL = [
     (DataLoader(Stream()), "must have a length, this DataLoader has none"),
 ]
 OF_INPUTS = [
-    (Pairs({"image": torch.zeros(6)}), "of the dict"),
+    (Pairs({"image": torch.zeros(6)}), "of the (dict|fields)"),
     (Pairs(("a", "b")), r"got a (list|tuple) of 2: \((list|tuple), "),
 ]
 OF_PAIRS = [

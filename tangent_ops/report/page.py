@@ -11,7 +11,7 @@ from typing import BinaryIO
 from tangent_ops.files import write_atomically
 from tangent_ops.pages import rendered
 from tangent_ops.report.charts import DotPlot, dot_plot, plot
-from tangent_ops.report.collect import SHOWN, RunReport
+from tangent_ops.report.run_report import SHOWN, RunReport
 from tangent_ops.report.scores import LEFT_OUT
 from tangent_ops.shards.scoring import Estimate
 

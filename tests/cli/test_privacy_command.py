@@ -92,7 +92,7 @@ def test_a_statement_that_claims_too_little_exits_with_1(
 def test_bad_input_exits_with_2(file: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for words, message in (
-        ((tmp_path / "missing",), "No such file"),
+        ((tmp_path / "missing",), "there is no such file or folder"),
         ((tmp_path / "empty",), "holds no ledger"),
         ((file, "--delta", "2"), "delta must be from 1e-12 to 1, got 2.0"),
     ):

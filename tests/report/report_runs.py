@@ -7,7 +7,7 @@ from typing import Any
 
 from shard_runs import FAST, anchor_file, create_plan, image_folder, trained
 
-from tangent_ops.report.collect import labelled_images
+from tangent_ops.report.run_report import labelled_images
 from tangent_ops.shards import ImageData, Plan, Samples, ShardRecipe, by_hash, settle
 from tangent_ops.shards.composing import compose_run
 

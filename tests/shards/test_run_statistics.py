@@ -155,7 +155,7 @@ def test_it_needs_public_images(folder: Path) -> None:
     refused(ArgumentError, "a basis remembers its images", make, folder, public=None)
     other = ImageData(str(image_folder(folder / "other", each=3, seed=8)))
     make(folder)
-    refused(PlanError, "another public", make, folder, public=other)
+    refused(PlanError, "other public images", make, folder, public=other)
     refused(PlanError, "another recipe", make, folder, recipe={"core": 3})
 
 

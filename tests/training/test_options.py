@@ -67,7 +67,7 @@ def test_losses_by_name():
     [
         (lambda: weights(epoch=5), "fit has no option 'epoch': did you mean epochs?"),
         (lambda: weights(devise="cpu"), "fit has no option 'devise': did you mean device?"),
-        (lambda: weights(x=5), "'x'; there are loss, epochs, .*, cache, progress$"),
+        (lambda: weights(x=5), "'x'; there are loss, epochs, .*, cache, progress, on_epoch$"),
         (lambda: weights(5), "recipe must be a Recipe, got 5"),
         (lambda: fit_head(nn.Linear(4, 3), DATA, num_class=3), "did you mean num_classes?"),
         (
