@@ -59,6 +59,8 @@ def influence(
     """
     need("plots", "matplotlib")
 
+    import torch
+
     from tangent_ops.checks import check_integer
     from tangent_ops.errors import ArgumentError
     from tangent_ops.files import write_atomically
@@ -77,15 +79,17 @@ def influence(
         names = list(plan.anchor_info.classes)
         target = _target(image, class_name, names)
         query = ImageData(str(image)).unlabelled(plan.anchor_info.input)[0][0]
-        found = influences(plan, query, target, how, progress=not hidden(as_json))
+        wanted = None if target is None else torch.tensor([target])
+        found = influences(plan, query[None], wanted, how, progress=not hidden(as_json))
+        changes = found.changes[:, 0]
         predicted = _named(names, int(found.logits.argmax()))
         truth = predicted if target is None else _named(names, target)
         words = f"{truth}, predicted {predicted}" if truth != predicted else predicted
         png = _picture(plan, found, (query, f"{_short(image.name)}\n{_short(words)}"), top)
         write_atomically(path, lambda file: file.writelines([png]))
-    order = found.changes.argsort(descending=True).tolist()
-    helpful = [_row(found, names, one) for one in order[:top] if found.changes[one] > 0]
-    harmful = [_row(found, names, one) for one in order[::-1][:top] if found.changes[one] < 0]
+    order = changes.argsort(descending=True).tolist()
+    helpful = [_row(found, names, one) for one in order[:top] if changes[one] > 0]
+    harmful = [_row(found, names, one) for one in order[::-1][:top] if changes[one] < 0]
     if as_json:
         record = {"image": str(image), "class": truth, "predicted": predicted}
         record |= {"picture": str(path), "helpful": helpful, "harmful": harmful}
@@ -127,7 +131,7 @@ def _row(found: Influences, names: list[str], index: int) -> dict[str, Any]:
         "sample": sample.id,
         "class": _named(names, sample.target),
         "shards": list(found.shards[index]),
-        "change": float(found.changes[index]),
+        "change": float(found.changes[index, 0]),
     }
 
 
@@ -149,7 +153,7 @@ def _picture(plan: Plan, found: Influences, query: tuple[Tensor, str], top: int)
         return data[index][0] * spread + mean, f"{_short(samples[index].id)}\n{_short(named)}"
 
     image, caption = query
-    figure = influence_grid((image * spread + mean, caption), sample, found.changes, top)
+    figure = influence_grid((image * spread + mean, caption), sample, found.changes[:, 0], top)
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")

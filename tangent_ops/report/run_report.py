@@ -14,7 +14,7 @@ from tangent_ops.errors import (
     TangentOpsError,
     UnsupportedError,
 )
-from tangent_ops.report.influences import Case, Neighbour, cases, reason_against
+from tangent_ops.report.cases import Case, Neighbour, cases
 from tangent_ops.report.pictures import add_pictures, data_uri
 from tangent_ops.report.scores import Scores, scores
 from tangent_ops.report.shard_facts import ShardFacts, shard_facts
@@ -148,9 +148,6 @@ def _traced(
     """Influences with pictures, and pictures of the images that they are on."""
     if samples is None or found is None or found.main == ANCHOR:
         remarks["cases"] = "It needs labelled images, and a composed run."
-        return [], {}
-    if reason := reason_against(plan):
-        remarks["cases"] = reason
         return [], {}
     try:
         traced = cases(plan, samples, found.models, progress)

@@ -12,7 +12,7 @@ from PIL import Image
 from shard_runs import FAST, create_plan, make_plan, trained
 from timm.data.transforms_factory import create_transform
 
-from tangent_ops.errors import LedgerError
+from tangent_ops.errors import ArgumentError, LedgerError, UnsupportedError
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.shards import ImageData, Plan, ShardRecipe, compose_run, forget, settle
 from tangent_ops.shards.composing import composition
@@ -22,6 +22,7 @@ pytest.importorskip("matplotlib", reason="the extra for plots is not installed")
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
 TARGET = 2  # the class that the image is taken to be of
+LABEL = torch.tensor([TARGET])
 
 
 def prepared(plan: Plan, image: Path) -> torch.Tensor:
@@ -32,7 +33,7 @@ def loss(plan: Plan, how: str, image: torch.Tensor) -> float:
     tangent = plan.tangent().eval()
     tangent.load_delta_dict(composition(plan, how))
     with torch.no_grad():
-        return float(RescaledSquareLoss()(tangent(image[None]), torch.tensor([TARGET])))
+        return float(RescaledSquareLoss()(tangent(image[None]), LABEL))
 
 
 def change_if_forgotten(
@@ -57,18 +58,19 @@ def change_if_forgotten(
     ],
 )
 def test_changes_are_those_of_a_run_that_forgets(
-    folder: str, how: str, tmp_path: Path, request: pytest.FixtureRequest
+    folder: str, how: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch
 ) -> None:
+    monkeypatch.setattr("tangent_ops.shards.run_influence.HELD", 100)  # some images at a time
     here: Path = request.getfixturevalue(folder)
     plan = Plan.open(here / "run")
     image = prepared(plan, here / "images" / "class0" / "3.png")
-    found = influences(plan, image, TARGET, how, progress=False)
+    found = influences(plan, image[None], LABEL, how, progress=False)
     assert len(found.samples) == len(found.changes) == 24
-    order = found.changes.argsort(descending=True).tolist()
+    order = found.changes[:, 0].argsort(descending=True).tolist()
     for index in (order[0], order[-1]):
         sample = found.samples[index].id
         expected = change_if_forgotten(here, tmp_path / str(index), how, image, sample)
-        assert float(found.changes[index]) == pytest.approx(expected, rel=0.02)
+        assert float(found.changes[index, 0]) == pytest.approx(expected, rel=0.02)
 
 
 def test_weights_by_size_overlaps_and_a_shard_of_one_image(
@@ -82,9 +84,13 @@ def test_weights_by_size_overlaps_and_a_shard_of_one_image(
     plan = trained(create_plan(tmp_path, shards, recipe=recipe, allow_overlap=True))
     settle(plan, weights="samples")
     image = prepared(plan, tmp_path / "images" / ids[5])
-    found = influences(plan, image, TARGET, progress=False)
+    found = influences(plan, image[None], LABEL, progress=False)
     places = {sample.id: index for index, sample in enumerate(found.samples)}
     assert found.shards[places[ids[12]]] == ("most", "others")
+    with pytest.raises(UnsupportedError, match="share no image, or give --how mean"):
+        influences(plan, image[None], LABEL, "lossless", progress=False)
+    with pytest.raises(ArgumentError, match=r"targets are \[4\]: its classes are 0 to 3"):
+        influences(plan, image[None], torch.tensor([4]), progress=False)
     for sample in (ids[0], ids[12]):
         expected = change_if_forgotten(tmp_path, tmp_path / sample[:6], "mean", image, sample)
         assert float(found.changes[places[sample]]) == pytest.approx(expected, rel=0.02)
@@ -100,8 +106,8 @@ def test_the_picture_and_its_numbers(exact_folder: Path, tmp_path: Path) -> None
     record = parsed(result)
     assert (record["class"], record["predicted"]) == ("class2", "class0")
     plan = Plan.open(exact_folder / "run")
-    found = influences(plan, prepared(plan, query), TARGET, progress=False)
-    largest, least = found.changes.topk(3), (-found.changes).topk(3)
+    found = influences(plan, prepared(plan, query)[None], LABEL, progress=False)
+    largest, least = found.changes[:, 0].topk(3), (-found.changes[:, 0]).topk(3)
     changes = [row["change"] for row in record["helpful"]]
     assert changes == pytest.approx(largest.values.tolist())
     assert [r["sample"] for r in record["harmful"]] == [found.samples[i].id for i in least.indices]
@@ -123,11 +129,11 @@ def test_forgotten_images_are_not_shown(exact_folder: Path, tmp_path: Path) -> N
     gone = plan.job("shard-1").samples[0].id
     forget(plan, sample=gone, progress=False)
     image = prepared(plan, exact_folder / "images" / "class0" / "3.png")
-    shown = [sample.id for sample in influences(plan, image, progress=False).samples]
+    shown = [sample.id for sample in influences(plan, image[None], progress=False).samples]
     assert (len(shown), gone in shown) == (23, False)
     plan.manifest.remove({"shard-1": [plan.job("shard-1").samples[0].id]})  # and no more
     with pytest.raises(LedgerError, match="not in line with its plan"):
-        influences(plan, image, progress=False)
+        influences(plan, image[None], progress=False)
 
 
 def test_refusals(exact_folder: Path, tmp_path: Path, monkeypatch) -> None:

@@ -86,7 +86,7 @@ def test_a_page_of_steps_has_losses(stepped: Plan) -> None:
     curves = [one["d"] or "" for one in found.all("path")]
     assert len(curves) == 6  # a loss and an accuracy of each shard
     assert all(curve.count(" L") == 1 for curve in curves)  # two epochs
-    assert "trained by steps are not at theirs" in found.text
+    assert "trained by steps (method 'gradient'), and influence is exact only" in found.text
     assert "trained again without it" in found.text
 
 

@@ -12,15 +12,15 @@ from tangent_ops import fit_exact
 from tangent_ops.errors import UnsupportedError
 from tangent_ops.exact import Problem
 from tangent_ops.losses import RescaledSquareLoss
-from tangent_ops.report import influences
-from tangent_ops.report.influences import cases, chosen_images, reason_against
+from tangent_ops.report import cases as module
+from tangent_ops.report.cases import Case, Neighbour, cases, chosen_images
 from tangent_ops.shards import ImageData, Plan, ShardRecipe, settle
 from tangent_ops.shards.composing import composition, default_how
 from tangent_ops.shards.job import job_data
 from tangent_ops.shards.scoring import Predictions, predictions
 
 
-def traced(plan: Plan) -> tuple[list[influences.Case], torch.Tensor, torch.Tensor]:
+def traced(plan: Plan) -> tuple[list[Case], torch.Tensor, torch.Tensor]:
     samples = validation(plan)
     how = default_how(plan)
     found = predictions(plan.tangent(), {how: composition(plan, how)}, samples, progress=False)
@@ -70,7 +70,7 @@ def test_of_statistics_it_is_the_optimum_on_all_other_images(summed: Plan) -> No
     names = [shard.name for shard in summed.shards()]
     whole = fitted(summed, joined([images_of(summed, name) for name in names]), l2, inputs)
 
-    def without(one: influences.Neighbour) -> torch.Tensor:
+    def without(one: Neighbour) -> torch.Tensor:
         rest = joined([images_of(summed, name, one.sample.id) for name in names])
         return fitted(summed, rest, l2, inputs)
 
@@ -105,13 +105,13 @@ def test_weights_and_a_shard_of_one_image(folder, exact, weights, monkeypatch) -
     given = {"recipe": recipe, "validation": ImageData(str(folder / "test"))}
     plan = trained(create_plan(folder, dealt, f"weighted-{weights}", **given))
     settle(plan, weights=weights)
-    monkeypatch.setattr(influences, "TOP", 8)
+    monkeypatch.setattr(module, "TOP", 8)
     made, inputs, targets = traced(plan)
     found = [one for case in made[:2] for one in case.helpful + case.harmful]
     assert len({one.sample.id for one in found}) == 8
     logits, without = without_in_mean(plan, inputs)
     check(made, inputs, targets, logits, without)
-    alone = next(one for one in made[0].helpful + made[0].harmful if one.shard == "one")
+    alone = next(one for one in made[0].helpful + made[0].harmful if one.shards == ("one",))
     loss = RescaledSquareLoss(reduction="none")
     expected = (loss(without(alone), targets) - loss(logits, targets))[0]
     assert alone.change == pytest.approx(float(expected), rel=2e-2, abs=2e-4)
@@ -138,14 +138,13 @@ def test_wrong_and_right_predictions_are_chosen(wrong: int, right: int, expected
 
 
 def test_why_there_are_none(stepped: Plan, exact: Plan, monkeypatch) -> None:
-    assert "--method exact" in reason_against(stepped)
-    samples = validation(stepped)
-    found = predictions(stepped.tangent(), {"mean": None}, samples, progress=False)
-    with pytest.raises(UnsupportedError, match="trained by steps"):
-        cases(stepped, samples, found, progress=False)
-    monkeypatch.setattr(influences, "MOST_ROWS", 10)
-    assert "use exact.Influence" in reason_against(exact)
-    monkeypatch.setattr(influences, "MOST_IMAGES", 10)
-    assert "up to 10" in reason_against(exact)
-    monkeypatch.setitem(vars(exact), "overlap", True)
-    assert "in one shard each" in reason_against(exact)
+    def refused(plan: Plan, words: str) -> None:
+        found = predictions(plan.tangent(), {"mean": None}, validation(plan), progress=False)
+        with pytest.raises(UnsupportedError, match=words):
+            cases(plan, validation(plan), found, progress=False)
+
+    refused(stepped, "trained by steps .* begin a run with --method exact")
+    monkeypatch.setattr(module, "MOST_ROWS", 10)
+    refused(exact, "use `tangent-ops influence`")
+    monkeypatch.setattr(module, "MOST_IMAGES", 10)
+    refused(exact, "up to 10,")
