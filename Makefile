@@ -44,7 +44,7 @@ test: $(call installed,test) ## run every test, a process per core: first withou
 	$(RUN) -m pytest $(PER_CORE) $(ARGS)
 	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= $(RUN) -m pytest $(PER_CORE) $(ARGS) || [ $$? -eq 5 ]
 
-lint: $(call installed,test) ## ruff, pyright and the import contracts
+lint: $(call installed,test) $(call installed,docs) ## ruff, pyright and the import contracts
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(PY)

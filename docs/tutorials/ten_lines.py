@@ -6,7 +6,8 @@
 # that come with scikit-learn, so nothing is downloaded, and all of it takes seconds on one core.
 #
 # This page is [a script in cells](ten_lines.py), which Jupytext, VS Code and PyCharm open as a
-# notebook. The numbers and pictures below are what its cells printed when this page was built.
+# notebook. The numbers and pictures below are what its cells printed when this page was built;
+# [the notebook](ten_lines.ipynb) has them, too.
 #
 # ## Images
 
@@ -34,7 +35,7 @@ test_set = Subset(digits, range(1300, 1797))
 # %% [markdown]
 # The five customers have about 100 images each, nine of ten of two digits.
 
-# %%
+# %% alt="The first 12 digits of each of the five customers: mostly two digits in each row"
 private = labels[150:650]
 favourite = private // 2  # customer 0 has most of the zeros and ones, and so on
 elsewhere = torch.rand(len(private)) < 0.1
@@ -129,7 +130,7 @@ assert same
 #
 # Each customer in turn is left out of the sum. The picture shows what the others' sum recognises.
 
-# %%
+# %% alt="Bars: test images recognised by the public model, by all customers' sum, and without each"
 for left_out in parts:
     others = [part for name, part in parts.items() if name != left_out]
     tangent.load_delta_dict(sum(others[1:], others[0]).choose().delta)

@@ -14,7 +14,7 @@ from mkdocs.structure.pages import Page
 
 from tools.pages.blocks import ROOT, pages
 from tools.pages.links import targets
-from tools.pages.tutorial import execute
+from tools.pages.notebooks import execute
 
 REFERENCE = "docs/reference/"
 TUTORIALS = "docs/tutorials/"
@@ -61,9 +61,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             module = Path(name).stem
             found.append(File.generated(config, name, content=_reference(module, package)))
     for script in sorted((ROOT / TUTORIALS).glob("*.py")):
-        page, pictures = execute(script)
-        found.append(File.generated(config, f"{TUTORIALS}{script.stem}.md", content=page))
-        for name, content in pictures.items():
+        for name, content in execute(script).items():
             found.append(File.generated(config, f"{TUTORIALS}{name}", content=content))
     return found
 
