@@ -23,7 +23,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import matplotlib
 import torch
 from assets import DemoError, default_cache
 from dit import DiT
@@ -36,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from tangent_ops import fused_forward_ad
+from tangent_ops import fused_forward_ad, pictures
 from tangent_ops.profiling.memory import peak_bytes
 
 STEPS = (1, 2, 4)  # of the samples that are drawn
@@ -195,22 +194,19 @@ def recognised(images: Tensor, labels: Tensor, samples: Tensor, wanted: Tensor) 
     return float(classifier.score(samples.flatten(1).cpu(), wanted.cpu()))
 
 
+@pictures.styled()
 def draw(rows: dict[str, Tensor]) -> Figure:
     """A grid of digits: groups of rows by name, each (10 k, 1, S, S), a column for each digit."""
     heights = [len(images) // 10 for images in rows.values()]
-    figure = Figure(
-        figsize=(5.6, 0.56 * sum(heights) + 0.3 * len(rows)), layout="constrained", dpi=110
-    )
-    for axes, (name, images) in zip(
-        figure.subplots(len(rows), 1, height_ratios=heights), rows.items(), strict=True
-    ):
+    width = 5.6  # inches; images are square
+    figure = pictures.new_figure(width, 0.1 * width * sum(heights) + 0.28 * len(rows))
+    each = figure.subplots(len(rows), 1, height_ratios=heights)
+    for axes, (name, images) in zip(each, rows.items(), strict=True):
         size = images.shape[-1]
         grid = images.view(-1, 10, size, size).permute(0, 2, 1, 3).reshape(-1, 10 * size)
         axes.imshow(grid.cpu().numpy(), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
-        axes.set_yticks([])
-        axes.set_xticks([])
-        axes.spines[:].set_visible(False)
-        axes.set_title(name, loc="left", fontsize=11)
+        axes.set_axis_off()
+        axes.set_title(name)
     return figure
 
 
@@ -251,8 +247,7 @@ def run(options: argparse.Namespace) -> None:
     first = torch.cat([(labels == digit).nonzero()[:2] for digit in range(10)])
     real = images[first.view(10, 2).T.flatten()]
     rows = {f"{k} step{'s' * (k > 1)}": found[: 40 if k == 1 else 20] for k, found in drawn.items()}
-    path = options.out / "meanflow.png"
-    draw({**rows, "real": real}).savefig(path)
+    path = pictures.save(draw({**rows, "real": real}), options.out / "meanflow.png")
     print(f"picture: {path}")
 
 
@@ -289,7 +284,6 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the example; return the exit status."""
     options = parser().parse_args(arguments)
-    matplotlib.use("Agg")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():

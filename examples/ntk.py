@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from assets import DemoError
 from images import digits
@@ -28,9 +27,8 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from tangent_ops import linearize
-from tangent_ops.exact import Problem
-from tangent_ops.exact.tangent_kernel import TangentKernel
+from tangent_ops import linearize, pictures
+from tangent_ops.exact import Problem, TangentKernel
 from tangent_ops.profiling.memory import peak_bytes
 
 
@@ -108,11 +106,12 @@ def measured(what: str, call: Callable[[], Tensor]) -> Tensor:
     return found
 
 
+@pictures.styled()
 def draw(kernel: Tensor, labels: Tensor) -> Figure:
     """The mean kernel of two samples over the outputs, normalised: 1 on the diagonal."""
     traces = torch.einsum("icjc->ij", kernel)
     scale = traces.diagonal().rsqrt()
-    figure = Figure(figsize=(5.6, 4.8), layout="constrained", dpi=110)
+    figure = pictures.new_figure(5.6, 4.8)
     axes = figure.subplots()
     image = axes.imshow((scale[:, None] * traces * scale).cpu().numpy(), cmap="viridis")
     starts = [int((labels == digit).nonzero()[0]) for digit in labels.unique()]
@@ -120,11 +119,13 @@ def draw(kernel: Tensor, labels: Tensor) -> Figure:
     axes.set_xticks([s + each / 2 - 0.5 for s in starts], [str(int(labels[s])) for s in starts])
     axes.set_yticks([s + each / 2 - 0.5 for s in starts], [str(int(labels[s])) for s in starts])
     axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
     for start in starts[1:]:
         axes.axhline(start - 0.5, color="white", linewidth=0.6)
         axes.axvline(start - 0.5, color="white", linewidth=0.6)
     axes.set(xlabel="digit in the image", ylabel="digit in the image")
-    axes.set_title("Tangent kernel of pairs of images, as a cosine", loc="left")
+    axes.set_title("Tangent kernel of pairs of images, as a cosine")
     figure.colorbar(image, ax=axes)
     return figure
 
@@ -144,8 +145,7 @@ def run(options: argparse.Namespace) -> float:
     kernel, other = found[0], found[1].double()
     difference = float((kernel - other).abs().max() / other.abs().max())
     print(f"largest difference, relative to the largest entry: {difference:.1e}")
-    path = options.out / "ntk.png"
-    draw(kernel, labels).savefig(path)
+    path = pictures.save(draw(kernel, labels), options.out / "ntk.png")
     print(f"picture: {path}")
     return difference
 
@@ -168,7 +168,6 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the example; return the exit status."""
     options = parser().parse_args(arguments)
-    matplotlib.use("Agg")
     try:
         if options.images < 1:
             raise DemoError(f"--images {options.images}: expected at least 1")

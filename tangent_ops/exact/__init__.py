@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         forget_without_data,
         noised,
     )
+    from tangent_ops.exact.tangent_kernel import TangentKernel
     from tangent_ops.exact.uncertainty import predictive_covariance
 else:
     __getattr__, __dir__ = lazy(
@@ -42,6 +43,7 @@ else:
             "lossless": "compose_lossless",
             "problem": "Problem",
             "removal": "Noised add_samples forget_samples forget_without_data noised",
+            "tangent_kernel": "TangentKernel",
             "uncertainty": "predictive_covariance",
         },
     )
@@ -54,6 +56,7 @@ __all__ = [
     "Noised",
     "Problem",
     "ShardCurvature",
+    "TangentKernel",
     "add_samples",
     "certify",
     "compose_lossless",

@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,31 +89,54 @@ def save_task_vector(tangent: LinearizedModel, path: str | os.PathLike[str]) -> 
     write_atomically(path, lambda file: write_safetensors(file, tensors, {"format": "pt"}))
 
 
-_SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+_ELEMENTWISE = {
+    getattr(owner, name)
+    for owner in (torch, Tensor)
+    for name in ("add", "sub", "mul", "div", "true_divide")
+} | {
+    getattr(Tensor, name)
+    for each in ("add", "sub", "mul", "truediv")
+    for name in (f"__{each}__", f"__r{each}__")
+}
 
 
 class _Formulas(fused_calls):
     """Replaces operations that would fix the batch size in a trace.
 
-    Attention uses its formula for all rows at once, not for blocks of rows. Sums get two tangents:
-    PyTorch's rule for one tangent expands it to the traced sizes.
+    Attention uses its formula for all rows at once, not for blocks of rows. Sums, products and
+    quotients get two tangents: PyTorch's rule for one expands it to the traced sizes.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
-        if func in _SUMS and len(args) == 2 and all(isinstance(x, Tensor) for x in args):
+        if func in _ELEMENTWISE and len(args) == 2:
             args = _both_dual(*args)
+        if func is F.multi_head_attention_forward:
+            with self:  # for the calls inside it
+                return super().__torch_function__(func, types, args, kwargs)
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def _both_dual(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+def _both_dual(*operands: Any) -> tuple[Any, ...]:
     """Both operands; if only one has a tangent, the other gets a tangent of zeros."""
-    pairs = [forward_ad.unpack_dual(x) for x in (one, other)]
-    if (pairs[0].tangent is None) == (pairs[1].tangent is None):
-        return one, other
-    made = [forward_ad.make_dual(p, torch.zeros_like(p) if t is None else t) for p, t in pairs]
-    return made[0], made[1]
+    dual = [
+        x
+        for x in operands
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+    ]
+    if len(dual) != 1:
+        return operands
+    like = dual[0]
+    made = []
+    for x in operands:
+        if isinstance(x, (int, float)):
+            x = torch.full((), x, dtype=torch.float64, device=like.device)  # promotes nothing
+        if x is not like and isinstance(x, Tensor) and x.is_floating_point():
+            x = x.contiguous()  # a traced view takes no tangent of another layout
+            x = forward_ad.make_dual(x, torch.zeros_like(x))
+        made.append(x)
+    return tuple(made)
 
 
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):

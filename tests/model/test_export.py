@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_models import Computes, exact_jvp, family, generator, moved, vit
+from torch import nn
 
 from tangent_ops import last_blocks, linearize
 from tangent_ops.errors import ArgumentError, UnsupportedError
@@ -43,6 +44,46 @@ def test_a_convolutional_model(tmp_path: Path) -> None:
     images = torch.randn(3, 3, 32, 32, generator=generator())
     found = torch.export.load(tmp_path / "model.pt2").module()(images)
     torch.testing.assert_close(found.double(), exact(tangent, images), rtol=1e-4, atol=1e-4)
+
+
+def _arithmetic(model, x):
+    h = model.first(x)
+    h = 2 * h / 3.0 + 1 - (h - torch.arange(8.0, dtype=x.dtype)) * x[:, :, ::2]
+    return model.head(1 - h / (h.abs() + 2.0))
+
+
+def _attention_with_weights(model, x):
+    """One query of all tokens, as SigLIP's pooling head has it."""
+    mixed, weights = model.mix(x[:, :1], model.first(x), x)
+    return model.head(mixed[:, 0]) + weights[:, 0, :1]
+
+
+@pytest.mark.parametrize(
+    ("compute", "layers"),
+    [
+        (
+            lambda m, x: _arithmetic(m, x).mean(1),
+            {"first": nn.Linear(16, 8), "head": nn.Linear(8, 3)},
+        ),
+        (
+            _attention_with_weights,
+            {
+                "first": nn.Linear(16, 16),
+                "mix": nn.MultiheadAttention(16, 2, batch_first=True),
+                "head": nn.Linear(16, 3),
+            },
+        ),
+    ],
+    ids=["arithmetic", "attention"],
+)
+def test_the_batch_size_stays_dynamic(compute, layers, tmp_path: Path) -> None:
+    """PyTorch's rules fix it where one operand alone has a tangent."""
+    tangent = moved(linearize(Computes(compute, **layers).double().eval()))
+    export_program(tangent, tmp_path / "model.pt2", input_size=(5, 16))
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for batch in (1, 2, 4):
+        x = torch.randn(batch, 5, 16, dtype=torch.float64, generator=generator(batch))
+        torch.testing.assert_close(program(x), exact(tangent, x), rtol=1e-10, atol=1e-10)
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
