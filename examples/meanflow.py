@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from tangent_ops import fused_forward_ad, pictures
 from tangent_ops.profiling.memory import peak_bytes
+from tangent_ops.training.subnormals import flushed_subnormals
 
 STEPS = (1, 2, 4)  # of the samples that are drawn
 WARM_UP = 100  # steps in which the learning rate rises
@@ -225,7 +226,6 @@ def run(options: argparse.Namespace) -> None:
     if options.size % options.patch:
         raise DemoError(f"--patch {options.patch}: {options.size} pixels are no multiple of it")
     torch.manual_seed(options.seed)
-    torch.set_flush_denormal(True)
     images, labels = load(options)
     model = DiT(options.size, options.patch, options.dim, options.depth, options.heads)
     model.to(options.device)
@@ -288,7 +288,8 @@ def main(arguments: list[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # torch's own
-            run(options)
+            with flushed_subnormals(torch.device(options.device)):
+                run(options)
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
