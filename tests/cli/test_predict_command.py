@@ -24,7 +24,7 @@ CLASSES = [f"class{index}" for index in range(4)]
 def outputs(folder: Path, image: Path) -> torch.Tensor:
     """f + J Δw for the mean of the shards' deltas, by torch.func.jvp of timm's own model."""
     model, info = load_anchor(folder / "run" / "anchor.safetensors")
-    deltas = [load_file(path) for path in (folder / "run" / "deltas").iterdir()]
+    deltas = [load_file(path) for path in (folder / "run" / "deltas").glob("*.safetensors")]
     mean = {name: sum(delta[name] for delta in deltas) / len(deltas) for name in deltas[0]}
     weights = dict(model.named_parameters())
     zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
@@ -128,7 +128,10 @@ def test_images_that_cannot_be_predicted(exact_folder: Path, tmp_path: Path) -> 
     refused(run(*base, tmp_path / "no", "--csv", file), "is no folder: give one that holds images")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.png").write_bytes(b"no image")
-    refused(run(*base, tmp_path / "bad", "--csv", file), "'x.png' cannot be read as an image")
+    refused(
+        run(*base, tmp_path / "bad", "--csv", file),
+        "'x.png' is damaged, or cannot be read as an image",
+    )
     assert not file.exists()
     file.write_text("mine")
     refused(run(*base, exact_folder / "images", "--csv", file), "it exists: give another name")
