@@ -10,8 +10,8 @@ import typer
 
 from tangent_ops.cli.compose import Run
 from tangent_ops.cli.config import Config
-from tangent_ops.cli.messages import errors, say
-from tangent_ops.cli.targets import check_new
+from tangent_ops.cli.messages import errors, leaves, say
+from tangent_ops.cli.targets import check_new, unwritten
 
 
 def export(
@@ -45,14 +45,14 @@ def export(
     from tangent_ops.model.export import export_program, save_task_vector
     from tangent_ops.shards import Plan
 
-    before = {path: _when(path) for path in (file, task_vector) if path is not None}
-    with errors(left=lambda: _left(before)):
-        targets = [path for path in (file, task_vector) if path is not None]
+    targets = [path for path in (file, task_vector) if path is not None]
+    with errors():
         if not targets:
             raise ArgumentError("give a .pt2 file to write, or --task-vector FILE, or both")
         for path, option in ((file, "FILE"), (task_vector, "--task-vector")):
             if path is not None:
                 check_new(path, force, option)
+        leaves(unwritten(*targets))
         plan = Plan.open(run)
         tangent, what = composed(plan, delta)
         if task_vector is not None:
@@ -64,13 +64,3 @@ def export(
     else:
         for path in targets:
             say(f"wrote {path} ({what})")
-
-
-def _when(path: Path) -> int | None:
-    return path.stat().st_mtime_ns if path.exists() else None
-
-
-def _left(before: dict[Path, int | None]) -> str:
-    """Which of the files Ctrl-C left unwritten; each is written completely or not at all."""
-    missing = [str(path) for path, when in before.items() if _when(path) == when]
-    return f"{' and '.join(missing)} was not written" if missing else "all files are written"

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from tangent_ops.cli.compose import Run
 from tangent_ops.cli.config import Config
-from tangent_ops.cli.messages import errors, hidden, need, say
-from tangent_ops.cli.targets import check_new
+from tangent_ops.cli.messages import errors, hidden, leaves, need, say
+from tangent_ops.cli.targets import check_new, unwritten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,6 +72,7 @@ def influence(
     with errors():
         check_integer("top", top, 1)
         check_new(path, force, "--out")
+        leaves(unwritten(path))
         if image.is_dir():
             raise ArgumentError(f"{image} is a folder: give the file of one image")
         plan = Plan.open(run)

@@ -10,7 +10,7 @@ import pytest
 from cli_runs import FAST, MODEL, complaint, finetune, refused, run
 from shard_runs import image_folder
 
-from tangent_ops.shards.suggest import suggestion
+from tangent_ops.checks import suggestion
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
