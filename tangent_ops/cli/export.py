@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from tangent_ops.cli.chosen import OneDelta, chosen
 from tangent_ops.cli.compose import Run
 from tangent_ops.cli.config import Config
 from tangent_ops.cli.messages import errors, leaves, say
@@ -28,9 +29,7 @@ def export(
             help="Write the full composed delta to this .safetensors file, as a task vector."
         ),
     ] = None,
-    delta: Annotated[
-        Path | None, typer.Option(help="A delta (of one shard, say) instead of the composed one.")
-    ] = None,
+    delta: OneDelta = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files.")] = False,
     config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
@@ -40,7 +39,6 @@ def export(
     To run it: torch.export.load("model.pt2").module()(images), with a batch of any size. Prepare
     the images as `tangent-ops inspect RUN` shows.
     """
-    from tangent_ops.cli.evaluate import composed
     from tangent_ops.errors import ArgumentError
     from tangent_ops.model.export import export_program, save_task_vector
     from tangent_ops.shards import Plan
@@ -54,7 +52,7 @@ def export(
                 check_new(path, force, option)
         leaves(unwritten(*targets))
         plan = Plan.open(run)
-        tangent, what = composed(plan, delta)
+        tangent, what = chosen(plan, None, delta, False)
         if task_vector is not None:
             save_task_vector(tangent, task_vector)
         if file is not None:

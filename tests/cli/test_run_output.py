@@ -170,16 +170,17 @@ def test_compose_and_forget_say_what_changed(copied: Path, images: Path) -> None
     words = check(parsed(run("compose", copied, "--json"))["accuracy"], None, Delta(mean))
     result = run("compose", again)
     assert f"accuracy on 24 validation images: the anchor's {words}" in result.stdout
-    next_one = f"next: tangent-ops evaluate {again} {images / 'valid'}"
+    next_one = f"next: tangent-ops evaluate {again}"
     assert result.stdout.splitlines()[-1] == next_one
     same = run("compose", again).stdout
     assert f"{right(plan, Delta(mean)).mean():.1%}, as before" in same
 
     found = parsed(run("forget", copied, "--shard", "shard-0", "--json"))["accuracy"]
     words = check(found, Delta(mean), two)
-    assert run("evaluate", again, images / "valid").stdout.splitlines()[-1] == (
-        f"next: tangent-ops report {again}"
-    )
+    own = run("evaluate", again).stdout.splitlines()
+    assert own[0].startswith(f"{images / 'valid'}: 24 images")
+    assert own[-1] == f"next: tangent-ops report {again}"
+    assert any(f"{right(plan, Delta(mean)).mean():.1%} of 24 images" in line for line in own)
     result = run("forget", again, "--shard", "shard-0", "--yes")
     expected = words if found["change"] or found["standard_error"] else "as before"
     assert expected in result.stdout
@@ -195,6 +196,7 @@ def test_without_the_images_the_work_is_done(copied: Path, images: Path) -> None
         result = run("compose", copied)
         assert result.exit_code == 0
         assert f"the accuracy was not measured: {valid} is no folder" in result.stdout
+        refused(run("evaluate", copied), f"{valid} is no folder")
         done = parsed(run("forget", copied, "--shard", "shard-0", "--json"))
         assert (done["samples"] > 0, "no folder" in done["accuracy"]["not_measured"]) == (True,) * 2
         history_path(Plan.open(copied), Plan.open(copied).job("shard-1").hash).unlink()
