@@ -70,14 +70,15 @@ def finetune(images: Path, out: Path, *words: object) -> Result:
 
 
 def right(plan: Plan, delta: Delta | None) -> np.ndarray:
-    """Which validation images are classified correctly, one by one."""
+    """Which validation images are classified correctly."""
     assert plan.validation is not None
     tangent = plan.tangent().eval()
     if delta is not None:
         tangent.load_delta_dict(delta)
     samples = plan.validation.open(plan.anchor_info.input)
+    inputs, targets = zip(*samples, strict=True)
     with torch.no_grad():
-        return np.array([int(tangent(x[None]).argmax()) == target for x, target in samples])
+        return (tangent(torch.stack(inputs)).argmax(dim=1) == torch.tensor(targets)).numpy()
 
 
 def of(plan: Plan, shard: str) -> Delta:
