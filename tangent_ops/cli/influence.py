@@ -54,8 +54,9 @@ def influence(
     """Draw the training images that helped and harmed a run's prediction for one image most.
 
     The numbers are the change of the image's loss if that training image were forgotten; they are
-    exact, without training. For runs of --method exact, or statistics. Forgotten images are not
-    shown: they have no influence.
+    exact, without training. For runs of --method exact, or statistics. Copies of that image under
+    other names stay, which `forget` would take out, too. Forgotten images are not shown: they have
+    no influence.
     """
     need("plots", "matplotlib")
 
