@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tangent_ops.cli.messages import errors, say
+from tangent_ops.cli.messages import say
 
 if TYPE_CHECKING:
     from tangent_ops.delta import Delta
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def measured_change(
-    plan: Plan, before: Delta | None, after: Delta, left: str, progress: bool
+    plan: Plan, before: Delta | None, after: Delta, progress: bool
 ) -> dict[str, Any] | None:
     """Accuracies before and after, for JSON and `say_change`; None without validation images.
 
@@ -20,7 +20,6 @@ def measured_change(
         plan: the run.
         before: a composition; None for the anchor.
         after: the composition now.
-        left: what is left after Ctrl-C, in words.
         progress: show a bar.
     """
     from torch import equal
@@ -34,13 +33,12 @@ def measured_change(
     same = before is not None and all(equal(before[name], after[name]) for name in after)
     deltas = {"after": after} if same else {"before": before, "after": after}
     info = plan.anchor_info
-    with errors(left=left):
-        try:
-            samples = plan.validation.open(info.input).with_classes(info.classes)
-            tangent = plan.tangent().to(device())
-            found = predictions(tangent, deltas, samples, progress=progress)
-        except (TangentOpsError, OSError) as error:  # the command has done its work already
-            return {"not_measured": in_words(error)}
+    try:
+        samples = plan.validation.open(info.input).with_classes(info.classes)
+        tangent = plan.tangent().to(device())
+        found = predictions(tangent, deltas, samples, progress=progress)
+    except (TangentOpsError, OSError) as error:  # the command has done its work already
+        return {"not_measured": in_words(error)}
     then = "after" if same else "before"
     change = found.gain("after", over=then)
     return {

@@ -10,6 +10,7 @@ import typer
 from tangent_ops.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from tangent_ops.delta import Delta
     from tangent_ops.model.linearized import LinearizedModel
     from tangent_ops.shards import Plan
 
@@ -21,7 +22,7 @@ How = Annotated[
     ),
 ]
 OneDelta = Annotated[
-    Path | None, typer.Option(help="A delta (of one shard, say) instead of a composition.")
+    Path | None, typer.Option(help="A delta (of one shard, say) instead of the compositions.")
 ]
 AnchorOnly = Annotated[bool, typer.Option("--anchor-only", help="The anchor, without any delta.")]
 
@@ -34,23 +35,30 @@ def check_one(how: str | None, delta: Path | None, anchor_only: bool) -> None:
         raise ArgumentError(f"{' and '.join(names)} exclude each other: give one of them")
 
 
+def chosen_delta(
+    plan: Plan, how: str | None, delta: Path | None, anchor_only: bool
+) -> tuple[Delta | None, str]:
+    """The delta that was asked for, None for the anchor's, and words for it."""
+    from tangent_ops.delta import load_delta
+    from tangent_ops.shards import settled_ledger
+    from tangent_ops.shards.composing import composition, default_how
+
+    if anchor_only:
+        return None, "the anchor"
+    if delta is not None:
+        return load_delta(delta, anchor=plan.anchor_info.fingerprint), str(delta)
+    kind = how or default_how(plan)
+    found = composition(plan, kind)
+    return found, f"composition of {len(settled_ledger(plan))} shards ({kind})"
+
+
 def chosen(
     plan: Plan, how: str | None, delta: Path | None, anchor_only: bool
 ) -> tuple[LinearizedModel, str]:
     """The run's model with the delta that was asked for, and words for it."""
-    from tangent_ops.delta import load_delta
-    from tangent_ops.shards import settled_ledger
-    from tangent_ops.shards.composing import composition, default_how
     from tangent_ops.shards.job import device
 
-    if anchor_only:
-        found, what = None, "the anchor"
-    elif delta is not None:
-        found, what = load_delta(delta, anchor=plan.anchor_info.fingerprint), str(delta)
-    else:
-        kind = how or default_how(plan)
-        found = composition(plan, kind)
-        what = f"composition of {len(settled_ledger(plan))} shards ({kind})"
+    found, what = chosen_delta(plan, how, delta, anchor_only)
     tangent = plan.tangent()
     if found is not None:
         tangent.load_delta_dict(found)

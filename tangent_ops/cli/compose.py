@@ -11,9 +11,9 @@ import typer
 
 from tangent_ops.cli.accuracy_change import measured_change, say_change
 from tangent_ops.cli.config import Config
-from tangent_ops.cli.messages import errors, fail, hidden, say
+from tangent_ops.cli.messages import errors, fail, hidden, leaves, say
 from tangent_ops.cli.next_command import say_next
-from tangent_ops.cli.targets import check_new
+from tangent_ops.cli.targets import check_new, unwritten
 
 Run = Annotated[Path, typer.Argument(help="The run's folder, made by `tangent-ops finetune`.")]
 
@@ -66,9 +66,11 @@ def compose(
     from tangent_ops.shards import ImageData, Plan, settle, settled_ledger
     from tangent_ops.shards.composing import check_how, compose_run, default_how, former_composition
 
-    with errors(left="what was composed before is kept; the same command goes on"):
+    with errors():
+        rest = None
         if out is not None:
             check_new(out, force, "--out")
+            rest = unwritten(out)
         plan = Plan.open(run)
         if how == "weights":
             how, weights = "mean", weights or "samples"
@@ -77,6 +79,8 @@ def compose(
         penalty = _number(l2)
         check_how(plan, kind, penalty, validation)
         before = None if plan.validation is None else former_composition(plan, kind)
+        words = "the run may be composed in part; the same command goes on"
+        leaves(lambda: words if rest is None else f"{words}; {rest()}")
         settled = settle(plan, weights=weights)
         count = len(settled_ledger(plan))
         delta = None
@@ -88,10 +92,10 @@ def compose(
             if delta is None:
                 fail(f"{run} has no trained shard: {out} was not written", 2)
             save_delta(delta, out)
+    leaves("the run is composed, but not all was measured and shown")
     change = None
     if delta is not None:
-        left = "the run is composed, but the accuracy was not measured"
-        change = measured_change(plan, before, delta, left, progress=not hidden(as_json))
+        change = measured_change(plan, before, delta, progress=not hidden(as_json))
     record: dict[str, Any] = {"run": str(plan.path), "composed": count, **asdict(settled)}
     solved = delta if isinstance(delta, SolvedDelta) else None
     if as_json:

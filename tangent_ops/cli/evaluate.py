@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tangent_ops.cli.chosen import AnchorOnly, OneDelta, check_one, chosen_delta
 from tangent_ops.cli.compose import Run
 from tangent_ops.cli.config import Config
 from tangent_ops.cli.messages import errors, hidden, say
@@ -19,7 +20,6 @@ from tangent_ops.cli.next_command import say_next
 
 if TYPE_CHECKING:
     from tangent_ops.delta import Delta
-    from tangent_ops.model.linearized import LinearizedModel
     from tangent_ops.shards import Plan
     from tangent_ops.shards.scoring import Estimate, Predictions
 
@@ -28,19 +28,21 @@ _SHOWN = 50  # classes
 
 def evaluate(
     run: Run,
-    data: Annotated[Path, typer.Argument(help="Folder with one folder of images per class.")],
+    data: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Folder with one folder of images per class. Default: the validation images that "
+            "finetune was given."
+        ),
+    ] = None,
     data_name: Annotated[
         str, typer.Option(help="Use another reader: torch/NAME, hfds/NAME or wds/NAME.")
     ] = "",
     split: Annotated[
         str, typer.Option(help="Split of the data set; a sub-folder of DATA, if there is one.")
     ] = "validation",
-    delta: Annotated[
-        Path | None, typer.Option(help="A delta (of one shard, say) instead of the compositions.")
-    ] = None,
-    anchor_only: Annotated[
-        bool, typer.Option("--anchor-only", help="Evaluate the anchor, without any delta.")
-    ] = False,
+    delta: OneDelta = None,
+    anchor_only: AnchorOnly = False,
     per_class: Annotated[
         bool, typer.Option("--per-class", help="Show the recall of each class, too.")
     ] = False,
@@ -63,15 +65,22 @@ def evaluate(
     from tangent_ops.shards.scoring import predictions
 
     with errors():
-        if anchor_only and delta is not None:
-            raise ArgumentError("--delta and --anchor-only exclude each other")
+        check_one(None, delta, anchor_only)
         check_integer("--batch-size", batch_size, 1)
+        if data is None and data_name:
+            raise ArgumentError("--data-name is for the images of DATA: give a folder, too")
         plan = Plan.open(run)
         info = plan.anchor_info
-        samples = ImageData(str(data), data_name, split).open(info.input)
+        images = plan.validation if data is None else ImageData(str(data), data_name, split)
+        if images is None:
+            raise ArgumentError(
+                f"{run} has no validation images: give a folder of labelled images, as in "
+                f"`tangent-ops evaluate {run} IMAGES`"
+            )
+        samples = images.open(info.input)
         counts = samples.counts()
         if not as_json:
-            say(described(samples))
+            say(described(samples) if data is not None else f"{images.root}: {described(samples)}")
         samples = samples.with_classes(info.classes)
         deltas, main, what = _compared(plan, delta, anchor_only)
         tangent = plan.tangent().to(device())
@@ -99,35 +108,13 @@ def _compared(
     plan: Plan, delta: Path | None, anchor_only: bool
 ) -> tuple[Mapping[str, Delta | None], str, str]:
     """Deltas by name, the name of the first in rank, and words for it."""
-    from tangent_ops.delta import load_delta
-    from tangent_ops.shards import settled_ledger
-    from tangent_ops.shards.composing import composition, compositions, default_how
+    from tangent_ops.shards.composing import ANCHOR, compositions, default_how
 
-    if anchor_only:
-        return {"anchor": None}, "anchor", "the anchor"
-    if delta is not None:
-        found = load_delta(delta, anchor=plan.anchor_info.fingerprint)
-        return {str(delta): found}, str(delta), str(delta)
-    main = default_how(plan)
-    composition(plan, main)  # raises if there is none
-    return compositions(plan), main, f"composition of {len(settled_ledger(plan))} shards"
-
-
-def composed(plan: Plan, delta: Path | None) -> tuple[LinearizedModel, str]:
-    """A run's model with one delta, by default the composed one, and a name for messages."""
-    from tangent_ops.delta import load_delta
-    from tangent_ops.shards import settled_ledger
-    from tangent_ops.shards.composing import composition, default_how
-    from tangent_ops.shards.job import device
-
-    if delta is not None:
-        found, what = load_delta(delta, anchor=plan.anchor_info.fingerprint), str(delta)
-    else:
-        found = composition(plan, default_how(plan))
-        what = f"composition of {len(settled_ledger(plan))} shards"
-    tangent = plan.tangent()
-    tangent.load_delta_dict(found)
-    return tangent.to(device()), what
+    found, what = chosen_delta(plan, None, delta, anchor_only)  # raises if there is none
+    if anchor_only or delta is not None:
+        name = ANCHOR if anchor_only else what
+        return {name: found}, name, what
+    return compositions(plan), default_how(plan), what
 
 
 def _score(found: Predictions, name: str, classes: list[str]) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
+from tangent_ops.cli.chosen import OneDelta, chosen
 from tangent_ops.cli.compose import Run
 from tangent_ops.cli.config import Config
-from tangent_ops.cli.messages import errors, say
-from tangent_ops.cli.targets import check_new
+from tangent_ops.cli.messages import errors, leaves, say
+from tangent_ops.cli.targets import check_new, unwritten
 
 
 def export(
@@ -28,9 +29,7 @@ def export(
             help="Write the full composed delta to this .safetensors file, as a task vector."
         ),
     ] = None,
-    delta: Annotated[
-        Path | None, typer.Option(help="A delta (of one shard, say) instead of the composed one.")
-    ] = None,
+    delta: OneDelta = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files.")] = False,
     config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
@@ -40,21 +39,20 @@ def export(
     To run it: torch.export.load("model.pt2").module()(images), with a batch of any size. Prepare
     the images as `tangent-ops inspect RUN` shows.
     """
-    from tangent_ops.cli.evaluate import composed
     from tangent_ops.errors import ArgumentError
     from tangent_ops.model.export import export_program, save_task_vector
     from tangent_ops.shards import Plan
 
-    before = {path: _when(path) for path in (file, task_vector) if path is not None}
-    with errors(left=lambda: _left(before)):
-        targets = [path for path in (file, task_vector) if path is not None]
+    targets = [path for path in (file, task_vector) if path is not None]
+    with errors():
         if not targets:
             raise ArgumentError("give a .pt2 file to write, or --task-vector FILE, or both")
         for path, option in ((file, "FILE"), (task_vector, "--task-vector")):
             if path is not None:
                 check_new(path, force, option)
+        leaves(unwritten(*targets))
         plan = Plan.open(run)
-        tangent, what = composed(plan, delta)
+        tangent, what = chosen(plan, None, delta, False)
         if task_vector is not None:
             save_task_vector(tangent, task_vector)
         if file is not None:
@@ -64,13 +62,3 @@ def export(
     else:
         for path in targets:
             say(f"wrote {path} ({what})")
-
-
-def _when(path: Path) -> int | None:
-    return path.stat().st_mtime_ns if path.exists() else None
-
-
-def _left(before: dict[Path, int | None]) -> str:
-    """Which of the files Ctrl-C left unwritten; each is written completely or not at all."""
-    missing = [str(path) for path, when in before.items() if _when(path) == when]
-    return f"{' and '.join(missing)} was not written" if missing else "all files are written"

@@ -15,7 +15,7 @@ from tangent_ops.cli.assignment import Assignment, classes_of, described
 from tangent_ops.cli.config import Config
 from tangent_ops.cli.dry_run import show_dry_run
 from tangent_ops.cli.machines import HELPS, Machines
-from tangent_ops.cli.messages import errors, fail, hidden, need_privacy, say, tell
+from tangent_ops.cli.messages import errors, fail, hidden, leaves, need_privacy, say, tell
 from tangent_ops.cli.method import EXACT_L2, decided
 from tangent_ops.cli.next_command import say_next
 from tangent_ops.cli.options import Group
@@ -198,7 +198,8 @@ def finetune(
     from tangent_ops.shards.rows import check_names, rows_of
     from tangent_ops.shards.run_folder import DATABASE, check_folder
 
-    with errors(left=lambda: _left(out)):
+    leaves(lambda: _left(out))
+    with errors():
         source = ImageData(str(data), data_name, split)
         anchor = replace(anchor, seed=recipe.seed)
         _check_alone(given)

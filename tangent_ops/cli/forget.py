@@ -14,7 +14,7 @@ from tangent_ops.cli.accuracy_change import measured_change, say_change
 from tangent_ops.cli.compose import Run
 from tangent_ops.cli.config import Config
 from tangent_ops.cli.machines import HELPS, Machines
-from tangent_ops.cli.messages import errors, fail, hidden, say
+from tangent_ops.cli.messages import errors, fail, hidden, leaves, say
 from tangent_ops.cli.next_command import say_next
 from tangent_ops.cli.options import Group
 
@@ -94,6 +94,8 @@ def forget(
             typer.confirm(f"Forget {words} for good?", abort=True)
         how = default_how(plan)
         before = None if plan.validation is None else former_composition(plan, how)
+        yet = "nothing was forgotten yet; the same command does it"
+        leaves(lambda: yet if _there(plan, which) else GONE)
         try:
             done = forgotten(
                 plan,
@@ -102,19 +104,15 @@ def forget(
                 **vars(machines),
                 progress=not hidden(as_json),
             )
-        except KeyboardInterrupt:
-            if _there(plan, which):
-                fail("interrupted: nothing was forgotten yet; the same command does it", 130)
-            fail(f"interrupted: {GONE}", 130)
         except (TangentOpsError, OSError) as error:
             if _there(plan, which):
                 raise
             fail(f"{in_words(error)}\nBut {GONE}", 1, error)
+    leaves("the images are forgotten, but not all was measured and shown")
     change = None
     after = former_composition(plan, how)
     if before is not None and after is not None:
-        left = "the images are forgotten, but the accuracy was not measured"
-        change = measured_change(plan, before, after, left, progress=not hidden(as_json))
+        change = measured_change(plan, before, after, progress=not hidden(as_json))
     _show(done, change, as_json)
     if done.report.failed:
         raise typer.Exit(1)

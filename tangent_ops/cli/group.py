@@ -8,22 +8,22 @@ from typing import Any
 import typer
 import typer.core
 
-from tangent_ops.cli.messages import INTERRUPTED, fail, running
+from tangent_ops.cli.messages import begin, interrupted
 
 
 class Commands(typer.core.TyperGroup):
-    """Ends a command that does not catch Ctrl-C itself, as while torch is imported."""
+    """Ends a command at Ctrl-C, with what is left."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         found = super().resolve_command(ctx, args)
-        running.set(found[1])
+        begin(found[1])
         return found
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            fail("interrupted: nothing was written", INTERRUPTED, error)
+            interrupted(error)
         except Exception as error:
             message = getattr(error, "message", None)
             if isinstance(message, str):  # of a wrong option, in the words of Typer's libraries

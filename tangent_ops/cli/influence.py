@@ -15,8 +15,8 @@ from rich.table import Table
 
 from tangent_ops.cli.compose import Run
 from tangent_ops.cli.config import Config
-from tangent_ops.cli.messages import errors, hidden, need, say
-from tangent_ops.cli.targets import check_new
+from tangent_ops.cli.messages import errors, hidden, leaves, need, say
+from tangent_ops.cli.targets import check_new, unwritten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,8 +54,9 @@ def influence(
     """Draw the training images that helped and harmed a run's prediction for one image most.
 
     The numbers are the change of the image's loss if that training image were forgotten; they are
-    exact, without training. For runs of --method exact, or statistics. Forgotten images are not
-    shown: they have no influence.
+    exact, without training. For runs of --method exact, or statistics. Copies of that image under
+    other names stay, which `forget` would take out, too. Forgotten images are not shown: they have
+    no influence.
     """
     need("plots", "matplotlib")
 
@@ -72,6 +73,7 @@ def influence(
     with errors():
         check_integer("top", top, 1)
         check_new(path, force, "--out")
+        leaves(unwritten(path))
         if image.is_dir():
             raise ArgumentError(f"{image} is a folder: give the file of one image")
         plan = Plan.open(run)

@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from tangent_ops.cli.group import Commands
-from tangent_ops.cli.messages import errors, say
-from tangent_ops.cli.targets import check_new
+from tangent_ops.cli.messages import errors, leaves, say
+from tangent_ops.cli.targets import check_new, unwritten
 
 if TYPE_CHECKING:
     from tangent_ops.composition.ledger import Ledger, StatisticsLedger
@@ -58,6 +58,8 @@ def add(
             if not key or not equals:
                 raise ArgumentError(f"--meta {pair}: expected key=value")
         about = {key: value for key, _, value in pairs}
+        words = {True: "is in the ledger", False: "is not in it: the same command adds it"}
+        leaves(lambda: f"{shard} {words[_size(folder, shard) is not None]}")
         # Files are read first: an error comes before a ledger is made.
         if holds_statistics(file):
             statistics = load_statistics(file)
@@ -91,6 +93,8 @@ def forget(
 
     with errors():
         ledger = _open(folder)
+        size = _size(folder, shard)
+        leaves(lambda: _left_by_forget(folder, shard, size))
         if samples is None:
             ledger.forget(shard, rebuild=rebuild)
         elif rebuild or not isinstance(ledger, StatisticsLedger):
@@ -141,6 +145,7 @@ def verify(
     with errors():
         ledger = _open(folder)
         if rebuild:
+            leaves("no shard was changed; the same command goes on")
             ledger.rebuild()
     with errors(code=1):
         found = ledger.verify()
@@ -168,6 +173,7 @@ def export(
 
     with errors():
         check_new(file, force, "FILE")
+        leaves(unwritten(file))
         ledger = _open(folder)
         if isinstance(ledger, Ledger):
             if l2 is not None:
@@ -188,3 +194,27 @@ def _open(folder: Path) -> Ledger | StatisticsLedger:
     from tangent_ops.composition.ledger import open_ledger
 
     return open_ledger(folder)
+
+
+def _size(folder: Path, shard: str) -> float | None:
+    """A shard's weight, or number of samples; None if no ledger here has it."""
+    from tangent_ops.composition.ledger import Ledger
+    from tangent_ops.errors import TangentOpsError
+
+    try:
+        ledger = _open(folder)
+        rows = ledger.list()
+    except TangentOpsError:
+        return None
+    name = "weight" if isinstance(ledger, Ledger) else "samples"
+    return next((getattr(row, name) for row in rows if row.shard == shard), None)
+
+
+def _left_by_forget(folder: Path, shard: str, before: float | None) -> str:
+    """What Ctrl-C left; a change is made completely or not at all."""
+    now = _size(folder, shard)
+    if now is None:
+        return f"{shard} is not in the ledger"
+    if now == before:
+        return f"{shard} is in the ledger as before: the same command forgets it"
+    return f"the samples are out of {shard}, which has {now:g} left"

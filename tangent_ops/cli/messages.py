@@ -20,23 +20,36 @@ _OTHER_NAMES: dict[Any, str] = {"data_name": "name"}  # of an option -> of the a
 
 running: ContextVar[Any] = ContextVar("running", default=None)  # the command
 
+_NOTHING = "nothing was written"
+_left: ContextVar[str | Callable[[], str]] = ContextVar("left", default=_NOTHING)
+
 
 @contextmanager
-def errors(code: int = 2, left: str | Callable[[], str] = "nothing was written") -> Iterator[None]:
-    """Print an error of the library, and exit.
-
-    Args:
-        code: the exit code of an error.
-        left: what is left after Ctrl-C, or a function that says it.
-    """
+def errors(code: int = 2) -> Iterator[None]:
+    """Print an error of the library, and exit with the code."""
     from tangent_ops.errors import TangentOpsError, in_words
 
     try:
         yield
     except (TangentOpsError, OSError) as error:
         fail(_with_options(in_words(error)), code, error)
-    except KeyboardInterrupt as error:
-        fail(f"interrupted: {left if isinstance(left, str) else left()}", INTERRUPTED, error)
+
+
+def begin(command: Any) -> None:
+    """A command runs from here on, and has written nothing."""
+    running.set(command)
+    leaves(_NOTHING)
+
+
+def leaves(what: str | Callable[[], str]) -> None:
+    """Say what is left if Ctrl-C ends the command from here on, or give a function that says it."""
+    _left.set(what)
+
+
+def interrupted(error: KeyboardInterrupt) -> NoReturn:
+    """Print what Ctrl-C left, and exit."""
+    left = _left.get()
+    fail(f"interrupted: {left if isinstance(left, str) else left()}", INTERRUPTED, error)
 
 
 def fail(message: str, code: int, cause: BaseException | None = None) -> NoReturn:

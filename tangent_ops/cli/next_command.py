@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def say_next(command: str, run: Path, plan: Plan, *words: str) -> None:
-    """Print ``next:`` and a command on the run; ``evaluate`` with the run's validation images.
+    """Print ``next:`` and a command on the run.
 
     Args:
         command: its name.
@@ -23,9 +23,6 @@ def say_next(command: str, run: Path, plan: Plan, *words: str) -> None:
     """
     told = ["tangent-ops", command, str(run), *words]
     rest = ""
-    if command == "evaluate":
-        if plan.validation is None:
-            rest = " IMAGES, a folder of labelled images"
-        else:
-            told.append(plan.validation.root)
+    if command == "evaluate" and plan.validation is None:
+        rest = " IMAGES, a folder of labelled images"
     say(f"next: {shlex.join(told)}{rest}")

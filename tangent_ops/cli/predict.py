@@ -14,8 +14,8 @@ from tangent_ops.cli.assignment import passed_over
 from tangent_ops.cli.chosen import AnchorOnly, How, OneDelta, check_one, chosen
 from tangent_ops.cli.compose import Run
 from tangent_ops.cli.config import Config
-from tangent_ops.cli.messages import errors, hidden, tell
-from tangent_ops.cli.targets import check_new
+from tangent_ops.cli.messages import errors, hidden, leaves, tell
+from tangent_ops.cli.targets import check_new, unwritten
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,8 +55,11 @@ def predict(
     with errors():
         check_one(how, delta, anchor_only)
         check_integer("batch_size", batch_size, 1)
-        if csv_file != _STDOUT:
+        if csv_file == _STDOUT:
+            leaves("the table was not printed to its end")
+        else:
             check_new(csv_file, force, "--csv")
+            leaves(unwritten(csv_file))
         plan = Plan.open(run)
         info = plan.anchor_info
         samples = ImageData(str(folder)).unlabelled(info.input)

@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from tangent_ops.cli.messages import leaves
+
 
 def profile(
     model: Annotated[
@@ -76,6 +78,8 @@ def profile(
             f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True
         )
         raise typer.Exit(2) from error
+
+    leaves(f"{out} may hold some of its files")
 
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -9,7 +9,8 @@ import typer
 
 from tangent_ops.cli.compose import Run
 from tangent_ops.cli.config import Config
-from tangent_ops.cli.messages import errors, hidden, say
+from tangent_ops.cli.messages import errors, hidden, leaves, say
+from tangent_ops.cli.targets import unwritten
 
 
 def report(
@@ -48,6 +49,7 @@ def report(
         check_target(out, "--out")
         if out.exists() and not force:
             raise ArgumentError(f"{out} exists: give another name, or --force to overwrite it")
+        leaves(unwritten(out))
         if data is None and data_name:
             raise ArgumentError("--data-name is for the images of --data: give a folder, too")
         plan = Plan.open(run)

@@ -1,8 +1,9 @@
-"""Checks of the files that a command will write, before it computes anything."""
+"""The files that a command will write: checked before it computes, and told of after Ctrl-C."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from tangent_ops.errors import ArgumentError
@@ -24,3 +25,20 @@ def check_new(path: Path, force: bool, option: str) -> None:
     else:
         return
     raise ArgumentError(f"{option} {path}: {reason}")
+
+
+def unwritten(*paths: Path) -> Callable[[], str]:
+    """A function that says which files were not written since; each is written whole or not."""
+    before = {path: _when(path) for path in paths}
+
+    def told() -> str:
+        missing = [str(path) for path, when in before.items() if _when(path) == when]
+        if missing:
+            return f"{' and '.join(missing)} was not written"
+        return f"{' and '.join(map(str, paths))} is written"
+
+    return told
+
+
+def _when(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None

@@ -210,11 +210,13 @@ def _solved(
     plan: Plan, starts: Mapping[str, Mapping[str, torch.Tensor]], progress: bool
 ) -> dict[str, float]:
     """Move each delta to the optimum of the samples that stay."""
+    if not starts:
+        return {}
     recipe = plan.recipe
     bounds = {}
-    tangent = plan.tangent() if starts else None
+    tangent = plan.tangent()
+    validator = Validator(plan, tangent, repeated=len(starts) > 1)
     for name, start in starts.items():
-        assert tangent is not None
         began = time.perf_counter()
         job = plan.job(name)
         tangent.load_delta_dict(start)
@@ -222,7 +224,6 @@ def _solved(
         fit_exact(problem, recipe.tol)
         certificate = certify(problem)
         bounds[name] = certificate.distance_bound
-        validator = Validator(plan, tangent, repeated=False)
         validator.measure()
         history = ShardHistory(
             accuracy=tuple(validator.accuracy),
@@ -231,4 +232,5 @@ def _solved(
         )
         write_history(plan, job.hash, history)
         save(plan, job, tangent.delta_dict(), certificate=certificate.to_json())
+        validator.next_shard()
     return bounds

@@ -23,7 +23,6 @@ from tangent_ops.shards.plan import Job, Plan
 from tangent_ops.shards.recipe import ShardRecipe
 from tangent_ops.shards.results import write_statistics
 from tangent_ops.shards.shared_model import SharedModel
-from tangent_ops.shards.validating import Validator
 from tangent_ops.training.fit import fit
 
 # Libraries read these when a process starts. The last bits of a sum depend on how it is split.
@@ -91,7 +90,7 @@ def _train(plan: Plan, job: Job, progress: bool, shared: SharedModel | None) -> 
         save(plan, job, delta)
         return {}
     bound = None
-    validator = Validator(plan, tangent, repeated=recipe.method == "gradient")
+    validator = shared.validator(plan, tangent)
     if recipe.method == "exact":
         bound = fit_exact(job_problem(tangent, data, recipe, progress), recipe.tol).distance_bound
         validator.measure()

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from tangent_ops.checks import suggestion
 from tangent_ops.errors import PlanError
 from tangent_ops.files import sweep, temporary_file
 from tangent_ops.shards.data import safe
-from tangent_ops.shards.suggest import suggestion
 
 LONGEST_NAME = 200
 

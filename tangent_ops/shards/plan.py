@@ -9,6 +9,7 @@ from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
+from tangent_ops.checks import suggestion
 from tangent_ops.errors import ArgumentError, PlanError
 from tangent_ops.files import copy_atomically, to_json
 from tangent_ops.model.core_basis import CoreBasis
@@ -41,7 +42,6 @@ from tangent_ops.shards.run_folder import (
     check_folder,
     locked,
 )
-from tangent_ops.shards.suggest import suggestion
 
 
 class Plan(Recorded):

@@ -1,4 +1,4 @@
-"""The tangent model that a process trains shard after shard, so that it is made once."""
+"""What a process trains shard after shard: the tangent model and its validation images, once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from tangent_ops.model.linearized import LinearizedModel
 from tangent_ops.shards.plan import Plan
+from tangent_ops.shards.validating import Validator
 
 
 class SharedModel:
@@ -13,6 +14,7 @@ class SharedModel:
 
     def __init__(self) -> None:
         self._made: tuple[object, LinearizedModel] | None = None
+        self._validator: Validator | None = None
 
     @property
     def made(self) -> bool:
@@ -30,3 +32,15 @@ class SharedModel:
         tangent = self._made[1]
         tangent.train().zero_grad(set_to_none=True)
         return tangent.zero_()
+
+    def validator(self, plan: Plan, tangent: LinearizedModel) -> Validator:
+        """Measures the shard that the model from `start` is trained on.
+
+        It reads the run's validation images once for all shards of this process.
+        """
+        if self._validator is None or not self._validator.fits(plan, tangent):
+            repeated = plan.recipe.method == "gradient"  # after every epoch
+            self._validator = Validator(plan, tangent, repeated=repeated)
+        else:
+            self._validator.next_shard()
+        return self._validator

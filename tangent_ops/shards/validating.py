@@ -1,4 +1,4 @@
-"""Measures the accuracy of a shard's model on the run's validation images, as it is trained."""
+"""Measures the accuracy of shards' models on the run's validation images, as they are trained."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Validator:
         repeated: keep what the frozen blocks give, because there will be several measurements.
 
     Attributes:
-        accuracy: the measured ones.
-        failure: why they are not measured; None if they are.
+        accuracy: the present shard's.
+        failure: why it is not measured; None if it is.
     """
 
     def __init__(self, plan: Plan, tangent: LinearizedModel, *, repeated: bool) -> None:
@@ -37,6 +37,16 @@ class Validator:
         self.failure: str | None = None
         self._plan, self._tangent, self._repeated = plan, tangent, repeated
         self._ready: tuple[nn.Module, Dataset] | None = None
+
+    def fits(self, plan: Plan, tangent: LinearizedModel) -> bool:
+        """Whether it measures this model, on the images of this plan."""
+        return tangent is self._tangent and plan.validation == self._plan.validation
+
+    def next_shard(self) -> None:
+        """The model is another shard's from here on; what the frozen blocks give is kept."""
+        self.accuracy, self.failure = [], None
+        if not self._repeated:
+            self._repeated, self._ready = True, None
 
     def measure(self) -> None:
         """Append the accuracy of the model as it is now."""

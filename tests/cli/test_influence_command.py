@@ -16,7 +16,7 @@ from tangent_ops.errors import ArgumentError, LedgerError, UnsupportedError
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.shards import ImageData, Plan, ShardRecipe, compose_run, forget, settle
 from tangent_ops.shards.composing import composition
-from tangent_ops.shards.run_influence import influences
+from tangent_ops.shards.run_influence import Influences, influences
 
 pytest.importorskip("matplotlib", reason="the extra for plots is not installed")
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -49,6 +49,14 @@ def change_if_forgotten(
     return loss(plan, how, image) - before
 
 
+@pytest.fixture(scope="module")
+def of_mean(exact_folder: Path) -> Influences:
+    """On an image of class0, as if it were of the class TARGET."""
+    plan = Plan.open(exact_folder / "run")
+    image = prepared(plan, exact_folder / "images" / "class0" / "3.png")
+    return influences(plan, image[None], LABEL, "mean", progress=False)
+
+
 @pytest.mark.parametrize(
     ("folder", "how"),
     [
@@ -60,11 +68,15 @@ def change_if_forgotten(
 def test_changes_are_those_of_a_run_that_forgets(
     folder: str, how: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch
 ) -> None:
-    monkeypatch.setattr("tangent_ops.shards.run_influence.HELD", 100)  # some images at a time
+    monkeypatch.setattr("tangent_ops.shards.run_influence.HELD", 10_000)  # some images at a time
     here: Path = request.getfixturevalue(folder)
     plan = Plan.open(here / "run")
     image = prepared(plan, here / "images" / "class0" / "3.png")
-    found = influences(plan, image[None], LABEL, how, progress=False)
+    found = (
+        request.getfixturevalue("of_mean")
+        if how == "mean"
+        else influences(plan, image[None], LABEL, how, progress=False)
+    )
     assert len(found.samples) == len(found.changes) == 24
     order = found.changes[:, 0].argsort(descending=True).tolist()
     for index in (order[0], order[-1]):
@@ -96,7 +108,9 @@ def test_weights_by_size_overlaps_and_a_shard_of_one_image(
         assert float(found.changes[places[sample]]) == pytest.approx(expected, rel=0.02)
 
 
-def test_the_picture_and_its_numbers(exact_folder: Path, tmp_path: Path) -> None:
+def test_the_picture_and_its_numbers(
+    exact_folder: Path, tmp_path: Path, of_mean: Influences
+) -> None:
     query = tmp_path / "$[red]x.png"
     shutil.copy(exact_folder / "images" / "class0" / "3.png", query)
     out = tmp_path / "grid.png"
@@ -105,8 +119,7 @@ def test_the_picture_and_its_numbers(exact_folder: Path, tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     record = parsed(result)
     assert (record["class"], record["predicted"]) == ("class2", "class0")
-    plan = Plan.open(exact_folder / "run")
-    found = influences(plan, prepared(plan, query)[None], LABEL, progress=False)
+    found = of_mean
     largest, least = found.changes[:, 0].topk(3), (-found.changes[:, 0]).topk(3)
     changes = [row["change"] for row in record["helpful"]]
     assert changes == pytest.approx(largest.values.tolist())

@@ -24,6 +24,7 @@ from tangent_ops import (
     save_statistics,
     statistics,
 )
+from tangent_ops.cli.messages import INTERRUPTED
 
 META = DeltaMeta("a" * 64, "tiny", "head", loss="square")
 
@@ -143,7 +144,8 @@ REFUSED = {
     "add c {file} --meta who": "--meta who: expected key=value",
     "add c {file}.missing": ".*there is no such file",
     "add c {folder}/ledger.sqlite": ".*no safetensors file",
-    "forget c": "shard 'c' is not in the ledger",
+    "forget c": "shard 'c' is not in the ledger. Its shards are 'a', 'b'",
+    "forget A": "shard 'A' is not in the ledger: did you mean 'a'?",
 }
 
 
@@ -160,6 +162,29 @@ def test_only_add_makes_a_ledger(command: str, tmp_path: Path) -> None:
     for folder in (tmp_path / "missing", tmp_path):
         refused(run(command, folder, *words), "holds no ledger")
     assert list(tmp_path.iterdir()) == []
+
+
+# Words -> what is interrupted (the change, or what comes after it) -> what is said.
+INTERRUPTIONS = {
+    "add c {file}": ("c is not in it: the same command adds it", "c is in the ledger"),
+    "forget a": ("a is in the ledger as before: the same", "a is not in the ledger"),
+}
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("words", INTERRUPTIONS)
+def test_ctrl_c_says_whether_the_change_is_made(
+    words: str, after: bool, ledger: Ledger, file: Path, monkeypatch
+) -> None:
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    command, *rest = words.format(file=file).split()
+    patched = "cli.ledger.say" if after else f"composition.ledger.Ledger.{command}"
+    monkeypatch.setattr(f"tangent_ops.{patched}", interrupted)
+    refused(run(command, ledger.path, *rest), INTERRUPTIONS[words][after], INTERRUPTED)
+    made = {"add": ["a", "b", "c"], "forget": ["b"]}[command]
+    assert [entry.shard for entry in ledger.list()] == (made if after else ["a", "b"])
 
 
 # A ledger of statistics
@@ -200,6 +225,23 @@ def test_samples_are_forgotten(sums: StatisticsLedger, tmp_path: Path) -> None:
     refused(run("forget", sums.path, "a", "--samples", tmp_path / "gone"), "samples to take out")
     assert run("forget", sums.path, "a").exit_code == 0
     assert len(sums) == 0
+
+
+def test_ctrl_c_says_whether_samples_are_forgotten(
+    sums: StatisticsLedger, tmp_path: Path, monkeypatch
+) -> None:
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for patched, said in (
+        ("composition.ledger.StatisticsLedger.forget_samples", "a is in the ledger as before"),
+        ("cli.ledger.say", "the samples are out of a, which has 2 left"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"tangent_ops.{patched}", interrupted)
+            result = run("forget", sums.path, "a", "--samples", tmp_path / "gone")
+        refused(result, said, INTERRUPTED)
+    assert sums.statistics() == statistics_of([0, 2])
 
 
 def test_statistics_and_deltas_do_not_mix(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from cli_runs import FAST, MODEL, complaint, finetune, refused, run
 from shard_runs import image_folder
 
-from tangent_ops.shards.suggest import suggestion
+from tangent_ops.checks import suggestion
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -83,8 +84,8 @@ def test_only_the_options_that_differ_are_named(images: Path, begun: Path) -> No
         (["--dp-epsilon", "1", "--dp-batch-size", "nan"], "--dp-batch-size must be positive"),
     ],
 )
+@pytest.mark.skipif(find_spec("opacus") is None, reason="the extra privacy is not installed")
 def test_options_are_named_as_they_are_given(images: Path, tmp_path: Path, words, said) -> None:
-    pytest.importorskip("opacus", reason="the extra for privacy is not installed")
     out = ("--out", tmp_path / "run", *MODEL)
     assert said in complaint(run("finetune", images, *out, *FAST, *words))
 

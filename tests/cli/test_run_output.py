@@ -70,14 +70,15 @@ def finetune(images: Path, out: Path, *words: object) -> Result:
 
 
 def right(plan: Plan, delta: Delta | None) -> np.ndarray:
-    """Which validation images are classified correctly, one by one."""
+    """Which validation images are classified correctly."""
     assert plan.validation is not None
     tangent = plan.tangent().eval()
     if delta is not None:
         tangent.load_delta_dict(delta)
     samples = plan.validation.open(plan.anchor_info.input)
+    inputs, targets = zip(*samples, strict=True)
     with torch.no_grad():
-        return np.array([int(tangent(x[None]).argmax()) == target for x, target in samples])
+        return (tangent(torch.stack(inputs)).argmax(dim=1) == torch.tensor(targets)).numpy()
 
 
 def of(plan: Plan, shard: str) -> Delta:
@@ -170,16 +171,17 @@ def test_compose_and_forget_say_what_changed(copied: Path, images: Path) -> None
     words = check(parsed(run("compose", copied, "--json"))["accuracy"], None, Delta(mean))
     result = run("compose", again)
     assert f"accuracy on 24 validation images: the anchor's {words}" in result.stdout
-    next_one = f"next: tangent-ops evaluate {again} {images / 'valid'}"
+    next_one = f"next: tangent-ops evaluate {again}"
     assert result.stdout.splitlines()[-1] == next_one
     same = run("compose", again).stdout
     assert f"{right(plan, Delta(mean)).mean():.1%}, as before" in same
 
     found = parsed(run("forget", copied, "--shard", "shard-0", "--json"))["accuracy"]
     words = check(found, Delta(mean), two)
-    assert run("evaluate", again, images / "valid").stdout.splitlines()[-1] == (
-        f"next: tangent-ops report {again}"
-    )
+    own = run("evaluate", again).stdout.splitlines()
+    assert own[0].startswith(f"{images / 'valid'}: 24 images")
+    assert own[-1] == f"next: tangent-ops report {again}"
+    assert any(f"{right(plan, Delta(mean)).mean():.1%} of 24 images" in line for line in own)
     result = run("forget", again, "--shard", "shard-0", "--yes")
     expected = words if found["change"] or found["standard_error"] else "as before"
     assert expected in result.stdout
@@ -195,6 +197,7 @@ def test_without_the_images_the_work_is_done(copied: Path, images: Path) -> None
         result = run("compose", copied)
         assert result.exit_code == 0
         assert f"the accuracy was not measured: {valid} is no folder" in result.stdout
+        refused(run("evaluate", copied), f"{valid} is no folder")
         done = parsed(run("forget", copied, "--shard", "shard-0", "--json"))
         assert (done["samples"] > 0, "no folder" in done["accuracy"]["not_measured"]) == (True,) * 2
         history_path(Plan.open(copied), Plan.open(copied).job("shard-1").hash).unlink()
@@ -232,31 +235,42 @@ def test_wrong_validation_images(images: Path, tmp_path: Path) -> None:
         assert f"--validation {folder}" in result.stderr and not (tmp_path / "run").exists()
 
 
-def test_methods_without_epochs(images: Path, tmp_path: Path) -> None:
-    def table(*words: object) -> tuple[Plan, str]:
-        out = tmp_path / str(words[1])
-        options = ("--public", images / "public", "--validation", images / "valid")
-        result = run(
-            "finetune", images / "private", "--out", out, *cli_runs.MODEL, *options, *words, **WIDE
-        )
-        assert result.exit_code == 0, result.output
-        return Plan.open(out), result.stdout
-
-    plan, said = table("--method", "exact")
-    found = re.search(r"shard-0 +│ 16 +│ < ([\d.e-]+) +│ ([\d.]+)%", said)
-    assert found and float(found[1]) > 0
-    assert float(found[2]) == pytest.approx(100 * right(plan, of(plan, "shard-0")).mean(), abs=0.05)
-    assert "best epoch" not in said and not (plan.path / "summary.csv").exists()
-    _, said = table("--method", "statistics", "--core", 2)
-    assert re.search(r"shard +┃ images +┃ rows", said)
-    assert re.search(r"shard-0 +│ 16 +│ 64", said)
-
-
-@pytest.mark.parametrize("method", ["gradient", "exact", "statistics"])
-def test_a_dry_run_tells_sizes(images: Path, tmp_path: Path, method: str) -> None:
+def words_of(images: Path, method: str) -> tuple[object, ...]:
+    """A command for a run of two shards, without its --out."""
+    public, valid = ("--public", images / "public"), ("--validation", images / "valid")
+    command = ("finetune", images / "private", *cli_runs.MODEL, "--shards", 2, *public, *valid)
     steps = ("--epochs", 2) if method == "gradient" else ()
-    command = ("finetune", images / "private", "--out", tmp_path / "run", *cli_runs.MODEL)
-    command += ("--public", images / "public", "--method", method, *steps, "--shards", 2)
+    return (*command, "--method", method, *steps)
+
+
+@pytest.fixture(scope="module", params=["gradient", "exact", "statistics"])
+def made(
+    images: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[str, Plan, str]:
+    """A run of each method, and what the command printed."""
+    out = tmp_path_factory.mktemp("methods") / request.param
+    result = run(*words_of(images, request.param), "--out", out, **WIDE)
+    assert result.exit_code == 0, result.output
+    return request.param, Plan.open(out), result.stdout
+
+
+def test_the_table_of_each_method(made: tuple[str, Plan, str]) -> None:
+    method, plan, said = made
+    count = len(plan.job("shard-0").samples)
+    assert (method == "gradient") == ("best epoch" in said) == (plan.path / "summary.csv").exists()
+    if method == "exact":
+        found = re.search(rf"shard-0 +│ {count} +│ < ([\d.e-]+) +│ ([\d.]+)%", said)
+        assert found and float(found[1]) > 0
+        share = 100 * right(plan, of(plan, "shard-0")).mean()
+        assert float(found[2]) == pytest.approx(share, abs=0.05)
+    if method == "statistics":
+        assert re.search(r"shard +┃ images +┃ rows", said)
+        assert re.search(rf"shard-0 +│ {count} +│ {4 * count}", said)
+
+
+def test_a_dry_run_tells_sizes(images: Path, tmp_path: Path, made: tuple[str, Plan, str]) -> None:
+    method, plan, _ = made
+    command = (*words_of(images, method), "--out", tmp_path / "run")
     found = parsed(run(*command, "--dry-run", "--json"))
     assert not (tmp_path / "run").exists()
     assert (found["weights"], found["bytes"]) == ("random", 2 * found["bytes_per_shard"])
@@ -266,8 +280,6 @@ def test_a_dry_run_tells_sizes(images: Path, tmp_path: Path, method: str) -> Non
         assert many > 10 * found["seconds"]
     if method == "statistics":
         assert "numbers of each shard" in run(*command, "--dry-run").stdout
-    assert run(*command).exit_code == 0
-    plan = Plan.open(tmp_path / "run")
     trained = 4 * 8 * 8 + 260  # four cores and the head
     if method != "statistics":
         trained = sum(value.numel() for value in of(plan, "shard-0").values())

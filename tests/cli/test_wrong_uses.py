@@ -35,6 +35,9 @@ WRONG = {
     "compose {w}/none": "holds no plan of shards, plan.sqlite: give a run's folder",
     "compose {run} --how x": "'x' is not one of 'mean'",
     "compose {run} --how statistics": "--how statistics is not for a run with method 'exact'",
+    "evaluate {run}": "has no validation images: give a folder of labelled images",
+    "evaluate {run} --data-name torch/x": "--data-name is for the images of DATA",
+    "evaluate {run} {images} --delta {w}/x --anchor-only": "--delta and --anchor-only exclude",
     "evaluate {run} {images} --delta {w}/junk": "no safetensors file: invalid JSON in header",
     "evaluate {run} {images} --delta {w}/pipe": "pipe: Not a regular file",
     "forget {run}": "give one of --shard, --sample and --label",
@@ -90,15 +93,18 @@ def test_one_line_with_the_way_out(words: str, said: str, exact_folder: Path, wr
         ("evaluate {run} {images}", "shards.Plan.open", "nothing was written"),
         ("export {run} {w}/x.pt2", "model.export.export_program", "x.pt2 was not written"),
         ("inspect {run}", "shards.Plan.open", "nothing was written"),
-        ("predict {run} {images} --csv {w}/x.csv", "evaluate.predict", "nothing was written"),
+        ("predict {run} {images} --csv {w}/x.csv", "evaluate.predict", "x.csv was not"),
         (
             "influence {run} {images}/class0/0.png --out {w}/x.png",
             "shards.Plan.open",
-            "nothing was",
+            "x.png was not written",
         ),
         ("certify {run}", "shards.certifying.certify_run", "nothing was written"),
         ("ledger verify {run}/ledger", "composition.ledger.open_ledger", "nothing was written"),
-        ("profile", "profiling.profile.compare", "nothing was written"),
+        ("ledger export {run}/ledger {w}/x.st", "delta.save_delta", "x.st was not written"),
+        ("report {run} --out {w}/x.html", "report.collect", "x.html was not written"),
+        ("compose {run} --out {w}/x.st", "shards.settle", "in part; the same command goes on; "),
+        ("profile", "profiling.profile.compare", "out/profile may hold some of its files"),
     ],
 )
 def test_ctrl_c_says_what_is_left(
@@ -115,3 +121,27 @@ def test_ctrl_c_says_what_is_left(
     assert "error: interrupted: " in result.stderr
     assert said in result.stderr
     assert not list(wrong.glob("x.*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "patched", "said"),
+    [
+        ("compose {run} --out {w}/y.st", "compose.say", "the run is composed, but not all was"),
+        ("export {run} --task-vector {w}/z.st", "export.say", "z.st is written"),
+        ("predict {run} {images} --csv {w}/y.csv", "predict.tell", "y.csv is written"),
+        ("ledger export {run}/ledger {w}/l.st", "ledger.say", "l.st is written"),
+    ],
+)
+def test_ctrl_c_after_the_work_says_that_it_is_done(
+    words: str, patched: str, said: str, exact_folder: Path, wrong: Path, monkeypatch
+) -> None:
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"tangent_ops.cli.{patched}", interrupted)
+    there = {"run": exact_folder / "run", "images": exact_folder / "images", "w": wrong}
+    result = run(*(word.format(**there) for word in words.split()))
+    assert result.exit_code == INTERRUPTED, result.output
+    assert said in result.stderr
+    written = Path(words.split()[-1].format(**there))
+    assert "is written" not in said or written.stat().st_size

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 from shard_runs import FAST, bits, create_plan, image_folder, make_plan, trained
 
-from tangent_ops.shards import ImageData, Plan, ShardRecipe, by_hash, job
+from tangent_ops.model.features import cache_features
+from tangent_ops.shards import ImageData, Plan, ShardRecipe, by_hash, job, validating
+from tangent_ops.shards.history import read_history
 from tangent_ops.shards.shared_model import SharedModel
 
 
@@ -30,17 +32,36 @@ from tangent_ops.shards.shared_model import SharedModel
     ],
     ids=lambda recipe: "-".join(map(str, recipe.values())),
 )
-def test_the_same_bits_in_any_order(tmp_path: Path, recipe: dict[str, Any]) -> None:
+def test_the_same_bits_in_any_order(
+    tmp_path: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last shard first, with one model for all; the reference makes one for each shard."""
     alone = make_plan_of(tmp_path, "alone", recipe)
     together = make_plan_of(tmp_path, "together", recipe)
+    image_folder(tmp_path / "valid", each=3, seed=2)
+    for plan in (alone, together):
+        plan.set_validation(ImageData(str(tmp_path / "valid")))
     trained(alone)
+    read = []
+
+    def cached(*given: Any, **options: Any) -> Any:
+        read.append(given)
+        return cache_features(*given, **options)
+
+    monkeypatch.setattr(validating, "cache_features", cached)
     shared = SharedModel()
     for shard in reversed(together.shards()):
         assert "error" not in job.attempt(str(together.path), shard.name, shared=shared)
     assert shared.made
     assert len(bits(alone)) >= 3
     assert bits(together) == bits(alone)
+    assert len(read) == (recipe.get("method") != "statistics")  # for three shards
+    assert accuracies(together) == accuracies(alone)
+
+
+def accuracies(plan: Plan) -> list[tuple[float, ...]]:
+    histories = [read_history(plan, plan.job(shard.name).hash) for shard in plan.shards()]
+    return [() if history is None else history.accuracy for history in histories]
 
 
 def make_plan_of(folder: Path, run: str, recipe: dict[str, Any]) -> Plan:

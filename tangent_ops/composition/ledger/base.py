@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from tangent_ops.checks import suggestion
 from tangent_ops.composition.ledger.changes import Change, Folder, change, sweep
 from tangent_ops.composition.ledger.kind import C, Kind, Label, R, RunningSum, Value
 from tangent_ops.composition.ledger.records import Event, Records, Row, Transaction
@@ -158,7 +159,10 @@ class LedgerBase(Generic[C, R]):
     def _row(self, transaction: Transaction, shard_id: str) -> Row:
         row = transaction.shard(shard_id)
         if row is None:
-            raise LedgerError(f"shard {shard_id!r} is not in the ledger: see list()")
+            known = [one.shard for one in transaction.shards()]
+            raise LedgerError(
+                f"shard {shard_id!r} is not in the ledger{suggestion(shard_id, known, 'shards')}"
+            )
         return row
 
     def _verify(self, progress: bool) -> Verified:
