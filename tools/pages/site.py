@@ -106,13 +106,11 @@ def _reference(name: str, package: Any) -> str:
         found = module.members.get(member)
         if found is not None and not found.is_alias and found.is_attribute and not found.docstring:
             lines += [f"## `{member}`", "", f"`{found.value}`", ""]
-        elif (ROOT / name.replace(".", "/") / f"{member}.py").is_file():
-            lines += [
-                f"## `{member}`",
-                "",
-                f"A module: [`{name}.{member}`]({name}.{member}.md).",
-                "",
-            ]
-        else:
+        elif found is None or found.is_alias or not found.is_module:
             lines += [f"::: {name}.{member}", ""]
+        elif member in found.members:  # a function in a module of its name
+            lines += [f"::: {name}.{member}.{member}", ""]
+        else:
+            link = f"[`{name}.{member}`]({name}.{member}.md)"
+            lines += [f"## `{member}`", "", f"A module: {link}.", ""]
     return "\n".join(lines)
