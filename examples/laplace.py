@@ -185,9 +185,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = found.add_argument
-    add("--images", type=int, default=500, help="images of MNIST to train on")
-    add("--scored", type=int, default=100, help="other images, and patches of photographs")
-    add("--l2", type=float, default=1e-2, help="the penalty: a prior of variance 1 / (images l2)")
+    add("--images", type=int, default=400, help="images of MNIST to train on")
+    add("--scored", type=int, default=50, help="other images, and patches of photographs")
+    add("--l2", type=float, default=3e-2, help="the penalty: a prior of variance 1 / (images l2)")
     add("--seed", type=int, default=0, help="of the split and the patches")
     add("--out", type=Path, default=Path("out"), help="folder for the picture")
     add("--cache", type=Path, default=default_cache(), help="folder for what pip fetches")
