@@ -138,7 +138,7 @@ def draw(known: Predictions, others: Predictions, area: float) -> Figure:
         side.set_ylabel("images")
     left.legend()
     left.set_xlabel("standard deviation of a logit")
-    left.set_title(f"AUROC {area:.2f}")
+    left.set_title(f"AUROC {area:.3f}")
     right.set_xlabel("probability of the likeliest digit")
     right.set_title("Averaged over the logits' distribution")
     return figure

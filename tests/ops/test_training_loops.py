@@ -344,10 +344,13 @@ def test_the_table_has_every_cell() -> None:
 
 @pytest.mark.parametrize(("row", "column"), MARKED)
 def test_cell(row: str, column: str, exact: Callable[[str], Any]) -> None:
+    older = TorchVersion(torch.__version__) < "2.14"
+    if older and ("compile" in row or "dual_level" in row):
+        pytest.skip(f"torch {torch.__version__} refuses it in other words")
     try:
         _check_cell(row, column, exact)
     except NotImplementedError as error:  # PyTorch's: loud, and no longer so
-        if TorchVersion(torch.__version__) >= "2.14":
+        if not older:
             raise
         pytest.skip(f"torch {torch.__version__}: {error}")
 
