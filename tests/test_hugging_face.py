@@ -146,6 +146,19 @@ def test_the_check_allows_for_softmax_in_float32(family: str, dtype: torch.dtype
     linearize(made(family, "eager").to(dtype))
 
 
+@pytest.mark.parametrize("repeated", [False, True])
+def test_the_check_allows_for_it_in_small_gradients(repeated: bool) -> None:
+    """Nearly equal values: all of the keys' gradients are as small as that rounding."""
+    model = made("vit", "eager")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".v_proj." in name:
+                parameter.mul_(1e-6) if parameter.ndim > 1 else parameter.fill_(1)
+    tangent = linearize(model, last_blocks(model, 1))
+    tangent.set_grad_checkpointing(repeated)
+    tangent(**inputs("vit", 2))  # is checked
+
+
 def test_last_blocks_are_the_last_block_and_what_follows(each: Case) -> None:
     blocks = {
         "bert": "bert.encoder.layer.2.",

@@ -208,12 +208,13 @@ class _Side:
         """The same for a copy in another precision; None if that fails."""
         try:
             anchor = independent_copy(self.anchor).to(dtype)
-            anchor.forward = functools.partial(_with_exact_softmax, anchor.forward)
             inputs = tree_map(
                 lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x,
                 self.inputs,
             )
             blocks = find_blocks(anchor) if self.blocks else []
+            for module in (anchor, *blocks):  # blocks run again without the anchor around them
+                module.forward = functools.partial(_with_exact_softmax, module.forward)
             factors = {name: each.to(dtype) for name, each in self.factors.items()}
             side = _Side(anchor, self.names, factors, Kept(anchor), blocks, inputs)
             side.pull_back()

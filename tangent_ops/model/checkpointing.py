@@ -94,13 +94,17 @@ def repeating(
         factors: by name.
         kept: the model's caches.
     """
+    own = [vars(block).get("forward") for block in blocks]  # None where the class has the only one
     for block in blocks:
         block.forward = _Checkpointed(block, model, weights, tangents, factors, kept)
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward  # the instance's: the class has its own
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 class _Checkpointed:

@@ -168,6 +168,21 @@ def test_a_repeat_neither_finds_nor_leaves_what_a_block_keeps() -> None:
     assert not any(getattr(m, "attention_bias_cache", None) for m in tangent.anchor.modules())
 
 
+def test_a_blocks_own_forward_stays() -> None:
+    """As accelerate's hooks: a forward of the instance, which calls that of the class."""
+    model = vit(depth=2)
+    block = model.blocks[0]
+    within = block.forward
+    block.forward = lambda x: within(x) + 1
+    tangent = linearize(model, check=False)
+    own = tangent.anchor.blocks[0].forward
+    tangent.set_grad_checkpointing()
+    images = torch.randn(1, 3, 16, 16, generator=generator())
+    first = tangent(images)
+    assert tangent.anchor.blocks[0].forward is own
+    assert torch.equal(tangent(images), first)
+
+
 def test_second_derivatives_are_refused() -> None:
     tangent = moved(linearize(vit()))
     tangent.set_grad_checkpointing()

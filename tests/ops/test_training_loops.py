@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import tangent_ops
@@ -343,6 +344,18 @@ def test_the_table_has_every_cell() -> None:
 
 @pytest.mark.parametrize(("row", "column"), MARKED)
 def test_cell(row: str, column: str, exact: Callable[[str], Any]) -> None:
+    older = TorchVersion(torch.__version__) < "2.14"
+    if older and ("compile" in row or "dual_level" in row):
+        pytest.skip(f"torch {torch.__version__} refuses it in other words")
+    try:
+        _check_cell(row, column, exact)
+    except NotImplementedError as error:  # PyTorch's: loud, and no longer so
+        if not older:
+            raise
+        pytest.skip(f"torch {torch.__version__}: {error}")
+
+
+def _check_cell(row: str, column: str, exact: Callable[[str], Any]) -> None:
     cell = CELLS[row, column]
     subject = Subject(COLUMNS[column])
     if cell != "✓":
