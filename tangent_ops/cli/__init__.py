@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 
 _NEEDED = ("typer", "rich", "jinja2")
 
@@ -17,6 +18,9 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(1)
+    # torch's own, of its scripted formulas for forward mode: nothing that a user could change.
+    warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
+    warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
     try:
         from tangent_ops.cli.app import app
 

@@ -14,7 +14,7 @@ from tangent_ops.cli.accuracy_change import measured_change, say_change
 from tangent_ops.cli.compose import Run
 from tangent_ops.cli.config import Config
 from tangent_ops.cli.machines import HELPS, Machines
-from tangent_ops.cli.messages import errors, fail, hidden, leaves, say
+from tangent_ops.cli.messages import counted, errors, fail, hidden, leaves, say
 from tangent_ops.cli.next_command import say_next
 from tangent_ops.cli.options import Group
 
@@ -79,7 +79,7 @@ def forget(
         found = find(plan, **which)
         moved = None if data is None else replace(plan.data, root=str(data))
         count = sum(map(len, found.values()))
-        words = f"{count} images of {len(found)} shards ({', '.join(list(found)[:5])})"
+        words = f"{counted(count, 'image')} of {counted(len(found), 'shard')} ({', '.join(list(found)[:5])})"
         if dry_run:
             if moved is not None:
                 plan.relocate(moved, without=found, dry_run=True, progress=not hidden(as_json))
@@ -152,8 +152,8 @@ def _show(done: Forgotten, change: dict[str, Any] | None, as_json: bool) -> None
         if done.subtracted:
             words = f"{len(done.subtracted)} were reduced, {len(done.report.trained)} summed anew"
         say(
-            f"forgot {done.samples} images of {len(done.shards)} shards: {len(done.dropped)} have "
-            f"none left, {words}"
+            f"forgot {counted(done.samples, 'image')} of {counted(len(done.shards), 'shard')}: "
+            f"{len(done.dropped)} have none left, {words}"
         )
         if done.solution is not None:
             say(f"  solved again without them, with l2 = {done.solution.l2:g}")

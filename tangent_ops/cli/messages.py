@@ -70,6 +70,11 @@ def tell(text: str) -> None:
     Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def counted(number: int, what: str) -> str:
+    """The number of some things, in words: 1 image, 2 images."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def hidden(as_json: bool) -> bool:
     """Whether to hide progress bars: the output is JSON, or stderr is not a terminal."""
     return as_json or not sys.stderr.isatty()

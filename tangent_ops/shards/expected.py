@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 from tangent_ops.composition.statistics_file import file_content
@@ -23,6 +23,7 @@ from tangent_ops.shards.job import device, job_problem
 from tangent_ops.shards.recipe import ShardRecipe
 from tangent_ops.training.fit import fit
 
+_T = TypeVar("_T")
 _MOST = 8  # images
 _BUDGET = 1.0  # seconds of a forward pass over them
 
@@ -98,18 +99,20 @@ def _measured(
         some = Subset(known, range(min(len(known), _MOST)))
         basis = core_basis(model, some, recipe.core, trainable=recipe.trainable(model) or "")
         tangent = linearize(model, core=basis)
-        began = time.perf_counter()
-        found = statistics(tangent, few, progress=False)
-        once = (time.perf_counter() - began) / len(few)
+        found, taken = _timed(lambda: statistics(tangent, few, progress=False))
+        once = taken / len(few)
         stored, _ = file_content(found)  # less than in memory
         size = sum(tensor.nbytes for tensor in stored.values())
         return Expected(_trained(tangent), size, len(few), once, 0.0, 0.0, 0.0)
     tangent = linearize(model, recipe.trainable(model), rank=recipe.rank, basis=recipe.basis)
     size = sum(value.numel() * value.element_size() for value in tangent.delta_dict().values())
     if recipe.method == "exact":
-        began = time.perf_counter()
-        fit_exact(job_problem(tangent, few, recipe, False), recipe.tol)
-        once = (time.perf_counter() - began) / len(few)
+
+        def fit_few() -> None:
+            tangent.zero_()
+            fit_exact(job_problem(tangent, few, recipe, False), recipe.tol)
+
+        once = _timed(fit_few)[1] / len(few)
         # A tangent model's pass is three of its anchor's.
         return Expected(_trained(tangent), size, len(few), once, 0.0, 3 * seen, 0.0)
     once, repeated, again = _step(tangent, few, recipe)
@@ -144,7 +147,8 @@ def _step(tangent: LinearizedModel, few: Samples, recipe: ShardRecipe) -> tuple[
             with torch.no_grad():
                 inputs = trunk(inputs)
             read = time.perf_counter() - began
-    step = _timed_fit(trained, inputs, targets)
+    data = TensorDataset(inputs.cpu(), targets)
+    _, step = _timed(lambda: fit(trained, data, epochs=1, batch_size=len(targets), progress=False))
     with torch.no_grad():
         began = time.perf_counter()
         trained(inputs).cpu()
@@ -154,14 +158,11 @@ def _step(tangent: LinearizedModel, few: Samples, recipe: ShardRecipe) -> tuple[
     return (read - again) / count, (step + again) / count, forward / count
 
 
-def _timed_fit(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
-    """Seconds of one step on all inputs, after one that warms up."""
-    data = TensorDataset(inputs.cpu(), targets)
-    for _ in range(2):
-        began = time.perf_counter()
-        fit(model, data, epochs=1, batch_size=len(targets), progress=False)
-        taken = time.perf_counter() - began
-    return taken  # pyright: ignore[reportPossiblyUnboundVariable]
+def _timed(work: Callable[[], _T]) -> tuple[_T, float]:
+    """What some work gives, and its seconds, after a first time that warms up."""
+    work()
+    began = time.perf_counter()
+    return work(), time.perf_counter() - began
 
 
 def _trained(tangent: nn.Module) -> int:

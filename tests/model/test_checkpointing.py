@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import timm
@@ -171,15 +172,16 @@ def test_a_repeat_neither_finds_nor_leaves_what_a_block_keeps() -> None:
 def test_a_blocks_own_forward_stays() -> None:
     """As accelerate's hooks: a forward of the instance, which calls that of the class."""
     model = vit(depth=2)
-    block = model.blocks[0]
+    block: Any = model.get_submodule("blocks.0")
     within = block.forward
     block.forward = lambda x: within(x) + 1
     tangent = linearize(model, check=False)
-    own = tangent.anchor.blocks[0].forward
+    copy = tangent.anchor.get_submodule("blocks.0")
+    own = copy.forward
     tangent.set_grad_checkpointing()
     images = torch.randn(1, 3, 16, 16, generator=generator())
     first = tangent(images)
-    assert tangent.anchor.blocks[0].forward is own
+    assert copy.forward is own
     assert torch.equal(tangent(images), first)
 
 
