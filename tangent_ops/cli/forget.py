@@ -79,7 +79,8 @@ def forget(
         found = find(plan, **which)
         moved = None if data is None else replace(plan.data, root=str(data))
         count = sum(map(len, found.values()))
-        words = f"{counted(count, 'image')} of {counted(len(found), 'shard')} ({', '.join(list(found)[:5])})"
+        shards = f"{counted(len(found), 'shard')} ({', '.join(list(found)[:5])})"
+        words = f"{counted(count, 'image')} of {shards}"
         if dry_run:
             if moved is not None:
                 plan.relocate(moved, without=found, dry_run=True, progress=not hidden(as_json))
