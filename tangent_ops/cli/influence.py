@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tangent_ops.shards import Plan
     from tangent_ops.shards.run_influence import Influences
 
-_LONGEST = 22  # characters of a caption's line
+_LONGEST = 16  # characters of a caption's line: as wide as a picture
 
 
 def influence(
@@ -86,8 +86,8 @@ def influence(
         changes = found.changes[:, 0]
         predicted = _named(names, int(found.logits.argmax()))
         truth = predicted if target is None else _named(names, target)
-        words = f"{truth}, predicted {predicted}" if truth != predicted else predicted
-        png = _picture(plan, found, (query, f"{_short(image.name)}\n{_short(words)}"), top)
+        words = [image.name, truth, *(["predicted", predicted] if truth != predicted else [])]
+        png = _picture(plan, found, (query, "\n".join(map(_short, words))), top)
         write_atomically(path, lambda file: file.writelines([png]))
     order = changes.argsort(descending=True).tolist()
     helpful = [_row(found, names, one) for one in order[:top] if changes[one] > 0]
@@ -152,7 +152,8 @@ def _picture(plan: Plan, found: Influences, query: tuple[Tensor, str], top: int)
 
     def sample(index: int) -> tuple[Tensor, str]:
         named = _named(list(info.classes), samples[index].target)
-        return data[index][0] * spread + mean, f"{_short(samples[index].id)}\n{_short(named)}"
+        name = PurePosixPath(samples[index].id).name
+        return data[index][0] * spread + mean, f"{_short(name)}\n{_short(named)}"
 
     image, caption = query
     figure = influence_grid((image * spread + mean, caption), sample, found.changes[:, 0], top)
@@ -164,8 +165,8 @@ def _picture(plan: Plan, found: Influences, query: tuple[Tensor, str], top: int)
 
 
 def _short(text: str) -> str:
-    """One line for a caption: its end where it is long; no formulas, which matplotlib would set."""
+    """One line for a caption, cut where it is long; no formulas, which matplotlib would set."""
     text = text if text.isprintable() else repr(text)
     if len(text) > _LONGEST:
-        text = "…" + text[1 - _LONGEST :]
+        text = text[: _LONGEST - 1] + "…"
     return text.replace("$", r"\$")

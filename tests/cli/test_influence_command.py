@@ -9,10 +9,13 @@ import pytest
 import torch
 from cli_runs import complaint, parsed, refused, run
 from PIL import Image
+from readable_pictures import assert_readable
 from shard_runs import FAST, create_plan, make_plan, trained
 from timm.data.transforms_factory import create_transform
 
+from tangent_ops.cli.influence import _short
 from tangent_ops.errors import ArgumentError, LedgerError, UnsupportedError
+from tangent_ops.exact.influence_grid import influence_grid
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.shards import ImageData, Plan, ShardRecipe, compose_run, forget, settle
 from tangent_ops.shards.composing import composition
@@ -174,3 +177,13 @@ def test_refusals(exact_folder: Path, tmp_path: Path, monkeypatch) -> None:
 def test_without_matplotlib(exact_folder: Path, not_installed) -> None:
     not_installed("matplotlib")
     refused(run("influence", exact_folder / "run", "x.png"), 'pip install "tangent-ops[plots]"')
+
+
+def test_captions_of_long_names_do_not_touch() -> None:
+    name = _short("frame_with_picture_2026-11-29.png")
+
+    def sample(index: int) -> tuple[torch.Tensor, str]:
+        return torch.rand(3, 8, 8), f"{name}\n{_short('Travel & Places')}"
+
+    scores = torch.tensor([3.0, 2.0, 1.0, -1.0, -2.0, -3.0])
+    assert_readable(influence_grid((torch.rand(3, 8, 8), name), sample, scores, top=3))
