@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -16,7 +15,6 @@ from assets import VIT_SMALL, DemoError, default_cache, fetch
 from backbone import IMAGE_SIZE, load_backbone, load_timm
 from images import Images, by_owner, load_images, stratified
 from rich.console import Console
-from rich.markup import escape
 from timm.data.config import resolve_model_data_config
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
@@ -30,7 +28,6 @@ from tangent_ops import (
     linearize,
     predict,
 )
-from tangent_ops.errors import TangentOpsError
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.model.features import split_model
 
@@ -208,17 +205,3 @@ def model_name(model: Any) -> str:
 def step(title: str) -> None:
     """Announce a step."""
     console.print(f"\n[bold]{title}[/bold]")
-
-
-def run(demo: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
-    """Run a demo; print an error that the user can put right; return the exit status."""
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # torch's own
-            demo(options)
-    except (DemoError, TangentOpsError) as error:
-        message = f"[bold red]error:[/bold red] {escape(str(error))}"
-        Console(stderr=True).print(message, highlight=False)
-        return 2
-    return 0

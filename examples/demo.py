@@ -30,10 +30,10 @@ from common import (
     parser_of,
     prepare,
     probe,
-    run,
     step,
 )
 from picture import Results, draw, duration, print_table
+from running import run
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from tangent_ops import (

@@ -27,10 +27,10 @@ from common import (
     model_name,
     parser_of,
     prepare,
-    run,
     step,
 )
 from picture import Row, print_table
+from running import run
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 

@@ -15,7 +15,6 @@ import argparse
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from itertools import pairwise
@@ -23,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import running
 import torch
 from assets import DemoError, default_cache
 from dit import DiT
@@ -284,16 +284,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the example; return the exit status."""
     options = parser().parse_args(arguments)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # torch's own
-            with flushed_subnormals(torch.device(options.device)):
-                run(options)
-    except DemoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    with flushed_subnormals(options.device):
+        return running.run(run, options)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import running
 import torch
 from assets import DemoError
 from images import digits
@@ -89,7 +90,9 @@ def kernel_by_jacrev(model: nn.Module, images: Tensor) -> Tensor:
     def logits(weights: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(model, weights, (images,)).logits
 
-    rows = torch.func.jacrev(logits)(weights)
+    with warnings.catch_warnings():  # torch's own, of its vmap
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        rows = torch.func.jacrev(logits)(weights)
     count, outputs = next(iter(rows.values())).shape[:2]
     flat = [each.reshape(count * outputs, -1) for each in rows.values()]
     total = sum((each @ each.T for each in flat), start=torch.zeros(()))
@@ -132,6 +135,8 @@ def draw(kernel: Tensor, labels: Tensor) -> Figure:
 
 def run(options: argparse.Namespace) -> float:
     """Compute both kernels, print and draw; give the largest relative difference."""
+    if options.images < 1:
+        raise DemoError(f"--images {options.images}: expected at least 1")
     torch.manual_seed(options.seed)
     model = hugging_face_vit(options.model, options.size, classes=10)
     images, labels = sorted_digits(options.images, model.config.image_size)
@@ -167,19 +172,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the example; return the exit status."""
-    options = parser().parse_args(arguments)
-    try:
-        if options.images < 1:
-            raise DemoError(f"--images {options.images}: expected at least 1")
-        options.out.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            for message in ("`torch.jit", "There is a performance drop"):  # torch's own
-                warnings.filterwarnings("ignore", message)
-            run(options)
-    except DemoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return running.run(run, parser().parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from common import LOSS, console, deal, load, parser_of, prepare, run
+from common import LOSS, console, deal, load, parser_of, prepare
+from running import run
 
 from tangent_ops import accuracy, save_delta
 from tangent_ops.privacy import Privacy, fit_private

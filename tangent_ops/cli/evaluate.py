@@ -15,6 +15,7 @@ from rich.table import Table
 from tangent_ops.cli.chosen import AnchorOnly, OneDelta, check_one, chosen_delta
 from tangent_ops.cli.compose import Run
 from tangent_ops.cli.config import Config
+from tangent_ops.cli.image_options import Reader, Split
 from tangent_ops.cli.messages import errors, hidden, say
 from tangent_ops.cli.next_command import say_next
 
@@ -35,12 +36,8 @@ def evaluate(
             "finetune was given."
         ),
     ] = None,
-    data_name: Annotated[
-        str, typer.Option(help="Use another reader: torch/NAME, hfds/NAME or wds/NAME.")
-    ] = "",
-    split: Annotated[
-        str, typer.Option(help="Split of the data set; a sub-folder of DATA, if there is one.")
-    ] = "validation",
+    data_name: Reader = "",
+    split: Split = "validation",
     delta: OneDelta = None,
     anchor_only: AnchorOnly = False,
     per_class: Annotated[

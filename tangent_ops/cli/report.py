@@ -9,6 +9,7 @@ import typer
 
 from tangent_ops.cli.compose import Run
 from tangent_ops.cli.config import Config
+from tangent_ops.cli.image_options import Reader, Split
 from tangent_ops.cli.messages import errors, hidden, leaves, say
 from tangent_ops.cli.targets import unwritten
 
@@ -22,12 +23,8 @@ def report(
             "that finetune was given."
         ),
     ] = None,
-    data_name: Annotated[
-        str, typer.Option(help="Use another reader: torch/NAME, hfds/NAME or wds/NAME.")
-    ] = "",
-    split: Annotated[
-        str, typer.Option(help="Split of the data set; a sub-folder of DATA, if there is one.")
-    ] = "validation",
+    data_name: Reader = "",
+    split: Split = "validation",
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite that file.")] = False,
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
