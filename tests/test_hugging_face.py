@@ -349,7 +349,7 @@ def test_gradients_of_single_samples_for_private_training() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("family", ["vit", "siglip"])
+@pytest.mark.parametrize("family", ["vit", "siglip", "swin"])
 def test_exported_programs_return_the_logits(family: str, tmp_path: Path) -> None:
     model = made(family)
     tangent = moved(linearize(model, last_blocks(model, 1)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -161,10 +162,14 @@ def _exported(tangent: LinearizedModel, input_size: tuple[int, ...]) -> Exported
             return primal if slope is None else primal + slope
 
     def merged_in_level(images: Tensor) -> Tensor:
+        for size in images.shape[1:]:
+            int(size)  # fixes it: a Swin computes with sizes, and symbols of them take minutes
         return in_own_level(lambda: merged(images))
 
     dtype = next((p.dtype for p in tangent.anchor.parameters()), torch.float32)
-    example = torch.zeros((2, *input_size), dtype=dtype)
+    # Equal sizes would share a symbol.
+    batch = next(size for size in itertools.count(2) if size not in input_size)
+    example = torch.zeros((batch, *input_size), dtype=dtype)
     try:
         with torch.no_grad():
             # Traced first: within torch.export's own tracing forward mode fixes the batch size.

@@ -111,6 +111,7 @@ _TAKEN = frozenset(
         *NORMS,
         *OVERWRITING,
         *FACTORIZING,
+        Tensor.unflatten,
     )
 )
 
@@ -192,6 +193,8 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
             self._guard.check(func)
         if func not in _TAKEN:  # first, as a ViT makes a thousand calls, attributes included
             return func(*args, **kwargs)
+        if func is Tensor.unflatten and is_compiling():  # torch 2.11 traces only the method
+            return args[0].unflatten(*args[1:], **kwargs)
         if func in _ROUTES and in_forward_ad():
             return _ROUTES[func](*args, **kwargs, backend=self.backend)
         if func in _CONVOLUTIONS:

@@ -26,14 +26,14 @@ def explain(error: BaseException | None) -> None:
     Raises:
         UnsupportedError: It is.
     """
-    if type(error) is not RuntimeError:
+    if type(error) not in (RuntimeError, NotImplementedError):  # torch 2.11 raises the latter
         return
     here = error.__traceback__
     codes = []
     while here is not None:
         codes.append(here.tb_frame.f_code)
         here = here.tb_next
-    if codes and codes[-1].co_filename == function.__file__:  # Function.apply
+    while codes and codes[-1].co_filename == function.__file__:  # Function.apply and jvp
         codes.pop()
     if not codes:
         return
