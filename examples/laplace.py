@@ -2,12 +2,11 @@
 
     python examples/laplace.py --help
 
-A linear head on the features of a frozen backbone, a ViT-S/14, learns images of MNIST by
-`tangent_ops.statistics`. Generalised cross-validation chooses l2, and the leave-one-out residuals
-give the variance of the noise: scored images decide nothing. The outputs of a new image have a
-covariance, given the data (`Ridge.covariance`; Immer, Korzepa, Bauer: "Improving predictions of
-Bayesian neural nets via local linearization", AISTATS 2021). It should be large where the model has
-seen nothing alike: on digits turned by a quarter, and on patches of two photographs.
+A linear head on a frozen ViT-S/14's features learns MNIST by `tangent_ops.statistics`. Generalised
+cross-validation chooses l2; leave-one-out residuals give the noise's variance. The covariance of a
+new image's outputs, given the data (`Ridge.covariance`; Immer, Korzepa, Bauer: "Improving
+predictions of Bayesian neural nets via local linearization", AISTATS 2021), should be large for
+digits turned by a quarter, and for patches of two photographs.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,23 +55,21 @@ class Predictions:
     covariance: Tensor
     noise: float
 
-    @property
-    def deviations(self) -> Tensor:
-        """(M,): the root of the outputs' mean variance."""
-        return self.covariance.diagonal(dim1=1, dim2=2).mean(1).sqrt()
-
     def probabilities(self, *, certain: bool) -> Tensor:
-        """(M, C): of each class, by the normal density of its targets.
-
-        Args:
-            certain: as if the covariance were zero, and there were only the noise.
-        """
+        """(M, C): of each class, by the normal density of its targets; certain: noise alone."""
         targets = TARGET * torch.eye(self.outputs.shape[1], dtype=torch.float64)
         spread = self.noise * torch.eye(len(targets), dtype=torch.float64)
         spread = spread.expand_as(self.covariance) if certain else spread + self.covariance
         missed = targets - self.outputs[:, None]
         solved = torch.linalg.solve(spread, missed.mT).mT
         return (-(missed * solved).sum(2) / 2).softmax(1)
+
+
+DOUBTS: dict[str, Callable[[Predictions], Tensor]] = {
+    "deviation": lambda p: p.covariance.diagonal(dim1=1, dim2=2).mean(1).sqrt(),
+    "1 - confidence, noise only": lambda p: 1 - p.probabilities(certain=True).amax(1),
+    "1 - confidence, covariance": lambda p: 1 - p.probabilities(certain=False).amax(1),
+}  # (M,), of each image
 
 
 def photographs(count: int, seed: int) -> Tensor:
@@ -91,8 +89,7 @@ def photographs(count: int, seed: int) -> Tensor:
 def features(images: Tensor, cache: Path) -> Tensor:
     """What the backbone says about grey images (N, SIDE, SIDE): (N, 384)."""
     backbone: Any = load_backbone(fetch(VIT_SMALL, cache))
-    unknown = torch.zeros(len(images), dtype=torch.long)
-    data = GreyImages(images, unknown, resolve_model_data_config(backbone))
+    data = GreyImages(images, torch.zeros(len(images)), resolve_model_data_config(backbone))
     batches = tqdm(DataLoader(data, 32), desc="features", unit="batch", disable=None)
     with torch.no_grad():
         return torch.cat([backbone(batch) for batch, _ in batches])
@@ -103,9 +100,8 @@ class Head:
 
     Attributes:
         l2: the penalty, by generalised cross-validation.
-        noise: the noise's variance. A residual r with the sample, and e without it, have
-            the expectation r e = noise: e's variance is noise / (1 - leverage), and r is
-            (1 - leverage) e.
+        noise: the noise's variance. A sample of leverage h has the residual e in the fit without
+            it, of variance noise / (1 - h), and r = (1 - h) e in the fit with it: the mean of r e.
     """
 
     def __init__(self, data: TensorDataset) -> None:
@@ -142,21 +138,15 @@ def draw(found: dict[str, Predictions]) -> Figure:
     """Deviations and confidences of each set of images."""
     figure = pictures.new_figure(height=3.6)
     left, right = figure.subplots(1, 2)
-    top = max(float(each.deviations.max()) for each in found.values())
-    colours = (pictures.BLUE, pictures.ORANGE, pictures.GREEN)
-    for side, of, end in (
-        (left, lambda p: p.deviations, top),
-        (right, lambda p: p.probabilities(certain=False).max(1).values, 1),
-    ):
-        for (name, each), colour in zip(found.items(), colours, strict=True):
-            edges = torch.linspace(0, end, 41).tolist()
-            look: dict[str, Any] = {"histtype": "step", "linewidth": 1.6, "label": name}
-            side.hist(of(each).numpy(), edges, color=colour, **look)
+    left.set_xlabel("standard deviation of an output")
+    right.set_xlabel("1 - probability of the likeliest digit, with covariance")
+    look: dict[str, Any] = {"histtype": "step", "linewidth": 1.6, "label": list(found)}
+    look["color"] = [pictures.BLUE, pictures.ORANGE, pictures.GREEN]
+    for side, of in ((left, DOUBTS["deviation"]), (right, DOUBTS["1 - confidence, covariance"])):
+        side.hist([of(each).numpy() for each in found.values()], 40, **look)
         side.grid(visible=False, axis="x")
         side.set_ylabel("images")
     left.legend()
-    left.set_xlabel("standard deviation of an output")
-    right.set_xlabel("probability of the likeliest digit, with covariance")
     return figure
 
 
@@ -164,34 +154,28 @@ def run(options: argparse.Namespace) -> None:
     """Train, predict, print and draw."""
     pixels, labels = mnist(options.cache)
     some, others = stratified(labels, [options.images, options.scored], options.seed)
-    turned = pixels[others].rot90(dims=(1, 2))
-    strange = photographs(options.scored, options.seed)
-    images = torch.cat([pixels[some], pixels[others], turned, strange])
-    trained, *scored = features(images, options.cache).split([options.images, *[options.scored] * 3])
+    kinds = (pixels[others], pixels[others].rot90(dims=(1, 2)),
+             photographs(options.scored, options.seed))  # fmt: skip
+    sizes = [options.images, *[options.scored] * 3]
+    trained, *scored = features(torch.cat([pixels[some], *kinds]), options.cache).split(sizes)
     head = Head(TensorDataset(trained, labels[some]))
-    names = ("digits", "turned digits", "photographs")
-    found = {name: head.predict(each) for name, each in zip(names, scored, strict=True)}
-    known, truth = found["digits"], labels[others]
+    known, turned, strange = map(head.predict, scored)
+    found, truth = {"turned digits": turned, "photographs": strange}, labels[others]
     right = (known.outputs.argmax(1) == truth).double().mean()
-    print(f"{len(truth)} digits, {100 * right:.1f} % recognised; l2 {head.l2:.2g}, noise "
-          f"{head.noise**0.5:.2f} on targets of {TARGET:g}")  # fmt: skip
-    ways = {"noise only": True, "with covariance": False}
-    for name, certain in ways.items():
+    print(f"{len(truth)} digits, {100 * right:.1f} % recognised")
+    print(f"l2 {head.l2:.2g}, standard deviation of the noise {head.noise**0.5:.2f}")
+    for way, certain in (("noise only", True), ("covariance", False)):
         chances = known.probabilities(certain=certain)
-        loss = float(F.nll_loss(chances.log(), truth))
-        error = calibration_error(chances, truth)
-        print(f"  {name:16} cross-entropy {loss:.3f}   calibration error {100 * error:.1f} %")
+        loss, error = F.nll_loss(chances.log(), truth), calibration_error(chances, truth)
+        print(f"  {way:12} cross-entropy {loss:.3f}   calibration error {100 * error:.1f} %")
     is_other = torch.arange(2).repeat_interleave(len(truth))
-    for other in names[1:]:
-        pair = (known, found[other])
-        scores = {"deviation": torch.cat([each.deviations for each in pair])}
-        for name, certain in ways.items():
-            chances = torch.cat([each.probabilities(certain=certain) for each in pair])
-            scores[f"1 - confidence, {name}"] = 1 - chances.max(1).values
-        print(f"{other} against digits, AUROC ({len(truth)} of each):")
-        for name, score in scores.items():
-            print(f"  {name:32} {roc_auc_score(is_other, score):.3f}")
-    print(f"picture: {pictures.save(draw(found), options.out / 'laplace.png')}")
+    for name, other in found.items():
+        print(f"{name} against digits, AUROC ({len(truth)} of each):")
+        for measure, of in DOUBTS.items():
+            area = roc_auc_score(is_other, torch.cat([of(known), of(other)]))
+            print(f"  {measure:28} {area:.3f}")
+    picture = draw({"digits": known, **found})
+    print(f"picture: {pictures.save(picture, options.out / 'laplace.png')}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -202,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = found.add_argument
     add("--images", type=int, default=1000, help="images of MNIST to train on")
-    add("--scored", type=int, default=500, help="other images, turned ones and patches of photographs")
+    add("--scored", type=int, default=500, help="images of each kind to score")
     add("--seed", type=int, default=0, help="of the split and the patches")
     add("--out", type=Path, default=Path("out"), help="folder for the picture")
     add("--cache", type=Path, default=default_cache(), help="folder for what pip fetches")

@@ -180,5 +180,5 @@ def test_the_laplace_example_runs(tmp_path, capsys, monkeypatch) -> None:
     options = ["--images", "200", "--scored", "50", "--out", str(tmp_path)]
     assert laplace.main(options) == 0
     said = capsys.readouterr().out
-    assert said.count("1 - confidence, with covariance") == 2 and "turned digits against" in said
+    assert said.count("1 - confidence, covariance") == 2 and "turned digits against" in said
     assert (tmp_path / "laplace.png").read_bytes()[:8] == PNG
