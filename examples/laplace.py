@@ -89,7 +89,7 @@ def photographs(count: int, seed: int) -> Tensor:
 def features(images: Tensor, cache: Path) -> Tensor:
     """What the backbone says about grey images (N, SIDE, SIDE): (N, 384)."""
     backbone: Any = load_backbone(fetch(VIT_SMALL, cache))
-    data = GreyImages(images, torch.zeros(len(images)), resolve_model_data_config(backbone))
+    data = GreyImages(images, torch.zeros(len(images)).long(), resolve_model_data_config(backbone))
     batches = tqdm(DataLoader(data, 32), desc="features", unit="batch", disable=None)
     with torch.no_grad():
         return torch.cat([backbone(batch) for batch, _ in batches])
