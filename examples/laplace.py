@@ -1,12 +1,12 @@
-"""How sure a model is: linearized Laplace on digits it was trained on, and on photographs.
+"""How sure a model is: linearized Laplace on digits, on digits turned, and on photographs.
 
     python examples/laplace.py --help
 
-A linear head is fitted to what a frozen backbone, a ViT-S/14, says about some images of MNIST, and
-linearized. Given the data, the logits of a new image have a covariance (`predictive_covariance`;
-Immer, Korzepa, Bauer: "Improving predictions of Bayesian neural nets via local linearization",
-AISTATS 2021). It should be large where the model has seen nothing alike: on patches of two
-photographs.
+A linear head on a frozen ViT-S/14's features learns MNIST by `tangent_ops.statistics`. Generalised
+cross-validation chooses l2; leave-one-out residuals give the noise's variance. The covariance of a
+new image's outputs, given the data (`Ridge.covariance`; Immer, Korzepa, Bauer: "Improving
+predictions of Bayesian neural nets via local linearization", AISTATS 2021), should be large for
+digits turned by a quarter, and for patches of two photographs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from tangent_ops import fit_exact, linearize, pictures
-from tangent_ops.exact import Problem, predictive_covariance
+from tangent_ops import linearize, pictures, statistics
+from tangent_ops.composition.ridge import Ridge
+from tangent_ops.exact import feature_rows
+from tangent_ops.losses import RescaledSquareLoss
 
 SIDE = 28  # pixels of an image, before it is enlarged for the backbone
+TARGET = RescaledSquareLoss().M  # of the right class's output; 0 of the others
 
 
 @dataclass(frozen=True)
@@ -42,30 +46,30 @@ class Predictions:
     """What the model says about some images.
 
     Attributes:
-        logits: (M, C).
-        covariance: (M, C, C), of the logits.
+        outputs: (M, C).
+        covariance: (M, C, C), of the outputs, given the data.
+        noise: variance of an output's noise.
     """
 
-    logits: Tensor
+    outputs: Tensor
     covariance: Tensor
+    noise: float
 
-    @property
-    def deviations(self) -> Tensor:
-        """(M,): the root of the logits' mean variance."""
-        return self.covariance.diagonal(dim1=1, dim2=2).mean(1).sqrt()
+    def probabilities(self, *, certain: bool) -> Tensor:
+        """(M, C): of each class, by the normal density of its targets; certain: noise alone."""
+        targets = TARGET * torch.eye(self.outputs.shape[1], dtype=torch.float64)
+        spread = self.noise * torch.eye(len(targets), dtype=torch.float64)
+        spread = spread.expand_as(self.covariance) if certain else spread + self.covariance
+        missed = targets - self.outputs[:, None]
+        solved = torch.linalg.solve(spread, missed.mT).mT
+        return (-(missed * solved).sum(2) / 2).softmax(1)
 
-    @property
-    def plain(self) -> Tensor:
-        """(M, C): the softmax of the logits, as if they were certain."""
-        return self.logits.softmax(1)
 
-    def averaged(self, draws: int = 2000, seed: int = 0) -> Tensor:
-        """(M, C): the mean of the softmax over normal logits with that covariance."""
-        values, vectors = torch.linalg.eigh(self.covariance)
-        root = vectors * values.clamp_min(0).sqrt()[:, None, :]
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(*root.shape[:2], draws, generator=generator, dtype=root.dtype)
-        return (self.logits[:, :, None] + root @ noise).softmax(1).mean(2)
+DOUBTS: dict[str, Callable[[Predictions], Tensor]] = {
+    "deviation": lambda p: p.covariance.diagonal(dim1=1, dim2=2).mean(1).sqrt(),
+    "1 - confidence, noise only": lambda p: 1 - p.probabilities(certain=True).amax(1),
+    "1 - confidence, covariance": lambda p: 1 - p.probabilities(certain=False).amax(1),
+}  # (M,), of each image
 
 
 def photographs(count: int, seed: int) -> Tensor:
@@ -85,28 +89,39 @@ def photographs(count: int, seed: int) -> Tensor:
 def features(images: Tensor, cache: Path) -> Tensor:
     """What the backbone says about grey images (N, SIDE, SIDE): (N, 384)."""
     backbone: Any = load_backbone(fetch(VIT_SMALL, cache))
-    unknown = torch.zeros(len(images), dtype=torch.long)
-    data = GreyImages(images, unknown, resolve_model_data_config(backbone))
+    data = GreyImages(images, torch.zeros(len(images)).long(), resolve_model_data_config(backbone))
     batches = tqdm(DataLoader(data, 32), desc="features", unit="batch", disable=None)
     with torch.no_grad():
         return torch.cat([backbone(batch) for batch, _ in batches])
 
 
-def posterior(data: TensorDataset, l2: float) -> Problem:
-    """A head of zeros for features (N, D), linearized, at the optimum for the data."""
-    head = nn.Linear(data.tensors[0].shape[1], 10)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    problem = Problem(linearize(head.eval()), data, l2, loss=F.cross_entropy, representation="rows")
-    fit_exact(problem, tol=1e-2)
-    return problem
+class Head:
+    """A linear head at its optimum for features (N, D) and classes.
 
+    Attributes:
+        l2: the penalty, by generalised cross-validation.
+        noise: the noise's variance. A sample of leverage h has the residual e in the fit without
+            it, of variance noise / (1 - h), and r = (1 - h) e in the fit with it: the mean of r e.
+    """
 
-def predict(problem: Problem, inputs: Tensor) -> Predictions:
-    """Logits at the optimum, and their covariance given the data."""
-    with torch.no_grad():
-        logits = problem.tangent(inputs).double()
-    return Predictions(logits, predictive_covariance(problem, inputs, tol=1e-2))
+    def __init__(self, data: TensorDataset) -> None:
+        head = nn.Linear(data.tensors[0].shape[1], 10)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        self.tangent = linearize(head.eval())
+        self.ridge = Ridge(statistics(self.tangent, data))
+        self.l2 = self.ridge.choose().delta.l2
+        rows, targets = feature_rows(self.tangent, data)  # the head says 0
+        within = targets - self.ridge.predictions(rows, self.l2)
+        without = self.ridge.leave_one_out(rows, targets, self.l2)
+        self.noise = float((within * without).mean())
+
+    def predict(self, inputs: Tensor) -> Predictions:
+        """Outputs at the optimum, and their covariance given the data."""
+        unknown = TensorDataset(inputs, torch.zeros(len(inputs), dtype=torch.long))
+        rows, _ = feature_rows(self.tangent, unknown)
+        covariance = self.ridge.covariance(rows, self.l2, self.noise)
+        return Predictions(self.ridge.predictions(rows, self.l2), covariance, self.noise)
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 10) -> float:
@@ -119,63 +134,48 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 10) -> 
 
 
 @pictures.styled()
-def draw(known: Predictions, others: Predictions, area: float) -> Figure:
-    """Deviations and confidences, of digits and of photographs."""
+def draw(found: dict[str, Predictions]) -> Figure:
+    """Deviations and confidences of each set of images."""
     figure = pictures.new_figure(height=3.6)
     left, right = figure.subplots(1, 2)
-    top = float(torch.cat((known.deviations, others.deviations)).max())
-    for side, of, edges in (
-        (left, lambda p: p.deviations, torch.linspace(0, top, 25)),
-        (right, lambda p: p.averaged().max(1).values, torch.linspace(0, 1, 26)),
-    ):
-        for name, found, colour, hatch in (
-            ("digits", known, pictures.BLUE, None),
-            ("photographs", others, pictures.ORANGE, "///"),
-        ):
-            look: dict[str, Any] = {"color": colour, "alpha": 0.6, "hatch": hatch, "label": name}
-            side.hist(of(found).numpy(), edges.tolist(), edgecolor="white", **look)
+    left.set_xlabel("standard deviation of an output")
+    right.set_xlabel("1 - probability of the likeliest digit, with covariance")
+    look: dict[str, Any] = {"histtype": "step", "linewidth": 1.6, "label": list(found)}
+    look["color"] = [pictures.BLUE, pictures.ORANGE, pictures.GREEN]
+    for side, of in ((left, DOUBTS["deviation"]), (right, DOUBTS["1 - confidence, covariance"])):
+        side.hist([of(each).numpy() for each in found.values()], 40, **look)
         side.grid(visible=False, axis="x")
         side.set_ylabel("images")
     left.legend()
-    left.set_xlabel("standard deviation of a logit")
-    left.set_title(f"AUROC {area:.3f}")
-    right.set_xlabel("probability of the likeliest digit")
-    right.set_title("Averaged over the logits' distribution")
     return figure
 
 
-def run(options: argparse.Namespace) -> tuple[Problem, Predictions, Predictions]:
-    """Train, fit, predict, print and draw."""
+def run(options: argparse.Namespace) -> None:
+    """Train, predict, print and draw."""
     pixels, labels = mnist(options.cache)
-    parts = stratified(labels, [options.images, options.scored], options.seed)
-    sizes = [options.images, options.scored, options.scored]
-    strange = photographs(options.scored, options.seed)
-    images = torch.cat([*(pixels[part] for part in parts), strange])
-    trained, scored, other = features(images, options.cache).split(sizes)
-    problem = posterior(TensorDataset(trained, labels[parts[0]]), options.l2)
-    known = predict(problem, scored)
-    others = predict(problem, other)
-    truth = labels[parts[1]]
-    print(f"{len(truth)} digits, {100 * (known.plain.argmax(1) == truth).double().mean():.1f} % "
-          f"recognised")  # fmt: skip
-    for name, found in (("certain logits", known.plain), ("with covariance", known.averaged())):
-        loss = float(F.nll_loss(found.log(), truth))
-        error = calibration_error(found, truth)
-        print(f"  {name:16} cross-entropy {loss:.3f}   calibration error {100 * error:.1f} %")
-    is_other = torch.cat((torch.zeros(len(truth)), torch.ones(len(others.logits))))
-    areas = {
-        "deviation": torch.cat((known.deviations, others.deviations)),
-        "1 - confidence": 1 - torch.cat((known.plain, others.plain)).max(1).values,
-        "1 - confidence, with covariance": 1
-        - torch.cat((known.averaged(), others.averaged())).max(1).values,
-    }
-    print(f"photographs against digits, AUROC ({len(others.logits)} of each):")
-    for name, score in areas.items():
-        print(f"  {name:32} {roc_auc_score(is_other, score):.3f}")
-    figure = draw(known, others, float(roc_auc_score(is_other, areas["deviation"])))
-    path = pictures.save(figure, options.out / "laplace.png")
-    print(f"picture: {path}")
-    return problem, known, others
+    some, others = stratified(labels, [options.images, options.scored], options.seed)
+    kinds = (pixels[others], pixels[others].rot90(dims=(1, 2)),
+             photographs(options.scored, options.seed))  # fmt: skip
+    sizes = [options.images, *[options.scored] * 3]
+    trained, *scored = features(torch.cat([pixels[some], *kinds]), options.cache).split(sizes)
+    head = Head(TensorDataset(trained, labels[some]))
+    known, turned, strange = map(head.predict, scored)
+    found, truth = {"turned digits": turned, "photographs": strange}, labels[others]
+    right = (known.outputs.argmax(1) == truth).double().mean()
+    print(f"{len(truth)} digits, {100 * right:.1f} % recognised")
+    print(f"l2 {head.l2:.2g}, standard deviation of the noise {head.noise**0.5:.2f}")
+    for way, certain in (("noise only", True), ("covariance", False)):
+        chances = known.probabilities(certain=certain)
+        loss, error = F.nll_loss(chances.log(), truth), calibration_error(chances, truth)
+        print(f"  {way:12} cross-entropy {loss:.3f}   calibration error {100 * error:.1f} %")
+    is_other = torch.arange(2).repeat_interleave(len(truth))
+    for name, other in found.items():
+        print(f"{name} against digits, AUROC ({len(truth)} of each):")
+        for measure, of in DOUBTS.items():
+            area = roc_auc_score(is_other, torch.cat([of(known), of(other)]))
+            print(f"  {measure:28} {area:.3f}")
+    picture = draw({"digits": known, **found})
+    print(f"picture: {pictures.save(picture, options.out / 'laplace.png')}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -185,9 +185,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = found.add_argument
-    add("--images", type=int, default=400, help="images of MNIST to train on")
-    add("--scored", type=int, default=50, help="other images, and patches of photographs")
-    add("--l2", type=float, default=3e-2, help="the penalty: a prior of variance 1 / (images l2)")
+    add("--images", type=int, default=1000, help="images of MNIST to train on")
+    add("--scored", type=int, default=500, help="images of each kind to score")
     add("--seed", type=int, default=0, help="of the split and the patches")
     add("--out", type=Path, default=Path("out"), help="folder for the picture")
     add("--cache", type=Path, default=default_cache(), help="folder for what pip fetches")

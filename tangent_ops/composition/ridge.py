@@ -341,8 +341,7 @@ class System:
         """The core's half of a product by the inverse, (n, C, k), and the head's inputs, (n, h)."""
         inputs = rows.head.double() @ self.ridge.basis
         left = rows.core.double() - torch.einsum("kch,nh->nck", self.scaled, inputs)
-        k = left.shape[-1]
-        solved = torch.linalg.solve_triangular(self.factor, left.reshape(-1, k).T, upper=False)
+        solved = torch.linalg.solve_triangular(self.factor, left.flatten(0, 1).T, upper=False)
         return solved.T.view_as(left), inputs
 
     def hopeless(self, condition: float) -> StatisticsError:

@@ -16,6 +16,7 @@ from tangent_ops.composition.statistics import TangentStatistics
 from tangent_ops.errors import ArgumentError, StatisticsError
 
 L2 = 0.2
+NO_CORE_OR_HEAD = pytest.mark.parametrize("sizes", [{}, {"core": 0}, {"width": 0}], ids=str)
 
 
 def dense(samples: Samples, l2: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,8 +103,9 @@ def test_penalties_that_float64_cannot_take_are_passed_over() -> None:
         few.choose([0.0])
 
 
-def test_leave_one_out_is_the_fit_without_the_sample() -> None:
-    samples = make_samples(7)
+@NO_CORE_OR_HEAD
+def test_leave_one_out_is_the_fit_without_the_sample(sizes: dict[str, int]) -> None:
+    samples = make_samples(7, **sizes)
     whole = samples.statistics()
     found = Ridge(whole).leave_one_out(samples.rows, samples.residuals, L2)
     jacobian = samples.jacobian()
@@ -115,8 +117,9 @@ def test_leave_one_out_is_the_fit_without_the_sample() -> None:
         torch.testing.assert_close(flat(without), others.optimum(L2), rtol=1e-9, atol=1e-9)
 
 
-def test_changes_are_those_of_fits_without_each_sample() -> None:
-    samples, others = make_samples(9), make_samples(4, seed=5)
+@NO_CORE_OR_HEAD
+def test_changes_are_those_of_fits_without_each_sample(sizes: dict[str, int]) -> None:
+    samples, others = make_samples(9, **sizes), make_samples(4, seed=5, **sizes)
     found = Ridge(samples.statistics()).changes(samples.rows, samples.residuals, others.rows, L2)
     full = others.jacobian() @ samples.optimum(L2)
     for index in range(9):
@@ -125,8 +128,9 @@ def test_changes_are_those_of_fits_without_each_sample() -> None:
         torch.testing.assert_close(found[index], expected, rtol=1e-7, atol=1e-8)
 
 
-def test_predictions_and_covariances_are_those_of_the_dense_problem() -> None:
-    samples, new = make_samples(9), make_samples(4, seed=5)
+@NO_CORE_OR_HEAD
+def test_predictions_and_covariances_are_those_of_the_dense_problem(sizes: dict[str, int]) -> None:
+    samples, new = make_samples(9, **sizes), make_samples(4, seed=5, **sizes)
     ridge = Ridge(samples.statistics())
     _, matrix = dense(samples, L2)
     jacobian = new.jacobian()
