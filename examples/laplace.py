@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import running
 import torch
-from assets import VIT_SMALL, DemoError, default_cache, fetch
+from assets import VIT_SMALL, default_cache, fetch
 from backbone import load_backbone
 from images import GreyImages, mnist, stratified
 from matplotlib.figure import Figure
@@ -195,16 +195,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the example; return the exit status."""
-    options = parser().parse_args(arguments)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # torch's own
-            run(options)
-    except DemoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return running.run(run, parser().parse_args(arguments))
 
 
 if __name__ == "__main__":
