@@ -26,7 +26,8 @@ def explain(error: BaseException | None) -> None:
     Raises:
         UnsupportedError: It is.
     """
-    if type(error) not in (RuntimeError, NotImplementedError):  # torch 2.11 raises the latter
+    # torch 2.11 raises a NotImplementedError.
+    if error is None or type(error) not in (RuntimeError, NotImplementedError):
         return
     here = error.__traceback__
     codes = []
