@@ -26,8 +26,9 @@ def explain(error: BaseException | None) -> None:
     Raises:
         UnsupportedError: It is.
     """
-    # torch 2.11 raises a NotImplementedError.
-    if error is None or type(error) not in (RuntimeError, NotImplementedError):
+    if error is None:
+        return
+    if type(error) not in (RuntimeError, NotImplementedError):  # the latter: torch 2.11
         return
     here = error.__traceback__
     codes = []
