@@ -55,7 +55,7 @@ def check(printed: str, out: Path, logits: torch.Tensor) -> tuple[object, ...]:
     assert "6 shards trained" in printed
     assert "forgot" in printed
     assert re.findall(r"(\d) shards composed", printed) == ["6", "5"]
-    scores = re.findall(r"composition of (\d) shards: ([\d.]+)% of 40 images", printed)
+    scores = re.findall(r"composition of (\d) shards \(mean\): ([\d.]+)% of 40 images", printed)
     assert [count for count, _ in scores] == ["6", "5"]
     assert all(float(score) > 60 for _, score in scores)  # one in four by guessing
     plan = Plan.open(out / "run")

@@ -161,7 +161,7 @@ class LedgerBase(Generic[C, R]):
         if row is None:
             known = [one.shard for one in transaction.shards()]
             raise LedgerError(
-                f"shard {shard_id!r} is not in the ledger{suggestion(shard_id, known, 'shards')}"
+                f"shard {shard_id!r} is not in the ledger{suggestion(str(shard_id), known, 'shards')}"
             )
         return row
 
