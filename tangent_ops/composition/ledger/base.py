@@ -160,9 +160,8 @@ class LedgerBase(Generic[C, R]):
         row = transaction.shard(shard_id)
         if row is None:
             known = [one.shard for one in transaction.shards()]
-            raise LedgerError(
-                f"shard {shard_id!r} is not in the ledger{suggestion(str(shard_id), known, 'shards')}"
-            )
+            near = suggestion(str(shard_id), known, "shards")
+            raise LedgerError(f"shard {shard_id!r} is not in the ledger{near}")
         return row
 
     def _verify(self, progress: bool) -> Verified:
