@@ -101,6 +101,8 @@ _COMPOSED: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.native_layer_norm.default: native_layer_norm,
 }
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+# Dynamo of these releases traces only the method, and others must not see it in the set.
+_METHODS = (Tensor.unflatten,) if torch.__version__ < "2.12" else ()
 _TAKEN = frozenset(
     (
         *_ROUTES,
@@ -111,7 +113,7 @@ _TAKEN = frozenset(
         *NORMS,
         *OVERWRITING,
         *FACTORIZING,
-        Tensor.unflatten,
+        *_METHODS,
     )
 )
 
@@ -193,7 +195,7 @@ class fused_forward_ad(TorchFunctionMode):  # noqa: N801 - used like torch.no_gr
             self._guard.check(func)
         if func not in _TAKEN:  # first, as a ViT makes a thousand calls, attributes included
             return func(*args, **kwargs)
-        if func is Tensor.unflatten and is_compiling():  # torch 2.11 traces only the method
+        if func in _METHODS and is_compiling():
             return args[0].unflatten(*args[1:], **kwargs)
         if func in _ROUTES and in_forward_ad():
             return _ROUTES[func](*args, **kwargs, backend=self.backend)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from cli_runs import complaint, parsed, refused, run
 from PIL import Image
-from readable_pictures import assert_readable
 from shard_runs import FAST, create_plan, make_plan, trained
 from timm.data.transforms_factory import create_transform
 
@@ -180,6 +179,8 @@ def test_without_matplotlib(exact_folder: Path, not_installed) -> None:
 
 
 def test_captions_of_long_names_do_not_touch() -> None:
+    from readable_pictures import assert_readable
+
     name = _short("frame_with_picture_2026-11-29.png")
 
     def sample(index: int) -> tuple[torch.Tensor, str]:
