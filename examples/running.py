@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
 from collections.abc import Callable
 
@@ -11,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from tangent_ops.errors import TangentOpsError
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reads it when it is loaded
 
 
 def run(example: Callable[[argparse.Namespace], object], options: argparse.Namespace) -> int:

@@ -206,8 +206,7 @@ def load_delta(
             raise
         except SafetensorError as error:
             raise DeltaFileError(
-                f"{path} is truncated or no safetensors file: {in_words(error)}. Restore it "
-                "from a copy"
+                f"{path} is truncated, or no safetensors file ({in_words(error)}): restore a copy"
             ) from error
         except Exception as error:  # torch raises many kinds for invalid shapes
             raise DeltaFileError(f"{path} holds no delta: {error}") from error

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,15 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from tangent_ops.checks import check_integer
-from tangent_ops.data import Data, in_order, inputs_of, place, unpack
+from tangent_ops.data import Data, in_order, inputs_of, place
 from tangent_ops.errors import ArgumentError
 from tangent_ops.exact.curvature import ShardCurvature
+from tangent_ops.exact.hashed_loader import HashedLoader, sha256_of
 from tangent_ops.exact.jacobian import Jacobian
 from tangent_ops.exact.layout import Layout
 from tangent_ops.exact.passes import Passes, subset
 from tangent_ops.exact.representation import Representation
-from tangent_ops.fields import Inputs, call, named_tensors
-from tangent_ops.files import add_tensor
+from tangent_ops.fields import Inputs, call
 from tangent_ops.losses import Loss, RescaledSquareLoss, loss_name
 from tangent_ops.model.features import Trunk, cache_features
 from tangent_ops.model.linearized import LinearizedModel
@@ -111,7 +110,7 @@ class Problem:
         passes = Passes(Jacobian(tangent), source, l2, loss, progress)
         trunk = digests = anchor = None
         if cache is not False:
-            anchor, reading = tangent.fingerprint, _Hashed(source)
+            anchor, reading = tangent.fingerprint, HashedLoader(source)
             trunk, tail, loader = cached(tangent, reading, cache, progress)
             passes = passes.changed(jacobian=Jacobian(tail), loader=loader)
             digests = tuple(reading.digests)
@@ -206,14 +205,14 @@ class Problem:
 
         With a cache it is of the data as they were cached; without, the data are read.
         """
-        return self.read_sha256() if self._digests is None else _sha256(self._digests)
+        return self.read_sha256() if self._digests is None else sha256_of(self._digests)
 
     def read_sha256(self) -> str:
         """As `data_sha256`, but the data are always read again."""
-        reading = _Hashed(self._source)
+        reading = HashedLoader(self._source)
         for _ in reading:
             pass
-        return _sha256(reading.digests)
+        return sha256_of(reading.digests)
 
     def without(self, ids: Sequence[int]) -> Problem:
         """The same problem without some of the samples; nothing is read or computed again.
@@ -254,7 +253,7 @@ class Problem:
         more = Passes(Jacobian(self.tangent), added, self.l2, self.loss, passes.progress)
         entering, digests = added.dataset, self._digests
         if self._trunk is not None and digests is not None:
-            reading = _Hashed(added)
+            reading = HashedLoader(added)
             entering = cache_features(self._trunk, reading, progress=more.progress)
             digests = (*digests, *reading.digests)
         loader = passes.loader
@@ -343,7 +342,7 @@ class Problem:
 
 
 def cached(
-    tangent: LinearizedModel, loader: DataLoader | _Hashed, cache: Cache, progress: bool
+    tangent: LinearizedModel, loader: DataLoader | HashedLoader, cache: Cache, progress: bool
 ) -> tuple[Trunk, LinearizedModel, DataLoader]:
     """Split a model, and run its frozen part over the data once.
 
@@ -392,33 +391,5 @@ def check_tangent(tangent: object) -> None:
         )
 
 
-class _Hashed:
-    """The batches of a loader; reading them keeps the SHA-256 of each sample."""
-
-    def __init__(self, loader: DataLoader) -> None:
-        self.loader = loader
-        self.batch_size = loader.batch_size
-        self.digests: list[bytes] = []
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.loader:
-            # Sample by sample, so that the batch size does not matter.
-            for one, target in zip(*unpack(batch, torch.device("cpu")), strict=True):
-                digest = hashlib.sha256()
-                for name, tensor in sorted(named_tensors(one).items()):
-                    digest.update(name.encode())
-                    add_tensor(digest, tensor)
-                add_tensor(digest, target)
-                self.digests.append(digest.digest())
-            yield batch
-
-
 def _joined(loader: DataLoader, dataset: Dataset[Any]) -> DataLoader:
     return in_order(loader, 1, ConcatDataset([loader.dataset, dataset]))
-
-
-def _sha256(digests: Sequence[bytes]) -> str:
-    return hashlib.sha256(b"".join(digests)).hexdigest()
