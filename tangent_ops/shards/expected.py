@@ -79,24 +79,20 @@ def expected(
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.threads)
     try:
-        return _measured(model.to(device()), config, recipe, data, public)
+        samples = data.open(config, augment=recipe.augment)
+        known = None if public is None else public.open(config)
+        return _measured(model.to(device()), recipe, samples, known)
     finally:
         torch.set_num_threads(threads)
 
 
 def _measured(
-    model: nn.Module,
-    config: Mapping[str, Any],
-    recipe: ShardRecipe,
-    data: ImageData,
-    public: ImageData | None,
+    model: nn.Module, recipe: ShardRecipe, samples: Samples, public: Samples | None
 ) -> Expected:
-    samples = data.open(config, augment=recipe.augment)
     few, seen = _few(model, samples, recipe)
     if recipe.method == "statistics":
         assert public is not None
-        known = public.open(config)
-        some = Subset(known, range(min(len(known), _MOST)))
+        some = Subset(public, range(min(len(public), _MOST)))
         basis = core_basis(model, some, recipe.core, trainable=recipe.trainable(model) or "")
         tangent = linearize(model, core=basis)
         found, taken = _timed(lambda: statistics(tangent, few, progress=False))

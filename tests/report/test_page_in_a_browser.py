@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -63,8 +64,7 @@ def test_wide_and_narrow_light_and_dark(exact: Plan, stepped: Plan, tmp_path: Pa
         source, console = opened(tmp_path / "page.html", False, tmp_path / "browser")
         assert "<h2>Accuracy</h2>" in source and not console
         backgrounds = set()
-        for width in WIDTHS if plan is exact else WIDTHS[:1]:
-            dark = width == WIDTHS[0]
+        for width, dark in product(WIDTHS, (False, True)):
             (tmp_path / "frame.html").write_text(FRAME.replace("{width}", str(width)))
             source, console = opened(tmp_path / "frame.html", dark, tmp_path / "browser")
             assert not console
@@ -77,4 +77,4 @@ def test_wide_and_narrow_light_and_dark(exact: Plan, stepped: Plan, tmp_path: Pa
             assert found["rows"] == len(text.split('<div class="track')) - 1 > 3
             backgrounds.add(found["background"])
             assert (found["background"] == "rgb(255, 255, 255)") is not dark
-        assert len(backgrounds) == (2 if plan is exact else 1)
+        assert len(backgrounds) == 2

@@ -1,4 +1,4 @@
-"""Markdown pages: links lead somewhere, commands exist, the README states what the study found."""
+"""Markdown pages: commands exist, the README states what the study found."""
 
 from __future__ import annotations
 
@@ -10,48 +10,8 @@ import pytest
 
 from tools.pages import commands
 from tools.pages.blocks import ROOT, pages, python_blocks
-from tools.pages.links import anchors, broken, targets
 
 EVERY_PAGE = pytest.mark.parametrize("page", pages(), ids=lambda p: p.relative_to(ROOT).as_posix())
-
-
-@EVERY_PAGE
-def test_links_and_pictures_lead_somewhere(page: Path) -> None:
-    assert broken(page) == []
-
-
-def test_there_are_links_to_check() -> None:
-    """As many as a plain search finds."""
-    found = [path for page in pages() for path, _ in targets(page)]
-    assert len(found) > 100
-    assert any(path.endswith(".png") for path in found)
-
-
-@pytest.mark.parametrize(
-    ("text", "lost"),
-    [
-        ("[a](page.md#a-heading), [a](#a-heading-1), [b](folder)", []),
-        ("[a](https://example.com/none.md#x), `[a](none.md)`", []),
-        ("    [a](none.md)", []),
-        ("[a](none.md), ![a](none.png)", ["none.md", "none.png"]),
-        ("[a](#none), [b](page.md#a_heading)", ["#none", "page.md#a_heading"]),
-        ("[![a](none.png)](page.md)", ["none.png"]),
-    ],
-)
-def test_broken_links(text: str, lost: list[str], tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    page = tmp_path / "page.md"
-    page.write_text(f"# A heading\n\n{text}\n\n## A heading\n")
-    assert broken(page) == lost
-
-
-def test_anchors_are_those_of_github(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(
-        '# `backend="triton"`, here: interpreted\n## A: b - c_d\n## [Link](x.md)\'s Δw ## \n'
-        "```sh\n# no heading\n```\n"
-    )
-    assert anchors(page) == {"backendtriton-here-interpreted", "a-b---c_d", "links-δw"}
 
 
 @EVERY_PAGE

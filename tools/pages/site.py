@@ -13,11 +13,11 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from tools.pages.blocks import ROOT, pages
-from tools.pages.links import targets
 from tools.pages.notebooks import execute
 
 REFERENCE = "docs/reference/"
 TUTORIALS = "docs/tutorials/"
+LINK = re.compile(r"\]\(([^)\s#]+)")
 
 
 def on_config(config: MkDocsConfig) -> None:
@@ -49,7 +49,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     of_theme = [file for file in files if file.generated_by is None and not _in_docs(file)]
     sources = {*pages(), *(ROOT / "docs").glob("*.css"), *(ROOT / "docs").glob("*.js")}
     for page in pages():
-        linked = (page.parent / target for target, _ in targets(page) if target)
+        linked = (page.parent / target for target in LINK.findall(page.read_text("utf-8")))
         sources |= {path.resolve() for path in linked if path.is_file()}
     found = Files(of_theme)
     for path in sorted(sources):
