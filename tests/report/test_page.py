@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from report_runs import make_run
-from shard_runs import anchor_file, create_plan, image_folder, trained
+from shard_runs import anchor_file, create_plan, image_folder, make_plan, trained
 
 from tangent_ops.errors import ArgumentError
 from tangent_ops.report import collect, page_of, write_page
@@ -126,6 +126,13 @@ def test_a_run_that_is_not_composed(folder: Path, tmp_path: Path, exact: Plan) -
     found = page(Plan.open(tmp_path / "run"))
     assert "is not composed yet" in found.text
     assert "needs labelled images, and a composed run" in found.text
+
+
+def test_a_private_run_shows_no_training_image(tmp_path: Path, exact: Plan) -> None:
+    found = page(make_plan(tmp_path, dp_epsilon=3.0, dp_delta=1e-5))
+    assert found.all("img") == []
+    assert "The fits are private, so this page shows no training image." in found.text
+    assert page(exact).all("img")
 
 
 def test_images_that_cannot_be_read_are_left_out(exact: Plan, tmp_path: Path) -> None:
