@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -100,15 +102,34 @@ def call(function: Callable[..., Any], inputs: Inputs) -> Any:
     """
     if not isinstance(inputs, Fields):
         return function(inputs)
-    try:
-        return function(**inputs.tensors)
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
+    taken = _named_inputs(getattr(function, "__self__", function))
+    unknown = [name for name in inputs.tensors if taken and name not in taken]
+    if unknown:
         raise ArgumentError(
-            f"the model does not take the fields of the dict {sorted(inputs.tensors)}: {error}. It "
-            "is called with every field but the labels: leave the others out, or rename them"
-        ) from error
+            f"the model does not take the field {unknown[0]!r} of the dict "
+            f"{sorted(inputs.tensors)}: it takes {', '.join(taken)}. It is called with every field "
+            "but the labels: leave the others out, or rename them"
+        )
+    return function(**inputs.tensors)
+
+
+def _named_inputs(model: object) -> tuple[str, ...]:
+    """The names of a model's inputs; of a wrapper of ours or torch's, those of the model in it."""
+    if found := _named_arguments(type(model)):
+        return found
+    if not type(model).__module__.startswith(("tangent_ops.", "torch.")):
+        return ()
+    around = (getattr(model, name, None) for name in ("anchor", "model", "module"))
+    return next((_named_inputs(inner) for inner in around if inner is not None), ())
+
+
+@cache
+def _named_arguments(kind: type) -> tuple[str, ...]:
+    """The named arguments of a model's ``forward``. It ignores what only its ``**kwargs`` takes."""
+    forward = getattr(kind, "forward", None)
+    found = inspect.signature(forward).parameters.values() if forward is not None else ()
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return tuple(each.name for each in found if each.kind in by_name and each.name != "self")
 
 
 def named_tensors(inputs: Inputs) -> dict[str, Tensor]:

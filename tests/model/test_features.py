@@ -309,7 +309,7 @@ X = torch.zeros(4, 3)
         ([X], r"must yield \(inputs, targets\) batches"),
         ([(X, torch.zeros(4), X)], r"must yield \(inputs, targets\) batches"),
         ([{"image": X}], r"must yield \(inputs, targets\) batches.*must have its targets as 'lab"),
-        ([{"image": X, "label": X}], r"does not take the fields of the dict \['image'\]"),
+        ([{"image": X, "label": X}], r"does not take the field 'image' of the dict \['image'\]"),
         ([(X, torch.zeros(3))], "two tensors of equal length"),
         (TensorDataset(X, torch.zeros(4)), "needs a DataLoader around it"),
     ],
