@@ -38,7 +38,7 @@ WRONG = {
     "evaluate {run}": "has no validation images: give a folder of labelled images",
     "evaluate {run} --data-name torch/x": "--data-name is for the images of DATA",
     "evaluate {run} {images} --delta {w}/x --anchor-only": "--delta and --anchor-only exclude",
-    "evaluate {run} {images} --delta {w}/junk": "no safetensors file: invalid JSON in header",
+    "evaluate {run} {images} --delta {w}/junk": "no safetensors file (invalid JSON in header",
     "evaluate {run} {images} --delta {w}/pipe": "pipe: Not a regular file",
     "forget {run}": "give one of --shard, --sample and --label",
     "forget {run} --sample [red]x --yes": "has no sample '[red]x'",
