@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from tangent_ops.cli.messages import counted
 from tangent_ops.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def chosen_delta(
         return load_delta(delta, anchor=plan.anchor_info.fingerprint), str(delta)
     kind = how or default_how(plan)
     found = composition(plan, kind)
-    return found, f"composition of {len(settled_ledger(plan))} shards ({kind})"
+    return found, f"composition of {counted(len(settled_ledger(plan)), 'shard')} ({kind})"
 
 
 def chosen(

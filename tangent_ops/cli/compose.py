@@ -11,7 +11,7 @@ import typer
 
 from tangent_ops.cli.accuracy_change import measured_change, say_change
 from tangent_ops.cli.config import Config
-from tangent_ops.cli.messages import errors, fail, hidden, leaves, say
+from tangent_ops.cli.messages import counted, errors, fail, hidden, leaves, listed, say
 from tangent_ops.cli.next_command import say_next
 from tangent_ops.cli.targets import check_new, unwritten
 
@@ -106,8 +106,14 @@ def compose(
         typer.echo(json.dumps(record, indent=2))
         return
     say(
-        f"{count} shards composed: {len(settled.added)} added, {len(settled.forgotten)} dropped, "
-        f"{len(settled.missing)} not trained yet"
+        listed(
+            f"{counted(count, 'shard')} composed",
+            {
+                "added": len(settled.added),
+                "dropped": len(settled.forgotten),
+                "not trained yet": len(settled.missing),
+            },
+        )
     )
     if solved is not None:
         chosen = "by generalised cross-validation" if plan.l2 is None else "as given"

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tangent_ops.cli.messages import say
+from tangent_ops.cli.messages import counted, say
 
 if TYPE_CHECKING:
     from tangent_ops.cli.anchor_options import AnchorOptions
@@ -88,7 +88,8 @@ def show_dry_run(
         count = sum(row["samples"] > 0 for row in rows)
         say(f"{kind + ':':<11} {_bytes(found.bytes)} each, {_bytes(found.bytes * count)} in all")
         say(f"time:       {_time(recipe, seconds, found, workers)}")
-    say(f"{len(todo)} of {len(rows)} shards would be trained into {out}{more}; nothing was written")
+    shards = counted(len(rows), "shard")
+    say(f"{len(todo)} of {shards} would be trained into {out}{more}; nothing was written")
 
 
 def _count(validation: ImageData) -> int:
@@ -183,7 +184,7 @@ def _time(recipe: ShardRecipe, seconds: list[float], found: Expected, workers: i
         words += (
             f" of work, {_duration(sum(seconds) / at_a_time)} with {at_a_time} shards at a time"
         )
-    words += f", without the start of processes; measured on {found.images} images"
+    words += f", without the start of processes; measured on {counted(found.images, 'image')}"
     if recipe.method == "exact":
         words += ", and the solve takes longer than in proportion"
     return words

@@ -16,7 +16,7 @@ from tangent_ops.cli.chosen import AnchorOnly, OneDelta, check_one, chosen_delta
 from tangent_ops.cli.compose import Run
 from tangent_ops.cli.config import Config
 from tangent_ops.cli.image_options import Reader, Split
-from tangent_ops.cli.messages import errors, hidden, say
+from tangent_ops.cli.messages import counted, errors, hidden, say
 from tangent_ops.cli.next_command import say_next
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def evaluate(
     if per_class:
         _show_classes(found, names)
     share, error = found.accuracy(main)
-    say(f"{what}: {share:.1%} of {len(samples)} images (standard error {error:.1%})")
+    say(f"{what}: {share:.1%} of {counted(len(samples), 'image')} (standard error {error:.1%})")
     if delta is None and not anchor_only and not data_name:
         say_next("report", run, plan, *(() if plan.validation else ("--data", str(data))))
 

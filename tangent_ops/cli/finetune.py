@@ -15,7 +15,17 @@ from tangent_ops.cli.assignment import Assignment, classes_of, described
 from tangent_ops.cli.config import Config
 from tangent_ops.cli.dry_run import show_dry_run
 from tangent_ops.cli.machines import HELPS, Machines
-from tangent_ops.cli.messages import errors, fail, hidden, leaves, need_privacy, say, tell
+from tangent_ops.cli.messages import (
+    counted,
+    errors,
+    fail,
+    hidden,
+    leaves,
+    listed,
+    need_privacy,
+    say,
+    tell,
+)
 from tangent_ops.cli.method import EXACT_L2, decided
 from tangent_ops.cli.next_command import say_next
 from tangent_ops.cli.options import Group
@@ -287,7 +297,8 @@ def _train(
     except KeyboardInterrupt:
         rows = [shard for shard in plan.shards() if shard.job is not None]
         done = sum(shard.done for shard in rows)
-        fail(f"interrupted: {done} of {len(rows)} shards are done; the same command goes on", 130)
+        words = f"{done} of {counted(len(rows), 'shard')} done"
+        fail(f"interrupted: {words}; the same command goes on", 130)
     statement = None if plan.recipe.dp_epsilon is None else _statement(plan)
     if as_json:
         record: dict[str, Any] = {
@@ -306,9 +317,14 @@ def _train(
         typer.echo(json.dumps(record, indent=2))
     else:
         say(
-            f"{len(report.trained)} shards trained in {report.seconds:.1f} s, "
-            f"{len(report.skipped)} were trained before, {len(report.empty)} are empty, "
-            f"{len(report.failed)} failed"
+            listed(
+                f"{counted(len(report.trained), 'shard')} trained in {report.seconds:.1f} s",
+                {
+                    "trained before": len(report.skipped),
+                    "empty": len(report.empty),
+                    "failed": len(report.failed),
+                },
+            )
         )
         for shard, why in report.failed.items():
             say(f"  {shard}: {why}")

@@ -14,7 +14,7 @@ from tangent_ops.cli.accuracy_change import measured_change, say_change
 from tangent_ops.cli.compose import Run
 from tangent_ops.cli.config import Config
 from tangent_ops.cli.machines import HELPS, Machines
-from tangent_ops.cli.messages import counted, errors, fail, hidden, leaves, say
+from tangent_ops.cli.messages import counted, errors, fail, hidden, leaves, listed, say
 from tangent_ops.cli.next_command import say_next
 from tangent_ops.cli.options import Group
 
@@ -149,13 +149,15 @@ def _show(done: Forgotten, change: dict[str, Any] | None, as_json: bool) -> None
         }
         typer.echo(json.dumps(record, indent=2))
     else:
-        words = f"{len(done.report.trained)} were trained anew, {len(done.resolved)} solved"
-        if done.subtracted:
-            words = f"{len(done.subtracted)} were reduced, {len(done.report.trained)} summed anew"
-        say(
-            f"forgot {counted(done.samples, 'image')} of {counted(len(done.shards), 'shard')}: "
-            f"{len(done.dropped)} have none left, {words}"
-        )
+        anew = "summed anew" if done.subtracted else "trained anew"
+        shards = {
+            "empty now": len(done.dropped),
+            "reduced by subtraction": len(done.subtracted),
+            "solved again": len(done.resolved),
+            anew: len(done.report.trained),
+        }
+        images = f"forgot {counted(done.samples, 'image')}"
+        say(listed(f"{images} of {counted(len(done.shards), 'shard')}", shards))
         if done.solution is not None:
             say(f"  solved again without them, with l2 = {done.solution.l2:g}")
         for name, bound in done.resolved.items():

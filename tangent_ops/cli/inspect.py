@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tangent_ops.cli.messages import errors, say
+from tangent_ops.cli.messages import counted, errors, say
 
 _SHOWN = 20  # shards, or items of a list
 
@@ -111,7 +111,7 @@ def _run(path: Path, shards: bool) -> dict[str, Any]:
     plan = Plan.open(path)
     rows = plan.shards()
     try:
-        composed = f"{len(settled_ledger(plan))} shards"
+        composed = counted(len(settled_ledger(plan)), "shard")
     except LedgerError:
         composed = "no, or not up to date: tangent-ops compose"
     found: dict[str, Any] = {

@@ -75,6 +75,11 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
+def listed(main: str, rest: dict[str, int]) -> str:
+    """A sentence's beginning, and those of the rest whose number is not 0: 2 failed."""
+    return ", ".join([main, *(f"{number} {what}" for what, number in rest.items() if number)])
+
+
 def hidden(as_json: bool) -> bool:
     """Whether to hide progress bars: the output is JSON, or stderr is not a terminal."""
     return as_json or not sys.stderr.isatty()

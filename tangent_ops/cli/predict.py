@@ -14,7 +14,7 @@ from tangent_ops.cli.assignment import passed_over
 from tangent_ops.cli.chosen import AnchorOnly, How, OneDelta, check_one, chosen
 from tangent_ops.cli.compose import Run
 from tangent_ops.cli.config import Config
-from tangent_ops.cli.messages import errors, hidden, leaves, tell
+from tangent_ops.cli.messages import counted, errors, hidden, leaves, tell
 from tangent_ops.cli.targets import check_new, unwritten
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ def predict(
     if samples.passed_over:
         tell(passed_over(samples))
     if csv_file != _STDOUT:
-        tell(f"wrote {csv_file}: {len(samples)} predictions of the {what.removeprefix('the ')}")
+        count = counted(len(samples), "prediction")
+        tell(f"wrote {csv_file}: {count} of the {what.removeprefix('the ')}")
 
 
 def _table(

@@ -158,9 +158,8 @@ class Plan(Recorded):
         """
         path = Path(path).absolute()
         if not (path / DATABASE).is_file():
-            raise FileNotFoundError(
-                f"{path} holds no plan of shards, {DATABASE}: give a run's folder"
-            )
+            there = f"holds no plan of shards, {DATABASE}" if path.exists() else "does not exist"
+            raise FileNotFoundError(f"{path} {there}: give a run's folder, which finetune writes")
         plan = cls(path)
         plan.manifest.check()
         if plan.anchor_info.fingerprint != plan._about["anchor"]:

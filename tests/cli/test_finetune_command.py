@@ -101,7 +101,7 @@ def test_by_customer_from_a_table(images: Path, tmp_path: Path) -> None:
     assert finetune(images, out, *words).exit_code == 0
     run("compose", out, "--weights", "samples")
     result = run("forget", out, "--label", "c1", "--yes")
-    assert "forgot 8 images of 1 shard: 1 have none left" in result.stdout
+    assert "forgot 8 images of 1 shard, 1 empty now\n" in result.stdout
     assert "2 shards composed" in run("compose", out, "--weights", "samples").stdout
     dry = parsed(finetune(images, out, *words, "--dry-run", "--json"))
     assert [(row["shard"], row["done"]) for row in dry["shards"]] == [("c0", True), ("c2", True)]
@@ -204,7 +204,7 @@ def test_interrupted_it_ends_with_130(images: Path, tmp_path: Path, monkeypatch)
         patch.setattr(job, "attempt", attempt)
         result = finetune(images, tmp_path / "run", "--shards", 4)
     assert result.exit_code == 130
-    assert "2 of 4 shards are done; the same command goes on" in result.stderr
+    assert "2 of 4 shards done; the same command goes on" in result.stderr
     result = finetune(images, tmp_path / "run", "--shards", 4)
     assert "2 shards trained" in result.stdout
 

@@ -264,7 +264,7 @@ def test_finetune_goes_on_where_the_images_are_now(images: Path, tmp_path: Path)
     assert finetune(new, out, "--shards", 2, "--dry-run").exit_code == 0
     assert Plan.open(out).data.root == str(old)
     result = finetune(new, out, "--shards", 2)
-    assert (result.exit_code, "1 shards trained" in result.stdout) == (0, True), result.output
+    assert (result.exit_code, "1 shard trained" in result.stdout) == (0, True), result.output
     assert f"of {old}, are read in {new} now" in result.stderr
     assert Plan.open(out).data.root == str(new)
     assert "are read in" not in finetune(new, out, "--shards", 2).stderr

@@ -93,7 +93,7 @@ def test_options_are_named_as_they_are_given(images: Path, tmp_path: Path, words
 def test_paths_are_not_mistaken_for_options(tmp_path: Path) -> None:
     folder = tmp_path / "batch_size"
     message = complaint(run("evaluate", folder, folder))
-    assert f"{folder} holds no plan" in message
+    assert f"{folder} does not exist" in message
 
 
 def test_what_costs_nothing_is_checked_before_the_anchor_is_made(
