@@ -30,6 +30,8 @@ if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30:
 FIRST = (
     "test_attention_matrix.py",
     "test_attention_kernels.py",
+    "test_dual_ops.py",
+    "test_compiled_kernels.py",
     "test_run_shards.py",
     "test_ledger_crashes.py",
 )

@@ -142,7 +142,7 @@ def test_ray_workers_killed_at_random(setting: Path) -> None:
 
 DOOMED = """
 import os, signal, sys
-from tangent_ops.shards import job
+from tangent_ops.shards import job, worker  # imports once what both children need
 
 real = os.replace
 
@@ -164,7 +164,8 @@ for moment in ("before", "after"):
 
 def test_killed_at_the_renaming(setting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No partial delta is left, and a complete one is not trained again."""
-    plans = {m: make_plan(setting, shards=4, run=f"renaming-{m}", **SLOW) for m in MOMENTS}
+    reference = bits(trained(make_plan(setting, shards=4, run="renaming")))
+    plans = {m: make_plan(setting, shards=4, run=f"renaming-{m}") for m in MOMENTS}
     ended = subprocess.run(
         [sys.executable, "-c", DOOMED, str(setting / "renaming-")],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
@@ -173,7 +174,6 @@ def test_killed_at_the_renaming(setting: Path, monkeypatch: pytest.MonkeyPatch) 
         check=True,
     )
     assert ended.stdout.split() == [str(-signal.SIGKILL.value)] * 2
-    reference = bits(Plan.open(setting / "reference"))
     for moment, plan in plans.items():
         shard = plan.shards()[1]
         assert shard.done == (moment == "after")
