@@ -9,7 +9,8 @@ PY = $(VENV)/bin/python
 # This checkout's sources, also when $(VENV) is shared with another one.
 RUN = PYTHONPATH="$(CURDIR):$(CURDIR)/kernels" $(PY)
 PER_CORE = -n auto --dist loadfile --no-loadscope-reorder
-OLDEST_VERSIONS = "torch==2.11.*" "triton==3.6.*"
+# Triton 3.6's interpreter needs numpy below 2.4.
+OLDEST_VERSIONS = "torch==2.11.*" "triton==3.6.*" "numpy<2.4"
 installed = $(VENV)/.tangent-ops-$(1)
 
 .DEFAULT_GOAL := help

@@ -10,6 +10,7 @@ from types import FrameType
 from torch import nn
 
 from tangent_ops.errors import UnsupportedError
+from tangent_ops.ops.checkpoint_guard import CHECKPOINT_MESSAGE
 
 # PyTorch's error messages.
 _NO_FORWARD = re.compile(r"Trying to use forward AD with (\S+) that does not support it")
@@ -30,6 +31,8 @@ def naming_what_lacks(anchor: nn.Module) -> Iterator[None]:
                 "torch.func.jvp around a linearized model; a model that uses forward mode itself "
                 "cannot be linearized"
             ) from error
+        if _within_checkpoint(error):
+            raise UnsupportedError(CHECKPOINT_MESSAGE) from error
         lacking = _lacking(error)
         if lacking is None:
             raise
@@ -47,10 +50,21 @@ def _lacking(error: Exception) -> str | None:
     if found := _NO_BACKWARD.search(text):
         return f"{found[1]}, in the backward pass of a tangent, has no derivative in PyTorch"
     if _NO_JVP.search(text):
-        owner = _frames(error)[-2].f_locals.get("self")
-        name = getattr(getattr(owner, "_forward_cls", None), "__name__", "a Function")
+        name = getattr(_function(error), "__name__", "a Function")
         return f"{name}, a torch.autograd.Function, has no jvp() and so no forward-mode derivative"
     return None
+
+
+def _within_checkpoint(error: Exception) -> bool:
+    """Whether torch.utils.checkpoint's own Function lacks the jvp, as up to PyTorch 2.11."""
+    named = _NO_JVP.search(str(error)) is not None
+    return named and getattr(_function(error), "__module__", "") == "torch.utils.checkpoint"
+
+
+def _function(error: Exception) -> type | None:
+    """The torch.autograd.Function without a jvp()."""
+    owner = _frames(error)[-2].f_locals.get("self")
+    return getattr(owner, "_forward_cls", None)
 
 
 def _caller(error: Exception, anchor: nn.Module) -> str:

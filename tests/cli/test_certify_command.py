@@ -68,10 +68,11 @@ def test_bounds_are_those_of_autograd(exact_folder: Path) -> None:
     assert all(claim["holds"] for claim in found.values())
     plan = Plan.open(exact_folder / "run")
     expected = gradient_over_l2(exact_folder, plan, "shard-1")
-    # The frozen blocks run in float32 in the run, and in float64 here.
-    assert found["fit", "shard-1"]["bound"] == pytest.approx(expected, rel=0.05)
     delta = load_delta(plan.result_path(plan.job("shard-1").hash))
     size = sum(float(value.double().square().sum()) for value in delta.values()) ** 0.5
+    # The frozen blocks run in float32 in the run, and in float64 here.
+    rounding = 32 * torch.finfo(torch.float32).eps * size
+    assert found["fit", "shard-1"]["bound"] == pytest.approx(expected, rel=0, abs=rounding)
     assert found["fit", "shard-1"]["claimed"] == pytest.approx(1e-3 * size, rel=1e-3)
 
 

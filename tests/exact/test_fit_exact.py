@@ -37,7 +37,8 @@ def test_agrees_with_the_dense_ridge_solution(dense: Dense, l2: float, options: 
     assert relative(dense.delta, exact) <= 1e-10
     assert report.converged and report.samples == SAMPLES
     if options.get("method") == "dual":
-        assert report.iterations <= 3  # the kernel's solution, not that of the iterations after it
+        # The kernel's solution, not that of the iterations after it: alone they take 6 and 52.
+        assert report.iterations <= (2 if l2 == 1.0 else 10)
     distance = float((dense.delta - exact).norm())
     assert distance <= report.distance_bound + 1e-12 * float(exact.norm())
     assert report.distance_bound == pytest.approx(report.gradient_norm / l2)

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from tangent_ops import fused_forward_ad
 from tangent_ops.errors import UnsupportedError
 
+OLD = hasattr(torch.utils.checkpoint, "_NoopSaveInputs")  # PyTorch 2.11
+
 X, V = (torch.randn(3, 4, generator=generator(seed)).double() for seed in (1, 2))
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.utils.checkpoint:UserWarning", "ignore:None of the inputs:UserWarning"
@@ -37,8 +39,8 @@ def test_within_a_level_of_the_caller(how, reentrant):
         else:
             with forward_ad.dual_level():
                 call(forward_ad.make_dual(X, V))
-    # A reentrant checkpoint is a Function without a jvp: PyTorch itself refuses dual operands.
-    refused_by_torch = reentrant and not isinstance(raised.value, UnsupportedError)
+    # Where a checkpoint is a Function without a jvp, PyTorch itself refuses dual operands.
+    refused_by_torch = (reentrant or OLD) and not isinstance(raised.value, UnsupportedError)
     assert refused_by_torch or "within fused_forward_ad" in str(raised.value)
     assert forward_ad._current_level == -1 and torch.is_grad_enabled()
 
@@ -95,6 +97,7 @@ def test_around_the_level_alone(reentrant, level, tracked):
         torch.testing.assert_close(tangent(x), torch.func.jvp(layer(), (x,), (V,))[1])
 
 
+@pytest.mark.skipif(OLD, reason="this PyTorch refuses dual operands of every checkpoint")
 def test_without_gradients_a_checkpoint_does_nothing():
     model = layer()
     with torch.no_grad(), fused_forward_ad():

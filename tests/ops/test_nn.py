@@ -192,8 +192,9 @@ def test_a_mask_with_is_causal_is_what_it_was_in_the_original():
     options = {"attn_mask": MASKS["additive"]["attn_mask"], "is_causal": True}
     fused, unfused = attention(), attention()
     setattr(unfused, "fused_attn", False)  # noqa: B010
-    with pytest.raises(RuntimeError):
-        fused(tokens(), **options)
+    if torch.__version__ >= "2.12":  # before, a CPU joined the two
+        with pytest.raises(RuntimeError):
+            fused(tokens(), **options)
     with pytest.raises(ArgumentError, match="attn_mask and is_causal=True exclude each other"):
         TangentAttention.from_timm(fused)(tokens(), **options)
 
