@@ -164,6 +164,7 @@ class Scaled(Odd):
         return {**output, "scores": self.scale * output["scores"]}
 
 
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning")  # torch 2.11's own
 def test_a_split_model_is_cast_as_a_whole() -> None:
     model, inputs = Scaled(), data().tensors[0]
     model.tangent_family = OddFamily()
