@@ -7,12 +7,13 @@ import torch
 from small_models import generator
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils import checkpoint as checkpoints
 from torch.utils.checkpoint import checkpoint
 
 from tangent_ops import fused_forward_ad
 from tangent_ops.errors import UnsupportedError
 
-OLD = hasattr(torch.utils.checkpoint, "_NoopSaveInputs")  # PyTorch 2.11
+OLD = hasattr(checkpoints, "_NoopSaveInputs")  # PyTorch 2.11
 
 X, V = (torch.randn(3, 4, generator=generator(seed)).double() for seed in (1, 2))
 pytestmark = pytest.mark.filterwarnings(
