@@ -108,7 +108,7 @@ def call(function: Callable[..., Any], inputs: Inputs) -> Any:
         raise ArgumentError(
             f"the model does not take the field {unknown[0]!r} of the dict "
             f"{sorted(inputs.tensors)}: it takes {', '.join(taken)}. It is called with every field "
-            "but the labels: leave the others out, or rename them"
+            "but the labels: leave the others out, rename them, or name them in the model's forward"
         )
     return function(**inputs.tensors)
 

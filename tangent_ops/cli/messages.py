@@ -76,7 +76,7 @@ def counted(number: int, what: str) -> str:
 
 
 def listed(main: str, rest: dict[str, int]) -> str:
-    """A sentence's beginning, and those of the rest whose number is not 0: 2 failed."""
+    """The main words, and each of the rest that is not 0: 3 shards trained, 1 failed."""
     return ", ".join([main, *(f"{number} {what}" for what, number in rest.items() if number)])
 
 
