@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from studies.paper.methods import probe, with_head
 from studies.paper.tokens import FEATURES, Prepared, class_token_tail, load_model, prepare
-from tangent_ops import CachedFeatures, accuracy, predict
+from tangent_ops import CachedFeatures, accuracy
 from tangent_ops.model.features import Tail
 
 
@@ -57,13 +57,3 @@ def _model(cache: Path) -> Any:
 def score(model: nn.Module, data: CachedFeatures) -> float:
     """Fraction of samples that a model gets right."""
     return accuracy(model, data, progress=False)
-
-
-def logits_of(model: nn.Module, data: CachedFeatures) -> Tensor:
-    """On the CPU, a row to each sample."""
-    return predict(model, data, progress=False).cpu()
-
-
-def hits(logits: Tensor, targets: Tensor) -> float:
-    """Fraction of rows whose largest entry is the target's."""
-    return float((logits.argmax(dim=1) == targets).double().mean())

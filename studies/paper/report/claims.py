@@ -1,14 +1,14 @@
-"""Claims, and whether they hold: a difference, seed by seed, against two standard errors."""
+"""Claims, and whether they hold: one by one, and over all of a part by Holm's correction."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from studies.paper.report.summary import Mean, beyond
+from studies.paper.report.summary import Mean
 
-ERRORS = 2.0
+LEVEL = 0.05
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not told apart"
 
 
@@ -18,48 +18,50 @@ class Claim:
 
     Attributes:
         text: What is claimed.
-        difference: Of what should be higher (or alike) less the other, paired by seed.
+        difference: Of what should be higher (or no lower) less the other, paired.
         wanted: "higher": the difference is positive; "not lower": it is not negative.
-        reason: The likely reason, where it does not hold or is not told apart.
         percent: Whether the difference is of fractions.
+        chance: Of a difference as large if there were none; `held` corrects it.
     """
 
     text: str
     difference: Mean
     wanted: Literal["higher", "not lower"]
-    reason: str = ""
     percent: bool = True
+    chance: float | None = None
 
     @property
     def verdict(self) -> str:
-        """Beyond two standard errors, of five seeds mostly: no proof, but no whim either."""
-        opposite = Mean(-self.difference.value, self.difference.error, self.difference.count)
-        if beyond(opposite, ERRORS):
-            return FAILS
-        if self.wanted == "not lower" or beyond(self.difference, ERRORS):
-            return HOLDS
-        return OPEN
+        """By its own chance: without `held`, as if it were the only claim."""
+        chance = self.difference.chance if self.chance is None else self.chance
+        if chance < LEVEL:
+            return HOLDS if self.difference.value > 0 else FAILS
+        return HOLDS if self.wanted == "not lower" else OPEN
 
     def shown(self) -> str:
         """The difference, as "+1.2 ± 0.4"."""
-        factor = 100 if self.percent else 1
-        value, error = factor * self.difference.value, factor * self.difference.error
-        return f"{value:+.1f} ± {error:.1f}" if self.percent else f"{value:+.3g} ± {error:.2g}"
+        if self.percent:
+            return self.difference.points()
+        return f"{self.difference.value:+.3g} ± {self.difference.error:.2g}"
 
 
-def table(claims: Iterable[Claim]) -> str:
+def held(claims: Sequence[Claim]) -> list[Claim]:
+    """The claims with their chances corrected for their number.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of
+    Statistics 6, 1979: with it, the chance of any false finding among them is at most `LEVEL`.
+    """
+    order = sorted(range(len(claims)), key=lambda index: claims[index].difference.chance)
+    corrected, least = {}, 0.0
+    for place, index in enumerate(order):
+        least = max(least, min(1.0, (len(claims) - place) * claims[index].difference.chance))
+        corrected[index] = least
+    return [replace(claim, chance=corrected[index]) for index, claim in enumerate(claims)]
+
+
+def table(claims: Sequence[Claim]) -> str:
     """A row to each claim."""
-    rows = ["| claim | difference, points | verdict |", "| --- | --- | --- |"]
-    rows += [f"| {claim.text} | {claim.shown()} | {claim.verdict} |" for claim in claims]
+    rows = ["| claim | difference, points | alone | of all here (Holm) |", "| --- " * 4 + "|"]
+    for one, corrected in zip(claims, held(claims), strict=True):
+        rows.append(f"| {one.text} | {one.shown()} | {one.verdict} | {corrected.verdict} |")
     return "\n".join(rows)
-
-
-def not_held(claims: Iterable[Claim]) -> str:
-    """What did not hold, or was not told apart, with the likely reason."""
-    lines = []
-    for claim in claims:
-        if claim.verdict == HOLDS:
-            continue
-        why = f" {claim.reason}" if claim.reason else ""
-        lines.append(f"- **{claim.text}**: {claim.verdict} ({claim.shown()}).{why}")
-    return "\n".join(lines) if lines else "Everything held."

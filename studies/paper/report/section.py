@@ -15,12 +15,15 @@ class Section:
 
     Attributes:
         title: Its heading.
-        text: Markdown.
+        findings: What came out, in plain words and with figures: a sentence or two to each. They
+            stand on the page's first screen.
+        text: Markdown: tables.
         figures: Files, and what they show.
-        claims: What is claimed, and the differences that decide.
+        claims: What is claimed, and the differences that decide; corrected for their number.
     """
 
     title: str
+    findings: Sequence[str]
     text: str
     figures: Sequence[tuple[Path, str]]
     claims: Sequence[Claim]

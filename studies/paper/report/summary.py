@@ -1,4 +1,4 @@
-"""Means, standard errors, paired differences and attack curves."""
+"""Means, their errors over seeds and test images, and areas under ROC curves."""
 
 from __future__ import annotations
 
@@ -9,25 +9,56 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-
-BOOTSTRAPS = 2000
-Z95 = 1.959964
+from scipy.stats import t as student
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds and its standard error, NaN for a single seed."""
+    """A mean, its standard error (NaN for a single seed) and the error's degrees of freedom."""
 
     value: float
     error: float
-    count: int
+    freedom: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
+        """Over seeds: the error is that of other seeds."""
         error = math.nan
         if len(values) > 1:
             error = statistics.stdev(values) / len(values) ** 0.5
-        return cls(statistics.fmean(values), error, len(values))
+        return cls(statistics.fmean(values), error, len(values) - 1)
+
+    @classmethod
+    def crossed(cls, values: np.ndarray) -> Mean:
+        """Over seeds (rows) and test images (columns): of other seeds and other test images.
+
+        The variance of the mean is that of the seeds' means over S and that of the images' means
+        over I, less what both hold of their interaction (Searle, Casella, McCulloch, "Variance
+        Components", 1992, ch. 4); its degrees of freedom are Satterthwaite's. No less than either
+        alone.
+        """
+        seeds, images = values.shape
+        mean = float(values.mean())
+        if seeds < 2 or images < 2:
+            return cls(mean, math.nan, 0)
+        rows, columns = values.mean(axis=1), values.mean(axis=0)
+        rest = values - rows[:, None] - columns + mean
+        of_seeds = float(rows.var(ddof=1)) / seeds
+        of_images = float(columns.var(ddof=1)) / images
+        interaction = float((rest**2).sum()) / ((seeds - 1) * (images - 1)) / (seeds * images)
+        variance = max(of_seeds + of_images - interaction, of_seeds, of_images)
+        spread = of_seeds**2 / (seeds - 1) + of_images**2 / (images - 1)
+        freedom = (of_seeds + of_images) ** 2 / spread if spread > 0 else math.inf
+        return cls(mean, variance**0.5, freedom)
+
+    @property
+    def chance(self) -> float:
+        """Two-sided probability of a mean as far from zero, were the true one zero (Student)."""
+        if math.isnan(self.error):
+            return 1.0
+        if self.error == 0:
+            return float(self.value == 0)
+        return float(2 * student.sf(abs(self.value) / self.error, self.freedom))
 
     def percent(self) -> str:
         """As "71.3 ± 0.4"."""
@@ -35,15 +66,21 @@ class Mean:
             return f"{100 * self.value:.1f}"
         return f"{100 * self.value:.1f} ± {100 * self.error:.1f}"
 
+    def points(self) -> str:
+        """A difference, as "+1.2 ± 0.4"."""
+        return f"{100 * self.value:+.1f} ± {100 * self.error:.1f}"
+
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Mean:
     """Of the differences seed by seed: both of a pair saw the same images."""
     return Mean.of([a - b for a, b in zip(first, second, strict=True)])
 
 
-def beyond(difference: Mean, errors: float = 2.0) -> bool:
-    """Whether a mean is above zero by more than so many standard errors."""
-    return difference.value > errors * difference.error
+def gain(first: np.ndarray, second: np.ndarray) -> Mean:
+    """Of the differences image by image, (S, I) each, of accuracies on the same test images."""
+    if first.shape != second.shape:
+        raise ValueError(f"seeds and images differ: {first.shape} and {second.shape}")
+    return Mean.crossed(first - second)
 
 
 def auc(members: ArrayLike, others: ArrayLike) -> float:
@@ -54,47 +91,7 @@ def auc(members: ArrayLike, others: ArrayLike) -> float:
     return float((below + up_to).mean() / (2 * len(ordered)))
 
 
-def caught(members: ArrayLike, others: ArrayLike, rate: float) -> np.ndarray:
-    """True positive rate at a false positive rate, of each row if there are several."""
-    threshold = np.quantile(np.asarray(others), 1 - rate, axis=-1, keepdims=True)
-    return (np.asarray(members) > threshold).mean(axis=-1)
-
-
-@dataclass(frozen=True)
-class Attack:
-    """How well members are told from others: mean over seeds, and a 95 % interval."""
-
-    auc: float
-    low: float
-    high: float
-    caught: float
-    caught_low: float
-    caught_high: float
-
-
-def attack(runs: Sequence[tuple[Sequence[float], Sequence[float]]], rate: float = 0.05) -> Attack:
-    """Of the seeds' scores; the interval by resampling members and others within each seed.
-
-    Args:
-        runs: Of each seed, the scores of members and of others.
-        rate: Of false positives, at which true ones are counted.
-    """
-    random = np.random.default_rng(0)
-    arrays = [(np.asarray(members), np.asarray(others)) for members, others in runs]
-    drawn = [
-        [(random.choice(a, len(a)), random.choice(b, len(b))) for a, b in arrays]
-        for _ in range(BOOTSTRAPS)
-    ]
-    areas = [np.mean([auc(a, b) for a, b in seeds]) for seeds in drawn]
-    by_seed = [map(np.stack, zip(*pairs, strict=True)) for pairs in zip(*drawn, strict=True)]
-    rates = np.mean([caught(members, others, rate) for members, others in by_seed], axis=0)
-    low, high = np.quantile(areas, [0.025, 0.975])
-    caught_low, caught_high = np.quantile(rates, [0.025, 0.975])
-    return Attack(
-        float(np.mean([auc(a, b) for a, b in arrays])),
-        float(low),
-        float(high),
-        float(np.mean([caught(a, b, rate) for a, b in arrays])),
-        float(caught_low),
-        float(caught_high),
-    )
+def caught(members: ArrayLike, others: ArrayLike, rate: float) -> float:
+    """True positive rate at a false positive rate."""
+    threshold = np.quantile(np.asarray(others), 1 - rate)
+    return float((np.asarray(members) > threshold).mean())
