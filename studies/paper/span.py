@@ -1,19 +1,19 @@
 """`Span`: a tangent model's training in the span of its samples' Jacobian rows.
 
-A gradient of a tangent model is Jᵀg, with g of the batch's logits. So whatever descends by gradients
-from zero stays at Δ = Jᵀc, and the logits of all samples are f₀ + J Jᵀ c: with the kernel J Jᵀ, a
-step costs a few rows of it, and no pass through the model (Jacot, Gabriel, Hongler, "Neural Tangent
-Kernel", NeurIPS 2018; here the model is the linear one, so nothing is approximated). Deltas are
-linear in c: the mean of shards' deltas is that of the mean of their c.
+A gradient of a tangent model is Jᵀg, with g of the batch's logits. So gradient descent from zero
+stays at Δ = Jᵀc, and the logits of all samples are f₀ + J Jᵀ c: with the kernel J Jᵀ, a step costs
+a few rows of it, and no pass through the model (Jacot, Gabriel, Hongler, "Neural Tangent Kernel",
+NeurIPS 2018; here the model is the linear one, so nothing is approximated). Deltas are linear in c:
+the mean of shards' deltas is that of the mean of their c.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from tangent_ops import CachedFeatures, LinearizedModel, Recipe
-from tangent_ops.data import as_loader
 from tangent_ops.delta import Delta
 from tangent_ops.exact import Problem
 from tangent_ops.exact.tangent_kernel import TangentKernel, decomposed
@@ -62,7 +62,7 @@ class Span:
         weights, velocity = (torch.zeros(count, outputs) for _ in range(2))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            loader = as_loader([*range(count)], batch, shuffle=True)  # type: ignore[arg-type]
+            loader = DataLoader([*range(count)], batch, shuffle=True)  # type: ignore[arg-type]
             steps, done = epochs * len(loader), 0
             for _ in range(epochs):
                 for rows in loader:
