@@ -9,6 +9,7 @@ the mean of shards' deltas is that of the mean of their c.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,8 +121,11 @@ class Span:
         return self._kernel.anchor_logits[of] + moved.view(len(of), -1)
 
     def delta(self, weights: Tensor) -> Delta:
-        """Jᵀc."""
-        return self.problem.passes.layout.named(self._kernel.pull_back(weights))
+        """Jᵀc, by passes over the samples that it is not zero for."""
+        used = weights.abs().amax(dim=1).nonzero().flatten()
+        some = copy.copy(self._kernel)
+        some.passes = some.passes.take(used.tolist())
+        return some.passes.layout.named(some.pull_back(weights[used]))
 
     def _of(self, rows: Tensor, columns: Tensor) -> Tensor:
         outputs = torch.arange(self._shape[1])

@@ -1,142 +1,256 @@
-"""Part 3: shards trained apart and composed, against training on all of them."""
+"""Part 3: tangent models of shards composed, against one of all their images.
+
+Everything here is linear in its deltas, so training runs in the span of the samples' Jacobian rows
+(`studies.paper.span`): wide grids for every number of shards, in either deal, cost little.
+"""
 
 from __future__ import annotations
 
+import functools
 import time
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from studies.paper.cells import Cell, Found
-from studies.paper.parts.context import Context, hits, logits_of, score
-from studies.paper.parts.dealing import (
-    Dealt,
-    deal,
-    fit_ordinary,
-    fit_shards,
-    mean_logits,
-    reset,
-    uniform_soup,
+import torch
+from torch import Tensor
+
+from studies.paper.cells import Cell
+from studies.paper.methods import LOSSES
+from studies.paper.outcomes import hits, outcome_of
+from studies.paper.parts.context import Context
+from studies.paper.parts.dealing import LOSS, Dealt, batch_of, deal
+from studies.paper.span import Span
+from studies.paper.tuning import choose
+from tangent_ops import (
+    CachedFeatures,
+    LinearizedModel,
+    compose,
+    compose_lossless,
+    core_basis,
+    linearize,
+    statistics,
 )
-from studies.paper.presets import Preset
-from tangent_ops import compose, compose_lossless, fit_exact, linearize
-from tangent_ops.errors import NotConvergedWarning
-from tangent_ops.exact import Problem
+from tangent_ops.composition.statistics import TangentStatistics
+from tangent_ops.delta import Delta
+from tangent_ops.exact import head_statistics
 
 PART = "composition"
-TUNED_ON = 0
-RATES = {
-    "tangent": (1e-4, 3e-4),
-    "ordinary": (1e-4, 3e-4),
-    "exact": (10.0,),
-}
-TUNED_BY = {"tangent": "mean", "ordinary": "soup", "exact": "lossless"}  # whose validation counts
-FIT_TOLERANCE, COMPOSE_TOLERANCE = 0.1, 1e-2
-SMALL = 64  # images up to which a shard is solved by its kernel matrix
+RATES = (2e-5, 5e-5, 1e-4)
+L2S = (0.3, 3.0, 30.0)
+FACTORS = (0.7, 1.0, 1.4)  # of the mean, as task arithmetic has it
+ROUNDS = (3, 8)  # of products with every shard's curvature
+DIVERGED = -1.0
 
 
-def plan(preset: Preset, found: Found) -> Iterator[Cell]:
-    """Each rate on the first seed, for every number of shards; the best on the others."""
-    part = preset.composition
-    for images in part.sets:
-        for way, rates in RATES.items():
-            train = part.exact_train if way == "exact" else part.train
-            sizes = {"public": part.public, "train": train, "validation": part.validation}
-            sizes["epochs"] = part.epochs
-            for dealt in part.deals:
-                for shards in _shards(preset, way, dealt):
-                    if shards == 1 and dealt != part.deals[0]:
-                        continue  # one shard is one shard
-                    given = {"images": images, "way": way, "deal": dealt, "shards": shards}
-                    for rate in rates:
-                        yield Cell(PART, {**given, "seed": TUNED_ON, "rate": rate, **sizes})
-                    best = chosen(found, **given)
-                    if best is not None:
-                        for seed in preset.seeds:
-                            yield Cell(PART, {**given, "seed": seed, "rate": best["rate"], **sizes})
+@dataclass(frozen=True)
+class Sizes:
+    """What is run.
+
+    Attributes:
+        sets: Of images.
+        shards: How many the private images are dealt into, at random and by class.
+        fine_sets: Those with more numbers of shards.
+        fine_shards: These numbers.
+        rounds: The number of shards of the ways that need products with their curvature.
+        public: Images of the anchor's classifier, in no shard.
+        train: Private images.
+        validation: Images that options are chosen on.
+        epochs: Passes of each shard over its images.
+    """
+
+    sets: tuple[str, ...]
+    shards: tuple[int, ...] = (10, 50)
+    fine_sets: tuple[str, ...] = ()
+    fine_shards: tuple[int, ...] = (2, 5, 10, 25, 50)
+    rounds: tuple[int, ...] = (10,)
+    public: int = 100
+    train: int = 1000
+    validation: int = 136
+    epochs: int = 20
 
 
-def chosen(found: Found, *, way: str, **given: Any) -> dict[str, Any] | None:
-    """The run of the first seed that was best on validation images; None if one is missing."""
-    tried = found.of(PART, seed=TUNED_ON, way=way, **given)
-    if len(tried) < len(RATES[way]):
-        return None
-    by = f"{TUNED_BY[way]}_validation"
-    return max(tried, key=lambda cell: (cell[by], -cell["rate"]))
-
-
-def _shards(preset: Preset, way: str, dealt: str) -> tuple[int, ...]:
-    part = preset.composition
-    if way != "exact":
-        return part.shards
-    return part.exact_by_class if dealt == "by class" else part.exact
+def plan(sizes: Sizes, seeds: Sequence[int]) -> Iterator[Cell]:
+    """One cell to each set and seed: all of its compositions share one kernel."""
+    given = {"public": sizes.public, "train": sizes.train, "validation": sizes.validation}
+    given |= {"rounds": list(sizes.rounds), "epochs": sizes.epochs}
+    for images in sizes.sets:
+        shards = sizes.fine_shards if images in sizes.fine_sets else sizes.shards
+        for seed in seeds:
+            yield Cell(PART, {"images": images, "seed": seed, "shards": list(shards), **given})
 
 
 def run(arguments: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Train the shards one way, and score every composition of them."""
-    dealt = deal(context, arguments)
-    ways = {"tangent": _tangent, "ordinary": _ordinary, "exact": _exact}
-    scores = ways[arguments["way"]](dealt, arguments)
-    return {"anchor": score(dealt.anchor, dealt.tested), **scores}
+    """Train all of it jointly, and in shards; compose these, and score every composition."""
+    one = Composer(arguments, deal(context, {**arguments, "shards": 1}))
+    joint = one.indices
+    one.tuned("joint", "sgd", 1, RATES, lambda rates: one.descents([joint], rates))
+    l2 = one.tuned("joint", "exact", 1, L2S, lambda l2s: [one.span.solve(joint, x) for x in l2s])
+    one.statistics()
+    by_class = one.dealt.private.targets.argsort(stable=True)
+    for deal_, order in (("iid", joint), ("by class", by_class)):
+        for count in arguments["shards"]:
+            shards = [order[part] for part in joint.tensor_split(count)]
+            one.means(deal_, shards)
+            if count in arguments["rounds"]:
+                one.rounds(deal_, shards, l2)
+    return {
+        "anchor": outcome_of(one.dealt.anchor, one.dealt.tested),
+        "rows": one.rows,
+        "choices": one.choices,
+        "delta_bytes": one.delta_bytes,
+        "statistics_bytes": one.statistics_bytes,
+    }
 
 
-def _tangent(dealt: Dealt, arguments: dict[str, Any]) -> dict[str, Any]:
-    tangent = linearize(dealt.anchor)
-    began = time.perf_counter()
-    options = (arguments["rate"], arguments["epochs"], arguments["seed"])
-    deltas = fit_shards(tangent, dealt.shards, *options)
-    seconds = time.perf_counter() - began
-    found: dict[str, Any] = {"fit_seconds": seconds}
-    tangent.load_delta_dict(deltas[0])
-    found["first_shard"] = score(tangent, dealt.tested)
-    _score(found, "mean", tangent, compose(deltas), dealt)
-    data = {"tangent": tangent, "data": dealt.validation}
-    _score(found, "least_squares", tangent, compose(deltas, "least-squares", **data), dealt)
-    return found
+class Composer:
+    """One seed's images, and the rows of its table.
 
+    Args:
+        arguments: Of the cell.
+        dealt: All private images in one shard.
 
-def _ordinary(dealt: Dealt, arguments: dict[str, Any]) -> dict[str, Any]:
-    began = time.perf_counter()
-    options = (arguments["rate"], arguments["epochs"], arguments["seed"])
-    models = fit_ordinary(dealt.anchor, dealt.shards, *options)
-    found: dict[str, Any] = {"fit_seconds": time.perf_counter() - began}
-    found["first_shard"] = score(models[0], dealt.tested)
-    for name, data in (("", dealt.tested), ("_validation", dealt.validation)):
-        logits = mean_logits([logits_of(model, data) for model in models])
-        found[f"ensemble{name}"] = hits(logits, data.targets)
-    soup = models[0]
-    soup.load_state_dict(uniform_soup(models))
-    found["soup"] = score(soup, dealt.tested)
-    found["soup_validation"] = score(soup, dealt.validation)
-    return found
+    Attributes:
+        indices: Of the private images among the span's samples; the validation images follow.
+        rows: What came out: deal, way, number of shards, seconds, and the outcome on test images.
+        choices: Of options.
+    """
 
+    def __init__(self, arguments: dict[str, Any], dealt: Dealt) -> None:
+        self.arguments, self.dealt = arguments, dealt
+        self.tangent: LinearizedModel = linearize(dealt.anchor)
+        both = (dealt.private, dealt.validation)
+        features = torch.cat([part.features for part in both])
+        targets = torch.cat([part.targets for part in both])
+        self.span = Span(self.tangent, CachedFeatures(features, targets))
+        self.indices = torch.arange(len(dealt.private))
+        self.judges = torch.arange(len(dealt.private), len(targets))
+        self.rows: list[dict[str, Any]] = []
+        self.choices: dict[str, Any] = {}
+        self.delta_bytes = sum(v.numel() * v.itemsize for v in self.tangent.deltas().values())
+        self.statistics_bytes = 0
+        self._at_anchor: TangentStatistics | None = None
 
-def _exact(dealt: Dealt, arguments: dict[str, Any]) -> dict[str, Any]:
-    tangent, l2 = linearize(dealt.anchor), arguments["rate"]
-    began = time.perf_counter()
-    problems = [Problem(tangent, shard, l2, progress=False) for shard in dealt.shards]
-    deltas = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", NotConvergedWarning)
-        for problem in problems:
-            reset(tangent)
-            method = "dual" if problem.samples <= SMALL else "cg"
-            fit_exact(problem, FIT_TOLERANCE, method=method, rank=16)
-            deltas.append(tangent.delta_dict())
-    found: dict[str, Any] = {"fit_seconds": time.perf_counter() - began}
-    _score(found, "mean", tangent, compose(deltas), dealt)
-    began = time.perf_counter()
-    if len(deltas) == 1:
-        lossless = deltas[0]
-    else:
-        curvatures = [problem.curvature() for problem in problems]
-        lossless = compose_lossless(deltas, curvatures, COMPOSE_TOLERANCE, progress=False)
-    found["compose_seconds"] = time.perf_counter() - began
-    _score(found, "lossless", tangent, lossless, dealt)
-    return found
+    def tuned(
+        self,
+        deal_: str,
+        way: str,
+        count: int,
+        grid: Sequence[float],
+        make: Callable[[Sequence[float]], Sequence[Tensor]],
+    ) -> float:
+        """Choose an option's value on the validation images, and score it; return the value.
 
+        Args:
+            deal_: Of the row.
+            way: Of the row.
+            count: Of shards.
+            grid: That is begun with.
+            make: Values -> c for each.
+        """
+        began = time.perf_counter()
+        made = dict(zip(grid, make(grid), strict=True))
 
-def _score(found: dict[str, Any], name: str, tangent: Any, delta: Any, dealt: Dealt) -> None:
-    tangent.load_delta_dict(delta)
-    found[name] = score(tangent, dealt.tested)
-    found[f"{name}_validation"] = score(tangent, dealt.validation)
+        def judged(value: float) -> tuple[float, Tensor]:
+            weights = made[value] if value in made else make([value])[0]
+            if not weights.isfinite().all():
+                return DIVERGED, weights
+            return hits(
+                self.span.logits(weights, self.judges), self.dealt.validation.targets
+            ), weights
+
+        best = choose(grid, judged)
+        seconds = (time.perf_counter() - began) / len(best.tried)
+        self.choices[f"{way}, {count} {deal_}"] = best.told()
+        self.score(deal_, way, count, self.span.delta(best.result), seconds)
+        return best.value
+
+    def score(self, deal_: str, way: str, count: int, delta: Delta, seconds: float) -> None:
+        """A row of a delta of the last block."""
+        self.tangent.load_delta_dict(delta)
+        found = outcome_of(self.tangent, self.dealt.tested)
+        self.rows.append(
+            {"deal": deal_, "way": way, "shards": count, "seconds": seconds, "test": found}
+        )
+
+    def descents(self, shards: Sequence[Tensor], rates: Sequence[float]) -> Tensor:
+        """The mean over shards of what SGD comes to, for each rate: (R, N, C)."""
+        loss, seed = LOSSES[LOSS](), self.arguments["seed"]
+        options = {"epochs": self.arguments["epochs"], "seed": seed}
+        return sum(
+            self.span.descend(part, loss, lr=rates, batch=batch_of(len(part)), **options)
+            for part in shards
+        ) / len(shards)  # type: ignore[return-value]
+
+    def optima(self, shards: Sequence[Tensor], l2: float) -> list[Tensor]:
+        """The shards' exact fits."""
+        return [self.span.solve(part, l2) for part in shards]
+
+    def means(self, deal_: str, shards: Sequence[Tensor]) -> None:
+        """Means of SGD's and of exact fits, each as it is, weighted, and times a factor."""
+        count = len(shards)
+        self.tuned(deal_, "sgd mean", count, RATES, functools.partial(self.descents, shards))
+
+        def mean(l2s: Sequence[float]) -> list[Tensor]:
+            return [sum(self.optima(shards, l2)) / count for l2 in l2s]  # type: ignore[misc]
+
+        l2 = self.tuned(deal_, "exact mean", count, L2S, mean)
+        optima = self.optima(shards, l2)
+        began = time.perf_counter()
+        deltas = [self.span.delta(one) for one in optima]
+        fitted = compose(deltas, "least-squares", tangent=self.tangent, data=self.dealt.validation)
+        self.score(deal_, "weights", count, fitted, time.perf_counter() - began)
+        total = sum(optima) / count
+        self.tuned(deal_, "factor", count, FACTORS, lambda factors: [x * total for x in factors])
+        # The head's optimum on all, from sums at the anchor, or at the mean, in one more round.
+        # Sums are exact: those of all images are the sum of those of the shards.
+        middle = compose(deltas)
+        for way, at in (("head", None), ("head, a round", middle)):
+            began = time.perf_counter()
+            sums = self.head_sums(at)
+            delta = compose([middle], how="head", statistics=[sums])
+            self.score(deal_, way, count, delta, time.perf_counter() - began)
+
+    def head_sums(self, at: Delta | None) -> TangentStatistics:
+        """Of all private images; at the anchor for None."""
+        if at is None and self._at_anchor is not None:
+            return self._at_anchor
+        self.tangent.zero_()
+        found = head_statistics(self.tangent, self.dealt.private, at, progress=False)
+        self._at_anchor = found if at is None else self._at_anchor
+        return found
+
+    def rounds(self, deal_: str, shards: Sequence[Tensor], l2: float) -> None:
+        """Lossless compositions that stop after a few rounds; l2 is that of the joint fit."""
+        problem = self.span.problem.with_l2(l2)
+        everything = set(range(problem.samples))
+        self.tangent.zero_()
+        deltas = [self.span.delta(one) for one in self.optima(shards, l2)]
+        curvatures = [
+            problem.without(sorted(everything - set(part.tolist()))).curvature() for part in shards
+        ]
+        for most in ROUNDS:
+            began = time.perf_counter()
+            options: dict[str, Any] = {"max_rounds": most, "progress": False}
+            delta = compose_lossless(deltas, curvatures, 1e-6, **options)
+            seconds = time.perf_counter() - began
+            self.score(deal_, f"lossless, {most} rounds", len(shards), delta, seconds)
+
+    def statistics(self) -> None:
+        """Sums in a core of public images: the same bits however the images are dealt."""
+        core = core_basis(self.dealt.anchor, self.dealt.public, size=8)
+        tangent = linearize(self.dealt.anchor, core=core)
+        began = time.perf_counter()
+        halves = self.indices.tensor_split(2)
+        first, second = (statistics(tangent, self.part(h), progress=False) for h in halves)
+        sums = first + second
+        tangent.load_delta_dict(sums.choose().delta)
+        seconds = time.perf_counter() - began
+        self.statistics_bytes = sums.nbytes
+        found = outcome_of(tangent, self.dealt.tested)
+        row = {"deal": "joint", "way": "statistics", "shards": 1, "seconds": seconds}
+        self.rows.append({**row, "test": found})
+
+    def part(self, indices: Tensor) -> CachedFeatures:
+        private = self.dealt.private
+        return CachedFeatures(private.features[indices], private.targets[indices])

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from studies.paper.methods import LOSSES, Start, ordinary
+from studies.paper.methods import Start, ordinary
 from studies.paper.parts.context import Context
-from tangent_ops import CachedFeatures, LinearizedModel, fit
-from tangent_ops.delta import Delta
+from tangent_ops import CachedFeatures
 from tangent_ops.model.features import Tail
 
 LOSS = "square"
-SMALLEST_BATCH, LARGEST_BATCH = 8, 32
+SMALLEST_BATCH, LARGEST_BATCH = 8, 64
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,7 @@ class Dealt:
 
     Attributes:
         anchor: Its classifier is a probe of public images, which are in no shard.
+        public: Tokens and classes of these.
         shards: Tokens and classes.
         private: Those of all shards together.
         validation: For rates and weights.
@@ -31,6 +31,7 @@ class Dealt:
     """
 
     anchor: Tail
+    public: CachedFeatures
     shards: list[CachedFeatures]
     private: CachedFeatures
     validation: CachedFeatures
@@ -48,41 +49,23 @@ def deal(context: Context, arguments: dict[str, Any]) -> Dealt:
     parts = private.tensor_split(arguments["shards"])
     shards = [prepared.rows(1, part) for part in parts]
     everything = prepared.rows(1, private)
-    return Dealt(anchor, shards, everything, prepared.rows(1, validation), prepared.tested(1))
-
-
-def fit_shards(
-    tangent: LinearizedModel, shards: list[CachedFeatures], lr: float, epochs: int, seed: int
-) -> list[Delta]:
-    """A delta for each shard, every one from zeros."""
-    deltas = []
-    for shard in shards:
-        reset(tangent)
-        options: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch_size": batch_of(shard)}
-        fit(tangent, shard, loss=LOSSES[LOSS](), seed=seed, progress=False, **options)
-        deltas.append(tangent.delta_dict())
-    return deltas
+    judged, tested = prepared.rows(1, validation), prepared.tested(1)
+    return Dealt(anchor, prepared.rows(1, public), shards, everything, judged, tested)
 
 
 def fit_ordinary(
     anchor: Tail, shards: list[CachedFeatures], lr: float, epochs: int, seed: int
 ) -> list[nn.Module]:
     """An ordinary model for each shard, every one from the anchor."""
-    return [
-        ordinary(Start(anchor, shard, LOSS, seed, epochs, batch_of(shard)), lr) for shard in shards
-    ]
+    found = []
+    for shard in shards:
+        found.append(ordinary(Start(anchor, shard, LOSS, seed, epochs, batch_of(len(shard))), lr))
+    return found
 
 
-def reset(tangent: LinearizedModel) -> None:
-    """Set the deltas to zero."""
-    with torch.no_grad():
-        for delta in tangent.deltas().values():
-            delta.zero_()
-
-
-def batch_of(shard: CachedFeatures) -> int:
-    """A quarter of a shard, within limits: small shards take several steps to a pass too."""
-    return min(max(len(shard) // 4, SMALLEST_BATCH), LARGEST_BATCH)
+def batch_of(samples: int) -> int:
+    """Half of a shard, within limits: small shards take several steps to a pass too."""
+    return min(max(samples // 2, SMALLEST_BATCH), LARGEST_BATCH)
 
 
 def joined(shards: list[CachedFeatures]) -> CachedFeatures:
