@@ -24,9 +24,9 @@ import timm
 import torch
 from assets import DemoError, default_cache
 
-from studies.paper.cells import ROOT, SOURCES, WRITTEN_BY, kept, run_all, sources_sha256
-from studies.paper.parts import plan, run
+from studies.paper.cells import ROOT, SOURCES, kept, run_all
 from studies.paper.parts.context import Context
+from studies.paper.planned import digest, plan, run, sources
 from studies.paper.presets import PRESETS, Preset
 from tangent_ops.errors import TangentOpsError
 
@@ -36,18 +36,17 @@ RESULTS = "results.json"
 def study(name: str, preset: Preset, work: Path, cache: Path) -> dict[str, Any]:
     """Run all that was not run yet; give everything that the pages are made of."""
     began = time.perf_counter()
-    known = kept(work / "cells")
-    images = (*preset.accuracy.sets, *preset.composition.sets)
-    images += (preset.forgetting.images, preset.privacy.images, preset.influence.images)
-    depths = tuple((entry, preset.depths(entry)) for entry in dict.fromkeys(images))
-    context = Context(cache, depths, preset.device)
-    for entry, _ in depths:
-        context.prepared(entry)  # here, so that no two processes do
+    cells = plan(preset)
+    known = len(kept(work / "cells", cells, sources).cells)
+    context = Context(cache, preset.depths, preset.device)
+    for images, _ in preset.depths:
+        context.prepared(images)  # here, so that no two processes do
     prepared = time.perf_counter() - began
     found = run_all(
-        functools.partial(plan, preset),
+        cells,
         functools.partial(run, context=context),
         work / "cells",
+        sources=sources,
         workers=preset.workers,
         threads=preset.threads,
     )
@@ -55,7 +54,7 @@ def study(name: str, preset: Preset, work: Path, cache: Path) -> dict[str, Any]:
         "preset": name,
         "configuration": asdict(preset),
         "machine": machine(preset),
-        "sources": sources_sha256(),
+        "sources": digest(),
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "prepare_seconds": prepared,
@@ -79,15 +78,15 @@ def machine(preset: Preset) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The last commit that changed a source, marked if one differs from it; empty without git."""
+    """The checked-out commit, marked if a source differs from it; empty without git."""
 
     def git(*arguments: str) -> str:
-        paths = [*SOURCES, f":(exclude){WRITTEN_BY.relative_to(ROOT)}"]
-        command = ["git", "-C", str(ROOT), *arguments, "--", *paths]
+        command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
     found = git("log", "-1", "--format=%h", "--abbrev=12")
-    return f"{found}-dirty" if git("status", "--porcelain") else found
+    changed = git("status", "--porcelain", "--", *SOURCES, "studies/paper")
+    return f"{found}-dirty" if changed else found
 
 
 def _processor() -> str:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 from studies.paper.cells import Cell, sources_sha256
-from studies.paper.parts import accuracy, composition, forgetting, influence, membership, privacy
+from studies.paper.parts import (
+    accuracy,
+    composition,
+    forgetting,
+    influence,
+    membership,
+    privacy,
+    soups,
+)
 from studies.paper.parts.context import Context
 from studies.paper.presets import Preset
 
@@ -17,17 +26,26 @@ RUNS: dict[str, Run] = {
     accuracy.PART: accuracy.run,
     accuracy.MEMORY: accuracy.run_memory,
     composition.PART: composition.run,
+    soups.PART: soups.run,
     forgetting.PART: forgetting.run,
     membership.PART: membership.run,
     privacy.PART: privacy.run,
     influence.PART: influence.run,
 }
-PARTS = (accuracy, composition, forgetting, membership, privacy, influence)
 
 
 def plan(preset: Preset) -> list[Cell]:
-    """All cells; the parts with the longest first."""
-    return [cell for part in PARTS for cell in part.plan(preset)]
+    """All cells."""
+    parts = (
+        (composition, preset.composition),
+        (accuracy, preset.accuracy),
+        (privacy, preset.privacy),
+        (forgetting, preset.forgetting),
+        (membership, preset.membership),
+        (soups, preset.soups),
+        (influence, preset.influence),
+    )
+    return [cell for part, sizes in parts for cell in part.plan(sizes, preset.seeds)]
 
 
 def run(cell: Cell, context: Context) -> dict[str, Any]:
@@ -37,6 +55,16 @@ def run(cell: Cell, context: Context) -> dict[str, Any]:
 
 def sources(cell: Cell) -> str:
     """A hash of what computes it."""
-    module = inspect.getmodule(RUNS[cell.part])
+    return sources_sha256(_module(cell.part))
+
+
+def digest() -> str:
+    """A hash of what computes any of them."""
+    every = sorted(sources_sha256(_module(part)) for part in RUNS)
+    return hashlib.sha256("".join(every).encode()).hexdigest()
+
+
+def _module(part: str) -> str:
+    module = inspect.getmodule(RUNS[part])
     assert module is not None
-    return sources_sha256(module.__name__)
+    return module.__name__

@@ -20,7 +20,7 @@ from studies.paper.tuning import choose
 from tangent_ops.model.features import Tail
 
 PART = "soups"
-# Shards that lack classes do less harm the less they move: their grids begin lower, in larger steps.
+# Shards that lack classes do less harm the less they move: those grids begin lower, and wider.
 RATES = {"iid": (3e-5, 1e-4, 3e-4), "by class": (1e-6, 1e-5, 1e-4)}
 FACTORS = (0.5, 1.0, 2.0)  # of the mean: task arithmetic's coefficient times the number of shards
 DENSITY = 0.2  # of TIES, its paper's

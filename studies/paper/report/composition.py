@@ -2,178 +2,271 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from studies.paper.cells import Found
-from studies.paper.parts import composition, forgetting
+from studies.paper.outcomes import right
+from studies.paper.parts import composition, soups
 from studies.paper.report.claims import Claim
 from studies.paper.report.section import Section
 from studies.paper.report.series import draw_series
-from studies.paper.report.summary import Mean, paired
+from studies.paper.report.summary import Mean, gain
 from tangent_ops import pictures
 from tangent_ops.pictures import Look
 
+JOINT = {
+    "sgd": "TAFT-1 of all images, SGD",
+    "exact": "TAFT-1 of all images, exact",
+    "statistics": "statistics, any number of shards",
+}
+WAYS = {
+    "sgd mean": "mean of SGD's shards",
+    "exact mean": "mean of exact shards",
+    "factor": "mean times a factor",
+    "weights": "least-squares weights",
+    "head": "mean, head by statistics",
+    "head, a round": "mean, head by statistics, one more round",
+    "lossless, 3 rounds": "lossless, stopped after 3 rounds",
+    "lossless, 8 rounds": "lossless, stopped after 8 rounds",
+}
+SOUPS = {
+    "soup": "NLFT-1: soup",
+    "task arithmetic": "NLFT-1: task arithmetic",
+    "TIES": "NLFT-1: TIES",
+    "ensemble": "NLFT-1: ensemble of outputs",
+}
 LOOKS = {
-    ("tangent", "mean"): Look("TAFT, mean", "D", "-", pictures.TANGENT),
-    ("tangent", "least_squares"): Look("TAFT, least squares", "^", "-", pictures.TANGENT_OTHER),
-    ("ordinary", "soup"): Look("NLFT, soup", "s", "--", pictures.ORDINARY),
-    ("ordinary", "ensemble"): Look("NLFT, output ensemble", "o", ":", pictures.ORDINARY_OTHER),
+    "sgd mean": Look("mean of SGD's shards", "D", "-", pictures.TANGENT),
+    "exact mean": Look("mean of exact shards", "P", "--", pictures.TANGENT_OTHER),
+    "head, a round": Look("mean, head in a round", "^", "-", pictures.EXACT),
+    "ensemble": Look("NLFT-1 ensemble", "o", ":", pictures.ORDINARY_OTHER),
+    "soup": Look("NLFT-1 soup", "s", "--", pictures.ORDINARY),
 }
-EXACT = {
-    ("exact", "lossless"): Look("exact, lossless", "v", "-", pictures.EXACT),
-    ("exact", "mean"): Look("exact, mean", "P", "--", pictures.EXACT),
-}
+DEALS = {"iid": "at random", "by class": "by class"}
+AT = 10  # shards that the claims are about
+MEANS_AIM, STATISTICS_AIM = 3.0, 1.0  # points below joint training
 
 
-def values(found: Found, images: str, deal: str, way: str, shards: int, key: str) -> list[float]:
-    """Of every seed at the rate that was chosen; one shard is the same in either deal."""
-    given: dict[str, Any] = {"images": images, "shards": shards, "deal": deal}
-    if shards == 1:
-        cells = found.of(composition.PART, images=images, way=way, shards=1)
-        given["deal"] = cells[0]["deal"] if cells else deal
-    best = composition.chosen(found, way=way, **given)
-    if best is None:
-        return []
-    cells = found.of(composition.PART, way=way, rate=best["rate"], **given)
-    return [cell[key] for cell in sorted(cells, key=lambda cell: cell["seed"])]
-
-
-def numbers(found: Found, images: str, way: str, deal: str) -> list[int]:
-    """Of shards, ascending."""
-    cells = found.of(composition.PART, images=images, way=way)
-    return sorted({cell["shards"] for cell in cells if cell["deal"] == deal or cell["shards"] == 1})
+def scores(found: Found, images: str, deal: str, way: str, shards: int) -> np.ndarray | None:
+    """(S, I): which test images were right, by seed; None if that was not run."""
+    if way in SOUPS:
+        asked = {"images": images, "deal": deal, "shards": shards}
+        cells = found.of(soups.PART, **asked)
+        rows = [(cell["seed"], row) for cell in cells for row in cell["rows"] if row["way"] == way]
+    else:
+        cells = found.of(composition.PART, images=images)
+        rows = [
+            (cell["seed"], row)
+            for cell in cells
+            for row in cell["rows"]
+            if (row["deal"], row["way"], row["shards"]) == (deal, way, shards)
+        ]
+    ordered = sorted(rows, key=lambda entry: entry[0])
+    return np.stack([right(row["test"]) for _, row in ordered]) if rows else None
 
 
 def section(found: Found, out: Path) -> Section:
     """All of it."""
-    cells = found.of(composition.PART)
-    sets = list(dict.fromkeys(cell["images"] for cell in cells))
-    text, figures, claims = [_costs(found)], [], []
-    for images in sets:
-        deals = list(
-            dict.fromkeys(c["deal"] for c in cells if c["images"] == images and c["shards"] > 1)
-        )
-        text.append(_table(found, images, deals))
-        path = out / f"composition-{images}.png"
-        caption = f"Shards of {images} composed: against their number, in either deal"
-        figures.append((_draw(found, images, deals, path), caption))
-        claims += _claims(found, images, deals)
-    return Section("Composition", "\n\n".join(text), figures, claims)
-
-
-def _costs(found: Found) -> str:
-    measured = found.of(forgetting.PART)
-    if not measured:
-        return ""
-    tangent, ordinary = (measured[0][f"{way}_image_flops"] / 1e6 for way in ("tangent", "ordinary"))
-    return (
-        "One shard is joint training. What a prediction costs beside the frozen blocks (their cost "
-        f"is the same for all): a soup one pass, {ordinary:.1f} MFLOP; any composition of tangent "
-        f"models one dual pass, {tangent:.1f} MFLOP; an output ensemble of K models K passes, "
-        f"K times {ordinary:.1f} MFLOP, and K sets of weights in memory."
+    sets = list(dict.fromkeys(cell["images"] for cell in found.of(composition.PART)))
+    tables = "\n\n".join(_table(found, images) for images in sets)
+    figure = _draw(found, sets, out / "composition.png")
+    return Section(
+        "Composition",
+        [_means(found, sets), _sums(found, sets), _by_class(found, sets), _soups(found, sets)],
+        tables + "\n\n" + _costs(found, sets[0]),
+        [(figure, "Shards composed, against their number, in either deal")],
+        [claim for images in sets for claim in _claims(found, images)],
     )
 
 
-def _table(found: Found, images: str, deals: list[str]) -> str:
-    counts = numbers(found, images, "tangent", deals[0])
-    rows = [f"| {images} | " + " | ".join(map(str, counts)) + " |"]
-    rows.append("| --- " * (1 + len(counts)) + "|")
-    for deal in deals:
-        for (way, key), look in (LOOKS | EXACT).items():
-            cells = [values(found, images, deal, way, count, key) for count in counts]
-            if any(cells):
-                shown = [Mean.of(cell).percent() if cell else "–" for cell in cells]
-                rows.append(f"| {deal}: {look.title} | " + " | ".join(shown) + " |")
-    sizes = {cell["way"]: cell["train"] for cell in found.of(composition.PART, images=images)}
-    note = f"Test accuracy, %, against the number of shards; {sizes['tangent']} private images"
-    if "exact" in sizes:
-        note += f", for the exact fits {sizes['exact']} of them"
-    return f"{note}.\n\n" + "\n".join(rows)
+def numbers(found: Found, images: str) -> list[int]:
+    """Of shards, ascending."""
+    cells = found.of(composition.PART, images=images)
+    return sorted({count for cell in cells for count in cell["shards"]})
+
+
+def _count(found: Found, images: str) -> int:
+    """The number of shards that sentences and claims are about."""
+    run = numbers(found, images)
+    return AT if AT in run else run[-1]
+
+
+def _lead(found: Found, images: str, first: str, second: str, deal: str = "iid") -> Mean | None:
+    """Of one way over another, each joint (of all images) or of shards."""
+    pair = []
+    for way in (first, second):
+        joint = way in JOINT
+        shards = 1 if joint else _count(found, images)
+        pair.append(scores(found, images, "joint" if joint else deal, way, shards))
+    return None if pair[0] is None or pair[1] is None else gain(pair[0], pair[1])
+
+
+def _each(found: Found, sets: list[str], first: str, second: str, deal: str = "iid") -> str:
+    """As "emoji -1.0 ± 0.9, mnist ..."."""
+    leads = {images: _lead(found, images, first, second, deal) for images in sets}
+    return ", ".join(f"{images} {lead.points()}" for images, lead in leads.items() if lead)
+
+
+def _means(found: Found, sets: list[str]) -> str:
+    pairs = (("sgd mean", "sgd"), ("exact mean", "exact"))
+    text = []
+    for way, joint in pairs:
+        leads = [_lead(found, images, way, joint) for images in sets]
+        near = sum(lead is not None and 100 * lead.value >= -MEANS_AIM for lead in leads)
+        text.append(f"{near} of {len(sets)} for the {WAYS[way]} ({_each(found, sets, way, joint)})")
+    return (
+        f"Aim for means at {_count(found, sets[0])} random shards: at most {MEANS_AIM:g} points "
+        f"below joint training of the same parameters. Sets that meet it: {'; '.join(text)}."
+    )
+
+
+def _sums(found: Found, sets: list[str]) -> str:
+    way = "head, a round"
+    return (
+        "Statistics are the same bits for every number of shards in either deal, so nothing is "
+        f"lost against a joint fit of their parameters (aim: at most {STATISTICS_AIM:g} point). "
+        f"Against the exact joint fit of all parameters: {_each(found, sets, 'statistics', 'exact')}"
+        f". The {WAYS[way]}, keeps all parameters: {_each(found, sets, way, 'exact')}."
+    )
+
+
+def _by_class(found: Found, sets: list[str]) -> str:
+    by_class = {
+        way: _each(found, sets, way, "exact", "by class") for way in ("exact mean", "weights")
+    }
+    return (
+        "Dealt by class, no mean is of use: against the exact joint fit the mean of exact shards "
+        f"is at {by_class['exact mean']}, with least-squares weights at {by_class['weights']}; the "
+        f"head in a round is at {_each(found, sets, 'head, a round', 'exact', 'by class')}."
+    )
+
+
+def _soups(found: Found, sets: list[str]) -> str:
+    """Ours that needs one pass against theirs."""
+    return (
+        f"Beside ordinary models at {_count(found, sets[0])} random shards, the mean of exact "
+        f"shards over the soup: {_each(found, sets, 'exact mean', 'soup')}; over the ensemble, "
+        f"which costs a pass to each shard: {_each(found, sets, 'exact mean', 'ensemble')}."
+    )
+
+
+def _table(found: Found, images: str) -> str:
+    cells = found.of(composition.PART, images=images)
+    counts = numbers(found, images)
+    rows = ["| deal | way | 1 | " + " | ".join(map(str, counts)) + " |"]
+    rows.append("| --- " * (3 + len(counts)) + "|")
+    for way, title in JOINT.items():
+        values = scores(found, images, "joint", way, 1)
+        if values is not None:
+            shown = Mean.crossed(values).percent()
+            same = [shown if way == "statistics" else "" for _ in counts]
+            rows.append(f"| | {title} | {shown} | {' | '.join(same)} |")
+    for deal, words in DEALS.items():
+        for way, title in (WAYS | SOUPS).items():
+            every = [scores(found, images, deal, way, count) for count in counts]
+            if any(values is not None for values in every):
+                shown = ["–" if v is None else Mean.crossed(v).percent() for v in every]
+                rows.append(f"| {words} | {title} | | {' | '.join(shown)} |")
+    anchor = Mean.crossed(np.stack([right(cell["anchor"]) for cell in cells])).percent()
+    return (
+        f"{images}: {cells[0]['train']} private images; test accuracy, %, against the number of "
+        f"shards. The anchor, a probe of {cells[0]['public']} public images: {anchor}.\n\n"
+        + "\n".join(rows)
+    )
+
+
+def _costs(found: Found, images: str) -> str:
+    cells = found.of(composition.PART, images=images)
+    count, first = _count(found, images), cells[0]
+    delta, sums = (first[f"{name}_bytes"] / 1e6 for name in ("delta", "statistics"))
+
+    def seconds(way: str) -> str:
+        asked = found.of(soups.PART, images=images, shards=count, deal="iid")
+        source = asked if way in SOUPS else cells
+        joint = way in JOINT
+        values = [
+            row["seconds"]
+            for cell in source
+            for row in cell["rows"]
+            if row["way"] == way
+            and (way in SOUPS or row["shards"] == (1 if joint else count))
+            and row.get("deal", "iid") in ("iid", "joint")
+        ]
+        return f"{Mean.of(values).value:.1f}" if values else "–"
+
+    kept = {
+        "statistics": f"{sums:.1f} in all; none of a shard",
+        "exact mean": f"{delta:.1f} a shard",
+        "weights": f"{delta:.1f} a shard",
+        "head": f"{delta:.1f} a shard, and its sums",
+        "head, a round": f"{delta:.1f} a shard, and its sums",
+        "lossless, 3 rounds": f"{delta:.1f} a shard, and its data or factors",
+        "lossless, 8 rounds": f"{delta:.1f} a shard, and its data or factors",
+        "soup": f"{delta:.1f} a shard",
+        "TIES": f"{delta:.1f} a shard",
+        "ensemble": f"{delta:.1f} a shard",
+    }
+    titles = JOINT | WAYS | SOUPS
+    rows = ["| way | MB kept to compose again | seconds | passes of an image |", "| --- " * 4 + "|"]
+    for way, words in kept.items():
+        ordinary = "1" if way in ("soup", "TIES") else str(count)
+        passes = ordinary if way in SOUPS else "1 dual"
+        rows.append(f"| {titles[way]} | {words} | {seconds(way)} | {passes} |")
+    return (
+        f"What composing {count} random shards of {images} costs once they are trained: seconds "
+        "for the composition, for statistics with their sums, and what stays in store so that a "
+        "shard can be taken out. A dual pass costs two to three plain ones.\n\n" + "\n".join(rows)
+    )
 
 
 @pictures.styled()
-def _draw(found: Found, images: str, deals: list[str], path: Path) -> Path:
-    figure = pictures.new_figure(height=4.9)
-    panels = figure.subplots(1, len(deals), sharey=True, squeeze=False)[0]
-    for each, deal in zip(panels, deals, strict=True):
-        for (way, key), look in (LOOKS | EXACT).items():
-            counts = numbers(found, images, way, deal)
-            points = [values(found, images, deal, way, count, key) for count in counts]
-            if points:
-                if way == "exact":  # of fewer images than the others
-                    size = found.of(composition.PART, images=images, way=way)[0]["train"]
-                    look = replace(look, title=f"{look.title} ({size} images)")
-                draw_series(each, look, counts, [Mean.of(point) for point in points])
-        anchors = [c["anchor"] for c in found.of(composition.PART, images=images, way="tangent")]
-        pictures.draw_level(each, 100 * Mean.of(anchors).value, "the anchor")
-        pictures.number_axis(each, numbers(found, images, "tangent", deal))
-        each.set_xlabel("shards")
-        each.set_title({"iid": "dealt at random", "by class": "dealt by class"}[deal])
-    panels[0].set_ylabel("test accuracy, %")
+def _draw(found: Found, sets: list[str], path: Path) -> Path:
+    figure = pictures.new_figure(height=2.2 + 2.4 * len(sets))
+    panels = figure.subplots(len(sets), 2, sharey="row", squeeze=False)
+    for row, images in zip(panels, sets, strict=True):
+        counts = numbers(found, images)
+        for axes, (deal, words) in zip(row, DEALS.items(), strict=True):
+            for way, look in LOOKS.items():
+                values = {n: scores(found, images, deal, way, n) for n in counts}
+                run = {n: Mean.crossed(v) for n, v in values.items() if v is not None}
+                if run:
+                    draw_series(axes, look, list(run), run.values())
+            for way, name in (("exact", "joint"), ("statistics", "statistics")):
+                values = scores(found, images, "joint", way, 1)
+                if values is not None:
+                    pictures.draw_level(axes, 100 * float(values.mean()), name)
+            pictures.number_axis(axes, counts)
+            axes.set_title(f"{images}, {words}")
+        row[0].set_ylabel("test accuracy, %")
+    for axes in panels[-1]:
+        axes.set_xlabel("shards")
     pictures.legend_above(figure, columns=3)
-    pictures.note(figure, f"{pictures.TERMS} Bars: standard errors over seeds.")
+    words = "Bars: standard errors over seeds and test images."
+    pictures.note(figure, f"{pictures.TERMS} {words}")
     return pictures.save(figure, path)
 
 
-def _claims(found: Found, images: str, deals: list[str]) -> list[Claim]:
+def _claims(found: Found, images: str) -> list[Claim]:
     claims = []
-
-    def claim(text: str, first: Any, second: Any, wanted: Any, why: str) -> None:
-        if first and second:
-            claims.append(Claim(f"{images}, {text}", paired(first, second), wanted, why))
-
-    for deal in deals:
-        counts = numbers(found, images, "tangent", deal)
-        for count in [count for count in (10, 50) if count in counts]:
-            got = {k: values(found, images, deal, k[0], count, k[1]) for k in LOOKS}
-            name = f"{count} shards {'at random' if deal == 'iid' else 'by class'}"
-            mean = got["tangent", "mean"]
-            claim(
-                f"{name}: the mean of TAFTs is not less accurate than a soup of NLFTs",
-                mean,
-                got["ordinary", "soup"],
-                "not lower",
-                "From one anchor and over few steps ordinary models stay close enough for their "
-                "weights to be averaged.",
-            )
-            claim(
-                f"{name}: the mean of TAFTs, one pass, is not less accurate than an ensemble",
-                mean,
-                got["ordinary", "ensemble"],
-                "not lower",
-                "The ensemble costs a pass for every shard.",
-            )
-            claim(
-                f"{name}: least-squares weights are more accurate than the mean",
-                got["tangent", "least_squares"],
-                mean,
-                "higher",
-                "Shards dealt at random are alike, so equal weights are near the best."
-                if deal == "iid"
-                else "A weight scales all that a shard does; it cannot keep a shard of one class "
-                "from calling everything that class. And weights fitted to few validation images "
-                "carry their noise.",
-            )
-    joint = values(found, images, deals[0], "exact", 1, "lossless")
-    for deal in deals:
-        exact = numbers(found, images, "exact", deal)
-        for largest in exact[1:][-1:]:
-            name = f"{largest} shards {'at random' if deal == 'iid' else 'by class'}"
-            lossless = values(found, images, deal, "exact", largest, "lossless")
-            claim(
-                f"{name}: the lossless composition is not less accurate than the joint exact fit",
-                lossless,
-                joint,
-                "not lower",
-                "Both are solved to a tolerance.",
-            )
-            claim(
-                f"{name}: the lossless composition is more accurate than the mean of exact fits",
-                lossless,
-                values(found, images, deal, "exact", largest, "mean"),
-                "higher",
-                "With so few images the mean's stronger shrinkage costs little.",
-            )
+    count = _count(found, images)
+    asked: tuple[tuple[str, str, str, str, Any], ...] = (
+        ("iid", "the mean of exact shards", "exact mean", "soup", "not lower"),
+        ("iid", "the mean of exact shards", "exact mean", "ensemble", "not lower"),
+        ("iid", "the mean's head in a round", "head, a round", "exact", "not lower"),
+        ("by class", "the mean's head in a round", "head, a round", "ensemble", "higher"),
+        ("by class", "least-squares weights", "weights", "exact mean", "higher"),
+        ("by class", "lossless after 8 rounds", "lossless, 8 rounds", "exact", "not lower"),
+        ("iid", "statistics", "statistics", "exact", "not lower"),
+    )
+    titles = {"exact": "TAFT-1 of all images, exact", "exact mean": "the mean of exact shards"}
+    titles |= {"soup": "a soup of NLFTs", "ensemble": "an ensemble of NLFTs"}
+    for deal, text, first, second, wanted in asked:
+        lead = _lead(found, images, first, second, deal)
+        if lead is not None:
+            is_ = "is more accurate than" if wanted == "higher" else "is not less accurate than"
+            name = f"{images}, {count} shards {DEALS[deal]}"
+            claims.append(Claim(f"{name}: {text} {is_} {titles[second]}", lead, wanted))
     return claims
