@@ -124,23 +124,22 @@ def _means(found: Found, sets: list[str]) -> str:
 
 
 def _sums(found: Found, sets: list[str]) -> str:
-    way = "head, a round"
+    rounds = "head, a round"
     return (
         "Statistics are the same bits for every number of shards in either deal, so nothing is "
         f"lost against a joint fit of their parameters (aim: at most {STATISTICS_AIM:g} point). "
-        f"Against the exact joint fit of all parameters: {_each(found, sets, 'statistics', 'exact')}"
-        f". The {WAYS[way]}, keeps all parameters: {_each(found, sets, way, 'exact')}."
+        "Against the exact joint fit of all parameters they are at "
+        f"{_each(found, sets, 'statistics', 'exact')}; the {WAYS[rounds]}, which moves all "
+        f"parameters, at {_each(found, sets, rounds, 'exact')}."
     )
 
 
 def _by_class(found: Found, sets: list[str]) -> str:
-    by_class = {
-        way: _each(found, sets, way, "exact", "by class") for way in ("exact mean", "weights")
-    }
+    shown = {way: _each(found, sets, way, "exact", "by class") for way in LOOKS | WAYS}
     return (
-        "Dealt by class, no mean is of use: against the exact joint fit the mean of exact shards "
-        f"is at {by_class['exact mean']}, with least-squares weights at {by_class['weights']}; the "
-        f"head in a round is at {_each(found, sets, 'head, a round', 'exact', 'by class')}."
+        "Dealt by class, against the same joint fit: the mean of exact shards "
+        f"{shown['exact mean']}; with least-squares weights {shown['weights']}; with the head in a "
+        f"round {shown['head, a round']}."
     )
 
 

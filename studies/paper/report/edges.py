@@ -18,8 +18,8 @@ def edges(found: Found) -> str:
     ]
     at_edge = [entry for entry in every if entry[2]["edge"]]
     head = (
-        f"## Choices at an edge\n\nOf {len(every)} choices of an option, {len(at_edge)} ended at an "
-        f"edge of the grid, after it had grown {MOST_WIDENINGS} times."
+        f"## Choices at an edge\n\nOf {len(every)} choices of an option, {len(at_edge)} ended at "
+        f"an edge of the grid, after it had grown {MOST_WIDENINGS} times."
     )
     if not at_edge:
         return head
