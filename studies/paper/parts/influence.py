@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
+from torch import Tensor, nn
 
 from studies.paper.cells import Cell
 from studies.paper.outcomes import hits, outcome
 from studies.paper.parts.context import Context
 from studies.paper.tuning import choose, round_
-from tangent_ops import CachedFeatures, Influence, LinearizedModel, linearize
+from tangent_ops import CachedFeatures, Influence, linearize
 from tangent_ops.exact import Problem
 from tangent_ops.exact.tangent_kernel import TangentKernel
 from tangent_ops.losses import RescaledSquareLoss
@@ -67,6 +67,16 @@ class Judges:
         """(M, C), of the delta Jᵀ w with w (N, C)."""
         return self.anchored + self.across @ weights.flatten()
 
+    def losses(self, logits: Tensor) -> Tensor:
+        """Of each, (M,), with these logits."""
+        return RescaledSquareLoss(reduction="none")(logits, self.targets)
+
+    @property
+    def aims(self) -> Tensor:
+        """What the square loss draws the logits to, (M, C)."""
+        classes = self.anchored.shape[1]
+        return RescaledSquareLoss().M * nn.functional.one_hot(self.targets, classes).double()
+
 
 @dataclass(frozen=True)
 class Refits:
@@ -85,16 +95,32 @@ class Refits:
 
     def fit(self, kept: Tensor, l2: float) -> Tensor:
         """w (N, C) of the fit to these images; zeros for the others."""
-        classes = self.residual.shape[1]
+        weights = torch.zeros_like(self.residual)
+        weights[kept] = self.solve(self.residual[kept], kept, l2)
+        return weights
+
+    def classical_harm(self, weights: Tensor, judged: Judges, l2: float) -> Tensor:
+        """By how much the judges' mean loss falls without each image, to first order; (N,).
+
+        Of the fit to all, w. Source: Koh, Liang, "Understanding Black-box Predictions via
+        Influence Functions", ICML 2017, section 2.2.
+        """
+        count, classes = judged.anchored.shape
+        gradient = 2 / (classes * count) * (judged.logits(weights) - judged.aims)
+        pulled = (gradient.flatten() @ judged.across.flatten(0, 1)).view(weights.shape)
+        everyone = torch.arange(len(weights))
+        # The residual y - f of the fit is N l2 C / 2 w.
+        errors = len(weights) * l2 * classes / 2 * weights
+        return (self.solve(pulled, everyone, l2) * errors).sum(dim=1)
+
+    def solve(self, wanted: Tensor, kept: Tensor, l2: float) -> Tensor:
+        """(J Jᵀ + (n l2 C / 2) I)⁻¹ of (n, C), over the images that are kept."""
+        classes = wanted.shape[1]
         rows = (kept[:, None] * classes + torch.arange(classes)).flatten()
         matrix = self.gram[rows][:, rows]
         matrix.diagonal().add_(len(kept) * l2 * classes / 2)
-        wanted = self.residual[kept].reshape(-1, 1)
-        weights = torch.zeros_like(self.residual)
-        weights[kept] = torch.cholesky_solve(wanted, torch.linalg.cholesky(matrix)).view(
-            -1, classes
-        )
-        return weights
+        factor = torch.linalg.cholesky(matrix)
+        return torch.cholesky_solve(wanted.reshape(-1, 1), factor).view(wanted.shape)
 
 
 def plan(sizes: Sizes, seeds: Sequence[int]) -> Iterator[Cell]:
@@ -115,10 +141,9 @@ def run(arguments: dict[str, Any], context: Context) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     classes = len(prepared.classes)
     targets, wrong = mislabelled(prepared.targets[rows], classes, arguments["wrong"], generator)
-    train = CachedFeatures(prepared.rows(1, rows).features.double(), targets)
+    train = CachedFeatures(prepared.rows(1, rows).features, targets)
     anchor = context.anchor(arguments["images"], public, "square", seed)
-    tangent = linearize(anchor.double())
-    # An early score for l2 is not needed: `Influence` sets its own.
+    tangent = linearize(anchor)
     problem = Problem(tangent, train, L2S[0], representation="factors", progress=False)
     began = time.perf_counter()
     influence = Influence(problem)
@@ -126,14 +151,17 @@ def run(arguments: dict[str, Any], context: Context) -> dict[str, Any]:
     seconds = time.perf_counter() - began
 
     kernel = TangentKernel(problem.system)
-    anchored = kernel.anchor_logits.cpu()
+    own = Judges(
+        kernel.anchor_logits.cpu(), kernel.gram.cpu().view(len(rows), classes, -1), targets
+    )
+    judged = prepared.rows(1, validation)
     study = _Study(
-        refits=Refits(kernel.gram.cpu(), _aims(targets, classes) - anchored),
+        refits=Refits(kernel.gram.cpu(), own.aims - own.anchored),
         influence=influence,
-        validation=judges(kernel, problem, tangent, prepared.rows(1, validation)),
-        tested=judges(kernel, problem, tangent, prepared.tested(1)),
-        inputs=prepared.rows(1, validation).features.double(),
-        train=Judges(anchored, kernel.gram.cpu().view(len(rows), classes, -1), targets),
+        train=own,
+        validation=judges(kernel, problem, judged),
+        inputs=judged.features,
+        tested=judges(kernel, problem, prepared.tested(1)),
         wrong=wrong,
         order=torch.randperm(len(rows), generator=generator),
     )
@@ -152,45 +180,39 @@ def run(arguments: dict[str, Any], context: Context) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Study:
-    """What all strengths of l2 share; `order` is random."""
+    """What all weights of the penalty share."""
 
     refits: Refits
     influence: Influence
-    validation: Judges
-    tested: Judges
-    inputs: Tensor  # of the validation images
     train: Judges
+    validation: Judges
+    inputs: Tensor  # of the validation images
+    tested: Judges
     wrong: Tensor
-    order: Tensor
+    order: Tensor  # random
 
     def at(self, part: float, l2: float, removed: Iterable[int], checked: int) -> dict[str, Any]:
         """Everything at one l2."""
-        influence, judged = self.influence, self.validation
-        influence.l2 = l2
-        everyone = torch.arange(len(self.order))
-        weights = self.refits.fit(everyone, l2)
-        before, fitted = judged.logits(weights), self.train.logits(weights)
+        self.influence.l2 = l2
+        weights = self.refits.fit(torch.arange(len(self.order)), l2)
         began = time.perf_counter()
-        exact = _harm(before, influence.change(self.inputs).cpu(), judged.targets)
+        exact = self._harms(weights, self.influence.change(self.inputs).cpu())
         seconds = time.perf_counter() - began
-        classical = linear_harm(before, influence.classical(self.inputs).cpu(), judged.targets)
-        own = _losses(fitted, self.train.targets)
-        left_out = _losses(influence.left_out().cpu(), self.train.targets)
+        classical = self.refits.classical_harm(weights, self.validation, l2)
+        fitted = self.train.logits(weights)
+        own = self.train.losses(fitted)
+        left_out = self.train.losses(self.influence.left_out().cpu())
         scores = {
             "left out": left_out,
             "self-influence": left_out - own,
             "exact": exact,
             "classical": classical,
             "training loss": own,
-            "anchor": _losses(self.train.anchored, self.train.targets),
+            "anchor": self.train.losses(self.train.anchored),
             "random": self.order.argsort().double(),
         }
-        curves = [
-            {"count": count, **{way: self._without(scores[way], count, l2) for way in WAYS}}
-            for count in removed
-        ]
         some = self.order[:checked]
-        true = torch.stack([self._true_harm(int(index), l2) for index in some])
+        true = self._true_harms(weights, some, l2)
         return {
             "part": part,
             "l2": l2,
@@ -199,9 +221,21 @@ class _Study:
             "training_accuracy": hits(fitted, self.train.targets),
             "left_out_loss": float(left_out.mean()),
             "whole": self._point(weights),
-            "curves": curves,
-            "single_harm": [self._sums(scores, point["count"]) for point in curves],
-            "auc": {name: roc_auc_score(self.wrong, score) for name, score in scores.items()},
+            "curves": [
+                {
+                    "count": count,
+                    **{way: self._without(scores[way], count, l2) for way in WAYS},
+                    "sum_of_single": {
+                        name: float(scores[name][_worst(exact, count)].sum())
+                        for name in ("exact", "classical")
+                    },
+                }
+                for count in removed
+            ],
+            "auc": {
+                name: roc_auc_score(self.wrong.numpy(), score.numpy())
+                for name, score in scores.items()
+            },
             "exact_error": float((exact[some] - true).abs().max() / true.abs().max()),
             "correlation": {
                 "exact": _correlation(exact[some], true),
@@ -210,52 +244,42 @@ class _Study:
             "agreement": _correlation(exact, classical),
         }
 
-    def _true_harm(self, index: int, l2: float) -> Tensor:
-        """How much the validation loss falls when a fit to the others replaces the fit to all."""
-        everyone = torch.arange(len(self.order))
-        with_it, without = (
-            _losses(self.validation.logits(self.refits.fit(kept, l2)), self.validation.targets)
-            for kept in (everyone, everyone[everyone != index])
-        )
-        return (with_it - without).mean()
+    def _harms(self, weights: Tensor, changes: Tensor) -> Tensor:
+        """By how much the mean validation loss falls with each change (N, M, C) of the logits."""
+        judged = self.validation
+        logits = judged.logits(weights)
+        before = judged.losses(logits).mean()
+        return torch.stack([before - judged.losses(logits + one).mean() for one in changes])
 
-    def _without(self, score: Tensor, count: int, l2: float) -> dict[str, Any]:
+    def _true_harms(self, weights: Tensor, some: Tensor, l2: float) -> Tensor:
+        """The same of some images, each left out by a fit to the others."""
+        judged, everyone = self.validation, torch.arange(len(self.order))
+        without = [self.refits.fit(everyone[everyone != index], l2) for index in some]
+        losses = torch.stack([judged.losses(judged.logits(one)).mean() for one in without])
+        return judged.losses(judged.logits(weights)).mean() - losses
+
+    def _without(self, scores: Tensor, count: int, l2: float) -> dict[str, Any]:
         """The fit without the images of the highest scores."""
-        order = score.argsort(descending=True)
-        point = self._point(self.refits.fit(order[count:].sort().values, l2))
-        return {**point, "wrong_found": int(self.wrong[order[:count]].sum())}
+        gone = _worst(scores, count)
+        kept = torch.ones(len(scores), dtype=torch.bool)
+        kept[gone] = False
+        point = self._point(self.refits.fit(kept.nonzero().flatten(), l2))
+        return {**point, "wrong_found": int(self.wrong[gone].sum())}
 
     def _point(self, weights: Tensor) -> dict[str, Any]:
         judged, tested = self.validation.logits(weights), self.tested.logits(weights)
         return {
-            "validation_loss": float(_losses(judged, self.validation.targets).mean()),
+            "validation_loss": float(self.validation.losses(judged).mean()),
             "validation_accuracy": hits(judged, self.validation.targets),
-            "test_loss": float(_losses(tested, self.tested.targets).mean()),
+            "test_loss": float(self.tested.losses(tested).mean()),
             "test": outcome(tested, self.tested.targets),
         }
 
-    def _sums(self, scores: dict[str, Tensor], count: int) -> dict[str, float]:
-        """Of single influences on the validation loss, of the images that `exact` takes out."""
-        gone = scores["exact"].argsort(descending=True)[:count]
-        return {name: float(scores[name][gone].sum()) for name in ("exact", "classical")}
 
-
-def judges(
-    kernel: TangentKernel, problem: Problem, tangent: LinearizedModel, data: CachedFeatures
-) -> Judges:
+def judges(kernel: TangentKernel, problem: Problem, data: CachedFeatures) -> Judges:
     """The anchor's logits of some images, and their kernel to the training images."""
-    entering = problem.present(data.features.double())
+    entering = problem.present(data.features)
     return Judges(entering.logits.double().cpu(), kernel.cross(entering).cpu(), data.targets)
-
-
-def linear_harm(logits: Tensor, changes: Tensor, targets: Tensor) -> Tensor:
-    """By how much the mean loss of the judges falls, to first order in each change (N, M, C).
-
-    The classical influence on a loss is that of the logits times the loss's gradient (Koh, Liang,
-    "Understanding Black-box Predictions via Influence Functions", ICML 2017, section 2.2).
-    """
-    gradient = 2 / logits.shape[1] * (logits - _aims(targets, logits.shape[1]))
-    return -torch.einsum("nmc,mc->n", changes, gradient) / len(targets)
 
 
 def mislabelled(
@@ -271,19 +295,8 @@ def mislabelled(
     return moved, wrong
 
 
-def _harm(logits: Tensor, changes: Tensor, targets: Tensor) -> Tensor:
-    """By how much the judges' mean loss falls with each change, (N,)."""
-    before = _losses(logits, targets).mean()
-    return torch.stack([before - _losses(logits + one, targets).mean() for one in changes])
-
-
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    return RescaledSquareLoss(reduction="none")(logits, targets)
-
-
-def _aims(targets: Tensor, classes: int) -> Tensor:
-    """What the square loss draws the logits to."""
-    return RescaledSquareLoss().M * torch.nn.functional.one_hot(targets, classes).double()
+def _worst(scores: Tensor, count: int) -> Tensor:
+    return scores.argsort(descending=True)[:count]
 
 
 def _correlation(first: Tensor, second: Tensor) -> float:
