@@ -1,107 +1,346 @@
-"""The page's part on influence: what taking out harmful images does."""
+"""The page's part on influence: whether it is exact, and what taking out harmful images does."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from studies.paper.cells import Found
-from studies.paper.methods import LOW_RANK
+from studies.paper.outcomes import right
 from studies.paper.parts import influence
-from studies.paper.report.claims import Claim
+from studies.paper.report.claims import FAILS, HOLDS, Claim
 from studies.paper.report.section import Section
 from studies.paper.report.series import draw_series
-from studies.paper.report.summary import Mean, paired
+from studies.paper.report.summary import Mean, gain, paired
 from tangent_ops import pictures
 from tangent_ops.pictures import Look
 
+CHOSEN = 1.0  # the part of l2 that is all of it
 LOOKS = {
     "exact": Look("exact influence", "D", "-", pictures.EXACT),
     "classical": Look("classical influence", "^", "--", pictures.RIVAL),
+    "left out": Look("loss when left out", "s", "-", pictures.TANGENT),
+    "self-influence": Look("self-influence", "v", "--", pictures.TANGENT_OTHER),
+    "training loss": Look("training loss", "P", "-.", pictures.ORDINARY),
+    "anchor": Look("anchor's loss", "X", ":", pictures.PROBE),
     "random": Look("at random", "o", ":", pictures.LEVEL),
 }
-PANELS = {"validation_loss": "validation loss", "test_loss": "test loss"}
+
+
+@dataclass(frozen=True)
+class Set:
+    """The cells of one set of images, by seed."""
+
+    name: str
+    cells: list[dict[str, Any]]
+
+    @property
+    def parts(self) -> list[float]:
+        """Of l2, the strongest first."""
+        return [strength["part"] for strength in self.cells[0]["strengths"]]
+
+    @property
+    def counts(self) -> list[int]:
+        """How many images are taken out."""
+        return [point["count"] for point in self.cells[0]["strengths"][0]["curves"]]
+
+    @property
+    def count(self) -> int:
+        """Of them, the one that is nearest to how many have a wrong class."""
+        return min(self.counts, key=lambda count: abs(count - self.cells[0]["wrong_classes"]))
+
+    def at(self, part: float) -> list[dict[str, Any]]:
+        """What each seed found at a part of l2."""
+        place = self.parts.index(part)
+        return [cell["strengths"][place] for cell in self.cells]
+
+    def each(self, part: float, of: Callable[[dict[str, Any]], float]) -> list[float]:
+        return [of(strength) for strength in self.at(part)]
+
+    def mean(self, part: float, of: Callable[[dict[str, Any]], float]) -> Mean:
+        return Mean.of(self.each(part, of))
+
+    def auc(self, part: float, score: str) -> list[float]:
+        return self.each(part, lambda strength: strength["auc"][score])
+
+    def points(self, part: float, way: str, count: int) -> list[dict[str, Any]]:
+        """The fits without that many images; without none, every way's are the same."""
+        if count == 0:
+            return [strength["whole"] for strength in self.at(part)]
+        place = self.counts.index(count)
+        return [strength["curves"][place][way] for strength in self.at(part)]
+
+    def tested(self, part: float, way: str, count: int) -> np.ndarray:
+        """Whether each test image is right, (S, I)."""
+        return np.stack([right(point["test"]) for point in self.points(part, way, count)])
+
+    def gained(self, part: float, way: str) -> Mean:
+        """Test accuracy by taking `count` images out."""
+        return gain(self.tested(part, way, self.count), self.tested(part, way, 0))
+
+    def lowered(self, part: float) -> list[float]:
+        """By how much the validation loss falls without `count` images by exact influence."""
+        pairs = zip(
+            self.points(part, "exact", 0), self.points(part, "exact", self.count), strict=True
+        )
+        return [before["validation_loss"] - after["validation_loss"] for before, after in pairs]
+
+    def summed(self, part: float, name: str) -> list[float]:
+        """What the sum of the single influences of the same images says."""
+        place = self.counts.index(self.count)
+        return self.each(part, lambda found: found["curves"][place]["sum_of_single"][name])
 
 
 def section(found: Found, out: Path) -> Section:
     """All of it."""
     cells = sorted(found.of(influence.PART), key=lambda cell: cell["seed"])
-    removed = [point["removed"] for point in cells[0]["points"]]
-
-    def series(index: int, name: str, key: str) -> list[float]:
-        return _series(cells, index, name, key)
-
-    rows = ["| removed | by | validation loss | test loss | test accuracy, % | wrong labels |"]
-    rows.append("| --- " * 6 + "|")
-    for index, count in enumerate(removed):
-        for name, look in LOOKS.items():
-            if count == 0 and name != "exact":
-                continue
-            losses = [Mean.of(series(index, name, key)) for key in PANELS]
-            shown = " | ".join(f"{loss.value:.2f} ± {loss.error:.2f}" for loss in losses)
-            right = Mean.of(series(index, name, "test_accuracy")).percent()
-            wrong = Mean.of(series(index, name, "wrong_found")).value
-            title = look.title if count else "–"
-            rows.append(f"| {count} | {title} | {shown} | {right} | {wrong:.1f} |")
-    path = _draw(cells, removed, out / "influence.png")
-    first = cells[0]
-    agreement = Mean.of([cell["correlation"] for cell in cells])
-    ratio = Mean.of([cell["exact_over_classical"] for cell in cells])
-    seconds = Mean.of([cell["influence_seconds"] for cell in cells])
-    text = (
-        f"{first['images']}: {first['train']} training images, {first['wrong']} of them with a "
-        f"wrong class; rank-{LOW_RANK} deltas, fitted exactly. Scores of all images by both in "
-        f"{seconds.value:.0f} s; they correlate by {agreement.value:.3f}, and the exact one is "
-        f"{ratio.value:.2f} times the classical one in the median. Images are ranked by the loss "
-        "of the validation images and taken out, and the model is fitted again.\n\n"
-        + "\n".join(rows)
-    )
-    last = len(removed) - 1
-    count = removed[last]
-    claims = [
-        Claim(
-            f"{count} images removed: {key.partition('_')[0]} loss is lower by exact influence "
-            f"than {other}",
-            paired(series(last, name, key), series(last, "exact", key)),
-            "higher",
-            why,
-            percent=False,
-        )
-        for key in PANELS
-        for name, other, why in (
-            ("random", "at random", "The images that harm validation need not harm the test."),
-            (
-                "classical",
-                "by classical influence",
-                "With this much regularisation no image has much leverage on its own output, so "
-                "the factor that the classical influence leaves out is near 1 and the ranks are "
-                "nearly the same.",
-            ),
-        )
+    names = list(dict.fromkeys(cell["images"] for cell in cells))
+    sets = [Set(name, [cell for cell in cells if cell["images"] == name]) for name in names]
+    figures = [
+        (_draw_curves(sets, out / "influence.png"), "Images taken out, and the test accuracy"),
+        (_draw_strengths(sets, out / "influence-l2.png"), "From strong to hardly any l2"),
     ]
-    return Section("Influence", text, [(path, "Images removed by influence")], claims)
+    text = "\n\n".join([_setting(sets[0]), *(_tables(each) for each in sets)])
+    claims = [claim for each in sets for claim in _claims(each)]
+    return Section("Influence", _findings(sets), text, figures, claims)
 
 
-def _series(cells: list[dict], index: int, name: str, key: str) -> list[float]:
-    return [cell["points"][index][name][key] for cell in cells]
+def _findings(sets: list[Set]) -> list[str]:
+    """What was missed first."""
+    findings = [_exactness(sets), *(_removal(each) for each in sets), _detection(sets)]
+    return [sentence for _, sentence in sorted(findings, key=lambda finding: finding[0])]
+
+
+def _exactness(sets: list[Set]) -> tuple[bool, str]:
+    error = max(f["exact_error"] for each in sets for part in each.parts for f in each.at(part))
+    met = error < 1e-3
+    words = (
+        f"Exact influence {'is' if met else 'is not'} what leaving an image out and fitting again "
+        f"does: the largest error is {error:.0e} of the largest true influence."
+    )
+    for each in sets:
+        first, last = (
+            each.mean(part, lambda f: f["correlation"]["classical"]).value
+            for part in (CHOSEN, each.parts[-1])
+        )
+        words += (
+            f" The classical one correlates with the truth by {first:.2f} at the chosen l2 and by "
+            f"{last:.2f} at {_fraction(each.parts[-1])} of it ({each.name})."
+        )
+    return met, words
+
+
+def _removal(each: Set) -> tuple[bool, str]:
+    last = each.parts[-1]
+    claims = [_better(each, part, "exact", "classical") for part in (CHOSEN, last)]
+    words = f"{each.name}: {each.count} of {each.cells[0]['train']} images taken out change"
+    for part in (CHOSEN, last):
+        shown = [
+            f"{each.gained(part, way).points()} ({LOOKS[way].title})" for way in influence.WAYS
+        ]
+        words += f" test accuracy at {_strength(part)} by {', '.join(shown)} points;"
+    verdicts = {claim.verdict for claim in claims}
+    said = {
+        HOLDS: "exact influence picks better than the classical one",
+        FAILS: "exact influence picks worse than the classical one",
+    }
+    told = [
+        f"{said.get(claim.verdict, 'exact and classical influence are not told apart')} at "
+        f"{_strength(part)}"
+        for claim, part in zip(claims, (CHOSEN, last), strict=True)
+    ]
+    return HOLDS in verdicts, f"{words} {', '.join(told)}."
+
+
+def _detection(sets: list[Set]) -> tuple[bool, str]:
+    words, met = [], True
+    for each in sets:
+        last = each.parts[-1]
+        shown = {
+            (part, score): Mean.of(each.auc(part, score)).value
+            for part in (CHOSEN, last)
+            for score in ("left out", "training loss", "exact", "anchor")
+        }
+        met &= shown[CHOSEN, "left out"] > shown[CHOSEN, "anchor"]
+        words.append(
+            f"{each.name}: the loss when left out finds wrong classes with an AUC of "
+            f"{shown[CHOSEN, 'left out']:.2f} at the chosen l2 and {shown[last, 'left out']:.2f} "
+            f"at {_fraction(last)} of it; the training loss {shown[CHOSEN, 'training loss']:.2f} "
+            f"and {shown[last, 'training loss']:.2f}, exact harm to the validation images "
+            f"{shown[CHOSEN, 'exact']:.2f} and {shown[last, 'exact']:.2f}, the anchor's loss, "
+            f"without a fit, {shown[CHOSEN, 'anchor']:.2f}."
+        )
+    return met, " ".join(words)
+
+
+def _setting(each: Set) -> str:
+    first = each.cells[0]
+    seconds = Mean.of([f["influence_seconds"] for f in each.at(CHOSEN)]).value
+    return (
+        f"TAFT-1, fitted exactly to {first['train']} training images, {first['wrong_classes']} of "
+        f"them with a wrong class; the anchor's classifier is a probe of {first['public']} other "
+        "images with right classes. Leave-one-out cross-validation chooses l2; then everything is "
+        "done at parts of it. Harm is by how much the mean loss of "
+        f"{first['validation']} validation images falls without an image (exact: all images in "
+        f"{seconds:.1f} s). The truth: {first['checked']} images for each seed and l2, left out "
+        "one by one, and the others fitted by a direct solve."
+    )
+
+
+def _tables(each: Set) -> str:
+    count = each.count
+    rows = [
+        f"**{each.name}.** Classical influence and the truth; {count} images taken out at once by "
+        "exact influence, and what the sum of their single influences says.",
+        _table(
+            [
+                *("l2", "training loss", "loss when left out", "classical and true: correlation"),
+                *("validation loss falls by", "exact sum", "classical sum"),
+            ],
+            [
+                [
+                    _strength(part),
+                    _number(each.mean(part, lambda f: f["training_loss"])),
+                    _number(each.mean(part, lambda f: f["left_out_loss"])),
+                    _number(each.mean(part, lambda f: f["correlation"]["classical"])),
+                    _number(Mean.of(each.lowered(part))),
+                    _number(Mean.of(each.summed(part, "exact"))),
+                    _number(Mean.of(each.summed(part, "classical"))),
+                ]
+                for part in each.parts
+            ],
+        ),
+        f"Test accuracy, %, before and after {count} images are taken out.",
+        _table(
+            ["l2", "all images", *(LOOKS[way].title for way in influence.WAYS)],
+            [
+                [
+                    _strength(part),
+                    Mean.crossed(each.tested(part, "exact", 0)).percent(),
+                    *(
+                        Mean.crossed(each.tested(part, way, count)).percent()
+                        for way in influence.WAYS
+                    ),
+                ]
+                for part in each.parts
+            ],
+        ),
+        "Wrong classes found: area under the ROC curve, %.",
+        _table(
+            ["l2", *(look.title for look in LOOKS.values())],
+            [
+                [_strength(part), *(Mean.of(each.auc(part, score)).percent() for score in LOOKS)]
+                for part in each.parts
+            ],
+        ),
+    ]
+    return "\n\n".join(rows)
+
+
+def _claims(each: Set) -> list[Claim]:
+    last = each.parts[-1]
+    losses = [
+        [point["validation_loss"] for point in each.points(last, way, each.count)]
+        for way in ("classical", "exact")
+    ]
+    return [
+        *(_better(each, part, "exact", "random") for part in (CHOSEN, last)),
+        *(_better(each, part, "exact", "classical") for part in (CHOSEN, last)),
+        Claim(
+            f"{each.name}, {_strength(last)}, {each.count} images taken out: validation loss is "
+            "lower by exact than by classical influence",
+            paired(*losses),
+            "higher",
+            percent=False,
+        ),
+        *(
+            Claim(
+                f"{each.name}, {_strength(part)}: wrong classes are found better by the loss when "
+                f"left out than by {other} (AUC)",
+                paired(each.auc(part, "left out"), each.auc(part, score)),
+                "higher",
+            )
+            for part, score, other in (
+                (CHOSEN, "training loss", "the training loss"),
+                (last, "training loss", "the training loss"),
+                (CHOSEN, "anchor", "the anchor's loss"),
+            )
+        ),
+    ]
+
+
+def _better(each: Set, part: float, way: str, other: str) -> Claim:
+    return Claim(
+        f"{each.name}, {_strength(part)}, {each.count} images taken out: test accuracy is higher "
+        f"by {LOOKS[way].title} than {'' if other == 'random' else 'by '}{LOOKS[other].title}",
+        gain(each.tested(part, way, each.count), each.tested(part, other, each.count)),
+        "higher",
+    )
 
 
 @pictures.styled()
-def _draw(cells: list[dict], removed: list[int], path: Path) -> Path:
-    figure = pictures.new_figure(height=4.2)
-    panels = figure.subplots(1, 2, sharey=True)
-    for each, (key, title) in zip(panels, PANELS.items(), strict=True):
-        before = _series(cells, 0, "exact", key)
-        for number, (name, look) in enumerate(LOOKS.items()):
-            changes = [
-                paired(_series(cells, index, name, key), before) for index in range(1, len(removed))
-            ]
-            apart = [count + 0.4 * (number - 1) for count in removed[1:]]  # two of them coincide
-            draw_series(each, look, apart, changes, factor=1)
-        each.axhline(0, color=pictures.LEVEL, linewidth=1)
-        each.set_xticks(removed[1:])
-        each.set_xlabel("training images removed")
-        each.set_title(title)
-    panels[0].set_ylabel("change of the loss")
+def _draw_curves(sets: list[Set], path: Path) -> Path:
+    figure = pictures.new_figure(height=1 + 3 * len(sets))
+    grid = figure.subplots(len(sets), 2, sharey="row", squeeze=False)
+    for row, each in zip(grid, sets, strict=True):
+        for axes, part in zip(row, (CHOSEN, each.parts[-1]), strict=True):
+            counts = [0, *each.counts]
+            for way in influence.WAYS:
+                means = [Mean.crossed(each.tested(part, way, count)) for count in counts]
+                draw_series(axes, LOOKS[way], counts, means)
+            axes.set_xticks(counts)
+            axes.set_title(f"{each.name}, {_strength(part)}")
+        row[0].set_ylabel("test accuracy, %")
+    for axes in grid[-1]:
+        axes.set_xlabel("training images taken out")
     pictures.legend_above(figure, columns=3)
-    pictures.note(figure, "Bars: standard errors over seeds. Points are set apart sideways.")
+    pictures.note(figure, "Bars: standard errors over seeds and test images.")
     return pictures.save(figure, path)
+
+
+@pictures.styled()
+def _draw_strengths(sets: list[Set], path: Path) -> Path:
+    figure = pictures.new_figure(height=1 + 3 * len(sets))
+    grid = figure.subplots(len(sets), 2, squeeze=False)
+    for (left, right_), each in zip(grid, sets, strict=True):
+        parts = each.parts[::-1]
+        for name in ("exact", "classical"):
+            means = [each.mean(part, lambda f, name=name: f["correlation"][name]) for part in parts]
+            draw_series(left, LOOKS[name], parts, means, factor=1)
+        for name in LOOKS:
+            means = [Mean.of(each.auc(part, name)) for part in parts]
+            draw_series(right_, LOOKS[name], parts, means)
+        left.set_title(f"{each.name}: with the true influence")
+        left.set_ylabel("correlation")
+        right_.set_title(f"{each.name}: wrong classes found")
+        right_.set_ylabel("area under ROC curve, %")
+        for axes in (left, right_):
+            pictures.number_axis(axes, parts)
+    for axes in grid[-1]:
+        axes.set_xlabel("part of the chosen l2")
+    pictures.legend_above(figure, columns=4)
+    pictures.note(figure, "Bars: standard errors over seeds.")
+    return pictures.save(figure, path)
+
+
+def _strength(part: float) -> str:
+    if part == CHOSEN:
+        return "the chosen l2"
+    return f"{_fraction(part)} of l2" if part < 1 else f"{part:g} times l2"
+
+
+def _fraction(part: float) -> str:
+    return f"1/{1 / part:,.0f}"
+
+
+def _number(mean: Mean) -> str:
+    return f"{mean.value:.2f} ± {mean.error:.2f}"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
