@@ -21,7 +21,7 @@ from tangent_ops.exact.tangent_kernel import TangentKernel
 from tangent_ops.losses import RescaledSquareLoss
 
 PART = "influence"
-L2S = (3.0, 10.0, 30.0)  # leave-one-out cross-validation starts with them
+L2S = (10.0, 30.0, 90.0)  # leave-one-out cross-validation starts with them
 PARTS_OF_L2 = (10.0, 1.0, 0.1, 0.01, 0.001)  # of the chosen one; at the last the fit interpolates
 WAYS = ("exact", "classical", "left out", "training loss", "random")  # to take images out
 

@@ -12,7 +12,7 @@ import numpy as np
 from studies.paper.cells import Found
 from studies.paper.outcomes import right
 from studies.paper.parts import influence
-from studies.paper.report.claims import FAILS, HOLDS, Claim
+from studies.paper.report.claims import FAILS, HOLDS, Claim, held
 from studies.paper.report.section import Section
 from studies.paper.report.series import draw_series
 from studies.paper.report.summary import Mean, gain, paired
@@ -106,20 +106,23 @@ def section(found: Found, out: Path) -> Section:
     ]
     text = "\n\n".join([_setting(sets[0]), *(_tables(each) for each in sets)])
     claims = [claim for each in sets for claim in _claims(each)]
-    return Section("Influence", _findings(sets), text, figures, claims)
+    verdicts = {claim.text: claim.verdict for claim in held(claims)}
+    return Section("Influence", _findings(sets, verdicts), text, figures, claims)
 
 
-def _findings(sets: list[Set]) -> list[str]:
+def _findings(sets: list[Set], verdicts: dict[str, str]) -> list[str]:
     """What was missed first."""
-    findings = [_exactness(sets), *(_removal(each) for each in sets), _detection(sets)]
-    return [sentence for _, sentence in sorted(findings, key=lambda finding: finding[0])]
+    findings = [_exactness(sets), *(_removal(each, verdicts) for each in sets)]
+    findings += [_groups(sets), _detection(sets)]
+    missed = [f"Missed: {words}" for met, words in findings if not met]
+    return missed + [words[0].upper() + words[1:] for met, words in findings if met]
 
 
 def _exactness(sets: list[Set]) -> tuple[bool, str]:
     error = max(f["exact_error"] for each in sets for part in each.parts for f in each.at(part))
     met = error < 1e-3
     words = (
-        f"Exact influence {'is' if met else 'is not'} what leaving an image out and fitting again "
+        f"exact influence {'is' if met else 'is not'} what leaving an image out and fitting again "
         f"does: the largest error is {error:.0e} of the largest true influence."
     )
     for each in sets:
@@ -134,45 +137,62 @@ def _exactness(sets: list[Set]) -> tuple[bool, str]:
     return met, words
 
 
-def _removal(each: Set) -> tuple[bool, str]:
-    last = each.parts[-1]
-    claims = [_better(each, part, "exact", "classical") for part in (CHOSEN, last)]
-    words = f"{each.name}: {each.count} of {each.cells[0]['train']} images taken out change"
-    for part in (CHOSEN, last):
-        shown = [
-            f"{each.gained(part, way).points()} ({LOOKS[way].title})" for way in influence.WAYS
+def _removal(each: Set, verdicts: dict[str, str]) -> tuple[bool, str]:
+    parts = (CHOSEN, each.parts[-1])
+    words = (
+        f"exact influence should choose better what to take out than the classical one. "
+        f"{each.name}, {each.count} of {each.cells[0]['train']} images taken out:"
+    )
+    said = {HOLDS: "exact is better", FAILS: "exact is worse"}
+    found = [verdicts[_better(each, part, "classical").text] for part in parts]
+    for part, verdict in zip(parts, found, strict=True):
+        gains = [
+            f"{each.gained(part, way).points()} ({way})" for way in ("exact", "classical", "random")
         ]
-        words += f" test accuracy at {_strength(part)} by {', '.join(shown)} points;"
-    verdicts = {claim.verdict for claim in claims}
-    said = {
-        HOLDS: "exact influence picks better than the classical one",
-        FAILS: "exact influence picks worse than the classical one",
-    }
-    told = [
-        f"{said.get(claim.verdict, 'exact and classical influence are not told apart')} at "
-        f"{_strength(part)}"
-        for claim, part in zip(claims, (CHOSEN, last), strict=True)
-    ]
-    return HOLDS in verdicts, f"{words} {', '.join(told)}."
+        words += (
+            f" at {_strength(part)} test accuracy changes by {', '.join(gains)} points, and "
+            f"{said.get(verdict, 'exact and classical are not told apart')};"
+        )
+    return HOLDS in found and FAILS not in found, words[:-1] + "."
+
+
+def _groups(sets: list[Set]) -> tuple[bool, str]:
+    """Of images taken out at once."""
+    words, met = [], True
+    for each in sets:
+        last = each.parts[-1]
+        true, exact, classical = (
+            Mean.of(values).value
+            for values in (
+                each.lowered(last),
+                each.summed(last, "exact"),
+                each.summed(last, "classical"),
+            )
+        )
+        met &= abs(exact - true) < abs(classical - true)
+        words.append(
+            f"{each.name}: {each.count} images taken out at once lower the validation loss by "
+            f"{true:.2f} at {_strength(last)}; their single influences add up to {exact:.2f} "
+            f"(exact) and {classical:.2f} (classical)."
+        )
+    return met, " ".join(words)
 
 
 def _detection(sets: list[Set]) -> tuple[bool, str]:
     words, met = [], True
     for each in sets:
-        last = each.parts[-1]
-        shown = {
-            (part, score): Mean.of(each.auc(part, score)).value
-            for part in (CHOSEN, last)
-            for score in ("left out", "training loss", "exact", "anchor")
-        }
-        met &= shown[CHOSEN, "left out"] > shown[CHOSEN, "anchor"]
+        first, last = (
+            {score: Mean.of(each.auc(part, score)).value for score in LOOKS}
+            for part in (CHOSEN, each.parts[-1])
+        )
+        met &= first["left out"] > max(first["training loss"], first["anchor"])
         words.append(
-            f"{each.name}: the loss when left out finds wrong classes with an AUC of "
-            f"{shown[CHOSEN, 'left out']:.2f} at the chosen l2 and {shown[last, 'left out']:.2f} "
-            f"at {_fraction(last)} of it; the training loss {shown[CHOSEN, 'training loss']:.2f} "
-            f"and {shown[last, 'training loss']:.2f}, exact harm to the validation images "
-            f"{shown[CHOSEN, 'exact']:.2f} and {shown[last, 'exact']:.2f}, the anchor's loss, "
-            f"without a fit, {shown[CHOSEN, 'anchor']:.2f}."
+            f"{each.name}: wrong classes are found with an AUC of {first['left out']:.2f} by the "
+            f"loss when left out, {first['training loss']:.2f} by the training loss, "
+            f"{first['exact']:.2f} and {first['classical']:.2f} by exact and classical harm to "
+            f"the validation images, and {first['anchor']:.2f} by the anchor's loss, which needs "
+            f"no fit; at {_strength(each.parts[-1])} by {last['left out']:.2f}, "
+            f"{last['training loss']:.2f}, {last['exact']:.2f} and {last['classical']:.2f}."
         )
     return met, " ".join(words)
 
@@ -243,41 +263,44 @@ def _tables(each: Set) -> str:
 
 def _claims(each: Set) -> list[Claim]:
     last = each.parts[-1]
-    losses = [
-        [point["validation_loss"] for point in each.points(last, way, each.count)]
-        for way in ("classical", "exact")
+    close = [
+        each.each(last, lambda f, name=name: f["correlation"][name])
+        for name in ("exact", "classical")
     ]
     return [
-        *(_better(each, part, "exact", "random") for part in (CHOSEN, last)),
-        *(_better(each, part, "exact", "classical") for part in (CHOSEN, last)),
         Claim(
-            f"{each.name}, {_strength(last)}, {each.count} images taken out: validation loss is "
-            "lower by exact than by classical influence",
-            paired(*losses),
+            f"{each.name}, {_strength(last)}: exact influence correlates more with the true one "
+            "than the classical does",
+            paired(*close),
             "higher",
             percent=False,
         ),
         *(
+            _better(each, part, other)
+            for other in ("random", "classical")
+            for part in (CHOSEN, last)
+        ),
+        *(
             Claim(
                 f"{each.name}, {_strength(part)}: wrong classes are found better by the loss when "
-                f"left out than by {other} (AUC)",
+                f"left out than by the {other} (AUC)",
                 paired(each.auc(part, "left out"), each.auc(part, score)),
                 "higher",
             )
             for part, score, other in (
-                (CHOSEN, "training loss", "the training loss"),
-                (last, "training loss", "the training loss"),
-                (CHOSEN, "anchor", "the anchor's loss"),
+                (last, "training loss", "training loss"),
+                (CHOSEN, "anchor", "anchor's loss"),
             )
         ),
     ]
 
 
-def _better(each: Set, part: float, way: str, other: str) -> Claim:
+def _better(each: Set, part: float, other: str) -> Claim:
+    by = {"random": "at random", "classical": "by the classical one"}[other]
     return Claim(
-        f"{each.name}, {_strength(part)}, {each.count} images taken out: test accuracy is higher "
-        f"by {LOOKS[way].title} than {'' if other == 'random' else 'by '}{LOOKS[other].title}",
-        gain(each.tested(part, way, each.count), each.tested(part, other, each.count)),
+        f"{each.name}, {_strength(part)}: test accuracy is higher after {each.count} images are "
+        f"taken out by exact influence than {by}",
+        gain(each.tested(part, "exact", each.count), each.tested(part, other, each.count)),
         "higher",
     )
 
