@@ -113,7 +113,7 @@ def section(found: Found, out: Path) -> Section:
 def _findings(sets: list[Set], verdicts: dict[str, str]) -> list[str]:
     """What was missed first."""
     findings = [_exactness(sets), *(_removal(each, verdicts) for each in sets)]
-    findings += [_groups(sets), _detection(sets)]
+    findings += [_groups(sets), _detection(sets, verdicts)]
     missed = [f"Missed: {words}" for met, words in findings if not met]
     return missed + [words[0].upper() + words[1:] for met, words in findings if met]
 
@@ -127,12 +127,11 @@ def _exactness(sets: list[Set]) -> tuple[bool, str]:
     )
     for each in sets:
         first, last = (
-            each.mean(part, lambda f: f["correlation"]["classical"]).value
-            for part in (CHOSEN, each.parts[-1])
+            each.mean(part, lambda f: f["agreement"]).value for part in (CHOSEN, each.parts[-1])
         )
         words += (
-            f" The classical one correlates with the truth by {first:.2f} at the chosen l2 and by "
-            f"{last:.2f} at {_fraction(each.parts[-1])} of it ({each.name})."
+            f" {each.name}: the classical one correlates with it by {first:.2f} at the chosen l2 "
+            f"and by {last:.2f} at {_fraction(each.parts[-1])} of it."
         )
     return met, words
 
@@ -178,23 +177,29 @@ def _groups(sets: list[Set]) -> tuple[bool, str]:
     return met, " ".join(words)
 
 
-def _detection(sets: list[Set]) -> tuple[bool, str]:
+def _detection(sets: list[Set], verdicts: dict[str, str]) -> tuple[bool, str]:
     words, met = [], True
     for each in sets:
-        first, last = (
+        last = each.parts[-1]
+        aims = [_finds_better(each, CHOSEN, "anchor"), _finds_better(each, last, "training loss")]
+        met &= all(verdicts[aim.text] == HOLDS for aim in aims)
+        strong, weak = (
             {score: Mean.of(each.auc(part, score)).value for score in LOOKS}
-            for part in (CHOSEN, each.parts[-1])
+            for part in (CHOSEN, last)
         )
-        met &= first["left out"] > max(first["training loss"], first["anchor"])
         words.append(
-            f"{each.name}: wrong classes are found with an AUC of {first['left out']:.2f} by the "
-            f"loss when left out, {first['training loss']:.2f} by the training loss, "
-            f"{first['exact']:.2f} and {first['classical']:.2f} by exact and classical harm to "
-            f"the validation images, and {first['anchor']:.2f} by the anchor's loss, which needs "
-            f"no fit; at {_strength(each.parts[-1])} by {last['left out']:.2f}, "
-            f"{last['training loss']:.2f}, {last['exact']:.2f} and {last['classical']:.2f}."
+            f"{each.name}: at the chosen l2 the AUC is {strong['left out']:.2f} by the loss when "
+            f"left out, {strong['training loss']:.2f} by the training loss, "
+            f"{strong['exact']:.2f} and {strong['classical']:.2f} by exact and classical harm to "
+            f"the validation images, {strong['anchor']:.2f} by the anchor's loss; at "
+            f"{_strength(last)} it is {weak['left out']:.2f}, {weak['training loss']:.2f}, "
+            f"{weak['exact']:.2f} and {weak['classical']:.2f} by the first four."
         )
-    return met, " ".join(words)
+    aimed = (
+        f"wrong classes {'are' if met else 'should be'} found better by the loss when left out "
+        "than by the anchor's loss at the chosen l2, and than by the training loss at the weakest."
+    )
+    return met, " ".join([aimed, *words])
 
 
 def _setting(each: Set) -> str:
@@ -214,11 +219,11 @@ def _setting(each: Set) -> str:
 def _tables(each: Set) -> str:
     count = each.count
     rows = [
-        f"**{each.name}.** Classical influence and the truth; {count} images taken out at once by "
+        f"**{each.name}.** Classical and exact influence of all images; {count} images taken out at once by "
         "exact influence, and what the sum of their single influences says.",
         _table(
             [
-                *("l2", "training loss", "loss when left out", "classical and true: correlation"),
+                *("l2", "training loss", "loss when left out", "classical and exact: correlation"),
                 *("validation loss falls by", "exact sum", "classical sum"),
             ],
             [
@@ -226,7 +231,7 @@ def _tables(each: Set) -> str:
                     _strength(part),
                     _number(each.mean(part, lambda f: f["training_loss"])),
                     _number(each.mean(part, lambda f: f["left_out_loss"])),
-                    _number(each.mean(part, lambda f: f["correlation"]["classical"])),
+                    _number(each.mean(part, lambda f: f["agreement"])),
                     _number(Mean.of(each.lowered(part))),
                     _number(Mean.of(each.summed(part, "exact"))),
                     _number(Mean.of(each.summed(part, "classical"))),
@@ -263,15 +268,11 @@ def _tables(each: Set) -> str:
 
 def _claims(each: Set) -> list[Claim]:
     last = each.parts[-1]
-    close = [
-        each.each(last, lambda f, name=name: f["correlation"][name])
-        for name in ("exact", "classical")
-    ]
     return [
         Claim(
-            f"{each.name}, {_strength(last)}: exact influence correlates more with the true one "
-            "than the classical does",
-            paired(*close),
+            f"{each.name}: classical influence correlates less with the exact one at "
+            f"{_strength(last)} than at the chosen one",
+            paired(*(each.each(part, lambda f: f["agreement"]) for part in (CHOSEN, last))),
             "higher",
             percent=False,
         ),
@@ -280,19 +281,18 @@ def _claims(each: Set) -> list[Claim]:
             for other in ("random", "classical")
             for part in (CHOSEN, last)
         ),
-        *(
-            Claim(
-                f"{each.name}, {_strength(part)}: wrong classes are found better by the loss when "
-                f"left out than by the {other} (AUC)",
-                paired(each.auc(part, "left out"), each.auc(part, score)),
-                "higher",
-            )
-            for part, score, other in (
-                (last, "training loss", "training loss"),
-                (CHOSEN, "anchor", "anchor's loss"),
-            )
-        ),
+        _finds_better(each, CHOSEN, "anchor"),
+        _finds_better(each, last, "training loss"),
     ]
+
+
+def _finds_better(each: Set, part: float, other: str) -> Claim:
+    return Claim(
+        f"{each.name}, {_strength(part)}: wrong classes are found better by the loss when left "
+        f"out than by the {LOOKS[other].title} (AUC)",
+        paired(each.auc(part, "left out"), each.auc(part, other)),
+        "higher",
+    )
 
 
 def _better(each: Set, part: float, other: str) -> Claim:
@@ -311,17 +311,23 @@ def _draw_curves(sets: list[Set], path: Path) -> Path:
     grid = figure.subplots(len(sets), 2, sharey="row", squeeze=False)
     for row, each in zip(grid, sets, strict=True):
         for axes, part in zip(row, (CHOSEN, each.parts[-1]), strict=True):
-            counts = [0, *each.counts]
-            for way in influence.WAYS:
-                means = [Mean.crossed(each.tested(part, way, count)) for count in counts]
-                draw_series(axes, LOOKS[way], counts, means)
-            axes.set_xticks(counts)
+            pictures.draw_level(axes, 0)
+            for number, way in enumerate(influence.WAYS):
+                before = each.tested(part, way, 0)
+                gains = [gain(each.tested(part, way, count), before) for count in each.counts]
+                apart = [count * (1 + 0.02 * (number - 2)) for count in each.counts]
+                draw_series(axes, LOOKS[way], apart, gains)
+            pictures.number_axis(axes, each.counts)
             axes.set_title(f"{each.name}, {_strength(part)}")
-        row[0].set_ylabel("test accuracy, %")
+        row[0].set_ylabel("change, points")
     for axes in grid[-1]:
         axes.set_xlabel("training images taken out")
-    pictures.legend_above(figure, columns=3)
-    pictures.note(figure, "Bars: standard errors over seeds and test images.")
+    pictures.legend_above(figure, columns=5)
+    pictures.note(
+        figure,
+        "Change of test accuracy. Bars: standard errors over seeds and test images. Points are "
+        "set apart sideways.",
+    )
     return pictures.save(figure, path)
 
 
@@ -331,13 +337,14 @@ def _draw_strengths(sets: list[Set], path: Path) -> Path:
     grid = figure.subplots(len(sets), 2, squeeze=False)
     for (left, right_), each in zip(grid, sets, strict=True):
         parts = each.parts[::-1]
-        for name in ("exact", "classical"):
-            means = [each.mean(part, lambda f, name=name: f["correlation"][name]) for part in parts]
-            draw_series(left, LOOKS[name], parts, means, factor=1)
+        exact = [each.mean(part, lambda f: f["correlation"]["exact"]) for part in parts]
+        draw_series(left, LOOKS["exact"], parts, exact, factor=1)
+        classical = [each.mean(part, lambda f: f["agreement"]) for part in parts]
+        draw_series(left, LOOKS["classical"], parts, classical, factor=1)
         for name in LOOKS:
             means = [Mean.of(each.auc(part, name)) for part in parts]
             draw_series(right_, LOOKS[name], parts, means)
-        left.set_title(f"{each.name}: with the true influence")
+        left.set_title(f"{each.name}: influence")
         left.set_ylabel("correlation")
         right_.set_title(f"{each.name}: wrong classes found")
         right_.set_ylabel("area under ROC curve, %")
@@ -346,7 +353,11 @@ def _draw_strengths(sets: list[Set], path: Path) -> Path:
     for axes in grid[-1]:
         axes.set_xlabel("part of the chosen l2")
     pictures.legend_above(figure, columns=4)
-    pictures.note(figure, "Bars: standard errors over seeds.")
+    pictures.note(
+        figure,
+        "Correlations: exact influence with the true one, of images left out and the others fitted "
+        "again; classical with exact influence, of all images. Bars: standard errors over seeds.",
+    )
     return pictures.save(figure, path)
 
 
