@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,10 @@ class Set:
     def tested(self, part: float, way: str, count: int) -> np.ndarray:
         """Whether each test image is right, (S, I)."""
         return np.stack([right(point["test"]) for point in self.points(part, way, count)])
+
+    def loss(self, part: float, way: str, count: int, *, key: str) -> str:
+        """The mean of seeds, of "validation_loss" or "test_loss"."""
+        return _number(Mean.of([point[key] for point in self.points(part, way, count)]))
 
     def gained(self, part: float, way: str) -> Mean:
         """Test accuracy by taking `count` images out."""
@@ -219,8 +224,8 @@ def _setting(each: Set) -> str:
 def _tables(each: Set) -> str:
     count = each.count
     rows = [
-        f"**{each.name}.** Classical and exact influence of all images; {count} images taken out at once by "
-        "exact influence, and what the sum of their single influences says.",
+        f"**{each.name}.** Classical and exact influence of all images; {count} images taken out "
+        "at once by exact influence, and what the sum of their single influences says.",
         _table(
             [
                 *("l2", "training loss", "loss when left out", "classical and exact: correlation"),
@@ -240,19 +245,10 @@ def _tables(each: Set) -> str:
             ],
         ),
         f"Test accuracy, %, before and after {count} images are taken out.",
-        _table(
-            ["l2", "all images", *(LOOKS[way].title for way in influence.WAYS)],
-            [
-                [
-                    _strength(part),
-                    Mean.crossed(each.tested(part, "exact", 0)).percent(),
-                    *(
-                        Mean.crossed(each.tested(part, way, count)).percent()
-                        for way in influence.WAYS
-                    ),
-                ]
-                for part in each.parts
-            ],
+        _by_ways(each, lambda *point: Mean.crossed(each.tested(*point)).percent()),
+        *(
+            f"The same, {title}.\n\n{_by_ways(each, partial(each.loss, key=key))}"
+            for key, title in (("validation_loss", "validation loss"), ("test_loss", "test loss"))
         ),
         "Wrong classes found: area under the ROC curve, %.",
         _table(
@@ -264,6 +260,21 @@ def _tables(each: Set) -> str:
         ),
     ]
     return "\n\n".join(rows)
+
+
+def _by_ways(each: Set, shown: Callable[[float, str, int], str]) -> str:
+    """A row to each l2: with all images, and without `count` of them by each way."""
+    return _table(
+        ["l2", "all images", *(LOOKS[way].title for way in influence.WAYS)],
+        [
+            [
+                _strength(part),
+                shown(part, "exact", 0),
+                *(shown(part, way, each.count) for way in influence.WAYS),
+            ]
+            for part in each.parts
+        ],
+    )
 
 
 def _claims(each: Set) -> list[Claim]:
