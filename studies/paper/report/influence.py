@@ -1,107 +1,394 @@
-"""The page's part on influence: what taking out harmful images does."""
+"""The page's part on influence: whether it is exact, and what taking out harmful images does."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from studies.paper.cells import Found
-from studies.paper.methods import LOW_RANK
+from studies.paper.outcomes import right
 from studies.paper.parts import influence
-from studies.paper.report.claims import Claim
+from studies.paper.report.claims import FAILS, HOLDS, Claim, held
 from studies.paper.report.section import Section
 from studies.paper.report.series import draw_series
-from studies.paper.report.summary import Mean, paired
+from studies.paper.report.summary import Mean, gain, paired
 from tangent_ops import pictures
 from tangent_ops.pictures import Look
 
+CHOSEN = 1.0  # the part of l2 that is all of it
 LOOKS = {
     "exact": Look("exact influence", "D", "-", pictures.EXACT),
     "classical": Look("classical influence", "^", "--", pictures.RIVAL),
+    "left out": Look("loss when left out", "s", "-", pictures.TANGENT),
+    "self-influence": Look("self-influence", "v", "--", pictures.TANGENT_OTHER),
+    "training loss": Look("training loss", "P", "-.", pictures.ORDINARY),
+    "anchor": Look("anchor's loss", "X", ":", pictures.PROBE),
     "random": Look("at random", "o", ":", pictures.LEVEL),
 }
-PANELS = {"validation_loss": "validation loss", "test_loss": "test loss"}
+
+
+@dataclass(frozen=True)
+class Set:
+    """The cells of one set of images, by seed."""
+
+    name: str
+    cells: list[dict[str, Any]]
+
+    @property
+    def parts(self) -> list[float]:
+        """Of l2, the strongest first."""
+        return [strength["part"] for strength in self.cells[0]["strengths"]]
+
+    @property
+    def counts(self) -> list[int]:
+        """How many images are taken out."""
+        return [point["count"] for point in self.cells[0]["strengths"][0]["curves"]]
+
+    @property
+    def count(self) -> int:
+        """Of them, the one that is nearest to how many have a wrong class."""
+        return min(self.counts, key=lambda count: abs(count - self.cells[0]["wrong_classes"]))
+
+    def at(self, part: float) -> list[dict[str, Any]]:
+        """What each seed found at a part of l2."""
+        place = self.parts.index(part)
+        return [cell["strengths"][place] for cell in self.cells]
+
+    def each(self, part: float, of: Callable[[dict[str, Any]], float]) -> list[float]:
+        return [of(strength) for strength in self.at(part)]
+
+    def mean(self, part: float, of: Callable[[dict[str, Any]], float]) -> Mean:
+        return Mean.of(self.each(part, of))
+
+    def auc(self, part: float, score: str) -> list[float]:
+        return self.each(part, lambda strength: strength["auc"][score])
+
+    def points(self, part: float, way: str, count: int) -> list[dict[str, Any]]:
+        """The fits without that many images; without none, every way's are the same."""
+        if count == 0:
+            return [strength["whole"] for strength in self.at(part)]
+        place = self.counts.index(count)
+        return [strength["curves"][place][way] for strength in self.at(part)]
+
+    def tested(self, part: float, way: str, count: int) -> np.ndarray:
+        """Whether each test image is right, (S, I)."""
+        return np.stack([right(point["test"]) for point in self.points(part, way, count)])
+
+    def loss(self, part: float, way: str, count: int, *, key: str) -> str:
+        """The mean of seeds, of "validation_loss" or "test_loss"."""
+        return _number(Mean.of([point[key] for point in self.points(part, way, count)]))
+
+    def gained(self, part: float, way: str) -> Mean:
+        """Test accuracy by taking `count` images out."""
+        return gain(self.tested(part, way, self.count), self.tested(part, way, 0))
+
+    def lowered(self, part: float) -> list[float]:
+        """By how much the validation loss falls without `count` images by exact influence."""
+        pairs = zip(
+            self.points(part, "exact", 0), self.points(part, "exact", self.count), strict=True
+        )
+        return [before["validation_loss"] - after["validation_loss"] for before, after in pairs]
+
+    def summed(self, part: float, name: str) -> list[float]:
+        """What the sum of the single influences of the same images says."""
+        place = self.counts.index(self.count)
+        return self.each(part, lambda found: found["curves"][place]["sum_of_single"][name])
 
 
 def section(found: Found, out: Path) -> Section:
     """All of it."""
     cells = sorted(found.of(influence.PART), key=lambda cell: cell["seed"])
-    removed = [point["removed"] for point in cells[0]["points"]]
-
-    def series(index: int, name: str, key: str) -> list[float]:
-        return _series(cells, index, name, key)
-
-    rows = ["| removed | by | validation loss | test loss | test accuracy, % | wrong labels |"]
-    rows.append("| --- " * 6 + "|")
-    for index, count in enumerate(removed):
-        for name, look in LOOKS.items():
-            if count == 0 and name != "exact":
-                continue
-            losses = [Mean.of(series(index, name, key)) for key in PANELS]
-            shown = " | ".join(f"{loss.value:.2f} ± {loss.error:.2f}" for loss in losses)
-            right = Mean.of(series(index, name, "test_accuracy")).percent()
-            wrong = Mean.of(series(index, name, "wrong_found")).value
-            title = look.title if count else "–"
-            rows.append(f"| {count} | {title} | {shown} | {right} | {wrong:.1f} |")
-    path = _draw(cells, removed, out / "influence.png")
-    first = cells[0]
-    agreement = Mean.of([cell["correlation"] for cell in cells])
-    ratio = Mean.of([cell["exact_over_classical"] for cell in cells])
-    seconds = Mean.of([cell["influence_seconds"] for cell in cells])
-    text = (
-        f"{first['images']}: {first['train']} training images, {first['wrong']} of them with a "
-        f"wrong class; rank-{LOW_RANK} deltas, fitted exactly. Scores of all images by both in "
-        f"{seconds.value:.0f} s; they correlate by {agreement.value:.3f}, and the exact one is "
-        f"{ratio.value:.2f} times the classical one in the median. Images are ranked by the loss "
-        "of the validation images and taken out, and the model is fitted again.\n\n"
-        + "\n".join(rows)
-    )
-    last = len(removed) - 1
-    count = removed[last]
-    claims = [
-        Claim(
-            f"{count} images removed: {key.partition('_')[0]} loss is lower by exact influence "
-            f"than {other}",
-            paired(series(last, name, key), series(last, "exact", key)),
-            "higher",
-            why,
-            percent=False,
-        )
-        for key in PANELS
-        for name, other, why in (
-            ("random", "at random", "The images that harm validation need not harm the test."),
-            (
-                "classical",
-                "by classical influence",
-                "With this much regularisation no image has much leverage on its own output, so "
-                "the factor that the classical influence leaves out is near 1 and the ranks are "
-                "nearly the same.",
-            ),
-        )
+    names = list(dict.fromkeys(cell["images"] for cell in cells))
+    sets = [Set(name, [cell for cell in cells if cell["images"] == name]) for name in names]
+    figures = [
+        (_draw_curves(sets, out / "influence.png"), "Images taken out, and the test accuracy"),
+        (_draw_strengths(sets, out / "influence-l2.png"), "From strong to hardly any l2"),
     ]
-    return Section("Influence", text, [(path, "Images removed by influence")], claims)
+    text = "\n\n".join([_setting(sets[0]), *(_tables(each) for each in sets)])
+    claims = [claim for each in sets for claim in _claims(each)]
+    verdicts = {claim.text: claim.verdict for claim in held(claims)}
+    return Section("Influence", _findings(sets, verdicts), text, figures, claims)
 
 
-def _series(cells: list[dict], index: int, name: str, key: str) -> list[float]:
-    return [cell["points"][index][name][key] for cell in cells]
+def _findings(sets: list[Set], verdicts: dict[str, str]) -> list[str]:
+    """What was missed first."""
+    findings = [_exactness(sets), *(_removal(each, verdicts) for each in sets)]
+    findings += [_groups(sets), _detection(sets, verdicts)]
+    missed = [f"Missed: {words}" for met, words in findings if not met]
+    return missed + [words[0].upper() + words[1:] for met, words in findings if met]
+
+
+def _exactness(sets: list[Set]) -> tuple[bool, str]:
+    error = max(f["exact_error"] for each in sets for part in each.parts for f in each.at(part))
+    met = error < 1e-3
+    words = (
+        f"exact influence {'is' if met else 'is not'} what leaving an image out and fitting again "
+        f"does: the largest error is {error:.0e} of the largest true influence."
+    )
+    for each in sets:
+        first, last = (
+            each.mean(part, lambda f: f["agreement"]).value for part in (CHOSEN, each.parts[-1])
+        )
+        words += (
+            f" {each.name}: the classical one correlates with it by {first:.2f} at the chosen l2 "
+            f"and by {last:.2f} at {_fraction(each.parts[-1])} of it."
+        )
+    return met, words
+
+
+def _removal(each: Set, verdicts: dict[str, str]) -> tuple[bool, str]:
+    parts = (CHOSEN, each.parts[-1])
+    words = f"{each.name}, {each.count} of {each.cells[0]['train']} images taken out:"
+    said = {HOLDS: "exact is better", FAILS: "exact is worse"}
+    found = [verdicts[_better(each, part, "classical").text] for part in parts]
+    for part, verdict in zip(parts, found, strict=True):
+        gains = [
+            f"{each.gained(part, way).points()} ({way})" for way in ("exact", "classical", "random")
+        ]
+        words += (
+            f" at {_strength(part)} test accuracy changes by {', '.join(gains)} points, and "
+            f"{said.get(verdict, 'exact and classical are not told apart')};"
+        )
+    met = HOLDS in found and FAILS not in found
+    aimed = (
+        "exact influence chooses what to take out better than the classical one, at one l2 at least"
+        if met
+        else "exact influence should choose what to take out better than the classical one"
+    )
+    return met, f"{aimed}. {words[:-1]}."
+
+
+def _groups(sets: list[Set]) -> tuple[bool, str]:
+    """Of images taken out at once."""
+    words, met = [], True
+    for each in sets:
+        last = each.parts[-1]
+        true, exact, classical = (
+            Mean.of(values).value
+            for values in (
+                each.lowered(last),
+                each.summed(last, "exact"),
+                each.summed(last, "classical"),
+            )
+        )
+        met &= abs(exact - true) < abs(classical - true)
+        words.append(
+            f"{each.name}: {each.count} images taken out at once lower the validation loss by "
+            f"{true:.2f} at {_strength(last)}; their single influences add up to {exact:.2f} "
+            f"(exact) and {classical:.2f} (classical)."
+        )
+    return met, " ".join(words)
+
+
+def _detection(sets: list[Set], verdicts: dict[str, str]) -> tuple[bool, str]:
+    words, met = [], True
+    for each in sets:
+        last = each.parts[-1]
+        aims = [_finds_better(each, CHOSEN, "anchor"), _finds_better(each, last, "training loss")]
+        met &= all(verdicts[aim.text] == HOLDS for aim in aims)
+        strong, weak = (
+            {score: Mean.of(each.auc(part, score)).value for score in LOOKS}
+            for part in (CHOSEN, last)
+        )
+        words.append(
+            f"{each.name}: at the chosen l2 the AUC is {strong['left out']:.2f} by the loss when "
+            f"left out, {strong['training loss']:.2f} by the training loss, "
+            f"{strong['exact']:.2f} and {strong['classical']:.2f} by exact and classical harm to "
+            f"the validation images, {strong['anchor']:.2f} by the anchor's loss; at "
+            f"{_strength(last)} it is {weak['left out']:.2f}, {weak['training loss']:.2f}, "
+            f"{weak['exact']:.2f} and {weak['classical']:.2f} by the first four."
+        )
+    aimed = (
+        f"wrong classes {'are' if met else 'should be'} found better by the loss when left out "
+        "than by the anchor's loss at the chosen l2, and than by the training loss at the weakest."
+    )
+    return met, " ".join([aimed, *words])
+
+
+def _setting(each: Set) -> str:
+    first = each.cells[0]
+    seconds = Mean.of([f["influence_seconds"] for f in each.at(CHOSEN)]).value
+    return (
+        f"TAFT-1, fitted exactly to {first['train']} training images, {first['wrong_classes']} of "
+        f"them with a wrong class; the anchor's classifier is a probe of {first['public']} other "
+        "images with right classes. Leave-one-out cross-validation chooses l2; then everything is "
+        "done at parts of it. Harm is by how much the mean loss of "
+        f"{first['validation']} validation images falls without an image (exact: all images in "
+        f"{seconds:.1f} s). The truth: {first['checked']} images for each seed and l2, left out "
+        "one by one, and the others fitted by a direct solve."
+    )
+
+
+def _tables(each: Set) -> str:
+    count = each.count
+    rows = [
+        f"**{each.name}.** Classical and exact influence of all images; {count} images taken out "
+        "at once by exact influence, and what the sum of their single influences says.",
+        _table(
+            [
+                *("l2", "training loss", "loss when left out", "classical and exact: correlation"),
+                *("validation loss falls by", "exact sum", "classical sum"),
+            ],
+            [
+                [
+                    _strength(part),
+                    _number(each.mean(part, lambda f: f["training_loss"])),
+                    _number(each.mean(part, lambda f: f["left_out_loss"])),
+                    _number(each.mean(part, lambda f: f["agreement"])),
+                    _number(Mean.of(each.lowered(part))),
+                    _number(Mean.of(each.summed(part, "exact"))),
+                    _number(Mean.of(each.summed(part, "classical"))),
+                ]
+                for part in each.parts
+            ],
+        ),
+        f"Test accuracy, %, before and after {count} images are taken out.",
+        _by_ways(each, lambda *point: Mean.crossed(each.tested(*point)).percent()),
+        *(
+            f"The same, {title}.\n\n{_by_ways(each, partial(each.loss, key=key))}"
+            for key, title in (("validation_loss", "validation loss"), ("test_loss", "test loss"))
+        ),
+        "Wrong classes found: area under the ROC curve, %.",
+        _table(
+            ["l2", *(look.title for look in LOOKS.values())],
+            [
+                [_strength(part), *(Mean.of(each.auc(part, score)).percent() for score in LOOKS)]
+                for part in each.parts
+            ],
+        ),
+    ]
+    return "\n\n".join(rows)
+
+
+def _by_ways(each: Set, shown: Callable[[float, str, int], str]) -> str:
+    """A row to each l2: with all images, and without `count` of them by each way."""
+    return _table(
+        ["l2", "all images", *(LOOKS[way].title for way in influence.WAYS)],
+        [
+            [
+                _strength(part),
+                shown(part, "exact", 0),
+                *(shown(part, way, each.count) for way in influence.WAYS),
+            ]
+            for part in each.parts
+        ],
+    )
+
+
+def _claims(each: Set) -> list[Claim]:
+    last = each.parts[-1]
+    return [
+        Claim(
+            f"{each.name}: classical influence correlates less with the exact one at "
+            f"{_strength(last)} than at the chosen one",
+            paired(*(each.each(part, lambda f: f["agreement"]) for part in (CHOSEN, last))),
+            "higher",
+            percent=False,
+        ),
+        *(
+            _better(each, part, other)
+            for other in ("random", "classical")
+            for part in (CHOSEN, last)
+        ),
+        _finds_better(each, CHOSEN, "anchor"),
+        _finds_better(each, last, "training loss"),
+    ]
+
+
+def _finds_better(each: Set, part: float, other: str) -> Claim:
+    return Claim(
+        f"{each.name}, {_strength(part)}: wrong classes are found better by the loss when left "
+        f"out than by the {LOOKS[other].title} (AUC)",
+        paired(each.auc(part, "left out"), each.auc(part, other)),
+        "higher",
+    )
+
+
+def _better(each: Set, part: float, other: str) -> Claim:
+    by = {"random": "at random", "classical": "by the classical one"}[other]
+    return Claim(
+        f"{each.name}, {_strength(part)}: test accuracy is higher after {each.count} images are "
+        f"taken out by exact influence than {by}",
+        gain(each.tested(part, "exact", each.count), each.tested(part, other, each.count)),
+        "higher",
+    )
 
 
 @pictures.styled()
-def _draw(cells: list[dict], removed: list[int], path: Path) -> Path:
-    figure = pictures.new_figure(height=4.2)
-    panels = figure.subplots(1, 2, sharey=True)
-    for each, (key, title) in zip(panels, PANELS.items(), strict=True):
-        before = _series(cells, 0, "exact", key)
-        for number, (name, look) in enumerate(LOOKS.items()):
-            changes = [
-                paired(_series(cells, index, name, key), before) for index in range(1, len(removed))
-            ]
-            apart = [count + 0.4 * (number - 1) for count in removed[1:]]  # two of them coincide
-            draw_series(each, look, apart, changes, factor=1)
-        each.axhline(0, color=pictures.LEVEL, linewidth=1)
-        each.set_xticks(removed[1:])
-        each.set_xlabel("training images removed")
-        each.set_title(title)
-    panels[0].set_ylabel("change of the loss")
-    pictures.legend_above(figure, columns=3)
-    pictures.note(figure, "Bars: standard errors over seeds. Points are set apart sideways.")
+def _draw_curves(sets: list[Set], path: Path) -> Path:
+    figure = pictures.new_figure(height=1 + 3 * len(sets))
+    grid = figure.subplots(len(sets), 2, sharey="row", squeeze=False)
+    for row, each in zip(grid, sets, strict=True):
+        for axes, part in zip(row, (CHOSEN, each.parts[-1]), strict=True):
+            pictures.draw_level(axes, 0)
+            for number, way in enumerate(influence.WAYS):
+                before = each.tested(part, way, 0)
+                gains = [gain(each.tested(part, way, count), before) for count in each.counts]
+                apart = [count * (1 + 0.02 * (number - 2)) for count in each.counts]
+                draw_series(axes, LOOKS[way], apart, gains)
+            pictures.number_axis(axes, each.counts)
+            axes.set_title(f"{each.name}, {_strength(part)}")
+        row[0].set_ylabel("change, points")
+    for axes in grid[-1]:
+        axes.set_xlabel("training images taken out")
+    pictures.legend_above(figure, columns=5)
+    pictures.note(
+        figure,
+        "Change of test accuracy. Bars: standard errors over seeds and test images. Points are "
+        "set apart sideways.",
+    )
     return pictures.save(figure, path)
+
+
+@pictures.styled()
+def _draw_strengths(sets: list[Set], path: Path) -> Path:
+    figure = pictures.new_figure(height=1 + 3 * len(sets))
+    grid = figure.subplots(len(sets), 2, squeeze=False)
+    for (left, right_), each in zip(grid, sets, strict=True):
+        parts = each.parts[::-1]
+        exact = [each.mean(part, lambda f: f["correlation"]["exact"]) for part in parts]
+        draw_series(left, LOOKS["exact"], parts, exact, factor=1)
+        classical = [each.mean(part, lambda f: f["agreement"]) for part in parts]
+        draw_series(left, LOOKS["classical"], parts, classical, factor=1)
+        for name in LOOKS:
+            means = [Mean.of(each.auc(part, name)) for part in parts]
+            draw_series(right_, LOOKS[name], parts, means)
+        left.set_title(f"{each.name}: influence")
+        left.set_ylabel("correlation")
+        right_.set_title(f"{each.name}: wrong classes found")
+        right_.set_ylabel("area under ROC curve, %")
+        for axes in (left, right_):
+            pictures.number_axis(axes, parts)
+    for axes in grid[-1]:
+        axes.set_xlabel("part of the chosen l2")
+    pictures.legend_above(figure, columns=4)
+    pictures.note(
+        figure,
+        "Correlations: exact influence with the true one, of images left out and the others fitted "
+        "again; classical with exact influence, of all images. Bars: standard errors over seeds.",
+    )
+    return pictures.save(figure, path)
+
+
+def _strength(part: float) -> str:
+    if part == CHOSEN:
+        return "the chosen l2"
+    return f"{_fraction(part)} of l2" if part < 1 else f"{part:g} times l2"
+
+
+def _fraction(part: float) -> str:
+    return f"1/{1 / part:,.0f}"
+
+
+def _number(mean: Mean) -> str:
+    return f"{mean.value:.2f} ± {mean.error:.2f}"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
