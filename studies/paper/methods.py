@@ -38,7 +38,7 @@ PROBE_RATE = 1e-2
 LOW_RANK = 8  # of low-rank deltas and of LoRA's
 BOTTLENECK = 64  # of adapters
 LORA_SCALE = 2.0  # alpha / rank
-CORE, CORE_IMAGES = 8, 100  # directions on either side of a layer, and what they come from
+CORE, CORE_IMAGES = 8, 50  # directions on either side of a layer, and what they come from
 NEWTON_TOLERANCE = 0.1
 
 
@@ -241,19 +241,13 @@ def newton(start: Start) -> Fit:
 
 
 def by_statistics(start: Start) -> Fit:
-    """Core and classifier from sums over the samples; their l2 by generalised cross-validation."""
+    """Core and classifier from sums over the samples: one solve to each l2."""
     some = CachedFeatures(start.train.features[:CORE_IMAGES], start.train.targets[:CORE_IMAGES])
     core = core_basis(start.tail, some, size=CORE)
-    model = linearize(start.tail, core=core)
     # The core is of some of the training images themselves: nothing is to be forgotten here.
+    model = linearize(start.tail, core=core)
     sums = statistics(model, start.train, remembered=True, progress=False)
-
-    def at(_: float) -> Fitted:
-        row = sums.choose()
-        model.load_delta_dict(row.delta)
-        return Fitted(model, {"l2": row.delta.l2})
-
-    return at
+    return lambda l2: Fitted(_moved(start.tail, sums.solve(l2), core=core))
 
 
 # Cells run one way after another: those of one start share its kernel, which is dear.
@@ -262,8 +256,8 @@ def _span(start: Start) -> Span:
     return Span(linearize(start.tail), start.train)
 
 
-def _moved(tail: Tail, delta: Delta) -> nn.Module:
-    model = linearize(tail)
+def _moved(tail: Tail, delta: Delta, **given: Any) -> nn.Module:
+    model = linearize(tail, **given)
     model.load_delta_dict(delta)
     return model
 
@@ -276,7 +270,7 @@ class Method:
         title: What tables call it.
         family: Of which the best is compared with the best of others; "" for none.
         prepare: Start -> a fit for each rate.
-        grid: Rates that are tried on validation images, before it grows; one for no choice.
+        grid: Rates that are tried on validation images, before it grows.
         depth: Blocks that it trains; norm and classifier come with them. 0: the classifier alone.
         steps: Whether it takes passes over the data in batches.
     """
@@ -306,7 +300,7 @@ METHODS = {
     "taft-1-momentum": Method("TAFT-1, SGD with momentum", OURS, momentum, MOMENTUM_GRID),
     "taft-1-exact": Method("TAFT-1, exact", OURS, exact, L2_GRID, steps=False),
     "taft-1-newton": Method("TAFT-1, exact by Newton-CG", OURS, newton, NEWTON_GRID, steps=False),
-    "core": Method("core and head, statistics", OURS, by_statistics, (1.0,), steps=False),
+    "core": Method("core and head, statistics", OURS, by_statistics, L2_GRID, steps=False),
     "nlft-3": Method("NLFT-3", THEIRS, by_steps(ordinary), ORDINARY_GRID, depth=3),
     "taft-3": Method("TAFT-3", OURS, by_steps(tangent), TANGENT_GRID, depth=3),
     "nlft-all": Method("NLFT-all", THEIRS, by_steps(ordinary), ORDINARY_GRID, depth=12),

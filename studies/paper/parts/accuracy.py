@@ -96,10 +96,8 @@ def run(arguments: dict[str, Any], context: Context) -> dict[str, Any]:
         if depth not in known:
             given = (arguments, context, prepared, rows, name, arguments["loss"])
             known[depth] = _start(*given)
-        way, told = _tuned(name, known[depth], prepared, validation)
-        ways[name] = way
-        if told is not None:
-            choices[METHODS[name].title] = told
+        tuned = _tuned(name, known[depth], prepared, validation)
+        ways[name], choices[METHODS[name].title] = tuned
     return {"ways": ways, "choices": choices}
 
 
@@ -119,7 +117,7 @@ def _start(
 
 def _tuned(
     name: str, start: Start, prepared: Prepared, validation: Tensor
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The method at the rate that validation images prefer: its outcomes, and how it was chosen."""
     method = METHODS[name]
     judge = prepared.rows(method.depth, validation)
@@ -132,17 +130,14 @@ def _tuned(
             return 0.0, None
         return score(fitted.model, judge), fitted
 
-    if len(method.grid) == 1:
-        (validated, fitted), told = make(method.grid[0]), None
-    else:
-        choice = choose(method.grid, make)
-        validated, fitted, told = choice.tried[choice.value], choice.result, choice.told()
+    choice = choose(method.grid, make)
+    fitted = choice.result
     assert fitted is not None  # then every rate diverged
-    way = {"validation": validated, "told": fitted.told}
+    way = {"validation": choice.tried[choice.value], "told": fitted.told}
     way["test"] = outcome_of(fitted.model, prepared.tested(method.depth))
     if prepared.shifted:
         way["shifted"] = outcome_of(fitted.model, prepared.tested_shifted(method.depth))
-    return way, told
+    return way, choice.told()
 
 
 def _cost(name: str, start: Start) -> dict[str, Any]:

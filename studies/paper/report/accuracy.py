@@ -231,7 +231,7 @@ def _findings(every: list[Regime]) -> list[str]:
         f"of {len(over)} sets: {listed}."
     )
     for claim in _claims(every):
-        if claim.text in (_DEEPER, _SHIFTED):
+        if claim.text.endswith((_DEEPER, _SHIFTED)):
             verb = {HOLDS: "holds", FAILS: "does not hold"}.get(claim.verdict, "cannot be told")
             lines.append(f'"{claim.text}" {verb}: {claim.shown()} points.')
     return lines
@@ -240,7 +240,7 @@ def _findings(every: list[Regime]) -> list[str]:
 _DEEPER = (
     "all sets, few images: TAFT-3, square loss, is not less accurate than NLFT-3, cross-entropy"
 )
-_SHIFTED = "emoji drawn by others: the best TAFT is not less accurate than the best NLFT"
+_SHIFTED = "drawn by others: the best TAFT is not less accurate than the best NLFT"
 
 
 def _claims(every: list[Regime]) -> list[Claim]:
@@ -260,7 +260,7 @@ def _claims(every: list[Regime]) -> list[Claim]:
         claim(text, ours, runs.best(HEAD), "higher")
     for images in main.shifted:
         best = [main.sets[images].best(family, "shifted") for family in (OURS, THEIRS)]
-        claim(_SHIFTED, best[0], best[1], "not lower")
+        claim(f"{images} {_SHIFTED}", best[0], best[1], "not lower")
     if SMALL in _families(main):
         text = "all sets: the best TAFT is not less accurate than the best of LoRA and adapters"
         claim(text, main.pooled_best(OURS), main.pooled_best(SMALL), "not lower")
