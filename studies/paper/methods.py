@@ -85,8 +85,8 @@ def probe(
 
 def head_alone(start: Start, lr: float) -> nn.Module:
     """A probe, of a start whose "tokens" are what enters the classifier."""
-    classes = start.tail.get_submodule("head").out_features
-    return probe(start.train, int(classes), start.loss, start.seed, lr)
+    head: Any = start.tail.get_submodule("head")
+    return probe(start.train, head.out_features, start.loss, start.seed, lr)
 
 
 def with_head(tail: Tail, head: nn.Linear) -> Tail:
@@ -302,7 +302,7 @@ METHODS = {
     "taft-1-newton": Method("TAFT-1, exact by Newton-CG", OURS, newton, NEWTON_GRID, steps=False),
     "core": Method("core and head, statistics", OURS, by_statistics, L2_GRID, steps=False),
     "nlft-3": Method("NLFT-3", THEIRS, by_steps(ordinary), ORDINARY_GRID, depth=3),
-    "taft-3": Method("TAFT-3", OURS, by_steps(tangent), TANGENT_GRID, depth=3),
+    "taft-3": Method("TAFT-3", OURS, by_steps(tangent), (2e-5, 6e-5, 2e-4), depth=3),
     "nlft-all": Method("NLFT-all", THEIRS, by_steps(ordinary), ORDINARY_GRID, depth=12),
     "taft-all": Method("TAFT-all", OURS, by_steps(tangent), TANGENT_GRID, depth=12),
     "lora-all": Method("LoRA-all", SMALL, by_steps(lora), LORA_GRID, depth=12),

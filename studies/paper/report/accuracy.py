@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from studies.paper.cells import Found
-from studies.paper.methods import HEAD, METHODS, OURS, SMALL, THEIRS
+from studies.paper.methods import HEAD, METHODS, OURS, PROBE_RATE, SMALL, THEIRS
 from studies.paper.outcomes import right
 from studies.paper.parts import accuracy
 from studies.paper.report.claims import FAILS, HOLDS, Claim
@@ -142,8 +142,9 @@ def _table(regime: Regime) -> str:
     return (
         f"**{regime.name}**: {given['train']} training images, {given['validation']} validation "
         f"images, {given['epochs']} passes in batches of {given['batch']} (the probe's own recipe, "
-        "and exact fits, take as many as they need). Test accuracy, %, of the rate that was best "
-        "on the validation images of each seed.\n\n" + "\n".join(rows) + _unconverged(regime)
+        "and exact fits, take as many as they need). All start from a probe with the same loss, of "
+        f"a rate of {PROBE_RATE:g}. Test accuracy, %, at the rate (for exact fits, the l2) that is "
+        "best on each seed's validation images.\n\n" + "\n".join(rows) + _unconverged(regime)
     )
 
 
