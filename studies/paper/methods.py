@@ -268,7 +268,7 @@ class Method:
 
     Attributes:
         title: What tables call it.
-        family: Of which the best is compared with the best of others; "" for none.
+        family: Its best member is compared with those of the other families.
         prepare: Start -> a fit for each rate.
         grid: Rates that are tried on validation images, before it grows.
         depth: Blocks that it trains; norm and classifier come with them. 0: the classifier alone.
