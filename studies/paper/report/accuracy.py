@@ -291,7 +291,7 @@ def _claims(every: list[Regime]) -> list[Claim]:
 @pictures.styled()
 def _draw(every: list[Regime], path: Path) -> Path:
     """A panel to each set; a row of them to each regime."""
-    shown = [list(dict.fromkeys(m for m, _ in r.ways if m != PROBE))[::-1] for r in every]
+    shown = [[m for m in METHODS if m != PROBE and m in dict(r.ways)][::-1] for r in every]
     heights = [len(methods) for methods in shown]
     sets = list(dict.fromkeys(images for regime in every for images in regime.sets))
     figure = pictures.new_figure(height=1.3 + 0.3 * sum(heights) + 0.5 * len(every))
