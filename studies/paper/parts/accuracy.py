@@ -1,100 +1,161 @@
-"""Part 2: every method on every set, at the rate that was best on validation images of seed 0."""
+"""Accuracy: every way to fine-tune on every set, with each loss.
+
+All of a cell's ways share its training images, its validation images, which choose their rates, and
+the classifier that they start from: a probe of the training images.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from studies.paper.cells import Cell, Found
-from studies.paper.methods import METHODS, PROBE_RATE, Start, probe, train
+from torch import Tensor
+
+from studies.paper.cells import Cell
+from studies.paper.methods import METHODS, Fitted, Start, trained_parameters
+from studies.paper.outcomes import outcome_of
 from studies.paper.parts.context import Context, score
-from studies.paper.presets import Preset
-from studies.paper.tokens import FEATURES
+from studies.paper.tokens import Prepared
+from studies.paper.tuning import choose
+from tangent_ops.errors import NonFiniteLossError
 from tangent_ops.profiling.memory import peak_bytes
 
 PART = "accuracy"
-MEMORY = "memory"
-PROBE = "probe"
-PROBE_RATES = (3e-3, PROBE_RATE)
-MEMORY_SAMPLES = 32
-TUNED_ON = 0  # the seed
+LOSSES = ("square", "cross-entropy")
+COSTS = "costs"  # in place of a loss
 
 
-def plan(preset: Preset, found: Found) -> Iterator[Cell]:
-    """Each rate on the first seed; the best of them on the others; memory, once to a method."""
-    part = preset.accuracy
-    for images in part.sets:
-        for method, loss in _runs(preset, images):
-            given = {"images": images, "method": method, "loss": loss}
-            epochs = part.slow_epochs if method in part.slow else part.epochs
-            sizes = {"train": part.train, "validation": part.validation, "epochs": epochs}
-            rates = PROBE_RATES if method == PROBE else METHODS[method].rates
-            for rate in rates:
-                yield Cell(PART, {**given, "seed": TUNED_ON, "rate": rate, **sizes})
-            best = chosen(found, len(rates), **given)
-            if best is not None:
-                for seed in preset.seeds:
-                    yield Cell(PART, {**given, "seed": seed, "rate": best["rate"], **sizes})
-    measured = part.slow_sets[0] if part.slow_sets else part.sets[0]
-    for method, loss in _runs(preset, measured):
-        if method != PROBE:
-            given = {"images": measured, "method": method, "loss": loss}
-            yield Cell(MEMORY, {**given, "samples": MEMORY_SAMPLES})
+@dataclass(frozen=True)
+class Regime:
+    """Images, passes, and the methods that run with them.
+
+    Attributes:
+        name: What the page calls it.
+        train: Training images of a seed.
+        validation: Images of a seed that its rates are chosen on.
+        epochs: Passes over the training images.
+        batch: Images of a step.
+        square: Methods with the square loss, in `studies.paper.methods.METHODS`.
+        entropy: Those with cross-entropy.
+    """
+
+    name: str
+    train: int
+    validation: int
+    epochs: int
+    batch: int
+    square: tuple[str, ...]
+    entropy: tuple[str, ...]
 
 
-def chosen(found: Found, rates: int, **given: Any) -> dict[str, Any] | None:
-    """The run of the first seed that was best on validation images; None if one is missing."""
-    tried = found.of(PART, seed=TUNED_ON, **given)
-    if len(tried) < rates:
-        return None
-    return max(tried, key=lambda cell: (cell["validation_accuracy"], -cell["rate"]))
+@dataclass(frozen=True)
+class Sizes:
+    """Of this part.
+
+    Attributes:
+        sets: In `studies.paper.data.sets.SETS`; costs are measured on the first.
+        regimes: All run on every set.
+    """
+
+    sets: tuple[str, ...]
+    regimes: tuple[Regime, ...]
+
+
+def plan(sizes: Sizes, seeds: Sequence[int]) -> Iterator[Cell]:
+    """A cell to each regime, set, seed and loss; and one of costs to each regime."""
+    for regime in sizes.regimes:
+        given = {"regime": regime.name, "train": regime.train, "validation": regime.validation}
+        given |= {"epochs": regime.epochs, "batch": regime.batch}
+        for images in sizes.sets:
+            for seed in seeds:
+                for loss, methods in zip(LOSSES, (regime.square, regime.entropy), strict=True):
+                    about = {"images": images, "seed": seed, "loss": loss}
+                    yield Cell(PART, {**about, **given, "methods": list(methods)})
+        methods = list(dict.fromkeys((*regime.square, *regime.entropy)))
+        about = {"images": sizes.sets[0], "seed": seeds[0], "loss": COSTS}
+        losses = ["square" if name in regime.square else "cross-entropy" for name in methods]
+        yield Cell(PART, {**about, **given, "methods": methods, "losses": losses})
 
 
 def run(arguments: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Train one model and score it."""
+    """All ways of a cell, or what they cost."""
     prepared = context.prepared(arguments["images"])
     sizes = [arguments["train"], arguments["validation"]]
     rows, validation = prepared.drawn(arguments["seed"], sizes)
-    loss, seed, name = arguments["loss"], arguments["seed"], arguments["method"]
-    if name == PROBE:
-        depth = FEATURES
-        classes = len(prepared.classes)
-        model: Any = probe(prepared.rows(depth, rows), classes, loss, seed, arguments["rate"])
-        trained = {"parameters": sum(p.numel() for p in model.parameters()), "seconds": 0.0}
-    else:
-        method = METHODS[name]
-        depth = method.depth
-        anchor = context.anchor(arguments["images"], rows, loss, seed, depth)
-        start = Start(anchor, prepared.rows(depth, rows), loss, seed, arguments["epochs"])
-        result = train(method, start, arguments["rate"])
-        model = result.model
-        trained = {"parameters": result.parameters, "seconds": result.seconds}
-    scores = {
-        "validation_accuracy": score(model, prepared.rows(depth, validation)),
-        "test_accuracy": score(model, prepared.tested(depth)),
-    }
+    if arguments["loss"] == COSTS:
+        each = zip(arguments["methods"], arguments["losses"], strict=True)
+        starts = {name: _start(arguments, context, prepared, rows, name, x) for name, x in each}
+        return {"costs": {name: _cost(name, start) for name, start in starts.items()}}
+    ways, choices = {}, {}
+    known: dict[int, Start] = {}
+    for name in arguments["methods"]:
+        depth = METHODS[name].depth
+        if depth not in known:
+            given = (arguments, context, prepared, rows, name, arguments["loss"])
+            known[depth] = _start(*given)
+        tuned = _tuned(name, known[depth], prepared, validation)
+        ways[name], choices[METHODS[name].title] = tuned
+    return {"ways": ways, "choices": choices}
+
+
+def _start(
+    arguments: dict[str, Any],
+    context: Context,
+    prepared: Prepared,
+    rows: Tensor,
+    name: str,
+    loss: str,
+) -> Start:
+    depth, seed = METHODS[name].depth, arguments["seed"]
+    tail = context.anchor(arguments["images"], rows, loss, seed, max(depth, 1))
+    sizes = (arguments["epochs"], arguments["batch"])
+    return Start(tail, prepared.rows(depth, rows), loss, seed, *sizes)
+
+
+def _tuned(
+    name: str, start: Start, prepared: Prepared, validation: Tensor
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The method at the rate that validation images prefer: its outcomes, and how it was chosen."""
+    method = METHODS[name]
+    judge = prepared.rows(method.depth, validation)
+    fit = method.prepare(start)
+
+    def make(rate: float) -> tuple[float, Fitted | None]:
+        try:
+            fitted = fit(rate)
+        except NonFiniteLossError:  # a rate that diverges is the worst
+            return 0.0, None
+        return score(fitted.model, judge), fitted
+
+    choice = choose(method.grid, make)
+    fitted = choice.result
+    assert fitted is not None  # then every rate diverged
+    way = {"validation": choice.tried[choice.value], "told": fitted.told}
+    way["test"] = outcome_of(fitted.model, prepared.tested(method.depth))
     if prepared.shifted:
-        scores["shifted_accuracy"] = score(model, prepared.tested_shifted(depth))
-    return {**trained, **scores}
+        way["shifted"] = outcome_of(fitted.model, prepared.tested_shifted(method.depth))
+    return way, choice.told()
 
 
-def run_memory(arguments: dict[str, Any], context: Context) -> dict[str, Any]:
-    """The most that torch holds while a method trains for one pass over one batch."""
-    prepared = context.prepared(arguments["images"])
-    (rows,) = prepared.drawn(TUNED_ON, [arguments["samples"]])
-    method, loss = METHODS[arguments["method"]], arguments["loss"]
-    anchor = context.anchor(arguments["images"], rows, loss, TUNED_ON, method.depth)
-    start = Start(anchor, prepared.rows(method.depth, rows), loss, TUNED_ON, epochs=1)
-    train(method, start, method.rates[-1])
-    return {"bytes": peak_bytes(lambda: train(method, start, method.rates[-1]), context.device)}
+def _cost(name: str, start: Start) -> dict[str, Any]:
+    """Of one fit at the middle rate: its time, and torch's most memory in one of a single pass."""
+    method = METHODS[name]
+    rate = method.grid[len(method.grid) // 2]
 
+    def fitted(epochs: int) -> Fitted:
+        # A copy of the anchor: nothing is shared with the methods before.
+        tail = copy.deepcopy(start.tail)
+        return method.prepare(
+            Start(tail, start.train, start.loss, start.seed, epochs, start.batch)
+        )(rate)
 
-def _runs(preset: Preset, images: str) -> Iterator[tuple[str, str]]:
-    part = preset.accuracy
-    for loss in ("square", "cross-entropy"):
-        yield PROBE, loss
-        for method in part.methods:
-            yield method, loss
-    slow = part.slow if images in part.slow_sets else ()
-    for method in slow:
-        yield method, "square"
+    began = time.perf_counter()
+    model = fitted(start.epochs).model
+    seconds = time.perf_counter() - began
+    device = next(model.parameters()).device
+    peak = peak_bytes(lambda: fitted(1), device)
+    numbers = trained_parameters(model)
+    return {"loss": start.loss, "numbers": numbers, "seconds": seconds, "bytes": peak}
