@@ -24,7 +24,6 @@ Run = Callable[[dict[str, Any], Context], dict[str, Any]]
 
 RUNS: dict[str, Run] = {
     accuracy.PART: accuracy.run,
-    accuracy.MEMORY: accuracy.run_memory,
     composition.PART: composition.run,
     soups.PART: soups.run,
     forgetting.PART: forgetting.run,

@@ -40,6 +40,7 @@ class Regime:
         batch: Images of a step.
         square: Methods with the square loss, in `studies.paper.methods.METHODS`.
         entropy: Those with cross-entropy.
+        sets: That it runs on; empty for all of the part's.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Regime:
     batch: int
     square: tuple[str, ...]
     entropy: tuple[str, ...]
+    sets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class Sizes:
     """Of this part.
 
     Attributes:
-        sets: In `studies.paper.data.sets.SETS`; costs are measured on the first.
-        regimes: All run on every set.
+        sets: In `studies.paper.data.sets.SETS`; costs are measured on the first of a regime's.
+        regimes: What runs on them.
     """
 
     sets: tuple[str, ...]
@@ -69,13 +71,14 @@ def plan(sizes: Sizes, seeds: Sequence[int]) -> Iterator[Cell]:
     for regime in sizes.regimes:
         given = {"regime": regime.name, "train": regime.train, "validation": regime.validation}
         given |= {"epochs": regime.epochs, "batch": regime.batch}
-        for images in sizes.sets:
+        sets = regime.sets or sizes.sets
+        for images in sets:
             for seed in seeds:
                 for loss, methods in zip(LOSSES, (regime.square, regime.entropy), strict=True):
                     about = {"images": images, "seed": seed, "loss": loss}
                     yield Cell(PART, {**about, **given, "methods": list(methods)})
         methods = list(dict.fromkeys((*regime.square, *regime.entropy)))
-        about = {"images": sizes.sets[0], "seed": seeds[0], "loss": COSTS}
+        about = {"images": sets[0], "seed": seeds[0], "loss": COSTS}
         losses = ["square" if name in regime.square else "cross-entropy" for name in methods]
         yield Cell(PART, {**about, **given, "methods": methods, "losses": losses})
 
