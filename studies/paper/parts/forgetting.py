@@ -172,7 +172,9 @@ def run_tangent(task: Task) -> dict[str, Any]:
     ways: dict[str, Any] = {
         MEANS: {"removed": [], "requests": [], "shard_seconds": shard_seconds},
         AGAIN: {"removed": [outcome_at(descend(task.left(n), again.value)) for n in task.removed]},
-        EXACT: {"removed": [outcome_at(span.solve(task.left(n), exact.value)) for n in task.removed]},
+        EXACT: {
+            "removed": [outcome_at(span.solve(task.left(n), exact.value)) for n in task.removed]
+        },
     }
     with tempfile.TemporaryDirectory() as folder:
         ledger = _ledger(tangent, deltas, Path(folder) / "curve")
@@ -183,7 +185,9 @@ def run_tangent(task: Task) -> dict[str, Any]:
             model = loaded(tangent, ledger.composed())
             ways[MEANS]["removed"].append(outcome_of(model, task.dealt.tested))
         for gone in task.requests:
-            new = {n: span.delta(descend(kept, means.value)) for n, kept in task.touched(gone).items()}
+            new = {
+                n: span.delta(descend(kept, means.value)) for n, kept in task.touched(gone).items()
+            }
             ledger = _ledger(tangent, deltas, Path(folder) / f"{len(gone)}")
             _, seconds = timed(lambda ledger=ledger, new=new: _replace(ledger, new, tangent))
             seconds += shard_seconds * len(new)  # Span's descents are for this study alone
@@ -198,7 +202,11 @@ def run_tangent(task: Task) -> dict[str, Any]:
     ways[EXACT]["bytes"] = sum(batch.nbytes for batch, _ in problem.system.batches())
     ways[EXACT]["norm"] = float(problem.flat().norm())
     choices = {MEANS: means.told(), AGAIN: again.told(), EXACT: exact.told()}
-    return {"ways": ways, "choices": choices, "anchor": outcome_of(task.dealt.anchor, task.dealt.tested)}
+    return {
+        "ways": ways,
+        "choices": choices,
+        "anchor": outcome_of(task.dealt.anchor, task.dealt.tested),
+    }
 
 
 def run_ordinary(task: Task) -> dict[str, Any]:
@@ -291,7 +299,9 @@ def run_statistics(task: Task) -> dict[str, Any]:
         never = sums(without(task.left(0), most))
         for gone in task.requests:
             ledger = kept(f"{len(gone)}")
-            _, seconds = timed(lambda gone=gone, ledger=ledger: _subtract(ledger, task, tangent, gone))
+            _, seconds = timed(
+                lambda gone=gone, ledger=ledger: _subtract(ledger, task, tangent, gone)
+            )
             spared = without(most, gone)
             assert ledger.statistics() == (never + sums(spared) if len(spared) else never)
             way["requests"].append(asked(tangent, task, gone, seconds))
@@ -330,10 +340,10 @@ def size_of(folder: Path) -> int:
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    """What a call gives, and the seconds that it took."""
-    began = time.perf_counter()
+    """What a call gives, and the processor's seconds: other processes do not count."""
+    began = time.process_time()
     found = call()
-    return found, time.perf_counter() - began
+    return found, time.process_time() - began
 
 
 def _fit(tangent: LinearizedModel, task: Task, lr: float) -> None:

@@ -36,7 +36,7 @@ from tangent_ops.exact import forget_samples
 from tangent_ops.model.features import Tail
 
 PART = "membership"
-ASCENT_PASSES, ASCENT_RATE = 20, 2e-5
+ASCENT_STEPS, ASCENT_BATCH, ASCENT_RATE = 100, 32, 2e-5
 REPAIR_PASSES = 1
 
 
@@ -269,7 +269,11 @@ def run_statistics(game: Game) -> dict[str, Any]:
         return statistics(tangent, game.some(indices), progress=False)
 
     members, others = torch.arange(2 * game.members).tensor_split(2)
-    before, never, shard = sums(torch.cat([members, game.retained])), sums(game.retained), sums(members)
+    before, never, shard = (
+        sums(torch.cat([members, game.retained])),
+        sums(game.retained),
+        sums(members),
+    )
     forgotten = before - shard
     assert forgotten == never
     states = {"before": before, "forgotten by subtraction": forgotten, "never had it": never}
@@ -344,20 +348,23 @@ GROUPS: dict[str, Callable[[Game], dict[str, Any]]] = {
 def ascend(
     model: nn.Module, forgotten: CachedFeatures, unseen: CachedFeatures, seed: int
 ) -> nn.Module:
-    """A copy after gradient ascent on what is to be forgotten, until its loss is that of unseen."""
+    """A copy after gradient ascent on what is to be forgotten.
+
+    It ends when the loss of that is as high as the loss of unseen images was before.
+    """
     model, loss = copy.deepcopy(model), LOSSES[LOSS]()
     optimizer = torch.optim.AdamW(model.parameters(), lr=ASCENT_RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
-    for _ in range(ASCENT_PASSES):
-        losses = [loss(logits_of(model, data), data.targets) for data in (forgotten, unseen)]
-        if losses[0] >= losses[1]:
+    wanted = loss(logits_of(model, unseen), unseen.targets)
+    for _ in range(ASCENT_STEPS):
+        if loss(logits_of(model, forgotten), forgotten.targets) >= wanted:
             break
-        for batch in torch.randperm(len(forgotten), generator=generator).split(32):
-            optimizer.zero_grad()
-            inputs, targets = forgotten.features[batch], forgotten.targets[batch]
-            (-loss(model(inputs.to(device)), targets.to(device))).backward()
-            optimizer.step()
+        batch = torch.randperm(len(forgotten), generator=generator)[:ASCENT_BATCH]
+        inputs, targets = forgotten.features[batch], forgotten.targets[batch]
+        optimizer.zero_grad()
+        (-loss(model(inputs.to(device)), targets.to(device))).backward()
+        optimizer.step()
     return model
 
 
