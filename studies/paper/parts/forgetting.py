@@ -46,7 +46,7 @@ RATES = {
     MEANS: (3e-5, 1e-4, 3e-4),
     AGAIN: (3e-5, 1e-4, 3e-4),
     EXACT: (0.3, 1.0, 3.0),  # of l2
-    ENSEMBLE: (1e-4, 3e-4, 1e-3),
+    ENSEMBLE: (3e-5, 1e-4, 3e-4),
     ORDINARY: (3e-5, 1e-4, 3e-4),
 }
 
@@ -169,12 +169,18 @@ def run_tangent(task: Task) -> dict[str, Any]:
     exact = choose(RATES[EXACT], lambda l2: tried(span.solve(every, l2)))
     deltas = [span.delta(weights) for weights in means.result]
     _, shard_seconds = timed(lambda: _fit(tangent, task, means.value))
+
+    def at(removed: int) -> tuple[Tensor, Tensor]:
+        if not removed:
+            return again.result, exact.result
+        left = task.left(removed)
+        return descend(left, again.value), span.solve(left, exact.value)
+
+    curve = [[outcome_at(weights) for weights in at(removed)] for removed in task.removed]
     ways: dict[str, Any] = {
         MEANS: {"removed": [], "requests": [], "shard_seconds": shard_seconds},
-        AGAIN: {"removed": [outcome_at(descend(task.left(n), again.value)) for n in task.removed]},
-        EXACT: {
-            "removed": [outcome_at(span.solve(task.left(n), exact.value)) for n in task.removed]
-        },
+        AGAIN: {"removed": [point[0] for point in curve]},
+        EXACT: {"removed": [point[1] for point in curve], "requests": []},
     }
     with tempfile.TemporaryDirectory() as folder:
         ledger = _ledger(tangent, deltas, Path(folder) / "curve")
@@ -193,7 +199,6 @@ def run_tangent(task: Task) -> dict[str, Any]:
             seconds += shard_seconds * len(new)  # Span's descents are for this study alone
             ways[MEANS]["requests"].append(asked(tangent, task, gone, seconds))
     problem = span.problem.with_l2(exact.value)
-    ways[EXACT]["requests"] = []
     for gone in task.requests:
         loaded(tangent, span.delta(exact.result))
         (_, certificate), seconds = timed(lambda gone=gone: forget_samples(problem, gone.tolist()))

@@ -147,8 +147,8 @@ class Curve:
             "shard's TAFT was timed once, by passes through the model, and counts for every shard "
             "that an image is taken from. Kept is what a way needs beside the images: sums, "
             "deltas, models, or layer factors. After each request the statistics were, bit for "
-            "bit, those of images that were never asked for, computed from these alone. The exact fit is "
-            f"within {max(bounds):.1e} of the optimum's norm by its certificates.\n\n"
+            "bit, those of images that were never asked for, computed from these alone. The exact "
+            f"fit is within {max(bounds):.1e} of the optimum's norm by its certificates.\n\n"
             + "\n".join(rows)
         )
 
