@@ -9,6 +9,9 @@ the mean of shards' deltas is that of the mean of their c.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -20,6 +23,8 @@ from tangent_ops.exact.tangent_kernel import TangentKernel, decomposed
 from tangent_ops.losses import loss_gradient
 
 MOMENTUM = 0.9  # of `Recipe(optimizer="momentum")`
+REFINEMENTS = 4
+SAMPLES = 256  # in a block of the kernel
 
 
 class Span:
@@ -34,73 +39,91 @@ class Span:
     """
 
     def __init__(self, tangent: LinearizedModel, data: CachedFeatures) -> None:
-        self.problem = Problem(tangent, data, 1.0, representation="factors", progress=False)
+        options: dict[str, Any] = {"representation": "factors", "progress": False}
+        self.problem = Problem(tangent, data, 1.0, batch_size=SAMPLES, **options)
         self._kernel = TangentKernel(self.problem.system)
         self._targets = data.targets
         self._shape = (self._kernel.samples, self._kernel.outputs)
 
     def descend(
-        self, indices: Tensor, loss: nn.Module, *, lr: float, epochs: int, batch: int, seed: int
+        self,
+        indices: Tensor,
+        loss: nn.Module,
+        *,
+        lr: float | Sequence[float],
+        epochs: int,
+        batch: int,
+        seed: int,
     ) -> Tensor:
         """SGD with momentum on some samples: ``fit(..., optimizer="momentum")``, but for rounding.
 
         Args:
             indices: (n,) of the samples; their order counts, since batches are drawn from it.
             loss: Mean over a batch.
-            lr: At the start; then as `Recipe` has it.
+            lr: At the start; then as `Recipe` has it. Several cost little more than one.
             epochs: Passes over the samples.
             batch: Samples of a step.
             seed: Of the order.
 
         Returns:
-            (N, C): c, zero for other samples.
+            (N, C): c, zero for other samples; (R, N, C) for R rates. Not finite if it diverged.
         """
-        recipe = Recipe(epochs=epochs, lr=lr, optimizer="momentum", batch_size=batch, seed=seed)
+        rates = torch.tensor([lr] if isinstance(lr, float) else lr)
+        recipe = Recipe(epochs=epochs, lr=1.0, optimizer="momentum", batch_size=batch, seed=seed)
         count, outputs = len(indices), self._shape[1]
-        gram = self._of(indices).float().view(count, outputs, -1)
+        gram = self._of(indices, indices).float().view(count, outputs, -1)
         start, targets = self._kernel.anchor_logits[indices].float(), self._targets[indices]
-        weights, velocity = (torch.zeros(count, outputs) for _ in range(2))
+        weights, velocity = (torch.zeros(count, outputs, len(rates)) for _ in range(2))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             loader = DataLoader([*range(count)], batch, shuffle=True)  # type: ignore[arg-type]
             steps, done = epochs * len(loader), 0
             for _ in range(epochs):
                 for rows in loader:
-                    logits = start[rows] + (gram[rows].flatten(0, 1) @ weights.flatten()).view(
-                        len(rows), outputs
-                    )
+                    moved = gram[rows].flatten(0, 1) @ weights.flatten(0, 1)
+                    logits = start[rows, :, None] + moved.view(len(rows), outputs, -1)
                     velocity *= MOMENTUM
-                    velocity[rows] += loss_gradient(loss, logits, targets[rows])[1]
-                    weights -= recipe.lr_at(done / steps) * velocity
+                    for number, one in enumerate(logits.unbind(2)):
+                        gradient = loss_gradient(loss, one, targets[rows])[1]
+                        velocity[rows, :, number] += gradient
+                    weights -= recipe.lr_at(done / steps) * rates * velocity
                     done += 1
-        return self._spread(indices, weights.double())
+        every = torch.zeros(len(rates), *self._shape, dtype=torch.float64)
+        every[:, indices] = weights.double().movedim(2, 0)
+        return every[0] if isinstance(lr, float) else every
 
     def solve(self, indices: Tensor, l2: float) -> Tensor:
-        """The optimum of the mean square loss of some samples plus l2/2 ‖Δ‖², as c: (N, C)."""
+        """The optimum of the mean square loss of some samples plus l2/2 ‖Δ‖², as c: (N, C).
+
+        By Cholesky's factors in float32, and steps that take their rounding out in float64.
+        """
         count, outputs = len(indices), self._shape[1]
-        roots, wanted = self._kernel.factors[indices], self._kernel.wanted[indices]
-        gram = self._of(indices).view(count, outputs, count, outputs)
+        roots = self._kernel.factors[indices]
+        wanted = self._kernel.wanted[indices].reshape(-1, 1)
+        gram = self._of(indices, indices).view(count, outputs, count, outputs)
         half = torch.einsum("iab,iajd->ibjd", roots, gram)
         matrix = torch.einsum("ibjd,jde->ibje", half, roots).reshape(count * outputs, -1)
         matrix.diagonal().add_(count * l2)
-        solved = torch.cholesky_solve(wanted.reshape(-1, 1), decomposed(matrix, l2))
-        return self._spread(indices, (roots @ solved.view(count, outputs, 1)).squeeze(2))
+        factor, solved = decomposed(matrix.float(), l2), torch.zeros_like(wanted)
+        for _ in range(REFINEMENTS):
+            rest = wanted - matrix @ solved
+            solved += torch.cholesky_solve(rest.float(), factor).double()
+        every = torch.zeros(self._shape, dtype=torch.float64)
+        every[indices] = (roots @ solved.view(count, outputs, 1)).squeeze(2)
+        return every
 
-    def logits(self, weights: Tensor) -> Tensor:
-        """(N, C): what the model with that delta says of the samples, in float64."""
-        moved = self._kernel.gram @ weights.flatten()
-        return self._kernel.anchor_logits + moved.view(self._shape)
+    def logits(self, weights: Tensor, indices: Tensor | None = None) -> Tensor:
+        """(N, C), or of some samples: what the model with delta Jᵀc says, in float64."""
+        of = torch.arange(self._shape[0]) if indices is None else indices
+        used = weights.abs().amax(dim=1).nonzero().flatten()
+        moved = self._of(of, used) @ weights[used].flatten()
+        return self._kernel.anchor_logits[of] + moved.view(len(of), -1)
 
     def delta(self, weights: Tensor) -> Delta:
         """Jᵀc."""
         return self.problem.passes.layout.named(self._kernel.pull_back(weights))
 
-    def _of(self, indices: Tensor) -> Tensor:
-        outputs = self._shape[1]
-        rows = (indices[:, None] * outputs + torch.arange(outputs)).flatten()
-        return self._kernel.gram[rows][:, rows]
-
-    def _spread(self, indices: Tensor, weights: Tensor) -> Tensor:
-        every = torch.zeros(self._shape, dtype=torch.float64)
-        every[indices] = weights
-        return every
+    def _of(self, rows: Tensor, columns: Tensor) -> Tensor:
+        outputs = torch.arange(self._shape[1])
+        of, by = ((i[:, None] * len(outputs) + outputs).flatten() for i in (rows, columns))
+        return self._kernel.gram[of][:, by]

@@ -41,6 +41,7 @@ class Prepared:
         targets: (count,) int64.
         test: How many are test images.
         classes: Class names.
+        drawings: How many consecutive images are of one thing.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Prepared:
     targets: Tensor
     test: int
     classes: list[str]
+    drawings: int = 1
 
     def rows(self, depth: int, indices: Tensor) -> CachedFeatures:
         """Tokens and classes of some images, in memory."""
@@ -64,7 +66,7 @@ class Prepared:
 
     def drawn(self, seed: int, sizes: list[int]) -> list[Tensor]:
         """Disjoint stratified draws from what are no test images: indices of each."""
-        parts = stratified(self.targets[self.test :], sizes, seed)
+        parts = draw(self.targets[self.test :], sizes, seed, self.drawings)
         return [part + self.test for part in parts]
 
 
@@ -91,7 +93,25 @@ def prepare(name: str, depths: tuple[int, ...], cache: Path, device: str = "cpu"
 
     shifted = {} if chosen.shifted is None else arrays("shifted-")
     targets = torch.from_numpy(np.load(folder / "targets.npy"))
-    return Prepared(name, arrays(""), shifted, targets, chosen.test, known["classes"])
+    classes = known["classes"]
+    return Prepared(name, arrays(""), shifted, targets, chosen.test, classes, chosen.drawings)
+
+
+def draw(targets: Tensor, sizes: list[int], seed: int, drawings: int = 1) -> list[Tensor]:
+    """Disjoint stratified draws of images: no two of them share a thing.
+
+    Args:
+        targets: Class indices, (count,) int64; those of one thing are consecutive.
+        sizes: Images in each draw; of a draw's last thing, what is too many is left out.
+        seed: Of the draw.
+        drawings: Images of each thing.
+
+    Raises:
+        DemoError: There are too few things.
+    """
+    things = stratified(targets[::drawings], [-(-size // drawings) for size in sizes], seed)
+    images = [(part[:, None] * drawings + torch.arange(drawings)).flatten() for part in things]
+    return [part[:size] for part, size in zip(images, sizes, strict=True)]
 
 
 def load_model(cache: Path) -> Any:
@@ -141,7 +161,7 @@ def tokens_of(
 def _compute(name: str, depths: tuple[int, ...], cache: Path, folder: Path, device: str) -> None:
     chosen = SETS[name]
     pool, model = chosen.load(cache), load_model(cache)
-    rows = torch.cat(stratified(pool.targets, [chosen.test, chosen.pool], TEST_SEED))
+    rows = torch.cat(draw(pool.targets, [chosen.test, chosen.pool], TEST_SEED, chosen.drawings))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tokens-", dir=folder.parent) as temporary:
         part = Path(temporary) / "part"
@@ -164,4 +184,6 @@ def _key(name: str, depths: tuple[int, ...]) -> str:
     chosen = SETS[name]
     made_of = [chosen.source(), chosen.test, chosen.pool, depths, TEST_SEED, IMAGE_SIZE]
     made_of += [VIT_SMALL.member_sha256, chosen.shifted_source and chosen.shifted_source()]
+    if chosen.drawings > 1:  # what is kept of other sets keeps its name
+        made_of.append(chosen.drawings)
     return hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]

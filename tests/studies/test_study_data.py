@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import pickle
 import re
@@ -19,11 +20,17 @@ import studies  # noqa: F401  # makes the demo's modules importable
 
 import assets  # isort: skip
 from assets import DemoError  # isort: skip
+from images import stratified  # isort: skip
+from PIL import Image
+
+from studies.paper.data import emoji, emoji_fine
 from studies.paper.data.archives import debian, fetch_package, members, npm
 from studies.paper.data.grey import read_idx
 from studies.paper.data.pickles import load_array
 from studies.paper.data.pool import Pool
+from studies.paper.data.sets import SETS
 from studies.paper.data.silhouettes import distinct
+from studies.paper.tokens import draw
 
 
 def _tar(files: dict[str, bytes], mode: str) -> bytes:
@@ -219,3 +226,82 @@ def test_inputs_are_normalised_and_in_colour() -> None:
     assert inputs.shape == (2, 3, 14, 14)
     expected = torch.tensor([1.0, 3.0, 0.5]).view(1, 3, 1, 1).expand(2, 3, 14, 14)
     torch.testing.assert_close(inputs, expected)
+
+
+def _emoji(subcategory: str, *unified: str, **other: object) -> list[dict[str, object]]:
+    """Entries of emoji.json."""
+    kinds = {"category": "Kinds", "has_img_google": True, "has_img_twitter": True}
+    return [
+        {"unified": code, "image": f"{code.lower()}.png", "subcategory": subcategory}
+        | kinds
+        | other
+        for code in unified
+    ]
+
+
+def test_fine_emoji_are_two_drawings_of_one_emoji_of_each_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runners = ("1F3C3-200D-2640-FE0F", "1F3C3", "1F3C3-200D-2642-FE0F-200D-27A1-FE0F")
+    cooks = ("1F469-200D-1F373", "1F468-200D-1F373")
+    entries = [
+        *_emoji("person", *runners, *cooks, "1F468", "1F469"),
+        *_emoji("food", "1F373", "1F34E", "1F34F", "1F350"),
+        *_emoji("few", "1F400", "1F401"),
+        *_emoji("food", "1F351", has_img_twitter=False),
+        *_emoji("flag", "1F1EA", "1F1EB", "1F1EC", "1F1ED", category="Flags"),
+    ]
+    expected = ["1F34E", "1F34F", "1F350", "1F373", "1F3C3", "1F468-200D-1F373", "1F468", "1F469"]
+    packages = {}
+    for number, drawing in enumerate(emoji_fine.DRAWINGS):
+        files = {"package/emoji.json": json.dumps(entries).encode()}
+        for shade, entry in enumerate(entries):
+            png = io.BytesIO()
+            Image.new("RGB", (64, 64), (shade, number, 0)).save(png, "PNG")
+            files[f"package/img/{drawing}/64/{entry['image']}"] = png.getvalue()
+        contents = _tar(files, "w:gz")
+        package = npm(drawing, "1", hashlib.sha256(contents).hexdigest())
+        path = tmp_path / package.sha256[:12] / package.file
+        path.parent.mkdir()
+        path.write_bytes(contents)
+        packages[drawing] = package
+    monkeypatch.setattr(emoji, "PACKAGES", packages)
+    monkeypatch.setattr(emoji_fine, "FEWEST", 4)
+    pool = emoji_fine.load_fine(tmp_path)
+    assert pool.pixels.shape == (16, 3, 64, 64)
+    assert pool.pixels[:, 1, 0, 0].tolist() == [0, 1] * 8
+    shades = pool.pixels[:, 0, 0, 0].view(8, 2)
+    assert torch.equal(shades[:, 0], shades[:, 1])
+    assert [entries[shade]["unified"] for shade in shades[:, 0].tolist()] == expected
+    assert list(pool.classes) == ["food", "person"]
+    assert pool.targets.tolist() == [0] * 8 + [1] * 8
+
+
+def test_draws_never_part_drawings_of_one_thing() -> None:
+    random = torch.Generator().manual_seed(0)
+    targets = torch.randint(0, 5, (200,), generator=random)
+    parts = draw(targets.repeat_interleave(3), [90, 31, 299], 7, drawings=3)
+    assert [len(part) for part in parts] == [90, 31, 299]
+    things = [set((part // 3).tolist()) for part in parts]
+    assert not (things[0] & things[1] or things[0] & things[2] or things[1] & things[2])
+    assert len(parts[0].unique()) == 90
+    assert len(things[0]) == 30
+    drawn = targets[torch.tensor(sorted(things[0]))].bincount(minlength=5)
+    expected = targets.bincount(minlength=5) * 30 / 200
+    assert (drawn - expected).abs().max() <= 1
+    with pytest.raises(DemoError, match="asked for"):
+        draw(targets.repeat_interleave(3), [301, 301], 7, drawings=3)
+
+
+def test_draws_of_single_images_are_stratified_ones() -> None:
+    targets = torch.arange(100) % 7
+    expected = stratified(targets, [40, 11, 20], 3)
+    for part, other in zip(draw(targets, [40, 11, 20], 3), expected, strict=True):
+        assert torch.equal(part, other)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_test_images_are_whole_things(name: str) -> None:
+    images = SETS[name]
+    assert images.test % images.drawings == 0
+    assert images.pool % images.drawings == 0

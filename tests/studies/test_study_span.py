@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from small_models import generator, shaken
@@ -43,12 +45,15 @@ def span(tangent, data) -> Span:
 @pytest.mark.parametrize("loss", [RescaledSquareLoss(), nn.CrossEntropyLoss()])
 def test_descent_is_that_of_fit_with_momentum(tangent, data, span, loss) -> None:
     indices = torch.tensor([3, 0, 7, 12, 9, 1, 5])
-    options = {"lr": 3e-3, "epochs": 4, "seed": 5}
+    options: dict[str, Any] = {"lr": 3e-3, "epochs": 4, "seed": 5}
     tangent.zero_()
     part = Subset(data, indices.tolist())
     fit(tangent, part, loss=loss, optimizer="momentum", batch_size=3, progress=False, **options)
     expected = {name: value.clone() for name, value in tangent.delta_dict().items()}
-    weights = span.descend(indices, loss, batch=3, **options)
+    rates = [1e-3, options.pop("lr")]
+    weights = span.descend(indices, loss, batch=3, lr=rates, **options)[1]
+    alone = span.descend(indices, loss, batch=3, lr=rates[1], **options)
+    torch.testing.assert_close(weights, alone)
     found = span.delta(weights)
     scale = max(float(value.abs().max()) for value in expected.values())
     assert scale > 1e-4
@@ -75,3 +80,6 @@ def test_logits_are_the_models(tangent, data, span) -> None:
     with torch.no_grad():
         expected = tangent(data.features)
     torch.testing.assert_close(span.logits(weights), expected, rtol=1e-9, atol=1e-9)
+    some = torch.tensor([5, 1])
+    weights[4] = 0
+    torch.testing.assert_close(span.logits(weights, some), span.logits(weights)[some])

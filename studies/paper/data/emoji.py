@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from assets import DemoError
 from PIL import Image
+from torch import Tensor
 
 from studies.paper.data.archives import Package, fetch_package, members, npm
 from studies.paper.data.pool import Pool, Source
@@ -43,9 +44,21 @@ def load_emoji(drawing: str, cache: Path) -> Pool:
     Raises:
         DemoError: A package could not be had, or lacks an image.
     """
-    listed = _listed(fetch_package(PACKAGES["google"], cache))
+    entries = listed(cache)
+    classes = sorted({entry["category"] for entry in entries})
+    targets = torch.tensor([classes.index(entry["category"]) for entry in entries])
+    name = {"google": "Noto emoji", "twitter": "Twemoji"}[drawing]
+    return Pool(name, pixels(drawing, entries, cache), targets, classes)
+
+
+def pixels(drawing: str, entries: list[dict[str, Any]], cache: Path) -> Tensor:
+    """The image of each entry, in their order: (count, 3, 64, 64) uint8.
+
+    Raises:
+        DemoError: The package could not be had, or lacks an image.
+    """
     folder = f"package/img/{drawing}/{SIDE}/"
-    wanted = {entry["image"] for entry in listed}
+    wanted = {entry["image"] for entry in entries}
     package = fetch_package(PACKAGES[drawing], cache)
     found = {
         name.removeprefix(folder): _on_white(contents)
@@ -54,11 +67,8 @@ def load_emoji(drawing: str, cache: Path) -> Pool:
     }
     if missing := wanted - found.keys():
         raise DemoError(f"{package} lacks {len(missing)} images, {min(missing)} among them")
-    classes = sorted({entry["category"] for entry in listed})
-    pixels = np.stack([found[entry["image"]] for entry in listed])
-    targets = torch.tensor([classes.index(entry["category"]) for entry in listed])
-    name = {"google": "Noto emoji", "twitter": "Twemoji"}[drawing]
-    return Pool(name, torch.from_numpy(pixels).permute(0, 3, 1, 2), targets, classes)
+    stacked = np.stack([found[entry["image"]] for entry in entries])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2)
 
 
 def source(drawing: str) -> Source:
@@ -67,8 +77,13 @@ def source(drawing: str) -> Source:
     return Source(f"npm {package.name}", LICENCES[drawing], package.sha256, note)
 
 
-def _listed(package: Path) -> list[dict[str, Any]]:
-    """What emoji.json says of every emoji that is kept, sorted by image name."""
+def listed(cache: Path) -> list[dict[str, Any]]:
+    """What emoji.json says of every emoji that is kept, sorted by image name.
+
+    Raises:
+        DemoError: The package could not be had.
+    """
+    package = fetch_package(PACKAGES["google"], cache)
     contents = dict(members(package, lambda name: name == "package/emoji.json"))
     entries = json.loads(contents["package/emoji.json"])
     kept = [
