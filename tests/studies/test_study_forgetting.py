@@ -179,21 +179,21 @@ def test_the_attack_sees_members_until_they_are_forgotten(attacks) -> None:
         auc(seen[f"exact, {state}"]["members"], seen[f"exact, {state}"]["others"])
         for state in ("before", "never had it")
     )
-    print(before, after)
     assert before > after + 0.15
 
 
 def test_ascent_ends_at_the_loss_that_unseen_images_had(game, monkeypatch) -> None:
-    monkeypatch.setattr(membership, "ASCENT_RATE", 1e-3)
+    monkeypatch.setattr(membership, "ASCENT_RATE", 2e-3)
     shard = game.some(torch.arange(12))
-    model = fit_ordinary(game.anchor, [shard], 3e-2, 60, 0)[0]
+    model = fit_ordinary(game.anchor, [shard], 2e-2, 40, 0)[0]
     ascended = membership.ascend(model, shard, game.validation, 0)
 
     def loss_of(one: nn.Module, data: CachedFeatures) -> float:
         return float(forgetting.LOSSES["square"]()(logits_of(one, data), data.targets))
 
     unseen = loss_of(model, game.validation)
-    assert loss_of(model, shard) < 0.9 * unseen <= 0.9 * loss_of(ascended, shard) < unseen
+    assert loss_of(model, shard) < 0.8 * unseen
+    assert unseen <= loss_of(ascended, shard) < 1.1 * unseen
 
 
 def test_an_attack_at_chance_covers_chance_and_another_does_not() -> None:

@@ -150,7 +150,7 @@ def run_tangent(task: Task) -> dict[str, Any]:
     span, loss = Span(tangent, task.dealt.private), LOSSES[LOSS]()
 
     def descend(indices: Tensor, lr: float) -> Tensor:
-        options: dict[str, Any] = {"batch": batch_of(indices), "seed": task.seed}
+        options: dict[str, Any] = {"batch": batch_of(task.some(indices)), "seed": task.seed}
         return span.descend(indices, loss, lr=lr, epochs=task.epochs, **options)
 
     def tried(weights: Tensor) -> tuple[float, Tensor]:

@@ -206,7 +206,7 @@ def run_tangent(game: Game) -> dict[str, Any]:
     members, count = torch.arange(game.members), len(game.shards) + 1
 
     def descend(indices: Tensor, lr: float, seed: int) -> Tensor:
-        batch = batch_of(indices)
+        batch = batch_of(game.some(indices))
         return span.descend(indices, loss, lr=lr, epochs=game.epochs, batch=batch, seed=seed)
 
     def judged(weights: Tensor) -> float:

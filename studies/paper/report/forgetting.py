@@ -19,7 +19,7 @@ from tangent_ops import pictures
 from tangent_ops.pictures import Look
 
 LOOKS = {
-    SUMS: Look("statistics", "v", "-", pictures.EXACT),
+    SUMS: Look("sum of statistics", "v", "-", pictures.EXACT),
     MEANS: Look("mean of TAFTs (ledger)", "D", "-", pictures.TANGENT),
     ENSEMBLE: Look("NLFT ensemble (SISA)", "o", ":", pictures.ORDINARY_OTHER),
     EXACT: Look("TAFT, exact, again", "P", "--", pictures.EXACT),
@@ -104,7 +104,7 @@ class Curve:
                 f"{fast[way]:.2g} s ({LOOKS[way].title})"
                 for way in sorted(fast, key=fast.__getitem__)
             )
-            + f"; statistics are then {self._mean(self.after(SUMS, most))} % accurate, NLFT again "
+            + f"; the sum of statistics is then right on {self._mean(self.after(SUMS, most))} %, NLFT again "
             f"{self._mean(self.after(ORDINARY, most))} %.",
         ]
 
@@ -168,7 +168,7 @@ class Curve:
         words = {"higher": "more accurate than", "not lower": "not less accurate than"}
         claims = [
             Claim(
-                f"{when}: {LOOKS[one].title}, {words[wanted]} {LOOKS[other].title}",
+                f"{when}: {LOOKS[one].title} is {words[wanted]} {LOOKS[other].title}",
                 gain(self.at(one, index), self.at(other, index)),
                 wanted,  # type: ignore[arg-type]
             )
@@ -180,7 +180,7 @@ class Curve:
                 count = self.requests[index]
                 claims.append(
                     Claim(
-                        f"a request of {count}: statistics take less time than "
+                        f"a request of {count}: the sum of statistics takes less time than "
                         f"{LOOKS[other].title} (powers of ten)",
                         Mean.of(ratios.tolist()),
                         "higher",
