@@ -93,19 +93,17 @@ class Curve:
         late = f"{self.removed[last]} of {self.first['shards']} shards removed"
         scores = (SUMS, MEANS, ENSEMBLE, ORDINARY)
         fast = {way: Mean.of(self.seconds(way, most)).value for way in REQUESTS}
+        times = [
+            f"{fast[way]:.2g} s ({LOOKS[way].title})" for way in sorted(fast, key=fast.__getitem__)
+        ]
+        shown = [f"{LOOKS[way].title} {self._mean(self.at(way, last))} %" for way in scores]
+        after = [self._mean(self.after(way, most)) for way in (SUMS, ORDINARY)]
         return [
             f"{given}, no shard removed. What can be forgotten should cost no accuracy while it is "
-            f"there: {'; '.join(compared)} (paired, points).",
-            f"{late}: "
-            + ", ".join(f"{LOOKS[way].title} {self._mean(self.at(way, last))} %" for way in scores)
-            + ".",
-            f"A request of {self.requests[most]} images at random takes "
-            + ", ".join(
-                f"{fast[way]:.2g} s ({LOOKS[way].title})"
-                for way in sorted(fast, key=fast.__getitem__)
-            )
-            + f"; the sum of statistics is then right on {self._mean(self.after(SUMS, most))} %, NLFT again "
-            f"{self._mean(self.after(ORDINARY, most))} %.",
+            f"there: {'; '.join(compared)} (points).",
+            f"{late}: {', '.join(shown)}.",
+            f"A request of {self.requests[most]} images at random takes {', '.join(times)}. The "
+            f"sum of statistics is then right on {after[0]} %, NLFT again on {after[1]} %.",
         ]
 
     def table(self) -> str:
@@ -128,7 +126,7 @@ class Curve:
     def costs(self) -> str:
         """Seconds, accuracy and what is kept, a row to each way."""
         asked = [f"{n} image{'s' * (n > 1)}: seconds | %" for n in self.requests]
-        head = ["way", "on a request", *asked, "kept, MB", "images that it needs"]
+        head = ["way", "on a request", *asked, "kept, MB", "needs of the other images"]
         rows = ["| " + " | ".join(head) + " |"]
         rows.append("| --- " * (len(head) + len(asked)) + "|")
         for way, (done, needed) in REQUESTS.items():

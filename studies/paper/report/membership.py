@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,25 +122,21 @@ def areas(runs: list[dict[str, Any]]) -> list[float]:
 def title(name: str) -> str:
     """Of an attacked model, for readers."""
     kind, _, state = name.partition(", ")
-    return f"{TITLES[kind]}: {state}"
+    return f"{TITLES[kind]}, {state}"
 
 
 def _findings(attacks: dict[str, Attack]) -> list[str]:
-    before = ", ".join(f"{TITLES[kind]} {attacks[f'{kind}, before'].told()}" for kind in TITLES)
-    left = [name for name in FORGOTTEN if attacks[name].sees]
-    exactly = (
-        "None of them is above chance"
-        if not left
-        else ("Above chance is: " + ", ".join(map(title, left)))
-    )
-    after = ", ".join(f"{title(name)} {attacks[name].told()}" for name in FORGOTTEN)
-    rest = ", ".join(f"{title(name)} {attacks[name].told()}" for name in (*APPROXIMATE, AGAIN))
+    def told(names: Iterable[str]) -> str:
+        return "; ".join(f"{title(name)}, {attacks[name].told()}" for name in names)
+
+    seen = [title(name) for name in FORGOTTEN if attacks[name].sees]
+    verdict = f"Above chance: {'; '.join(seen)}" if seen else "None of them is above chance"
     return [
-        f"Before anything is forgotten, the attack tells members from others: {before}; 0.5 is "
-        "chance.",
-        f"After exact forgetting: {after}. {exactly}. The ledger's model and the statistics are, "
-        "bit for bit, those that never had the shard.",
-        f"After approximate forgetting, and beside it training again: {rest}.",
+        "Before anything is forgotten, the attack tells members from others (0.5 is chance): "
+        f"{told(f'{kind}, before' for kind in TITLES)}.",
+        f"After exact forgetting: {told(FORGOTTEN)}. {verdict}. The ledger's model and the "
+        "statistics' are, bit for bit, those that never had the shard.",
+        f"After approximate forgetting: {told(APPROXIMATE)}; beside them {told([AGAIN])}.",
     ]
 
 
