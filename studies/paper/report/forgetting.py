@@ -119,8 +119,9 @@ class Curve:
             f"dealt at random; {first['public']} public ones for the anchor's classifier, which "
             f"alone is right on {self._mean(self.anchor)} %, and for the statistics' core. Test "
             "accuracy, %, after shards were removed one after the other. Rates were chosen once to "
-            "a seed, with all images; l2 of the statistics by generalised cross-validation, anew "
-            f"each time. {first['epochs']} passes.\n\n" + "\n".join(rows)
+            "a seed, with all images, and kept for what is trained again; l2 of the statistics by "
+            f"generalised cross-validation, anew each time. {first['epochs']} passes.\n\n"
+            + "\n".join(rows)
         )
 
     def costs(self) -> str:
@@ -213,6 +214,10 @@ class Curve:
         """Accuracy after a request against its seconds, a panel to each request."""
         figure = pictures.new_figure(height=3.8)
         panels = figure.subplots(1, len(self.requests), sharey=True, squeeze=False)[0]
+        asked = range(len(self.requests))
+        every = np.log10([Mean.of(self.seconds(way, i)).value for way in REQUESTS for i in asked])
+        ends = int(np.floor(every.min())), int(np.ceil(every.max()))
+        decades = [10.0**power for power in range(ends[0], ends[1] + 1)]
         for index, axes in enumerate(panels):
             for way in REQUESTS:
                 mean, look = Mean.crossed(self.after(way, index)), LOOKS[way]
@@ -220,7 +225,7 @@ class Curve:
                 draw_series(axes, look, [seconds], [mean])
             count = self.requests[index]
             axes.set_title(f"{count} image{'s' * (count > 1)}")
-            axes.set_xscale("log")
+            pictures.number_axis(axes, decades)
             axes.set_xlabel("seconds")
         panels[0].set_ylabel("test accuracy, %")
         handles, labels = panels[0].get_legend_handles_labels()
