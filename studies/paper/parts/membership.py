@@ -38,6 +38,7 @@ from tangent_ops.model.features import Tail
 PART = "membership"
 ASCENT_STEPS, ASCENT_BATCH, ASCENT_RATE = 100, 32, 2e-5
 REPAIR_PASSES = 1
+CORE_IMAGES = 40  # a core of more takes longer than all shadows of statistics
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Sizes:
 
     Attributes:
         images: The set.
-        public: Images of the anchor's classifier and of the core.
+        public: Images of the anchor's classifier; the first of them make the core.
         members: Images of shard 0, and of as many others that no model saw.
         retained: Private images of the other shards.
         validation: Images that rates are chosen on.
@@ -78,7 +79,7 @@ class Game:
 
     Attributes:
         anchor: Of all models.
-        public: Tokens of its images.
+        public: Tokens of some of its images, for the core.
         data: Members, as many others, then what is retained.
         members: How many they are.
         shards: Indices of the retained shards.
@@ -112,7 +113,7 @@ class Game:
         shards = torch.arange(count, count + retained).tensor_split(arguments["shards"] - 1)
         return cls(
             context.anchor(arguments["images"], public, LOSS, seed),
-            prepared.rows(1, public),
+            prepared.rows(1, public[:CORE_IMAGES]),
             prepared.rows(1, torch.cat([candidates, kept])),
             arguments["members"],
             shards,
