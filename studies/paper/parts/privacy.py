@@ -37,11 +37,11 @@ ORDINARY, ORDINARY_CORE = "ordinary", "ordinary, core"
 RATES = {  # of AdamW, at first
     PROBE: (1e-3, 3e-3, 1e-2),
     TANGENT: (3e-4, 1e-3, 3e-3),
-    TANGENT_CORE: (3e-3, 1e-2, 3e-2),
+    TANGENT_CORE: (3e-4, 1e-3, 3e-3),
     ORDINARY: (3e-4, 1e-3, 3e-3),
-    ORDINARY_CORE: (3e-3, 1e-2, 3e-2),
+    ORDINARY_CORE: (3e-4, 1e-3, 3e-3),
 }
-CLIP = 1.0  # of DP-SGD; the square loss' gradients are above it, so it scales the rate alone
+CLIP = 1.0  # of DP-SGD
 PROBE_STEPS = 60  # of DP-SGD; they are cheap
 
 
@@ -70,7 +70,8 @@ class Sizes:
 
     Attributes:
         sets: Name -> sizes.
-        epsilons: At `failure`.
+        epsilons: At `failure`, of the mechanisms in public coordinates and of the probe.
+        sgd_epsilons: Those of them that the other ways by DP-SGD, which take longer, are run with.
         failure: The δ.
         core: Rows and columns of each core.
         core_directions: Numbers of the core's directions that descent is tried with.
@@ -81,6 +82,7 @@ class Sizes:
 
     sets: dict[str, ImageSizes]
     epsilons: tuple[float, ...] = (0.5, 1.0, 3.0, 8.0)
+    sgd_epsilons: tuple[float, ...] = (1.0, 8.0)
     failure: float = 1e-5
     core: int = 8
     core_directions: tuple[int, ...] = (64, 128, 256)
@@ -94,16 +96,18 @@ def plan(sizes: Sizes, seeds: Sequence[int]) -> Iterator[Cell]:
     for images, of_images in sizes.sets.items():
         for seed in seeds:
             given = {"images": images, "seed": seed, **asdict(of_images)}
-            given |= {"epsilons": list(sizes.epsilons), "failure": sizes.failure}
+            given |= {"failure": sizes.failure, "core": sizes.core}
             directions = {
                 "core_directions": list(sizes.core_directions),
                 "head_directions": list(sizes.head_directions),
                 "statistics_core": list(sizes.statistics_core),
                 "statistics_head": list(sizes.statistics_head),
             }
-            yield Cell(PART, {**given, "group": PUBLIC, "core": sizes.core, **directions})
+            every = list(sizes.epsilons)
+            yield Cell(PART, {**given, "group": PUBLIC, "epsilons": every, **directions})
             for way in RATES:
-                yield Cell(PART, {**given, "group": way, "core": sizes.core})
+                epsilons = every if way == PROBE else list(sizes.sgd_epsilons)
+                yield Cell(PART, {**given, "group": way, "epsilons": epsilons})
 
 
 def run(arguments: dict[str, Any], context: Context) -> dict[str, Any]:

@@ -208,7 +208,7 @@ class CoreLinear(nn.Module):
     def __init__(self, layer: nn.Linear, left: Tensor, right: Tensor) -> None:
         super().__init__()
         self.layer = layer.requires_grad_(False)
-        self.core = nn.Linear(len(right), left.shape[1], bias=False)
+        self.core = nn.Linear(len(right), left.shape[1], bias=False).to(left)
         nn.init.zeros_(self.core.weight)
         self.left: Tensor
         self.right: Tensor
