@@ -85,7 +85,7 @@ class Sizes:
     sgd_epsilons: tuple[float, ...] = (1.0, 8.0)
     failure: float = 1e-5
     core: int = 8
-    core_directions: tuple[int, ...] = (64, 128, 256)
+    core_directions: tuple[int, ...] = (16, 64, 256)
     head_directions: tuple[int, ...] = (48, 96, 192)
     statistics_core: tuple[int, ...] = (4, 16, 64)
     statistics_head: tuple[int, ...] = (16, 32, 64)

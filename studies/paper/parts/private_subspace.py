@@ -44,7 +44,7 @@ DESCENT_RATES = (0.1, 0.2, 0.4)
 QUANTILES = (0.5, 0.9)  # of public gradients' norms
 BOUND_QUANTILE = 0.5  # of public features' norms
 RIDGES = (0.1, 1.0, 10.0)
-DRAWS = 2  # of the noise, for a choice; the released draw is another
+DRAWS = 4  # of the noise, for a choice; the released draw is another
 ADASSP = "AdaSSP"
 SHARES = {
     ADASSP: Shares(),

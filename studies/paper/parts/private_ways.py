@@ -41,7 +41,7 @@ from tangent_ops.privacy.regression.noisy_statistics import noise_for, sensitivi
 from tangent_ops.privacy.regression.samples import SampleReader
 from tangent_ops.privacy.statement import make_statement
 
-CORE_SHARE = 0.25  # of the budget, for the core's gradient
+CORE_SHARE = 0.1  # of the budget, for the core's gradient
 PHYSICAL_BATCH = 64
 
 
