@@ -82,7 +82,8 @@ def draw_privacy(out: Path) -> Path:
         "probe": "linear probe",
     }
     series = {
-        look: [_mean(cell) for cell in rows[names[way]]] for way, look in privacy.LOOKS.items()
+        look: dict(zip(epsilons, map(_mean, rows[names[way]]), strict=True))
+        for way, look in privacy.LOOKS.items()
     }
     levels = {
         "TAFT-1, not private": _stated(page, "TAFT-1 without privacy reaches"),

@@ -1,151 +1,193 @@
-"""Part 5: accuracy against ε, for tangent and ordinary fine-tuning and a probe."""
+"""Part 5: accuracy against ε, for private tangent and ordinary fine-tuning and private probes."""
 
 from __future__ import annotations
 
 import copy
 import time
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from opacus import PrivacyEngine
-from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import nn
-from torch.utils.data import DataLoader
 
-from studies.paper.cells import Cell, Found
-from studies.paper.methods import LOSSES, Start, tangent
+from studies.paper.cells import Cell
+from studies.paper.outcomes import outcome_of
 from studies.paper.parts.context import Context, score
-from studies.paper.presets import Preset
+from studies.paper.parts.private_subspace import PUBLIC, Given, PublicSubspace
+from studies.paper.parts.private_ways import (
+    PHYSICAL_BATCH,
+    fit_by_opacus,
+    ordinary_core,
+    without_repetitions,
+)
 from studies.paper.tokens import FEATURES
-from tangent_ops import CachedFeatures, linearize
-from tangent_ops.model.features import Tail
-from tangent_ops.privacy import Privacy, fit_private
-from tangent_ops.privacy.accounting import Phase, epsilon, noise_multiplier_for
+from studies.paper.tuning import choose
+from tangent_ops import linearize
+from tangent_ops.model.core_basis import CoreBasis
+from tangent_ops.privacy import (
+    Privacy,
+    fit_private,
+)
 
 PART = "privacy"
-TUNED_ON = 0
 LOSS = "square"
-RATES = {"tangent": (3e-4, 1e-3), "ordinary": (3e-4, 1e-3), "probe": (1e-3, 4e-3)}
-CLIP = 1.0
-PHYSICAL_BATCH = 64
-PROBE_STEPS = 60  # of the probe, whose steps are cheap
-NOT_PRIVATE_EPOCHS = 4
-NOT_PRIVATE_RATE = 6e-4
+PROBE = "probe"
+TANGENT, TANGENT_CORE = "tangent", "tangent, core"
+ORDINARY, ORDINARY_CORE = "ordinary", "ordinary, core"
+RATES = {  # of AdamW, at first
+    PROBE: (1e-3, 3e-3, 1e-2),
+    TANGENT: (3e-4, 1e-3, 3e-3),
+    TANGENT_CORE: (3e-4, 1e-3, 3e-3),
+    ORDINARY: (3e-4, 1e-3, 3e-3),
+    ORDINARY_CORE: (3e-4, 1e-3, 3e-3),
+}
+CLIP = 1.0  # of DP-SGD
+PROBE_STEPS = 60  # of DP-SGD; they are cheap
 
 
-def plan(preset: Preset, found: Found) -> Iterator[Cell]:
-    """For every ε and way each rate on the first seed, and the best of them on the others."""
-    part = preset.privacy
-    sizes = {"public": part.public, "private": part.private, "validation": part.validation}
-    given = {"images": part.images, "failure": part.failure, **sizes}
-    for seed in preset.seeds:
-        yield Cell(PART, {**given, "way": "not private", "seed": seed})
-    given |= {"expected": part.expected, "steps": part.steps}
-    for epsilon_ in part.epsilons:
-        for way, rates in RATES.items():
-            asked = {**given, "way": way, "epsilon": epsilon_}
-            for rate in rates:
-                yield Cell(PART, {**asked, "seed": TUNED_ON, "rate": rate})
-            best = chosen(found, **asked)
-            if best is not None:
-                for seed in preset.seeds:
-                    yield Cell(PART, {**asked, "seed": seed, "rate": best["rate"]})
+@dataclass(frozen=True)
+class ImageSizes:
+    """Of one set.
+
+    Attributes:
+        public: Images of the anchor's classifier, the core's sides and the coordinates.
+        private: Images that are trained on privately, before repetitions are left out.
+        validation: Public images that options are chosen on.
+        expected: Samples in a step of DP-SGD, on average; half of all for the probe's.
+        steps: Of DP-SGD.
+    """
+
+    public: int
+    private: int
+    validation: int
+    expected: int
+    steps: int
 
 
-def chosen(found: Found, *, way: str, **given: Any) -> dict[str, Any] | None:
-    """The run of the first seed that was best on public images; None if one is missing."""
-    tried = found.of(PART, seed=TUNED_ON, way=way, **given)
-    if len(tried) < len(RATES[way]):
-        return None
-    return max(tried, key=lambda cell: (cell["validation_accuracy"], -cell["rate"]))
+@dataclass(frozen=True)
+class Sizes:
+    """Of the part.
+
+    Attributes:
+        sets: Name -> sizes.
+        epsilons: At `failure`, of the mechanisms in public coordinates and of the probe.
+        sgd_epsilons: Those of them that the other ways by DP-SGD, which take longer, are run with.
+        failure: The δ.
+        core: Rows and columns of each core.
+        core_directions: Numbers of the core's directions that descent is tried with.
+        head_directions: The same of the head's inputs.
+        statistics_core: As `core_directions`, of noisy statistics.
+        statistics_head: As `head_directions`, of noisy statistics.
+    """
+
+    sets: dict[str, ImageSizes]
+    epsilons: tuple[float, ...] = (0.5, 1.0, 3.0, 8.0)
+    sgd_epsilons: tuple[float, ...] = (1.0, 8.0)
+    failure: float = 1e-5
+    core: int = 8
+    core_directions: tuple[int, ...] = (16, 64, 256)
+    head_directions: tuple[int, ...] = (48, 96, 192)
+    statistics_core: tuple[int, ...] = (4, 16, 64)
+    statistics_head: tuple[int, ...] = (16, 32, 64)
+
+
+def plan(sizes: Sizes, seeds: Sequence[int]) -> Iterator[Cell]:
+    """For every set, seed and group of ways one cell, which has all ε."""
+    for images, of_images in sizes.sets.items():
+        for seed in seeds:
+            given = {"images": images, "seed": seed, **asdict(of_images)}
+            given |= {"failure": sizes.failure, "core": sizes.core}
+            directions = {
+                "core_directions": list(sizes.core_directions),
+                "head_directions": list(sizes.head_directions),
+                "statistics_core": list(sizes.statistics_core),
+                "statistics_head": list(sizes.statistics_head),
+            }
+            every = list(sizes.epsilons)
+            yield Cell(PART, {**given, "group": PUBLIC, "epsilons": every, **directions})
+            for way in RATES:
+                epsilons = every if way == PROBE else list(sizes.sgd_epsilons)
+                yield Cell(PART, {**given, "group": way, "epsilons": epsilons})
 
 
 def run(arguments: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Train one model with differential privacy, and score it."""
+    """Train with each ε, and score on test images.
+
+    Returns:
+        Under "ways", of each way and ε (None: without noise) the test images' outcome, the accuracy
+        on validation images and the seconds of the chosen training.
+    """
     prepared = context.prepared(arguments["images"])
     sizes = [arguments["public"], arguments["private"], arguments["validation"]]
-    public, private, validation = prepared.drawn(arguments["seed"], sizes)
-    anchor = context.anchor(arguments["images"], public, LOSS, arguments["seed"])
-    depth = FEATURES if arguments["way"] == "probe" else 1
-    data = prepared.rows(depth, private)
-    began = time.perf_counter()
-    found: dict[str, Any] = {}
-    if arguments["way"] == "not private":
-        start = Start(anchor, data, LOSS, arguments["seed"], NOT_PRIVATE_EPOCHS)
-        model = tangent(start, NOT_PRIVATE_RATE)
-        found["anchor_accuracy"] = score(anchor, prepared.tested(depth))
-    elif arguments["way"] == "ordinary":
-        model, found["spent"] = _ordinary(anchor, data, arguments)
-    else:
-        model, found["spent"] = _tangent(anchor, data, arguments)
-    found["seconds"] = time.perf_counter() - began
-    found["validation_accuracy"] = score(model, prepared.rows(depth, validation))
-    found["test_accuracy"] = score(model, prepared.tested(depth))
-    return found
+    drawn = prepared.drawn(arguments["seed"], sizes)
+    anchor = context.anchor(arguments["images"], drawn[0], LOSS, arguments["seed"])
+    public, private, validation = drawn
+    # A person has one image, and the mechanisms refuse repetitions.
+    private = private[without_repetitions(prepared.rows(1, private).features)]
+    depth = FEATURES if arguments["group"] == PROBE else 1
+    given = Given(
+        arguments,
+        anchor,
+        prepared.rows(depth, public),
+        prepared.rows(depth, private),
+        prepared.rows(depth, validation),
+        prepared.tested(depth),
+    )
+    return PublicSubspace(given).run() if arguments["group"] == PUBLIC else run_sgd(given)
 
 
-def _tangent(
-    anchor: Tail, data: CachedFeatures, arguments: dict[str, Any]
-) -> tuple[nn.Module, float]:
-    """The tail's deltas, or the classifier's alone; and the ε that was spent."""
-    probe = arguments["way"] == "probe"
-    model = linearize(anchor.get_submodule("head") if probe else anchor)
-    fitted = fit_private(
-        model,
-        data,
-        Privacy(
+def run_sgd(given: Given) -> dict[str, Any]:
+    """One way by DP-SGD: the library's for tangent models, Opacus' for ordinary ones."""
+    arguments, way = given.arguments, given.arguments["group"]
+    basis = given.basis() if way in (TANGENT_CORE, ORDINARY_CORE) else None
+    choices, ways = {}, []
+    for epsilon in arguments["epsilons"]:
+        privacy = Privacy(
             delta=arguments["failure"],
             max_grad_norm=CLIP,
-            target_epsilon=arguments["epsilon"],
-            expected_batch_size=arguments["private"] / 2 if probe else arguments["expected"],
-            steps=PROBE_STEPS if probe else arguments["steps"],
+            target_epsilon=epsilon,
+            expected_batch_size=len(given.private) / 2 if way == PROBE else arguments["expected"],
+            steps=PROBE_STEPS if way == PROBE else arguments["steps"],
             seed=arguments["seed"],  # a study: to be repeated; no secret is kept
-        ),
-        loss=LOSSES[LOSS](),
-        lr=arguments["rate"],
-        physical_batch_size=1000 if probe else PHYSICAL_BATCH,
-        progress=False,
-    )
-    return model, fitted.statement.epsilon
-
-
-def _ordinary(
-    anchor: Tail, data: CachedFeatures, arguments: dict[str, Any]
-) -> tuple[nn.Module, float]:
-    """The tail itself, by Opacus; and the ε that was spent."""
-    rate, steps = arguments["expected"] / len(data), arguments["steps"]
-    failure = arguments["failure"]
-    sigma = noise_multiplier_for(arguments["epsilon"], failure, sample_rate=rate, steps=steps)
-    torch.manual_seed(arguments["seed"])
-    model = copy.deepcopy(anchor).requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments["rate"], weight_decay=0.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Opacus': secure mode is off
-        made: Any = PrivacyEngine().make_private(
-            module=model,
-            optimizer=optimizer,
-            data_loader=DataLoader(data, arguments["expected"]),
-            noise_multiplier=sigma,
-            max_grad_norm=CLIP,
         )
-        _run(*made, steps=steps)
-    return model.eval(), epsilon([Phase(sigma, rate, steps)], failure)
 
+        def make(lr: float, privacy: Privacy = privacy) -> tuple[float, tuple[nn.Module, float]]:
+            began = time.perf_counter()
+            model = fit_way(given, way, basis, privacy, lr)
+            seconds = time.perf_counter() - began
+            return score(model, given.validation), (model, seconds)
 
-def _run(module: nn.Module, optimizer: Any, loader: DataLoader, *, steps: int) -> None:
-    done, loss = 0, LOSSES[LOSS]()
-    while done < steps:
-        memory = BatchMemoryManager(
-            data_loader=loader, max_physical_batch_size=PHYSICAL_BATCH, optimizer=optimizer
+        choice = choose(RATES[way], make)
+        choices[f"{way}, ε = {epsilon:g}: rate"] = choice.told()
+        model, seconds = choice.result
+        ways.append(
+            {
+                "way": way,
+                "epsilon": epsilon,
+                "validation": choice.tried[choice.value],
+                "tested": outcome_of(model, given.tested),
+                "seconds": seconds,
+            }
         )
-        with memory as batches:
-            for inputs, targets in batches:
-                optimizer.zero_grad()
-                device = next(module.parameters()).device
-                loss(module(inputs.to(device)), targets.to(device)).backward()
-                optimizer.step()
-                done += not optimizer._is_last_step_skipped
-                if done == steps:
-                    return
+    return given.found(choices, ways)
+
+
+def fit_way(
+    given: Given, way: str, basis: CoreBasis | None, privacy: Privacy, lr: float
+) -> nn.Module:
+    """Train by DP-SGD; a basis if a core is trained."""
+    if way in (ORDINARY, ORDINARY_CORE):
+        if basis is None:
+            model = copy.deepcopy(given.anchor).requires_grad_(True)
+        else:
+            model = ordinary_core(given.anchor, basis)
+        fit_by_opacus(model, given.private, privacy, lr)
+        return model
+    if way == PROBE:
+        tangent = linearize(given.anchor.get_submodule("head"))
+    else:
+        tangent = linearize(given.anchor, core=basis)
+    options: dict[str, Any] = {"lr": lr, "progress": False}
+    options["physical_batch_size"] = 1000 if way == PROBE else PHYSICAL_BATCH
+    fit_private(tangent, given.private, privacy, **options)
+    return tangent

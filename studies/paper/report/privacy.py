@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from studies.paper.cells import Found
+from studies.paper.outcomes import right
 from studies.paper.parts import privacy
-from studies.paper.report.claims import Claim
+from studies.paper.parts.private_subspace import (
+    DESCENT,
+    DESCENT_HEAD,
+    PUBLIC,
+    STATISTICS,
+    STATISTICS_HEAD,
+)
+from studies.paper.report.claims import HOLDS, Claim
 from studies.paper.report.section import Section
 from studies.paper.report.series import draw_series
-from studies.paper.report.summary import Mean, paired
+from studies.paper.report.summary import Mean, gain
 from tangent_ops import pictures
 from tangent_ops.pictures import Look
 
@@ -20,86 +31,232 @@ LOOKS = {
     "ordinary": Look("NLFT-1 (Opacus)", "s", "--", pictures.ORDINARY),
     "probe": Look("linear probe", "o", ":", pictures.PROBE),
 }
+BEST, BEST_PROBE = "best tangent", "best probe"
+WAYS = {
+    BEST: Look("best tangent way", "D", "-", pictures.TANGENT),
+    BEST_PROBE: Look("best probe", "o", "-", pictures.PROBE),
+    DESCENT: Look("noisy descent, core and head", "^", "--", pictures.TANGENT_OTHER),
+    DESCENT_HEAD: Look("noisy descent, head: probe in public subspace", "v", "--", pictures.PROBE),
+    STATISTICS: Look("noisy statistics, core and head", "P", "-.", pictures.EXACT),
+    STATISTICS_HEAD: Look("noisy statistics, head", "X", "-.", pictures.RIVAL),
+    privacy.PROBE: Look("probe, DP-SGD", "o", ":", pictures.PROBE),
+    privacy.TANGENT: Look("TAFT-1, DP-SGD", "s", ":", pictures.TANGENT),
+    privacy.TANGENT_CORE: Look("TAFT-1 in the core, DP-SGD", "d", ":", pictures.TANGENT),
+    privacy.ORDINARY: Look("NLFT-1, DP-SGD (Opacus)", "s", "--", pictures.ORDINARY),
+    privacy.ORDINARY_CORE: Look(
+        "NLFT-1 in the core, DP-SGD (Opacus)", "d", "--", pictures.ORDINARY_OTHER
+    ),
+}
+DRAWN = (BEST, BEST_PROBE, privacy.PROBE, privacy.TANGENT, privacy.ORDINARY)
+OURS = (DESCENT, STATISTICS)
+PROBES = (DESCENT_HEAD, STATISTICS_HEAD, privacy.PROBE)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one set, seeds (S) by test images (I).
+
+    Attributes:
+        images: The set.
+        cells: Of it, with arguments.
+        tested: (way, ε) -> (S, I); ε is None without noise.
+        seconds: (way, ε) -> mean seconds of the chosen training.
+    """
+
+    images: str
+    cells: list[dict[str, Any]]
+    tested: dict[tuple[str, float | None], np.ndarray]
+    seconds: dict[tuple[str, float | None], float]
+
+    @classmethod
+    def of(cls, found: Found, images: str) -> Scores:
+        """From the cells; the best of several ways is chosen on validation images, by seed."""
+        cells = found.of(privacy.PART, images=images)
+        runs: dict[tuple[str, float | None], dict[int, dict[str, Any]]] = {}
+        for cell in cells:
+            for way in cell["ways"]:
+                runs.setdefault((way["way"], way["epsilon"]), {})[cell["seed"]] = way
+        epsilons = {epsilon for way, epsilon in runs if way == DESCENT and epsilon is not None}
+        for epsilon in epsilons:
+            for best, ways in ((BEST, OURS), (BEST_PROBE, PROBES)):
+                runs[best, epsilon] = {
+                    seed: max((runs[way, epsilon][seed] for way in ways), key=_validation)
+                    for seed in runs[DESCENT, epsilon]
+                }
+        tested = {
+            key: np.stack([right(seeds[seed]["tested"]) for seed in sorted(seeds)])
+            for key, seeds in runs.items()
+        }
+        seconds = {
+            key: float(np.mean([run["seconds"] for run in seeds.values()]))
+            for key, seeds in runs.items()
+        }
+        return cls(images, cells, tested, seconds)
+
+    def epsilons(self, way: str = DESCENT) -> list[float]:
+        """That a way was run with, ascending."""
+        return sorted({e for name, e in self.tested if name == way and e is not None})
+
+    def anchor(self) -> Mean:
+        """Of the public probe."""
+        own = sorted((c for c in self.cells if c["group"] == PUBLIC), key=lambda c: c["seed"])
+        return Mean.crossed(np.stack([right(cell["anchor"]) for cell in own]))
+
+    def less(self, first: str, second: str, epsilon: float) -> Mean:
+        """Accuracy of a way less that of another."""
+        return gain(self.tested[first, epsilon], self.tested[second, epsilon])
+
+
+def _validation(run: dict[str, Any]) -> float:
+    return run["validation"]
 
 
 def section(found: Found, out: Path) -> Section:
     """All of it."""
-    cells = found.of(privacy.PART)
-    epsilons = sorted({cell["epsilon"] for cell in cells if "epsilon" in cell})
-    scores = {(way, epsilon): _chosen(found, way, epsilon) for way in LOOKS for epsilon in epsilons}
-    open_ = [cell for cell in cells if cell["way"] == "not private"]
-    free = Mean.of([cell["test_accuracy"] for cell in open_])
-    anchor = Mean.of([cell["anchor_accuracy"] for cell in open_])
-    rows = ["| way | " + " | ".join(f"ε = {epsilon:g}" for epsilon in epsilons) + " |"]
-    rows.append("| --- " * (1 + len(epsilons)) + "|")
-    for way, look in LOOKS.items():
-        shown = [Mean.of(scores[way, epsilon][0]).percent() for epsilon in epsilons]
-        rows.append(f"| {look.title} | " + " | ".join(shown) + " |")
-    first = next(cell for cell in cells if "epsilon" in cell)
-    text = (
-        f"{first['images']}: {first['private']} private images, {first['public']} public ones for "
-        f"the anchor's classifier, which alone is right on {anchor.percent()} %; TAFT-1 without "
-        f"privacy on {free.percent()} %. TAFT-1 and NLFT-1 take {first['steps']} steps of "
-        f"{first['expected']} images on average, the probe {privacy.PROBE_STEPS} of half of them "
-        "all. Rates were chosen for each ε and way on "
-        f"{first['validation']} public images. Test accuracy, %.\n\n" + "\n".join(rows)
+    names = dict.fromkeys(cell["images"] for cell in found.of(privacy.PART))
+    sets = [Scores.of(found, images) for images in names]
+    aimed = [(one, e, one.less(BEST, BEST_PROBE, e)) for one in sets for e in one.epsilons()]
+    claims = [
+        Claim(
+            f"{one.images}, ε = {epsilon:g}: the best tangent way is more accurate than the best "
+            "probe",
+            difference,
+            "higher",
+        )
+        for one, epsilon, difference in aimed
+    ]
+    factors = [_factors(one) for one in sets]
+    claims += [claim for of_set in factors for claim in of_set]
+    figures = [
+        (_draw(one, out / f"privacy-{one.images}.png"), f"{one.images}: accuracy against ε")
+        for one in sets
+    ]
+    findings = [*map(_aim, sets), *map(_words, sets, factors)]
+    return Section("Privacy", findings, "\n\n".join(map(_text, sets)), figures, claims)
+
+
+def _aim(one: Scores) -> str:
+    """What was aimed at, and what came of it."""
+    differences = {e: one.less(BEST, BEST_PROBE, e) for e in one.epsilons()}
+    signs = {e: Claim("", d, "higher").verdict == HOLDS for e, d in differences.items()}
+    above = [e for e, holds in signs.items() if holds]
+    below = [e for e, d in differences.items() if d.value < 0]
+    reached = not below and len(above) >= min(2, len(differences))
+    shown = ", ".join(f"{d.points()} at ε = {e:g}" for e, d in differences.items())
+    return (
+        f"{one.images}: the aim, the best tangent way at no ε below the best private probe and "
+        f"above it at two, is {'reached' if reached else 'missed'}: the difference is {shown} "
+        f"points; it is below zero at {len(below)} ε, and above it beyond chance at {len(above)}."
     )
-    claims = []
-    for epsilon in epsilons:
-        tangent = scores["tangent", epsilon][0]
-        claims.append(
-            Claim(
-                f"ε = {epsilon:g}: TAFT-1 is more accurate than NLFT-1",
-                paired(tangent, scores["ordinary", epsilon][0]),
-                "higher",
-                "Noise is added to as many numbers in either; convexity does not lower it, and "
-                "over so few steps an ordinary model is nearly linear.",
-            )
-        )
-        claims.append(
-            Claim(
-                f"ε = {epsilon:g}: TAFT-1 is more accurate than a private probe",
-                paired(tangent, scores["probe", epsilon][0]),
-                "higher",
-                "The probe has a few thousand numbers to add noise to, not millions.",
-            )
-        )
-    series = {look: [Mean.of(scores[way, e][0]) for e in epsilons] for way, look in LOOKS.items()}
-    levels = {"TAFT-1, not private": free, "public probe: no private image": anchor}
-    path = draw(epsilons, series, levels, cells[0]["failure"], out / "privacy.png")
-    return Section("Privacy", text, [(path, "Accuracy against ε")], claims)
 
 
-def _chosen(found: Found, way: str, epsilon: float) -> tuple[list[float], float]:
-    """Accuracy of every seed at the rate that was chosen, and that rate."""
-    best = privacy.chosen(found, way=way, epsilon=epsilon)
-    assert best is not None
-    given: dict[str, Any] = {"way": way, "epsilon": epsilon, "rate": best["rate"]}
-    cells = sorted(found.of(privacy.PART, **given), key=lambda cell: cell["seed"])
-    return [cell["test_accuracy"] for cell in cells], best["rate"]
+# Of the two factors: what is claimed, a way, and what is subtracted from it.
+CONVEXITY = (
+    ("convexity, all weights: TAFT-1 less NLFT-1", privacy.TANGENT, privacy.ORDINARY),
+    ("convexity, in the core: TAFT-1 less NLFT-1", privacy.TANGENT_CORE, privacy.ORDINARY_CORE),
+)
+SUBSPACE = (
+    (
+        "public subspace: core and head by noisy descent less TAFT-1 by DP-SGD",
+        DESCENT,
+        privacy.TANGENT,
+    ),
+    ("public subspace: probe by noisy descent less by DP-SGD", DESCENT_HEAD, privacy.PROBE),
+)
+
+
+def _factors(one: Scores) -> list[Claim]:
+    """What convexity and what the public subspace buy, at the largest ε that all ways have."""
+    epsilon = one.epsilons(privacy.TANGENT)[-1]
+    return [
+        Claim(f"{one.images}, ε = {epsilon:g}: {text}", one.less(way, other, epsilon), "higher")
+        for text, way, other in (*CONVEXITY, *SUBSPACE)
+    ]
+
+
+def _words(one: Scores, factors: Sequence[Claim]) -> str:
+    epsilon = one.epsilons(privacy.TANGENT)[-1]
+    shown = [claim.shown() for claim in factors]
+    return (
+        f"{one.images}, ε = {epsilon:g}: a tangent model less an ordinary one, both by DP-SGD, is "
+        f"{shown[0]} points with all of the block's weights and {shown[1]} in the core. Noisy "
+        f"descent in a public subspace is {shown[2]} points for core and head, less DP-SGD of all "
+        f"weights, and {shown[3]} for a probe, less its DP-SGD."
+    )
+
+
+def _text(one: Scores) -> str:
+    """A table of accuracies and one of seconds."""
+    epsilons = one.epsilons()
+    heads = [f"ε = {epsilon:g}" for epsilon in epsilons]
+    rows = [f"| {one.images} | {' | '.join([*heads, 'seconds'])} |"]
+    rows.append("| --- " * (2 + len(epsilons)) + "|")
+    for way, look in WAYS.items():
+        cells = [
+            Mean.crossed(one.tested[way, e]).percent() if (way, e) in one.tested else "-"
+            for e in epsilons
+        ]
+        seconds = f"{max(s for (name, _), s in one.seconds.items() if name == way):.1f}"
+        rows.append(f"| {look.title} | {' | '.join([*cells, seconds])} |")
+    given = next(cell for cell in one.cells if cell["group"] == PUBLIC)
+    samples = sorted({cell["samples"] for cell in one.cells})
+    gradients = given["expected"] * given["steps"]
+    free = {way: Mean.crossed(one.tested[way, None]).percent() for way in (DESCENT, DESCENT_HEAD)}
+    return (
+        f"**{one.images}**: {_range(samples)} private images, {given['public']} public ones for "
+        f"the anchor's classifier, which alone is right on {one.anchor().percent()} %, and "
+        f"{given['validation']} public ones that every option was chosen on, for each seed, way "
+        f"and ε; δ = {given['failure']:g}. The same steps of noisy descent without noise: "
+        f"{free[DESCENT]} % with core and head, {free[DESCENT_HEAD]} % with the head alone. TAFT-1 "
+        f"and NLFT-1, in the core or not, take {gradients:,} samples' gradients by DP-SGD; the "
+        f"probe {privacy.PROBE_STEPS} steps of half of all images. The best of several ways is "
+        "chosen on the validation images, too. Test accuracy, %; seconds of one training, at the "
+        "slowest ε; those in public coordinates include reading all features once.\n\n"
+        + "\n".join(rows)
+    )
+
+
+def _range(counts: Sequence[int]) -> str:
+    first, last = counts[0], counts[-1]
+    return f"{first:,}" if first == last else f"{first:,} to {last:,}"
+
+
+def _draw(one: Scores, path: Path) -> Path:
+    series = {
+        WAYS[way]: {e: Mean.crossed(one.tested[way, e]) for e in one.epsilons(way)} for way in DRAWN
+    }
+    levels = {
+        "public probe: no private image": one.anchor(),
+        "core and head without noise": Mean.crossed(one.tested[DESCENT, None]),
+    }
+    failure = one.cells[0]["failure"]
+    note = "Bars: standard errors over seeds and test images."
+    return draw(one.epsilons(), series, levels, failure, path, note)
 
 
 @pictures.styled()
 def draw(
     epsilons: Sequence[float],
-    series: Mapping[Look, Sequence[Mean]],
+    series: Mapping[Look, Mapping[float, Mean]],
     levels: Mapping[str, Mean],
     failure: float,
     path: Path,
+    note: str = "Bars: standard errors over seeds.",
 ) -> Path:
     """Accuracies against ε.
 
     Args:
-        epsilons: Of the points.
-        series: The accuracies of a way, one for each ε.
-        levels: Accuracies without ε: the first without privacy, the second without private images.
+        epsilons: Of the axis.
+        series: Of a way, ε -> accuracy.
+        levels: Accuracies without ε, at most two.
         failure: δ.
         path: Of the PNG.
+        note: Below the picture.
     """
     figure = pictures.new_figure(height=4.2)
     axes = figure.subplots()
     ends = [
-        (draw_series(axes, look, epsilons, means), look.title, look.colour)
+        (draw_series(axes, look, [*means], means.values()), look.title, look.colour)
         for look, means in series.items()
     ]
     for (words, mean), line in zip(levels.items(), ("-.", (0, (1, 2))), strict=True):
@@ -108,6 +265,6 @@ def draw(
     pictures.number_axis(axes, epsilons)
     axes.set_xlabel(f"ε at δ = {failure:g}")
     axes.set_ylabel("test accuracy, %")
-    pictures.note(figure, f"{pictures.TERMS} Bars: standard errors over seeds.")
+    pictures.note(figure, f"{pictures.TERMS} {note}")
     pictures.label_ends(axes, ends)
     return pictures.save(figure, path)
