@@ -55,6 +55,7 @@ class ImageSizes:
         validation: Public images that options are chosen on.
         expected: Samples in a step of DP-SGD, on average; half of all for the probe's.
         steps: Of DP-SGD.
+        draws: Of the noise, that a choice in public coordinates is made by; another is released.
     """
 
     public: int
@@ -62,6 +63,7 @@ class ImageSizes:
     validation: int
     expected: int
     steps: int
+    draws: int
 
 
 @dataclass(frozen=True)

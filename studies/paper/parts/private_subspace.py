@@ -44,7 +44,6 @@ DESCENT_RATES = (0.1, 0.2, 0.4)
 QUANTILES = (0.5, 0.9)  # of public gradients' norms
 BOUND_QUANTILE = 0.5  # of public features' norms
 RIDGES = (0.1, 1.0, 10.0)
-DRAWS = 4  # of the noise, for a choice; the released draw is another
 ADASSP = "AdaSSP"
 SHARES = {
     ADASSP: Shares(),
@@ -142,7 +141,7 @@ class PublicSubspace:
         arguments = self.given.arguments
         heads = choose(arguments["head_directions"], of_head, limits=(8, self.most_head))
         quantiles = heads.result
-        self.add(DESCENT_HEAD, epsilon, 0, int(heads.value), quantiles.result.result)
+        self.add(DESCENT_HEAD, epsilon, 0, int(heads.value), quantiles.result)
         told = {"directions": heads, "quantile": quantiles, "rate": quantiles.result}
         self.tell(DESCENT_HEAD, epsilon, told)
 
@@ -151,7 +150,7 @@ class PublicSubspace:
             lambda core: _outer(rated(int(core), int(heads.value), quantiles.value)),
             limits=(8, self.most_core),
         )
-        self.add(DESCENT, epsilon, int(cores.value), int(heads.value), cores.result.result)
+        self.add(DESCENT, epsilon, int(cores.value), int(heads.value), cores.result)
         self.tell(DESCENT, epsilon, {"core's directions": cores, "rate": cores.result})
 
     def statistics(self, epsilon: float) -> None:
@@ -187,14 +186,14 @@ class PublicSubspace:
         heads = choose(
             arguments["statistics_head"], lambda n: best(0, int(n)), limits=(4, self.most_head)
         )
-        self.add(STATISTICS_HEAD, epsilon, 0, int(heads.value), heads.result.result)
+        self.add(STATISTICS_HEAD, epsilon, 0, int(heads.value), heads.result)
         self.tell(STATISTICS_HEAD, epsilon, {"directions": heads, "ridge": heads.result})
         cores = choose(
             arguments["statistics_core"],
             lambda n: best(int(n), int(heads.value)),
             limits=(1, self.most_core),
         )
-        self.add(STATISTICS, epsilon, int(cores.value), int(heads.value), cores.result.result)
+        self.add(STATISTICS, epsilon, int(cores.value), int(heads.value), cores.result)
         self.tell(STATISTICS, epsilon, {"core's directions": cores, "ridge": cores.result})
 
     def sums(self, core: int, head: int, bounds: FeatureBounds) -> dict[str, Tensor]:
@@ -217,13 +216,15 @@ class PublicSubspace:
     def judged(self, core: int, head: int, solve: Solve) -> float:
         """Fraction of the validation images that are right, a mean over draws of the noise."""
         validation, targets = self.validation.narrowed(core, head), self.given.validation.targets
-        draws = range(1, 1 + DRAWS)
+        draws = range(1, 1 + self.given.arguments["draws"])
         return fmean(hits(validation.logits(*solve(draw)), targets) for draw in draws)
 
-    def add(self, way: str, epsilon: float | None, core: int, head: int, solve: Solve) -> None:
-        """Release, and score on test images."""
+    def add(
+        self, way: str, epsilon: float | None, core: int, head: int, best: Choice[Solve]
+    ) -> None:
+        """Release the chosen one, and score it on test images."""
         began = time.perf_counter()
-        z, columns = solve(0)
+        z, columns = best.result(0)
         seconds = time.perf_counter() - began + self.reading_seconds
         deltas = narrowed(self.where, core, head).deltas(z, columns)
         self.tangent.load_delta_dict(Delta(deltas, self.start.meta))
@@ -231,7 +232,7 @@ class PublicSubspace:
             {
                 "way": way,
                 "epsilon": epsilon,
-                "validation": self.judged(core, head, solve),
+                "validation": best.tried[best.value],
                 "tested": outcome_of(self.tangent, self.given.tested),
                 "seconds": seconds,
             }

@@ -60,7 +60,9 @@ class Read:
     def narrowed(self, core: int, head: int) -> Read:
         """In the leading directions alone."""
         rows = self.rows
-        kept = FeatureRows(rows.outputs, rows.core[:, :, :core], rows.head[:, :head])
+        kept = FeatureRows(
+            rows.outputs, rows.core[:, :, :core].contiguous(), rows.head[:, :head].contiguous()
+        )
         return Read(kept, self.residuals)
 
     def logits(self, z: Tensor, columns: Tensor) -> Tensor:
