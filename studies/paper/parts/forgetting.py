@@ -150,7 +150,7 @@ def run_tangent(task: Task) -> dict[str, Any]:
     span, loss = Span(tangent, task.dealt.private), LOSSES[LOSS]()
 
     def descend(indices: Tensor, lr: float) -> Tensor:
-        options: dict[str, Any] = {"batch": batch_of(task.some(indices)), "seed": task.seed}
+        options: dict[str, Any] = {"batch": batch_of(len(indices)), "seed": task.seed}
         return span.descend(indices, loss, lr=lr, epochs=task.epochs, **options)
 
     def tried(weights: Tensor) -> tuple[float, Tensor]:
@@ -355,7 +355,7 @@ def _fit(tangent: LinearizedModel, task: Task, lr: float) -> None:
     """A shard's training as users run it, by passes through the model."""
     shard = task.dealt.shards[0]
     tangent.zero_()
-    options: dict[str, Any] = {"epochs": task.epochs, "lr": lr, "batch_size": batch_of(shard)}
+    options: dict[str, Any] = {"epochs": task.epochs, "lr": lr, "batch_size": batch_of(len(shard))}
     fit(tangent, shard, loss=LOSSES[LOSS](), optimizer="momentum", progress=False, **options)
 
 

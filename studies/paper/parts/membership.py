@@ -207,7 +207,7 @@ def run_tangent(game: Game) -> dict[str, Any]:
     members, count = torch.arange(game.members), len(game.shards) + 1
 
     def descend(indices: Tensor, lr: float, seed: int) -> Tensor:
-        batch = batch_of(game.some(indices))
+        batch = batch_of(len(indices))
         return span.descend(indices, loss, lr=lr, epochs=game.epochs, batch=batch, seed=seed)
 
     def judged(weights: Tensor) -> float:
@@ -315,7 +315,7 @@ def run_ordinary(game: Game) -> dict[str, Any]:
     def repaired(model: nn.Module, indices: Tensor, seed: int) -> nn.Module:
         assert isinstance(model, Tail)
         repaired = copy.deepcopy(model)
-        start = Start(repaired, retained, LOSS, seed, REPAIR_PASSES, batch_of(retained))
+        start = Start(repaired, retained, LOSS, seed, REPAIR_PASSES, batch_of(len(retained)))
         start.fit(repaired, chosen.value)
         return repaired
 

@@ -162,7 +162,6 @@ class Curve:
             (0, none, SUMS, EXACT, "not lower"),
             (0, none, SUMS, ORDINARY, "not lower"),
             (last, late, MEANS, ENSEMBLE, "not lower"),
-            (last, late, SUMS, ORDINARY, "not lower"),
         ]
         words = {"higher": "more accurate than", "not lower": "not less accurate than"}
         claims = [

@@ -11,7 +11,15 @@ from typing import Any
 from studies.paper.cells import Found
 from studies.paper.data.pool import Source
 from studies.paper.data.sets import SETS
-from studies.paper.report import accuracy, claims, composition, forgetting, influence, privacy
+from studies.paper.report import (
+    accuracy,
+    claims,
+    composition,
+    forgetting,
+    influence,
+    membership,
+    privacy,
+)
 from studies.paper.report.edges import edges
 from studies.paper.report.section import Section
 
@@ -26,6 +34,7 @@ SECTIONS: tuple[Callable[[Found, Path], Section], ...] = (
     accuracy.section,
     composition.section,
     forgetting.section,
+    membership.section,
     privacy.section,
     influence.section,
 )
