@@ -45,6 +45,9 @@ class Span:
         self._kernel = TangentKernel(self.problem.system)
         self._targets = data.targets
         self._shape = (self._kernel.samples, self._kernel.outputs)
+        # The square loss has the Hessian (2/C) I by the logits, for every sample.
+        self._curvature = 2 / self._kernel.outputs
+        self._wanted = self._kernel.wanted / self._curvature**0.5
 
     def descend(
         self,
@@ -98,19 +101,16 @@ class Span:
 
         By Cholesky's factors in float32, and steps that take their rounding out in float64.
         """
-        count, outputs = len(indices), self._shape[1]
-        roots = self._kernel.factors[indices]
-        wanted = self._kernel.wanted[indices].reshape(-1, 1)
-        gram = self._of(indices, indices).view(count, outputs, count, outputs)
-        half = torch.einsum("iab,iajd->ibjd", roots, gram)
-        matrix = torch.einsum("ibjd,jde->ibje", half, roots).reshape(count * outputs, -1)
-        matrix.diagonal().add_(count * l2)
+        outputs = self._shape[1]
+        wanted = self._wanted[indices].reshape(-1, 1)
+        matrix = self._of(indices, indices).clone()
+        matrix.diagonal().add_(len(indices) * l2 / self._curvature)
         factor, solved = decomposed(matrix.float(), l2), torch.zeros_like(wanted)
         for _ in range(REFINEMENTS):
             rest = wanted - matrix @ solved
             solved += torch.cholesky_solve(rest.float(), factor).double()
         every = torch.zeros(self._shape, dtype=torch.float64)
-        every[indices] = (roots @ solved.view(count, outputs, 1)).squeeze(2)
+        every[indices] = solved.view(-1, outputs)
         return every
 
     def logits(self, weights: Tensor, indices: Tensor | None = None) -> Tensor:
@@ -128,6 +128,17 @@ class Span:
         return some.passes.layout.named(some.pull_back(weights[used]))
 
     def _of(self, rows: Tensor, columns: Tensor) -> Tensor:
-        outputs = torch.arange(self._shape[1])
-        of, by = ((i[:, None] * len(outputs) + outputs).flatten() for i in (rows, columns))
-        return self._kernel.gram[of][:, by]
+        """A block of the kernel; a view, if the samples follow each other."""
+        outputs = self._shape[1]
+        if _follow(rows) and _follow(columns):
+            by, of = (
+                slice(int(i[0]) * outputs, (int(i[-1]) + 1) * outputs) for i in (columns, rows)
+            )
+            return self._kernel.gram[of, by]
+        each = torch.arange(outputs)
+        of, by = ((i[:, None] * outputs + each).flatten() for i in (rows, columns))
+        return self._kernel.gram[of[:, None], by]
+
+
+def _follow(indices: Tensor) -> bool:
+    return len(indices) > 0 and bool((indices.diff() == 1).all())

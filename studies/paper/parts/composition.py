@@ -52,7 +52,7 @@ class Sizes:
         shards: How many the private images are dealt into, at random and by class.
         fine_sets: Those with more numbers of shards.
         fine_shards: These numbers.
-        rounds: The number of shards of the ways that need products with their curvature.
+        rounds: The numbers of shards of the ways that take longer.
         public: Images of the anchor's classifier, in no shard.
         train: Private images.
         validation: Images that options are chosen on.
@@ -196,20 +196,25 @@ class Composer:
 
         l2 = self.tuned(deal_, "exact mean", count, L2S, mean)
         optima = self.optima(shards, l2)
-        began = time.perf_counter()
-        deltas = [self.span.delta(one) for one in optima]
-        fitted = compose(deltas, "least-squares", tangent=self.tangent, data=self.dealt.validation)
-        self.score(deal_, "weights", count, fitted, time.perf_counter() - began)
         total = sum(optima) / count
         self.tuned(deal_, "factor", count, FACTORS, lambda factors: [x * total for x in factors])
-        # The head's optimum on all, from sums at the anchor, or at the mean, in one more round.
-        # Sums are exact: those of all images are the sum of those of the shards.
-        middle = compose(deltas)
-        for way, at in (("head", None), ("head, a round", middle)):
+        middle = self.span.delta(total)
+        self.head(deal_, "head", count, middle, None)
+        if count in self.arguments["rounds"]:
+            self.head(deal_, "head, a round", count, middle, middle)
             began = time.perf_counter()
-            sums = self.head_sums(at)
-            delta = compose([middle], how="head", statistics=[sums])
-            self.score(deal_, way, count, delta, time.perf_counter() - began)
+            data = {"tangent": self.tangent, "data": self.dealt.validation}
+            fitted = compose([self.span.delta(one) for one in optima], "least-squares", **data)
+            self.score(deal_, "weights", count, fitted, time.perf_counter() - began)
+
+    def head(self, deal_: str, way: str, count: int, mean: Delta, at: Delta | None) -> None:
+        """The mean with the head's optimum on all images, from sums at the anchor or at the mean.
+
+        Sums are exact: those of all images are the sum of those of the shards.
+        """
+        began = time.perf_counter()
+        delta = compose([mean], how="head", statistics=[self.head_sums(at)])
+        self.score(deal_, way, count, delta, time.perf_counter() - began)
 
     def head_sums(self, at: Delta | None) -> TangentStatistics:
         """Of all private images; at the anchor for None."""
