@@ -183,15 +183,15 @@ class PublicSubspace:
             return max((of_kind(kind, core, head) for kind in SHARES), key=lambda one: one[0])
 
         arguments = self.given.arguments
-        heads = choose(
-            arguments["statistics_head"], lambda n: best(0, int(n)), limits=(4, self.most_head)
-        )
+        # A solution's time grows with the cube of C times the head's directions.
+        most = min(self.most_head, 2 * max(arguments["statistics_head"]))
+        heads = choose(arguments["statistics_head"], lambda n: best(0, int(n)), limits=(4, most))
         self.add(STATISTICS_HEAD, epsilon, 0, int(heads.value), heads.result)
         self.tell(STATISTICS_HEAD, epsilon, {"directions": heads, "ridge": heads.result})
         cores = choose(
             arguments["statistics_core"],
             lambda n: best(int(n), int(heads.value)),
-            limits=(1, self.most_core),
+            limits=(1, min(self.most_core, 2 * max(arguments["statistics_core"]))),
         )
         self.add(STATISTICS, epsilon, int(cores.value), int(heads.value), cores.result)
         self.tell(STATISTICS, epsilon, {"core's directions": cores, "ridge": cores.result})
