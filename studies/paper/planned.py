@@ -34,7 +34,7 @@ RUNS: dict[str, Run] = {
 
 
 def plan(preset: Preset) -> list[Cell]:
-    """All cells."""
+    """All cells, seed by seed: what was cut off has whole seeds."""
     parts = (
         (composition, preset.composition),
         (accuracy, preset.accuracy),
@@ -44,7 +44,8 @@ def plan(preset: Preset) -> list[Cell]:
         (soups, preset.soups),
         (influence, preset.influence),
     )
-    return [cell for part, sizes in parts for cell in part.plan(sizes, preset.seeds)]
+    cells = [cell for part, sizes in parts for cell in part.plan(sizes, preset.seeds)]
+    return sorted(cells, key=lambda cell: preset.seeds.index(cell.arguments["seed"]))
 
 
 def run(cell: Cell, context: Context) -> dict[str, Any]:

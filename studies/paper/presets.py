@@ -78,7 +78,10 @@ PRESETS = {
         soups.Sizes(("mnist",), (4,), public=50, train=80, validation=60, epochs=3),
         forgetting.Sizes("mnist", 50, 80, 60, 4, (0, 1), (1, 4), epochs=3),
         membership.Sizes("mnist", 50, 20, 20, 60, 2, 4, epochs=3),
-        privacy.Sizes({"mnist": ImageSizes(50, 300, 60, 64, 4, 1)}, (3.0,), (3.0,), 1e-4),
+        privacy.Sizes(
+            {"mnist": ImageSizes(50, 300, 100, 64, 4, 2)},
+            (3.0,), (3.0,), 1e-4, 4, (16, 64), (24, 48), (4, 16), (8, 16),
+        ),
         influence.Sizes(("mnist",), 50, 60, 60, (6,), 5),
         seeds=(0, 1),
     ),
@@ -105,8 +108,8 @@ PRESETS = {
         membership.Sizes(),
         privacy.Sizes(
             {
-                "emoji": ImageSizes(100, 1000, 136, 200, 12, 4),
-                "fashion": ImageSizes(100, 3900, 500, 200, 12, 1),
+                "emoji": ImageSizes(100, 1000, 136, 100, 12, 2),
+                "fashion": ImageSizes(100, 3900, 500, 100, 12, 1),
             }
         ),
         influence.Sizes(("emoji", "fashion"), 100, 200, 200, (10, 20, 40), 10),

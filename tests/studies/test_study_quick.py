@@ -51,7 +51,17 @@ TINY = Preset(
     soups.Sizes(("tiny",), (3,), public=12, train=24, validation=12, epochs=1),
     forgetting.Sizes("tiny", 12, 24, 12, 4, (0, 2), (1, 4)),
     membership.Sizes("tiny", 12, 12, 16, 12, 3, 4),
-    privacy.Sizes({"tiny": ImageSizes(12, 48, 12, 16, 2, 1)}, (3.0,), (3.0,), 1e-3),
+    privacy.Sizes(
+        {"tiny": ImageSizes(12, 48, 12, 16, 2, 1)},
+        (3.0,),
+        (3.0,),
+        1e-3,
+        2,
+        (4, 8),
+        (8, 16),
+        (2, 4),
+        (4, 8),
+    ),
     influence.Sizes(("tiny",), public=12, train=20, validation=12, removed=(2,), checked=4),
     seeds=(0, 1),
 )
