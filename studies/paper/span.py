@@ -125,7 +125,7 @@ class Span:
         used = weights.abs().amax(dim=1).nonzero().flatten()
         some = copy.copy(self._kernel)
         some.passes = some.passes.take(used.tolist())
-        return some.passes.layout.named(some.pull_back(weights[used]))
+        return Delta(some.passes.layout.named(some.pull_back(weights[used])))
 
     def _of(self, rows: Tensor, columns: Tensor) -> Tensor:
         """A block of the kernel; a view, if the samples follow each other."""

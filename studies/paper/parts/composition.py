@@ -173,14 +173,15 @@ class Composer:
             {"deal": deal_, "way": way, "shards": count, "seconds": seconds, "test": found}
         )
 
-    def descents(self, shards: Sequence[Tensor], rates: Sequence[float]) -> Tensor:
-        """The mean over shards of what SGD comes to, for each rate: (R, N, C)."""
+    def descents(self, shards: Sequence[Tensor], rates: Sequence[float]) -> list[Tensor]:
+        """The mean over shards of what SGD comes to, for each rate."""
         loss, seed = LOSSES[LOSS](), self.arguments["seed"]
-        options = {"epochs": self.arguments["epochs"], "seed": seed}
-        return sum(
-            self.span.descend(part, loss, lr=rates, batch=batch_of(len(part)), **options)
-            for part in shards
-        ) / len(shards)  # type: ignore[return-value]
+        options: dict[str, Any] = {"epochs": self.arguments["epochs"], "seed": seed}
+        total = torch.zeros(())
+        for part in shards:
+            batch = batch_of(len(part))
+            total = total + self.span.descend(part, loss, lr=rates, batch=batch, **options)
+        return [*(total / len(shards))]
 
     def optima(self, shards: Sequence[Tensor], l2: float) -> list[Tensor]:
         """The shards' exact fits."""
@@ -192,11 +193,11 @@ class Composer:
         self.tuned(deal_, "sgd mean", count, RATES, functools.partial(self.descents, shards))
 
         def mean(l2s: Sequence[float]) -> list[Tensor]:
-            return [sum(self.optima(shards, l2)) / count for l2 in l2s]  # type: ignore[misc]
+            return [mean_of(self.optima(shards, l2)) for l2 in l2s]
 
         l2 = self.tuned(deal_, "exact mean", count, L2S, mean)
         optima = self.optima(shards, l2)
-        total = sum(optima) / count
+        total = mean_of(optima)
         self.tuned(deal_, "factor", count, FACTORS, lambda factors: [x * total for x in factors])
         middle = self.span.delta(total)
         self.head(deal_, "head", count, middle, None)
@@ -259,3 +260,7 @@ class Composer:
     def part(self, indices: Tensor) -> CachedFeatures:
         private = self.dealt.private
         return CachedFeatures(private.features[indices], private.targets[indices])
+
+
+def mean_of(several: Sequence[Tensor]) -> Tensor:
+    return torch.stack([*several]).mean(dim=0)
