@@ -38,7 +38,7 @@ PROBE_RATE = 1e-2
 LOW_RANK = 8  # of low-rank deltas and of LoRA's
 BOTTLENECK = 64  # of adapters
 LORA_SCALE = 2.0  # alpha / rank
-CORE, CORE_IMAGES = 8, 50  # directions on either side of a layer, and what they come from
+CORE, CORE_IMAGES = 8, 25  # directions on either side of a layer, and what they come from
 NEWTON_TOLERANCE = 0.1
 
 
@@ -286,7 +286,7 @@ class Method:
 OURS, THEIRS, SMALL, HEAD = "TAFT", "NLFT", "LoRA and adapters", "probe"
 ORDINARY_GRID, TANGENT_GRID = (3e-5, 1e-4, 3e-4), (6e-5, 2e-4, 6e-4)
 LORA_GRID = (6e-4, 2e-3, 6e-3)
-MOMENTUM_GRID = (1e-6, 3e-6, 9e-6)  # of the rescaled square loss, whose gradients are large
+MOMENTUM_GRID = (1e-5, 3e-5, 9e-5)  # of the rescaled square loss, whose gradients are large
 L2_GRID, NEWTON_GRID = (1.0, 3.0, 9.0), (0.1, 0.3, 0.9)
 METHODS = {
     "probe": Method("linear probe", HEAD, by_steps(head_alone), (3e-3, PROBE_RATE, 3e-2), depth=0),
@@ -302,7 +302,7 @@ METHODS = {
     "taft-1-newton": Method("TAFT-1, exact by Newton-CG", OURS, newton, NEWTON_GRID, steps=False),
     "core": Method("core and head, statistics", OURS, by_statistics, L2_GRID, steps=False),
     "nlft-3": Method("NLFT-3", THEIRS, by_steps(ordinary), ORDINARY_GRID, depth=3),
-    "taft-3": Method("TAFT-3", OURS, by_steps(tangent), (6e-6, 2e-5, 6e-5), depth=3),
+    "taft-3": Method("TAFT-3", OURS, by_steps(tangent), (2e-5, 6e-5, 2e-4), depth=3),
     "nlft-all": Method("NLFT-all", THEIRS, by_steps(ordinary), ORDINARY_GRID, depth=12),
     "taft-all": Method("TAFT-all", OURS, by_steps(tangent), TANGENT_GRID, depth=12),
     "lora-all": Method("LoRA-all", SMALL, by_steps(lora), LORA_GRID, depth=12),

@@ -55,16 +55,17 @@ def run(cell: Cell, context: Context) -> dict[str, Any]:
 
 def sources(cell: Cell) -> str:
     """A hash of what computes it."""
-    return sources_sha256(_module(cell.part))
+    return sources_sha256(module_of(cell.part))
 
 
 def digest() -> str:
     """A hash of what computes any of them."""
-    every = sorted(sources_sha256(_module(part)) for part in RUNS)
+    every = sorted(sources_sha256(module_of(part)) for part in RUNS)
     return hashlib.sha256("".join(every).encode()).hexdigest()
 
 
-def _module(part: str) -> str:
+def module_of(part: str) -> str:
+    """The module that runs a part."""
     module = inspect.getmodule(RUNS[part])
     assert module is not None
     return module.__name__

@@ -89,15 +89,15 @@ PRESETS = {
         accuracy.Sizes(
             SETS,
             (
-                Regime("300 images", 300, 500, 20, 50, SQUARE, ENTROPY),
+                Regime("200 images", 200, 500, 20, 40, SQUARE, ENTROPY),
                 Regime(
-                    "80 images", 80, 200, 5, 8,
+                    "80 images", 80, 150, 5, 8,
                     ("probe", "nlft-1", "taft-1", "taft-1-exact", "taft-3"),
-                    ("probe", "nlft-1", "taft-1", "nlft-3"),
+                    ("probe", "nlft-1", "nlft-3"),
                 ),
                 Regime(
-                    "520 images of 26 classes", 520, 400, 20, 50,
-                    ("probe", "nlft-1", "taft-1", "core"), ("probe", "nlft-1"),
+                    "520 images of 26 classes", 520, 400, 20, 52,
+                    ("probe", "taft-1", "core"), ("probe", "nlft-1"),
                     sets=("emoji-fine",),
                 ),
             ),
@@ -108,8 +108,8 @@ PRESETS = {
         membership.Sizes(),
         privacy.Sizes(
             {
-                "emoji": ImageSizes(100, 1000, 136, 100, 12, 2),
-                "fashion": ImageSizes(100, 3900, 500, 100, 12, 1),
+                "emoji": ImageSizes(100, 1000, 136, 100, 8, 2),
+                "fashion": ImageSizes(100, 3900, 500, 100, 8, 1),
             }
         ),
         influence.Sizes(("emoji", "fashion"), 100, 200, 200, (10, 20, 40), 10),

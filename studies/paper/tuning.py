@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
-MOST_WIDENINGS = 4
+MOST_WIDENINGS = 3
 
 
 @dataclass(frozen=True)

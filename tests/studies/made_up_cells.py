@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from studies.paper.cells import Cell, Found
+from studies.paper.cells import Cell
 
-
-def plan(found: Found) -> Iterator[Cell]:
-    """Squares of 1 to 3, and then of the largest square."""
-    for number in (1, 2, 3):
-        yield Cell("square", {"number": number})
-    squares = [cell["squared"] for cell in found.of("square")]
-    if len(squares) >= 3:
-        yield Cell("square", {"number": 9})
+CELLS = [Cell("square", {"number": number}) for number in (1, 2, 3)]
 
 
 def run(cell: Cell) -> dict[str, Any]:

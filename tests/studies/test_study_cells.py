@@ -1,4 +1,4 @@
-"""Cells are planned in waves, stored one by one, and run again only if sources change."""
+"""Cells are stored one by one, and run again only if what computes them changes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from studies.paper import cells
+from studies.paper import cells, planned
 from studies.paper.cells import Cell, Found, run_all
-from tests.studies import made_up_cells
+from tests.studies.made_up_cells import CELLS, run
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def _run(folder: Path) -> Found:
-    return run_all(made_up_cells.plan, made_up_cells.run, folder, workers=1, threads=1)
+def _run(folder: Path, sources: str = "these") -> Found:
+    return run_all(CELLS, run, folder, sources=lambda _: sources, workers=1, threads=1)
 
 
 def _ran(marks: Path) -> Counter[int]:
@@ -30,7 +30,7 @@ def _ran(marks: Path) -> Counter[int]:
     return Counter({int(file.name.split("-")[1]): len(file.read_text()) for file in files})
 
 
-def test_waves_failures_and_going_on(marks: Path, tmp_path: Path) -> None:
+def test_failures_and_going_on(marks: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cells"
     (marks / "fail-2").touch()
     with pytest.raises(
@@ -40,39 +40,66 @@ def test_waves_failures_and_going_on(marks: Path, tmp_path: Path) -> None:
     assert _ran(marks) == {1: 1, 3: 1}
     (marks / "fail-2").unlink()
     found = _run(folder)
-    assert _ran(marks) == {1: 1, 2: 1, 3: 1, 9: 1}  # the others were kept
+    assert _ran(marks) == {1: 1, 2: 1, 3: 1}  # the others were kept
     squares = {cell["number"]: cell["squared"] for cell in found.of("square")}
-    assert squares == {1: 1, 2: 4, 3: 9, 9: 81}
-    assert cells.kept(folder) == 4
+    assert squares == {1: 1, 2: 4, 3: 9}
     _run(folder)
-    assert _ran(marks) == {1: 1, 2: 1, 3: 1, 9: 1}
+    assert _ran(marks) == {1: 1, 2: 1, 3: 1}
 
 
-def test_other_sources_and_cut_off_files(
-    marks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_sources_and_cut_off_files(marks: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cells"
     _run(folder)
     (folder / "square-1-cut.part").write_text('{"part": "squ')  # of a run that was killed
-    monkeypatch.setattr(cells, "sources_sha256", lambda: "others")
-    _run(folder)
-    assert _ran(marks) == {1: 2, 2: 2, 3: 2, 9: 2}
+    _run(folder, "others")
+    assert _ran(marks) == {1: 2, 2: 2, 3: 2}
     kept = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     assert {record["sources"] for record in kept} == {"others"}
 
 
-def test_sources_are_what_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("a/x.py", "b/report/y.py"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_text("1")
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A library, and a study whose part imports one module, which imports another."""
+    texts = {
+        "library/x.py": "",
+        "studies/paper/parts/part.py": "from studies.paper.shared import Thing",
+        "studies/paper/shared.py": "from studies.paper.parts import deeper",
+        "studies/paper/parts/deeper.py": "import studies.paper.deepest",
+        "studies/paper/deepest.py": "",
+        "studies/paper/parts/other.py": "",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
     monkeypatch.setattr(cells, "ROOT", tmp_path)
-    monkeypatch.setattr(cells, "SOURCES", ("a", "b"))
-    monkeypatch.setattr(cells, "WRITTEN_BY", tmp_path / "b" / "report")
-    before = cells.sources_sha256()
-    (tmp_path / "b" / "report" / "y.py").write_text("2")
-    assert cells.sources_sha256() == before
-    (tmp_path / "a" / "x.py").write_text("2")
-    assert cells.sources_sha256() != before
+    monkeypatch.setattr(cells, "SOURCES", ("library",))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changed", "again"),
+    [
+        ("library/x.py", True),
+        ("studies/paper/parts/part.py", True),
+        ("studies/paper/shared.py", True),
+        ("studies/paper/parts/deeper.py", True),
+        ("studies/paper/deepest.py", True),
+        ("studies/paper/parts/other.py", False),
+    ],
+)
+def test_sources_are_what_a_part_imports(tree: Path, changed: str, again: bool) -> None:
+    of = cells.sources_sha256.__wrapped__  # without what it remembers
+    before = of("studies.paper.parts.part")
+    with (tree / changed).open("a") as file:
+        file.write("\n# changed")
+    assert (of("studies.paper.parts.part") != before) == again
+
+
+def test_no_part_is_computed_by_what_writes_pages_or_asks_for_cells() -> None:
+    for part in planned.RUNS:
+        names = {path.name for path in cells.modules_of(planned.module_of(part))}
+        assert {"tokens.py", "tuning.py", "outcomes.py"} <= names
+        assert not names & {"presets.py", "planned.py", "pages.py", "claims.py"}
 
 
 def test_names_tell_cells_apart_and_are_file_names() -> None:

@@ -55,9 +55,9 @@ def anchor() -> Tail:
 def task(anchor) -> Task:
     private, parts = _drawn(TRAIN, 1), torch.arange(TRAIN).tensor_split(SHARDS)
     shards = [CachedFeatures(private.features[part], private.targets[part]) for part in parts]
-    dealt = Dealt(anchor, shards, private, _drawn(20, 2), _drawn(TESTED, 3))
+    dealt = Dealt(anchor, _drawn(12, 4), shards, private, _drawn(20, 2), _drawn(TESTED, 3))
     order = torch.tensor([4, 13, 2, 9])
-    return Task(dealt, _drawn(12, 4), parts, [0, 2], [order[:1], order], EPOCHS, seed=0)
+    return Task(dealt, parts, [0, 2], [order[:1], order], EPOCHS, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_the_exact_fit_after_a_request_is_the_optimum_of_the_rest(task, results)
 
 
 def test_statistics_after_a_request_are_those_of_the_rest(task, results) -> None:
-    core = core_basis(task.dealt.anchor, task.public, size=forgetting.CORE)
+    core = core_basis(task.dealt.anchor, task.dealt.public, size=forgetting.CORE)
     tangent = linearize(task.dealt.anchor, core=core)
     rest = statistics(tangent, _kept(task, torch.arange(TRAIN)), progress=False)
     tangent.load_delta_dict(rest.choose().delta)

@@ -13,9 +13,9 @@ from readable_pictures import assert_readable
 
 import studies  # noqa: F401  # makes the demo's modules importable
 from studies.paper.cells import Found
-from studies.paper.parts import composition as composition_part
 from studies.paper.report import composition, forgetting, influence, privacy
-from studies.paper.report.pages import CLAIMS, FIRST, PAGE, write_pages
+from studies.paper.report.edges import edges
+from studies.paper.report.pages import PAGE, write_pages
 from tangent_ops import pictures
 
 DOCS = Path(__file__).parents[2] / "docs" / "study"
@@ -33,8 +33,6 @@ def test_the_page_is_what_its_results_make(tmp_path: Path, monkeypatch) -> None:
     assert {path.name for path in written} | {"results.json"} == {
         path.name for path in DOCS.iterdir()
     }
-    claims = [entry["claim"] for entry in json.loads((DOCS / CLAIMS).read_text())["claims"]]
-    assert all(any(claim.endswith(end) for claim in claims) for end in FIRST)
     shown = re.findall(r"!\[[^]]+\]\((\S+)\)", page)
     assert shown and len(set(shown)) == len(shown)
     for picture in shown:
@@ -51,26 +49,25 @@ def test_the_preset_ran_to_its_end() -> None:
     assert {cell["arguments"].get("seed") for cell in results["cells"].values()} >= set(range(5))
 
 
-def test_a_deal_that_was_not_run_is_not_made_up_from_the_other() -> None:
-    def cell(seed: int, shards: int) -> dict:
-        arguments = {"images": "x", "way": "exact", "deal": "iid", "shards": shards}
-        result = {"lossless": 0.5 + seed / 10, "lossless_validation": 0.5}
-        given = {**arguments, "seed": seed, "rate": composition_part.RATES["exact"][0]}
-        return {"part": composition_part.PART, "arguments": given, "result": result, "seconds": 1}
+def test_edges_are_counted_and_listed() -> None:
+    told = {"chosen": 4.0, "tried": [[2.0, 0.1], [4.0, 0.2]], "edge": True}
+    inside = {**told, "edge": False}
 
-    cells = [cell(seed, shards) for seed in (1, 0) for shards in (1, 5)]
-    found = Found({str(number): entry for number, entry in enumerate(cells)})
-    asked = (found, "x", "by class", "exact")
-    assert composition.values(*asked, 5, "lossless") == []
-    assert composition.values(*asked, 1, "lossless") == [0.5, 0.6]  # one shard is one shard
-    assert composition.values(found, "x", "iid", "exact", 5, "lossless") == [0.5, 0.6]
-    assert composition.numbers(found, "x", "exact", "by class") == [1]
+    def cell(seed: int, choice: dict) -> dict:
+        arguments = {"images": "x", "seed": seed}
+        return {"part": "a", "arguments": arguments, "result": {"choices": {"rate": choice}}}
+
+    found = Found({"0": cell(0, told), "1": cell(1, inside), "2": cell(2, told)})
+    assert "Of 3 choices of an option, 2 ended at an edge" in edges(found)
+    assert "| a | x | rate | 2 | 4 |" in edges(found)
+    none = edges(Found({"1": cell(1, inside)}))
+    assert "Of 1 choices of an option, 0 ended at an edge" in none and "|" not in none
 
 
 @pytest.mark.parametrize(
     "looks",
     [
-        [*composition.LOOKS.values(), *composition.EXACT.values()],
+        [*composition.LOOKS.values()],
         [*forgetting.LOOKS.values()],
         [*privacy.LOOKS.values()],
         [*influence.LOOKS.values()],

@@ -36,10 +36,11 @@ from tangent_ops.delta import Delta
 from tangent_ops.exact import head_statistics
 
 PART = "composition"
-RATES = (2e-5, 5e-5, 1e-4)
-L2S = (0.3, 3.0, 30.0)
+RATES = (5e-5, 1e-4, 2e-4)
+L2S = (0.1, 1.0, 10.0)
 FACTORS = (0.7, 1.0, 1.4)  # of the mean, as task arithmetic has it
 ROUNDS = (3, 8)  # of products with every shard's curvature
+CORE, CORE_IMAGES = 8, 50  # directions on either side of a layer, and what they come from
 DIVERGED = -1.0
 
 
@@ -65,8 +66,8 @@ class Sizes:
     fine_shards: tuple[int, ...] = (2, 5, 10, 25, 50)
     rounds: tuple[int, ...] = (10,)
     public: int = 100
-    train: int = 1000
-    validation: int = 136
+    train: int = 800
+    validation: int = 200
     epochs: int = 20
 
 
@@ -244,7 +245,9 @@ class Composer:
 
     def statistics(self) -> None:
         """Sums in a core of public images: the same bits however the images are dealt."""
-        core = core_basis(self.dealt.anchor, self.dealt.public, size=8)
+        public = self.dealt.public
+        some = CachedFeatures(public.features[:CORE_IMAGES], public.targets[:CORE_IMAGES])
+        core = core_basis(self.dealt.anchor, some, size=CORE)
         tangent = linearize(self.dealt.anchor, core=core)
         began = time.perf_counter()
         halves = self.indices.tensor_split(2)

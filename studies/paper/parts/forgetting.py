@@ -40,7 +40,7 @@ from tangent_ops.exact import forget_samples
 PART = "forgetting"
 MEANS, AGAIN, EXACT = "tangent mean", "tangent again", "exact"
 SUMS, ENSEMBLE, ORDINARY = "statistics", "ensemble", "ordinary again"
-CORE = 8  # rows and columns of a core, of each layer
+CORE, CORE_IMAGES = 8, 50  # directions on either side of a layer, and what they come from
 DIVERGED = -1.0  # below any accuracy
 RATES = {
     MEANS: (3e-5, 1e-4, 3e-4),  # finer ones end where a shard of fewer images diverges
@@ -69,8 +69,8 @@ class Sizes:
 
     images: str = "emoji"
     public: int = 100
-    train: int = 1000
-    validation: int = 136
+    train: int = 800
+    validation: int = 200
     shards: int = 10
     removed: tuple[int, ...] = (0, 1, 2, 5, 8, 9)
     requests: tuple[int, ...] = (1, 10, 100)
@@ -91,7 +91,6 @@ class Task:
 
     Attributes:
         dealt: The private images, in the order of their shards.
-        public: Tokens of the public images.
         parts: Of each shard, the indices of its private images.
         removed: Of each point of the curve, how many shards are gone.
         requests: The indices of the images of each request; each holds the one before.
@@ -100,7 +99,6 @@ class Task:
     """
 
     dealt: Dealt
-    public: CachedFeatures
     parts: tuple[Tensor, ...]
     removed: Sequence[int]
     requests: list[Tensor]
@@ -110,14 +108,12 @@ class Task:
     @classmethod
     def of(cls, arguments: dict[str, Any], context: Context) -> Task:
         """The task of a cell."""
-        count, seed, public = (arguments[name] for name in ("train", "seed", "public"))
-        prepared, dealt = context.prepared(arguments["images"]), deal(context, arguments)
-        first = prepared.drawn(seed, [public, count, arguments["validation"]])[0]
+        count, seed = arguments["train"], arguments["seed"]
         parts = torch.arange(count).tensor_split(arguments["shards"])
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         requests = [order[:size] for size in arguments["requests"]]
         rest = (arguments["removed"], requests, arguments["epochs"], seed)
-        return cls(dealt, prepared.rows(1, first), parts, *rest)
+        return cls(deal(context, arguments), parts, *rest)
 
     def left(self, removed: int) -> Tensor:
         """The indices of the shards that are left when the first ones are removed."""
@@ -277,7 +273,9 @@ def run_statistics(task: Task) -> dict[str, Any]:
             for, computed from those alone.
     """
     dealt = task.dealt
-    tangent = linearize(dealt.anchor, core=core_basis(dealt.anchor, task.public, size=CORE))
+    public = dealt.public
+    some = CachedFeatures(public.features[:CORE_IMAGES], public.targets[:CORE_IMAGES])
+    tangent = linearize(dealt.anchor, core=core_basis(dealt.anchor, some, size=CORE))
 
     def sums(indices: Tensor) -> TangentStatistics:
         return statistics(tangent, task.some(indices), progress=False)

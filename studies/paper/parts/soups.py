@@ -42,8 +42,8 @@ class Sizes:
     sets: tuple[str, ...]
     shards: tuple[int, ...] = (10,)
     public: int = 100
-    train: int = 1000
-    validation: int = 136
+    train: int = 800
+    validation: int = 200
     epochs: int = 20
 
 

@@ -1,0 +1,49 @@
+"""Choices on validation images: ties go to the middle, grids grow until the best is inside."""
+
+from __future__ import annotations
+
+import pytest
+
+from studies.paper.tuning import MOST_WIDENINGS, choose
+
+
+def _chosen(scores: dict[float, float], grid: list[float], **options):
+    """Scores of values that are not given are 0."""
+    return choose(grid, lambda value: (scores.get(value, 0.0), f"made with {value:g}"), **options)
+
+
+def test_the_best_inside_is_chosen_with_what_was_made() -> None:
+    choice = _chosen({1.0: 0.5, 10.0: 0.9, 100.0: 0.7}, [1.0, 10.0, 100.0])
+    assert (choice.value, choice.result, choice.edge) == (10.0, "made with 10", False)
+    assert choice.tried == {1.0: 0.5, 10.0: 0.9, 100.0: 0.7}
+
+
+@pytest.mark.parametrize("ends", [(1.0, 0.1, 0.01), (100.0, 1000.0, 10000.0)])
+def test_the_grid_grows_at_the_end_that_is_best(ends) -> None:
+    scores = dict(zip(ends, (0.5, 0.6, 0.4), strict=True))
+    choice = _chosen(scores, [1.0, 10.0, 100.0])
+    assert choice.value == ends[1] and not choice.edge
+    assert set(choice.tried) == {1.0, 10.0, 100.0, *ends}
+    assert list(choice.tried) == sorted(choice.tried)
+
+
+def test_what_grows_for_ever_is_flagged() -> None:
+    choice = choose([1.0, 2.0, 4.0], lambda value: (value, value))
+    assert choice.edge and choice.value == 4.0 * 2**MOST_WIDENINGS
+    assert len(choice.tried) == 3 + MOST_WIDENINGS
+    assert choice.told()["edge"] is True
+    assert choice.told()["chosen"] == choice.value
+
+
+def test_of_several_best_the_middle_one_is_taken() -> None:
+    flat = _chosen(dict.fromkeys([1.0, 2.0, 4.0], 0.5), [1.0, 2.0, 4.0])
+    assert (flat.value, flat.edge) == (2.0, False)
+    assert len(flat.tried) == 3  # a plateau is no reason to go on
+    two = _chosen({1.0: 0.1, 2.0: 0.5, 4.0: 0.5, 8.0: 0.1}, [1.0, 2.0, 4.0])
+    assert (two.value, two.edge) == (4.0, False)
+    assert 8.0 in two.tried
+
+
+def test_limits_end_a_grid_without_a_flag() -> None:
+    choice = choose([0.1, 0.3, 0.9], lambda value: (value, None), limits=(0.0, 1.0))
+    assert (choice.value, choice.edge) == (0.9, False)
