@@ -43,11 +43,13 @@ class Span:
         options: dict[str, Any] = {"representation": "factors", "progress": False}
         self.problem = Problem(tangent, data, 1.0, batch_size=SAMPLES, **options)
         self._kernel = TangentKernel(self.problem.system)
+        # On the CPU, wherever the model is: so are the indices and what is made of them.
+        self._gram, self._start = self._kernel.gram.cpu(), self._kernel.anchor_logits.cpu()
         self._targets = data.targets
         self._shape = (self._kernel.samples, self._kernel.outputs)
         # The square loss has the Hessian (2/C) I by the logits, for every sample.
         self._curvature = 2 / self._kernel.outputs
-        self._wanted = self._kernel.wanted / self._curvature**0.5
+        self._wanted = self._kernel.wanted.cpu() / self._curvature**0.5
 
     def descend(
         self,
@@ -76,7 +78,7 @@ class Span:
         recipe = Recipe(epochs=epochs, lr=1.0, optimizer="momentum", batch_size=batch, seed=seed)
         count, outputs = len(indices), self._shape[1]
         gram = self._of(indices, indices).float().view(count, outputs, -1)
-        start, targets = self._kernel.anchor_logits[indices].float(), self._targets[indices]
+        start, targets = self._start[indices].float(), self._targets[indices]
         weights, velocity = (torch.zeros(count, outputs, len(rates)) for _ in range(2))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -118,14 +120,15 @@ class Span:
         of = torch.arange(self._shape[0]) if indices is None else indices
         used = weights.abs().amax(dim=1).nonzero().flatten()
         moved = self._of(of, used) @ weights[used].flatten()
-        return self._kernel.anchor_logits[of] + moved.view(len(of), -1)
+        return self._start[of] + moved.view(len(of), -1)
 
     def delta(self, weights: Tensor) -> Delta:
         """Jᵀc, by passes over the samples that it is not zero for."""
         used = weights.abs().amax(dim=1).nonzero().flatten()
         some = copy.copy(self._kernel)
         some.passes = some.passes.take(used.tolist())
-        return Delta(some.passes.layout.named(some.pull_back(weights[used])))
+        placed = weights[used].to(self._kernel.gram.device)
+        return Delta(some.passes.layout.named(some.pull_back(placed)))
 
     def _of(self, rows: Tensor, columns: Tensor) -> Tensor:
         """A block of the kernel; a view, if the samples follow each other."""
@@ -134,10 +137,10 @@ class Span:
             by, of = (
                 slice(int(i[0]) * outputs, (int(i[-1]) + 1) * outputs) for i in (columns, rows)
             )
-            return self._kernel.gram[of, by]
+            return self._gram[of, by]
         each = torch.arange(outputs)
         of, by = ((i[:, None] * outputs + each).flatten() for i in (rows, columns))
-        return self._kernel.gram[of[:, None], by]
+        return self._gram[of[:, None], by]
 
 
 def _follow(indices: Tensor) -> bool:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from studies.paper import cells
 from studies.paper.cells import Found
 from studies.paper.data.pool import Pool, Source
 from studies.paper.data.sets import SETS, ImageSet
+from studies.paper.methods import METHODS
 from studies.paper.parts import (
     accuracy,
     composition,
@@ -44,9 +46,11 @@ from studies.paper.report.summary import gain
 
 ROOT = Path(__file__).parents[2]
 CLASSES = 3
-WAYS = ("probe", "nlft-1", "taft-1")
+DEPTH = 2  # of the tiny model
+# Every method of the preset `gpu`, as it runs them; with blocks as the tiny model has them.
+(FULL,) = PRESETS["gpu"].accuracy.regimes
 TINY = Preset(
-    accuracy.Sizes(("tiny",), (Regime("tiny", 24, 12, 1, 8, (*WAYS, "taft-1-exact"), WAYS),)),
+    accuracy.Sizes(("tiny",), (Regime("tiny", 24, 12, 1, 8, FULL.square, FULL.entropy),)),
     composition.Sizes(("tiny",), (3,), rounds=(3,), public=12, train=24, validation=12, epochs=2),
     soups.Sizes(("tiny",), (3,), public=12, train=24, validation=12, epochs=1),
     forgetting.Sizes("tiny", 12, 24, 12, 4, (0, 2), (1, 4)),
@@ -101,7 +105,9 @@ class ThisProcess:
 def _model(cache: Path) -> VisionTransformer:
     options: dict[str, Any] = {"img_size": 98, "patch_size": 49, "num_classes": 0}
     torch.manual_seed(0)
-    model = VisionTransformer(embed_dim=16, depth=2, num_heads=2, global_pool="token", **options)
+    model = VisionTransformer(
+        embed_dim=16, depth=DEPTH, num_heads=2, global_pool="token", **options
+    )
     shaken(model)
     return model.eval()
 
@@ -129,6 +135,8 @@ def run_tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], 
         patch.setitem(PRESETS, "tiny", TINY)
         source = Source("none", "none", "0" * 64, "made up")
         patch.setitem(SETS, "tiny", ImageSet(_images, lambda: source, test=300, pool=100))
+        for name, method in METHODS.items():
+            patch.setitem(METHODS, name, replace(method, depth=min(method.depth, DEPTH)))
         patch.setattr("studies.paper.tokens.load_model", _model)
         patch.setattr(context, "load_model", _model)
         patch.setattr(cells, "ProcessPoolExecutor", ThisProcess)

@@ -77,16 +77,3 @@ def joined(shards: list[CachedFeatures]) -> CachedFeatures:
 def mean_logits(logits: list[Tensor]) -> Tensor:
     """Of models whose outputs are averaged."""
     return torch.stack(logits).mean(dim=0)
-
-
-def uniform_soup(models: list[nn.Module]) -> dict[str, Tensor]:
-    """State dict of the models' mean weights, summed in float64 and rounded once.
-
-    Source: Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models improves
-    accuracy without increasing inference time", ICML 2022 (arXiv:2203.05482).
-    """
-    states = [model.state_dict() for model in models]
-    return {
-        name: torch.stack([state[name].double() for state in states]).mean(dim=0).to(value.dtype)
-        for name, value in states[0].items()
-    }
