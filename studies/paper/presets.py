@@ -95,11 +95,6 @@ PRESETS = {
                     ("probe", "nlft-1", "taft-1", "taft-1-exact", "taft-3"),
                     ("probe", "nlft-1", "nlft-3"),
                 ),
-                Regime(
-                    "520 images of 26 classes", 520, 400, 20, 52,
-                    ("probe", "taft-1", "core"), ("probe", "nlft-1"),
-                    sets=("emoji-fine",),
-                ),
             ),
         ),
         composition.Sizes(SETS, fine_sets=("emoji",)),
