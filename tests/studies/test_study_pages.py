@@ -44,7 +44,9 @@ def test_the_page_is_what_its_results_make(tmp_path: Path, monkeypatch) -> None:
 def test_the_preset_ran_to_its_end() -> None:
     results = json.loads((DOCS / "results.json").read_text(encoding="utf-8"))
     assert results["preset"] == "cpu"
-    assert results["total_seconds"] < 3600
+    # Of two processes on two cores; a run that went on has fewer seconds than its cells.
+    computing = sum(cell["seconds"] for cell in results["cells"].values())
+    assert max(results["total_seconds"], computing / results["machine"]["workers"]) < 3600
     assert not results["commit"].endswith("-dirty")
     assert {cell["arguments"].get("seed") for cell in results["cells"].values()} >= set(range(5))
 

@@ -127,16 +127,15 @@ def title(name: str) -> str:
 
 def _findings(attacks: dict[str, Attack]) -> list[str]:
     def told(names: Iterable[str]) -> str:
-        return "; ".join(f"{title(name)}, {attacks[name].told()}" for name in names)
+        return ", ".join(f"{title(name)} {attacks[name].auc:.2f}" for name in names)
 
+    before = ", ".join(f"{TITLES[kind]} {attacks[f'{kind}, before'].auc:.2f}" for kind in TITLES)
     seen = [title(name) for name in FORGOTTEN if attacks[name].sees]
-    verdict = f"Above chance: {'; '.join(seen)}" if seen else "None of them is above chance"
+    verdict = f"above chance: {'; '.join(seen)}" if seen else "none is above chance"
     return [
-        "Before anything is forgotten, the attack tells members from others (0.5 is chance): "
-        f"{told(f'{kind}, before' for kind in TITLES)}.",
-        f"After exact forgetting: {told(FORGOTTEN)}. {verdict}. The ledger's model and the "
-        "statistics' are, bit for bit, those that never had the shard.",
-        f"After approximate forgetting: {told(APPROXIMATE)}; beside them {told([AGAIN])}.",
+        f"{'Missed' if seen else 'Reached'}: after exact forgetting an attack should see nothing. "
+        f"AUC (0.5 is chance): {told(FORGOTTEN)}; {verdict}.",
+        f"Before: {before}. After approximate forgetting: {told([*APPROXIMATE, AGAIN])}.",
     ]
 
 

@@ -111,7 +111,7 @@ def write_pages(results: dict[str, Any], out: Path) -> list[Path]:
 
 
 def _finding(section: Section) -> str:
-    return f"- **{section.title}.** {' '.join(section.findings)}"
+    return "\n".join([f"**{section.title}**\n", *(f"- {line}" for line in section.findings), ""])
 
 
 def _counted(sections: list[Section]) -> str:
@@ -157,9 +157,11 @@ def _ran(results: dict[str, Any]) -> str:
     if before < KEPT_MINUTES:
         frozen = "with the frozen blocks' outputs kept from before"
     alone = sum(cell["seconds"] for cell in results["cells"].values()) / 60
+    kept = results["found_before"]
+    earlier = f", {kept} of them in an earlier call," if kept else ""
     return (
-        f"Preset `{results['preset']}`: {len(results['cells'])} runs in {minutes:.0f} minutes on "
-        f"{machine['device']} ({machine['workers']} processes of {threads}), {frozen} (the runs' "
+        f"Preset `{results['preset']}`: {len(results['cells'])} runs{earlier} in {minutes:.0f} "
+        f"minutes on {machine['device']} ({machine['workers']} processes of {threads}), {frozen} (the runs' "
         f"own times add up to {alone:.0f}); torch {machine['torch']}, timm {machine['timm']}, "
         f"Python {machine['python']}; commit {results['commit']}, sources "
         f"{results['sources'][:12]}, {results['date']}."

@@ -22,7 +22,7 @@ from studies.paper.parts.private_subspace import (
 from studies.paper.report.claims import HOLDS, Claim
 from studies.paper.report.section import Section
 from studies.paper.report.series import draw_series
-from studies.paper.report.summary import Mean, gain
+from studies.paper.report.summary import Mean, gain, listed
 from tangent_ops import pictures
 from tangent_ops.pictures import Look
 
@@ -131,22 +131,21 @@ def section(found: Found, out: Path) -> Section:
         (_draw(one, out / f"privacy-{one.images}.png"), f"{one.images}: accuracy against ε")
         for one in sets
     ]
-    findings = [*map(_aim, sets), *map(_words, sets, factors)]
+    findings = [*map(_aim, sets), *_bought(sets, factors)]
     return Section("Privacy", findings, "\n\n".join(map(_text, sets)), figures, claims)
 
 
 def _aim(one: Scores) -> str:
     """What was aimed at, and what came of it."""
     differences = {e: one.less(BEST, BEST_PROBE, e) for e in one.epsilons()}
-    signs = {e: Claim("", d, "higher").verdict == HOLDS for e, d in differences.items()}
-    above = [e for e, holds in signs.items() if holds]
+    above = [e for e, d in differences.items() if Claim("", d, "higher").verdict == HOLDS]
     below = [e for e, d in differences.items() if d.value < 0]
     reached = not below and len(above) >= min(2, len(differences))
-    shown = ", ".join(f"{d.points()} at ε = {e:g}" for e, d in differences.items())
+    shown = listed({f"ε = {epsilon:g}:": lead for epsilon, lead in differences.items()})
     return (
-        f"{one.images}: the aim, the best tangent way at no ε below the best private probe and "
-        f"above it at two, is {'reached' if reached else 'missed'}: the difference is {shown} "
-        f"points; it is below zero at {len(below)} ε, and above it beyond chance at {len(above)}."
+        f"{'Reached' if reached else 'Missed'} on {one.images}: our best private way should be "
+        f"below the best private probe at no ε, and above it at two. It is below at {len(below)} "
+        f"and above beyond chance at {len(above)} of {len(differences)} ({shown})."
     )
 
 
@@ -174,15 +173,20 @@ def _factors(one: Scores) -> list[Claim]:
     ]
 
 
-def _words(one: Scores, factors: Sequence[Claim]) -> str:
-    epsilon = one.epsilons(privacy.TANGENT)[-1]
-    shown = [claim.shown() for claim in factors]
-    return (
-        f"{one.images}, ε = {epsilon:g}: a tangent model less an ordinary one, both by DP-SGD, is "
-        f"{shown[0]} points with all of the block's weights and {shown[1]} in the core. Noisy "
-        f"descent in a public subspace is {shown[2]} points for core and head, less DP-SGD of all "
-        f"weights, and {shown[3]} for a probe, less its DP-SGD."
-    )
+def _bought(sets: Sequence[Scores], factors: Sequence[Sequence[Claim]]) -> list[str]:
+    """What convexity buys, and what the public subspace does."""
+    epsilon = sets[0].epsilons(privacy.TANGENT)[-1]
+
+    def of(place: int) -> str:
+        pairs = zip(sets, factors, strict=True)
+        return listed({one.images: claims[place].difference for one, claims in pairs})
+
+    return [
+        f"Convexity: by DP-SGD at ε = {epsilon:g}, a tangent model less an ordinary one is "
+        f"{of(0)} with all of the block's weights, and {of(1)} in the public core.",
+        f"The public subspace, at the same ε: noisy descent in it less DP-SGD without it is "
+        f"{of(2)} for core and head, and {of(3)} for a probe.",
+    ]
 
 
 def _text(one: Scores) -> str:

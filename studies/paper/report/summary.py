@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +69,18 @@ class Mean:
     def points(self) -> str:
         """A difference, as "+1.2 ± 0.4"."""
         return f"{100 * self.value:+.1f} ± {100 * self.error:.1f}"
+
+
+def listed(differences: Mapping[str, Mean]) -> str:
+    """As "emoji +1.2 ± 0.4, mnist -0.3 ± 0.2"."""
+    return ", ".join(f"{name} {difference.points()}" for name, difference in differences.items())
+
+
+def spread(differences: Iterable[Mean]) -> str:
+    """From the least to the largest, as "-6.2 to -3.9"."""
+    values = sorted(100 * difference.value for difference in differences)
+    first, last = f"{values[0]:+.1f}", f"{values[-1]:+.1f}"
+    return first if first == last else f"{first} to {last}"
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Mean:
