@@ -64,7 +64,7 @@ class Given:
     tested: CachedFeatures
 
     def basis(self) -> CoreBasis:
-        """The core's sides, from public images: a gradient's take a tenth of the time of K-FAC's."""
+        """The core's sides, from public images; by gradients, which take less time than K-FAC."""
         return core_basis(self.anchor, self.public, self.arguments["core"], method="gradient")
 
     def found(self, choices: dict[str, Any], ways: list[dict[str, Any]]) -> dict[str, Any]:

@@ -161,8 +161,8 @@ def _ran(results: dict[str, Any]) -> str:
     earlier = f", {kept} of them in an earlier call," if kept else ""
     return (
         f"Preset `{results['preset']}`: {len(results['cells'])} runs{earlier} in {minutes:.0f} "
-        f"minutes on {machine['device']} ({machine['workers']} processes of {threads}), {frozen} (the runs' "
-        f"own times add up to {alone:.0f}); torch {machine['torch']}, timm {machine['timm']}, "
+        f"minutes on {machine['device']} ({machine['workers']} processes of {threads}), {frozen} "
+        f"(the runs' own times add up to {alone:.0f}); torch {machine['torch']}, timm {machine['timm']}, "
         f"Python {machine['python']}; commit {results['commit']}, sources "
         f"{results['sources'][:12]}, {results['date']}."
     )

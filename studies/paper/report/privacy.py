@@ -231,7 +231,7 @@ def _draw(one: Scores, path: Path) -> Path:
     }
     levels = {
         "public probe: no private image": one.anchor(),
-        "core and head without noise": Mean.crossed(one.tested[DESCENT, None]),
+        "core and head, the same steps without noise": Mean.crossed(one.tested[DESCENT, None]),
     }
     failure = one.cells[0]["failure"]
     note = "Bars: standard errors over seeds and test images."
