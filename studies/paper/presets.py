@@ -75,7 +75,7 @@ PRESETS = {
         composition.Sizes(
             ("mnist",), (4,), rounds=(4,), public=50, train=80, validation=60, epochs=5
         ),
-        soups.Sizes(("mnist",), (4,), public=50, train=80, validation=60, epochs=3),
+        soups.Sizes(("mnist",), ("mnist",), (4,), public=50, train=80, validation=60, epochs=3),
         forgetting.Sizes("mnist", 50, 80, 60, 4, (0, 1), (1, 4), epochs=3),
         membership.Sizes("mnist", 50, 20, 20, 60, 2, 4, epochs=3),
         privacy.Sizes(
@@ -98,8 +98,8 @@ PRESETS = {
             ),
         ),
         composition.Sizes(SETS, fine_sets=("emoji",)),
-        soups.Sizes(SETS),
-        forgetting.Sizes(),
+        soups.Sizes(SETS, ("emoji", "fashion")),
+        forgetting.Sizes(removed=(0, 1, 2, 5, 8), epochs=10),
         membership.Sizes(),
         privacy.Sizes(
             {
@@ -107,7 +107,7 @@ PRESETS = {
                 "fashion": ImageSizes(100, 3900, 500, 100, 8, 1),
             }
         ),
-        influence.Sizes(("emoji", "fashion"), 100, 200, 200, (10, 20, 40), 10),
+        influence.Sizes(("emoji",), 100, 200, 200, (10, 20, 40), 10),
     ),
 }  # fmt: skip
 EVERY = tuple(METHODS)
@@ -124,7 +124,7 @@ PRESETS["gpu"] = replace(
             ),
         ),
     ),
-    soups=soups.Sizes(SETS, (2, 5, 10, 25, 50)),
+    soups=soups.Sizes(SETS, SETS, (2, 5, 10, 25, 50)),
     workers=1,
     threads=8,
     device="cuda",

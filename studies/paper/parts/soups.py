@@ -31,8 +31,9 @@ class Sizes:
     """What is run.
 
     Attributes:
-        sets: Of images.
-        shards: How many the private images are dealt into, at random and by class.
+        sets: Of images, dealt at random.
+        by_class: Those of them that are dealt by class, too.
+        shards: How many the private images are dealt into.
         public: Images of the anchor's classifier, in no shard.
         train: Private images.
         validation: Images that options are chosen on.
@@ -40,6 +41,7 @@ class Sizes:
     """
 
     sets: tuple[str, ...]
+    by_class: tuple[str, ...]
     shards: tuple[int, ...] = (10,)
     public: int = 100
     train: int = 800
@@ -54,7 +56,7 @@ def plan(sizes: Sizes, seeds: Sequence[int]) -> Iterator[Cell]:
     for images in sizes.sets:
         for seed in seeds:
             for count in sizes.shards:
-                for deal_ in ("iid", "by class"):
+                for deal_ in ("iid", "by class") if images in sizes.by_class else ("iid",):
                     asked = {"images": images, "seed": seed, "deal": deal_, "shards": count}
                     yield Cell(PART, {**asked, **given})
 
