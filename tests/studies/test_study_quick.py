@@ -52,7 +52,7 @@ DEPTH = 2  # of the tiny model
 TINY = Preset(
     accuracy.Sizes(("tiny",), (Regime("tiny", 24, 12, 1, 8, FULL.square, FULL.entropy),)),
     composition.Sizes(("tiny",), (3,), rounds=(3,), public=12, train=24, validation=12, epochs=2),
-    soups.Sizes(("tiny",), (3,), public=12, train=24, validation=12, epochs=1),
+    soups.Sizes(("tiny",), ("tiny",), (3,), public=12, train=24, validation=12, epochs=1),
     forgetting.Sizes("tiny", 12, 24, 12, 4, (0, 2), (1, 4)),
     membership.Sizes("tiny", 12, 12, 16, 12, 3, 4),
     privacy.Sizes(
