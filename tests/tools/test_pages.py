@@ -76,7 +76,9 @@ def test_the_reference_has_every_module_that_code_on_pages_imports() -> None:
     assert [name for name in sorted(modules) if f"docs/reference/{name}.md" not in nav] == []
 
 
-def test_the_readme_counts_the_claims_of_the_study() -> None:
+def test_the_readme_says_what_the_study_found() -> None:
     study = json.loads((ROOT / "docs/study/claims.json").read_text(encoding="utf-8"))
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert study["counted"] in readme
+    for part in ("Accuracy", "Composition"):
+        assert study["findings"][part][0] in readme

@@ -102,6 +102,7 @@ def write_pages(results: dict[str, Any], out: Path) -> list[Path]:
         files += [path for path, _ in section.figures]
     told = {
         "claims": [entry for section in sections for entry in _told(section)],
+        "findings": {section.title: [*section.findings] for section in sections},
         "counted": _counted(sections),
         "ran": _ran(results).rstrip("."),
     }
@@ -162,8 +163,8 @@ def _ran(results: dict[str, Any]) -> str:
     return (
         f"Preset `{results['preset']}`: {len(results['cells'])} runs{earlier} in {minutes:.0f} "
         f"minutes on {machine['device']} ({machine['workers']} processes of {threads}), {frozen} "
-        f"(the runs' own times add up to {alone:.0f}); torch {machine['torch']}, timm {machine['timm']}, "
-        f"Python {machine['python']}; commit {results['commit']}, sources "
+        f"(the runs' own times add up to {alone:.0f}); torch {machine['torch']}, timm "
+        f"{machine['timm']}, Python {machine['python']}; commit {results['commit']}, sources "
         f"{results['sources'][:12]}, {results['date']}."
     )
 
