@@ -53,17 +53,20 @@ def test_the_preset_ran_to_its_end() -> None:
 
 def test_edges_are_counted_and_listed() -> None:
     told = {"chosen": 4.0, "tried": [[2.0, 0.1], [4.0, 0.2]], "edge": True}
-    inside = {**told, "edge": False}
+    inside = {**told, "tried": [*told["tried"], [8.0, 0.1]], "edge": False}
+    limited = {**told, "edge": False}  # nothing was beyond: flagged all the same
+    alone = {**told, "tried": [[4.0, 0.2]]}  # nothing was chosen
 
     def cell(seed: int, choice: dict) -> dict:
         arguments = {"images": "x", "seed": seed}
         return {"part": "a", "arguments": arguments, "result": {"choices": {"rate": choice}}}
 
-    found = Found({"0": cell(0, told), "1": cell(1, inside), "2": cell(2, told)})
-    assert "Of 3 choices of an option, 2 ended at an edge" in edges(found)
+    cells = [cell(0, told), cell(1, inside), cell(2, limited), cell(3, alone)]
+    found = Found({str(number): one for number, one in enumerate(cells)})
+    assert "Of 3 choices of an option, 2 ended at an end" in edges(found)
     assert "| a | x | rate | 2 | 4 |" in edges(found)
     none = edges(Found({"1": cell(1, inside)}))
-    assert "Of 1 choices of an option, 0 ended at an edge" in none and "|" not in none
+    assert "Of 1 choices of an option, 0 ended at an end" in none and "|" not in none
 
 
 @pytest.mark.parametrize(

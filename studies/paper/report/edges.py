@@ -10,16 +10,18 @@ from studies.paper.tuning import MOST_WIDENINGS
 
 
 def edges(found: Found) -> str:
-    """A section: how many options were chosen, and which of them at an edge."""
+    """A section: how many options were chosen, and which of them at an end of what was tried."""
     every = [
         (cell, name, told)
         for cell in found.cells.values()
         for name, told in cell["result"].get("choices", {}).items()
+        if len(told["tried"]) > 1
     ]
-    at_edge = [entry for entry in every if entry[2]["edge"]]
+    at_edge = [entry for entry in every if _at_end(entry[2])]
     head = (
         f"## Choices at an edge\n\nOf {len(every)} choices of an option, {len(at_edge)} ended at "
-        f"an edge of the grid, after it had grown {MOST_WIDENINGS} times."
+        f"an end of the grid: it had grown {MOST_WIDENINGS} times, or there was nothing beyond "
+        "(numbers of directions)."
     )
     if not at_edge:
         return head
@@ -37,3 +39,9 @@ def edges(found: Found) -> str:
 def _where(arguments: dict[str, Any]) -> str:
     """The arguments that are words; they tell cells of a part apart."""
     return ", ".join(value for value in arguments.values() if isinstance(value, str))
+
+
+def _at_end(told: dict[str, Any]) -> bool:
+    """Whatever the reason: a limit of the grid is flagged, too."""
+    values = [value for value, _ in told["tried"]]
+    return told["chosen"] in (values[0], values[-1])
