@@ -224,11 +224,15 @@ def _costs(found: Found, images: str) -> str:
         "ensemble": f"{delta:.1f} a shard",
     }
     titles = JOINT | WAYS | SOUPS
-    rows = ["| way | MB kept to compose again | seconds | passes of an image |", "| --- " * 4 + "|"]
+    head = ("way", "test accuracy, %", "MB kept to compose again", "seconds", "passes of an image")
+    rows = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for way, words in kept.items():
         ordinary = "1" if way in ("soup", "TIES") else str(count)
         passes = ordinary if way in SOUPS else "1 dual"
-        rows.append(f"| {titles[way]} | {words} | {seconds(way)} | {passes} |")
+        joint = way in JOINT
+        values = scores(found, images, "joint" if joint else "iid", way, 1 if joint else count)
+        shown = "–" if values is None else Mean.crossed(values).percent()
+        rows.append(f"| {titles[way]} | {shown} | {words} | {seconds(way)} | {passes} |")
     return (
         f"What composing {count} random shards of {images} costs once they are trained: seconds "
         "for the composition, for statistics with their sums, and what stays in store so that a "
