@@ -212,7 +212,7 @@ def _costs(found: Found, images: str) -> str:
         return f"{Mean.of(values).value:.1f}" if values else "–"
 
     kept = {
-        "statistics": f"{sums:.1f} in all; none of a shard",
+        "statistics": f"{sums:.1f} a shard",
         "exact mean": f"{delta:.1f} a shard",
         "weights": f"{delta:.1f} a shard",
         "head": f"{delta:.1f} a shard, and its sums",
@@ -236,7 +236,8 @@ def _costs(found: Found, images: str) -> str:
     return (
         f"What composing {count} random shards of {images} costs once they are trained: seconds "
         "for the composition, for statistics with their sums, and what stays in store so that a "
-        "shard can be taken out. A dual pass costs two to three plain ones.\n\n" + "\n".join(rows)
+        "shard can be taken out. A dual pass takes up to three times a plain one's operations.\n\n"
+        + "\n".join(rows)
     )
 
 
