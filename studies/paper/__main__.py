@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results = study(options.preset, preset, work, options.cache)
             out.mkdir(parents=True, exist_ok=True)
             path = out / RESULTS
-            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(results) + "\n", encoding="utf-8")
     except (DemoError, TangentOpsError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
