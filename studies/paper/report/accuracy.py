@@ -227,8 +227,8 @@ def _findings(every: list[Regime]) -> list[str]:
     needed = math.ceil(AIMED * len(over))
     lines = [
         f"{'Reached' if len(kept) >= needed else 'Missed'}: the best TAFT should not be below the "
-        f"best NLFT by more than two standard errors on at least {needed} of {len(over)} sets; that "
-        f"holds on {len(kept)}. TAFT less NLFT: {listed(over)}."
+        f"best NLFT by more than two standard errors on at least {needed} of {len(over)} sets; "
+        f"that holds on {len(kept)}. TAFT less NLFT: {listed(over)}."
     ]
     probes = leads(HEAD)
     above = [images for images, lead in probes.items() if lead.value > 2 * lead.error]
