@@ -18,19 +18,18 @@ class Choice(Generic[T]):
     Attributes:
         value: The chosen one.
         result: What was made with it.
-        tried: Value -> score on validation images, ascending by value.
-        edge: Whether the best is at an end of the grid even after all widenings.
+        tried: Value -> score on validation images, ascending by value. If the chosen one is at an
+            end, the page says so (`studies.paper.report.edges`).
     """
 
     value: float
     result: T
     tried: dict[float, float]
-    edge: bool
 
     def told(self) -> dict[str, Any]:
         """For a cell's result."""
         tried = [[value, score] for value, score in self.tried.items()]
-        return {"chosen": self.value, "tried": tried, "edge": self.edge}
+        return {"chosen": self.value, "tried": tried}
 
 
 def choose(
@@ -45,7 +44,7 @@ def choose(
         grid: Ascending, two or more; as long as the best is at an end, the grid is continued there
             by the ratio of the last two, up to `MOST_WIDENINGS` times in all.
         make: Value -> score on validation images (the higher, the better), and what was made.
-        limits: The grid is not continued beyond these; a best value there is at no edge.
+        limits: The grid is not continued beyond these.
     """
     made = {value: make(value) for value in grid}
     for _ in range(MOST_WIDENINGS):
@@ -55,8 +54,7 @@ def choose(
         made[beyond] = make(beyond)
     made = dict(sorted(made.items()))
     best = _best(made)
-    edge = _beyond([*made], best, limits) is not None
-    return Choice(best, made[best][1], {value: score for value, (score, _) in made.items()}, edge)
+    return Choice(best, made[best][1], {value: score for value, (score, _) in made.items()})
 
 
 def _best(made: dict[float, tuple[float, Any]]) -> float:

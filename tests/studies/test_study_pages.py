@@ -52,16 +52,15 @@ def test_the_preset_ran_to_its_end() -> None:
 
 
 def test_edges_are_counted_and_listed() -> None:
-    told = {"chosen": 4.0, "tried": [[2.0, 0.1], [4.0, 0.2]], "edge": True}
-    inside = {**told, "tried": [*told["tried"], [8.0, 0.1]], "edge": False}
-    limited = {**told, "edge": False}  # nothing was beyond: flagged all the same
+    told = {"chosen": 4.0, "tried": [[2.0, 0.1], [4.0, 0.2]]}
+    inside = {**told, "tried": [*told["tried"], [8.0, 0.1]]}
     alone = {**told, "tried": [[4.0, 0.2]]}  # nothing was chosen
 
     def cell(seed: int, choice: dict) -> dict:
         arguments = {"images": "x", "seed": seed}
         return {"part": "a", "arguments": arguments, "result": {"choices": {"rate": choice}}}
 
-    cells = [cell(0, told), cell(1, inside), cell(2, limited), cell(3, alone)]
+    cells = [cell(0, told), cell(1, inside), cell(2, told), cell(3, alone)]
     found = Found({str(number): one for number, one in enumerate(cells)})
     assert "Of 3 choices of an option, 2 ended at an end" in edges(found)
     assert "| a | x | rate | 2 | 4 |" in edges(found)
