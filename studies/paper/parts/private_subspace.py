@@ -176,7 +176,7 @@ class PublicSubspace:
 
             if kind == ADASSP:  # its ridge is its own
                 score_, solve = make(0.0)
-                return score_, Choice(0.0, solve, {0.0: score_}, edge=False)
+                return score_, Choice(0.0, solve, {0.0: score_})
             return _outer(choose(RIDGES, make))
 
         def best(core: int, head: int) -> tuple[float, Choice[Solve]]:

@@ -126,7 +126,6 @@ def write_pages(results: dict[str, Any], out: Path) -> list[Path]:
         "claims": [entry for section in sections for entry in _told(section)],
         "findings": {section.title: [*section.findings] for section in sections},
         "counted": _counted(sections),
-        "ran": _ran(results).rstrip("."),
     }
     _write(out / CLAIMS, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     _write(out / PAGE, "\n\n".join(entry.strip() for entry in text if entry) + "\n")
