@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from tangent_ops.composition.ledger import Ledger, StatisticsLedger
     from tangent_ops.composition.statistics import TangentStatistics
     from tangent_ops.composition.statistics_file import load_statistics, save_statistics
+    from tangent_ops.composition.with_public import with_public
     from tangent_ops.delta import Delta, DeltaMeta, load_delta, save_delta
     from tangent_ops.evaluate import accuracy, predict
     from tangent_ops.exact import Influence, compose_lossless, fit_exact, forget_samples
@@ -37,6 +38,7 @@ else:
             "composition.ledger": "Ledger StatisticsLedger",
             "composition.statistics": "TangentStatistics",
             "composition.statistics_file": "load_statistics save_statistics",
+            "composition.with_public": "with_public",
             "delta": "Delta DeltaMeta load_delta save_delta",
             "evaluate": "accuracy predict",
             "exact": "Influence compose_lossless fit_exact forget_samples",
@@ -103,4 +105,5 @@ __all__ = [
     "save_statistics",
     "scaled_dot_product_attention",
     "statistics",
+    "with_public",
 ]

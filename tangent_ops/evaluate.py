@@ -46,7 +46,7 @@ def predict(
     loader = as_loader(data, batch_size, shuffle=False)
     device = place(model, device)
     outputs = []
-    with _evaluating(model):
+    with evaluating(model):
         for batch in _bar(loader, progress):
             inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
             inputs = inputs_of(inputs) if isinstance(inputs, Mapping) else inputs
@@ -84,7 +84,7 @@ def accuracy(
     loader = as_loader(data, batch_size, shuffle=False)
     device = place(model, device)
     correct = samples = 0
-    with _evaluating(model):
+    with evaluating(model):
         for batch in _bar(loader, progress):
             inputs, targets = unpack(batch, device)
             logits = logits_of(model, inputs)
@@ -103,7 +103,8 @@ def _bar(loader: DataLoader[Any], progress: bool) -> Iterable[Any]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without gradients and in eval mode; its modules' modes are restored at the end."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -58,7 +58,10 @@ class Preset:
 
 
 SETS = ("emoji", "silhouettes", "fashion", "mnist")
-SQUARE = ("probe", "nlft-1", "taft-1", "taft-1-low-rank", "taft-1-momentum", "taft-1-exact", "core")
+SQUARE = (
+    "probe", "nlft-1", "lora-1", "adapter-1", "taft-1", "taft-1-low-rank", "taft-1-momentum",
+    "taft-1-exact", "core",
+)  # fmt: skip
 ENTROPY = ("probe", "nlft-1", "lora-1", "adapter-1", "taft-1", "taft-1-newton")
 
 PRESETS = {

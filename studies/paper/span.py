@@ -98,13 +98,22 @@ class Span:
         every[:, indices] = weights.double().movedim(2, 0)
         return every[0] if isinstance(lr, float) else every
 
-    def solve(self, indices: Tensor, l2: float) -> Tensor:
+    def solve(self, indices: Tensor, l2: float, public: Tensor | None = None) -> Tensor:
         """The optimum of the mean square loss of some samples plus l2/2 ‖Δ‖², as c: (N, C).
 
         By Cholesky's factors in float32, and steps that take their rounding out in float64.
+
+        Args:
+            indices: (n,) of the samples.
+            l2: The penalty's weight.
+            public: (p,) of other samples that take part as `tangent_ops.with_public` has it.
         """
-        outputs = self._shape[1]
-        wanted = self._wanted[indices].reshape(-1, 1)
+        outputs, wanted = self._shape[1], self._wanted[indices]
+        if public is not None:
+            scale = 1 + len(public) / len(indices)
+            wanted = torch.cat([scale * wanted, wanted.new_zeros(len(public), outputs)])
+            indices = torch.cat([indices, public])
+        wanted = wanted.reshape(-1, 1)
         matrix = self._of(indices, indices).clone()
         matrix.diagonal().add_(len(indices) * l2 / self._curvature)
         factor, solved = decomposed(matrix.float(), l2), torch.zeros_like(wanted)

@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 
 import studies  # noqa: F401  # makes the demo's modules importable
 from studies.paper.span import Span
-from tangent_ops import CachedFeatures, fit, fit_exact, linearize
+from tangent_ops import CachedFeatures, fit, fit_exact, linearize, with_public
 from tangent_ops.exact import Problem
 from tangent_ops.losses import RescaledSquareLoss
 from tangent_ops.model.features import Tail
@@ -70,6 +70,18 @@ def test_solutions_are_those_of_exact_fits(tangent, data, span) -> None:
     fit_exact(Problem(tangent, part, 0.3, representation="passes", progress=False), 1e-8)
     expected = tangent.delta_dict()
     found = span.delta(span.solve(indices, 0.3))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-8)
+
+
+def test_solutions_with_public_samples_are_those_of_exact_fits(tangent, data, span) -> None:
+    indices, public = torch.tensor([3, 0, 7, 12]), torch.tensor([1, 2, 9, 10, 13])
+    tangent.zero_()
+    both = with_public(tangent, *(Subset(data, part.tolist()) for part in (indices, public)))
+    loss = nn.MSELoss()
+    fit_exact(Problem(tangent, both, 0.3, loss=loss, representation="passes", progress=False), 1e-8)
+    expected = tangent.delta_dict()
+    found = span.delta(span.solve(indices, 0.3, public))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-8)
 

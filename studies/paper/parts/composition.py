@@ -19,7 +19,7 @@ from studies.paper.cells import Cell
 from studies.paper.methods import LOSSES
 from studies.paper.outcomes import hits, outcome_of
 from studies.paper.parts.context import Context
-from studies.paper.parts.dealing import LOSS, Dealt, batch_of, deal
+from studies.paper.parts.dealing import LOSS, Dealt, batch_of, deal, joined
 from studies.paper.span import Span
 from studies.paper.tuning import choose
 from tangent_ops import (
@@ -112,7 +112,9 @@ class Composer:
         dealt: All private images in one shard.
 
     Attributes:
-        indices: Of the private images among the span's samples; the validation images follow.
+        indices: Of the private images among the span's samples.
+        judges: Of the validation images.
+        public: Of the public ones.
         rows: What came out: deal, way, number of shards, seconds, and the outcome on test images.
         choices: Of options.
     """
@@ -120,12 +122,9 @@ class Composer:
     def __init__(self, arguments: dict[str, Any], dealt: Dealt) -> None:
         self.arguments, self.dealt = arguments, dealt
         self.tangent: LinearizedModel = linearize(dealt.anchor)
-        both = (dealt.private, dealt.validation)
-        features = torch.cat([part.features for part in both])
-        targets = torch.cat([part.targets for part in both])
-        self.span = Span(self.tangent, CachedFeatures(features, targets))
-        self.indices = torch.arange(len(dealt.private))
-        self.judges = torch.arange(len(dealt.private), len(targets))
+        self.span = Span(self.tangent, joined([dealt.private, dealt.validation, dealt.public]))
+        sizes = [len(part) for part in (dealt.private, dealt.validation, dealt.public)]
+        self.indices, self.judges, self.public = torch.arange(sum(sizes)).split(sizes)
         self.rows: list[dict[str, Any]] = []
         self.choices: dict[str, Any] = {}
         self.delta_bytes = sum(v.numel() * v.itemsize for v in self.tangent.deltas().values())
@@ -184,30 +183,44 @@ class Composer:
             total = total + self.span.descend(part, loss, lr=rates, batch=batch, **options)
         return [*(total / len(shards))]
 
-    def optima(self, shards: Sequence[Tensor], l2: float) -> list[Tensor]:
-        """The shards' exact fits."""
-        return [self.span.solve(part, l2) for part in shards]
+    def optima(
+        self, shards: Sequence[Tensor], l2: float, public: Tensor | None = None
+    ) -> list[Tensor]:
+        """The shards' exact fits, alone or with public images."""
+        return [self.span.solve(part, l2, public) for part in shards]
 
     def means(self, deal_: str, shards: Sequence[Tensor]) -> None:
-        """Means of SGD's and of exact fits, each as it is, weighted, and times a factor."""
+        """Means of SGD's and of exact fits, the latter also weighted, times a factor, and with
+        public images in the curvature; on top of that, heads in closed form."""
         count = len(shards)
         self.tuned(deal_, "sgd mean", count, RATES, functools.partial(self.descents, shards))
-
-        def mean(l2s: Sequence[float]) -> list[Tensor]:
-            return [mean_of(self.optima(shards, l2)) for l2 in l2s]
-
-        l2 = self.tuned(deal_, "exact mean", count, L2S, mean)
-        optima = self.optima(shards, l2)
+        optima = self.exact_mean(deal_, shards, "exact mean", None)
         total = mean_of(optima)
-        self.tuned(deal_, "factor", count, FACTORS, lambda factors: [x * total for x in factors])
-        middle = self.span.delta(total)
-        self.head(deal_, "head", count, middle, None)
+
+        def times(factors: Sequence[float]) -> list[Tensor]:
+            return [factor * total for factor in factors]
+
+        self.tuned(deal_, "factor", count, FACTORS, times)
         if count in self.arguments["rounds"]:
-            self.head(deal_, "head, a round", count, middle, middle)
             began = time.perf_counter()
             data = {"tangent": self.tangent, "data": self.dealt.validation}
             fitted = compose([self.span.delta(one) for one in optima], "least-squares", **data)
             self.score(deal_, "weights", count, fitted, time.perf_counter() - began)
+        optima = self.exact_mean(deal_, shards, "public mean", self.public)
+        middle = self.span.delta(mean_of(optima))
+        self.head(deal_, "head", count, middle, None)
+        if count in self.arguments["rounds"]:
+            self.head(deal_, "head, a round", count, middle, middle)
+
+    def exact_mean(
+        self, deal_: str, shards: Sequence[Tensor], way: str, public: Tensor | None
+    ) -> list[Tensor]:
+        """The mean of exact fits, with or without public images; returns the fits."""
+
+        def means(l2s: Sequence[float]) -> list[Tensor]:
+            return [mean_of(self.optima(shards, l2, public)) for l2 in l2s]
+
+        return self.optima(shards, self.tuned(deal_, way, len(shards), L2S, means), public)
 
     def head(self, deal_: str, way: str, count: int, mean: Delta, at: Delta | None) -> None:
         """The mean with the head's optimum on all images, from sums at the anchor or at the mean.
