@@ -67,19 +67,19 @@ PRESETS = {
             ("digits",),
             (
                 Regime(
-                    "60 images", 60, 60, 2, 20,
+                    "60 images", 60, 40, 2, 20,
                     ("probe", "nlft-1", "taft-1", "taft-1-exact"), ("probe", "nlft-1", "taft-1"),
                 ),
             ),
         ),
         composition.Sizes(
-            ("digits",), (4,), rounds=(4,), public=20, train=40, validation=60, epochs=3
+            ("digits",), (2,), rounds=(2,), public=20, train=40, validation=40, epochs=2
         ),
-        soups.Sizes(("digits",), ("digits",), (4,), public=20, train=40, validation=60, epochs=2),
-        forgetting.Sizes("digits", 20, 40, 60, 4, (0, 1), (1, 4), epochs=2),
-        membership.Sizes("digits", 20, 16, 16, 40, 2, 4, epochs=2),
+        soups.Sizes(("digits",), (), (2,), public=20, train=40, validation=40, epochs=2),
+        forgetting.Sizes("digits", 20, 40, 40, 2, (0, 1), (1, 4), epochs=1),
+        membership.Sizes("digits", 20, 16, 16, 40, 2, 4, epochs=1),
         privacy.Sizes(
-            {"digits": ImageSizes(20, 120, 60, 32, 3, 2)},
+            {"digits": ImageSizes(20, 80, 60, 32, 2, 1)},
             (3.0,), (3.0,), 1e-4, 4, (16, 64), (24, 48), (4, 16), (8, 16),
         ),
         influence.Sizes(("digits",), 20, 40, 40, (6,), 4),
