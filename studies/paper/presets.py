@@ -67,25 +67,25 @@ ENTROPY = ("probe", "nlft-1", "lora-1", "adapter-1", "taft-1", "taft-1-newton")
 PRESETS = {
     "quick": Preset(
         accuracy.Sizes(
-            ("mnist",),
+            ("digits",),
             (
                 Regime(
-                    "100 images", 100, 100, 3, 20,
+                    "60 images", 60, 40, 2, 20,
                     ("probe", "nlft-1", "taft-1", "taft-1-exact"), ("probe", "nlft-1", "taft-1"),
                 ),
             ),
         ),
         composition.Sizes(
-            ("mnist",), (4,), rounds=(4,), public=50, train=80, validation=60, epochs=5
+            ("digits",), (2,), rounds=(2,), public=20, train=40, validation=40, epochs=2
         ),
-        soups.Sizes(("mnist",), ("mnist",), (4,), public=50, train=80, validation=60, epochs=3),
-        forgetting.Sizes("mnist", 50, 80, 60, 4, (0, 1), (1, 4), epochs=3),
-        membership.Sizes("mnist", 50, 20, 20, 60, 2, 4, epochs=3),
+        soups.Sizes(("digits",), (), (2,), public=20, train=40, validation=40, epochs=2),
+        forgetting.Sizes("digits", 20, 40, 40, 2, (0, 1), (1, 4), epochs=1),
+        membership.Sizes("digits", 20, 16, 16, 40, 2, 4, epochs=1),
         privacy.Sizes(
-            {"mnist": ImageSizes(50, 300, 100, 64, 4, 2)},
+            {"digits": ImageSizes(20, 80, 60, 32, 2, 1)},
             (3.0,), (3.0,), 1e-4, 4, (16, 64), (24, 48), (4, 16), (8, 16),
         ),
-        influence.Sizes(("mnist",), 50, 60, 60, (6,), 5),
+        influence.Sizes(("digits",), 20, 40, 40, (6,), 4),
         seeds=(0, 1),
     ),
     "cpu": Preset(

@@ -154,6 +154,8 @@ def tokens_of(
                 found[starts[number]].append(tokens.cpu())
             if number == len(model.blocks) - depths[0]:
                 found[FEATURES].append(ends[depths[0]](tokens).cpu())
+            if number == max(starts):
+                break  # no number needs what follows
             tokens = block(tokens)
     return {depth: torch.cat(parts).numpy() for depth, parts in found.items()}
 

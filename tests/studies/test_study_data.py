@@ -23,7 +23,7 @@ from assets import DemoError  # isort: skip
 from images import stratified  # isort: skip
 from PIL import Image
 
-from studies.paper.data import emoji, emoji_fine
+from studies.paper.data import emoji, emoji_fine, grey
 from studies.paper.data.archives import debian, fetch_package, members, npm
 from studies.paper.data.grey import read_idx
 from studies.paper.data.pickles import load_array
@@ -291,6 +291,17 @@ def test_draws_never_part_drawings_of_one_thing() -> None:
     assert (drawn - expected).abs().max() <= 1
     with pytest.raises(DemoError, match="asked for"):
         draw(targets.repeat_interleave(3), [301, 301], 7, drawings=3)
+
+
+def test_digits_keep_their_images_and_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = torch.arange(30) % 10
+    every = Pool("MNIST-5k", targets.view(-1, 1, 1, 1).to(torch.uint8), targets, "0123456789")
+    monkeypatch.setattr(grey, "load_mnist", lambda cache: every)
+    some = grey.load_digits(Path())
+    assert list(some.classes) == ["3", "5", "8", "9"]
+    shown = some.pixels.flatten().tolist()
+    assert shown == [digit for digit in targets.tolist() if digit in (3, 5, 8, 9)]
+    assert [int(some.classes[target]) for target in some.targets] == shown
 
 
 def test_draws_of_single_images_are_stratified_ones() -> None:

@@ -1,6 +1,6 @@
 """The study from end to end: a tiny one in this process, and the preset `quick` as users run it.
 
-`quick` has the real weights and images; its findings beyond two standard errors are asserted.
+`tiny` has every method of the preset `gpu`, `quick` the real weights, images and processes.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def _found(folder: Path) -> tuple[Found, str]:
     return Found(results["cells"]), results["configuration"]["forgetting"]["images"]
 
 
-@pytest.fixture(params=["tiny", pytest.param("quick", marks=pytest.mark.long)])
+@pytest.fixture(params=["tiny", "quick"])
 def either(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 

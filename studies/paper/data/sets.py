@@ -48,4 +48,5 @@ SETS = {
     "silhouettes": ImageSet(silhouettes.load_silhouettes, silhouettes.source, 1000, 1500),
     "fashion": ImageSet(grey.load_fashion, grey.fashion_source, 1000, 4500),
     "mnist": ImageSet(grey.load_mnist, grey.mnist_source, 1000, 1500),
+    "digits": ImageSet(grey.load_digits, grey.digits_source, 200, 200),
 }
