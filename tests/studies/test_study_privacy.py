@@ -106,7 +106,8 @@ def test_narrowed_coordinates_are_the_public_data_s_own(core: int, head: int) ->
         *zip(where.curvature, own.curvature, strict=True),
     ):
         torch.testing.assert_close(mine, theirs)
-    clips, bounds = clips_of(public, 0.5), bounds_of(public, 0.5)
+    clips, bounds = clips_of(public, 0.5, 0.2), bounds_of(public, 0.5)
+    assert clips.core_share == 0.2
     assert math.isclose(clips.head or 0, float(own.norms.head_gradient.quantile(0.5)))
     assert math.isclose(bounds.residual, float(own.norms.residual.quantile(0.5)))
     if core:
@@ -120,12 +121,15 @@ def test_narrowed_coordinates_are_the_public_data_s_own(core: int, head: int) ->
 def test_descent_is_the_library_s(core: int, head: int) -> None:
     model, where, public, private = _setting(core, head)
     privacy = Privacy(delta=1e-3, noise_multiplier=0.5, steps=4, seed=3)
-    clips = clips_of(public, 0.5)
+    clips = clips_of(public, 0.5, 0.2)
     found = _delta(where, descend(private, privacy, clips, lr=0.3, steps=4))
     fitted = fit_noisy_descent(model, samples(), privacy, where, clips, lr=0.3, progress=False)
     torch.testing.assert_close(found, _flat(fitted.delta))
-    without = _delta(where, descend(private, None, clips, lr=0.3, steps=4))
-    assert not torch.allclose(found, without)
+    without = descend(private, None, clips, lr=0.3, steps=4)
+    assert not torch.allclose(found, _delta(where, without))
+    single = descend(private.single(), None, clips, lr=0.3, steps=4)
+    for part, expected in zip(single, without, strict=True):
+        torch.testing.assert_close(part, expected.float())
 
 
 @pytest.mark.parametrize("kind", SHARES)
