@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -42,7 +42,7 @@ DESCENT, DESCENT_HEAD = "descent", "descent, head"
 STATISTICS, STATISTICS_HEAD = "statistics", "statistics, head"
 PUBLIC = "public subspace"  # the cell of these four
 BOUND_QUANTILE = 0.5  # of public features' norms
-STATISTICS_DRAWS = 2  # a solution takes longer than a descent
+FRESH = range(50, 58)  # draws
 RIDGES = (0.1, 1.0, 10.0)
 ADASSP = "AdaSSP"
 SHARES = {
@@ -156,7 +156,7 @@ class PublicSubspace:
             private = self.single.narrowed(options.core, options.head)
             solve = self.descent(private, epsilon, options)
             draws = 1 if epsilon is None else self.given.arguments["draws"]
-            return self.judged(options.core, options.head, solve, draws)
+            return self.judged(options.core, options.head, solve, range(1, 1 + draws))
 
         def searched(options: Options, names: tuple[str, ...]) -> Chosen:
             """One option after the other is chosen."""
@@ -183,7 +183,7 @@ class PublicSubspace:
             directions = choose(self.grid(outer), make, limits=limits)
             best, made = directions.result
             solve = self.descent(self.private.narrowed(best.core, best.head), epsilon, best)
-            self.add(way, epsilon, best.core, best.head, directions.tried[directions.value], solve)
+            self.add(way, epsilon, best.core, best.head, solve)
             self.tell(way, epsilon, {outer: directions, **made})
             return best
 
@@ -203,7 +203,7 @@ class PublicSubspace:
             "head": (8, self.most_head),
             "length": (0.1, options.steps),
             "quantile": (0.05, 1),
-            "steps": (max(5, options.length), MOST_STEPS),
+            "steps": (max(1, options.length), MOST_STEPS),
             "share": (0.001, 0.9),
         }[name]
 
@@ -238,7 +238,7 @@ class PublicSubspace:
                 def solve(draw: int) -> Coordinates:
                     return solution(released(draw), None if kind == ADASSP else l2)
 
-                return self.judged(core, head, solve, STATISTICS_DRAWS), solve
+                return self.judged(core, head, solve, range(1, 3)), solve
 
             if kind == ADASSP:  # its ridge is its own
                 score_, solve = make(0.0)
@@ -252,16 +252,14 @@ class PublicSubspace:
         # A solution's time grows with the cube of C times the head's directions.
         most = min(self.most_head, 2 * max(arguments["statistics_head"]))
         heads = choose(arguments["statistics_head"], lambda n: best(0, int(n)), limits=(4, most))
-        score_, solve = heads.tried[heads.value], heads.result.result
-        self.add(STATISTICS_HEAD, epsilon, 0, int(heads.value), score_, solve)
+        self.add(STATISTICS_HEAD, epsilon, 0, int(heads.value), heads.result.result)
         self.tell(STATISTICS_HEAD, epsilon, {"directions": heads, "ridge": heads.result})
         cores = choose(
             arguments["statistics_core"],
             lambda n: best(int(n), int(heads.value)),
             limits=(1, min(self.most_core, 2 * max(arguments["statistics_core"]))),
         )
-        score_, solve = cores.tried[cores.value], cores.result.result
-        self.add(STATISTICS, epsilon, int(cores.value), int(heads.value), score_, solve)
+        self.add(STATISTICS, epsilon, int(cores.value), int(heads.value), cores.result.result)
         self.tell(STATISTICS, epsilon, {"core's directions": cores, "ridge": cores.result})
 
     def sums(self, core: int, head: int, bounds: FeatureBounds) -> dict[str, Tensor]:
@@ -280,16 +278,19 @@ class PublicSubspace:
         failure, seed = self.given.arguments["failure"], 100 * self.seed + draw
         return Privacy(delta=failure, noise_multiplier=sigma, steps=steps, seed=seed)
 
-    def judged(self, core: int, head: int, solve: Solve, draws: int) -> float:
+    def judged(self, core: int, head: int, solve: Solve, draws: Sequence[int]) -> float:
         """Fraction of the validation images that are right, a mean over draws of the noise."""
         validation, targets = self.validation.narrowed(core, head), self.given.validation.targets
-        found = ((z.double(), columns.double()) for z, columns in map(solve, range(1, 1 + draws)))
+        found = ((z.double(), columns.double()) for z, columns in map(solve, draws))
         return fmean(hits(validation.logits(*one), targets) for one in found)
 
-    def add(
-        self, way: str, epsilon: float | None, core: int, head: int, validation: float, solve: Solve
-    ) -> None:
-        """Release the chosen one, and score it on test images."""
+    def add(self, way: str, epsilon: float | None, core: int, head: int, solve: Solve) -> None:
+        """Release the chosen one, and score it on test images.
+
+        The best way is chosen by draws that its options were not: fewer draws or more options would
+        flatter a way.
+        """
+        fresh = FRESH if epsilon else FRESH[:1]
         began = time.perf_counter()
         z, columns = solve(0)
         seconds = time.perf_counter() - began + self.reading_seconds
@@ -299,7 +300,7 @@ class PublicSubspace:
             {
                 "way": way,
                 "epsilon": epsilon,
-                "validation": validation,
+                "validation": self.judged(core, head, solve, fresh),
                 "tested": outcome_of(self.tangent, self.given.tested),
                 "seconds": seconds,
             }
