@@ -96,11 +96,11 @@ class Options:
 TRIED: dict[str, tuple[float, ...]] = {  # at first
     "length": (1.0, 2.0, 4.0),
     "quantile": (0.25, 0.5, 0.75),
-    "steps": (10, 20, 40),
+    "steps": (5, 10, 20),
     "share": (0.03, 0.1, 0.3),
 }
 PASSES = 2  # over the options, each chosen with the others as they are
-MOST_STEPS = 80
+MOST_STEPS = 40
 Chosen = tuple[float, tuple[Options, dict[str, Choice[Options]]]]  # score, options, how
 Coordinates = tuple[Tensor, Tensor]  # z (K,) and Z (C, L)
 Solve = Callable[[int], Coordinates]  # of a draw of the noise; the draw 0 is released
