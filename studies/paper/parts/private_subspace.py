@@ -79,7 +79,7 @@ class Options:
     Attributes:
         core: Directions of the core; 0 for the head alone.
         head: The same of the head's inputs.
-        length: The sum of all steps' rates.
+        length: The sum of all steps' rates, as far as none is above 1.
         quantile: Of public gradients' norms, to clip to.
         steps: Their number.
         share: The core's, of the budget.
@@ -91,6 +91,11 @@ class Options:
     quantile: float = 0.5
     steps: int = 20
     share: float = 0.1
+
+    @property
+    def rate(self) -> float:
+        """Of a step; up to 1, as the library has it."""
+        return min(1.0, self.length / self.steps)
 
 
 TRIED: dict[str, tuple[float, ...]] = {  # at first
@@ -197,13 +202,13 @@ class PublicSubspace:
         return TRIED.get(name) or tuple(self.given.arguments[f"{name}_directions"])
 
     def limits(self, name: str, options: Options) -> tuple[float, float]:
-        """Of an option's grid; with rates up to 1, as the library has them."""
+        """Of an option's grid."""
         return {
             "core": (2, self.most_core),
             "head": (8, self.most_head),
             "length": (0.1, options.steps),
             "quantile": (0.05, 1),
-            "steps": (max(1, options.length), MOST_STEPS),
+            "steps": (1, MOST_STEPS),
             "share": (0.001, 0.9),
         }[name]
 
@@ -215,7 +220,7 @@ class PublicSubspace:
 
         def solve(draw: int) -> Coordinates:
             privacy = None if sigma is None else self.privacy(sigma, steps, draw)
-            return descend(private, privacy, clips, lr=options.length / steps, steps=steps)
+            return descend(private, privacy, clips, lr=options.rate, steps=steps)
 
         return solve
 
