@@ -106,8 +106,8 @@ PRESETS = {
         membership.Sizes(),
         privacy.Sizes(
             {
-                "emoji": ImageSizes(100, 1000, 136, 100, 8, 2),
-                "fashion": ImageSizes(100, 3900, 500, 100, 8, 1),
+                "emoji": ImageSizes(100, 1000, 136, 100, 8, 5),
+                "fashion": ImageSizes(100, 3900, 500, 100, 8, 2),
             }
         ),
         influence.Sizes(("emoji",), 100, 200, 200, (10, 20, 40), 10),

@@ -42,7 +42,8 @@ def choose(
 
     Args:
         grid: Ascending, two or more; as long as the best is at an end, the grid is continued there
-            by the ratio of the last two, up to `MOST_WIDENINGS` times in all.
+            by the ratio of the last two, up to `MOST_WIDENINGS` times in all. Whole numbers are
+            continued by whole numbers, as long as they are 1 or more.
         make: Value -> score on validation images (the higher, the better), and what was made.
         limits: The grid is not continued beyond these.
     """
@@ -66,11 +67,15 @@ def _best(made: dict[float, tuple[float, Any]]) -> float:
 def _beyond(values: list[float], best: float, limits: tuple[float, float]) -> float | None:
     """The next value beyond the end that the best one is at; None if it is at none."""
     if best == values[-1]:
-        following = round_(values[-1] * values[-1] / values[-2])
+        following = values[-1] * values[-1] / values[-2]
     elif best == values[0]:
-        following = round_(values[0] * values[0] / values[1])
+        following = values[0] * values[0] / values[1]
     else:
         return None
+    if all(isinstance(value, int) for value in values) and following >= 1:
+        following = round(following)
+    else:
+        following = round_(following)
     return following if limits[0] <= following <= limits[1] else None
 
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.utils.data import TensorDataset
 
-from studies.paper.parts.private_subspace import SHARES
+from studies.paper.parts import privacy as part
+from studies.paper.parts import private_subspace
+from studies.paper.parts.private_subspace import FRESH, SHARES, Given, PublicSubspace
 from studies.paper.parts.private_ways import (
     Read,
     bounds_of,
@@ -34,6 +36,7 @@ from tangent_ops.privacy import (
     noisy_statistics,
     public_coordinates,
 )
+from tangent_ops.privacy.accounting import noise_multiplier_for
 from tangent_ops.privacy.regression.noisy_statistics import clipped_sums
 
 INPUTS, HIDDEN, CLASSES, N = 4, 6, 3, 12
@@ -106,7 +109,8 @@ def test_narrowed_coordinates_are_the_public_data_s_own(core: int, head: int) ->
         *zip(where.curvature, own.curvature, strict=True),
     ):
         torch.testing.assert_close(mine, theirs)
-    clips, bounds = clips_of(public, 0.5), bounds_of(public, 0.5)
+    clips, bounds = clips_of(public, 0.5, 0.2), bounds_of(public, 0.5)
+    assert clips.core_share == 0.2
     assert math.isclose(clips.head or 0, float(own.norms.head_gradient.quantile(0.5)))
     assert math.isclose(bounds.residual, float(own.norms.residual.quantile(0.5)))
     if core:
@@ -120,12 +124,15 @@ def test_narrowed_coordinates_are_the_public_data_s_own(core: int, head: int) ->
 def test_descent_is_the_library_s(core: int, head: int) -> None:
     model, where, public, private = _setting(core, head)
     privacy = Privacy(delta=1e-3, noise_multiplier=0.5, steps=4, seed=3)
-    clips = clips_of(public, 0.5)
+    clips = clips_of(public, 0.5, 0.2)
     found = _delta(where, descend(private, privacy, clips, lr=0.3, steps=4))
     fitted = fit_noisy_descent(model, samples(), privacy, where, clips, lr=0.3, progress=False)
     torch.testing.assert_close(found, _flat(fitted.delta))
-    without = _delta(where, descend(private, None, clips, lr=0.3, steps=4))
-    assert not torch.allclose(found, without)
+    without = descend(private, None, clips, lr=0.3, steps=4)
+    assert not torch.allclose(found, _delta(where, without))
+    single = descend(private.single(), None, clips, lr=0.3, steps=4)
+    for found_part, expected in zip(single, without, strict=True):
+        torch.testing.assert_close(found_part, expected.float())
 
 
 @pytest.mark.parametrize("kind", SHARES)
@@ -212,6 +219,57 @@ def test_opacus_trains_the_core_and_the_head_alone() -> None:
     assert float((model.state_dict()["head.bias"] - before["head.bias"]).abs().max()) < 0.04
     assert not model.training
     assert torch.equal(anchor.body.weight, before["body.layer.weight"])
+
+
+def _given(group: str) -> Given:
+    arguments = {
+        "group": group,
+        "seed": 2,
+        "failure": 1e-3,
+        "epsilons": [3.0],
+        "core": 2,
+        "draws": 2,
+        "expected": 10,
+        "steps": 2,
+        "core_directions": [2, 4],
+        "head_directions": [3, 5],
+    }
+    every = [CachedFeatures(*samples(40, seed=seed).tensors) for seed in range(4)]
+    return Given(arguments, anchored()[0], *every)  # pyright: ignore[reportArgumentType]
+
+
+def test_noise_of_a_descent_composes_and_is_not_that_of_the_choice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seeds: dict[torch.dtype, set[int]] = {torch.float32: set(), torch.float64: set()}
+
+    def spied(private: Read, privacy: Privacy, clips: Any, *, lr: float, steps: int) -> Any:
+        sigma = noise_multiplier_for(3.0, 1e-3, sample_rate=1.0, steps=steps)
+        assert privacy.noise_multiplier == pytest.approx(sigma) and privacy.steps == steps
+        assert 0 < lr <= 1 and privacy.seed is not None
+        seeds[private.residuals.dtype].add(privacy.seed)
+        return descend(private, privacy, clips, lr=lr, steps=steps)
+
+    monkeypatch.setattr(private_subspace, "descend", spied)
+    found = PublicSubspace(_given("public subspace"))
+    found.descents(3.0)
+    assert [way["way"] for way in found.ways] == ["descent, head", "descent"]
+    assert seeds[torch.float32] == {201, 202}  # choices
+    assert seeds[torch.float64] == {200, *(200 + draw for draw in FRESH)}  # released; compared
+
+
+def test_dp_sgd_is_released_with_other_noise_than_it_was_chosen_by(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given, seeds = _given("probe"), []
+
+    def fitted(given: Given, way: str, basis: Any, privacy: Privacy, lr: float) -> nn.Module:
+        seeds.append(privacy.seed)
+        return given.anchor
+
+    monkeypatch.setattr(part, "fit_way", fitted)
+    part.run_sgd(given)
+    assert seeds[-1] == 200 and set(seeds[:-1]) == {201}
 
 
 def test_repetitions_are_left_out_but_for_the_first() -> None:

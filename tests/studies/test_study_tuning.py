@@ -43,6 +43,15 @@ def test_of_several_best_the_middle_one_is_taken() -> None:
     assert 8.0 in two.tried
 
 
+def test_whole_numbers_are_continued_by_whole_numbers_up_to_the_limit() -> None:
+    choice = choose([16, 32, 64], lambda value: (value, None), limits=(4, 128))
+    assert choice.value == 128 and isinstance(choice.value, int)
+    down = choose([16, 48], lambda value: (-value, None), limits=(4, 128))
+    assert list(down.tried) == [5, 16, 48]  # 5.33; then 1.56, which is below the limit
+    # Below 1 there are no whole numbers: a rate may be written 1.
+    assert choose([1, 10], lambda value: (-value, None)).value == 0.001
+
+
 def test_limits_end_a_grid() -> None:
     choice = choose([0.1, 0.3, 0.9], lambda value: (value, None), limits=(0.0, 1.0))
     assert choice.value == 0.9 and len(choice.tried) == 3

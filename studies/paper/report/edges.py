@@ -21,7 +21,7 @@ def edges(found: Found) -> str:
     head = (
         f"## Choices at an edge\n\nOf {len(every)} choices of an option, {len(at_edge)} ended at "
         f"an end of the grid: it had grown {MOST_WIDENINGS} times, or there was nothing beyond "
-        "(numbers of directions, quantiles, rates up to 1)."
+        "(numbers of directions and steps, quantiles, shares, rates up to 1)."
     )
     if not at_edge:
         return head

@@ -102,8 +102,8 @@ class Scores:
         own = sorted((c for c in self.cells if c["group"] == PUBLIC), key=lambda c: c["seed"])
         return Mean.crossed(np.stack([right(cell["anchor"]) for cell in own]))
 
-    def less(self, first: str, second: str, epsilon: float) -> Mean:
-        """Accuracy of a way less that of another."""
+    def less(self, first: str, second: str, epsilon: float | None) -> Mean:
+        """Accuracy of a way less that of another; None is without noise."""
         return gain(self.tested[first, epsilon], self.tested[second, epsilon])
 
 
@@ -215,8 +215,13 @@ def _text(one: Scores) -> str:
         f"**{one.images}**: {_range(samples)} private images, {given['public']} public ones for "
         f"the anchor's classifier, which alone is right on {one.anchor().percent()} %, and "
         f"{given['validation']} public ones that every option was chosen on, for each seed, way "
-        f"and ε; δ = {given['failure']:g}. The same steps of noisy descent without noise: "
-        f"{free[DESCENT]} % with core and head, {free[DESCENT_HEAD]} % with the head alone. TAFT-1 "
+        f"and ε; δ = {given['failure']:g}. Coordinates and bounds are from the public images of "
+        "both kinds. Noisy descent chooses directions, the sum of its steps' rates, their number, "
+        "the clips and the core's share of the budget, core and head from what the head alone "
+        f"chose; a choice is made by a mean over {given['draws']} draws of the noise, and another "
+        f"draw is released. Without noise, with options chosen alike: {free[DESCENT]} % with core "
+        f"and head, {free[DESCENT_HEAD]} % with the head alone, a difference of "
+        f"{one.less(DESCENT, DESCENT_HEAD, None).points()}, which no noise limits. TAFT-1 "
         f"and NLFT-1, in the core or not, take {gradients:,} samples' gradients by DP-SGD; the "
         f"probe {privacy.PROBE_STEPS} steps of half of all images. The best of several ways is "
         "chosen on the validation images, too. Test accuracy, %; seconds of one training, at the "
@@ -236,7 +241,7 @@ def _draw(one: Scores, path: Path) -> Path:
     }
     levels = {
         "public probe: no private image": one.anchor(),
-        "core and head, the same steps without noise": Mean.crossed(one.tested[DESCENT, None]),
+        "core and head by descent, without noise": Mean.crossed(one.tested[DESCENT, None]),
     }
     failure = one.cells[0]["failure"]
     note = "Bars: standard errors over seeds and test images."
