@@ -107,7 +107,7 @@ PRESETS = {
         privacy.Sizes(
             {
                 "emoji": ImageSizes(100, 1000, 136, 100, 8, 5),
-                "fashion": ImageSizes(100, 3900, 500, 100, 8, 2),
+                "fashion": ImageSizes(100, 3900, 500, 100, 8, 1),
             }
         ),
         influence.Sizes(("emoji",), 100, 200, 200, (10, 20, 40), 10),
