@@ -94,21 +94,22 @@ PRESETS = {
             (
                 Regime("200 images", 200, 500, 20, 40, SQUARE, ENTROPY),
                 Regime(
-                    "80 images", 80, 150, 5, 8,
+                    "50 images", 50, 150, 5, 5,
                     ("probe", "nlft-1", "taft-1", "taft-1-exact", "taft-3"),
                     ("probe", "nlft-1", "nlft-3"),
                 ),
             ),
         ),
         composition.Sizes(SETS, fine_sets=("emoji",)),
-        soups.Sizes(SETS, ("emoji", "fashion")),
+        soups.Sizes(SETS, ("emoji",)),
         forgetting.Sizes(removed=(0, 1, 2, 5, 8), epochs=10),
         membership.Sizes(),
         privacy.Sizes(
             {
                 "emoji": ImageSizes(100, 1000, 136, 100, 8, 5),
                 "fashion": ImageSizes(100, 3900, 500, 100, 8, 1),
-            }
+            },
+            sgd_epsilons=(8.0,),
         ),
         influence.Sizes(("emoji",), 100, 200, 200, (10, 20, 40), 10),
     ),
@@ -128,6 +129,7 @@ PRESETS["gpu"] = replace(
         ),
     ),
     soups=soups.Sizes(SETS, SETS, (2, 5, 10, 25, 50)),
+    privacy=replace(PRESETS["cpu"].privacy, sgd_epsilons=(0.5, 1.0, 3.0, 8.0)),
     workers=1,
     threads=8,
     device="cuda",

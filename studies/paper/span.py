@@ -25,7 +25,7 @@ from tangent_ops.losses import loss_gradient
 
 MOMENTUM = 0.9  # of `Recipe(optimizer="momentum")`
 REFINEMENTS = 4
-SAMPLES = 256  # in a block of the kernel
+SAMPLES = 128  # in a block of the kernel
 
 
 class Span:

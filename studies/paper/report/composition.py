@@ -50,6 +50,11 @@ LEVELS = (
     ("exact", "exact fit of all images", (0, (1, 2))),
     ("statistics", "statistics, any number of shards", (0, (6, 2))),
 )
+CURVATURE = (
+    "Public curvature: the anchor's public images take part in each shard's fit, in its curvature "
+    "alone ([`with_public`](../promises/composition.md)). Their classes are not used, and there is "
+    "no further round."
+)
 DEALS = {"iid": "at random", "by class": "by class"}
 AT = 10  # shards that the claims are about
 MEANS_AIM, STATISTICS_AIM = 3.0, 1.0  # points below joint training
@@ -81,7 +86,7 @@ def section(found: Found, out: Path) -> Section:
     return Section(
         "Composition",
         [_means(found, sets), _sums(found, sets), _by_class(found, sets), _soups(found, sets)],
-        tables + "\n\n" + _costs(found, sets[0]),
+        f"{CURVATURE}\n\n{tables}\n\n{_costs(found, sets[0])}",
         [(figure, "Shards composed, against their number, in either deal")],
         [claim for images in sets for claim in _claims(found, images)],
     )
