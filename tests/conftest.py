@@ -34,6 +34,7 @@ FIRST = (
     "test_compiled_kernels.py",
     "test_run_shards.py",
     "test_ledger_crashes.py",
+    "test_study_quick.py",
 )
 
 
