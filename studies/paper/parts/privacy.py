@@ -89,8 +89,8 @@ class Sizes:
     core: int = 8
     core_directions: tuple[int, ...] = (4, 16, 64)
     head_directions: tuple[int, ...] = (24, 48, 96, 192)
-    statistics_core: tuple[int, ...] = (4, 16, 64)
-    statistics_head: tuple[int, ...] = (16, 32, 64)
+    statistics_core: tuple[int, ...] = (8, 32)
+    statistics_head: tuple[int, ...] = (32, 64)
 
 
 def plan(sizes: Sizes, seeds: Sequence[int]) -> Iterator[Cell]:

@@ -104,7 +104,6 @@ TRIED: dict[str, tuple[float, ...]] = {  # at first
     "steps": (5, 10, 20),
     "share": (0.03, 0.1, 0.3),
 }
-PASSES = 2  # over the options, each chosen with the others as they are
 MOST_STEPS = 40
 Chosen = tuple[float, tuple[Options, dict[str, Choice[Options]]]]  # score, options, how
 Coordinates = tuple[Tensor, Tensor]  # z (K,) and Z (C, L)
@@ -164,18 +163,17 @@ class PublicSubspace:
             return self.judged(options.core, options.head, solve, range(1, 1 + draws))
 
         def searched(options: Options, names: tuple[str, ...]) -> Chosen:
-            """One option after the other is chosen."""
+            """One option after the other is chosen, with the others as they are."""
             made: dict[str, Choice[Options]] = {}
-            for _ in range(PASSES):
-                for name in names:
+            for name in names:
 
-                    def make(value: float, name: str = name, now: Options = options):
-                        tried = replace(now, **{name: value})
-                        return judged(tried), tried
+                def make(value: float, name: str = name, now: Options = options):
+                    tried = replace(now, **{name: value})
+                    return judged(tried), tried
 
-                    limits = self.limits(name, options)
-                    made[name] = choose(self.grid(name), make, limits=limits)
-                    options = made[name].result
+                limits = self.limits(name, options)
+                made[name] = choose(self.grid(name), make, limits=limits)
+                options = made[name].result
             return judged(options), (options, made)
 
         def added(way: str, outer: str, options: Options, names: tuple[str, ...]) -> Options:
