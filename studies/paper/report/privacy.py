@@ -145,7 +145,9 @@ def _aim(one: Scores) -> str:
     return (
         f"{'Reached' if reached else 'Missed'} on {one.images}: our best private way should be "
         f"below the best private probe at no ε, and above it at two. It is below at {len(below)} "
-        f"and above beyond chance at {len(above)} of {len(differences)} ({shown})."
+        f"and above beyond chance at {len(above)} of {len(differences)} ({shown}). Without noise, "
+        "core and head less the head alone: "
+        f"{one.less(DESCENT, DESCENT_HEAD, None).points()}."
     )
 
 
@@ -218,10 +220,9 @@ def _text(one: Scores) -> str:
         f"and ε; δ = {given['failure']:g}. Coordinates and bounds are from the public images of "
         "both kinds. Noisy descent chooses directions, the sum of its steps' rates, their number, "
         "the clips and the core's share of the budget, core and head from what the head alone "
-        f"chose; a choice is made by a mean over {given['draws']} draws of the noise, and another "
-        f"draw is released. Without noise, with options chosen alike: {free[DESCENT]} % with core "
-        f"and head, {free[DESCENT_HEAD]} % with the head alone, a difference of "
-        f"{one.less(DESCENT, DESCENT_HEAD, None).points()}, which no noise limits. TAFT-1 "
+        f"chose, by a mean over draws of the noise ({given['draws']}) of which none is released. "
+        f"Without noise, with options chosen alike: {free[DESCENT]} % with core and head, "
+        f"{free[DESCENT_HEAD]} % with the head alone. TAFT-1 "
         f"and NLFT-1, in the core or not, take {gradients:,} samples' gradients by DP-SGD; the "
         f"probe {privacy.PROBE_STEPS} steps of half of all images. The best of several ways is "
         "chosen on the validation images, too. Test accuracy, %; seconds of one training, at the "
