@@ -89,8 +89,9 @@ For an hour on two cores, which does not count the frozen blocks:
 - Privacy: DP-SGD of the block's weights is at ε = 8 alone, with 800 samples' gradients, which
   leaves it near the public probe, so it says little about convexity. Noisy descent has rates up to
   1 and 40 steps; its options are chosen one after the other, on fashion by one draw of the noise,
-  as DP-SGD's rate is. That coordinates are from validation images, too, and clips and bounds from
-  them alone, was decided after test accuracies of emoji had been seen.
+  as DP-SGD's rate is. Noisy statistics have up to 96 directions of the head. That coordinates are
+  from validation images, too, and clips and bounds from them alone, was decided after test
+  accuracies of emoji had been seen.
 - Forgetting's grid for the mean of TAFTs was set after one seed had been seen: a finer one came
   to a rate that diverges on smaller shards.
 """
