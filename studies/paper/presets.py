@@ -108,9 +108,7 @@ PRESETS = {
             {
                 "emoji": ImageSizes(100, 1000, 136, 100, 8, 5),
                 "fashion": ImageSizes(100, 3900, 500, 100, 8, 1),
-            },
-            sgd_epsilons=(8.0,),
-            statistics_head=(24, 48),
+            }
         ),
         influence.Sizes(("emoji",), 100, 200, 200, (10, 20, 40), 10),
     ),

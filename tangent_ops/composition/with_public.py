@@ -61,14 +61,15 @@ def with_public(
         (1/C) [ -(2/n) Σ_shard r_iᵀ J_i Δ + 1/(n+p) Σ_shard and public ‖J_i Δ‖² ] + l2/2 ‖Δ‖²
 
     whose gradient at Δ = 0 is that of the shard alone, and whose Hessian is the mean over both. So
-    the targets are f(x_i) + r_i (n+p)/n in the shard, and f(x_i) for public samples, whose labels
-    are not used. A delta depends on no other shard: it is forgotten as any other. As for a step of
-    Newton's method with a Hessian from elsewhere (GIANT, Wang et al., NeurIPS 2018, averages such
-    steps with the shards' own Hessians), the optimum of one shard is not that of its own loss.
+    the targets are f(x_i) + r_i (n+p)/n in the shard, and f(x_i) for public samples. A delta
+    depends on no other shard: it is forgotten as any other. The fit is one step of Newton's method
+    with a Hessian that is not the shard's own, so a single shard's delta is not the optimum of its
+    own loss. GIANT (Wang et al., NeurIPS 2018) averages such steps with the shards' own Hessians.
 
     Args:
         tangent: the model; its present deltas are of no account.
         shard: a Dataset of (input, target), or of dicts with "labels"; targets are class indices.
+            Without random augmentation: f is computed once.
         public: samples that are like those of all shards; the same for every shard. Their labels
             are read, but not used.
         loss: what the shard would be fitted with: a `RescaledSquareLoss` with k = 1; None for

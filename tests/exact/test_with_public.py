@@ -119,3 +119,26 @@ def test_in_single_precision(dense: Dense) -> None:
     assert fit_exact(problem, tol=1e-3).converged
     expected = formula(dense, OWN, PUBLIC)
     assert float((single.delta.double() - expected).norm()) <= 1e-2 * float(expected.norm())
+
+
+class Shaken(Dataset):
+    """Other inputs at every reading, as random augmentation gives."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int):
+        image, target = self.data[index]
+        return image + 0.1 * torch.randn_like(image), target
+
+
+def test_a_fit_refuses_another_loss_and_augmented_data(dense: Dense) -> None:
+    data = with_public(dense.tangent, dense.kept(*OWN), dense.kept(*PUBLIC))
+    with pytest.raises(ArgumentError, match="targets must be int64 class indices"):
+        fit_exact(dense.problem(L2, data))
+    data = with_public(dense.tangent, Shaken(dense.kept(*OWN)), dense.kept(*PUBLIC))
+    with pytest.raises(ArgumentError, match="two readings"):
+        fit_exact(dense.problem(L2, data, loss=nn.MSELoss()))

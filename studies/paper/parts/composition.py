@@ -190,8 +190,11 @@ class Composer:
         return [self.span.solve(part, l2, public) for part in shards]
 
     def means(self, deal_: str, shards: Sequence[Tensor]) -> None:
-        """Means of SGD's and of exact fits, the latter also weighted, times a factor, and with
-        public images in the curvature; on top of that, heads in closed form."""
+        """Means of SGD's and of exact fits, and heads in closed form.
+
+        Exact fits are also weighted, taken times a factor, and fitted with public curvature, which
+        the heads are for.
+        """
         count = len(shards)
         self.tuned(deal_, "sgd mean", count, RATES, functools.partial(self.descents, shards))
         optima = self.exact_mean(deal_, shards, "exact mean", None)

@@ -84,13 +84,13 @@ class Sizes:
 
     sets: dict[str, ImageSizes]
     epsilons: tuple[float, ...] = (0.5, 1.0, 3.0, 8.0)
-    sgd_epsilons: tuple[float, ...] = (1.0, 8.0)
+    sgd_epsilons: tuple[float, ...] = (8.0,)
     failure: float = 1e-5
     core: int = 8
     core_directions: tuple[int, ...] = (4, 16, 64)
     head_directions: tuple[int, ...] = (24, 48, 96, 192)
     statistics_core: tuple[int, ...] = (8, 32)
-    statistics_head: tuple[int, ...] = (32, 64)
+    statistics_head: tuple[int, ...] = (24, 48)
 
 
 def plan(sizes: Sizes, seeds: Sequence[int]) -> Iterator[Cell]:

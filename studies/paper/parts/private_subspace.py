@@ -42,7 +42,7 @@ DESCENT, DESCENT_HEAD = "descent", "descent, head"
 STATISTICS, STATISTICS_HEAD = "statistics", "statistics, head"
 PUBLIC = "public subspace"  # the cell of these four
 BOUND_QUANTILE = 0.5  # of public features' norms
-FRESH = range(50, 58)  # draws
+FRESH = range(50, 58)  # draws of the noise, that the best way is chosen by
 RIDGES = (0.1, 1.0, 10.0)
 ADASSP = "AdaSSP"
 SHARES = {
@@ -315,11 +315,9 @@ class PublicSubspace:
         self.choices |= {f"{way}, {words}: {name}": c.told() for name, c in choices.items()}
 
 
-_sigma = functools.cache(
-    lambda epsilon, failure, steps: noise_multiplier_for(
-        epsilon, failure, sample_rate=1.0, steps=steps
-    )
-)
+@functools.cache
+def _sigma(epsilon: float, failure: float, steps: int) -> float:
+    return noise_multiplier_for(epsilon, failure, sample_rate=1.0, steps=steps)
 
 
 def _outer(choice: Choice[Any]) -> tuple[float, Choice[Any]]:
